@@ -1,0 +1,44 @@
+"""basin_lens: where does a language model compress?
+
+    passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
+    texts.py  model/    capture   neighbors.py  transport.py            analyzers/   tables.py   -> views/
+                                  analysis.py conducts all of this: read it first
+
+Importing the package imports neither torch nor pandas: names are looked up when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from basin_lens import analyzers, errors, tables, views
+    from basin_lens.analysis import analyze, neighborhood
+    from basin_lens.analyzers import ANALYZERS
+    from basin_lens.capture import Capture
+    from basin_lens.model import load_model
+    from basin_lens.texts import Passage
+
+_HOMES = {
+    "ANALYZERS": "basin_lens.analyzers",
+    "Capture": "basin_lens.capture",
+    "Passage": "basin_lens.texts",
+    "analyze": "basin_lens.analysis",
+    "load_model": "basin_lens.model",
+    "neighborhood": "basin_lens.analysis",
+}
+_ROOMS = ("analyzers", "errors", "tables", "views")
+
+__version__ = "0.1.0"
+__all__ = ["ANALYZERS", "Capture", "Passage", "analyze", "analyzers", "errors", "load_model", "neighborhood", "tables", "views"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"basin_lens.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'basin_lens' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

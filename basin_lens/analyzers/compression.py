@@ -1,0 +1,63 @@
+"""The headline: how much more a block shrinks a neighborhood than it shrinks unrelated points."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name
+from basin_lens.analyzers.contraction import log_variance_ratio
+from basin_lens.neighbors import Metric, SameToken
+from basin_lens.transport import Context
+
+
+@dataclass(frozen=True)
+class Compression(CloudAnalyzer):
+    """Contraction of a token's neighborhood beyond what the block does to unrelated points.
+
+    compression = log(V_in / V_out) - log(G_in / G_out)
+
+    V: total variance of the k nearest neighbors' states before the block (in) and of their images after it (out). G: the same for
+    random bank points through the same block in the same context. Positive: the block draws this neighborhood together more
+    than it does unrelated states. Unit: nats. Range: all real numbers; 0 for any isometry, scaling or shift.
+
+    Args:
+        k: neighbors.
+        context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"`.
+        metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
+        exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.
+        same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
+        name: column name.
+
+    Shapes: neighbors `[q, k, d]`, images `[q, k, d]` -> `[q]`.
+
+    Raises:
+        NeighborError: k below 2, or above the bank; an unknown option.
+
+    Source: the guide's score, corrected for input density (the ratio) and for what the layer does to everything (G).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.analyzers.Compression(k=15).columns[0].unit
+        'nats'
+    """
+
+    k: int = 15
+    context: Context = "patched"
+    metric: Metric = "l2"
+    exclude: str = "sequence"
+    same_token: SameToken = "any"
+    name: str | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column(column_name(self, "compression"), "nats"),)
+
+    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
+        ratio = log_variance_ratio(cloud)
+        if not (cloud.spread_in > 0 and cloud.spread_out > 0):
+            return {self.columns[0].name: torch.full_like(ratio, torch.nan)}
+        return {self.columns[0].name: ratio - math.log(cloud.spread_in / cloud.spread_out)}

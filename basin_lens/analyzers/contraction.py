@@ -1,0 +1,52 @@
+"""How much a block shrinks a neighborhood."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name, log_or_nan, total_variance
+from basin_lens.neighbors import Metric, SameToken
+from basin_lens.transport import Context
+
+
+@dataclass(frozen=True)
+class Contraction(CloudAnalyzer):
+    """Log ratio of a neighborhood's total variance before and after the block.
+
+    contraction = log(V_in / V_out)
+
+    Unit: nats. Range: all real numbers. 0 for an isometry, -2 log a for a scaling by a. Holds what the block does to everything;
+    `Compression` takes that out. Options and errors: see `Compression`.
+
+    Shapes: neighbors `[q, k, d]`, images `[q, k, d]` -> `[q]`.
+
+    Source: design of basin_lens.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.analyzers.Contraction(k=15, context="native").columns[0].name
+        'contraction'
+    """
+
+    k: int = 15
+    context: Context = "patched"
+    metric: Metric = "l2"
+    exclude: str = "sequence"
+    same_token: SameToken = "any"
+    name: str | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column(column_name(self, "contraction"), "nats"),)
+
+    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
+        return {self.columns[0].name: log_variance_ratio(cloud)}
+
+
+def log_variance_ratio(cloud: Cloud) -> Tensor:
+    """log(V_in / V_out) per query; NaN where either is rounding beside its random points' variance."""
+    assert cloud.images is not None
+    before = log_or_nan(total_variance(cloud.neighbors), cloud.spread_in)
+    return before - log_or_nan(total_variance(cloud.images), cloud.spread_out)

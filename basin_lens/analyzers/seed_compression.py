@@ -1,0 +1,58 @@
+"""The original guide's score as it was written, for comparison with earlier figures."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name, total_variance
+from basin_lens.neighbors import Metric, SameToken
+from basin_lens.transport import Context
+
+
+@dataclass(frozen=True)
+class SeedCompression(CloudAnalyzer):
+    """Negative log of the total variance of the native images of the k nearest points, the token itself among them.
+
+    seed = -log(V_out + 1e-10)
+
+    Everything in the bank counts, as in the guide: position 0, the same sequence, duplicates. The guide drops the embedding, so
+    its step l is our row l+1 and row 0 is NaN; the last row uses the final-normed output, as the guide's library does.
+    Unit: nats. Range: up to 23.03. It is input density in disguise and knows no confound: read `Compression` instead.
+
+    Args:
+        k: points, the token itself included.
+        name: column name.
+
+    Shapes: images `[q, k, d]` -> `[q]`.
+
+    Raises:
+        NeighborError: with an external bank, which does not hold the token itself.
+
+    Source: the original guide.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.analyzers.SeedCompression(k=15).exclude
+        'nothing'
+    """
+
+    k: int = 15
+    name: str | None = None
+    # Not to be chosen: anything else would not be the guide's score.
+    context: Context = field(default="native", init=False)
+    metric: Metric = field(default="l2", init=False)
+    exclude: str = field(default="nothing", init=False)
+    same_token: SameToken = field(default="any", init=False)
+    needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves", "final_norm"})
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column(column_name(self, "seed_compression"), "nats", high=23.03),)
+
+    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
+        assert cloud.images is not None and cloud.final_norm is not None
+        images = cloud.final_norm(cloud.images) if cloud.layer == cloud.n_layers - 1 else cloud.images
+        score = -(total_variance(images) + 1e-10).log()
+        return {self.columns[0].name: torch.full_like(score, torch.nan) if cloud.layer == 0 else score}

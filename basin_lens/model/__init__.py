@@ -1,0 +1,74 @@
+"""The only door to TransformerLens: loading, hook names, special tokens, block calls, fingerprints.
+
+Nothing outside this folder spells a hook name, a block attribute, a special-token rule or a TransformerLens
+import. Model classes are told apart by duck typing, never by importing them: TransformerLens 4 has no
+`HookedTransformer`, and asking it for one raises.
+"""
+
+from basin_lens.model.blocks import (
+    BlockCall,
+    FrozenPrefix,
+    RecordingPrefix,
+    call_block,
+    final_norm,
+    is_cache_slot,
+    record_calls,
+    rerun_with_state,
+)
+from basin_lens.model.hooks import (
+    cache_entry,
+    forward_pass,
+    measuring,
+    missing_points,
+    point_name,
+    reading,
+)
+from basin_lens.model.identity import (
+    check_model,
+    device_of,
+    fingerprint,
+    full_name,
+    has_absolute_positions,
+    kind_of,
+    n_context,
+    n_layers,
+    provenance,
+    tokenizer_of,
+    uses_bos,
+    vocabulary_size,
+    width,
+)
+from basin_lens.model.loading import cache_folder, embedded_file, load_model
+
+__all__ = [
+    "BlockCall",
+    "FrozenPrefix",
+    "RecordingPrefix",
+    "cache_entry",
+    "cache_folder",
+    "call_block",
+    "check_model",
+    "device_of",
+    "embedded_file",
+    "final_norm",
+    "fingerprint",
+    "forward_pass",
+    "full_name",
+    "has_absolute_positions",
+    "is_cache_slot",
+    "kind_of",
+    "load_model",
+    "measuring",
+    "missing_points",
+    "n_context",
+    "n_layers",
+    "point_name",
+    "provenance",
+    "reading",
+    "record_calls",
+    "rerun_with_state",
+    "tokenizer_of",
+    "uses_bos",
+    "vocabulary_size",
+    "width",
+]

@@ -1,0 +1,160 @@
+"""Calling one block by itself, with the very arguments that it gets inside the model."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from basin_lens.errors import TransportError
+from basin_lens.model.hooks import forward_pass, measuring, point_name
+from basin_lens.model.identity import n_layers
+
+
+class _CacheSlot:
+    """Stands where the model passed its key/value cache to the block."""
+
+    def __repr__(self) -> str:
+        return "<key/value cache>"
+
+
+CACHE_SLOT = _CacheSlot()
+
+
+def is_cache_slot(value: Any) -> bool:
+    """Whether a recorded argument stands for the block's key/value cache."""
+    return value is CACHE_SLOT
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that one block got in a pass over `[batch, pos]` tokens, without the states themselves."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(repr=False)
+
+    def leaves(self) -> list[Any]:
+        """Every argument, in order."""
+        return [*self.args, *self.kwargs.values()]
+
+
+class FrozenPrefix:
+    """A key/value cache that shows every new row the same prefix and stores nothing."""
+
+    is_compileable = False
+
+    def __init__(self, keys: Float[Tensor, "batch kv pos d_head"], values: Float[Tensor, "batch kv pos d_head"]) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Prefix first, then the new rows."""
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Length of the prefix."""
+        return self.keys.shape[-2]
+
+
+class RecordingPrefix:
+    """An empty key/value cache that remembers what one block call put into it (after rotary, before the group repeat)."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Remember and pass on."""
+        self.seen.append((keys, values))
+        return keys, values
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Nothing is there before the call."""
+        return 0
+
+
+def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:
+    """The arguments of every block in one pass over `tokens`: masks, rotary tables, positions, alibi, whatever there is.
+
+    They depend on batch and length only, so any token ids will do.
+
+    Raises:
+        TransportError: a block ran more than once in the pass (recurrent depth), or not at all.
+    """
+    calls: list[list[BlockCall]] = [[] for _ in range(n_layers(model))]
+
+    def remember(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {name: _slot(value) for name, value in kwargs.items() if name not in {"hidden_states", "resid_pre"}}
+        calls[layer].append(BlockCall(tuple(_slot(value) for value in args[1:]), rest))
+
+    handles = []
+    try:
+        for layer, block in enumerate(model.blocks):
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda _module, args, kwargs, layer=layer: remember(layer, args, kwargs), with_kwargs=True
+                )
+            )
+        with measuring(model):
+            forward_pass(model, tokens, {})
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, seen in enumerate(calls):
+        if len(seen) != 1:
+            raise TransportError(
+                f"expected block {layer} to run once in a forward pass, got {len(seen)} times: with recurrent depth or "
+                "skipped blocks the map from layer to layer is not defined. Use another model."
+            )
+    return [seen[0] for seen in calls]
+
+
+def call_block(
+    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"], prefix: Any = None
+) -> Float[Tensor, "batch pos d"]:
+    """Run block `layer` on `states` with the arguments of `call`, the cache replaced by `prefix` (None: no cache)."""
+
+    def fill(value: Any) -> Any:
+        return prefix if is_cache_slot(value) else value
+
+    kwargs = {name: fill(value) for name, value in call.kwargs.items()}
+    if prefix is None and "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    dtype = next(model.parameters()).dtype
+    output = model.blocks[layer](states.to(dtype), *(fill(value) for value in call.args), **kwargs)
+    return (output[0] if isinstance(output, tuple) else output).float()
+
+
+def rerun_with_state(
+    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"]
+) -> Float[Tensor, "k d"]:
+    """The oracle (route R0): rerun the whole model k times with `states` put before block `layer` at `position`.
+
+    Returns:
+        the states that leave the block at that position. Costs k full passes; public hooks only.
+    """
+    read: list[Tensor] = []
+
+    def put(state: Tensor) -> Tensor:
+        state = state.clone()
+        state[:, position] = states.to(state.dtype)
+        return state
+
+    readers = {point_name("resid_pre", layer): put, point_name("resid_post", layer): lambda t: read.append(t[:, position])}
+    with measuring(model):
+        forward_pass(model, tokens.expand(len(states), -1), readers)
+    return read[0].detach().float()
+
+
+def final_norm(model: Any, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    """The norm between the last block and the unembedding."""
+    with measuring(model):
+        dtype = next(model.parameters()).dtype
+        flat = states.reshape(1, -1, states.shape[-1]).to(dtype)
+        return model.ln_final(flat).float().reshape(states.shape)
+
+
+def _slot(value: Any) -> Any:
+    # By type, because the argument's name varies and GPT-2 passes it by position.
+    return CACHE_SLOT if any(cls.__name__ == "Cache" for cls in type(value).__mro__) else value

