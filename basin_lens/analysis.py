@@ -149,7 +149,8 @@ def score(
         conductor = _Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed)
         if keep_neighbors_of is not None:
             kept = conductor.keep(keep_neighbors_of, len(wanted))
-        with tqdm(total=len(wanted), desc="neighbors through blocks", unit="layer", disable=not progress) as bar:
+        bar = tqdm(total=len(wanted), desc="neighbors through blocks", unit="layer", disable=not progress)
+        with door.measuring(model), bar:
             for index, layer in enumerate(wanted):
                 for name, column in conductor.layer(layer, index).items():
                     values[name][index] = column
@@ -229,7 +230,8 @@ def neighborhood(
     bank = _bank(model, capture, bank, (layer,), progress)
     conductor = _Conductor(model, capture, bank, [analyzer], asked, seed=0)
     kept = conductor.keep(analyzer, 1)
-    conductor.layer(layer, 0)
+    with door.measuring(model):
+        conductor.layer(layer, 0)
     strings = bank.row_strings()
     lines = []
     for rank, other in enumerate(kept.rows[0, row].tolist()):
@@ -355,7 +357,7 @@ class _Conductor:
         answers = {column.name: torch.full((len(pre),), torch.nan) for a in analyzers for column in a.columns}
         halves: dict[str, list[Tensor]] = {name: [torch.full((len(pre),), torch.nan) for _ in (0, 1)] for name in answers}
         queries = torch.nonzero((union >= 0).any(1)).squeeze(1)
-        for part in query_chunks(queries, union.shape[1], block.rows_per_call):
+        for part in query_chunks(self.capture, queries, union.shape[1], block.rows_per_call):
             passed = maps.of_rows(part, union[part]) if needing else None
             for a in analyzers:
                 search = _Search.of(a)
@@ -454,7 +456,7 @@ class _Conductor:
         queries = candidates[picks].sort().values
         own, other = (group.cpu() for group in self.groups[exclude])
         before, after = [], []
-        for part in query_chunks(queries, _SPREAD_POINTS, 16 * _SPREAD_POINTS):
+        for part in query_chunks(self.capture, queries, _SPREAD_POINTS, 16 * _SPREAD_POINTS):
             rows = [self._random_rows(q, pool, own, other, generator) for q in part.tolist()]
             fewest = min(len(r) for r in rows)
             if fewest < 2:

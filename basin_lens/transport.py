@@ -26,10 +26,13 @@ from basin_lens.errors import TransportError
 Context = Literal["patched", "native", "solo"]
 CONTEXTS: tuple[Context, ...] = ("patched", "native", "solo")
 
-# About 1,000 rows a call keep two CPU cores at 0.8 of their matrix rate; groups of 128 keep attention between rows cheap.
+# About 1,000 rows a call keep the matrix products at full rate; groups of up to 64 balance the cost of attention between a group's
+# rows (grows with the group) against copies of the prefix (one per group). Calls take a few neighboring positions of many
+# sequences, because a call's prefix is as long as its last position.
 _ROWS_PER_CALL = {"cpu": 1024, "cuda": 8192}
-_ROWS_PER_GROUP = 128
-_PREFIXES_AT_ONCE = 8
+_ROWS_PER_GROUP = 64
+_SEQUENCES_AT_ONCE = 64
+_POSITIONS_AT_ONCE = 4
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -120,60 +123,67 @@ class PatchedBlock:
         """Rows that one call should have to run at full speed."""
         return _ROWS_PER_CALL.get(self.states.device.type, 1024)
 
-    def __call__(
-        self,
-        queries: Int[Tensor, " q"],
-        points: Float[Tensor, "q m d"],
-        present: Bool[Tensor, "q m"] | None = None,
-    ) -> Float[Tensor, "q m d"]:
-        """Images of `points[i]` in the context of row `queries[i]`; zero where not `present`.
+    def __call__(self, queries: Int[Tensor, " q"], points: Float[Tensor, "q m d"]) -> Float[Tensor, "q m d"]:
+        """Images of `points[i]` in the context of row `queries[i]`."""
+        rows = torch.arange(points.shape[0] * points.shape[1], device=points.device).view(points.shape[:2])
+        return self.of_rows(points.flatten(0, 1), queries, rows)
 
-        Raises:
-            TransportError: a query at position 0 is fine for R1 only; any failure of the block itself is raised as it is.
-        """
-        keep = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if present is None else present
-        images = torch.zeros_like(points)
-        if not bool(keep.any()):
-            return images
-        owner = queries.to(keep.device)[:, None].expand(keep.shape)[keep].cpu()
+    def of_rows(
+        self, bank: Float[Tensor, "bank d"], queries: Int[Tensor, " q"], rows: Int[Tensor, "q m"]
+    ) -> Float[Tensor, "q m d"]:
+        """Images of rows of `bank` in the context of each query; zero where the row is -1."""
         run = self._packed if self.route == "R2" else self._whole
+        owner = queries.cpu()[:, None].expand(rows.shape)
         with door.measuring(self.model):
-            images[keep] = run(owner, points[keep])
-        return images
+            present = rows >= 0
+            if bool(present.all()):
+                return run(bank, owner.reshape(-1), rows.reshape(-1)).view(*rows.shape, -1)
+            images = bank.new_zeros(*rows.shape, bank.shape[1])
+            if bool(present.any()):
+                images[present] = run(bank, owner[present.cpu()], rows[present])
+            return images
 
     # -- R2 -----------------------------------------------------------------------------------------------------------
 
-    def _packed(self, owner: Int[Tensor, " n"], points: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        seqs = self._seq[owner]
-        order = torch.argsort(seqs, stable=True)
+    def _packed(self, bank: Float[Tensor, "bank d"], owner: Int[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        seqs, order = self._seq[owner].sort(stable=True)
         groups: list[Tensor] = []
-        for seq in seqs[order].unique_consecutive():
-            groups += list(order[seqs[order] == seq].split(_ROWS_PER_GROUP))
-        per_call = max(1, self.rows_per_call // _ROWS_PER_GROUP)
-        images = torch.empty_like(points)
+        for same in order.split(seqs.unique_consecutive(return_counts=True)[1].tolist()):
+            count = -(-len(same) // _ROWS_PER_GROUP)
+            groups += same.split(-(-len(same) // count))
+        groups.sort(key=lambda group: int(group[0]))
+        per_call = max(1, self.rows_per_call // max(len(group) for group in groups))
+        pieces = []
         for first in range(0, len(groups), per_call):
             chosen = groups[first : first + per_call]
-            rows = max(len(group) for group in chosen)
+            longest = max(len(group) for group in chosen)
             # Short groups are filled up with their own first pair; what comes back for it is dropped.
-            index = torch.stack([torch.cat([g, g[:1].expand(rows - len(g))]) for g in chosen])
-            output = self._pack_call(seqs[index[:, 0]].tolist(), self._pos[owner[index]], points[index.to(points.device)])
-            for group, out in zip(chosen, output, strict=True):
-                images[group.to(images.device)] = out[: len(group)]
-        return images
+            index = torch.stack([torch.cat([g, g[:1].expand(longest - len(g))]) for g in chosen])
+            points = bank[rows[index.to(rows.device)]]
+            output = self._pack_call(self._seq[owner[index[:, 0]]].tolist(), self._pos[owner[index]], points)
+            if all(len(group) == longest for group in chosen):
+                pieces.append(output.flatten(0, 1))
+            else:
+                pieces += [out[: len(group)] for group, out in zip(chosen, output, strict=True)]
+        images = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        order = torch.cat(groups)
+        in_order = bool((order.diff() > 0).all())
+        return images if in_order else images[torch.argsort(order).to(images.device)]
 
     def _pack_call(
         self, seqs: list[int], positions: Int[Tensor, "groups n"], points: Float[Tensor, "groups n d"]
     ) -> Float[Tensor, "groups n d"]:
         """One block call: each group's rows see the prefix before their query's position, and themselves."""
         device = points.device
-        keys, values = self._prefix(seqs)
+        seen = max(1, int(positions.max()))  # the mask is causal: no row sees a column from its query's own on
+        keys, values = self._prefix(seqs, seen)
         positions = positions.to(device)
 
         def argument(value: Any) -> Any:
             if isinstance(value, tuple | list):
                 return type(value)(argument(item) for item in value)
             if _is_mask(value, self.length):
-                return self._pack_mask(value, positions)
+                return self._pack_mask(value, positions, seen)
             if isinstance(value, Tensor):
                 return value[0].to(device)[positions]
             return value
@@ -181,28 +191,23 @@ class PatchedBlock:
         call = door.BlockCall(tuple(map(argument, self.call.args)), {k: argument(v) for k, v in self.call.kwargs.items()})
         return door.call_block(self.model, self.layer, call, points, door.FrozenPrefix(keys, values))
 
-    def _pack_mask(self, mask: Tensor, positions: Int[Tensor, "groups n"]) -> Float[Tensor, "groups 1 n columns"]:
+    def _pack_mask(self, mask: Tensor, positions: Int[Tensor, "groups n"], seen: int) -> Float[Tensor, "groups 1 n columns"]:
         lowest = torch.finfo(mask.dtype).min
         prefix = mask[0, 0].to(positions.device)[positions]
-        prefix = prefix.scatter(2, positions[..., None], lowest)  # the query's own column: its place is taken by the row
+        # The query's own column: its place is taken by the row.
+        prefix = prefix.scatter(2, positions[..., None], lowest)[..., :seen]
         own = torch.full((positions.shape[1],) * 2, lowest, dtype=mask.dtype, device=positions.device).fill_diagonal_(0)
         return torch.cat([prefix, own.expand(len(positions), -1, -1)], dim=2)[:, None]
 
-    def _prefix(self, seqs: list[int]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the sequences' tokens, recomputed from their states by one ordinary block call."""
+    def _prefix(self, seqs: list[int], seen: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the sequences' first tokens, recomputed from their states by the block itself."""
         for seq in dict.fromkeys(seqs):
             if seq not in self._prefixes:
-                recorder = door.RecordingPrefix()
-                door.call_block(self.model, self.layer, self.call, self._sequence(seq)[None], recorder)
-                if len(recorder.seen) != 1:
-                    raise TransportError(
-                        f"expected block {self.layer} to fill its cache once, got {len(recorder.seen)} times. This model needs R1."
-                    )
-                self._prefixes[seq] = recorder.seen[0]
+                self._prefixes[seq] = door.keys_and_values(self.model, self.layer, self.call, self._sequence(seq)[None])
             self._prefixes.move_to_end(seq)
-        keys = torch.cat([self._prefixes[seq][0] for seq in seqs])
-        values = torch.cat([self._prefixes[seq][1] for seq in seqs])
-        while len(self._prefixes) > _PREFIXES_AT_ONCE:
+        keys = torch.cat([self._prefixes[seq][0][:, :, :seen] for seq in seqs])
+        values = torch.cat([self._prefixes[seq][1][:, :, :seen] for seq in seqs])
+        while len(self._prefixes) > _SEQUENCES_AT_ONCE:
             self._prefixes.popitem(last=False)
         return keys, values
 
@@ -215,16 +220,16 @@ class PatchedBlock:
 
     # -- R1 -----------------------------------------------------------------------------------------------------------
 
-    def _whole(self, owner: Int[Tensor, " n"], points: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        copies = max(1, min(len(points), self.rows_per_call // self.length))
+    def _whole(self, bank: Float[Tensor, "bank d"], owner: Int[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        copies = max(1, min(len(rows), self.rows_per_call // self.length))
         call = self.probe.call(self.layer, copies)
-        images = torch.empty_like(points)
-        for first in range(0, len(points), copies):
-            part = slice(first, min(first + copies, len(points)))
+        images = bank.new_empty(len(rows), bank.shape[1])
+        for first in range(0, len(rows), copies):
+            part = slice(first, min(first + copies, len(rows)))
             batch = torch.stack([self._sequence(seq) for seq in self._seq[owner[part]].tolist()])
             index = torch.arange(len(batch), device=batch.device)
             positions = self._pos[owner[part]].to(batch.device)
-            batch[index, positions] = points[part]
+            batch[index, positions] = bank[rows[part]]
             padded = torch.cat([batch, batch[:1].expand(copies - len(batch), -1, -1)])
             images[part] = door.call_block(self.model, self.layer, call, padded)[index, positions]
         return images
@@ -244,11 +249,10 @@ class Images:
 
     def of_rows(self, queries: Int[Tensor, " q"], rows: Int[Tensor, "q m"]) -> Float[Tensor, "q m d"]:
         """Images of bank rows for each query; zero where the row is -1."""
-        present = rows >= 0
         if self.context == "patched":
             assert self.block is not None
-            points = self.pre[rows.clamp_min(0)] * present[..., None]
-            return self.block(queries, points, present)
+            return self.block.of_rows(self.pre, queries, rows)
+        present = rows >= 0
         return self.post[rows.clamp_min(0)] * present[..., None]
 
 
@@ -285,9 +289,17 @@ def solo_images(probe: Probe, layer: int, states: Float[Tensor, "rows d"]) -> Fl
     return answers
 
 
-def query_chunks(queries: Int[Tensor, " q"], points_per_query: int, rows: int) -> Iterator[Int[Tensor, " part"]]:
-    """Consecutive queries, so many that one block call is full."""
-    yield from queries.split(max(1, rows // max(1, points_per_query)))
+def query_chunks(
+    capture: Capture, queries: Int[Tensor, " q"], points_per_query: int, rows: int
+) -> Iterator[Int[Tensor, " part"]]:
+    """Queries in parts that fill one block call each, a few neighboring positions of many sequences at a time."""
+    at = queries.cpu()
+    seq, pos = capture.row_seq[at], capture.row_pos[at]
+    width = len(capture.sequences)
+    order = ((seq // _SEQUENCES_AT_ONCE) * (int(capture.lengths.max()) + 1) + pos // _POSITIONS_AT_ONCE) * width + seq
+    size = rows // max(1, points_per_query)
+    size = size - size % _POSITIONS_AT_ONCE if size > _POSITIONS_AT_ONCE else max(1, size)
+    yield from queries[order.argsort(stable=True).to(queries.device)].split(size)
 
 
 def check(

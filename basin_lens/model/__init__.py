@@ -8,10 +8,10 @@ import. Model classes are told apart by duck typing, never by importing them: Tr
 from basin_lens.model.blocks import (
     BlockCall,
     FrozenPrefix,
-    RecordingPrefix,
     call_block,
     final_norm,
     is_cache_slot,
+    keys_and_values,
     record_calls,
     rerun_with_state,
 )
@@ -43,7 +43,6 @@ from basin_lens.model.loading import cache_folder, embedded_file, load_model
 __all__ = [
     "BlockCall",
     "FrozenPrefix",
-    "RecordingPrefix",
     "cache_entry",
     "cache_folder",
     "call_block",
@@ -56,6 +55,7 @@ __all__ = [
     "full_name",
     "has_absolute_positions",
     "is_cache_slot",
+    "keys_and_values",
     "kind_of",
     "load_model",
     "measuring",

@@ -56,22 +56,37 @@ class FrozenPrefix:
         return self.keys.shape[-2]
 
 
-class RecordingPrefix:
-    """An empty key/value cache that remembers what one block call put into it (after rotary, before the group repeat)."""
+class _Recorded(Exception):  # noqa: N818 - a signal, not an error
+    """Carries the keys and values out of a block call that needs to go no further."""
+
+
+class _RecordingPrefix:
+    """An empty key/value cache that ends the block call as soon as it has seen the keys and values."""
 
     is_compileable = False
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Remember and pass on."""
-        self.seen.append((keys, values))
-        return keys, values
+        raise _Recorded(keys, values)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Nothing is there before the call."""
         return 0
+
+
+def keys_and_values(
+    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"]
+) -> tuple[Float[Tensor, "batch kv pos d_head"], Float[Tensor, "batch kv pos d_head"]]:
+    """Keys (after rotary) and values that block `layer` computes from `states`, before the grouped-query repeat.
+
+    The block runs only as far as its cache: attention and feed-forward are most of its cost.
+
+    Raises:
+        TransportError: the block does not use its cache.
+    """
+    try:
+        call_block(model, layer, call, states, _RecordingPrefix())
+    except _Recorded as seen:
+        return seen.args[0].detach(), seen.args[1].detach()
+    raise TransportError(f"expected block {layer} to put its keys and values into its cache, got a block that does not. Use R1.")
 
 
 def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,8 @@ from basin_lens.model.identity import hf_config, kind_of, n_layers
 _SHORT = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
 # A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
 _CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
+
+_measured: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def point_name(point: str, layer: int) -> str:
@@ -67,8 +70,15 @@ def reading(model: Any, readers: Mapping[str, Callable[[Tensor], Tensor | None]]
 def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
     """The state in which every measurement runs: no dropout, eager attention, gradients on or off; put back after.
 
-    Eager attention because the other kernels neither show their pattern nor take a 4-D mask.
+    Eager attention because the other kernels neither show their pattern nor take a 4-D mask. Inside another `measuring` of the
+    same model only the gradients are switched: walking a model's modules costs more than one packed block call.
     """
+    # A caller's inference_mode must not leak into tensors that we keep or differentiate.
+    modes = [torch.inference_mode(False), torch.enable_grad() if gradients else torch.no_grad()]
+    if _measured.get(model):
+        with modes[0], modes[1]:
+            yield
+        return
     modules = {id(m): m for root in (model, getattr(model, "original_model", None)) if root is not None for m in root.modules()}
     trained = [m for m in modules.values() if m.training]
     config = hf_config(model)
@@ -80,10 +90,11 @@ def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
             module.training = False
         if switch:
             inner.set_attn_implementation("eager")
-        # A caller's inference_mode must not leak into tensors that we keep or differentiate.
-        with torch.inference_mode(False), torch.enable_grad() if gradients else torch.no_grad():
+        _measured[model] = True
+        with modes[0], modes[1]:
             yield
     finally:
+        _measured.pop(model, None)
         for module in trained:
             module.training = True
         if switch:

@@ -1,0 +1,123 @@
+"""How fast the patched pass is, beside rerunning the block per query and beside the machine's own matrix rate.
+
+    python tests/benchmarks/transport.py
+
+Prints what it measures; the last line is JSON. Ratios are taken in one run, because these machines are noisy: each pair is timed
+several times in turn and the medians are compared.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+import basin_lens as bl
+from basin_lens import model as door
+from basin_lens.texts import reference_passages
+from basin_lens.transport import PatchedBlock, Probe, query_chunks
+
+K, LENGTH, LAYER, ROUNDS = 15, 128, 12, 7
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(*functions, rounds=ROUNDS):
+    """Median seconds of each function, taken in turn after one warm-up each."""
+    for function in functions:
+        function()
+    times = [[timed(function) for function in functions] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def block_multiply_adds(model, layer):
+    """Multiply-adds of one token in the block's own matrices (attention between tokens left out)."""
+    return sum(p.numel() for p in model.original_model.model.layers[layer].parameters() if p.ndim == 2)
+
+
+def peak_megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main():
+    torch.manual_seed(0)
+    model = bl.load_model()
+    text = "\n".join(p.text for p in reference_passages())
+    tokens = torch.tensor(model.tokenizer(text)["input_ids"])[: 24 * LENGTH].reshape(24, LENGTH)
+
+    # Capture against the plain forward pass.
+    def plain():
+        with torch.no_grad():
+            for part in tokens.split(8):
+                model(part, return_type="logits")
+
+    plain_s, capture_s = in_turn(plain, lambda: bl.Capture.from_texts(model, tokens, batch_size=8, progress=False), rounds=5)
+    print(f"plain forward {tokens.numel() / plain_s:8.0f} tokens/s; capture of all residuals {capture_s / plain_s:.3f} times its time")
+
+    # Patched transport of 8 sequences' tokens, 15 neighbors each, at one layer.
+    capture = bl.Capture.from_texts(model, tokens, layers=[LAYER], progress=False)
+    states = capture.resid_pre(LAYER)
+    block = PatchedBlock(model, capture, LAYER, Probe(model, LENGTH), states)
+    queries = torch.nonzero((capture.row_pos > 0) & (capture.row_seq < 8)).squeeze(1)
+    rows = torch.randint(len(states), (len(queries), K))
+
+    def patched():
+        for part in query_chunks(capture, queries, K, block.rows_per_call):
+            block.of_rows(states, part, rows[: len(part)])
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    sample = queries[torch.randint(len(queries), (3,))].tolist()
+    whole = PatchedBlock(model, capture, LAYER, block.probe, states, "R1")
+
+    def rerun():  # the block on the whole sequence, k copies per query
+        for query in sample:
+            whole(torch.tensor([query]), states[rows[:1]])
+
+    with door.measuring(model):
+        patched_s, matmul_s, rerun_s = in_turn(patched, lambda: [a @ b for _ in range(10)], rerun)
+        r2 = block(torch.tensor(sample), states[rows[:3]])
+        r1 = whole(torch.tensor(sample), states[rows[:3]])
+        r0 = torch.stack([
+            door.rerun_with_state(model, tokens[int(capture.row_seq[q])], LAYER, int(capture.row_pos[q]), states[rows[i]])
+            for i, q in enumerate(sample)
+        ])  # fmt: skip
+    scale = float(capture.resid_post(LAYER)[capture.row_pos > 0].square().mean().sqrt())
+    rate = 2 * block_multiply_adds(model, LAYER) * len(queries) * K / patched_s
+    matrix_rate = 10 * 2 * 2048**3 / matmul_s
+    speedup = (rerun_s / len(sample)) / (patched_s / len(queries))
+    print(f"patched {len(queries) * K / patched_s:8.0f} pairs/s, {rate / 1e9:.0f} GFLOP/s; matrix product {matrix_rate / 1e9:.0f} GFLOP/s")
+    print(f"share of the matrix rate {rate / matrix_rate:.2f}; faster than rerunning the block per query {speedup:.0f} times")
+
+    # Memory: the states of the captured layers plus one chunk.
+    before = peak_megabytes()
+    big = bl.Capture.from_texts(model, tokens, progress=False)
+    bl.analyze(model, big, [bl.analyzers.Compression(k=K)], layers=[LAYER], progress=False)
+    states_mb = sum(s.numel() * 4 for s in big._states.values()) / 2**20
+    print(f"all {door.n_layers(model)} layers captured and one scored: {peak_megabytes() - before:.0f} MB on top, states {states_mb:.0f} MB; "
+          f"N*k*d would be {big.n_rows * K * door.width(model) * 4 / 2**20:.0f} MB")  # fmt: skip
+
+    started = [timed(lambda: subprocess.run([sys.executable, "-c", "import basin_lens"], check=True)) for _ in range(5)]
+    bare = [timed(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)) for _ in range(5)]
+    import_s = statistics.median(started) - statistics.median(bare)
+    print(f"import basin_lens: {import_s:.3f} s")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    print(json.dumps({
+        "benchmark": "transport", "commit": commit, "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "model": "smollm2-135m", "length": LENGTH, "k": K,
+        "capture_over_forward": round(capture_s / plain_s, 3), "share_of_matrix_rate": round(rate / matrix_rate, 3),
+        "times_faster_than_rerun": round(speedup, 1), "max_error_r2_r1": float((r2 - r1).abs().max()) / scale,
+        "max_error_r2_r0": float((r2 - r0).abs().max()) / scale, "extra_memory_mb": round(peak_megabytes() - before),
+        "states_mb": round(states_mb), "import_s": round(import_s, 3),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Tiny random models, a tokenizer made here, and run-time checks of shapes and types in basin_lens."""
+
+import os
+import shutil
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Shapes and types in signatures are checked in tests only; users pay nothing for them.
+_hook = install_import_hook("basin_lens", "beartype.beartype")
+_hook.__enter__()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
+PACKED = ("llama", "gpt2", "neox", "gemma2")
+VOCAB = 211
+
+
+def has_hooked_transformer() -> bool:
+    """Whether this lane has TransformerLens 3.9's HookedTransformer. Even `hasattr` raises on TransformerLens 4."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+hooked_lane = pytest.mark.skipif(not has_hooked_transformer(), reason="needs TransformerLens 3.9")
+
+
+def make_hf(name: str, seed: int = 0, **changes):
+    """A tiny random Hugging Face model: name in `TINY`."""
+    from transformers import (
+        AutoModelForCausalLM,
+        BloomConfig,
+        Gemma2Config,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+    )
+
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    room = {"intermediate_size": 64, "max_position_embeddings": 64}
+    # Wide initial weights: with the usual 0.02 the blocks would hardly move a state, and any route would look exact.
+    wide = {"initializer_range": 0.2}
+    config = {
+        "llama": lambda: LlamaConfig(**shape | room | wide | {"num_key_value_heads": 2} | changes),
+        "gpt2": lambda: GPT2Config(
+            **{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | wide | changes
+        ),
+        "neox": lambda: GPTNeoXConfig(**shape | room | wide | changes),
+        "gemma2": lambda: Gemma2Config(
+            **shape | room | wide | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6} | changes
+        ),
+        "bloom": lambda: BloomConfig(**{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4} | wide | changes),
+    }[name]()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer trained on a few sentences here: real offsets, any text, no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|start|>", "<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>")
+
+
+TEXTS = [
+    "The ferry had stopped running in October, and the lamp had a voice of its own.",
+    "She climbed the ninety steps with her tea in a jar and sat down beside the glass.",
+    "Heat a steel blade until it glows, then plunge it into cold water, and you have trapped it.",
+    "The water allows no such time, so the carbon stays where it was, wedged in a crystal.",
+    "The man about the piano came at four, and the clock was eleven minutes slow.",
+    "Nobody reads the clock, said the boy, and the man took the piano away in the rain.",
+]
+
+
+def make_bridge(name: str, seed: int = 0, tokenizer=None, **changes):
+    """A tiny random TransformerBridge: name in `TINY`. With a tokenizer, the vocabulary is widened to it."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    if tokenizer is not None:
+        changes = {"vocab_size": len(tokenizer)} | changes
+    model = make_hf(name, seed, **changes)
+    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer)
+
+
+def make_hooked(seed: int = 0, **changes):
+    """A tiny random HookedTransformer (TransformerLens 3.9)."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    settings = {
+        "n_layers": 3, "d_model": 32, "n_ctx": 64, "d_head": 8, "n_heads": 4, "d_mlp": 64, "d_vocab": VOCAB, "act_fn": "gelu",
+        "positional_embedding_type": "rotary", "rotary_dim": 8, "normalization_type": "LN", "seed": seed, "device": "cpu",
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    return HookedTransformer(HookedTransformerConfig(**settings | changes)).eval()
+
+
+def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> torch.Tensor:
+    """Random token ids that any tiny model takes."""
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama(tokenizer):
+    """A tiny Llama with a tokenizer, shared: tests must leave it as they found it."""
+    return make_bridge("llama", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def capture(llama):
+    import basin_lens as bl
+
+    return bl.Capture.from_texts(llama, TEXTS, progress=False)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    import basin_lens as bl
+
+    return bl.load_model("smollm2-135m")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_found():
+    """No test may leave gradients or the default type switched."""
+    yield
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def chromium() -> str | None:
+    """Path of a Chromium that can be driven, or None."""
+    if shutil.which("chromedriver") is None:
+        return None
+    return shutil.which("chromium") or shutil.which("chromium-browser")
