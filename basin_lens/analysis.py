@@ -675,6 +675,6 @@ def _texts_hash(capture: Capture) -> str:
     return hashlib.blake2b(repr([s.tokens for s in capture.sequences]).encode(), digest_size=8).hexdigest()
 
 
-def _finite(bound: float) -> float | None:
+def _finite(bound: float | int) -> float | int | None:
     """A bound as JSON has it: None for no bound."""
     return bound if np.isfinite(bound) else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,7 @@ from basin_lens.texts import (
     Passage,
     TokenSequence,
     from_token_ids,
+    longest_sequence,
     read_passages,
     reference_passages,
     token_strings,
@@ -54,6 +55,7 @@ class TokenBatch:
     memory: dict[str, Any]
 
 
+@runtime_checkable
 class TokenMeasure(Protocol):
     """What a capture asks of a token analyzer (`basin_lens.analyzers.TokenAnalyzer` is the base class)."""
 
@@ -127,7 +129,8 @@ class Capture:
             data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, or a LongTensor `[batch, pos]`.
             layers: block indices; None: all.
             analyzers: token analyzers to fill during the pass; None: none.
-            max_length: longest sequence in tokens, BOS counted; longer texts become several sequences.
+            max_length: longest sequence in tokens, BOS counted (the model's context if that is shorter); longer texts become
+                several sequences.
             batch_size: sequences per pass; None: about 1,000 tokens.
             prepend_bos: None: the model's default.
             store: a new folder to keep the states in instead of memory (safetensors, one file per batch).
@@ -147,7 +150,8 @@ class Capture:
             passages = read_passages(data)
             sequences = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
         bos = door.uses_bos(model, prepend_bos) if passages is not None else None
-        settings = {"max_length": max_length, "bos": bos, "source": "tokens" if passages is None else "texts"}
+        longest = longest_sequence(model, max_length)
+        settings = {"max_length": longest, "bos": bos, "source": "tokens" if passages is None else "texts"}
         capture = cls._empty(model, sequences, passages, chosen, settings)
         if store is None:
             capture._fill(model, token_analyzers, batch_size, progress, keep_states=True)
@@ -568,7 +572,7 @@ def reference_capture(model: Any, layers: Sequence[int], *, prepend_bos: bool | 
     """
     door.check_model(model)
     passages = list(reference_passages())
-    length = min(256, door.n_context(model))
+    length = longest_sequence(model, 256)
     names = [door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
     import hashlib
 

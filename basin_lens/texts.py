@@ -124,14 +124,14 @@ def reference_passages() -> tuple[Passage, ...]:
 def tokenize(
     model: Any, passages: list[Passage], *, max_length: int = 128, prepend_bos: bool | None = None
 ) -> list[TokenSequence]:
-    """Token sequences of at most `max_length` tokens, BOS counted; longer passages become several, cut at token borders.
+    """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
 
     The tokenizer is called by itself, because the model's own `to_tokens` may reload it and hides the offsets. Strings that
     spell a special token become that token, as in the model's own `to_tokens`.
 
     Raises:
         TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, or `max_length` is
-            below 2 or above the model's context.
+            below 2.
     """
     tokenizer = door.tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -139,7 +139,7 @@ def tokenize(
             "expected a model with a fast tokenizer (one that gives character offsets), got "
             f"{type(tokenizer).__name__ if tokenizer is not None else 'none'}. Pass token ids as a LongTensor instead."
         )
-    check_length(model, max_length)
+    max_length = longest_sequence(model, max_length)
     bos = door.uses_bos(model, prepend_bos)
     room = max_length - (bos is not None)
     sequences = []
@@ -193,16 +193,21 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
     short = next((index for index, row in enumerate(rows) if len(row) < 2), None)
     if not rows or short is not None:
         raise TextError(f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0}.")
-    check_length(model, max(len(row) for row in rows))
+    longest = max(len(row) for row in rows)
+    if longest > door.n_context(model):
+        raise TextError(f"expected sequences of at most {door.n_context(model)} tokens (the model's context), got {longest}.")
     return [TokenSequence(row, index, (-1,) * len(row), (-1,) * len(row)) for index, row in enumerate(rows)]
 
 
-def check_length(model: Any, length: int) -> None:
-    """Refuse sequences that the model cannot read in one piece."""
-    if not 2 <= length <= door.n_context(model):
-        raise TextError(
-            f"expected max_length between 2 and the model's context of {door.n_context(model)} tokens, got {length}."
-        )
+def longest_sequence(model: Any, max_length: int) -> int:
+    """`max_length`, or the model's context if that is shorter.
+
+    Raises:
+        TextError: below 2, where no token could be scored.
+    """
+    if max_length < 2:
+        raise TextError(f"expected max_length of at least 2 tokens, got {max_length}: position 0 is never scored.")
+    return min(max_length, door.n_context(model))
 
 
 def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:

@@ -98,7 +98,10 @@ def make_bridge(name: str, seed: int = 0, tokenizer=None, **changes):
     if tokenizer is not None:
         changes = {"vocab_size": len(tokenizer)} | changes
     model = make_hf(name, seed, **changes)
-    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer)
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    # Set afterwards: TransformerLens would reload a tokenizer that it is given, from a folder that this one never had.
+    bridge.tokenizer = tokenizer
+    return bridge
 
 
 def make_hooked(seed: int = 0, **changes):

@@ -28,8 +28,8 @@ class Column:
 
     name: str
     unit: str
-    low: float = -float("inf")
-    high: float = float("inf")
+    low: float | int = -float("inf")
+    high: float | int = float("inf")
 
 
 @dataclass(frozen=True)
