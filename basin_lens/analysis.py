@@ -84,12 +84,17 @@ def analyze(
 
 @dataclass(frozen=True)
 class KeptNeighbors:
-    """Who the neighbors are, for reports: bank rows and distances before and after the block, `[layers, rows, k]` (-1, NaN: none)."""
+    """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN: none.
+
+    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves.
+    """
 
     rows: np.ndarray
     before: np.ndarray
     after: np.ndarray
-    bank: Capture
+    bank: pd.DataFrame
+    score: str
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -303,9 +308,15 @@ class _Conductor:
     def keep(self, analyzer: CloudAnalyzer, n_layers: int) -> KeptNeighbors:
         """Remember the neighbors of one analyzer from here on."""
         shape = (n_layers, self.capture.n_rows, analyzer.k)
+        bank = self.bank
+        rows = pd.DataFrame({
+            "token": bank.row_strings(), "doc": [bank.docs[s] for s in bank.row_seq.tolist()], "seq": bank.row_seq.numpy(),
+            "pos": bank.row_pos.numpy(),
+        })  # fmt: skip
         kept = KeptNeighbors(
-            np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32), self.bank
-        )
+            np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32), rows,
+            analyzer.columns[0].name, not self.external,
+        )  # fmt: skip
         self._kept = (analyzer, kept)
         return kept
 

@@ -212,6 +212,21 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
 
 
+def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table as CSV (without provenance), all of it or nothing.
+
+    Raises:
+        StoreError: the place cannot be written.
+    """
+    target = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            table.to_csv(Path(folder) / "table", index=False)
+            os.replace(Path(folder) / "table", target)
+    except OSError as error:
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+
+
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table that `save` wrote.
 

@@ -1,0 +1,195 @@
+"""One offline page for a run: token view by layer and score, layer curve, neighbors on click, what was left out."""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.errors import StoreError, TableError
+
+_NOTES = (
+    "compression is how much more the block shrinks the variance of a token's neighborhood than it shrinks unrelated states "
+    "passed through the same block in the same context (natural logarithm of the ratio of ratios). Positive: the neighborhood is "
+    "drawn together more than unrelated states are; negative: less. 0 is what any rotation, shift or scaling gives.",
+    "contraction is the same without the comparison to unrelated states. raw_compression is the log variance of the neighbors' "
+    "outputs alone: it mostly tells how dense the neighborhood was to begin with, and moves with the growth of norms.",
+    "A correlation with a score cannot exceed the square root of the product of the reliabilities: read differences between tokens "
+    "only where the split-half reliability is well above 0.",
+    "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
+    "correction for looking at many layers and scores.",
+)
+
+
+class KeptLike(Protocol):
+    """The neighbors behind one score: arrays `[layers, rows, k]` and the bank's rows."""
+
+    @property
+    def rows(self) -> np.ndarray: ...
+    @property
+    def before(self) -> np.ndarray: ...
+    @property
+    def after(self) -> np.ndarray: ...
+    @property
+    def bank(self) -> pd.DataFrame: ...
+    @property
+    def score(self) -> str: ...
+    @property
+    def own(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """A self-contained page. It carries its data and script, and asks no outside site for anything."""
+
+    html: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page, all of it or nothing.
+
+        Raises:
+            StoreError: the place cannot be written.
+        """
+        target = Path(path)
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+                (Path(folder) / "page").write_text(self.html, encoding="utf-8")
+                os.replace(Path(folder) / "page", target)
+        except OSError as error:
+            raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}.") from error
+
+
+def make_report(table: pd.DataFrame, *, neighbors: KeptLike | None = None, title: str = "Where does this model compress?") -> Report:
+    """A page to look at one run: token view (selectors for score and layer), layer curve, layer table, what was left out.
+
+    Args:
+        table: from `analyze`, of one run.
+        neighbors: the neighbors behind one score, shown when a token is clicked; None: not shown.
+        title: heading of the page.
+
+    Returns:
+        a `Report` with `.html` and `.save(path)`. Token texts and labels are data in it, never markup.
+
+    Raises:
+        TableError: several runs, or no scores.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> table = bl.analyze(model, "The cat sat on the mat.", [bl.analyzers.Surprisal()], layers=[0], progress=False)
+        >>> "</html>" in bl.views.make_report(table).html
+        True
+    """
+    runs = table["run"].unique().tolist()
+    if len(runs) != 1:
+        raise TableError(f"expected a table of one run, got {len(runs)}. Choose one: table[table.run == ...].")
+    facts = tables.provenance(table)[runs[0]]
+    scores = tables.scores(table)
+    if not scores:
+        raise TableError("expected a table with scores, got none.")
+    table = table.sort_values(["layer", "seq", "pos"], kind="stable")
+    layers = sorted(table["layer"].unique().tolist())
+    first = table[table["layer"] == layers[0]]
+    bank = None if neighbors is None else neighbors.bank
+    words = pd.concat([first["token"], *([] if bank is None else [bank["token"]])])
+    codes, strings = pd.factorize(words)
+    summary = tables.layer_summary(table)
+    bank_facts = facts.get("bank", {})
+    data = {
+        "title": title,
+        "about": _about(facts, first, bank_facts),
+        "notes": _NOTES,
+        "layers": layers,
+        "scores": [{"name": name, "unit": fact["unit"]} for name, fact in scores.items()],
+        "strings": [str(text) for text in strings],
+        "rows": codes[: len(first)].tolist(),
+        "positions": first["pos"].tolist(),
+        "sequences": _sequences(first, codes),
+        "values": [[_steps(part) for part in _by_layer(table, name, layers)] for name in scores],
+        "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
+        "n_documents": int(first["doc"].nunique()),
+        "left_out": [{"score": name, "counts": counts} for name, counts in facts.get("left_out", {}).items()],
+        "provenance": json.dumps({runs[0]: facts}, indent=1),
+        "neighbors": None if neighbors is None else _neighbors(neighbors, codes[len(first) :]),
+    }
+    # "<" never appears in the data, so no token can end the script element or open one.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    page = (resources.files("basin_lens") / "views" / "report.html").read_text(encoding="utf-8")
+    head, tail = page.split("__DATA__")
+    return Report(head.replace("__TITLE__", html.escape(title)) + text + tail)
+
+
+def _about(facts: dict[str, Any], first: pd.DataFrame, bank: dict[str, Any]) -> str:
+    model = facts["model"]
+    parts = [
+        f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
+        f"{len(first):,} tokens in {first['seq'].nunique()} sequences of {first['doc'].nunique()} documents.",
+    ]
+    if bank:
+        parts.append(f"Neighbors from {bank['source']} ({bank['points']:,} points).")
+    routes = sorted(set(facts.get("routes", {}).values()))
+    if routes:
+        parts.append(f"Routes {', '.join(routes)}; largest error found by the checks {max(facts['check_error'].values()):.1e} of the states' scale.")
+    return " ".join(parts)
+
+
+def _sequences(first: pd.DataFrame, codes: np.ndarray) -> list[dict[str, Any]]:
+    sequences, start = [], 0
+    for _, part in first.groupby("seq", sort=True):
+        sequences.append({"doc": str(part["doc"].iloc[0]), "tokens": codes[start : start + len(part)].tolist()})
+        start += len(part)
+    return sequences
+
+
+def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.ndarray]:
+    return [table.loc[table["layer"] == layer, name].to_numpy(float) for layer in layers]
+
+
+def _steps(values: np.ndarray) -> dict[str, Any]:
+    """Values as 16-bit steps between their lowest and highest, 65535 for NaN: far finer than what is shown."""
+    known = np.isfinite(values)
+    low, high = (float(values[known].min()), float(values[known].max())) if known.any() else (0.0, 0.0)
+    scaled = np.zeros(values.shape) if high == low else (np.where(known, values, low) - low) / (high - low) * 65534
+    steps = np.where(known, np.rint(scaled), 65535).astype("<u2")
+    return {"low": low, "high": high, "data": base64.b64encode(steps.tobytes()).decode()}
+
+
+def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> dict[str, Any]:
+    def column(suffix: str) -> list[float | None] | None:
+        if f"{name}_{suffix}" not in summary:
+            return None
+        return [None if not np.isfinite(v) else float(v) for v in summary[f"{name}_{suffix}"]]
+
+    return {
+        "mean": column("mean"), "low": column("low"), "high": column("high"), "reliability": column("reliability"),
+        "shown": analyzer != "Neighborhood",
+    }  # fmt: skip
+
+
+def _neighbors(kept: KeptLike, tokens: np.ndarray) -> dict[str, Any]:
+    bank = kept.bank
+    counts = bank.groupby("seq", sort=True).size()
+    return {
+        "k": int(kept.rows.shape[2]),
+        "score": kept.score,
+        "own": kept.own,
+        "rows": [base64.b64encode(layer.astype("<i4").tobytes()).decode() for layer in kept.rows],
+        "before": [_steps(layer.astype(float).ravel()) for layer in kept.before],
+        "after": [_steps(layer.astype(float).ravel()) for layer in kept.after],
+        "bank": {
+            "tokens": tokens.tolist(),
+            "seq": bank["seq"].tolist(),
+            "first": (counts.cumsum() - counts).tolist(),
+            "length": counts.tolist(),
+            "docs": bank.groupby("seq", sort=True)["doc"].first().astype(str).tolist(),
+        },
+    }
