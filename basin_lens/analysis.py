@@ -282,9 +282,11 @@ class _Conductor:
         self.searches: dict[_Search, int] = {}
         for a in analyzers:
             self.searches[_Search.of(a)] = max(a.k, self.searches.get(_Search.of(a), 0))
-        tokens = [[s.tokens for s in capture.sequences], [s.tokens for s in bank.sequences]]
-        keys = prefix_keys(*tokens) if self.external else prefix_keys(tokens[0]) * 2
+        texts = [[s.tokens for s in capture.sequences], [s.tokens for s in bank.sequences]]
+        keys = prefix_keys(*texts) if self.external else prefix_keys(texts[0]) * 2
         self.keys = [key.to(self.device) for key in keys]
+        self.tokens = [c.row_token.to(self.device) for c in (capture, bank)]
+        self.positions = [c.row_pos.to(self.device) for c in (capture, bank)]
         self.groups = {s.exclude: [g.to(self.device) for g in _groups(capture, bank, s.exclude)] for s in self.searches}
         for search, k in self.searches.items():
             self._refuse_hopeless(search, k)
@@ -333,7 +335,7 @@ class _Conductor:
         self.facts["routes"][str(layer)] = block.route if self.uses_block else "native"
         found = {s: self._find(s, k, layer, pre, bank_pre) for s, k in self.searches.items()}
         found_after = {
-            s: self._find(s, k, layer, post, bank_post)
+            s: self._find(s, k, layer, post, bank_post, after=True)
             for s, k in self.searches.items()
             if any("output_neighbors" in a.needs and _Search.of(a) == s for a in self.analyzers)
         }
@@ -362,36 +364,43 @@ class _Conductor:
         # Searches leave different rows out, so neighbors are laid out by row of the capture.
         wide = {s: self._by_row(*found[s]) for s in {_Search.of(a) for a in analyzers}}
         wide_after = {s: self._by_row(*found_after[s]) for s in wide if s in found_after}
-        hubness = {a: self._hubness(wide[_Search.of(a)].rows[:, : a.k]) for a in analyzers}
-        union, places = _union([wide[_Search.of(a)].rows for a in needing] or [w.rows for w in wide.values()])
-        place_of = {_Search.of(a): place for a, place in zip(needing, places, strict=False)}
+        hubness = {(_Search.of(a), a.k): self._hubness(wide[_Search.of(a)].rows[:, : a.k]) for a in analyzers}
+        passing = list(dict.fromkeys(_Search.of(a) for a in needing)) or list(wide)
+        union, found_places = _union([wide[search].rows for search in passing])
+        place_of = dict(zip(passing, found_places, strict=True))
         answers = {column.name: torch.full((len(pre),), torch.nan) for a in analyzers for column in a.columns}
         halves: dict[str, list[Tensor]] = {name: [torch.full((len(pre),), torch.nan) for _ in (0, 1)] for name in answers}
         queries = torch.nonzero((union >= 0).any(1)).squeeze(1)
         for part in query_chunks(self.capture, queries, union.shape[1], block.rows_per_call):
             passed = maps.of_rows(part, union[part]) if needing else None
+            clouds: dict[Any, tuple[Tensor, Cloud] | None] = {}  # analyzers with the same options look at the same cloud
             for a in analyzers:
                 search = _Search.of(a)
-                near = wide[search].rows[part, : a.k]
-                ready = near[:, -1] >= 0
-                if search in wide_after:
-                    ready &= wide_after[search].rows[part, a.k - 1] >= 0
-                if not bool(ready.any()):
+                options = (search, a.k, a.needs)
+                if options not in clouds:
+                    ready = wide[search].rows[part, a.k - 1] >= 0
+                    after = wide_after.get(search) if "output_neighbors" in a.needs else None
+                    if after is not None:
+                        ready &= after.rows[part, a.k - 1] >= 0
+                    clouds[options] = None
+                    if bool(ready.any()):
+                        at = part[ready]
+                        seen = None
+                        if passed is not None and "images" in a.needs:
+                            places = place_of[search][at, : a.k, None].expand(-1, -1, pre.shape[1])
+                            seen = passed[ready].gather(1, places)
+                        spread = spreads.get(a.exclude, (float("nan"),) * 2)
+                        cloud = self._cloud(layer, a, at, wide[search], maps, pre, post, hubness[search, a.k], spread, block, seen, after)
+                        clouds[options] = (at.cpu(), cloud)
+                entry = clouds[options]
+                if entry is None:
                     continue
-                at = part[ready]
-                cloud = self._cloud(
-                    layer, a, at, near[ready], wide[search].distances[at, : a.k], maps, pre, post, hubness[a][at],
-                    spreads.get(a.exclude, (float("nan"),) * 2), block,
-                    None if passed is None or "images" not in a.needs
-                    else passed[ready].gather(1, place_of[search][at, : a.k, None].expand(-1, -1, pre.shape[1])),
-                    None if search not in wide_after else wide_after[search],
-                )  # fmt: skip
-                there = at.cpu()
+                there, cloud = entry
                 for name, value in a.measure(cloud).items():
                     answers[name][there] = value.detach().float().cpu()
                 if "halves" in a.needs and a.k >= 4:
-                    for half, ranks in enumerate((torch.arange(0, a.k - a.k % 2, 2), torch.arange(1, a.k, 2))):
-                        for name, value in a.measure(cloud.take(ranks)).items():
+                    for half, split in enumerate(cloud.halves):
+                        for name, value in a.measure(split).items():
                             halves[name][half][there] = value.detach().float().cpu()
                 if self._kept is not None and self._kept[0] is a:
                     self._remember(index, cloud, there)
@@ -403,15 +412,16 @@ class _Conductor:
         return {name: answer.numpy() for name, answer in answers.items()}
 
     def _cloud(
-        self, layer: int, a: CloudAnalyzer, at: Tensor, rows: Tensor, distances: Tensor, maps: Images, pre: Tensor, post: Tensor,
-        hubness: Tensor, spread: tuple[float, float], block: PatchedBlock, passed: Tensor | None, after: Neighbors | None,
+        self, layer: int, a: CloudAnalyzer, at: Tensor, near: Neighbors, maps: Images, pre: Tensor, post: Tensor, hubness: Tensor,
+        spread: tuple[float, float], block: PatchedBlock, passed: Tensor | None, after: Neighbors | None,
     ) -> Cloud:  # fmt: skip
-        tokens, positions = self.capture.row_token.to(self.device), self.capture.row_pos.to(self.device)
-        bank_tokens, bank_positions = self.bank.row_token.to(self.device), self.bank.row_pos.to(self.device)
+        """What an analyzer gets to see of the queries `at`: what it needs, and no more."""
+        rows = near.rows[at, : a.k]
         return Cloud(
-            layer=layer, n_layers=door.n_layers(self.model), query=pre[at], query_image=post[at], query_token=tokens[at],
-            query_pos=positions[at], rows=rows, distances=distances, neighbors=maps.pre[rows], neighbor_token=bank_tokens[rows],
-            neighbor_pos=bank_positions[rows], hubness=hubness, spread_in=spread[0], spread_out=spread[1], images=passed,
+            layer=layer, n_layers=door.n_layers(self.model), query=pre[at], query_image=post[at],
+            query_token=self.tokens[0][at], query_pos=self.positions[0][at], rows=rows, distances=near.distances[at, : a.k],
+            neighbors=maps.pre[rows], neighbor_token=self.tokens[1][rows], neighbor_pos=self.positions[1][rows],
+            hubness=hubness[at], spread_in=spread[0], spread_out=spread[1], images=passed,
             output_rows=None if after is None else after.rows[at, : a.k],
             output_distances=None if after is None else after.distances[at, : a.k],
             block=(lambda points: block(at, points)) if "block" in a.needs else None,
@@ -419,17 +429,17 @@ class _Conductor:
         )  # fmt: skip
 
     def _find(
-        self, search: _Search, k: int, layer: int, states: Tensor, bank_states: Tensor
+        self, search: _Search, k: int, layer: int, states: Tensor, bank_states: Tensor, *, after: bool = False
     ) -> tuple[Int[Tensor, " q"], Neighbors]:
         """Rows that were searched, and their neighbors."""
         everything = search.exclude == "nothing"
         asked = self.asked if everything else self.asked & (self.capture.row_pos > 0)
         at = torch.nonzero(asked).squeeze(1).to(self.device)
         own, other = self.groups[search.exclude]
-        keys = [self._bare_key(c) for c in (self.capture, self.bank)] if layer == 0 else self.keys
+        keys = [self._bare_key(c) for c in (self.capture, self.bank)] if layer == 0 and not after else self.keys
         pool = torch.ones_like(self.bank.row_pos, dtype=torch.bool) if everything else self.bank.row_pos > 0
-        queries = Points(states[at], keys[0][at], self.capture.row_token.to(self.device)[at], own[at], torch.ones_like(at).bool())
-        bank = Points(bank_states, keys[1], self.bank.row_token.to(self.device), other, pool.to(self.device))
+        queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
+        bank = Points(bank_states, keys[1], self.tokens[1], other, pool.to(self.device))
         near = find(queries, bank, k, metric=search.metric, same_token=search.same_token, distinct=not everything)
         if layer > 0 and len(at) and not bool(near.complete.any()):
             raise NeighborError(_nothing_to_score(search, k))

@@ -164,16 +164,17 @@ def _run(model: Any, passages: list[Any], out: Path, *, layers: str | None, k: i
 
 
 def _print_summary(summary: Any, facts: dict[str, Any], out: Path) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
-    lines = Table(title="compression by layer [nats], mean over documents", title_justify="left")
+    lines = Table(title="by layer, mean over documents [nats]", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in ("layer", "compression", "95 % interval", "reliability", "other token", "contraction"):
-        lines.add_column(name, justify="right")
+        lines.add_column(name, justify="right", no_wrap=True)
     for row in summary.to_dict("records"):
         lines.add_row(
-            str(row["layer"]), f"{row['compression_mean']:+.3f}", f"{row['compression_low']:+.3f} to {row['compression_high']:+.3f}",
+            str(row["layer"]), f"{row['compression_mean']:+.3f}", f"{row['compression_low']:+.3f} {row['compression_high']:+.3f}",
             f"{row['compression_reliability']:.2f}", f"{row['compression_other_token_mean']:+.3f}", f"{row['contraction_mean']:+.3f}",
         )  # fmt: skip
     console.print(lines)

@@ -8,6 +8,7 @@ of the forward pass at one layer (`basin_lens.capture.TokenBatch`). Write your o
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -62,8 +63,25 @@ class Cloud:
     block: Callable[[Tensor], Tensor] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
 
+    @cached_property
+    def log_variance_in(self) -> Float[Tensor, " q"]:
+        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all analyzers that share the cloud."""
+        return log_or_nan(total_variance(self.neighbors), self.spread_in)
+
+    @cached_property
+    def log_variance_out(self) -> Float[Tensor, " q"]:
+        """log V_out per query; NaN where it is rounding beside G_out."""
+        assert self.images is not None
+        return log_or_nan(total_variance(self.images), self.spread_out)
+
+    @cached_property
+    def halves(self) -> "tuple[Cloud, Cloud]":
+        """The cloud with every other neighbor, and with those between: disjoint halves of one size, equally near."""
+        k = self.rows.shape[1]
+        return self.take(torch.arange(0, k - k % 2, 2)), self.take(torch.arange(1, k, 2))
+
     def take(self, ranks: Tensor) -> "Cloud":
-        """The same queries with some of their neighbors (by rank), for split halves."""
+        """The same queries with some of their neighbors (by rank)."""
 
         def part(value: Any) -> Any:
             return None if value is None else value[:, ranks.to(value.device)]

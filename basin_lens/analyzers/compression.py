@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name
-from basin_lens.analyzers.contraction import log_variance_ratio
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
@@ -57,7 +56,7 @@ class Compression(CloudAnalyzer):
         return (Column(column_name(self, "compression"), "nats"),)
 
     def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        ratio = log_variance_ratio(cloud)
+        ratio = cloud.log_variance_in - cloud.log_variance_out
         if not (cloud.spread_in > 0 and cloud.spread_out > 0):
             return {self.columns[0].name: torch.full_like(ratio, torch.nan)}
         return {self.columns[0].name: ratio - math.log(cloud.spread_in / cloud.spread_out)}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name, log_or_nan, total_variance
+from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
@@ -42,11 +42,4 @@ class Contraction(CloudAnalyzer):
         return (Column(column_name(self, "contraction"), "nats"),)
 
     def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        return {self.columns[0].name: log_variance_ratio(cloud)}
-
-
-def log_variance_ratio(cloud: Cloud) -> Tensor:
-    """log(V_in / V_out) per query; NaN where either is rounding beside its random points' variance."""
-    assert cloud.images is not None
-    before = log_or_nan(total_variance(cloud.neighbors), cloud.spread_in)
-    return before - log_or_nan(total_variance(cloud.images), cloud.spread_out)
+        return {self.columns[0].name: cloud.log_variance_in - cloud.log_variance_out}

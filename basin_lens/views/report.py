@@ -178,11 +178,13 @@ def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> dict[str, Any]:
 def _neighbors(kept: KeptLike, tokens: np.ndarray) -> dict[str, Any]:
     bank = kept.bank
     counts = bank.groupby("seq", sort=True).size()
+    none, kind = (65535, "<u2") if len(bank) < 65535 else (2**32 - 1, "<u4")
     return {
         "k": int(kept.rows.shape[2]),
         "score": kept.score,
         "own": kept.own,
-        "rows": [base64.b64encode(layer.astype("<i4").tobytes()).decode() for layer in kept.rows],
+        "none": none,
+        "rows": [base64.b64encode(np.where(layer < 0, none, layer).astype(kind).tobytes()).decode() for layer in kept.rows],
         "before": [_steps(layer.astype(float).ravel()) for layer in kept.before],
         "after": [_steps(layer.astype(float).ravel()) for layer in kept.after],
         "bank": {
