@@ -157,8 +157,8 @@ def score(
         bar = tqdm(total=len(wanted), desc="neighbors through blocks", unit="layer", disable=not progress)
         with door.measuring(model), bar:
             for index, layer in enumerate(wanted):
-                for name, column in conductor.layer(layer, index).items():
-                    values[name][index] = column
+                for name, value in conductor.layer(layer, index).items():
+                    values[name][index] = value
                 bar.update()
         facts = conductor.facts
     provenance = {
@@ -278,7 +278,9 @@ class _Conductor:
         self.device = door.device_of(model)
         self.external = bank is not capture
         if self.external and any(a.exclude == "nothing" for a in analyzers):
-            raise NeighborError("expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None.")
+            raise NeighborError(
+                "expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None."
+            )
         self.searches: dict[_Search, int] = {}
         for a in analyzers:
             self.searches[_Search.of(a)] = max(a.k, self.searches.get(_Search.of(a), 0))
@@ -390,7 +392,9 @@ class _Conductor:
                             places = place_of[search][at, : a.k, None].expand(-1, -1, pre.shape[1])
                             seen = passed[ready].gather(1, places)
                         spread = spreads.get(a.exclude, (float("nan"),) * 2)
-                        cloud = self._cloud(layer, a, at, wide[search], maps, pre, post, hubness[search, a.k], spread, block, seen, after)
+                        cloud = self._cloud(
+                            layer, a, at, wide[search], maps, pre, post, hubness[search, a.k], spread, block, seen, after
+                        )
                         clouds[options] = (at.cpu(), cloud)
                 entry = clouds[options]
                 if entry is None:

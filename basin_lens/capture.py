@@ -425,7 +425,9 @@ class Capture:
             if value.ndim == 1:  # one number per sequence: repeated on its tokens
                 value = value[:, None].expand(valid.shape)
             if value.shape != valid.shape:
-                raise CaptureError(f"expected {analyzer.key} to give [batch, pos] or [batch] for {name!r}, got {tuple(value.shape)}.")
+                raise CaptureError(
+                    f"expected {analyzer.key} to give [batch, pos] or [batch] for {name!r}, got {tuple(value.shape)}."
+                )
             height = self.model["layers"] if analyzer.per_layer else 1
             column = columns.setdefault(name, torch.full((height, self.n_rows), torch.nan))
             column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()
@@ -717,9 +719,7 @@ def _borders_in(model: Any, cache: Mapping[str, Tensor], shape: tuple[int, ...])
     return found, missing
 
 
-def _other_readings(
-    model: Any, cache: Mapping[str, Tensor], shape: tuple[int, ...], layers: tuple[int, ...]
-) -> dict[str, Tensor]:
+def _other_readings(model: Any, cache: Mapping[str, Tensor], shape: tuple[int, ...], layers: tuple[int, ...]) -> dict[str, Tensor]:
     found = {}
     logits = door.cache_entry(cache, "logits", 0)
     if logits is not None and logits.shape[-1] >= door.vocabulary_size(model):

@@ -135,13 +135,19 @@ def _prepare(out: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise StoreError(f"expected an output folder that can be written, got {str(out)!r}: {error.strerror}. Choose --out.") from error
+        raise StoreError(
+            f"expected an output folder that can be written, got {str(out)!r}: {error.strerror}. Choose --out."
+        ) from error
     others = sorted(path.name for path in out.iterdir() if path.name not in _FILES)
     if others:
-        raise StoreError(f"expected an empty folder or one of an earlier run, got {str(out)!r} with {others[0]!r} in it. Choose --out.")
+        raise StoreError(
+            f"expected an empty folder or one of an earlier run, got {str(out)!r} with {others[0]!r} in it. Choose --out."
+        )
 
 
-def _run(model: Any, passages: list[Any], out: Path, *, layers: str | None, k: int, seed: int, max_length: int, bank: str | None) -> None:
+def _run(
+    model: Any, passages: list[Any], out: Path, *, layers: str | None, k: int, seed: int, max_length: int, bank: str | None
+) -> None:
     from basin_lens import tables
     from basin_lens.analysis import score
     from basin_lens.analyzers import Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
@@ -159,7 +165,9 @@ def _run(model: Any, passages: list[Any], out: Path, *, layers: str | None, k: i
     facts = next(iter(tables.provenance(run.table).values()))
     tables.save(run.table, out / "table.parquet")
     tables.save_csv(summary, out / "summary.csv")
-    make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?").save(out / "report.html")
+    make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?").save(
+        out / "report.html"
+    )
     _print_summary(summary, facts, out)
 
 

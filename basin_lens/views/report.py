@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ _NOTES = (
 )
 
 
+@runtime_checkable
 class KeptLike(Protocol):
     """The neighbors behind one score: arrays `[layers, rows, k]` and the bank's rows."""
 
@@ -68,7 +69,9 @@ class Report:
             raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}.") from error
 
 
-def make_report(table: pd.DataFrame, *, neighbors: KeptLike | None = None, title: str = "Where does this model compress?") -> Report:
+def make_report(
+    table: pd.DataFrame, *, neighbors: KeptLike | None = None, title: str = "Where does this model compress?"
+) -> Report:
     """A page to look at one run: token view (selectors for score and layer), layer curve, layer table, what was left out.
 
     Args:
@@ -138,7 +141,8 @@ def _about(facts: dict[str, Any], first: pd.DataFrame, bank: dict[str, Any]) -> 
         parts.append(f"Neighbors from {bank['source']} ({bank['points']:,} points).")
     routes = sorted(set(facts.get("routes", {}).values()))
     if routes:
-        parts.append(f"Routes {', '.join(routes)}; largest error found by the checks {max(facts['check_error'].values()):.1e} of the states' scale.")
+        worst = max(facts["check_error"].values())
+        parts.append(f"Routes {', '.join(routes)}; largest error found by the checks {worst:.1e} of the states' scale.")
     return " ".join(parts)
 
 

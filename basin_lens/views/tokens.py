@@ -13,7 +13,7 @@ from basin_lens.errors import StoreError, TableError
 
 _PAGE = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    "<title>{title}</title></head><body style=\"font-family:system-ui,sans-serif;margin:2rem auto;max-width:52rem;"
+    '<title>{title}</title></head><body style="font-family:system-ui,sans-serif;margin:2rem auto;max-width:52rem;'
     'color:#1b1b1b;background:#fff">{body}</body></html>'
 )
 _STYLE = "<style>.colored-tokens em{color:#777;font-style:normal;border-bottom:1px dotted #777}</style>"
