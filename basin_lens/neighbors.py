@@ -180,10 +180,11 @@ def _search(
                 repeated = torch.empty_like(again).scatter_(1, order, again)
                 exact, by_distance = exact.masked_fill(repeated, torch.inf).sort(dim=1, stable=True)
                 candidates = candidates.gather(1, by_distance)
-            found_rows.append(candidates[:, :k])
-            found.append(exact[:, :k])
+            short = max(0, k - fetch)  # fewer points than k: the rest stays empty
+            found_rows.append(torch.nn.functional.pad(candidates[:, :k], (0, short)))
+            found.append(torch.nn.functional.pad(exact[:, :k], (0, short), value=torch.inf))
             limit = near[:, -1] - slack[part]
-            certain.append((exact[:, k - 1].square() <= limit) | near[:, -1].isinf())
+            certain.append((found[-1][:, -1].square() <= limit) | near[:, -1].isinf())
         kept_rows, kept, done = torch.cat(found_rows), torch.cat(found), torch.cat(certain)
         if fetch == len(points):
             done = torch.ones_like(done)

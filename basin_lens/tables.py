@@ -37,12 +37,7 @@ def build(
     Raises:
         TableError: two columns of one name.
     """
-    names = [*KEYS, *labels, "span", *values]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise TableError(
-            f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=."
-        )
+    check_names([*labels, *values])
     run = hashlib.blake2b(json.dumps(provenance, sort_keys=True).encode(), digest_size=5).hexdigest()
     count = len(rows["token"])
     data: dict[str, Any] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
@@ -56,6 +51,20 @@ def build(
     table = pd.DataFrame(data)
     table.attrs["provenance"] = {run: dict(provenance)}
     return table
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse labels and analyzer columns that would share a name, or take one of the table's own.
+
+    Raises:
+        TableError: a name used twice.
+    """
+    every = [*KEYS, "span", *names]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise TableError(
+            f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=."
+        )
 
 
 def _tiled(column: Sequence[Any] | np.ndarray, times: int) -> Any:

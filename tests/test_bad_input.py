@@ -598,7 +598,7 @@ def test_loading_a_table_that_is_none(tmp_path):
 
 # Under pytest, types are checked on the way in (jaxtyping, beartype). Users have no such net, so these cases run where
 # basin_lens was imported without it: in a process of its own, once.
-UNCHECKED = '''
+UNCHECKED = """
 import json, sys
 import basin_lens as bl
 import basin_lens.analysis, basin_lens.tables
@@ -660,7 +660,7 @@ for name, case in cases.items():
         answers[name] = [type(error).__name__ if isinstance(error, bl.errors.BasinLensError) else "raw " + repr(error)[:200],
                          str(error), len(passes)]
 print(json.dumps(answers))
-'''
+"""
 
 WRONG_KINDS = {
     "class": ("TableError", r"instances, such as Compression\(k=15\).*got <class"),
@@ -694,7 +694,7 @@ WRONG_KINDS = {
     "passage None": ("TextError", "got NoneType"),
     "cache tokens": ("CaptureError", r"tokens as a LongTensor \[batch, pos\]"),
     "tokens 3-D": ("CaptureError", r"tokens as a LongTensor \[batch, pos\]"),
-    "model kind": ("ModelError", "kind \"bridge\" or \"hooked\", got 'transformer'"),
+    "model kind": ("ModelError", 'kind "bridge" or "hooked", got \'transformer\''),
 }
 
 

@@ -42,6 +42,7 @@ def make_cloud(f, *, q=7, k=15, d=12, seed=0, **given):
         "query_pos": torch.arange(q) % 4 + 1, "rows": torch.arange(q * k).view(q, k), "distances": torch.rand(q, k).sort(1).values,
         "neighbors": neighbors, "neighbor_token": where, "neighbor_pos": where + 1, "hubness": torch.zeros(q),
         "spread_in": float(variance(others).mean()), "spread_out": float(variance(f(others)).mean()), "images": f(neighbors),
+        "final_norm": lambda states: states,
     }  # fmt: skip
     return Cloud(**values | given)
 
@@ -98,7 +99,9 @@ def test_projection_removes_the_variance_across_it(rank):
 def test_pulling_only_the_neighbors_together_compresses():
     """The sign: positive where the neighborhood shrinks more than unrelated points do."""
     cloud = make_cloud(lambda x: x)
-    tight = make_cloud(lambda x: x, images=cloud.neighbors.mean(1, keepdim=True) + (cloud.neighbors - cloud.neighbors.mean(1, keepdim=True)) / 2)
+    tight = make_cloud(
+        lambda x: x, images=cloud.neighbors.mean(1, keepdim=True) + (cloud.neighbors - cloud.neighbors.mean(1, keepdim=True)) / 2
+    )
     assert value(A.Compression(), tight) == near(np.full(7, 2 * math.log(2)))
 
 
@@ -125,7 +128,9 @@ def test_equal_neighbors_are_not_a_number(analyzer):
     assert np.isnan(answer).tolist() == [False, False, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("analyzer", [A.Contraction(), A.Compression(), A.RawCompression(), A.SeedCompression()], ids=lambda a: a.columns[0].name)
+@pytest.mark.parametrize(
+    "analyzer", [A.Contraction(), A.Compression(), A.RawCompression(), A.SeedCompression()], ids=lambda a: a.columns[0].name
+)
 def test_order_of_neighbors_does_not_matter(analyzer):
     cloud = make_cloud(torch.tanh)
     order = torch.randperm(15, generator=torch.Generator().manual_seed(2))
@@ -162,8 +167,12 @@ def test_neighborhood_describes_who_is_near():
     tokens, positions = cloud.neighbor_token.numpy(), cloud.neighbor_pos.numpy()
     assert got["radius"] == near(cloud.distances.numpy().max(1))
     assert got["nearest"] == near(cloud.distances.numpy().min(1))
-    assert got["same_token_share"] == near([np.mean(row == own) for row, own in zip(tokens, cloud.query_token.numpy(), strict=True)])
-    assert got["same_position_share"] == near([np.mean(row == own) for row, own in zip(positions, cloud.query_pos.numpy(), strict=True)])
+    assert got["same_token_share"] == near(
+        [np.mean(row == own) for row, own in zip(tokens, cloud.query_token.numpy(), strict=True)]
+    )
+    assert got["same_position_share"] == near(
+        [np.mean(row == own) for row, own in zip(positions, cloud.query_pos.numpy(), strict=True)]
+    )
     assert got["distinct_tokens"].tolist() == [len(set(row)) for row in tokens.tolist()]
 
 
@@ -265,13 +274,19 @@ def test_scores_equal_the_oracle(world, context):
     """Variances recomputed for a few tokens; the random points' from another, larger sample (native: from the whole bank)."""
     model, capture = world
     k = 6
-    table = run(model, capture, A.Compression(k=k, context=context), A.Contraction(k=k, context=context), A.RawCompression(k=k, context=context))
+    table = run(
+        model,
+        capture,
+        A.Compression(k=k, context=context),
+        A.Contraction(k=k, context=context),
+        A.RawCompression(k=k, context=context),
+    )
     rng = np.random.default_rng(5)
     inner = np.flatnonzero(capture.row_pos.numpy() > 0)
     for layer in LAYERS:
         oracle = Oracle(model, capture, layer)
         beyond = []
-        for row in some_rows(capture):
+        for row in some_rows(capture, 4):
             rows, _ = oracle.neighbors(row, k)
             v_in, v_out = variance(oracle.pre[rows]), variance(oracle.images(row, rows, context))
             assert column(table, "contraction", layer)[row] == near(math.log(v_in / v_out))
@@ -282,11 +297,11 @@ def test_scores_equal_the_oracle(world, context):
             assert beyond[0] == near(math.log(variance(oracle.pre[inner]) / variance(oracle.post[inner])))
             continue
         before, after = [], []
-        for row in rng.choice(inner, 60, replace=False):
+        for row in rng.choice(inner, 25, replace=False):
             rows = rng.choice(inner[capture.row_seq.numpy()[inner] != oracle.items[row]["seq"]], 64, replace=False)
             before.append(variance(oracle.pre[rows]))
             after.append(variance(oracle.images(row, rows, context)))
-        assert beyond[0] == near(math.log(np.mean(before) / np.mean(after)), abs=0.05)
+        assert beyond[0] == near(math.log(np.mean(before) / np.mean(after)), abs=0.2)
 
 
 # -- known answers through analyze() --------------------------------------------------------------------------------------------
@@ -332,11 +347,18 @@ def with_output(f):
 @pytest.mark.parametrize("context", ["native", "patched", "solo"])
 @pytest.mark.parametrize(
     ("f", "contraction"),
-    [(lambda x: 3 * x, -2 * math.log(3)), (lambda x: x / 4, 2 * math.log(4)), (lambda x: x @ orthogonal(32), 0), (lambda x: x + 7, 0)],
+    [
+        (lambda x: 3 * x, -2 * math.log(3)),
+        (lambda x: x / 4, 2 * math.log(4)),
+        (lambda x: x @ orthogonal(32), 0),
+        (lambda x: x + 7, 0),
+    ],
     ids=["longer", "shorter", "turned", "shifted"],
 )
 def test_a_block_that_scales_turns_or_shifts(f, contraction, context):
-    table = run(with_output(f), random_tokens(8, 14), A.Compression(k=5, context=context), A.Contraction(k=5, context=context), layers=[1])
+    table = run(
+        with_output(f), random_tokens(8, 14), A.Compression(k=5, context=context), A.Contraction(k=5, context=context), layers=[1]
+    )
     scored = table[table.pos > 0]
     assert scored.contraction.to_numpy() == near(np.full(len(scored), contraction))
     assert scored.compression.to_numpy() == near(np.zeros(len(scored)))
@@ -413,7 +435,13 @@ def test_the_guides_score_counts_the_first_token():
 
 # -- what does not matter, and what does ----------------------------------------------------------------------------------------
 
-ALL_CLOUDS = (A.Compression(k=6), A.Compression(k=6, same_token="exclude", name="other"), A.Contraction(k=6), A.RawCompression(k=6), A.Neighborhood(k=6))
+ALL_CLOUDS = (
+    A.Compression(k=6),
+    A.Compression(k=6, same_token="exclude", name="other"),
+    A.Contraction(k=6),
+    A.RawCompression(k=6),
+    A.Neighborhood(k=6),
+)
 
 
 def test_permuting_the_texts_permutes_the_answer(world):
@@ -426,10 +454,12 @@ def test_permuting_the_texts_permutes_the_answer(world):
     both = here.merge(there, on=["layer", "passage", "pos"], suffixes=("", "_permuted"), validate="1:1")
     assert len(both) == len(here)
     assert (both.token == both.token_permuted).all()
-    # Which of several equal states stands for all of them, and so is counted as the neighbor, is the first in the bank.
-    chosen = {"hubness", "same_position_share"}
-    for name in (column.name for a in analyzers for column in a.columns if column.name not in chosen):
-        assert both[name].to_numpy() == near(both[f"{name}_permuted"].to_numpy(), nan_ok=True, abs=1e-3), name
+    # Which of several equal states stands for all of them is the first in the bank: this shows where other things than the
+    # state itself are read (at layer 0, also its native image).
+    first_counts = {"hubness": 3, "same_position_share": 1, "raw_compression": 1, "compression": 1}
+    for name in (column.name for a in analyzers for column in a.columns):
+        at = both[both.layer >= first_counts.get(name, 0)]
+        assert at[name].to_numpy() == near(at[f"{name}_permuted"].to_numpy(), nan_ok=True, abs=1e-3), name
 
 
 def test_the_seed_acts_only_through_the_random_points(llama, capture):
@@ -537,7 +567,9 @@ def test_neighbors_are_the_oracles(llama, labeled, options):
         rows, distances = (np.stack([f[i] for f in found if f is not None]) for i in (0, 1))
         assert column(table, "radius", layer)[scored] == near(distances[:, -1], abs=1e-5, rel=1e-4)
         assert column(table, "nearest", layer)[scored] == near(distances[:, 0], abs=1e-5, rel=1e-4)
-        assert column(table, "hubness", layer).tolist() == np.bincount(rows.ravel(), minlength=labeled.n_rows).tolist()
+        if scored.sum() == labeled.n_rows - len(TEXTS):
+            counts = np.bincount(rows.ravel(), minlength=labeled.n_rows)
+            assert column(table, "hubness", layer)[scored].tolist() == counts[scored].tolist()
         expected = np.log(variance(oracle.pre[rows]) / variance(oracle.post[rows]))
         assert column(table, "contraction", layer)[scored] == near(expected, abs=1e-3)
 
@@ -657,10 +689,11 @@ def queries_cases(capture):
 @pytest.mark.parametrize("case", ["positions", "rows mask", "grid mask", "label", "span"])
 def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
     queries, expected = queries_cases(labeled)[case]
-    full, some = run(llama, labeled, *ALL_CLOUDS), run(llama, labeled, *ALL_CLOUDS, queries=queries)
+    analyzers = (A.Contraction(k=6), A.Compression(k=6, context="native"), A.RawCompression(k=6), A.Neighborhood(k=6))
+    full, some = run(llama, labeled, *analyzers), run(llama, labeled, *analyzers, queries=queries)
     inner = labeled.row_pos.numpy() > 0
     for layer in LAYERS:
-        for name in ("contraction", "raw_compression", "radius", "nearest", "compression", "other"):
+        for name in ("contraction", "compression", "raw_compression", "radius", "nearest"):
             got, whole = column(some, name, layer), column(full, name, layer)
             assert np.isnan(got).tolist() == (~(expected & inner)).tolist(), name
             assert got[expected & inner] == near(whole[expected & inner]), name
@@ -668,6 +701,16 @@ def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
     assert counts["not asked for"] == 3 * int((~expected & inner).sum())
     assert facts_of(some)["queries"] == f"{expected.sum()} of {labeled.n_rows} tokens"
     assert facts_of(some)["bank"] == facts_of(full)["bank"]
+
+
+@pytest.mark.parametrize("context", ["patched", "solo"])
+@pytest.mark.parametrize("queries", ["start", [3, 7], 4], ids=str)
+def test_the_headline_of_some_tokens_is_that_of_all(llama, labeled, queries, context):
+    """What the layer does to unrelated points (G) is a fact about the layer, not about the tokens asked for."""
+    full, some = (run(llama, labeled, A.Compression(k=6, context=context), layers=[1], queries=q) for q in (None, queries))
+    asked = some.compression.notna()
+    assert asked.sum() > 3
+    assert some.compression[asked].to_numpy() == near(full.compression[asked].to_numpy())
 
 
 def test_a_number_of_queries_is_a_seeded_sample(llama, labeled):
@@ -689,10 +732,9 @@ def test_queries_that_choose_nothing_are_refused(llama, labeled, queries):
 def test_position_0_has_no_cloud_score(world):
     model, capture = world
     table = run(model, capture, *ALL_CLOUDS)
-    names = [c.name for a in ALL_CLOUDS for c in a.columns if c.name != "hubness"]
+    names = [c.name for a in ALL_CLOUDS for c in a.columns]
     assert table.loc[table.pos == 0, names].isna().all().all()
     assert table.loc[table.pos > 0, names].notna().all().all()
-    assert (table.hubness[table.pos == 0] == 0).all()
 
 
 @pytest.mark.parametrize("queries", [None, [2, 3], 20])
@@ -785,15 +827,21 @@ def test_matrix_entropy_of_known_spectra():
     assert [float(g["anisotropy"]) for g in got] == near([1, 0.25])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_matrix_entropy_of_short_sequences(length):
-    """Under 3 tokens there is nothing to measure: two centered rows are one direction, whatever they are."""
+@pytest.mark.parametrize("length", [1, 2])
+def test_matrix_entropy_of_short_sequences_is_not_a_number(length):
+    """Two centered rows are one direction, whatever they are."""
     states = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
     got = A.MatrixEntropy().measure(batch_of(resid_pre=states, valid=torch.arange(6)[None] < length))
-    for suffix, count in (("", length), ("_without_first", length - 1)):
-        expected = entropy(states[0, length - count : length].double().numpy()) if count >= 3 else (math.nan, math.nan)
-        assert float(got["matrix_entropy" + suffix]) == near(expected[0], nan_ok=True)
-        assert float(got["anisotropy" + suffix]) == near(expected[1], nan_ok=True)
+    assert all(bool(answer.isnan().all()) for answer in got.values())
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_matrix_entropy_ignores_padding(length):
+    states = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    got = A.MatrixEntropy().measure(batch_of(resid_pre=states, valid=torch.arange(6)[None] < length))
+    expected = entropy(states[0, :length].double().numpy())
+    assert float(got["matrix_entropy"]) == near(expected[0])
+    assert float(got["anisotropy"]) == near(expected[1])
 
 
 def test_surprisal_is_log_softmax(world):
@@ -819,7 +867,9 @@ def test_state_norm(world):
     model, capture = world
     table = run(model, capture, A.StateNorm())
     for layer in LAYERS:
-        assert column(table, "state_norm", layer) == near(np.linalg.norm(capture.resid_pre(layer).double().numpy(), axis=1), rel=1e-5)
+        assert column(table, "state_norm", layer) == near(
+            np.linalg.norm(capture.resid_pre(layer).double().numpy(), axis=1), rel=1e-5
+        )
 
 
 def patterns_of(model, tokens, layer):
@@ -883,20 +933,20 @@ def loss_after(model, tokens, layer, pos, moves):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradient_norm_is_the_slope(name):
-    """Central differences in float64, in every direction of the state."""
+    """Central differences in every direction of the state (norms inside a Llama compute in float32: no tiny steps)."""
     model = make_bridge(name).double()
     tokens = random_tokens(3, 9)
     capture = bl.Capture.from_texts(model, tokens, progress=False)
     table = run(model, capture, A.GradientNorm())
-    step = 1e-4 * torch.eye(32, dtype=torch.float64)
+    step = 3e-3 * torch.eye(32, dtype=torch.float64)
     for layer in LAYERS:
         for seq, pos in ((0, 0), (1, 4), (2, 7)):
             rise = loss_after(model, tokens[seq], layer, pos, torch.cat([step, -step]))
-            slope = float((rise[:32] - rise[32:]).norm() / 2e-4)
+            slope = float((rise[:32] - rise[32:]).norm() / 6e-3)
             row = capture.row_of(seq, pos)
-            assert column(table, "gradient_norm", layer)[row] == near(slope, rel=1e-3)
+            assert column(table, "gradient_norm", layer)[row] == near(slope, rel=5e-3)
             norm = float(capture.resid_pre(layer)[row].norm())
-            assert column(table, "gradient_norm_scaled", layer)[row] == near(slope * norm, rel=1e-3)
+            assert column(table, "gradient_norm_scaled", layer)[row] == near(slope * norm, rel=5e-3)
         last = column(table, "gradient_norm", layer).reshape(3, 9)[:, -1]
         assert np.isnan(last).all()
 

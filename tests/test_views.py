@@ -143,7 +143,9 @@ def test_tables_round_trip_and_concat_keep_provenance(run, llama, tmp_path):
         bl.views.make_report(both)
 
 
-@pytest.mark.parametrize(("column", "layer", "seq"), [("nope", 1, None), ("compression", 99, None), ("compression", 1, 99), ("pos", 1, 0)])
+@pytest.mark.parametrize(
+    ("column", "layer", "seq"), [("nope", 1, None), ("compression", 99, None), ("compression", 1, 99), ("pos", 1, 0)]
+)
 def test_token_view_refuses_what_is_not_there(run, column, layer, seq):
     with pytest.raises(bl.errors.TableError):
         bl.views.token_view(run.table, column, layer, seq=seq)

@@ -29,7 +29,7 @@ def missing_points(model: Any, points: set[str], layers: list[int]) -> list[str]
     return [name for layer in layers for point in sorted(points) if (name := point_name(point, layer)) not in model.hook_dict]
 
 
-def cache_entry(cache: Mapping[str, Tensor], point: str, layer: int, *, suffix: str = "") -> Tensor | None:
+def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Tensor | None:
     """What a user's cache holds for `point` of block `layer`, under any of its names, or None.
 
     The state that leaves a block is the state that enters the next one, so either serves for the other.
@@ -124,8 +124,7 @@ def forward_pass(
     if gradients and "hook_embed" not in model.hook_dict:
         raise ModelError("expected the hook point hook_embed for a gradient pass, got a model without it.")
     with reading(model, start) if start else nullcontext(), reading(model, readers):
-        logits = model(tokens, return_type="logits", **extra)
-    return logits
+        return model(tokens, return_type="logits", **extra)
 
 
 def all_layers(model: Any) -> list[int]:

@@ -1,13 +1,6 @@
-"""Texts or a capture -> the table. Read this page first: it conducts everything else.
+"""The cloud analyzers, layer by layer: search once, pass once, let every analyzer look, drop the images."""
 
-    passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
-
-The model reads the texts once. Then, layer by layer: the states around the block are checked against the block itself; each
-distinct set of neighbor options is searched once; each context passes the union of those neighbors through the block once, a
-thousand rows at a time; and every analyzer turns its neighborhoods into numbers before the images are dropped.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,69 +10,16 @@ import torch
 from jaxtyping import Bool, Int
 from scipy import stats
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens import tables
-from basin_lens.analyzers import Analyzer, Cloud, CloudAnalyzer, TokenAnalyzer, default_analyzers, total_variance
-from basin_lens.capture import Capture, check_layers, reference_capture
-from basin_lens.errors import CaptureError, NeighborError, TableError
+from basin_lens.analysis.rows import row_groups, texts_hash
+from basin_lens.analyzers import Cloud, CloudAnalyzer, total_variance
+from basin_lens.capture import Capture
+from basin_lens.errors import NeighborError
 from basin_lens.neighbors import Neighbors, Points, find, prefix_keys
-from basin_lens.transport import Context, Images, PatchedBlock, Probe, check, images, query_chunks
+from basin_lens.transport import Images, PatchedBlock, Probe, check, images, query_chunks
 
 _SPREAD_QUERIES, _SPREAD_POINTS = 32, 64  # random points behind G_in and G_out, per layer
-
-
-def analyze(
-    model: Any,
-    data: Any,
-    analyzers: Sequence[Analyzer] | None = None,
-    *,
-    layers: Sequence[int] | None = None,
-    bank: "Capture | str | None" = None,
-    queries: Any = None,
-    seed: int = 0,
-    max_length: int = 128,
-    batch_size: int | None = None,
-    prepend_bos: bool | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Measure every token of some texts at every layer of a model.
-
-    Args:
-        model: a `TransformerBridge` or `HookedTransformer`, in any state.
-        data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, token ids `[batch, pos]`, or a `Capture`.
-        analyzers: what to measure; None: `Compression`, the same over other tokens, `Contraction`, `RawCompression`,
-            `Neighborhood`, `Surprisal`, `StateNorm`.
-        layers: block indices; None: all (of the capture).
-        bank: where neighbors come from: None for the texts themselves, another `Capture`, or `"reference"` for the built-in
-            passages (needed for a single text).
-        queries: which tokens are scored: positions, a boolean mask `[rows]` or `[seqs, pos]`, a label or span name, or a number of
-            tokens (a seeded sample); None: all. It does not shrink the bank.
-        seed: of every random choice.
-        max_length, batch_size, prepend_bos: see `Capture.from_texts`.
-        progress: show progress bars.
-
-    Returns:
-        one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the
-        analyzers' columns (units in `table.attrs["provenance"][run]["columns"]`). What an analyzer leaves out is NaN, counted by reason
-        in the provenance.
-
-    Raises:
-        BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.
-        TransportError: the block does not reproduce the captured states, or a route is not exact on this model.
-
-    Example:
-        >>> import basin_lens as bl
-        >>> model = bl.load_model()
-        >>> table = bl.analyze(model, "The cat sat on the mat.", layers=[5], bank="reference", progress=False)
-        >>> bool(table.compression.notna().any())
-        True
-    """
-    return score(
-        model, data, analyzers, layers=layers, bank=bank, queries=queries, seed=seed, max_length=max_length,
-        batch_size=batch_size, prepend_bos=prepend_bos, progress=progress,
-    ).table  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,164 +38,6 @@ class KeptNeighbors:
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """A table, and the neighbors behind one of its scores if they were to be kept."""
-
-    table: pd.DataFrame
-    neighbors: KeptNeighbors | None
-
-
-def score(
-    model: Any,
-    data: Any,
-    analyzers: Sequence[Analyzer] | None = None,
-    *,
-    layers: Sequence[int] | None = None,
-    bank: "Capture | str | None" = None,
-    queries: Any = None,
-    seed: int = 0,
-    max_length: int = 128,
-    batch_size: int | None = None,
-    prepend_bos: bool | None = None,
-    progress: bool = True,
-    keep_neighbors_of: CloudAnalyzer | None = None,
-) -> Analysis:
-    """`analyze`, and on request the neighbors of one of its analyzers (an instance in `analyzers`)."""
-    door.check_model(model)
-    chosen = default_analyzers() if analyzers is None else list(analyzers)
-    _check_analyzers(chosen)
-    clouds = [a for a in chosen if isinstance(a, CloudAnalyzer)]
-    singles = [a for a in chosen if isinstance(a, TokenAnalyzer)]
-    if isinstance(data, Capture):
-        capture = data
-        capture.check_model_is(model)
-        wanted = capture.layers if layers is None else check_layers(model, layers)
-        if not set(wanted) <= set(capture.layers):
-            raise CaptureError(
-                f"expected layers of the capture {list(capture.layers)}, got {sorted(set(wanted) - set(capture.layers))}. "
-                "Capture again with layers=[...]."
-            )
-    else:
-        wanted = check_layers(model, layers)
-        capture = Capture.from_texts(
-            model, data, layers=wanted, analyzers=singles, max_length=max_length, batch_size=batch_size,
-            prepend_bos=prepend_bos, progress=progress,
-        )  # fmt: skip
-    rerun = capture.measure(model, singles, progress=progress)
-    asked = _query_rows(capture, queries, seed)
-    values = {column.name: np.full((len(wanted), capture.n_rows), np.nan, np.float32) for a in chosen for column in a.columns}
-    for analyzer in singles:
-        held = capture.columns[analyzer.key]
-        for column in analyzer.columns:
-            values[column.name][:] = held[column.name][list(wanted) if analyzer.per_layer else [0]].numpy()
-    facts: dict[str, Any] = {}
-    kept = None
-    if clouds:
-        conductor = _Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed)
-        if keep_neighbors_of is not None:
-            kept = conductor.keep(keep_neighbors_of, len(wanted))
-        bar = tqdm(total=len(wanted), desc="neighbors through blocks", unit="layer", disable=not progress)
-        with door.measuring(model), bar:
-            for index, layer in enumerate(wanted):
-                for name, value in conductor.layer(layer, index).items():
-                    values[name][index] = value
-                bar.update()
-        facts = conductor.facts
-    provenance = {
-        "model": capture.model,
-        "texts": _texts_hash(capture),
-        "capture": capture.settings,
-        "layers": list(wanted),
-        "analyzers": [a.key for a in chosen],
-        "columns": {
-            c.name: {"unit": c.unit, "low": _finite(c.low), "high": _finite(c.high), "rows": a.rows, "analyzer": type(a).__name__}
-            for a in chosen
-            for c in a.columns
-        },
-        "queries": "all" if queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
-        "seed": seed,
-        "read_again_for": rerun,
-        **facts,
-    }
-    rows, labels = _row_facts(capture)
-    return Analysis(tables.build(rows, labels, wanted, values, provenance), kept)
-
-
-def neighborhood(
-    model: Any,
-    capture: Capture,
-    layer: int,
-    seq: int,
-    pos: int,
-    *,
-    k: int = 15,
-    context: Context = "patched",
-    metric: str = "l2",
-    exclude: str = "sequence",
-    same_token: str = "any",
-    bank: "Capture | str | None" = None,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Who the neighbors of one token are, and where the block takes them.
-
-    Args:
-        model: the model that made the capture.
-        capture: holds the token.
-        layer: block index.
-        seq, pos: the token: sequence and position in it.
-        k, context, metric, exclude, same_token: as for `Compression`.
-        bank: as for `analyze`.
-        progress: show a bar if the reference bank must be read first.
-
-    Returns:
-        one row per neighbor, nearest first: `rank, token, text` (the text around it, the token in brackets), `passage, doc, seq,
-        pos, distance_before, distance_after` (to the query and to its `resid_post`, state units; before: 1 - cosine with that metric).
-
-    Raises:
-        CaptureError: no such token or layer. NeighborError: position 0, or fewer than k neighbors.
-
-    Example:
-        >>> import basin_lens as bl
-        >>> model = bl.load_model()
-        >>> capture = bl.Capture.from_texts(model, "The cat sat on the mat.", layers=[5], progress=False)
-        >>> len(bl.neighborhood(model, capture, layer=5, seq=0, pos=3, k=5, bank="reference"))
-        5
-    """
-    from basin_lens.analyzers import Compression
-
-    capture.check_model_is(model)
-    row = capture.row_of(seq, pos)
-    if pos == 0:
-        raise NeighborError("expected a position from 1 on, got 0: the first token is neither query nor neighbor.")
-    analyzer = Compression(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token)  # type: ignore[arg-type]
-    _check_analyzers([analyzer])
-    asked = torch.zeros(capture.n_rows, dtype=torch.bool)
-    asked[row] = True
-    (layer,) = check_layers(model, [layer])
-    bank = _bank(model, capture, bank, (layer,), progress)
-    conductor = _Conductor(model, capture, bank, [analyzer], asked, seed=0)
-    kept = conductor.keep(analyzer, 1)
-    with door.measuring(model):
-        conductor.layer(layer, 0)
-    strings = bank.row_strings()
-    lines = []
-    for rank, other in enumerate(kept.rows[0, row].tolist()):
-        where = int(bank.row_seq[other])
-        first, length, place = int(bank.offsets[where]), int(bank.lengths[where]), int(bank.row_pos[other])
-        before = strings[first + max(1, place - 6) : first + place]
-        after = strings[first + place + 1 : first + min(length, place + 5)]
-        lines.append({
-            "rank": rank + 1, "token": strings[other], "text": f"{''.join(before)}[{strings[other]}]{''.join(after)}",
-            "passage": bank.sequences[where].passage, "doc": bank.docs[where], "seq": where, "pos": place,
-            "distance_before": float(kept.before[0, row, rank]), "distance_after": float(kept.after[0, row, rank]),
-        })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-# -- the pieces -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class _Search:
     """Neighbor options: analyzers that agree on them share one search."""
 
@@ -268,7 +50,7 @@ class _Search:
         return cls(analyzer.metric, analyzer.exclude, analyzer.same_token)
 
 
-class _Conductor:
+class Conductor:
     """Runs the cloud analyzers layer by layer."""
 
     def __init__(
@@ -289,7 +71,7 @@ class _Conductor:
         self.keys = [key.to(self.device) for key in keys]
         self.tokens = [c.row_token.to(self.device) for c in (capture, bank)]
         self.positions = [c.row_pos.to(self.device) for c in (capture, bank)]
-        self.groups = {s.exclude: [g.to(self.device) for g in _groups(capture, bank, s.exclude)] for s in self.searches}
+        self.groups = {s.exclude: [g.to(self.device) for g in row_groups(capture, bank, s.exclude)] for s in self.searches}
         for search, k in self.searches.items():
             self._refuse_hopeless(search, k)
         self.probe = Probe(model, int(capture.lengths.max()))
@@ -300,7 +82,7 @@ class _Conductor:
                 "source": "another capture" if self.external else "the texts themselves",
                 "points": int((bank.row_pos > 0).sum()),
                 "sequences": len(bank.sequences),
-                "texts": _texts_hash(bank),
+                "texts": texts_hash(bank),
             },
             "routes": {},
             "check_error": {},
@@ -564,127 +346,6 @@ def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return union, list(places.split([t.shape[1] for t in tables_], dim=1))
 
 
-def _groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, Tensor]:
-    """Group of each row of the capture and of the bank: a query's own group is never its neighbor."""
-    if exclude in ("self", "nothing"):
-        return torch.full((capture.n_rows,), -1), torch.full((bank.n_rows,), -1)
-
-    def of(source: Capture) -> list[Any]:
-        if exclude == "sequence":
-            # In another capture, the same text is the same sequence.
-            return list(range(len(source.sequences))) if source is bank is capture else [s.tokens for s in source.sequences]
-        if exclude == "document":
-            return list(source.docs)
-        if source is capture and not any(exclude in label for label in source.labels):
-            raise NeighborError(
-                f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: '
-                f"{sorted({name for label in source.labels for name in label})}."
-            )
-        return [label.get(exclude) for label in source.labels]
-
-    known: dict[Any, int] = {}
-    answers = []
-    for source in (capture, bank):
-        ids = [-1 if name is None else known.setdefault(name, len(known)) for name in of(source)]
-        answers.append(torch.tensor(ids)[source.row_seq])
-    return answers[0], answers[1]
-
-
-def _check_analyzers(analyzers: Sequence[Any]) -> None:
-    if not analyzers:
-        raise TableError("expected at least one analyzer, got none. Leave analyzers out for the default ones.")
-    for analyzer in analyzers:
-        if not isinstance(analyzer, CloudAnalyzer | TokenAnalyzer):
-            raise TableError(
-                f"expected analyzers (instances, such as Compression(k=15)), got {analyzer!r}. Subclass CloudAnalyzer or TokenAnalyzer."
-            )
-        analyzer.check()
-    names = [column.name for analyzer in analyzers for column in analyzer.columns]
-    twice = sorted({name for name in (*names, *tables.KEYS, "span") if (*names, *tables.KEYS, "span").count(name) > 1})
-    if twice:
-        raise TableError(f"expected different column names, got {twice[0]!r} twice. Give one of the analyzers a name=.")
-
-
-def _bank(model: Any, capture: Capture, bank: Any, layers: Sequence[int], progress: bool) -> Capture:
-    if bank is None:
-        return capture
-    if bank == "reference":
-        bos = door.uses_bos(model, None)
-        starts = {s.tokens[0] for s in capture.sequences}
-        return reference_capture(model, layers, prepend_bos=bos is not None and starts == {bos}, progress=progress)
-    if not isinstance(bank, Capture):
-        raise NeighborError(f'expected bank=None, a Capture or "reference", got {bank!r}.')
-    bank.check_model_is(model)
-    if not set(layers) <= set(bank.layers):
-        raise NeighborError(f"expected a bank with layers {list(layers)}, got one with {list(bank.layers)}. Capture them too.")
-    return bank
-
-
-def _query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
-    """Which rows to score."""
-    if queries is None:
-        return torch.ones(capture.n_rows, dtype=torch.bool)
-    if isinstance(queries, str):
-        if any(queries in label for label in capture.labels):
-            chosen = torch.tensor([bool(label.get(queries)) for label in capture.labels])[capture.row_seq]
-        else:
-            chosen = torch.tensor([queries in names for names in _spans(capture)])
-        if not bool(chosen.any()):
-            raise NeighborError(f"expected queries to name a label or span of the texts, got {queries!r}, which marks no token.")
-        return chosen
-    if isinstance(queries, int) and not isinstance(queries, bool):
-        rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
-        if queries < 1:
-            raise NeighborError(f"expected a positive number of queries, got {queries}.")
-        chosen = torch.zeros(capture.n_rows, dtype=torch.bool)
-        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:queries]]] = True
-        return chosen
-    mask = torch.as_tensor(np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries))
-    if mask.dtype == torch.bool:
-        if mask.shape == (capture.n_rows,):
-            return mask.clone()
-        if mask.shape == capture.valid.shape:
-            return mask[capture.valid]
-        raise NeighborError(
-            f"expected a mask of shape {(capture.n_rows,)} or {tuple(capture.valid.shape)}, got {tuple(mask.shape)}."
-        )
-    if mask.ndim != 1 or not mask.numel() or mask.is_floating_point():
-        raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
-    chosen = torch.isin(capture.row_pos, mask.long())
-    if not bool(chosen.any()):
-        raise NeighborError(f"expected positions below {int(capture.lengths.max())}, got {mask.tolist()[:8]}.")
-    return chosen
-
-
-def _row_facts(capture: Capture) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Key columns and labels of each row."""
-    seqs = capture.row_seq.tolist()
-    rows = {
-        "passage": np.array([capture.sequences[s].passage for s in seqs]),
-        "doc": [capture.docs[s] for s in seqs],
-        "seq": capture.row_seq.numpy(),
-        "pos": capture.row_pos.numpy(),
-        "token_id": capture.row_token.numpy(),
-        "token": capture.row_strings(),
-        "start": np.array([start for s in capture.sequences for start in s.starts]),
-        "end": np.array([end for s in capture.sequences for end in s.ends]),
-        "span": ["+".join(names) for names in _spans(capture)],
-    }
-    names = dict.fromkeys(name for label in capture.labels for name in label)
-    return rows, {name: [capture.labels[s].get(name) for s in seqs] for name in names}
-
-
-def _spans(capture: Capture) -> list[list[str]]:
-    """Names of the spans that each row's characters overlap."""
-    if capture.passages is None:
-        return [[] for _ in range(capture.n_rows)]
-    return [
-        [name for name, (a, b) in capture.passages[s.passage].spans.items() if start < b and a < end]
-        for s in capture.sequences
-        for start, end in zip(s.starts, s.ends, strict=True)
-    ]
-
-
 def _spearman(first: Tensor, second: Tensor) -> float | None:
     """Spearman correlation over rows where both are there; None if it is not defined."""
     both = ~(first.isnan() | second.isnan())
@@ -692,14 +353,3 @@ def _spearman(first: Tensor, second: Tensor) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(stats.spearmanr(a, b).statistic)
-
-
-def _texts_hash(capture: Capture) -> str:
-    import hashlib
-
-    return hashlib.blake2b(repr([s.tokens for s in capture.sequences]).encode(), digest_size=8).hexdigest()
-
-
-def _finite(bound: float | int) -> float | int | None:
-    """A bound as JSON has it: None for no bound."""
-    return bound if np.isfinite(bound) else None

@@ -1,0 +1,264 @@
+"""Texts or a capture -> the table. Read this page first: it conducts everything else.
+
+    passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
+
+The model reads the texts once. Then, layer by layer: the states around the block are checked against the block itself; each
+distinct set of neighbor options is searched once; each context passes the union of those neighbors through the block once, a
+thousand rows at a time; and every analyzer turns its neighborhoods into numbers before the images are dropped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from basin_lens import model as door
+from basin_lens import tables
+from basin_lens.analysis.conductor import Conductor, KeptNeighbors
+from basin_lens.analysis.rows import query_rows, row_facts, texts_hash
+from basin_lens.analyzers import Analyzer, CloudAnalyzer, Compression, TokenAnalyzer, default_analyzers
+from basin_lens.capture import Capture, check_layers, reference_capture
+from basin_lens.errors import CaptureError, NeighborError, TableError
+
+
+def analyze(
+    model: Any,
+    data: Any,
+    analyzers: Any = None,
+    *,
+    layers: Any = None,
+    bank: Any = None,
+    queries: Any = None,
+    seed: int = 0,
+    max_length: int = 128,
+    batch_size: int | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure every token of some texts at every layer of a model.
+
+    Args:
+        model: a `TransformerBridge` or `HookedTransformer`, in any state.
+        data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, token ids `[batch, pos]`, or a `Capture`.
+        analyzers: what to measure; None: `Compression`, the same over other tokens, `Contraction`, `RawCompression`,
+            `Neighborhood`, `Surprisal`, `StateNorm`.
+        layers: block indices; None: all (of the capture).
+        bank: where neighbors come from: None for the texts themselves, another `Capture`, or `"reference"` for the built-in
+            passages (needed for a single text).
+        queries: which tokens are scored: positions, a boolean mask `[rows]` or `[seqs, pos]`, a label or span name, or a number of
+            tokens (a seeded sample); None: all. It does not shrink the bank.
+        seed: of every random choice.
+        max_length, batch_size, prepend_bos: see `Capture.from_texts`.
+        progress: show progress bars.
+
+    Returns:
+        one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the
+        analyzers' columns (units in `table.attrs["provenance"][run]["columns"]`). What an analyzer leaves out is NaN, counted by reason
+        in the provenance.
+
+    Raises:
+        BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.
+        TransportError: the block does not reproduce the captured states, or a route is not exact on this model.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> table = bl.analyze(model, "The cat sat on the mat.", layers=[5], bank="reference", progress=False)
+        >>> bool(table.compression.notna().any())
+        True
+    """
+    return score(
+        model, data, analyzers, layers=layers, bank=bank, queries=queries, seed=seed, max_length=max_length,
+        batch_size=batch_size, prepend_bos=prepend_bos, progress=progress,
+    ).table  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A table, and the neighbors behind one of its scores if they were to be kept."""
+
+    table: pd.DataFrame
+    neighbors: KeptNeighbors | None
+
+
+def score(
+    model: Any,
+    data: Any,
+    analyzers: Any = None,
+    *,
+    layers: Any = None,
+    bank: Any = None,
+    queries: Any = None,
+    seed: int = 0,
+    max_length: int = 128,
+    batch_size: int | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+    keep_neighbors_of: CloudAnalyzer | None = None,
+) -> Analysis:
+    """`analyze`, and on request the neighbors of one of its analyzers (an instance in `analyzers`)."""
+    door.check_model(model)
+    chosen = _check_analyzers(default_analyzers() if analyzers is None else analyzers)
+    clouds = [a for a in chosen if isinstance(a, CloudAnalyzer)]
+    singles = [a for a in chosen if isinstance(a, TokenAnalyzer)]
+    if isinstance(data, Capture):
+        capture = data
+        capture.check_model_is(model)
+        wanted = capture.layers if layers is None else check_layers(model, layers)
+        if not set(wanted) <= set(capture.layers):
+            raise CaptureError(
+                f"expected layers of the capture {list(capture.layers)}, got {sorted(set(wanted) - set(capture.layers))}. "
+                "Capture again with layers=[...]."
+            )
+    else:
+        wanted = check_layers(model, layers)
+        capture = Capture.plan(model, data, layers=wanted, max_length=max_length, prepend_bos=prepend_bos)
+    # All that can be refused is refused before the model runs.
+    tables.check_names([*{name for label in capture.labels for name in label}, *(c.name for a in chosen for c in a.columns)])
+    asked = query_rows(capture, queries, seed)
+    conductor = None
+    if clouds:
+        conductor = Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed)
+    if capture is not data:
+        capture.read(model, singles, batch_size=batch_size, progress=progress)
+    rerun = capture.measure(model, singles, progress=progress)
+    values = {column.name: np.full((len(wanted), capture.n_rows), np.nan, np.float32) for a in chosen for column in a.columns}
+    for analyzer in singles:
+        held = capture.columns[analyzer.key]
+        for column in analyzer.columns:
+            values[column.name][:] = held[column.name][list(wanted) if analyzer.per_layer else [0]].numpy()
+    facts: dict[str, Any] = {}
+    kept = None
+    if conductor is not None:
+        if keep_neighbors_of is not None:
+            kept = conductor.keep(keep_neighbors_of, len(wanted))
+        bar = tqdm(total=len(wanted), desc="neighbors through blocks", unit="layer", disable=not progress)
+        with door.measuring(model), bar:
+            for index, layer in enumerate(wanted):
+                for name, value in conductor.layer(layer, index).items():
+                    values[name][index] = value
+                bar.update()
+        facts = conductor.facts
+    provenance = {
+        "model": capture.model,
+        "texts": texts_hash(capture),
+        "capture": capture.settings,
+        "layers": list(wanted),
+        "analyzers": [a.key for a in chosen],
+        "columns": {
+            c.name: {"unit": c.unit, "low": _finite(c.low), "high": _finite(c.high), "rows": a.rows, "analyzer": type(a).__name__}
+            for a in chosen
+            for c in a.columns
+        },
+        "queries": "all" if queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
+        "seed": seed,
+        "read_again_for": rerun,
+        **facts,
+    }
+    rows, labels = row_facts(capture)
+    return Analysis(tables.build(rows, labels, wanted, values, provenance), kept)
+
+
+def neighborhood(
+    model: Any,
+    capture: Capture,
+    layer: int,
+    seq: int,
+    pos: int,
+    *,
+    k: int = 15,
+    context: str = "patched",
+    metric: str = "l2",
+    exclude: str = "sequence",
+    same_token: str = "any",
+    bank: Any = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Who the neighbors of one token are, and where the block takes them.
+
+    Args:
+        model: the model that made the capture.
+        capture: holds the token.
+        layer: block index.
+        seq, pos: the token: sequence and position in it.
+        k, context, metric, exclude, same_token: as for `Compression`.
+        bank: as for `analyze`.
+        progress: show a bar if the reference bank must be read first.
+
+    Returns:
+        one row per neighbor, nearest first: `rank, token, text` (the text around it, the token in brackets), `passage, doc, seq,
+        pos, distance_before, distance_after` (to the query and to its `resid_post`, state units; before: 1 - cosine with that metric).
+
+    Raises:
+        CaptureError: no such token or layer. NeighborError: position 0, or fewer than k neighbors.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> capture = bl.Capture.from_texts(model, "The cat sat on the mat.", layers=[5], progress=False)
+        >>> len(bl.neighborhood(model, capture, layer=5, seq=0, pos=3, k=5, bank="reference"))
+        5
+    """
+    capture.check_model_is(model)
+    row = capture.row_of(seq, pos)
+    if pos == 0:
+        raise NeighborError("expected a position from 1 on, got 0: the first token is neither query nor neighbor.")
+    analyzer = Compression(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token)  # type: ignore[arg-type]
+    analyzer.check()
+    asked = torch.zeros(capture.n_rows, dtype=torch.bool)
+    asked[row] = True
+    (layer,) = check_layers(model, [layer])
+    bank = _bank(model, capture, bank, (layer,), progress)
+    conductor = Conductor(model, capture, bank, [analyzer], asked, seed=0)
+    kept = conductor.keep(analyzer, 1)
+    with door.measuring(model):
+        conductor.layer(layer, 0)
+    strings = bank.row_strings()
+    lines = []
+    for rank, other in enumerate(kept.rows[0, row].tolist()):
+        where = int(bank.row_seq[other])
+        first, length, place = int(bank.offsets[where]), int(bank.lengths[where]), int(bank.row_pos[other])
+        before = strings[first + max(1, place - 6) : first + place]
+        after = strings[first + place + 1 : first + min(length, place + 5)]
+        lines.append({
+            "rank": rank + 1, "token": strings[other], "text": f"{''.join(before)}[{strings[other]}]{''.join(after)}",
+            "passage": bank.sequences[where].passage, "doc": bank.docs[where], "seq": where, "pos": place,
+            "distance_before": float(kept.before[0, row, rank]), "distance_after": float(kept.after[0, row, rank]),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _check_analyzers(analyzers: Any) -> list[Analyzer]:
+    if not isinstance(analyzers, list | tuple) or not analyzers:
+        raise TableError(f"expected a list of analyzers, got {analyzers!r}. Leave analyzers out for the default ones.")
+    for analyzer in analyzers:
+        if not isinstance(analyzer, CloudAnalyzer | TokenAnalyzer):
+            raise TableError(
+                f"expected analyzers (instances, such as Compression(k=15)), got {analyzer!r}. Subclass CloudAnalyzer or TokenAnalyzer."
+            )
+        analyzer.check()
+    return list(analyzers)
+
+
+def _bank(model: Any, capture: Capture, bank: Any, layers: Sequence[int], progress: bool) -> Capture:
+    if bank is None:
+        return capture
+    if bank == "reference":
+        bos = door.uses_bos(model, None)
+        starts = {s.tokens[0] for s in capture.sequences}
+        return reference_capture(model, prepend_bos=bos is not None and starts == {bos}, progress=progress)
+    if not isinstance(bank, Capture):
+        raise NeighborError(f'expected bank=None, a Capture or "reference", got {bank!r}.')
+    bank.check_model_is(model)
+    if not set(layers) <= set(bank.layers):
+        raise NeighborError(f"expected a bank with layers {list(layers)}, got one with {list(bank.layers)}. Capture them too.")
+    return bank
+
+
+def _finite(bound: float | int) -> float | int | None:
+    """A bound as JSON has it: None for no bound."""
+    return bound if np.isfinite(bound) else None

@@ -1,0 +1,111 @@
+"""Rows of a capture: which to score, how they group, what the table says of them."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from basin_lens.capture import Capture
+from basin_lens.errors import NeighborError
+
+
+def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
+    """Which rows to score."""
+    if queries is None:
+        return torch.ones(capture.n_rows, dtype=torch.bool)
+    if isinstance(queries, str):
+        if any(queries in label for label in capture.labels):
+            chosen = torch.tensor([bool(label.get(queries)) for label in capture.labels])[capture.row_seq]
+        else:
+            chosen = torch.tensor([queries in names for names in _spans(capture)])
+        if not bool(chosen.any()):
+            raise NeighborError(f"expected queries to name a label or span of the texts, got {queries!r}, which marks no token.")
+        return chosen
+    if isinstance(queries, int) and not isinstance(queries, bool):
+        rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
+        if queries < 1:
+            raise NeighborError(f"expected a positive number of queries, got {queries}.")
+        chosen = torch.zeros(capture.n_rows, dtype=torch.bool)
+        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:queries]]] = True
+        return chosen
+    given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
+    if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size:
+        raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
+    mask = torch.as_tensor(given)
+    if mask.dtype == torch.bool:
+        if mask.shape not in ((capture.n_rows,), capture.valid.shape):
+            raise NeighborError(
+                f"expected a mask of shape {(capture.n_rows,)} or {tuple(capture.valid.shape)}, got {tuple(mask.shape)}."
+            )
+        chosen = mask.clone() if mask.ndim == 1 else mask[capture.valid]
+        if not bool(chosen.any()):
+            raise NeighborError("expected a mask that marks at least one token, got one that marks none.")
+        return chosen
+    if mask.ndim != 1:
+        raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
+    chosen = torch.isin(capture.row_pos, mask.long())
+    if not bool(chosen.any()):
+        raise NeighborError(f"expected positions below {int(capture.lengths.max())}, got {mask.tolist()[:8]}.")
+    return chosen
+
+
+def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, Tensor]:
+    """Group of each row of the capture and of the bank: a query's own group is never its neighbor."""
+    if exclude in ("self", "nothing"):
+        return torch.full((capture.n_rows,), -1), torch.full((bank.n_rows,), -1)
+
+    def of(source: Capture) -> list[Any]:
+        if exclude == "sequence":
+            # In another capture, the same text is the same sequence.
+            return list(range(len(source.sequences))) if source is bank is capture else [s.tokens for s in source.sequences]
+        if exclude == "document":
+            return list(source.docs)
+        if source is capture and not any(exclude in label for label in source.labels):
+            raise NeighborError(
+                f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: '
+                f"{sorted({name for label in source.labels for name in label})}."
+            )
+        return [label.get(exclude) for label in source.labels]
+
+    known: dict[Any, int] = {}
+    answers = []
+    for source in (capture, bank):
+        ids = [-1 if name is None else known.setdefault(name, len(known)) for name in of(source)]
+        answers.append(torch.tensor(ids)[source.row_seq])
+    return answers[0], answers[1]
+
+
+def row_facts(capture: Capture) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Key columns and labels of each row."""
+    seqs = capture.row_seq.tolist()
+    rows = {
+        "passage": np.array([capture.sequences[s].passage for s in seqs]),
+        "doc": [capture.docs[s] for s in seqs],
+        "seq": capture.row_seq.numpy(),
+        "pos": capture.row_pos.numpy(),
+        "token_id": capture.row_token.numpy(),
+        "token": capture.row_strings(),
+        "start": np.array([start for s in capture.sequences for start in s.starts]),
+        "end": np.array([end for s in capture.sequences for end in s.ends]),
+        "span": ["+".join(names) for names in _spans(capture)],
+    }
+    names = dict.fromkeys(name for label in capture.labels for name in label)
+    return rows, {name: [capture.labels[s].get(name) for s in seqs] for name in names}
+
+
+def _spans(capture: Capture) -> list[list[str]]:
+    """Names of the spans that each row's characters overlap."""
+    if capture.passages is None:
+        return [[] for _ in range(capture.n_rows)]
+    return [
+        [name for name, (a, b) in capture.passages[s.passage].spans.items() if start < b and a < end]
+        for s in capture.sequences
+        for start, end in zip(s.starts, s.ends, strict=True)
+    ]
+
+
+def texts_hash(capture: Capture) -> str:
+    return hashlib.blake2b(repr([s.tokens for s in capture.sequences]).encode(), digest_size=8).hexdigest()

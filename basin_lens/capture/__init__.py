@@ -1,0 +1,12 @@
+"""A model and texts -> `Capture`: one row per token, the residual states at block borders, and what was measured on the way.
+
+A block border b is the state that enters block b; border `n_layers` is the state that leaves the last block. One forward pass
+per batch; only the hook points asked for are read, and token analyzers are filled while the pass runs, layer by layer, so
+that attention patterns are never held for more than one layer.
+"""
+
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, future_loss
+from basin_lens.capture.record import Capture, check_layers
+from basin_lens.capture.reference import reference_capture
+
+__all__ = ["Capture", "TokenBatch", "TokenMeasure", "check_layers", "future_loss", "reference_capture"]

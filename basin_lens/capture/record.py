@@ -1,0 +1,489 @@
+"""The record of one pass: token rows and residual states."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from basin_lens import model as door
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, run_batch
+from basin_lens.capture.caches import align, borders_in, other_readings
+from basin_lens.capture.rows import TokenRows
+from basin_lens.capture.store import NewFolder, copy_borders, read_border, read_record, write_borders, write_record
+from basin_lens.errors import CaptureError
+from basin_lens.texts import (
+    Passage,
+    TokenSequence,
+    from_token_ids,
+    longest_sequence,
+    read_passages,
+    token_strings,
+    tokenize,
+)
+
+_TOKENS_PER_BATCH = 1024
+
+
+@dataclass
+class Capture(TokenRows):
+    """Token rows and residual states of some texts under one model. It owns its tensors and keeps no model or cache alive.
+
+    Rows are the real tokens of all sequences, one after the other, position 0 included.
+
+    Attributes:
+        sequences: token ids, passage and character offsets of each sequence.
+        passages: the texts, or None if token ids were given.
+        docs: document of each sequence.
+        labels: labels of each sequence.
+        layers: the layers L for which `resid_pre(L)` and `resid_post(L)` are there.
+        model: fingerprint, name, sizes and weight processing of the model.
+        columns: values of token analyzers by `analyzer.key`, then column, `[n_layers or 1, rows]`.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> capture = bl.Capture.from_texts(model, "The cat sat on the mat.", layers=[0], progress=False)
+        >>> capture.resid_pre(0).shape == (capture.n_rows, 576)
+        True
+    """
+
+    layers: tuple[int, ...]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    columns: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _store: Path | None = None
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_texts(
+        cls,
+        model: Any,
+        data: Any,
+        *,
+        layers: Any = None,
+        analyzers: Sequence[TokenMeasure] | None = None,
+        max_length: int = 128,
+        batch_size: int | None = None,
+        prepend_bos: bool | None = None,
+        store: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> "Capture":
+        """Run the model once over texts and keep the residual states around each of `layers`.
+
+        Args:
+            model: a `TransformerBridge` or `HookedTransformer`, in any state (train mode, frozen, other device).
+            data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, or a LongTensor `[batch, pos]`.
+            layers: block indices; None: all.
+            analyzers: token analyzers to fill during the pass; None: none.
+            max_length: longest sequence in tokens, BOS counted (the model's context if that is shorter); longer texts become
+                several sequences.
+            batch_size: sequences per pass; None: about 1,000 tokens.
+            prepend_bos: None: the model's default.
+            store: a new folder to keep the states in instead of memory (safetensors, one file per batch).
+            progress: show a progress bar.
+
+        Raises:
+            ModelError, TextError: see there.
+            CaptureError: unknown layer, NaN or infinite states, a missing hook point.
+            StoreError: the folder exists or cannot be written.
+        """
+        capture = cls.plan(model, data, layers=layers, max_length=max_length, prepend_bos=prepend_bos)
+        return capture.read(model, analyzers, batch_size=batch_size, store=store, progress=progress)
+
+    @classmethod
+    def plan(
+        cls,
+        model: Any,
+        data: Any,
+        *,
+        layers: Any = None,
+        max_length: int = 128,
+        prepend_bos: bool | None = None,
+    ) -> "Capture":
+        """The rows of a capture, nothing read yet: enough to check a whole request before the model runs. See `read`."""
+        door.check_model(model)
+        chosen = check_layers(model, layers)
+        if isinstance(data, Tensor):
+            passages, sequences = None, from_token_ids(model, data)
+        else:
+            passages = read_passages(data)
+            sequences = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
+        bos = door.uses_bos(model, prepend_bos) if passages is not None else None
+        longest = longest_sequence(model, max_length)
+        settings = {"max_length": longest, "bos": bos, "source": "tokens" if passages is None else "texts"}
+        return cls._empty(model, sequences, passages, chosen, settings)
+
+    def read(
+        self,
+        model: Any,
+        analyzers: Sequence[TokenMeasure] | None = None,
+        *,
+        batch_size: int | None = None,
+        store: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> "Capture":
+        """Run the model over the planned rows. Arguments and errors as for `from_texts`."""
+        token_analyzers = list(analyzers or [])
+        if store is None:
+            self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
+        else:
+            with NewFolder(store) as folder:
+                self._store = folder
+                self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
+                self._write_record(folder)
+            self._store = Path(store)
+        return self
+
+    @classmethod
+    def from_cache(
+        cls,
+        model: Any,
+        tokens: Any,
+        cache: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        docs: Sequence[str] | None = None,
+        labels: Sequence[Mapping[str, Any]] | None = None,
+        texts: Sequence[str | Passage] | str | None = None,
+    ) -> "Capture":
+        """A capture from the user's own `run_with_cache`, without another pass.
+
+        Reads the residual states, and logits, attention patterns and gradients (`*_grad`) if the cache has them, as copies.
+        All layers of which both `resid_pre` and `resid_post` can be found are available.
+
+        Args:
+            model: the model that made the cache.
+            tokens: the token ids given to the model, `[batch, pos]` or `[pos]`.
+            cache: an `ActivationCache` or a dict, with or without batch dimension.
+            attention_mask: 1 for real tokens, 0 for padding on either side; None: all real.
+            docs: document of each sequence; None: a document each.
+            labels: labels of each sequence.
+            texts: the text of each sequence, to have character offsets in the table.
+
+        Raises:
+            CaptureError: no usable layer (the missing hook points are named), shapes that do not fit tokens or model, NaN.
+            TextError: the texts do not tokenize to `tokens`.
+        """
+        door.check_model(model)
+        if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2):
+            got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise CaptureError(
+                f"expected tokens as a LongTensor [batch, pos] or [pos], got {got}. Pass the ids that were given to run_with_cache."
+            )
+        shape = (1, *tokens.shape) if tokens.ndim == 1 else tuple(tokens.shape)
+        tokens = tokens.detach().cpu().reshape(shape)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.numel() != tokens.numel():
+                raise CaptureError(f"expected an attention mask of shape {shape}, got {tuple(attention_mask.shape)}.")
+            valid = attention_mask.detach().cpu().reshape(shape).bool()
+            # A run of real tokens; a hole inside would shift the positions that the model used.
+            if bool((valid.long().diff(dim=1).abs().sum(1) + (valid[:, 0] != valid[:, -1]).long() > 2).any()):
+                raise CaptureError("expected padding at one end of each sequence, got an attention mask with a hole.")
+        borders, missing = borders_in(model, cache, shape)
+        layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
+        if not layers:
+            raise CaptureError(
+                f"expected a cache with residual states around at least one block, got none; missing: {', '.join(missing[:6])}"
+                f"{', ...' if len(missing) > 6 else ''}. Cache them: run_with_cache(tokens, names_filter=lambda name: "
+                '"resid_pre" in name or "resid_post" in name).'
+            )
+        sequences = from_token_ids(model, tokens, valid)
+        passages = None
+        if texts is not None:
+            passages = read_passages(texts)
+            sequences = align(model, passages, sequences)
+        if docs is not None and len(docs) != len(sequences):
+            raise CaptureError(f"expected one document for each of {len(sequences)} sequences, got {len(docs)}.")
+        if labels is not None and len(labels) != len(sequences):
+            raise CaptureError(f"expected labels for each of {len(sequences)} sequences, got {len(labels)}.")
+        settings = {"bos": None, "source": "cache", "max_length": shape[1]}
+        capture = cls._empty(model, sequences, passages, layers, settings)
+        if docs is not None:
+            capture.docs = [str(doc) for doc in docs]
+        if labels is not None:
+            capture.labels = [dict(label) for label in labels]
+        needed = sorted({border for layer in layers for border in (layer, layer + 1)})
+        for border in needed:
+            # Indexing by the mask copies: nothing of the user's cache stays referenced.
+            capture._states[border] = borders[border].detach()[valid.to(borders[border].device)].float().cpu()
+        for name, value in other_readings(model, cache, shape, layers).items():
+            capture._readings[name] = value.detach().float().cpu().clone()
+        if capture._readings:
+            capture._readings["valid"] = valid
+        for border, states in capture._states.items():
+            capture._refuse_nonfinite(torch.arange(capture.n_rows), border, states)
+        return capture
+
+    @classmethod
+    def _empty(
+        cls,
+        model: Any,
+        sequences: list[TokenSequence],
+        passages: list[Passage] | None,
+        layers: tuple[int, ...],
+        settings: dict[str, Any],
+    ) -> "Capture":
+        docs = [f"sequence-{i}" if passages is None else str(passages[s.passage].doc) for i, s in enumerate(sequences)]
+        labels = [{} if passages is None else dict(passages[s.passage].labels) for s in sequences]
+        strings = token_strings(model, (token for s in sequences for token in s.tokens))
+        return cls(sequences, passages, docs, labels, strings, layers, door.provenance(model), settings)
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def resid_pre(self, layer: int) -> Float[Tensor, "rows d"]:
+        """States entering block `layer`, float32, on the CPU, in row order."""
+        return self._border(layer)
+
+    def resid_post(self, layer: int) -> Float[Tensor, "rows d"]:
+        """States leaving block `layer`, float32, on the CPU, in row order."""
+        return self._border(layer + 1)
+
+    def _border(self, border: int) -> Tensor:
+        if self._store is not None:
+            states = read_border(self._store, border, self.n_rows)
+            if states is not None:
+                return states
+        elif border in self._states:
+            return self._states[border]
+        raise CaptureError(
+            f"expected a captured layer, got the state entering block {border}; this capture holds layers {list(self.layers)}. "
+            "Capture again with layers=[...]."
+        )
+
+    def check_model_is(self, model: Any) -> None:
+        """Refuse a model other than the one that made this capture.
+
+        Raises:
+            CaptureError: the fingerprints differ (other weights, settings or weight processing).
+        """
+        if door.fingerprint(model) != self.model["fingerprint"]:
+            raise CaptureError(
+                f"expected the model that made this capture ({self.model['name']}, {self.model['fingerprint'][:8]}), got "
+                f"{door.full_name(model)} ({door.fingerprint(model)[:8]}). Weights, settings or weight processing differ: "
+                "capture again with this model."
+            )
+
+    # -- token analyzers ----------------------------------------------------------------------------------------------
+
+    def measure(self, model: Any, analyzers: Sequence[TokenMeasure], *, progress: bool = True) -> list[str]:
+        """Fill the columns of token analyzers that are not there yet: from what was read, else with one more pass.
+
+        Returns:
+            keys of the analyzers for which the model ran again.
+
+        Raises:
+            CaptureError: a hook point or a gradient that is not to be had.
+        """
+        open_ = [a for a in analyzers if a.key not in self.columns]
+        again = []
+        for analyzer in open_:
+            if self._readable(analyzer):
+                self._measure_readings(analyzer)
+            else:
+                again.append(analyzer)
+        stuck = [a.key for a in again if a.target == "cache"]
+        if stuck:
+            raise CaptureError(
+                f"expected gradients (*_grad) in the cache for {stuck[0]}, got none. Make the capture with Capture.from_cache on a "
+                "run_with_cache(..., incl_bwd=True), or use another target."
+            )
+        if again:
+            self._fill(model, again, None, progress, keep_states=False)
+        return [analyzer.key for analyzer in again]
+
+    def _readable(self, analyzer: TokenMeasure) -> bool:
+        if analyzer.needs <= {"resid_pre", "resid_post"} and analyzer.target is None:
+            return True
+        if self.settings["source"] != "cache" or analyzer.target not in (None, "cache"):
+            return False
+        layers = self.layers if analyzer.per_layer else self.layers[:1]
+        return all(self._reading(need, layer) is not None for layer in layers for need in analyzer.needs)
+
+    def _reading(self, need: str, layer: int) -> Tensor | None:
+        """A reading in the layout of the user's cache, `[batch, pos, ...]`."""
+        if need in ("resid_pre", "resid_post"):
+            return self._grid(self._border(layer + (need == "resid_post")))
+        name = need if need == "logits" else f"{need}.{layer}"
+        value = self._readings.get(name)
+        if value is None:
+            return None
+        # Bring left padding to the right: every analyzer counts positions from 0.
+        valid = self._readings["valid"]
+        first = valid.int().argmax(1).tolist()
+        longest = int(self.lengths.max())
+        rolled = [
+            torch.roll(row, (-f, -f), (1, 2)) if need == "pattern" else torch.roll(row, -f, 0)
+            for row, f in zip(value, first, strict=True)
+        ]
+        grid = torch.stack(rolled)
+        return grid[:, :, :longest, :longest] if need == "pattern" else grid[:, :longest]
+
+    def _grid(self, rows: Tensor) -> Tensor:
+        grid = rows.new_zeros((*self.valid.shape, *rows.shape[1:]))
+        grid[self.valid] = rows
+        return grid
+
+    def _measure_readings(self, analyzer: TokenMeasure) -> None:
+        tokens = self._grid(self.row_token)
+        memory: dict[str, Any] = {}
+        for layer in self.layers if analyzer.per_layer else self.layers[:1]:
+            values = {need: reading for need in analyzer.needs if (reading := self._reading(need, layer)) is not None}
+            batch = TokenBatch(layer, self.model["layers"], tokens, self.valid, values, memory)
+            self._keep(torch.arange(self.n_rows), self.valid, analyzer, layer, analyzer.measure(batch))
+
+    def _keep(self, rows: Tensor, valid: Tensor, analyzer: TokenMeasure, layer: int, values: Mapping[str, Tensor]) -> None:
+        columns = self.columns.setdefault(analyzer.key, {})
+        for name, value in values.items():
+            if value.ndim == 1:  # one number per sequence: repeated on its tokens
+                value = value[:, None].expand(valid.shape)
+            if value.shape != valid.shape:
+                raise CaptureError(
+                    f"expected {analyzer.key} to give [batch, pos] or [batch] for {name!r}, got {tuple(value.shape)}."
+                )
+            height = self.model["layers"] if analyzer.per_layer else 1
+            column = columns.setdefault(name, torch.full((height, self.n_rows), torch.nan))
+            column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()
+
+    # -- the pass -----------------------------------------------------------------------------------------------------
+
+    def _fill(
+        self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: int | None, progress: bool, *, keep_states: bool
+    ) -> None:
+        """Run the model over all sequences; keep states and fill analyzers."""
+        self._check_points(model, analyzers)
+        borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
+        if keep_states and self._store is None:
+            self._states = {border: torch.empty(self.n_rows, door.width(model)) for border in borders}
+        batches = list(self._batches(batch_size))
+        with tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar:
+            for index, (rows, tokens, valid) in enumerate(batches):
+                keep, refuse = partial(self._keep, rows, valid), partial(self._refuse_nonfinite, rows)
+                kept = run_batch(model, tokens, valid, self.layers, borders, analyzers, keep, refuse)
+                if self._store is None:
+                    for border, states in kept.items():
+                        self._states[border][rows] = states
+                elif kept:
+                    write_borders(self._store, index, rows, kept)
+                bar.update(len(rows))
+
+    def _check_points(self, model: Any, analyzers: Sequence[TokenMeasure]) -> None:
+        points = {need for a in analyzers for need in a.needs if need not in ("logits", "gradient")}
+        missing = door.missing_points(model, points | {"resid_pre", "resid_post"}, list(self.layers))
+        if missing:
+            raise CaptureError(
+                f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"
+                f"{', ...' if len(missing) > 4 else ''}. Leave out the analyzers that need them."
+            )
+
+    def _batches(self, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, right-padded tokens and validity of batches of sequences of like length."""
+        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
+        while order:
+            longest = len(self.sequences[order[0]].tokens)
+            size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+            chosen, order = order[:size], order[size:]
+            lengths = self.lengths[chosen]
+            valid = torch.arange(longest)[None] < lengths[:, None]
+            rows = torch.cat([torch.arange(int(self.lengths[i])) + self.offsets[i] for i in chosen])
+            # Any id will do as padding: no real token of a causal model sees it.
+            tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
+            tokens[valid] = self.row_token[rows]
+            yield rows, tokens, valid
+
+    def _refuse_nonfinite(self, rows: Tensor, border: int, states: Tensor) -> None:
+        wrong = ~torch.isfinite(states).all(1)
+        if bool(wrong.any()):
+            row = int(rows[wrong][0])
+            raise CaptureError(
+                f"expected finite states, got NaN or infinity in {int(wrong.sum())} of {len(rows)} tokens before block "
+                f"{border}, first in sequence {int(self.row_seq[row])}, position {int(self.row_pos[row])}. "
+                "Check the weights, or use a wider dtype."
+            )
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the capture to a new folder: safetensors and JSON, all of it or nothing.
+
+        Raises:
+            StoreError: the folder exists or cannot be written.
+        """
+        with NewFolder(path) as folder:
+            if self._store is not None:
+                copy_borders(self._store, folder)
+            else:
+                write_borders(folder, 0, torch.arange(self.n_rows), self._states)
+            self._write_record(folder)
+
+    def _write_record(self, folder: Path) -> None:
+        values = {f"column|{key}|{name}": v for key, columns in self.columns.items() for name, v in columns.items()}
+        values |= {f"reading|{name}": value for name, value in self._readings.items()}
+        record = {
+            "sequences": [asdict(s) for s in self.sequences],
+            "passages": None if self.passages is None else [asdict(p) for p in self.passages],
+            "docs": self.docs,
+            "labels": self.labels,
+            "strings": list(self.strings.items()),
+            "layers": self.layers,
+            "model": self.model,
+            "settings": self.settings,
+        }
+        write_record(folder, record, values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Capture":
+        """Read a capture that `save` or `store=` wrote; states stay on disk until asked for.
+
+        Raises:
+            StoreError: no capture there, or one of an unknown format.
+        """
+        record, values = read_record(Path(path))
+        capture = cls(
+            sequences=[
+                TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
+            ],
+            passages=None if record["passages"] is None else [_passage(p) for p in record["passages"]],
+            docs=record["docs"], labels=record["labels"], strings={int(token): text for token, text in record["strings"]},
+            layers=tuple(record["layers"]), model=record["model"], settings=record["settings"], _store=Path(path),
+        )  # fmt: skip
+        for name, value in values.items():
+            kind, rest = name.split("|", 1)
+            if kind == "reading":
+                capture._readings[rest] = value
+            else:
+                key, column = rest.rsplit("|", 1)
+                capture.columns.setdefault(key, {})[column] = value
+        return capture
+
+
+def _passage(record: dict[str, Any]) -> Passage:
+    """A passage from JSON, which has no tuples."""
+    return Passage(**record | {"spans": {name: (start, end) for name, (start, end) in record["spans"].items()}})
+
+
+def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
+    """Layers in ascending order; None: all; negative ones count from the end.
+
+    Raises:
+        CaptureError: a layer that the model does not have.
+    """
+    count = door.n_layers(model)
+    if layers is None:
+        return tuple(range(count))
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    wrong = [layer for layer in given if not isinstance(layer, Integral) or not -count <= int(layer) < count]
+    if wrong or not given or given == [layers]:
+        raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
+    return tuple(sorted({int(layer) % count for layer in given}))

@@ -1,0 +1,75 @@
+"""Token rows: the real tokens of all sequences, one after the other, position 0 included."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from basin_lens.errors import CaptureError
+from basin_lens.texts import Passage, TokenSequence
+
+
+@dataclass
+class TokenRows:
+    """Sequences of tokens and where each row comes from."""
+
+    sequences: list[TokenSequence]
+    passages: list[Passage] | None
+    docs: list[str]
+    labels: list[dict[str, Any]]
+    strings: dict[int, str]
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, " seqs"]:
+        """Tokens per sequence."""
+        return torch.tensor([len(s.tokens) for s in self.sequences])
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, " seqs"]:
+        """First row of each sequence."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @property
+    def n_rows(self) -> int:
+        """Number of tokens."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def row_seq(self) -> Int[Tensor, " rows"]:
+        """Sequence of each row."""
+        return torch.repeat_interleave(torch.arange(len(self.sequences)), self.lengths)
+
+    @cached_property
+    def row_pos(self) -> Int[Tensor, " rows"]:
+        """Position in its sequence of each row, from 0 (the BOS token, if there is one)."""
+        return torch.arange(self.n_rows) - self.offsets[self.row_seq]
+
+    @cached_property
+    def row_token(self) -> Int[Tensor, " rows"]:
+        """Token id of each row."""
+        return torch.tensor([token for s in self.sequences for token in s.tokens])
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "seqs pos"]:
+        """Which cells of the right-padded `[sequence, position]` grid are tokens."""
+        return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
+
+    def row_strings(self) -> list[str]:
+        """Text of each row's token by itself."""
+        return [self.strings[token] for token in self.row_token.tolist()]
+
+    def row_of(self, seq: int, pos: int) -> int:
+        """Row of a token.
+
+        Raises:
+            CaptureError: there is no such token.
+        """
+        if not 0 <= seq < len(self.sequences) or not 0 <= pos < int(self.lengths[seq]):
+            known = f"sequence {seq} has {int(self.lengths[seq])} tokens" if 0 <= seq < len(self.sequences) else (
+                f"there are {len(self.sequences)} sequences"
+            )  # fmt: skip
+            raise CaptureError(f"expected a token of this capture, got seq={seq}, pos={pos}; {known}.")
+        return int(self.offsets[seq]) + pos
