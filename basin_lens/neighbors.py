@@ -103,11 +103,9 @@ def find(
             'Lower k, add texts, or pass bank="reference".'
         )
     kept = _representatives(bank) if distinct else torch.nonzero(bank.pool).squeeze(1)
-    points = bank.states[kept]
-    center = points.mean(0) if metric == "l2" else torch.zeros_like(points[0])
-    # Centered, the matrix-product distance loses the fewest digits; the exact one below does not see the shift.
-    near, far = _prepare(points, center, metric), _prepare(queries.states, center, metric)
-    norms = near.square().sum(1)
+    near, far = _prepare(bank.states[kept], metric), _prepare(queries.states, metric)
+    # Centered, the matrix-product distance loses the fewest digits. The median, because a massive state would move the mean away.
+    center = near[:: max(1, len(near) // 1024)].median(0).values
     chunk = max(1, min(len(far), _CHUNK_VALUES // max(1, len(near))))
     parts = []
     for first in range(0, len(far), chunk):
@@ -119,7 +117,9 @@ def find(
         if same_token != "any":
             same = queries.token[part, None] == bank.token[None, kept]
             excluded |= ~same if same_token == "only" else same
-        parts.append(_search(far[part], near, norms, bank.key[kept], excluded, k, distinct))
+        parts.append(_search(far[part], near, center, bank.key[kept], excluded, k, distinct))
+    if not parts:
+        return Neighbors(torch.empty(0, k, dtype=torch.int64, device=near.device), near.new_empty(0, k))
     rows = torch.cat([rows for rows, _ in parts])
     distances = torch.cat([distance for _, distance in parts])
     rows = torch.where(rows >= 0, kept[rows.clamp_min(0)], rows)
@@ -146,20 +146,22 @@ def _representatives(bank: Points) -> Int[Tensor, " kept"]:
     return order[leads | second].sort().values
 
 
-def _prepare(states: Tensor, center: Tensor, metric: Metric) -> Tensor:
-    return torch.nn.functional.normalize(states, dim=1) if metric == "cosine" else states - center
+def _prepare(states: Tensor, metric: Metric) -> Tensor:
+    return torch.nn.functional.normalize(states, dim=1) if metric == "cosine" else states
 
 
 def _search(
-    queries: Tensor, points: Tensor, norms: Tensor, keys: Tensor, excluded: Tensor, k: int, distinct: bool
+    queries: Tensor, points: Tensor, center: Tensor, keys: Tensor, excluded: Tensor, k: int, distinct: bool
 ) -> tuple[Tensor, Tensor]:
     """Candidates by matrix product, re-ranked by exact differences, refetched until the answer is certain."""
     rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=points.device)
     distances = torch.full((len(queries), k), torch.nan, device=points.device)
-    query_norms = queries.square().sum(1)
-    rough = (query_norms[:, None] + norms[None] - 2 * queries @ points.T).masked_fill_(excluded, torch.inf)
-    # Bound on the rounding error of the product form, with room to spare.
-    slack = 64 * torch.finfo(points.dtype).eps * (query_norms + norms.max())
+    far, near = queries - center, points - center
+    # The product form errs by about eps * (|q|^2 + |b|^2). Taking that off, with room to spare, leaves a lower bound of the true
+    # squared distance: a row whose bound is above the k-th exact distance cannot be a neighbor.
+    shrink = 1 - 64 * torch.finfo(points.dtype).eps
+    bound = shrink * (far.square().sum(1)[:, None] + near.square().sum(1)[None]) - 2 * far @ near.T
+    bound.masked_fill_(excluded, torch.inf)
     open_rows = torch.arange(len(queries), device=points.device)
     fetch = min(len(points), 2 * k + 32)
     while len(open_rows):
@@ -167,8 +169,8 @@ def _search(
         # Differences are d times larger than distances: a slice of queries at a time.
         step = max(1, _CHUNK_VALUES // (fetch * points.shape[1]))
         for part in open_rows.split(step):
-            near, candidates = rough[part].topk(fetch, largest=False)
-            exact = (points[candidates] - queries[part, None]).norm(dim=2).masked_fill(near.isinf(), torch.inf)
+            lower, candidates = bound[part].topk(fetch, largest=False)
+            exact = (points[candidates] - queries[part, None]).norm(dim=2).masked_fill(lower.isinf(), torch.inf)
             candidates, order = candidates.sort(dim=1)
             exact, by_distance = exact.gather(1, order).sort(dim=1, stable=True)
             candidates = candidates.gather(1, by_distance)
@@ -183,8 +185,7 @@ def _search(
             short = max(0, k - fetch)  # fewer points than k: the rest stays empty
             found_rows.append(torch.nn.functional.pad(candidates[:, :k], (0, short)))
             found.append(torch.nn.functional.pad(exact[:, :k], (0, short), value=torch.inf))
-            limit = near[:, -1] - slack[part]
-            certain.append((found[-1][:, -1].square() <= limit) | near[:, -1].isinf())
+            certain.append((found[-1][:, -1].square() < lower[:, -1]) | lower[:, -1].isinf())
         kept_rows, kept, done = torch.cat(found_rows), torch.cat(found), torch.cat(certain)
         if fetch == len(points):
             done = torch.ones_like(done)

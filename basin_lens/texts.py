@@ -44,6 +44,12 @@ class Passage:
             raise TextError(f"expected a text (str), got {type(self.text).__name__}. Decode bytes first.")
         if not self.text:
             raise TextError("expected a text with at least one character, got an empty one. Leave empty texts out.")
+        try:
+            self.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TextError(
+                f"expected Unicode text, got a lone surrogate at character {error.start}. Decode it properly."
+            ) from error
         # None is how api.md spells "nothing given".
         object.__setattr__(self, "labels", dict(self.labels or {}))
         object.__setattr__(self, "spans", {name: (int(a), int(b)) for name, (a, b) in (self.spans or {}).items()})
@@ -178,6 +184,8 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
     """
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim not in (1, 2):
         raise TextError(f"expected token ids as a LongTensor [batch, pos], got {tokens.dtype} of shape {tuple(tokens.shape)}.")
+    if not tokens.numel():
+        raise TextError(f"expected sequences of at least two tokens, got a tensor of shape {tuple(tokens.shape)}.")
     tokens = tokens.detach().cpu().reshape(-1, tokens.shape[-1])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < door.vocabulary_size(model):
         raise TextError(

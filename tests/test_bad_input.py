@@ -201,7 +201,7 @@ def test_bad_queries(llama, queries, said):
 def test_queries_that_ask_for_nothing(llama, capture, queries):
     """Nothing chosen, or position 0 only, which is never scored: no neighbors are missing, and the message must not say so."""
     asked = torch.zeros(capture.n_rows, dtype=torch.bool) if queries == "mask" else queries
-    with refusing(NeighborError, "quer", llama):
+    with refusing(NeighborError, "quer|mask", llama):
         bl.analyze(llama, capture, [Compression(k=5)], queries=asked, progress=False)
 
 
@@ -307,7 +307,7 @@ def test_states_that_are_no_numbers(tokenizer, tmp_path, value):
     model = make_bridge("llama", tokenizer=tokenizer)
     with torch.no_grad():
         model.original_model.model.layers[1].mlp.down_proj.weight[0, 0] = value
-    where = "at the border before block 2, first in sequence \\d, position 0"
+    where = "before block 2, first in sequence \\d, position 0"
     with refusing(CaptureError, rf"NaN or infinity in \d+ of \d+ tokens {where}"):
         bl.Capture.from_texts(model, TEXTS, store=tmp_path / "store", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -318,7 +318,7 @@ def test_cache_with_nan(llama):
     _, cache = llama.run_with_cache(tokens)
     cache["blocks.1.hook_resid_pre"][1, 4, 7] = torch.nan
     cache["blocks.0.hook_resid_post"][1, 4, 7] = torch.nan
-    with refusing(CaptureError, r"in 1 of 12 tokens at the border before block 1, first in sequence 1, position 4", llama):
+    with refusing(CaptureError, r"in 1 of 12 tokens before block 1, first in sequence 1, position 4", llama):
         bl.Capture.from_cache(llama, tokens, cache)
 
 
@@ -463,7 +463,7 @@ def test_label_named_like_a_column(llama, label, captured):
 
 
 def test_no_analyzers(llama):
-    with refusing(TableError, "at least one analyzer", llama):
+    with refusing(TableError, "(at least one|list of) analyzer.*Leave analyzers out", llama):
         bl.analyze(llama, TEXTS, [], progress=False)
 
 
@@ -510,7 +510,7 @@ def test_store_that_appears_meanwhile(llama, tmp_path):
 
     handle = llama.blocks[2].register_forward_pre_hook(another_process)
     try:
-        with refusing(StoreError, "exists"):
+        with refusing(StoreError, "new folder.*(exists|appeared)"):
             bl.Capture.from_texts(llama, TEXTS[:2], store=tmp_path / "store", progress=False)
     finally:
         handle.remove()
@@ -530,13 +530,13 @@ def full_disk(size: int = 4096):
 
 
 def test_capture_on_a_full_disk(capture, tmp_path):
-    with refusing(StoreError, "written"), full_disk():
+    with refusing(StoreError, "write|written"), full_disk():
         capture.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_store_on_a_full_disk(llama, tmp_path):
-    with pytest.raises(StoreError, match="written"), full_disk():
+    with pytest.raises(StoreError, match="write|written"), full_disk():
         bl.Capture.from_texts(llama, TEXTS, store=tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -545,7 +545,7 @@ def test_table_on_a_full_disk(table, tmp_path):
     """The table that was there stays as it was."""
     tables.save(table, tmp_path / "table.parquet")
     before = (tmp_path / "table.parquet").read_bytes()
-    with refusing(StoreError, "written"), full_disk():
+    with refusing(StoreError, "write|written"), full_disk():
         tables.save(tables.concat([table] * 3), tmp_path / "table.parquet")
     assert (tmp_path / "table.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["table.parquet"]

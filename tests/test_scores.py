@@ -15,6 +15,7 @@ from basin_lens.analyzers import Cloud, CloudAnalyzer, Column, TokenBatch
 from basin_lens.capture import future_loss
 from basin_lens.errors import NeighborError
 from basin_lens.texts import reference_passages
+from basin_lens.transport import Images
 from tests.conftest import PACKED, TEXTS, make_bridge, make_hf, make_tokenizer, random_tokens
 
 A = bl.analyzers
@@ -584,10 +585,25 @@ def test_cosine_only_chooses(llama, capture):
 
 
 @pytest.mark.parametrize("option", ["self", "sequence", "document", "template"])
-def test_the_random_points_keep_the_same_exclusion(llama, labeled, option):
-    """No error and a finite answer for each, and the exclusion reaches the random points: another sample, another G."""
-    table = run(llama, labeled, A.Compression(k=5, exclude=option), A.Contraction(k=5, exclude=option), layers=[1])
-    assert table.compression.notna().sum() == table.contraction.notna().sum() > 100
+def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, monkeypatch):
+    """Neighbors and random points alike, and never position 0 or a token's own prefix."""
+    pairs = []
+    of_rows = Images.of_rows
+
+    def watched(self, queries, rows):
+        pairs.extend((query, row) for query, many in zip(queries.tolist(), rows.tolist(), strict=True) for row in many if row >= 0)
+        return of_rows(self, queries, rows)
+
+    monkeypatch.setattr(Images, "of_rows", watched)
+    run(llama, labeled, A.Compression(k=5, exclude=option), layers=[1])
+    assert len(pairs) > labeled.n_rows * 5
+    items = LabelOracle(llama, labeled, 1).items
+    for query, row in set(pairs):
+        a, b = items[query], items[row]
+        assert b["pos"] > 0
+        assert a["key"] != b["key"]
+        name = {"sequence": "seq", "document": "doc"}.get(option, option)
+        assert option == "self" or a[name] != b[name]
 
 
 def test_unknown_exclusion_names_the_labels(llama, labeled):

@@ -234,7 +234,7 @@ def neighborhood(
 
 def _check_analyzers(analyzers: Any) -> list[Analyzer]:
     if not isinstance(analyzers, list | tuple) or not analyzers:
-        raise TableError(f"expected a list of analyzers, got {analyzers!r}. Leave analyzers out for the default ones.")
+        raise TableError(f"expected a list of at least one analyzer, got {analyzers!r}. Leave analyzers out for the default ones.")
     for analyzer in analyzers:
         if not isinstance(analyzer, CloudAnalyzer | TokenAnalyzer):
             raise TableError(

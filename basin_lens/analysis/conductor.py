@@ -314,6 +314,8 @@ class Conductor:
                 'Lower k, add texts, or pass bank="reference".'
             )
         own, other = (group.cpu() for group in self.groups[search.exclude])
+        if search.exclude != "nothing" and not bool((self.asked & (self.capture.row_pos > 0)).any()):
+            raise NeighborError("expected queries beyond position 0, got none: the first token is neither query nor neighbor.")
         for group in own[self.asked & (self.capture.row_pos > 0)].unique().tolist():
             left = pool & (other != group) if group >= 0 else pool
             if len(self.keys[1].cpu()[left].unique()) >= k:

@@ -42,7 +42,7 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
             )
         chosen = mask.clone() if mask.ndim == 1 else mask[capture.valid]
         if not bool(chosen.any()):
-            raise NeighborError("expected a mask that marks at least one token, got one that marks none.")
+            raise NeighborError("expected queries to mark at least one token, got a mask that marks none.")
         return chosen
     if mask.ndim != 1:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")

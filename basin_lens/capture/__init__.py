@@ -5,8 +5,8 @@ per batch; only the hook points asked for are read, and token analyzers are fill
 that attention patterns are never held for more than one layer.
 """
 
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, future_loss
-from basin_lens.capture.record import Capture, check_layers
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, future_loss
+from basin_lens.capture.record import Capture
 from basin_lens.capture.reference import reference_capture
 
 __all__ = ["Capture", "TokenBatch", "TokenMeasure", "check_layers", "future_loss", "reference_capture"]

@@ -1,7 +1,8 @@
 """One batch through the model: what token analyzers see, and the pass that fills them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens import model as door
+from basin_lens.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def run_batch(
         states of the real tokens by border, `[rows, d]`, float32, on the CPU.
     """
     device = door.device_of(model)
-    tokens, valid_there = tokens.to(device), valid.to(device)
+    with torch.inference_mode(False):  # tensors made under a caller's inference_mode cannot take part in a backward pass
+        tokens, valid_there = tokens.clone().to(device), valid.clone().to(device)
     gradients = any(a.target is not None for a in analyzers)
     count = door.n_layers(model)
     memories: dict[str, dict[str, Any]] = {a.key: {} for a in analyzers}
@@ -149,3 +152,19 @@ def future_loss(
     """
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
     return (losses * valid[:, 1:]).sum()
+
+
+def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
+    """Layers in ascending order; None: all; negative ones count from the end.
+
+    Raises:
+        CaptureError: a layer that the model does not have.
+    """
+    count = door.n_layers(model)
+    if layers is None:
+        return tuple(range(count))
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    wrong = [layer for layer in given if not isinstance(layer, Integral) or not -count <= int(layer) < count]
+    if wrong or not given or given == [layers]:
+        raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
+    return tuple(sorted({int(layer) % count for layer in given}))

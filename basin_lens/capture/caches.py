@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from basin_lens import model as door
@@ -70,3 +71,14 @@ def align(model: Any, passages: list[Passage], sequences: list[TokenSequence]) -
                 "Leave texts out, or tokenize with the model's own tokenizer."
             )
     return aligned
+
+
+def right_padded(value: Tensor, valid: Tensor, longest: int, *, square: bool) -> Tensor:
+    """A reading `[batch, pos, ...]` (`square`: `[batch, head, pos, pos]`) with any left padding brought to the right, and cut.
+
+    Every analyzer counts positions from 0.
+    """
+    first = valid.int().argmax(1).tolist()
+    rolled = [torch.roll(row, (-f, -f), (1, 2)) if square else torch.roll(row, -f, 0) for row, f in zip(value, first, strict=True)]
+    grid = torch.stack(rolled)
+    return grid[:, :, :longest, :longest] if square else grid[:, :longest]

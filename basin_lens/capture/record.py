@@ -1,10 +1,9 @@
 """The record of one pass: token rows and residual states."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, run_batch
-from basin_lens.capture.caches import align, borders_in, other_readings
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, run_batch
+from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import NewFolder, copy_borders, read_border, read_record, write_borders, write_record
 from basin_lens.errors import CaptureError
@@ -188,8 +187,9 @@ class Capture(TokenRows):
             if attention_mask.numel() != tokens.numel():
                 raise CaptureError(f"expected an attention mask of shape {shape}, got {tuple(attention_mask.shape)}.")
             valid = attention_mask.detach().cpu().reshape(shape).bool()
-            # A run of real tokens; a hole inside would shift the positions that the model used.
-            if bool((valid.long().diff(dim=1).abs().sum(1) + (valid[:, 0] != valid[:, -1]).long() > 2).any()):
+            # One run of real tokens: a hole inside would shift the positions that the model used.
+            starts = valid[:, 0].long() + (valid.long().diff(dim=1) == 1).sum(1)
+            if bool((starts > 1).any()):
                 raise CaptureError("expected padding at one end of each sequence, got an attention mask with a hole.")
         borders, missing = borders_in(model, cache, shape)
         layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
@@ -312,23 +312,13 @@ class Capture(TokenRows):
         return all(self._reading(need, layer) is not None for layer in layers for need in analyzer.needs)
 
     def _reading(self, need: str, layer: int) -> Tensor | None:
-        """A reading in the layout of the user's cache, `[batch, pos, ...]`."""
+        """A reading in the layout of the rows: `[batch, pos, ...]`, padded on the right."""
         if need in ("resid_pre", "resid_post"):
             return self._grid(self._border(layer + (need == "resid_post")))
-        name = need if need == "logits" else f"{need}.{layer}"
-        value = self._readings.get(name)
+        value = self._readings.get(need if need == "logits" else f"{need}.{layer}")
         if value is None:
             return None
-        # Bring left padding to the right: every analyzer counts positions from 0.
-        valid = self._readings["valid"]
-        first = valid.int().argmax(1).tolist()
-        longest = int(self.lengths.max())
-        rolled = [
-            torch.roll(row, (-f, -f), (1, 2)) if need == "pattern" else torch.roll(row, -f, 0)
-            for row, f in zip(value, first, strict=True)
-        ]
-        grid = torch.stack(rolled)
-        return grid[:, :, :longest, :longest] if need == "pattern" else grid[:, :longest]
+        return right_padded(value, self._readings["valid"], int(self.lengths.max()), square=need == "pattern")
 
     def _grid(self, rows: Tensor) -> Tensor:
         grid = rows.new_zeros((*self.valid.shape, *rows.shape[1:]))
@@ -363,10 +353,10 @@ class Capture(TokenRows):
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         self._check_points(model, analyzers)
+        batches = list(self._batches(batch_size))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
             self._states = {border: torch.empty(self.n_rows, door.width(model)) for border in borders}
-        batches = list(self._batches(batch_size))
         with tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar:
             for index, (rows, tokens, valid) in enumerate(batches):
                 keep, refuse = partial(self._keep, rows, valid), partial(self._refuse_nonfinite, rows)
@@ -389,6 +379,8 @@ class Capture(TokenRows):
 
     def _batches(self, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rows, right-padded tokens and validity of batches of sequences of like length."""
+        if batch_size is not None and batch_size < 1:
+            raise CaptureError(f"expected a batch_size of at least 1 sequence, got {batch_size}.")
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
         while order:
             longest = len(self.sequences[order[0]].tokens)
@@ -407,8 +399,8 @@ class Capture(TokenRows):
         if bool(wrong.any()):
             row = int(rows[wrong][0])
             raise CaptureError(
-                f"expected finite states, got NaN or infinity in {int(wrong.sum())} of {len(rows)} tokens before block "
-                f"{border}, first in sequence {int(self.row_seq[row])}, position {int(self.row_pos[row])}. "
+                f"expected finite states, got NaN or infinity in {int(wrong.sum())} of {len(rows)} tokens at the border "
+                f"before block {border}, first in sequence {int(self.row_seq[row])}, position {int(self.row_pos[row])}. "
                 "Check the weights, or use a wider dtype."
             )
 
@@ -471,19 +463,3 @@ class Capture(TokenRows):
 def _passage(record: dict[str, Any]) -> Passage:
     """A passage from JSON, which has no tuples."""
     return Passage(**record | {"spans": {name: (start, end) for name, (start, end) in record["spans"].items()}})
-
-
-def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
-    """Layers in ascending order; None: all; negative ones count from the end.
-
-    Raises:
-        CaptureError: a layer that the model does not have.
-    """
-    count = door.n_layers(model)
-    if layers is None:
-        return tuple(range(count))
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    wrong = [layer for layer in given if not isinstance(layer, Integral) or not -count <= int(layer) < count]
-    if wrong or not given or given == [layers]:
-        raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
-    return tuple(sorted({int(layer) % count for layer in given}))

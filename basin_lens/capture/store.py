@@ -45,7 +45,7 @@ class NewFolder:
         except OSError as error:
             shutil.rmtree(self.scratch, ignore_errors=True)
             raise StoreError(
-                f"expected a new folder, got {str(self.target)!r}, which appeared meanwhile. Choose another name."
+                f"expected a new folder, got {str(self.target)!r}, which exists by now. Choose another name."
             ) from error
 
 
@@ -56,7 +56,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"expected to write to {str(folder.parent)!r}, got: {error}. Free space, or choose another folder."
+            f"expected a folder that can be written, got {str(folder.parent)!r}: {error}. Free space, or choose another."
         ) from error
 
 

