@@ -369,10 +369,9 @@ def test_a_block_that_scales_turns_or_shifts(f, contraction, context):
 @pytest.mark.parametrize("constant", [0.5, 0.1], ids=["exact", "rounded"])
 def test_a_block_that_forgets_everything_is_counted_as_degenerate(constant, context):
     tokens = random_tokens(8, 14)
-    table = run(
-        with_output(lambda x: torch.full_like(x, constant)), tokens, layers=[1],
-        *(kind(k=5, context=context) for kind in (A.Compression, A.Contraction, A.RawCompression)),
-    )  # fmt: skip
+    kinds = (A.Compression, A.Contraction, A.RawCompression)
+    model = with_output(lambda x: torch.full_like(x, constant))
+    table = run(model, tokens, *(kind(k=5, context=context) for kind in kinds), layers=[1])
     names = ["compression", "contraction", "raw_compression"]
     assert table[names].isna().all().all()
     for name in names:

@@ -1,6 +1,6 @@
 """One batch through the model: what token analyzers see, and the pass that fills them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens import model as door
+from basin_lens.capture.rows import TokenRows
 from basin_lens.errors import CaptureError
+
+_TOKENS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,28 @@ class TokenMeasure(Protocol):
     @property
     def key(self) -> str: ...
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
+
+
+def token_batches(rows: TokenRows, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows, right-padded tokens and validity of batches of sequences of like length.
+
+    Raises:
+        CaptureError: a batch size below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise CaptureError(f"expected a batch_size of at least 1 sequence, got {batch_size}.")
+    lengths = rows.lengths
+    order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
+    while order:
+        longest = int(lengths[order[0]])
+        size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+        chosen, order = order[:size], order[size:]
+        valid = torch.arange(longest)[None] < lengths[chosen][:, None]
+        at = torch.cat([torch.arange(int(lengths[i])) + rows.offsets[i] for i in chosen])
+        # Any id will do as padding: no real token of a causal model sees it.
+        tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        tokens[valid] = rows.row_token[at]
+        yield at, tokens, valid
 
 
 def run_batch(

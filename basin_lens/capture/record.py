@@ -1,7 +1,7 @@
 """The record of one pass: token rows and residual states."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, run_batch
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, run_batch, token_batches
 from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import NewFolder, copy_borders, read_border, read_record, write_borders, write_record
@@ -27,8 +27,6 @@ from basin_lens.texts import (
     token_strings,
     tokenize,
 )
-
-_TOKENS_PER_BATCH = 1024
 
 
 @dataclass
@@ -145,6 +143,7 @@ class Capture(TokenRows):
         return self
 
     @classmethod
+    @torch.inference_mode(False)
     def from_cache(
         cls,
         model: Any,
@@ -348,12 +347,13 @@ class Capture(TokenRows):
 
     # -- the pass -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
     def _fill(
         self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: int | None, progress: bool, *, keep_states: bool
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         self._check_points(model, analyzers)
-        batches = list(self._batches(batch_size))
+        batches = list(token_batches(self, batch_size))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
             self._states = {border: torch.empty(self.n_rows, door.width(model)) for border in borders}
@@ -376,23 +376,6 @@ class Capture(TokenRows):
                 f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"
                 f"{', ...' if len(missing) > 4 else ''}. Leave out the analyzers that need them."
             )
-
-    def _batches(self, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, right-padded tokens and validity of batches of sequences of like length."""
-        if batch_size is not None and batch_size < 1:
-            raise CaptureError(f"expected a batch_size of at least 1 sequence, got {batch_size}.")
-        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
-        while order:
-            longest = len(self.sequences[order[0]].tokens)
-            size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
-            chosen, order = order[:size], order[size:]
-            lengths = self.lengths[chosen]
-            valid = torch.arange(longest)[None] < lengths[:, None]
-            rows = torch.cat([torch.arange(int(self.lengths[i])) + self.offsets[i] for i in chosen])
-            # Any id will do as padding: no real token of a causal model sees it.
-            tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
-            tokens[valid] = self.row_token[rows]
-            yield rows, tokens, valid
 
     def _refuse_nonfinite(self, rows: Tensor, border: int, states: Tensor) -> None:
         wrong = ~torch.isfinite(states).all(1)
