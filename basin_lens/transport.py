@@ -325,9 +325,13 @@ def check(
     """
     layer, device = block.layer, block.states.device
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
-    inner = torch.nonzero(capture.row_pos > 0).squeeze(1)
+    last = capture.offsets + capture.lengths - 1
+    later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows) < last[capture.row_seq])).squeeze(1)
+    inner = later if len(later) else torch.nonzero(capture.row_pos > 0).squeeze(1)
     row = int(inner[torch.randint(len(inner), (1,), generator=generator)])
-    seq, pos = int(capture.row_seq[row]), int(capture.row_pos[row])
+    seq = int(capture.row_seq[row])
+    # With the sequence's last token beside it, a row that saw the column of its own query, or of a later one, would be found out.
+    queries = torch.tensor(sorted({row, int(last[seq])}))
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
     scale = float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt())
     dtype = next(model.parameters()).dtype
@@ -351,16 +355,24 @@ def check(
     )  # fmt: skip
     if not patched:
         return worst
-    query = torch.tensor([row])
-    foreign = others[torch.randint(len(others), (2,), generator=generator).to(others.device)]
-    points = torch.stack([foreign[0], block.states[row], foreign[1]])[None]
-    got = block(query, points)[0]
-    compare(f"a token's own state (route {block.route}) to come back as its resid_post", got[1:2], post[row : row + 1],
-            "Please report this model.")  # fmt: skip
+    foreign = others[torch.randint(len(others), (len(queries), 2), generator=generator).to(others.device)]
+    own = block.states[queries.to(device)]
+    points = torch.stack([foreign[:, 0], own, foreign[:, 1]], dim=1)
+    got = block(queries, points)
+    compare(
+        f"a token's own state (route {block.route}) to come back as its resid_post", got[:, 1], post[queries.to(device)],
+        "Please report this model.",
+    )  # fmt: skip
     if block.route == "R2":
-        slow, name = PatchedBlock(model, capture, layer, block.probe, block.states, "R1")(query, points)[0], "R1"
+        slow, name = PatchedBlock(model, capture, layer, block.probe, block.states, "R1")(queries, points), "R1"
     else:
         tokens = torch.tensor(capture.sequences[seq].tokens, device=device)
-        slow, name = door.rerun_with_state(model, tokens, layer, pos, points[0]), "R0"
-    compare(f"route {block.route} to agree with {name} on neighbors' rows", got[[0, 2]], slow[[0, 2]], "Please report this model.")
+        positions = capture.row_pos[queries].tolist()
+        slow = torch.stack(
+            [door.rerun_with_state(model, tokens, layer, p, x) for p, x in zip(positions, points, strict=True)]
+        )  # fmt: skip
+        name = "R0"
+    compare(
+        f"route {block.route} to agree with {name} on neighbors' rows", got[:, [0, 2]], slow[:, [0, 2]], "Please report this model."
+    )
     return worst

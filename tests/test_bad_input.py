@@ -307,8 +307,8 @@ def test_states_that_are_no_numbers(tokenizer, tmp_path, value):
     model = make_bridge("llama", tokenizer=tokenizer)
     with torch.no_grad():
         model.original_model.model.layers[1].mlp.down_proj.weight[0, 0] = value
-    where = "before block 2, first in sequence \\d, position 0"
-    with refusing(CaptureError, rf"NaN or infinity in \d+ of \d+ tokens {where}"):
+    where = ".*before block 2, first in sequence \\d, position 0"
+    with refusing(CaptureError, rf"NaN or infinity in \d+ of \d+ tokens{where}"):
         bl.Capture.from_texts(model, TEXTS, store=tmp_path / "store", progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -318,7 +318,7 @@ def test_cache_with_nan(llama):
     _, cache = llama.run_with_cache(tokens)
     cache["blocks.1.hook_resid_pre"][1, 4, 7] = torch.nan
     cache["blocks.0.hook_resid_post"][1, 4, 7] = torch.nan
-    with refusing(CaptureError, r"in 1 of 12 tokens before block 1, first in sequence 1, position 4", llama):
+    with refusing(CaptureError, r"in 1 of 12 tokens.*before block 1, first in sequence 1, position 4", llama):
         bl.Capture.from_cache(llama, tokens, cache)
 
 
@@ -530,13 +530,13 @@ def full_disk(size: int = 4096):
 
 
 def test_capture_on_a_full_disk(capture, tmp_path):
-    with refusing(StoreError, "write|written"), full_disk():
+    with refusing(StoreError, "writ"), full_disk():
         capture.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_store_on_a_full_disk(llama, tmp_path):
-    with pytest.raises(StoreError, match="write|written"), full_disk():
+    with pytest.raises(StoreError, match=r"writ"), full_disk():
         bl.Capture.from_texts(llama, TEXTS, store=tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -545,7 +545,7 @@ def test_table_on_a_full_disk(table, tmp_path):
     """The table that was there stays as it was."""
     tables.save(table, tmp_path / "table.parquet")
     before = (tmp_path / "table.parquet").read_bytes()
-    with refusing(StoreError, "write|written"), full_disk():
+    with refusing(StoreError, "writ"), full_disk():
         tables.save(tables.concat([table] * 3), tmp_path / "table.parquet")
     assert (tmp_path / "table.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["table.parquet"]

@@ -371,7 +371,7 @@ def test_a_block_that_forgets_everything_is_counted_as_degenerate(constant, cont
     tokens = random_tokens(8, 14)
     kinds = (A.Compression, A.Contraction, A.RawCompression)
     model = with_output(lambda x: torch.full_like(x, constant))
-    table = run(model, tokens, *(kind(k=5, context=context) for kind in kinds), layers=[1])
+    table = run(model, tokens, *[kind(k=5, context=context) for kind in kinds], layers=[1])
     names = ["compression", "contraction", "raw_compression"]
     assert table[names].isna().all().all()
     for name in names:

@@ -254,9 +254,8 @@ class Conductor:
             at = pool.to(self.device)
             return float(total_variance(maps.pre[at])), float(total_variance(maps.post[at]))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-        candidates = torch.nonzero(self.asked & (self.capture.row_pos > 0)).squeeze(1)
-        if not len(candidates):
-            return float("nan"), float("nan")
+        # Of all tokens, asked for or not: G is a fact about the layer.
+        candidates = torch.nonzero(self.capture.row_pos > 0).squeeze(1)
         picks = torch.randint(len(candidates), (_SPREAD_QUERIES,), generator=generator)
         if len(candidates) >= _SPREAD_QUERIES:
             picks = torch.randperm(len(candidates), generator=generator)[:_SPREAD_QUERIES]

@@ -20,7 +20,8 @@ class MatrixEntropy(TokenAnalyzer):
     matrix_entropy = -sum l log l / log min(T, d); anisotropy = max l / sum l.
 
     Each with position 0 and without (`_without_first`): a massive first token alone can make the "compression valley".
-    Unit: share of the maximum. Range: [0, 1]. One number per sequence, repeated on its tokens; NaN for sequences under 3 tokens.
+    Unit: share of the maximum. Range: [0, 1]. One number per sequence, repeated on its tokens; NaN where fewer than 3 states
+    are left: two centered rows are one direction, whatever they are.
 
     Args:
         name: prefix of the columns.
@@ -60,8 +61,8 @@ class MatrixEntropy(TokenAnalyzer):
 
 
 def unit_spectrum(states: Float[Tensor, "t d"]) -> Float[Tensor, " l"] | None:
-    """Eigenvalues, summing to 1, of the Gram matrix of centered, unit-length rows; None for fewer than 2 rows."""
-    if len(states) < 2:
+    """Eigenvalues, summing to 1, of the Gram matrix of centered, unit-length rows; None for fewer than 3 rows."""
+    if len(states) < 3:
         return None
     rows = torch.nn.functional.normalize(states - states.mean(0), dim=1)
     values = torch.linalg.svdvals(rows).square()
