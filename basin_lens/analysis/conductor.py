@@ -144,7 +144,7 @@ class Conductor:
     ) -> dict[str, np.ndarray]:
         """One context: pass the union of all neighbors once, and let every analyzer look."""
         needing = [a for a in analyzers if "images" in a.needs]
-        spreads = {a.exclude: self._spread(layer, a.exclude, maps) for a in needing}
+        spreads = {exclude: self._spread(layer, exclude, maps) for exclude in {a.exclude for a in needing}}
         # Searches leave different rows out, so neighbors are laid out by row of the capture.
         wide = {s: self._by_row(*found[s]) for s in {_Search.of(a) for a in analyzers}}
         wide_after = {s: self._by_row(*found_after[s]) for s in wide if s in found_after}
