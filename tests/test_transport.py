@@ -297,6 +297,15 @@ def test_check_passes_and_reports_its_error(any_world, layer):
     assert 0 <= any_world.check(layer) < EXACT
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_check_of_the_shortest_sequences(name):
+    """Two tokens: one place to put a state, and nothing but position 0 before it."""
+    model = make_bridge(name)
+    capture = bl.Capture.from_texts(model, random_tokens(3, 2), progress=False)
+    w = World(model, capture, Probe(model, 2))
+    assert w.check(1) < EXACT
+
+
 @pytest.mark.parametrize("patched", [True, False])
 def test_check_refuses_a_capture_of_another_model(any_world, patched):
     w = any_world

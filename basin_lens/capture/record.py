@@ -29,7 +29,7 @@ from basin_lens.texts import (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Capture(TokenRows):
     """Token rows and residual states of some texts under one model. It owns its tensors and keeps no model or cache alive.
 
@@ -59,6 +59,11 @@ class Capture(TokenRows):
     _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _store: Path | None = None
+
+    def __repr__(self) -> str:
+        layers = f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
+        place = f", in {self._store}" if self._store is not None else ""
+        return f"Capture({len(self.sequences)} sequences, {self.n_rows} tokens, {layers} of {self.model['name']}{place})"
 
     # -- making one ---------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,10 @@ def check_model(model: Any) -> None:
             "expected a decoder-only language model, got an encoder-decoder: its blocks also read the encoder, so "
             "a state's path through one block is not defined here. Use a decoder-only model."
         )
-    if not hasattr(model, "blocks") or getattr(model.cfg, "attention_dir", "causal") != "causal":
+    inner = getattr(model, "original_model", None)
+    # TransformerLens 3.9 calls a BERT causal; transformers knows that it cannot generate.
+    generates = inner.can_generate() if hasattr(inner, "can_generate") else True
+    if not hasattr(model, "blocks") or getattr(model.cfg, "attention_dir", "causal") != "causal" or not generates:
         raise ModelError(
             f"expected a causal decoder with a list of blocks, got {type(model).__name__} "
             f"({getattr(model.cfg, 'architecture', None) or getattr(model.cfg, 'original_architecture', None)}). "
