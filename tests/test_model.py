@@ -81,6 +81,8 @@ CHANGES = {
     "added to": lambda model: weight(model).add_(0.01),
     "one number set": lambda model: weight(model)[3, 4].fill_(7.0),
     "through data": lambda model: weight(model).data.mul_(1.5),
+    "rows swapped through data": lambda model: weight(model).data.copy_(weight(model).data.flip(0)),
+    "one number through data": lambda model: weight(model).data[3, 4].add_(1e-3),
     "data replaced": lambda model: setattr(weight(model), "data", weight(model).data * 1.5),
     "replaced": replace,
     "embedding": lambda model: model.original_model.get_input_embeddings().weight.mul_(1.01),

@@ -52,7 +52,7 @@ def check_model(model: Any) -> None:
             "expected a decoder-only language model, got an encoder-decoder: its blocks also read the encoder, so "
             "a state's path through one block is not defined here. Use a decoder-only model."
         )
-    inner = getattr(model, "original_model", None)
+    inner: Any = getattr(model, "original_model", None)
     # TransformerLens 3.9 calls a BERT causal; transformers knows that it cannot generate.
     generates = inner.can_generate() if hasattr(inner, "can_generate") else True
     if not hasattr(model, "blocks") or getattr(model.cfg, "attention_dir", "causal") != "causal" or not generates:
@@ -155,17 +155,14 @@ def weight_processing(model: Any) -> dict[str, Any]:
 def fingerprint(model: Any) -> str:
     """Hash of the function that the model computes: parameters as used, settings, weight processing.
 
-    Costs about a second per gigabyte of weights; kept until a parameter is replaced or changed in place.
+    Costs about a second per gigabyte of weights; kept until a parameter is replaced or changed.
 
     Returns:
         32 hexadecimal digits.
     """
     parameters = dict(_parameters(model))
     processing = weight_processing(model)
-    state = (
-        tuple((name, p.data_ptr(), 0 if p.is_inference() else p._version) for name, p in parameters.items()),
-        json.dumps(processing),
-    )
+    state = (tuple((name, *_mark(p)) for name, p in parameters.items()), json.dumps(processing))
     known = _fingerprints.get(model)
     if known is not None and known[0] == state:
         return known[1]
@@ -193,6 +190,18 @@ def provenance(model: Any) -> dict[str, Any]:
         "weight_processing": weight_processing(model),
         "versions": {name: version(name) for name in ("torch", "transformer-lens", "transformers")},
     }
+
+
+def _mark(parameter: torch.Tensor) -> tuple[int, int, float, float]:
+    """What shows that a parameter is still the same: its version, and two sums, because writing through `.data` keeps the version."""
+    held = parameter.detach()
+    version = 0 if parameter.is_inference() else parameter._version
+    return (
+        held.data_ptr(),
+        version,
+        float(held.sum(dtype=torch.float32)),
+        float(torch.linalg.vector_norm(held, dtype=torch.float32)),
+    )
 
 
 def _parameters(model: Any) -> Any:
