@@ -196,12 +196,8 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, float, float]:
     """What shows that a parameter is still the same: its version, and two sums, because writing through `.data` keeps the version."""
     held = parameter.detach()
     version = 0 if parameter.is_inference() else parameter._version
-    return (
-        held.data_ptr(),
-        version,
-        float(held.sum(dtype=torch.float32)),
-        float(torch.linalg.vector_norm(held, dtype=torch.float32)),
-    )
+    wide = torch.promote_types(held.dtype, torch.float32)
+    return held.data_ptr(), version, float(held.sum(dtype=wide)), float(torch.linalg.vector_norm(held, dtype=wide))
 
 
 def _parameters(model: Any) -> Any:

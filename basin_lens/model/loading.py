@@ -189,8 +189,9 @@ def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype,
             **source, dtype=dtype, local_files_only=True, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"expected a causal language model at {path}, got: {error}") from error
+    except Exception as error:  # readers of broken files raise anything, down to struct.error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"expected a causal language model at {str(path)!r}, got: {reason} Check the file.") from error
     finally:
         if bars:
             hf_logging.enable_progress_bar()
