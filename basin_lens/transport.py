@@ -176,7 +176,7 @@ class PatchedBlock:
         """One block call: each group's rows see the prefix before their query's position, and themselves."""
         device = points.device
         seen = max(1, int(positions.max()))  # the mask is causal: no row sees a column from its query's own on
-        keys, values = self._prefix(seqs, seen)
+        prefix = self._prefix(seqs, seen, positions.shape[1])
         positions = positions.to(device)
 
         def argument(value: Any) -> Any:
@@ -189,7 +189,7 @@ class PatchedBlock:
             return value
 
         call = door.BlockCall(tuple(map(argument, self.call.args)), {k: argument(v) for k, v in self.call.kwargs.items()})
-        return door.call_block(self.model, self.layer, call, points, door.FrozenPrefix(keys, values))
+        return door.call_block(self.model, self.layer, call, points, prefix)
 
     def _pack_mask(self, mask: Tensor, positions: Int[Tensor, "groups n"], seen: int) -> Float[Tensor, "groups 1 n columns"]:
         lowest = torch.finfo(mask.dtype).min
@@ -199,17 +199,22 @@ class PatchedBlock:
         own = torch.full((positions.shape[1],) * 2, lowest, dtype=mask.dtype, device=positions.device).fill_diagonal_(0)
         return torch.cat([prefix, own.expand(len(positions), -1, -1)], dim=2)[:, None]
 
-    def _prefix(self, seqs: list[int], seen: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the sequences' first tokens, recomputed from their states by the block itself."""
+    def _prefix(self, seqs: list[int], seen: int, rows: int) -> door.FrozenPrefix:
+        """Keys and values of the sequences' first `seen` tokens, recomputed from their states by the block itself, and room for `rows`."""
         for seq in dict.fromkeys(seqs):
             if seq not in self._prefixes:
                 self._prefixes[seq] = door.keys_and_values(self.model, self.layer, self.call, self._sequence(seq)[None])
             self._prefixes.move_to_end(seq)
-        keys = torch.cat([self._prefixes[seq][0][:, :, :seen] for seq in seqs])
-        values = torch.cat([self._prefixes[seq][1][:, :, :seen] for seq in seqs])
+        wide = []
+        for kind in (0, 1):
+            _, heads, _, width = self._prefixes[seqs[0]][kind].shape
+            room = self._prefixes[seqs[0]][kind].new_empty(len(seqs), heads, seen + rows, width)
+            for index, seq in enumerate(seqs):
+                room[index, :, :seen] = self._prefixes[seq][kind][0, :, :seen]
+            wide.append(room)
         while len(self._prefixes) > _SEQUENCES_AT_ONCE:
             self._prefixes.popitem(last=False)
-        return keys, values
+        return door.FrozenPrefix(wide[0], wide[1], seen)
 
     def _sequence(self, seq: int) -> Float[Tensor, "pos d"]:
         """States of a sequence, padded on the right to the probe's length."""

@@ -319,8 +319,8 @@ def take_the_querys_own_key(monkeypatch):
     """A wrong route: a row attends to the query's cached key and value in place of its own."""
     prefix = PatchedBlock._prefix
 
-    def one_more(self, seqs, seen):
-        return prefix(self, seqs, seen + 1)
+    def one_more(self, seqs, seen, rows):
+        return prefix(self, seqs, seen + 1, rows)
 
     def mask_own_row(self, mask, positions, seen):  # noqa: ARG001
         lowest = torch.finfo(mask.dtype).min

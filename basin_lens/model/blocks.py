@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,16 +43,20 @@ class FrozenPrefix:
 
     is_compileable = False
 
-    def __init__(self, keys: Float[Tensor, "batch kv pos d_head"], values: Float[Tensor, "batch kv pos d_head"]) -> None:
-        self.keys, self.values = keys, values
+    def __init__(
+        self, keys: Float[Tensor, "batch kv columns d_head"], values: Float[Tensor, "batch kv columns d_head"], length: int
+    ) -> None:
+        """The prefix fills the first `length` columns; the rest is room for the new rows, so that the prefix is copied only once."""
+        self.keys, self.values, self.length = keys, values, length
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Prefix first, then the new rows."""
-        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        self.keys[:, :, self.length :], self.values[:, :, self.length :] = keys, values
+        return self.keys, self.values
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Length of the prefix."""
-        return self.keys.shape[-2]
+        return self.length
 
 
 class _Recorded(Exception):  # noqa: N818 - a signal, not an error
