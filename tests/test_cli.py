@@ -60,7 +60,7 @@ def test_bad_calls_say_one_line_and_fail(folder, tmp_path, capsys):
         (("analyze", text, "--out", str(tmp_path / "taken" / "x")), "output folder"),
         (("analyze", text, "--out", str(tmp_path / "others")), "thesis.tex"),
         (("analyze", text, "--model", str(folder), "--k", "100000", "--out", str(tmp_path / "b")), "expected k"),
-        (("analyze", text, "--model", str(folder), "--layers", "99", "--out", str(tmp_path / "c")), "expected layers"),
+        (("analyze", text, "--model", str(folder), "--layers", "99", "--out", str(tmp_path / "c")), "layers between 0 and 2"),
         (("analyze", text, "--model", str(folder), "--layers", "x", "--out", str(tmp_path / "d")), "expected layers"),
         (("nonsense",), "No such command"),
     ]:

@@ -36,7 +36,7 @@ def test_patched_scores_are_reliable_and_not_density(table):
         rows = table[table["layer"] == layer]
         density = rows["contraction"].corr(np.log(rows["radius"]), method="spearman")
         raw = rows["raw_compression"].corr(np.log(rows["radius"]), method="spearman")
-        assert abs(raw) > 0.9
+        assert abs(raw) > 0.8
         assert abs(density) < abs(raw)
 
 

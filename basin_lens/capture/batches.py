@@ -193,3 +193,18 @@ def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
     if wrong or not given or given == [layers]:
         raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
     return tuple(sorted({int(layer) % count for layer in given}))
+
+
+def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMeasure]) -> None:
+    """Refuse, before the pass, analyzers that need hook points the model does not have.
+
+    Raises:
+        CaptureError: with the names of the missing points.
+    """
+    points = {need for a in analyzers for need in a.needs if need not in ("logits", "gradient")}
+    missing = door.missing_points(model, points | {"resid_pre", "resid_post"}, list(layers))
+    if missing:
+        raise CaptureError(
+            f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}. Leave out the analyzers that need them."
+        )

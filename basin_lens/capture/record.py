@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, run_batch, token_batches
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, run_batch, token_batches
 from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import NewFolder, copy_borders, read_border, read_record, write_borders, write_record
@@ -357,7 +357,7 @@ class Capture(TokenRows):
         self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: int | None, progress: bool, *, keep_states: bool
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
-        self._check_points(model, analyzers)
+        check_points(model, self.layers, analyzers)
         batches = list(token_batches(self, batch_size))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
@@ -372,15 +372,6 @@ class Capture(TokenRows):
                 elif kept:
                     write_borders(self._store, index, rows, kept)
                 bar.update(len(rows))
-
-    def _check_points(self, model: Any, analyzers: Sequence[TokenMeasure]) -> None:
-        points = {need for a in analyzers for need in a.needs if need not in ("logits", "gradient")}
-        missing = door.missing_points(model, points | {"resid_pre", "resid_post"}, list(self.layers))
-        if missing:
-            raise CaptureError(
-                f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"
-                f"{', ...' if len(missing) > 4 else ''}. Leave out the analyzers that need them."
-            )
 
     def _refuse_nonfinite(self, rows: Tensor, border: int, states: Tensor) -> None:
         wrong = ~torch.isfinite(states).all(1)
