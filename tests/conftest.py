@@ -17,6 +17,9 @@ _hook.__enter__()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# On tiny models, threads only wait for one another: ten times slower on a busy machine.
+torch.set_num_threads(1)
+
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
 VOCAB = 211
@@ -144,6 +147,14 @@ def real_model():
     import basin_lens as bl
 
     return bl.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def all_threads():
+    """For work on the real model."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import basin_lens as bl
 from basin_lens.texts import reference_passages
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
 ROOT = Path(__file__).parents[1]
 LAYERS = [1, 8, 15, 22]
 

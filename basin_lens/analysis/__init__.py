@@ -132,6 +132,11 @@ def score(
         for column in analyzer.columns:
             values[column.name][:] = held[column.name][list(wanted) if analyzer.per_layer else [0]].numpy()
     facts: dict[str, Any] = {}
+    left_out = {
+        column.name: {"not defined at this position": int(np.isnan(values[column.name]).sum())}
+        for a in singles
+        for column in a.columns
+    }
     kept = None
     if conductor is not None:
         if keep_neighbors_of is not None:
@@ -143,6 +148,7 @@ def score(
                     values[name][index] = value
                 bar.update()
         facts = conductor.facts
+        left_out |= facts.pop("left_out")
     provenance = {
         "model": capture.model,
         "texts": texts_hash(capture),
@@ -157,6 +163,7 @@ def score(
         "queries": "all" if queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
         "seed": seed,
         "read_again_for": rerun,
+        "left_out": left_out,
         **facts,
     }
     rows, labels = row_facts(capture)
@@ -207,7 +214,8 @@ def neighborhood(
     row = capture.row_of(seq, pos)
     if pos == 0:
         raise NeighborError("expected a position from 1 on, got 0: the first token is neither query nor neighbor.")
-    analyzer = Compression(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token)  # type: ignore[arg-type]
+    options: Any = {"context": context, "metric": metric, "exclude": exclude, "same_token": same_token}
+    analyzer = Compression(k=k, **options)
     analyzer.check()
     asked = torch.zeros(capture.n_rows, dtype=torch.bool)
     asked[row] = True

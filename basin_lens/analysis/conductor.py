@@ -245,7 +245,8 @@ class Conductor:
     def _hubness(self, rows: Tensor) -> Tensor:
         if self.external:
             return torch.full((len(rows),), torch.nan, device=self.device)
-        return torch.bincount(rows[rows >= 0], minlength=len(rows)).float()
+        full = rows[rows[:, -1] >= 0]  # a query with too few neighbors has no neighborhood, so it counts for nobody
+        return torch.bincount(full.flatten(), minlength=len(rows)).float()
 
     def _spread(self, layer: int, exclude: str, maps: Images) -> tuple[float, float]:
         """G_in and G_out: mean total variance of random bank points before and after the same map."""

@@ -192,12 +192,17 @@ def provenance(model: Any) -> dict[str, Any]:
     }
 
 
-def _mark(parameter: torch.Tensor) -> tuple[int, int, float, float]:
-    """What shows that a parameter is still the same: its version, and two sums, because writing through `.data` keeps the version."""
+def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
+    """What shows that a parameter is still the same: its place, its version, and sums along every axis.
+
+    Sums too, because writing through `.data` keeps the version; along every axis, because swapped neurons keep the total.
+    """
     held = parameter.detach()
     version = 0 if parameter.is_inference() else parameter._version
     wide = torch.promote_types(held.dtype, torch.float32)
-    return held.data_ptr(), version, float(held.sum(dtype=wide)), float(torch.linalg.vector_norm(held, dtype=wide))
+    others = [[d for d in range(held.ndim) if d != axis] for axis in range(held.ndim)]
+    sums = [held.sum(axes, dtype=wide) if axes else held.to(wide) for axes in others or [[]]]
+    return held.data_ptr(), version, hash(tuple(s.cpu().numpy().tobytes() for s in sums))
 
 
 def _parameters(model: Any) -> Any:
