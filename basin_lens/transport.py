@@ -23,8 +23,8 @@ from basin_lens import model as door
 from basin_lens.capture import Capture
 from basin_lens.errors import TransportError
 
-Context = Literal["patched", "native", "solo"]
-CONTEXTS: tuple[Context, ...] = ("patched", "native", "solo")
+Context = Literal["patched", "native", "solo", "attn", "mlp", "affine"]
+CONTEXTS: tuple[Context, ...] = ("patched", "native", "solo", "attn", "mlp", "affine")
 
 # About 1,000 rows a call keep the matrix products at full rate; groups of up to 64 balance the cost of attention between a group's
 # rows (grows with the group) against copies of the prefix (one per group). Calls take a few neighboring positions of many

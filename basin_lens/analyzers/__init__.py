@@ -1,7 +1,17 @@
 """One measurement per file. `ANALYZERS` lists them all; the contract tests run over it."""
 
 from basin_lens.analyzers.attention import AttentionReceived
-from basin_lens.analyzers.base import Analyzer, Cloud, CloudAnalyzer, Column, TokenAnalyzer, total_variance
+from basin_lens.analyzers.base import (
+    Analyzer,
+    Cloud,
+    CloudAnalyzer,
+    CloudScore,
+    Column,
+    RunOn,
+    Surroundings,
+    TokenAnalyzer,
+    total_variance,
+)
 from basin_lens.analyzers.compression import Compression
 from basin_lens.analyzers.contraction import Contraction
 from basin_lens.analyzers.gradient import GradientNorm
@@ -46,6 +56,7 @@ __all__ = [
     "AttentionReceived",
     "Cloud",
     "CloudAnalyzer",
+    "CloudScore",
     "Column",
     "Compression",
     "Contraction",
@@ -53,9 +64,11 @@ __all__ = [
     "MatrixEntropy",
     "Neighborhood",
     "RawCompression",
+    "RunOn",
     "SeedCompression",
     "StateNorm",
     "Surprisal",
+    "Surroundings",
     "TokenAnalyzer",
     "TokenBatch",
     "default_analyzers",

@@ -20,6 +20,8 @@ from basin_lens.errors import NeighborError
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import CONTEXTS, Context
 
+Choice = Literal["nearest", "random", "radius_matched"]
+CHOICES: tuple[Choice, ...] = ("nearest", "random", "radius_matched")
 DEGENERATE = 1e-12  # a variance below this share of the layer's own is rounding, not geometry
 
 
@@ -34,13 +36,51 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """The bank's states around the map, position 0 left out: what a layer's axes and means are measured on.
+
+    `before`, `after`: states that enter the map, and the same tokens' own cached states behind it.
+    """
+
+    before: Float[Tensor, "points d"]
+    after: Float[Tensor, "points d"]
+
+    @cached_property
+    def directions_before(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """Mean of the states before, and a mask that is 0 on their massive dimensions."""
+        return mean_and_mask(self.before)
+
+    @cached_property
+    def directions_after(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """Mean of the states after, and a mask that is 0 on their massive dimensions."""
+        return mean_and_mask(self.after)
+
+
+@dataclass(frozen=True)
+class RunOn:
+    """What the model makes of states put in the queries' places and run on to the logits.
+
+    `divergence`: Kullback-Leibler divergence at the token, KL(as it is || with the state), in nats.
+    `later_loss`: rise of the mean loss of the sequence's later tokens, in nats per token; NaN for the last token.
+    """
+
+    divergence: Float[Tensor, "q m"]
+    later_loss: Float[Tensor, "q m"]
+
+
+@dataclass(frozen=True)
 class Cloud:
     """The neighborhoods of some queries at one layer. All tensors are on the model's device, float32.
 
-    `spread_in`, `spread_out`: mean total variance of random bank points before and after the same block in the same context.
-    `images`: what the block makes of the neighbors, in the analyzer's context. `query_image`: the query's own `resid_post`.
-    `output_*`: neighbors chosen among the states that leave the block (only if needed).
-    `block(points [q, m, d]) -> [q, m, d]`: any states through the block in the queries' contexts (only if needed).
+    `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's own
+    state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
+    `spread_in`, `spread_out`: mean total variance of random bank points before and after the same map in the same context.
+    `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`: their
+    states behind it, `output_preimages`: before it.
+    `candidates`: how many rows each query could have chosen from (only if needed).
+    `block(points [q, m, d]) -> [q, m, d]`: any states through the map in the queries' contexts (only if needed).
+    `run_on(points [q, m, d]) -> RunOn`: any states in the queries' places, run on to the logits (only if needed).
+    `bank`: the bank's states around the map (only if needed).
     """
 
     layer: int
@@ -60,7 +100,12 @@ class Cloud:
     images: Float[Tensor, "q k d"] | None = None
     output_rows: Int[Tensor, "q k"] | None = None
     output_distances: Float[Tensor, "q k"] | None = None
+    output_neighbors: Float[Tensor, "q k d"] | None = None
+    output_preimages: Float[Tensor, "q k d"] | None = None
+    candidates: Int[Tensor, " q"] | None = None
     block: Callable[[Tensor], Tensor] | None = None
+    run_on: Callable[[Tensor], RunOn] | None = None
+    bank: Surroundings | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
@@ -81,14 +126,23 @@ class Cloud:
         return self.take(torch.arange(0, k - k % 2, 2)), self.take(torch.arange(1, k, 2))
 
     def take(self, ranks: Tensor) -> "Cloud":
-        """The same queries with some of their neighbors (by rank)."""
+        """The same queries with some of their neighbors (by rank). `output_rows` stay whole: they are what a share is a share of."""
 
         def part(value: Any) -> Any:
             return None if value is None else value[:, ranks.to(value.device)]
 
         changed = {
             name: part(getattr(self, name))
-            for name in ("rows", "distances", "neighbors", "neighbor_token", "neighbor_pos", "images")
+            for name in (
+                "rows",
+                "distances",
+                "neighbors",
+                "neighbor_token",
+                "neighbor_pos",
+                "images",
+                "output_neighbors",
+                "output_preimages",
+            )
         }
         return Cloud(**{f.name: changed.get(f.name, getattr(self, f.name)) for f in fields(self)})
 
@@ -114,15 +168,22 @@ class Analyzer(ABC):
 class CloudAnalyzer(Analyzer):
     """A measurement on neighborhoods.
 
-    `needs` may hold `"input_neighbors"`, `"output_neighbors"`, `"images"`, `"block"`, `"final_norm"`, and `"halves"` for a score that
-    can be computed on half of the neighbors: its split-half reliability then comes with it.
+    `needs` may hold `"input_neighbors"`, `"output_neighbors"`, `"images"`, `"candidates"`, `"block"`, `"run_on"`, `"bank"`,
+    `"final_norm"`, and `"halves"` for a score that can be computed on half of the neighbors: its split-half reliability then comes
+    with it. With `max_queries` set, at most so many tokens per layer are measured, a seeded sample (for measurements that cost a
+    pass each).
+
+    The options below may be fields or class attributes; only `k` has no default. See `CloudScore`.
     """
 
     k: int
-    context: Context
-    metric: Metric
-    exclude: str
-    same_token: SameToken
+    context: Context = "patched"
+    blocks: int = 1
+    metric: Metric = "l2"
+    exclude: str = "sequence"
+    same_token: SameToken = "any"
+    choice: Choice = "nearest"
+    max_queries: int | None = None
 
     @abstractmethod
     def measure(self, cloud: Cloud) -> dict[str, Float[Tensor, " q"]]:
@@ -134,15 +195,36 @@ class CloudAnalyzer(Analyzer):
         Raises:
             NeighborError: an unknown option value, or k below 2.
         """
+        kind = type(self).__name__
         if not isinstance(self.k, int) or self.k < 2:
-            raise NeighborError(f"expected k of at least 2 for {type(self).__name__}, got {self.k!r}.")
+            raise NeighborError(f"expected k of at least 2 for {kind}, got {self.k!r}.")
         for option, allowed in {
-            "context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": ("any", "only", "exclude")
+            "context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": ("any", "only", "exclude"), "choice": CHOICES
         }.items():  # fmt: skip
             if getattr(self, option) not in allowed:
-                raise NeighborError(f"expected {option} in {allowed} for {type(self).__name__}, got {getattr(self, option)!r}.")
+                raise NeighborError(f"expected {option} in {allowed} for {kind}, got {getattr(self, option)!r}.")
         if not isinstance(self.exclude, str):
             raise NeighborError(f'expected exclude "self", "sequence", "document" or a label name, got {self.exclude!r}.')
+        if not isinstance(self.blocks, int) or self.blocks < 1:
+            raise NeighborError(f"expected blocks of at least 1 for {kind}, got {self.blocks!r}.")
+        if self.blocks > 1 and self.context in ("attn", "mlp"):
+            raise NeighborError(f"expected blocks=1 with context {self.context!r} (half a block), got {self.blocks}.")
+        if self.choice != "nearest" and self.needs & {"output_neighbors", "candidates"}:
+            raise NeighborError(f'expected choice="nearest" for {kind}, which is about who the neighbors are, got {self.choice!r}.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudScore(CloudAnalyzer):
+    """A `CloudAnalyzer` with the common options as fields, described at `Compression`. A subclass may give them other defaults."""
+
+    k: int = 15
+    context: Context = "patched"
+    blocks: int = 1
+    metric: Metric = "l2"
+    exclude: str = "sequence"
+    same_token: SameToken = "any"
+    choice: Choice = "nearest"
+    name: str | None = None
 
 
 class TokenAnalyzer(Analyzer):
@@ -177,3 +259,9 @@ def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch
 def log_or_nan(value: Tensor, reference: float) -> Tensor:
     """Natural logarithm; NaN where the value is rounding beside `reference`."""
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
+
+
+def mean_and_mask(states: Float[Tensor, "points d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean state, and a mask that is 0 on massive dimensions: those whose variance is over 20 times the median dimension's."""
+    variance = states.var(0, unbiased=False)
+    return states.mean(0), (variance <= 20 * variance.median()).to(states.dtype)

@@ -7,13 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name
-from basin_lens.neighbors import Metric, SameToken
-from basin_lens.transport import Context
+from basin_lens.analyzers.base import Cloud, CloudScore, Column, column_name
 
 
 @dataclass(frozen=True)
-class Compression(CloudAnalyzer):
+class Compression(CloudScore):
     """Contraction of a token's neighborhood beyond what the block does to unrelated points.
 
     compression = log(V_in / V_out) - log(G_in / G_out)
@@ -24,10 +22,15 @@ class Compression(CloudAnalyzer):
 
     Args:
         k: neighbors.
-        context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"`.
+        context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"` (alone at position 0),
+            `"attn"` (patched, up to `resid_mid`), `"mlp"` (from `resid_mid` on; neighbors and variances in `resid_mid`), `"affine"`
+            (a global affine fit of the block, the linear null).
+        blocks: through how many blocks in a row, in the same context; NaN where fewer are left.
         metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
         exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.
         same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
+        choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of an unrelated token whose
+            neighborhood is just as tight).
         name: column name.
 
     Shapes: neighbors `[q, k, d]`, images `[q, k, d]` -> `[q]`.
@@ -43,12 +46,6 @@ class Compression(CloudAnalyzer):
         'nats'
     """
 
-    k: int = 15
-    context: Context = "patched"
-    metric: Metric = "l2"
-    exclude: str = "sequence"
-    same_token: SameToken = "any"
-    name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property

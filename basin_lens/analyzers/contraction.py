@@ -5,13 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name
-from basin_lens.neighbors import Metric, SameToken
-from basin_lens.transport import Context
+from basin_lens.analyzers.base import Cloud, CloudScore, Column, column_name
 
 
 @dataclass(frozen=True)
-class Contraction(CloudAnalyzer):
+class Contraction(CloudScore):
     """Log ratio of a neighborhood's total variance before and after the block.
 
     contraction = log(V_in / V_out)
@@ -29,12 +27,6 @@ class Contraction(CloudAnalyzer):
         'contraction'
     """
 
-    k: int = 15
-    context: Context = "patched"
-    metric: Metric = "l2"
-    exclude: str = "sequence"
-    same_token: SameToken = "any"
-    name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property

@@ -5,13 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column
-from basin_lens.neighbors import Metric, SameToken
+from basin_lens.analyzers.base import Cloud, CloudScore, Column
 from basin_lens.transport import Context
 
 
 @dataclass(frozen=True)
-class Neighborhood(CloudAnalyzer):
+class Neighborhood(CloudScore):
     """Density and make-up of a token's input neighborhood.
 
     `radius`: distance to the k-th neighbor; `nearest`: to the first. Unit: state units (1 - cosine with that metric). Range: [0, inf).
@@ -31,12 +30,7 @@ class Neighborhood(CloudAnalyzer):
         ['radius', 'nearest']
     """
 
-    k: int = 15
     context: Context = "native"
-    metric: Metric = "l2"
-    exclude: str = "sequence"
-    same_token: SameToken = "any"
-    name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors"})
 
     @property

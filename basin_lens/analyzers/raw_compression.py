@@ -5,13 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudAnalyzer, Column, column_name, total_variance
-from basin_lens.neighbors import Metric, SameToken
+from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column, column_name, total_variance
 from basin_lens.transport import Context
 
 
 @dataclass(frozen=True)
-class RawCompression(CloudAnalyzer):
+class RawCompression(CloudScore):
     """Negative log of the total variance of the neighbors' images.
 
     raw = -log(V_out + 1e-10)
@@ -30,12 +29,7 @@ class RawCompression(CloudAnalyzer):
         'native'
     """
 
-    k: int = 15
     context: Context = "native"
-    metric: Metric = "l2"
-    exclude: str = "sequence"
-    same_token: SameToken = "any"
-    name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property

@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudAnalyzer, Column, column_name, total_variance
+from basin_lens.analyzers.base import Choice, Cloud, CloudScore, Column, column_name, total_variance
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
 
 @dataclass(frozen=True)
-class SeedCompression(CloudAnalyzer):
+class SeedCompression(CloudScore):
     """Negative log of the total variance of the native images of the k nearest points, the token itself among them.
 
     seed = -log(V_out + 1e-10)
@@ -38,13 +38,13 @@ class SeedCompression(CloudAnalyzer):
         'nothing'
     """
 
-    k: int = 15
-    name: str | None = None
     # Not to be chosen: anything else would not be the guide's score.
     context: Context = field(default="native", init=False)
+    blocks: int = field(default=1, init=False)
     metric: Metric = field(default="l2", init=False)
     exclude: str = field(default="nothing", init=False)
     same_token: SameToken = field(default="any", init=False)
+    choice: Choice = field(default="nearest", init=False)
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves", "final_norm"})
 
     @property
