@@ -1,5 +1,6 @@
 """Scores against known answers, and against slow plain-numpy recomputations from the model's own states."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from basin_lens.analyzers import Cloud, CloudAnalyzer, Column, TokenBatch
 from basin_lens.capture import future_loss
 from basin_lens.errors import NeighborError
 from basin_lens.texts import reference_passages
-from basin_lens.transport import Images
+from basin_lens.transport import LayerMaps
 from tests.conftest import PACKED, TEXTS, make_bridge, make_hf, make_tokenizer, random_tokens
 
 A = bl.analyzers
@@ -587,13 +588,20 @@ def test_cosine_only_chooses(llama, capture):
 def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, monkeypatch):
     """Neighbors and random points alike, and never position 0 or a token's own prefix."""
     pairs = []
-    of_rows = Images.of_rows
+    make = LayerMaps.map
 
-    def watched(self, queries, rows):
-        pairs.extend((query, row) for query, many in zip(queries.tolist(), rows.tolist(), strict=True) for row in many if row >= 0)
-        return of_rows(self, queries, rows)
+    def watched(self, *given):
+        made = make(self, *given)
 
-    monkeypatch.setattr(Images, "of_rows", watched)
+        def of_rows(queries, rows):
+            pairs.extend(
+                (query, row) for query, many in zip(queries.tolist(), rows.tolist(), strict=True) for row in many if row >= 0
+            )
+            return made.of_rows(queries, rows)
+
+        return dataclasses.replace(made, of_rows=of_rows)
+
+    monkeypatch.setattr(LayerMaps, "map", watched)
     run(llama, labeled, A.Compression(k=5, exclude=option), layers=[1])
     assert len(pairs) > labeled.n_rows * 5
     items = LabelOracle(llama, labeled, 1).items

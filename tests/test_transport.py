@@ -8,9 +8,8 @@ import torch
 
 import basin_lens as bl
 from basin_lens import model as door
-from basin_lens import transport
 from basin_lens.errors import TransportError
-from basin_lens.transport import PatchedBlock, Probe, check, images, query_chunks, solo_images
+from basin_lens.transport import LayerMaps, PatchedBlock, Probe, check, maps, patched, query_chunks, solo_images
 from tests.conftest import PACKED, TEXTS, TINY, hooked_lane, make_bridge, make_hooked, make_tokenizer, random_tokens
 
 LAYERS = range(3)
@@ -44,6 +43,9 @@ class World:
         """Largest root mean square over dimensions, beside that of the layer's states without position 0."""
         scale = self.capture.resid_post(layer)[self.capture.row_pos > 0].square().mean().sqrt()
         return float((got - expected).square().mean(-1).sqrt().max() / scale)
+
+    def maps(self, layer):
+        return LayerMaps(self.model, self.capture, self.capture, (self.probe, self.probe), layer)
 
     def check(self, layer, block=None, **options):
         post = self.capture.resid_post(layer)
@@ -157,7 +159,7 @@ def test_the_window_matters():
 def test_many_points_per_query(packed_world, route):
     w, layer = packed_world, 1
     queries = queries_of(w.capture)[:3]
-    rows = rows_for(w.capture, queries, 3 * transport._ROWS_PER_GROUP // 2)
+    rows = rows_for(w.capture, queries, 3 * patched._ROWS_PER_GROUP // 2)
     states = w.capture.resid_pre(layer)
     assert w.error(layer, w.block(layer, route).of_rows(states, queries, rows), w.oracle(layer, queries, states[rows])) < EXACT
 
@@ -232,9 +234,9 @@ def test_splitting_does_not_matter(packed_world, monkeypatch, route, rows, group
     queries = queries_of(w.capture)
     points = w.capture.resid_pre(layer)[rows_for(w.capture, queries, 5)]
     expected = w.block(layer, route)(queries, points)
-    monkeypatch.setattr(transport, "_ROWS_PER_CALL", {"cpu": rows})
-    monkeypatch.setattr(transport, "_ROWS_PER_GROUP", group)
-    monkeypatch.setattr(transport, "_SEQUENCES_AT_ONCE", sequences)
+    monkeypatch.setattr(patched, "_ROWS_PER_CALL", {"cpu": rows})
+    monkeypatch.setattr(patched, "_ROWS_PER_GROUP", group)
+    monkeypatch.setattr(patched, "_SEQUENCES_AT_ONCE", sequences)
     assert w.error(layer, w.block(layer, route)(queries, points), expected) < EXACT
 
 
@@ -260,33 +262,30 @@ def test_solo_is_a_run_of_one_token(any_world, layer):
 
 def test_solo_does_not_depend_on_the_query_or_the_split(monkeypatch):
     w, layer = world("llama"), 1
-    pre, post = w.capture.resid_pre(layer), w.capture.resid_post(layer)
     queries = queries_of(w.capture)
     rows = rows_for(w.capture, queries, 4)
-    expected = solo_images(w.probe, layer, pre)
-    monkeypatch.setattr(transport, "_ROWS_PER_CALL", {"cpu": 7})
-    maps = images(w.probe, "solo", layer, pre, post, None)
-    assert w.error(layer, maps.of_rows(queries, rows), expected[rows]) < EXACT
+    expected = solo_images(w.probe, layer, w.capture.resid_pre(layer))
+    monkeypatch.setattr(maps, "_SOLO_ROWS", 7)
+    assert w.error(layer, w.maps(layer).map("solo").of_rows(queries, rows), expected[rows]) < EXACT
 
 
 def test_native_is_the_banks_own_output():
     w, layer = world("gpt2"), 1
-    pre, post = w.capture.resid_pre(layer), w.capture.resid_post(layer)
+    post = w.capture.resid_post(layer)
     queries = queries_of(w.capture)
     rows = rows_for(w.capture, queries, 4)
     rows[1, 2] = rows[3, 0] = -1
-    got = images(w.probe, "native", layer, pre, post, None).of_rows(queries, rows)
+    got = w.maps(layer).map("native").of_rows(queries, rows)
     assert torch.equal(got[rows >= 0], post[rows[rows >= 0]])
     assert not got[rows < 0].any()
 
 
 def test_patched_images_are_the_blocks():
     w, layer = world("gpt2"), 1
-    pre, block = w.capture.resid_pre(layer), w.block(layer)
     queries = queries_of(w.capture)
     rows = rows_for(w.capture, queries, 4)
-    maps = images(w.probe, "patched", layer, pre, w.capture.resid_post(layer), block)
-    assert w.error(layer, maps.of_rows(queries, rows), w.oracle(layer, queries, pre[rows])) < EXACT
+    expected = w.oracle(layer, queries, w.capture.resid_pre(layer)[rows])
+    assert w.error(layer, w.maps(layer).map("patched").of_rows(queries, rows), expected) < EXACT
 
 
 # -- the check ------------------------------------------------------------------------------------------------------------------
@@ -397,7 +396,7 @@ def test_check_sees_wrong_positions(monkeypatch):
 def test_check_holds_the_whole_route_against_the_rerun(monkeypatch):
     w = world("bloom")
     rerun = door.rerun_with_state
-    monkeypatch.setattr(door, "rerun_with_state", lambda *given: rerun(*given) * 1.01)
+    monkeypatch.setattr(door, "rerun_with_state", lambda *given, **options: rerun(*given, **options) * 1.01)
     with pytest.raises(TransportError, match="agree with R0"):
         w.check(1)
 
@@ -531,14 +530,15 @@ def hooked_world(positions):
 @hooked_lane
 @pytest.mark.parametrize("positions", ["rotary", "standard", "alibi"])
 class TestHookedTransformer:
-    def test_whole_route_is_the_rerun(self, positions):
+    def test_both_routes_are_the_rerun(self, positions):
         w = hooked_world(positions)
         queries = torch.tensor([w.capture.row_of(*at) for at in [(0, 12), (2, 5), (3, 6), (0, 0), (4, 11), (3, 19), (0, 1)]])
         for layer in LAYERS:
             points = w.capture.resid_pre(layer)[rows_for(w.capture, queries, 3)]
-            block = w.block(layer)
-            assert block.route == "R1"
-            assert w.error(layer, block(queries, points), w.oracle(layer, queries, points)) < EXACT
+            rerun = w.oracle(layer, queries, points)
+            assert w.block(layer).route == "R2"
+            assert w.error(layer, w.block(layer)(queries, points), rerun) < EXACT
+            assert w.error(layer, w.block(layer, "R1")(queries, points), rerun) < EXACT
             assert w.check(layer) < EXACT
 
     def test_solo_is_a_run_of_one_token(self, positions):
@@ -563,7 +563,7 @@ class TestHookedTransformer:
         assert len(table) == 3 * tokens.numel()
         assert table.compression[table.pos > 0].notna().all()
         (facts,) = table.attrs["provenance"].values()
-        assert set(facts["routes"].values()) == {"R1"}
+        assert set(facts["routes"].values()) == {"R2"}
         with torch.no_grad():
             losses = -model(tokens).log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
         expected = losses.reshape(-1).numpy()

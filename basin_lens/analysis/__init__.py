@@ -122,7 +122,7 @@ def score(
     asked = query_rows(capture, queries, seed)
     conductor = None
     if clouds:
-        conductor = Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed)
+        conductor = Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed, wanted)
     if capture is not data:
         capture.read(model, singles, batch_size=batch_size, progress=progress)
     rerun = capture.measure(model, singles, progress=progress)
@@ -221,7 +221,7 @@ def neighborhood(
     asked[row] = True
     (layer,) = check_layers(model, [layer])
     bank = _bank(model, capture, bank, (layer,), progress)
-    conductor = Conductor(model, capture, bank, [analyzer], asked, seed=0)
+    conductor = Conductor(model, capture, bank, [analyzer], asked, 0, (layer,))
     kept = conductor.keep(analyzer, 1)
     with door.measuring(model):
         conductor.layer(layer, 0)

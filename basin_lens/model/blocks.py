@@ -1,14 +1,16 @@
 """Calling one block by itself, with the very arguments that it gets inside the model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens.errors import TransportError
-from basin_lens.model.hooks import forward_pass, measuring, point_name
-from basin_lens.model.identity import n_layers
+from basin_lens.model.hooks import forward_pass, measuring, point_name, reading
+from basin_lens.model.identity import kind_of, n_layers
 
 
 class _CacheSlot:
@@ -37,6 +39,15 @@ class BlockCall:
         """Every argument, in order."""
         return [*self.args, *self.kwargs.values()]
 
+    def widened(self, copies: int) -> "BlockCall":
+        """The same for a batch of `copies`: 4-D masks of a batch of one are repeated, which some models insist on."""
+
+        def wide(value: Any) -> Any:
+            mask = isinstance(value, Tensor) and value.ndim == 4 and len(value) == 1
+            return value.expand(copies, -1, -1, -1) if mask else value
+
+        return BlockCall(tuple(map(wide, self.args)), {name: wide(value) for name, value in self.kwargs.items()})
+
 
 class FrozenPrefix:
     """A key/value cache that shows every new row the same prefix and stores nothing."""
@@ -60,7 +71,7 @@ class FrozenPrefix:
 
 
 class _Recorded(Exception):  # noqa: N818 - a signal, not an error
-    """Carries the keys and values out of a block call that needs to go no further."""
+    """Carries tensors out of a block call that needs to go no further."""
 
 
 class _RecordingPrefix:
@@ -75,18 +86,47 @@ class _RecordingPrefix:
         return 0
 
 
+@dataclass(frozen=True)
+class PaddedPrefix:
+    """HookedTransformer's cache entry: each row of the batch sees its own prefix, padded on the left. Stores nothing.
+
+    `seen`: which columns are real. HookedTransformer masks the others, and counts rotary positions from the real ones.
+    """
+
+    past_keys: Float[Tensor, "rows columns kv d_head"]
+    past_values: Float[Tensor, "rows columns kv d_head"]
+    seen: Bool[Tensor, "rows columns"]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix first, then the new rows."""
+        return torch.cat([self.past_keys, keys], dim=1), torch.cat([self.past_values, values], dim=1)
+
+
+class _RecordingEntry:
+    """HookedTransformer's cache entry, empty, that ends the block call as soon as it has seen the keys and values."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.past_keys = like.new_empty(len(like), 0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        raise _Recorded(keys, values)
+
+
 def keys_and_values(
     model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"]
-) -> tuple[Float[Tensor, "batch kv pos d_head"], Float[Tensor, "batch kv pos d_head"]]:
-    """Keys (after rotary) and values that block `layer` computes from `states`, before the grouped-query repeat.
+) -> tuple[Float[Tensor, "batch a b d_head"], Float[Tensor, "batch a b d_head"]]:
+    """Keys and values that block `layer` computes from `states`, before the grouped-query repeat.
 
     The block runs only as far as its cache: attention and feed-forward are most of its cost.
+
+    Returns:
+        on a bridge `[batch, kv, pos, d_head]`, keys after rotary; on a HookedTransformer `[batch, pos, kv, d_head]`, before.
 
     Raises:
         TransportError: the block does not use its cache.
     """
     try:
-        call_block(model, layer, call, states, _RecordingPrefix())
+        call_block(model, layer, call, states, _RecordingEntry(states) if kind_of(model) == "hooked" else _RecordingPrefix())
     except _Recorded as seen:
         return seen.args[0].detach(), seen.args[1].detach()
     raise TransportError(f"expected block {layer} to put its keys and values into its cache, got a block that does not. Use R1.")
@@ -129,40 +169,95 @@ def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall
 
 
 def call_block(
-    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"], prefix: Any = None
+    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"], prefix: Any = None, *, until_mid: bool = False
 ) -> Float[Tensor, "batch pos d"]:
-    """Run block `layer` on `states` with the arguments of `call`, the cache replaced by `prefix` (None: no cache)."""
+    """Run block `layer` on `states` with the arguments of `call`, the cache replaced by `prefix` (None: no cache).
+
+    With `until_mid`, it goes no further than `resid_mid`, and answers with that.
+    """
 
     def fill(value: Any) -> Any:
         return prefix if is_cache_slot(value) else value
 
+    def leave(state: Tensor) -> None:
+        raise _Recorded(state)
+
     kwargs = {name: fill(value) for name, value in call.kwargs.items()}
     if prefix is None and "use_cache" in kwargs:
         kwargs["use_cache"] = False
-    dtype = next(model.parameters()).dtype
-    output = model.blocks[layer](states.to(dtype), *(fill(value) for value in call.args), **kwargs)
+    if prefix is not None and "past_kv_cache_entry" in kwargs:
+        kwargs["past_kv_cache_entry"] = prefix
+        if isinstance(prefix, PaddedPrefix):
+            seen = torch.nn.functional.pad(prefix.seen, (0, states.shape[1]), value=True)
+            kwargs["attention_mask"] = seen.long()
+    args = tuple(fill(value) for value in call.args)
+    given = states.to(next(model.parameters()).dtype)
+    if until_mid:
+        try:
+            with reading(model, {point_name("resid_mid", layer): leave}):
+                model.blocks[layer](given, *args, **kwargs)
+        except _Recorded as seen_mid:
+            return seen_mid.args[0].float().view(given.shape)  # OPT's feed-forward sees tokens without their batch
+        raise TransportError(f"expected block {layer} to pass its hook_resid_mid, got a block that does not.")
+    output = model.blocks[layer](given, *args, **kwargs)
     return (output[0] if isinstance(output, tuple) else output).float()
 
 
+def feed_forward(model: Any, layer: int, call: BlockCall, mids: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+    """The second half of block `layer`: `resid_mid` -> `resid_post`, with `mids` put in.
+
+    On a bridge, the point `hook_resid_mid` is the input of the feed-forward's norm only, so the sum is done here.
+    """
+    read: list[Tensor] = []
+    given = mids.to(next(model.parameters()).dtype)
+    readers = {
+        point_name("resid_mid", layer): lambda t: given.view(t.shape),
+        point_name("mlp_out", layer): lambda t: read.append(t),
+    }
+    with reading(model, readers):
+        call_block(model, layer, call, mids)
+    if len(read) != 1:
+        raise TransportError(f"expected block {layer} to pass its hook_mlp_out once, got {len(read)} times.")
+    return (given + read[0].view(given.shape)).float()
+
+
 def rerun_with_state(
-    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"]
+    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"], *, until_mid: bool = False
 ) -> Float[Tensor, "k d"]:
     """The oracle (route R0): rerun the whole model k times with `states` put before block `layer` at `position`.
 
     Returns:
-        the states that leave the block at that position. Costs k full passes; public hooks only.
+        the states that leave the block at that position (`until_mid`: its attention). Costs k full passes; public hooks only.
     """
     read: list[Tensor] = []
+    after = "resid_mid" if until_mid else "resid_post"
+    readers = {
+        point_name("resid_pre", layer): _putting(position, states),
+        point_name(after, layer): lambda t: read.append(t[:, position]),
+    }
+    with measuring(model):
+        forward_pass(model, tokens.expand(len(states), -1), readers)
+    return read[0].detach().float()
 
+
+def rerun_to_logits(
+    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"]
+) -> Float[Tensor, "k pos vocab"]:
+    """Rerun the model k times with `states` put before block `layer` at `position`, to the logits."""
+
+    with measuring(model):
+        return forward_pass(
+            model, tokens.expand(len(states), -1), {point_name("resid_pre", layer): _putting(position, states)}
+        ).float()
+
+
+def _putting(position: int, states: Float[Tensor, "k d"]) -> Callable[[Tensor], Tensor]:
     def put(state: Tensor) -> Tensor:
         state = state.clone()
         state[:, position] = states.to(state.dtype)
         return state
 
-    readers = {point_name("resid_pre", layer): put, point_name("resid_post", layer): lambda t: read.append(t[:, position])}
-    with measuring(model):
-        forward_pass(model, tokens.expand(len(states), -1), readers)
-    return read[0].detach().float()
+    return put
 
 
 def final_norm(model: Any, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import hf_config, kind_of, n_layers
 
-_SHORT = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
+_SHORT = {
+    "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
+    "pattern": "attn.hook_pattern",
+}  # fmt: skip
 # A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
 _CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
 

@@ -19,7 +19,7 @@ from basin_lens import model as door
 from basin_lens import neighbors
 from basin_lens.analyzers import CloudAnalyzer, Column, TokenAnalyzer
 from basin_lens.errors import CaptureError, NeighborError, TableError
-from basin_lens.transport import Images
+from basin_lens.transport import LayerMaps
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 from tests.test_scores import Oracle
 
@@ -241,27 +241,31 @@ def everywhere(monkeypatch, original, replacement):
 @pytest.fixture
 def work(monkeypatch, llama, capture):
     """A function that runs analyzers and says what it took."""
-    find, call_block, of_rows = neighbors.find, door.call_block, Images.of_rows
+    find, call_block, make = neighbors.find, door.call_block, LayerMaps.map
     current = []
 
     def counted_find(*given, **options):
         current[-1].searches += 1
         return find(*given, **options)
 
-    def counted_call(model, layer, call, states, *rest):
+    def counted_call(model, layer, call, states, *rest, **options):
         current[-1].block_calls += 1
         current[-1].block_rows += states.shape[0] * states.shape[1]
-        return call_block(model, layer, call, states, *rest)
+        return call_block(model, layer, call, states, *rest, **options)
 
-    def counted_rows(self, queries, rows):
-        current[-1].passes += [
-            (q, row) for q, many in zip(queries.tolist(), rows.tolist(), strict=True) for row in many if row >= 0
-        ]
-        return of_rows(self, queries, rows)
+    def counted_map(self, *given):
+        made = make(self, *given)
+
+        def of_rows(queries, rows):
+            pairs = ((q, row) for q, many in zip(queries.tolist(), rows.tolist(), strict=True) for row in many if row >= 0)
+            current[-1].passes += pairs
+            return made.of_rows(queries, rows)
+
+        return dataclasses.replace(made, of_rows=of_rows)
 
     everywhere(monkeypatch, find, counted_find)
     everywhere(monkeypatch, call_block, counted_call)
-    monkeypatch.setattr(Images, "of_rows", counted_rows)
+    monkeypatch.setattr(LayerMaps, "map", counted_map)
 
     def measure(*analyzers):
         current.append(Work())

@@ -1,0 +1,72 @@
+"""Neighborhoods to compare the nearest with: random points, and sets as tight as the neighborhood but elsewhere."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from basin_lens.neighbors import Neighbors, Points, SameToken, find
+
+_SPHERE = 8  # dimensions of the random points: few enough to be quick, and on a sphere none is everyone's neighbor
+_TRIES = 64  # tokens of nearly the same radius that are looked at, on either side
+
+
+def random_sets(
+    queries: Points, bank: Points, k: int, *, same_token: SameToken, distinct: bool, seed: int
+) -> Int[Tensor, "queries k"]:
+    """k random rows of the bank for each query, under the very exclusions of the nearest ones; -1 where there are fewer.
+
+    They are the nearest of points placed at random, so that one search keeps one set of rules.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def placed(points: Points) -> Points:
+        place = torch.randn(len(points.key), _SPHERE, generator=generator).to(points.states.device)
+        return Points(torch.nn.functional.normalize(place, dim=1), points.key, points.token, points.group, points.pool)
+
+    return find(placed(queries), placed(bank), k, same_token=same_token, distinct=distinct).rows
+
+
+def radius_matched_sets(
+    near: Neighbors, group: Int[Tensor, " queries"], bank_group: Int[Tensor, " bank"]
+) -> Int[Tensor, "queries k"]:
+    """For each query, the neighbors of another token whose neighborhood has almost the same radius; -1 where there is none.
+
+    The other token is of another group, and none of its neighbors is of the query's group or a neighbor of the query.
+
+    Args:
+        near: neighbors of all queries; the radius is the distance to the last one.
+        group: the queries' groups (-1: none), and `bank_group` the bank's.
+    """
+    rows, found = near.rows, torch.full_like(near.rows, -1)
+    order = near.distances[:, -1].argsort()  # NaN last
+    order = order[: int(near.complete.sum())]
+    index = torch.arange(len(order), device=rows.device)
+    own = rows[order].sort(dim=1).values
+    left = torch.ones_like(order, dtype=torch.bool)
+    for step in (sign * offset for offset in range(1, _TRIES + 1) for sign in (1, -1)):
+        if not bool(left.any()):
+            break
+        at = index[left & (index + step >= 0) & (index + step < len(order))]
+        other = order[at + step]
+        theirs, mine = rows[other], group[order[at]]
+        place = torch.searchsorted(own[at], theirs).clamp_max(own.shape[1] - 1)
+        shared = (own[at].gather(1, place) == theirs).any(1)
+        related = (mine >= 0) & ((group[other] == mine) | (bank_group[theirs] == mine[:, None]).any(1))
+        good = at[~shared & ~related]
+        found[order[good]] = rows[order[good + step]]
+        left[good] = False
+    return found
+
+
+def reach(queries: Points, bank: Points, rows: Int[Tensor, "queries k"], metric: str) -> Neighbors:
+    """Chosen rows as neighbors, nearest first, with their exact distances."""
+    missing = rows < 0
+    distances = torch.empty(rows.shape, device=rows.device)
+    for part in torch.arange(len(rows), device=rows.device).split(1024):
+        points, own = bank.states[rows[part].clamp_min(0)], queries.states[part, None]
+        if metric == "cosine":
+            distances[part] = 1 - torch.nn.functional.cosine_similarity(points, own, dim=2)
+        else:
+            distances[part] = (points - own).norm(dim=2)
+    distances, order = distances.masked_fill(missing, torch.inf).sort(dim=1, stable=True)
+    return Neighbors(rows.gather(1, order), distances.masked_fill(distances.isinf(), torch.nan))

@@ -1,0 +1,172 @@
+"""Proof, before anything is computed with it, that a block can be called by itself and that its route is exact."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from basin_lens import model as door
+from basin_lens.capture import Capture
+from basin_lens.errors import TransportError
+from basin_lens.transport.patched import PatchedBlock
+from basin_lens.transport.probe import Probe
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_POINTS = 32  # to a query: with two queries of one sequence, a full group, so that a window counted in rows would be found out
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A block that passed the check, its largest relative error, and why it takes route R1 (empty: it takes R2)."""
+
+    block: PatchedBlock
+    error: float
+    reason: str
+
+
+class _WrongRoute(TransportError):  # noqa: N818 - turned into the other route, or raised as what it is
+    """The packed route gives other numbers than the block on whole sequences."""
+
+
+def prove(
+    model: Any,
+    capture: Capture,
+    layer: int,
+    probe: Probe,
+    pre: Float[Tensor, "rows d"],
+    post: Float[Tensor, "rows d"],
+    *,
+    others: Float[Tensor, "bank d"],
+    seed: int = 0,
+    patched: bool = True,
+    until_mid: bool = False,
+) -> Proof:
+    """The fastest route of a block that passes `check`.
+
+    Where the packed route's arguments look right and its numbers are not (GPT-Neo's local attention counts columns, whatever the mask
+    says), the whole-sequence route is taken, and the reason kept.
+
+    Raises:
+        TransportError: no route is exact. See `check`.
+    """
+    block = PatchedBlock(model, capture, layer, probe, pre, until_mid=until_mid)
+    try:
+        error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
+    except _WrongRoute as wrong:
+        block = PatchedBlock(model, capture, layer, probe, pre, "R1", until_mid=until_mid)
+        error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
+        return Proof(block, error, f"the packed route is not exact here: {wrong}")
+    return Proof(block, error, probe.reason(layer))
+
+
+def check(
+    model: Any,
+    capture: Capture,
+    block: PatchedBlock,
+    post: Float[Tensor, "rows d"],
+    *,
+    others: Float[Tensor, "bank d"],
+    seed: int = 0,
+    patched: bool = True,
+) -> float:
+    """Prove the transport on a few tokens of one layer.
+
+    Checks that the block maps `resid_pre` to `resid_post` (also for `native`: it catches a capture of another model), and for
+    `patched`, that a token's own state among its neighbors' rows comes back as its `resid_post`, and that foreign rows agree
+    with a slower route (R1 for R2, R0 for R1): the self-pass alone cannot see a route that uses the query's own key and value
+    for the neighbor. The last token of the longest sequence is among the queries: there a window or a distance counts most.
+
+    Returns:
+        the largest relative error: root mean square over dimensions, divided by that of the layer's states without position 0.
+
+    Raises:
+        TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16).
+    """
+    layer, device = block.layer, block.states.device
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    last = capture.offsets + capture.lengths - 1
+    later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows) < last[capture.row_seq])).squeeze(1)
+    inner = later if len(later) else torch.nonzero(capture.row_pos > 0).squeeze(1)
+    row = int(inner[torch.randint(len(inner), (1,), generator=generator)])
+    seq = int(capture.row_seq[row])
+    # With the sequence's last token beside it, a row that saw the column of its own query, or of a later one, would be found out.
+    queries = torch.tensor(sorted({row, int(last[seq]), int(last[int(capture.lengths.argmax())])}))
+    first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
+    scale = float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt())
+    dtype = next(model.parameters()).dtype
+    tolerance = _TOLERANCE.get(dtype, 1e-5)
+    worst = 0.0
+
+    def compare(what: str, got: Tensor, expected: Tensor, advice: str, kind: type[TransportError] = TransportError) -> None:
+        nonlocal worst
+        error = float((got - expected).square().mean(-1).sqrt().max()) / scale
+        if not error <= tolerance:
+            raise kind(
+                f"expected {what} at block {layer} within {tolerance:g} of the states' scale ({dtype}), got {error:.3g}. {advice}"
+            )
+        worst = max(worst, error)
+
+    compare(
+        "the block to map the captured resid_pre to " + ("resid_mid" if block.until_mid else "resid_post"),
+        block.sequences([seq], copies=1)[0, 1:count], post[first + 1 : first + count],
+        "Is this capture (or cache) from the same model, with the same hooks and weight processing?",
+    )  # fmt: skip
+    if not patched:
+        return worst
+    wrong = _WrongRoute if block.route == "R2" else TransportError
+    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator).to(others.device)]
+    points = torch.cat([foreign[:, :-1], block.states[queries.to(device)][:, None], foreign[:, -1:]], dim=1)
+    some = [0, 1, _POINTS]
+    got = block(queries, points if block.route == "R2" else points[:, -3:])
+    compare(
+        f"a token's own state (route {block.route}) to come back as its {'resid_mid' if block.until_mid else 'resid_post'}",
+        got[:, -2], post[queries.to(device)], "Please report this model.", wrong,
+    )  # fmt: skip
+    if block.route == "R2":
+        whole = PatchedBlock(model, capture, layer, block.probe, block.states, "R1", until_mid=block.until_mid)
+        slow, name, got = whole(queries, points[:, some]), "R1", got[:, some]
+    else:
+        tokens = [torch.tensor(capture.sequences[s].tokens, device=device) for s in capture.row_seq[queries].tolist()]
+        positions = capture.row_pos[queries].tolist()
+        slow = torch.stack([
+            door.rerun_with_state(model, t, layer, p, x, until_mid=block.until_mid)
+            for t, p, x in zip(tokens, positions, points[:, -3:], strict=True)
+        ])  # fmt: skip
+        name = "R0"
+    compare(f"route {block.route} to agree with {name} on neighbors' rows", got, slow, "Please report this model.", wrong)
+    return worst
+
+
+def check_halves(
+    model: Any,
+    capture: Capture,
+    probe: Probe,
+    layer: int,
+    mid: Float[Tensor, "rows d"],
+    post: Float[Tensor, "rows d"],
+    *,
+    seed: int = 0,
+) -> None:
+    """Prove that `resid_mid` is the whole state between attention and feed-forward: put at other positions, the states of a
+    sequence must leave the block as they did at their own.
+
+    Raises:
+        TransportError: they do not.
+    """
+    seq = int(capture.lengths.argmax())
+    first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(mid.device)
+    own, expected = mid[first : first + count][order], post[first : first + count][order]
+    padded = torch.cat([own, own[:1].expand(probe.length - count, -1)])
+    with door.measuring(model):
+        got = door.feed_forward(model, layer, probe.call(layer), padded[None])[0, :count]
+    kept = order > 0  # position 0's state can be a thousand times the others
+    error = float((got - expected)[kept].square().mean(-1).sqrt().max() / expected[kept].square().mean().sqrt())
+    tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 1e-5)
+    if not error <= tolerance:
+        raise TransportError(
+            f"expected resid_mid of block {layer} to decide its resid_post within {tolerance:g} of the states' scale, got {error:.3g}. "
+            'The contexts "attn" and "mlp" are not defined on this block: use context="patched".'
+        )

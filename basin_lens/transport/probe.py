@@ -1,0 +1,77 @@
+"""What the blocks of a model are called with, and which route that allows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from basin_lens import model as door
+
+
+class Probe:
+    """What the blocks of a model are called with, recorded once per shape of batch, and the route that this allows.
+
+    Args:
+        model: a hooked model.
+        length: tokens of the longest sequence.
+    """
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.model, self.length = model, length
+        self._recorded: dict[tuple[int, int], list[door.BlockCall]] = {}
+
+    def call(self, layer: int, copies: int = 1, length: int | None = None) -> door.BlockCall:
+        """Arguments of a block for `copies` sequences of `length` tokens (None: the longest).
+
+        They are recorded from a real pass of that shape, unless they broadcast over the batch: some models fold heads into it.
+        """
+        length = length or self.length
+        single = self._calls(1, length)[layer]
+        if copies == 1 or not (why_not_packed(single, length) or door.kind_of(self.model) == "hooked"):
+            return single.widened(copies) if copies > 1 else single
+        return self._calls(copies, length)[layer]
+
+    def reason(self, layer: int) -> str:
+        """Why block `layer` cannot take route R2, as far as its arguments show; empty if they allow it. See `prove`."""
+        call = self._calls(1, self.length)[layer]
+        return why_not_padded(call) if door.kind_of(self.model) == "hooked" else why_not_packed(call, self.length)
+
+    def _calls(self, copies: int, length: int) -> list[door.BlockCall]:
+        if (copies, length) not in self._recorded:
+            tokens = torch.zeros(copies, length, dtype=torch.int64, device=door.device_of(self.model))
+            self._recorded[copies, length] = door.record_calls(self.model, tokens)
+        return self._recorded[copies, length]
+
+
+def why_not_packed(call: door.BlockCall, length: int) -> str:
+    """Why a block's arguments do not allow the packed route; empty if they do."""
+    caches = sum(door.is_cache_slot(value) for value in call.leaves())
+    if caches != 1:
+        return f"the block takes {caches} key/value caches, not one"
+    if not any(is_mask(value, length) for value in call.leaves()):
+        return "the block gets no 4-D attention mask"
+    for value in call.leaves():
+        tensors = value if isinstance(value, tuple | list) else [value]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not (is_mask(tensor, length) or _is_per_position(tensor, length)):
+                return f"the block takes a tensor of shape {tuple(tensor.shape)} that is neither mask nor per position"
+    return ""
+
+
+def why_not_padded(call: door.BlockCall) -> str:
+    """Why a HookedTransformer block's arguments do not allow the padded route; empty if they do."""
+    if not {"past_kv_cache_entry", "attention_mask"} <= set(call.kwargs):
+        return "the block takes no key/value cache and attention mask"
+    others = [name for name, value in call.kwargs.items() if isinstance(value, Tensor) and name != "attention_mask"]
+    if others:
+        return f"the block takes the tensor {others[0]}, which belongs to whole sequences"
+    return ""
+
+
+def is_mask(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) == (1, 1, length, length)
+
+
+def _is_per_position(value: Tensor, length: int) -> bool:
+    """Position ids `[1, pos]`, or one rotary table `[1, pos, d]`."""
+    return value.ndim in (2, 3) and tuple(value.shape[:2]) == (1, length)
