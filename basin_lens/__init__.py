@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from basin_lens import analyzers, errors, tables, views
+    from basin_lens import analyzers, controls, errors, tables, views
     from basin_lens.analysis import analyze, neighborhood
+    from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
     from basin_lens.capture import Capture
     from basin_lens.model import load_model
@@ -23,13 +24,27 @@ _HOMES = {
     "Capture": "basin_lens.capture",
     "Passage": "basin_lens.texts",
     "analyze": "basin_lens.analysis",
+    "compare": "basin_lens.analysis.pairs",
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.analysis",
 }
-_ROOMS = ("analyzers", "errors", "tables", "views")
+_ROOMS = ("analyzers", "controls", "errors", "tables", "views")
 
 __version__ = "0.1.0"
-__all__ = ["ANALYZERS", "Capture", "Passage", "analyze", "analyzers", "errors", "load_model", "neighborhood", "tables", "views"]
+__all__ = [
+    "ANALYZERS",
+    "Capture",
+    "Passage",
+    "analyze",
+    "analyzers",
+    "compare",
+    "controls",
+    "errors",
+    "load_model",
+    "neighborhood",
+    "tables",
+    "views",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,10 @@ from basin_lens import tables
 from basin_lens.analysis.conductor import Conductor, KeptNeighbors
 from basin_lens.analysis.rows import query_rows, row_facts, texts_hash
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, Compression, TokenAnalyzer, default_analyzers
+from basin_lens.analyzers.control import CONTROLS, controls_of
 from basin_lens.capture import Capture, check_layers, reference_capture
 from basin_lens.errors import CaptureError, NeighborError, TableError
+from basin_lens.neighbors import Backend
 
 
 def analyze(
@@ -33,6 +35,8 @@ def analyze(
     layers: Any = None,
     bank: Any = None,
     queries: Any = None,
+    controls: bool = False,
+    backend: Backend = "auto",
     seed: int = 0,
     max_length: int = 128,
     batch_size: int | None = None,
@@ -51,6 +55,9 @@ def analyze(
             passages (needed for a single text).
         queries: which tokens are scored: positions, a boolean mask `[rows]` or `[seqs, pos]`, a label or span name, or a number of
             tokens (a seeded sample); None: all. It does not shrink the bank.
+        controls: add to each score on neighbors' images the same on random points (`<column>_random`) and on an equally tight set
+            elsewhere, the neighbors of another token (`<column>_radius_matched`). Costs two more sets of images.
+        backend: how neighbors are searched; see `basin_lens.neighbors.find`. Only `"approximate"` is not exact.
         seed: of every random choice.
         max_length, batch_size, prepend_bos: see `Capture.from_texts`.
         progress: show progress bars.
@@ -72,7 +79,7 @@ def analyze(
         True
     """
     return score(
-        model, data, analyzers, layers=layers, bank=bank, queries=queries, seed=seed, max_length=max_length,
+        model, data, analyzers, layers=layers, bank=bank, queries=queries, controls=controls, backend=backend, seed=seed, max_length=max_length,
         batch_size=batch_size, prepend_bos=prepend_bos, progress=progress,
     ).table  # fmt: skip
 
@@ -93,16 +100,24 @@ def score(
     layers: Any = None,
     bank: Any = None,
     queries: Any = None,
+    controls: bool = False,
+    backend: Backend = "auto",
     seed: int = 0,
     max_length: int = 128,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     progress: bool = True,
     keep_neighbors_of: CloudAnalyzer | None = None,
+    frozen: KeptNeighbors | None = None,
 ) -> Analysis:
-    """`analyze`, and on request the neighbors of one of its analyzers (an instance in `analyzers`)."""
+    """`analyze`, and on request the neighbors of one of its analyzers (an instance in `analyzers`).
+
+    `frozen`: neighbors of another run on the same texts and layers, taken as they are.
+    """
     door.check_model(model)
     chosen = _check_analyzers(default_analyzers() if analyzers is None else analyzers)
+    if controls:
+        chosen += controls_of(chosen)
     clouds = [a for a in chosen if isinstance(a, CloudAnalyzer)]
     singles = [a for a in chosen if isinstance(a, TokenAnalyzer)]
     if isinstance(data, Capture):
@@ -122,7 +137,9 @@ def score(
     asked = query_rows(capture, queries, seed)
     conductor = None
     if clouds:
-        conductor = Conductor(model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed, wanted)
+        conductor = Conductor(
+            model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed, wanted, backend, frozen
+        )
     if capture is not data:
         capture.read(model, singles, batch_size=batch_size, progress=progress)
     rerun = capture.measure(model, singles, progress=progress)
@@ -160,6 +177,8 @@ def score(
             for a in chosen
             for c in a.columns
         },
+        "controls": [f"{choice} neighbors" for choice in CONTROLS] if controls else [],
+        "neighbors": "its own" if frozen is None else "frozen: those of another run",
         "queries": "all" if queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
         "seed": seed,
         "read_again_for": rerun,
@@ -221,7 +240,7 @@ def neighborhood(
     asked[row] = True
     (layer,) = check_layers(model, [layer])
     bank = _bank(model, capture, bank, (layer,), progress)
-    conductor = Conductor(model, capture, bank, [analyzer], asked, 0, (layer,))
+    conductor = Conductor(model, capture, bank, [analyzer], asked, 0, (layer,), "auto")
     kept = conductor.keep(analyzer, 1)
     with door.measuring(model):
         conductor.layer(layer, 0)

@@ -17,7 +17,7 @@ from basin_lens.analysis.search import Found, Search, Searches
 from basin_lens.analyzers import Cloud, CloudAnalyzer, RunOn, Surroundings, total_variance
 from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, NeighborError
-from basin_lens.neighbors import Neighbors
+from basin_lens.neighbors import Backend, Neighbors
 from basin_lens.transport import BlockMap, LayerMaps, Probe, query_chunks, rows_per_call
 
 _SPREAD_QUERIES, _SPREAD_POINTS = 32, 64  # random points behind G_in and G_out, per layer
@@ -50,6 +50,8 @@ class Conductor:
         asked: Bool[Tensor, " rows"],
         seed: int,
         layers: Sequence[int],
+        backend: Backend = "auto",
+        frozen: KeptNeighbors | None = None,
     ) -> None:
         self.model, self.capture, self.bank, self.analyzers, self.asked, self.seed = model, capture, bank, analyzers, asked, seed
         self.device = door.device_of(model)
@@ -59,7 +61,9 @@ class Conductor:
                 "expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None."
             )
         self._refuse_missing_layers(layers)
-        self.searches = Searches(model, capture, bank, analyzers, asked, seed)
+        self.searches = Searches(model, capture, bank, analyzers, asked, seed, backend)
+        if frozen is not None:
+            self.searches.frozen = {layer: torch.from_numpy(frozen.rows[index]) for index, layer in enumerate(layers)}
         self.own_states = all(c.settings.get("states_of_model", True) for c in (capture, bank))
         probe = Probe(model, int(capture.lengths.max()))
         self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe
@@ -71,6 +75,7 @@ class Conductor:
                 "sequences": len(bank.sequences),
                 "texts": texts_hash(bank),
             },
+            "search": self.searches.facts,
             "routes": {},
             "route_reasons": {},
             "check_error": {},

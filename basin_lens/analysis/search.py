@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from basin_lens import model as door
 from basin_lens import neighbors
-from basin_lens.analysis.choices import radius_matched_sets, random_sets, reach
 from basin_lens.analysis.rows import row_groups
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
-from basin_lens.neighbors import Neighbors, Points, find, prefix_keys
+from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, prefix_keys
+from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,17 @@ class Searches:
         analyzers: Sequence[CloudAnalyzer],
         asked: Bool[Tensor, " rows"],
         seed: int,
+        backend: Backend,
     ) -> None:
         self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, seed
-        self.device = door.device_of(model)
+        if backend not in get_args(Backend):
+            raise NeighborError(f"expected backend in {get_args(Backend)}, got {backend!r}.")
+        if backend == "faiss":
+            flat.load()
+        self.backend, self.device = backend, door.device_of(model)
+        self.facts: dict[str, Any] = {"backend": backend, "exact": backend != "approximate", "recall": {}}
         self.external = bank is not capture
+        self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
         self.largest: dict[Search, int] = {}
         for a in analyzers:
             self.largest[Search.of(a)] = max(a.k, self.largest.get(Search.of(a), 0))
@@ -118,16 +125,25 @@ class Searches:
         queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
         bank = Points(bank_states, keys[1], self.tokens[1], other, pool.to(self.device))
         options: Any = {"same_token": search.same_token, "distinct": not everything}
-        if search.choice == "random":
+        if layer in self.frozen:
+            found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)
+        elif search.choice == "random":
             rows = random_sets(queries, bank, k, seed=self.seed * 1_000_003 + layer, **options)
             found = reach(queries, bank, rows, search.metric)
         else:
-            found = find(queries, bank, k, metric=search.metric, **options)
+            found = find(queries, bank, k, metric=search.metric, backend=self.backend, **options)
+            self._note_recall(layer, found)
             if search.choice == "radius_matched":
                 found = reach(queries, bank, radius_matched_sets(found, own[at], other), search.metric)
         if search.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
             raise NeighborError(_nothing_to_score(search, k))
         return Found(self._by_row(at, found), at, queries, bank)
+
+    def _note_recall(self, layer: int, found: Neighbors) -> None:
+        """The lowest recall of the layer's searches."""
+        if found.recall is not None:
+            known = self.facts["recall"].get(str(layer), 1.0)
+            self.facts["recall"][str(layer)] = min(known, found.recall)
 
     def candidates(self, search: Search, found: Found) -> Int[Tensor, " rows"]:
         """How many different points each row of the capture could have had as neighbors; 0 where none was looked for."""

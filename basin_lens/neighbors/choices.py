@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from basin_lens.neighbors import Neighbors, Points, SameToken, find
+from basin_lens.neighbors.points import Neighbors, Points, SameToken
+from basin_lens.neighbors.search import find
 
 _SPHERE = 8  # dimensions of the random points: few enough to be quick, and on a sphere none is everyone's neighbor
 _TRIES = 64  # tokens of nearly the same radius that are looked at, on either side
