@@ -6,7 +6,20 @@ that attention patterns are never held for more than one layer.
 """
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, future_loss
+from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
 from basin_lens.capture.record import Capture
 from basin_lens.capture.reference import reference_capture
 
-__all__ = ["Capture", "TokenBatch", "TokenMeasure", "check_layers", "future_loss", "reference_capture"]
+__all__ = [
+    "Capture",
+    "TokenBatch",
+    "TokenMeasure",
+    "border_states",
+    "borders",
+    "check_layers",
+    "future_loss",
+    "reference_capture",
+    "subset",
+    "with_states",
+    "with_tokens",
+]

@@ -61,10 +61,10 @@ def token_batches(rows: TokenRows, batch_size: int | None) -> Iterator[tuple[Ten
         longest = int(lengths[order[0]])
         size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
         chosen, order = order[:size], order[size:]
-        valid = torch.arange(longest)[None] < lengths[chosen][:, None]
-        at = torch.cat([torch.arange(int(lengths[i])) + rows.offsets[i] for i in chosen])
+        valid = torch.arange(longest, device="cpu")[None] < lengths[chosen][:, None]
+        at = torch.cat([torch.arange(int(lengths[i]), device="cpu") + rows.offsets[i] for i in chosen])
         # Any id will do as padding: no real token of a causal model sees it.
-        tokens = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        tokens = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
         tokens[valid] = rows.row_token[at]
         yield at, tokens, valid
 

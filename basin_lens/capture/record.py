@@ -227,7 +227,7 @@ class Capture(TokenRows):
         if capture._readings:
             capture._readings["valid"] = valid
         for border, states in capture._states.items():
-            capture._refuse_nonfinite(torch.arange(capture.n_rows), border, states)
+            capture._refuse_nonfinite(torch.arange(capture.n_rows, device="cpu"), border, states)
         return capture
 
     @classmethod
@@ -297,6 +297,11 @@ class Capture(TokenRows):
                 self._measure_readings(analyzer)
             else:
                 again.append(analyzer)
+        if again and not self.settings.get("states_of_model", True):
+            raise CaptureError(
+                f"expected analyzers that need resid_pre and resid_post only, got {again[0].key}: the states of this capture are a "
+                f"control ({self.settings['controls'][-1]['name']}), not the model's own. Measure the original capture."
+            )
         stuck = [a.key for a in again if a.target == "cache"]
         if stuck:
             raise CaptureError(
@@ -335,7 +340,7 @@ class Capture(TokenRows):
         for layer in self.layers if analyzer.per_layer else self.layers[:1]:
             values = {need: reading for need in analyzer.needs if (reading := self._reading(need, layer)) is not None}
             batch = TokenBatch(layer, self.model["layers"], tokens, self.valid, values, memory)
-            self._keep(torch.arange(self.n_rows), self.valid, analyzer, layer, analyzer.measure(batch))
+            self._keep(torch.arange(self.n_rows, device="cpu"), self.valid, analyzer, layer, analyzer.measure(batch))
 
     def _keep(self, rows: Tensor, valid: Tensor, analyzer: TokenMeasure, layer: int, values: Mapping[str, Tensor]) -> None:
         columns = self.columns.setdefault(analyzer.key, {})
@@ -347,7 +352,7 @@ class Capture(TokenRows):
                     f"expected {analyzer.key} to give [batch, pos] or [batch] for {name!r}, got {tuple(value.shape)}."
                 )
             height = self.model["layers"] if analyzer.per_layer else 1
-            column = columns.setdefault(name, torch.full((height, self.n_rows), torch.nan))
+            column = columns.setdefault(name, torch.full((height, self.n_rows), torch.nan, dtype=torch.float32, device="cpu"))
             column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()
 
     # -- the pass -----------------------------------------------------------------------------------------------------
@@ -361,7 +366,9 @@ class Capture(TokenRows):
         batches = list(token_batches(self, batch_size))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
-            self._states = {border: torch.empty(self.n_rows, door.width(model)) for border in borders}
+            self._states = {
+                border: torch.empty(self.n_rows, door.width(model), dtype=torch.float32, device="cpu") for border in borders
+            }
         with tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar:
             for index, (rows, tokens, valid) in enumerate(batches):
                 keep, refuse = partial(self._keep, rows, valid), partial(self._refuse_nonfinite, rows)
@@ -395,7 +402,7 @@ class Capture(TokenRows):
             if self._store is not None:
                 copy_borders(self._store, folder)
             else:
-                write_borders(folder, 0, torch.arange(self.n_rows), self._states)
+                write_borders(folder, 0, torch.arange(self.n_rows, device="cpu"), self._states)
             self._write_record(folder)
 
     def _write_record(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ class TokenRows:
     @cached_property
     def lengths(self) -> Int[Tensor, " seqs"]:
         """Tokens per sequence."""
-        return torch.tensor([len(s.tokens) for s in self.sequences])
+        return torch.tensor([len(s.tokens) for s in self.sequences], device="cpu")
 
     @cached_property
     def offsets(self) -> Int[Tensor, " seqs"]:
@@ -40,22 +40,22 @@ class TokenRows:
     @cached_property
     def row_seq(self) -> Int[Tensor, " rows"]:
         """Sequence of each row."""
-        return torch.repeat_interleave(torch.arange(len(self.sequences)), self.lengths)
+        return torch.repeat_interleave(torch.arange(len(self.sequences), device="cpu"), self.lengths)
 
     @cached_property
     def row_pos(self) -> Int[Tensor, " rows"]:
         """Position in its sequence of each row, from 0 (the BOS token, if there is one)."""
-        return torch.arange(self.n_rows) - self.offsets[self.row_seq]
+        return torch.arange(self.n_rows, device="cpu") - self.offsets[self.row_seq]
 
     @cached_property
     def row_token(self) -> Int[Tensor, " rows"]:
         """Token id of each row."""
-        return torch.tensor([token for s in self.sequences for token in s.tokens])
+        return torch.tensor([token for s in self.sequences for token in s.tokens], device="cpu")
 
     @cached_property
     def valid(self) -> Bool[Tensor, "seqs pos"]:
         """Which cells of the right-padded `[sequence, position]` grid are tokens."""
-        return torch.arange(int(self.lengths.max()))[None] < self.lengths[:, None]
+        return torch.arange(int(self.lengths.max()), device="cpu")[None] < self.lengths[:, None]
 
     def row_strings(self) -> list[str]:
         """Text of each row's token by itself."""

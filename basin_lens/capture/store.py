@@ -82,7 +82,7 @@ def read_border(folder: Path, border: int, n_rows: int) -> Float[Tensor, "rows d
             if f"border.{border}" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 return None
             values = file.get_tensor(f"border.{border}")
-            states = torch.empty(n_rows, values.shape[1]) if states is None else states
+            states = torch.empty(n_rows, values.shape[1], dtype=torch.float32, device="cpu") if states is None else states
             states[file.get_tensor("rows")] = values
     return states
 

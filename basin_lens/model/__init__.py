@@ -8,11 +8,14 @@ import. Model classes are told apart by duck typing, never by importing them: Tr
 from basin_lens.model.blocks import (
     BlockCall,
     FrozenPrefix,
+    PaddedPrefix,
     call_block,
+    feed_forward,
     final_norm,
     is_cache_slot,
     keys_and_values,
     record_calls,
+    rerun_to_logits,
     rerun_with_state,
 )
 from basin_lens.model.hooks import (
@@ -39,16 +42,19 @@ from basin_lens.model.identity import (
     width,
 )
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.twin import random_twin
 
 __all__ = [
     "BlockCall",
     "FrozenPrefix",
+    "PaddedPrefix",
     "cache_entry",
     "cache_folder",
     "call_block",
     "check_model",
     "device_of",
     "embedded_file",
+    "feed_forward",
     "final_norm",
     "fingerprint",
     "forward_pass",
@@ -64,8 +70,10 @@ __all__ = [
     "n_layers",
     "point_name",
     "provenance",
+    "random_twin",
     "reading",
     "record_calls",
+    "rerun_to_logits",
     "rerun_with_state",
     "tokenizer_of",
     "uses_bos",
