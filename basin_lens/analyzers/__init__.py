@@ -1,5 +1,6 @@
 """One measurement per file. `ANALYZERS` lists them all; the contract tests run over it."""
 
+from basin_lens.analyzers.angular_contraction import AngularContraction
 from basin_lens.analyzers.attention import AttentionReceived
 from basin_lens.analyzers.base import (
     Analyzer,
@@ -12,15 +13,21 @@ from basin_lens.analyzers.base import (
     TokenAnalyzer,
     total_variance,
 )
+from basin_lens.analyzers.centroid_effect import CentroidEffect
 from basin_lens.analyzers.compression import Compression
 from basin_lens.analyzers.contraction import Contraction
+from basin_lens.analyzers.effective_rank_change import EffectiveRankChange
 from basin_lens.analyzers.gradient import GradientNorm
+from basin_lens.analyzers.jacobian_gain import JacobianGain
+from basin_lens.analyzers.local_dimension import LocalDimension
 from basin_lens.analyzers.matrix_entropy import MatrixEntropy
+from basin_lens.analyzers.neighbor_overlap import NeighborOverlap
 from basin_lens.analyzers.neighborhood import Neighborhood
 from basin_lens.analyzers.raw_compression import RawCompression
 from basin_lens.analyzers.seed_compression import SeedCompression
 from basin_lens.analyzers.state_norm import StateNorm
 from basin_lens.analyzers.surprisal import Surprisal
+from basin_lens.analyzers.symmetric_contraction import SymmetricContraction
 from basin_lens.capture import TokenBatch
 
 ANALYZERS: tuple[type[Analyzer], ...] = (
@@ -28,7 +35,14 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
     Contraction,
     RawCompression,
     SeedCompression,
+    SymmetricContraction,
+    AngularContraction,
+    EffectiveRankChange,
     Neighborhood,
+    NeighborOverlap,
+    LocalDimension,
+    JacobianGain,
+    CentroidEffect,
     Surprisal,
     StateNorm,
     MatrixEntropy,
@@ -53,15 +67,21 @@ def default_analyzers() -> list[Analyzer]:
 __all__ = [
     "ANALYZERS",
     "Analyzer",
+    "AngularContraction",
     "AttentionReceived",
+    "CentroidEffect",
     "Cloud",
     "CloudAnalyzer",
     "CloudScore",
     "Column",
     "Compression",
     "Contraction",
+    "EffectiveRankChange",
     "GradientNorm",
+    "JacobianGain",
+    "LocalDimension",
     "MatrixEntropy",
+    "NeighborOverlap",
     "Neighborhood",
     "RawCompression",
     "RunOn",
@@ -69,6 +89,7 @@ __all__ = [
     "StateNorm",
     "Surprisal",
     "Surroundings",
+    "SymmetricContraction",
     "TokenAnalyzer",
     "TokenBatch",
     "default_analyzers",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -98,8 +99,8 @@ class Cloud:
     spread_in: float
     spread_out: float
     images: Float[Tensor, "q k d"] | None = None
-    output_rows: Int[Tensor, "q k"] | None = None
-    output_distances: Float[Tensor, "q k"] | None = None
+    output_rows: Int[Tensor, "q k_all"] | None = None
+    output_distances: Float[Tensor, "q k_all"] | None = None
     output_neighbors: Float[Tensor, "q k d"] | None = None
     output_preimages: Float[Tensor, "q k d"] | None = None
     candidates: Int[Tensor, " q"] | None = None
@@ -123,7 +124,9 @@ class Cloud:
     def halves(self) -> "tuple[Cloud, Cloud]":
         """The cloud with every other neighbor, and with those between: disjoint halves of one size, equally near."""
         k = self.rows.shape[1]
-        return self.take(torch.arange(0, k - k % 2, 2)), self.take(torch.arange(1, k, 2))
+        return self.take(torch.arange(0, k - k % 2, 2, device=self.rows.device)), self.take(
+            torch.arange(1, k, 2, device=self.rows.device)
+        )
 
     def take(self, ranks: Tensor) -> "Cloud":
         """The same queries with some of their neighbors (by rank). `output_rows` stay whole: they are what a share is a share of."""
@@ -183,7 +186,11 @@ class CloudAnalyzer(Analyzer):
     exclude: str = "sequence"
     same_token: SameToken = "any"
     choice: Choice = "nearest"
-    max_queries: int | None = None
+
+    @property
+    def max_queries(self) -> int | None:
+        """At most so many tokens per layer are measured; None: all."""
+        return None
 
     @abstractmethod
     def measure(self, cloud: Cloud) -> dict[str, Float[Tensor, " q"]]:
@@ -256,7 +263,7 @@ def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch
     return (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1)
 
 
-def log_or_nan(value: Tensor, reference: float) -> Tensor:
+def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
     """Natural logarithm; NaN where the value is rounding beside `reference`."""
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
 
@@ -265,3 +272,16 @@ def mean_and_mask(states: Float[Tensor, "points d"]) -> tuple[Float[Tensor, " d"
     """Mean state, and a mask that is 0 on massive dimensions: those whose variance is over 20 times the median dimension's."""
     variance = states.var(0, unbiased=False)
     return states.mean(0), (variance <= 20 * variance.median()).to(states.dtype)
+
+
+def random_directions(cloud: Cloud, count: int, seed: int) -> Float[Tensor, "q count d"]:
+    """Standard normal vectors for each query, from the seed, the layer, and the query's token and position.
+
+    From these alone, so that a query's vectors do not depend on which others share its cloud, nor on their order.
+    """
+    width = cloud.query.shape[1]
+    drawn = [
+        np.random.default_rng([seed, cloud.layer, token, pos]).standard_normal((count, width), dtype=np.float32)
+        for token, pos in zip(cloud.query_token.tolist(), cloud.query_pos.tolist(), strict=True)
+    ]
+    return torch.from_numpy(np.stack(drawn)).to(cloud.query)

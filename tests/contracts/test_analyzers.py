@@ -32,6 +32,9 @@ VARIANTS = [
     A.Contraction(k=4, exclude="self"), A.RawCompression(k=4, context="patched"), A.Neighborhood(k=4, metric="cosine"),
     A.Neighborhood(k=2, same_token="only"), A.SeedCompression(k=4), A.AttentionReceived(normalize=False),
     A.AttentionReceived(sink=False), A.AttentionReceived(normalize=False, sink=False),
+    A.SymmetricContraction(k=4, metric="cosine"), A.AngularContraction(k=4, context="mlp"), A.EffectiveRankChange(k=5),
+    A.NeighborOverlap(k=30), A.LocalDimension(k=4), A.LocalDimension(k=9, metric="cosine", curve=(3, 9)),
+    A.JacobianGain(k=4, queries=6, context="attn"), A.CentroidEffect(k=4, queries=6, same_token="exclude"),
 ]  # fmt: skip
 
 
@@ -88,7 +91,8 @@ def test_needs_are_declared(cls):
     assert isinstance(cls.needs, frozenset)
     assert cls.needs
     if issubclass(cls, CloudAnalyzer):
-        assert cls.needs <= {"input_neighbors", "output_neighbors", "images", "block", "halves", "final_norm"}
+        known = {"input_neighbors", "output_neighbors", "images", "candidates", "block", "run_on", "bank", "halves", "final_norm"}
+        assert cls.needs <= known
 
 
 def test_the_list_is_complete():
