@@ -133,6 +133,23 @@ def test_example_runs(thing, real_model, monkeypatch):
     assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
 
 
+def test_the_users_default_device_and_type_change_nothing(llama, capture):
+    def everything():
+        made = [make(llama, capture, 0) for make in MADE.values()]
+        states = [border_states(c, 2) for c in made]
+        return [*states, *C.random_twin(llama).parameters(), border_states(subset(capture, [3, 0]), 1)]
+
+    expected = everything()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 # -- shuffled tokens --------------------------------------------------------------------------------------------------------------
 
 

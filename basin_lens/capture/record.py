@@ -298,9 +298,9 @@ class Capture(TokenRows):
             else:
                 again.append(analyzer)
         if again and not self.settings.get("states_of_model", True):
+            made = self.settings["controls"][-1]["name"]
             raise CaptureError(
-                f"expected analyzers that need resid_pre and resid_post only, got {again[0].key}: the states of this capture are a "
-                f"control ({self.settings['controls'][-1]['name']}), not the model's own. Measure the original capture."
+                f"expected analyzers of states alone: {made} are not the model's own; got {again[0].key}. Leave it out."
             )
         stuck = [a.key for a in again if a.target == "cache"]
         if stuck:

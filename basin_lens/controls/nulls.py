@@ -53,12 +53,12 @@ def shuffled_tokens(model: Any, capture: Capture, *, block: int | None = None, s
             f"expected sequences of more than one block beyond position 0, got at most {int(capture.lengths.max()) - 1} tokens "
             f"and block={size}: nothing would move. Use a shorter block."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     tokens = []
     for sequence in capture.sequences:
         rest = sequence.tokens[1:]
         pieces = [rest[first : first + size] for first in range(0, len(rest), size)]
-        order = torch.randperm(len(pieces), generator=generator).tolist()
+        order = torch.randperm(len(pieces), generator=generator, device="cpu").tolist()
         tokens.append([sequence.tokens[0], *(token for index in order for token in pieces[index])])
     return with_tokens(model, capture, tokens, {"name": "shuffled_tokens", "seed": seed, "block": size}, progress=progress)
 
@@ -107,9 +107,10 @@ def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -
             mean = states[rows].double().mean(0)
             centered = (states[rows] - mean).float() / count**0.5
             # The same weights at every border make the draw joint; drawn again each time, because all N^2 would not fit.
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
             for part in rows.split(max(1, _CHUNK_VALUES // count)):
-                states[part] = (torch.randn(len(part), count, generator=generator) @ centered + mean).float()
+                weights = torch.randn(len(part), count, generator=generator, dtype=torch.float32, device="cpu")
+                states[part] = (weights @ centered + mean).float()
                 bar.update(len(part))
             made[border] = states
     return with_states(capture, made, {"name": "gaussian_states", "seed": seed})
@@ -143,8 +144,8 @@ def permuted_layers(capture: Capture, *, seed: int = 0) -> Capture:
     made: dict[int, Tensor] = {}
     for border in borders(capture):
         states = border_states(capture, border).clone()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + border)
-        states[rows] = states[rows[torch.randperm(len(rows), generator=generator)]]
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + border)
+        states[rows] = states[rows[torch.randperm(len(rows), generator=generator, device="cpu")]]
         made[border] = states
     return with_states(capture, made, {"name": "permuted_layers", "seed": seed})
 

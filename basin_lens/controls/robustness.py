@@ -131,7 +131,7 @@ def _banks(capture: Capture, bank: Any, sizes: Sequence[int] | None, seed: int) 
             f"expected bank=None or a Capture with bank_sizes, got {bank!r}: parts are taken of it. Pass the capture, or leave sizes out."
         )
     points = source.lengths - 1
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(points), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     held = points[order].cumsum(0)
     wrong = [size for size in sizes if not 1 <= size <= int(held[-1])]
     if wrong:

@@ -37,8 +37,9 @@ def random_twin(model: Any, *, seed: int = 0) -> Any:
     check_model(model)
     dtype = next(model.parameters()).dtype
     try:
-        # Without inference_mode(False), a caller's inference mode would make weights that no gradient can pass.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        # Without inference_mode(False), a caller's inference mode would make weights that no gradient can pass; without the device,
+        # a caller's default device would draw them.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
             build = _hooked if kind_of(model) == "hooked" else _native if hf_config(model) is None else _from_settings
             twin = build(model, dtype, seed).eval()
