@@ -41,7 +41,7 @@ def test_public_docstrings_have_their_parts():
 
 
 def test_only_the_model_room_spells_hook_names_and_block_attributes():
-    spelled = re.compile(r"hook_resid|hook_pattern|hook_in\b|hook_out\b|\.blocks\b|transformer_lens|\.attn\b|bos_token")
+    spelled = re.compile(r"hook_resid|hook_pattern|hook_in\b|hook_out\b|model\.blocks\b|transformer_lens|\.attn\b|bos_token")
     for path in SOURCES:
         if path.parent.name == "model":
             continue

@@ -796,11 +796,7 @@ def test_the_family_equals_the_oracle(family_table, llama, capture, layer):
         assert got.dimension_mle_k12 == near(11 / np.log(radii[-1] / radii).sum(), rel=1e-3)
 
 
-# TODO(conductor): count the candidates where the output neighbors are chosen, then this mark goes.
-_UNEQUAL = pytest.mark.xfail(strict=True, reason="at layer 0 the candidates are counted among bare embeddings, at the input")
-
-
-@pytest.mark.parametrize("layer", [pytest.param(0, marks=_UNEQUAL), 1])
+@pytest.mark.parametrize("layer", [0, 1])
 def test_chance_is_what_a_random_choice_at_the_output_would_keep(family_table, llama, capture, layer):
     """At layer 0 tokens of one id are one point before the block and many behind it: chance is k of the many."""
     after = Oracle(llama, capture, layer + 1)

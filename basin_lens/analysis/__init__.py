@@ -236,7 +236,7 @@ def neighborhood(
     options: Any = {"context": context, "metric": metric, "exclude": exclude, "same_token": same_token}
     analyzer = Compression(k=k, **options)
     analyzer.check()
-    asked = torch.zeros(capture.n_rows, dtype=torch.bool)
+    asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
     asked[row] = True
     (layer,) = check_layers(model, [layer])
     bank = _bank(model, capture, bank, (layer,), progress)

@@ -111,7 +111,7 @@ class Conductor:
             here = [a for a in self.analyzers if (a.context, a.blocks) == (context, blocks)]
             if layer + blocks > door.n_layers(self.model):
                 for a in here:
-                    self._count(a, {c.name: torch.full((self.capture.n_rows,), torch.nan) for c in a.columns}, None)
+                    self._count(a, {c.name: torch.full((self.capture.n_rows,), torch.nan, device="cpu") for c in a.columns}, None)
                 answers |= {c.name: np.full(self.capture.n_rows, np.nan, np.float32) for a in here for c in a.columns}
             else:
                 answers |= self._context(layer, index, here, maps.map(context, blocks), found)
@@ -142,10 +142,22 @@ class Conductor:
         union, found_places = _union([found[search].near.rows for search in passing])
         place_of = dict(zip(passing, found_places, strict=True))
         count = len(passage.before)
-        answers = {column.name: torch.full((count,), torch.nan) for a in analyzers for column in a.columns}
-        halves: dict[str, list[Tensor]] = {name: [torch.full((count,), torch.nan) for _ in (0, 1)] for name in answers}
+        answers = {
+            column.name: torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+            for a in analyzers
+            for column in a.columns
+        }
+        halves: dict[str, list[Tensor]] = {
+            name: [torch.full((count,), torch.nan, dtype=torch.float32, device="cpu") for _ in (0, 1)] for name in answers
+        }
         queries = torch.nonzero((union >= 0).any(1)).squeeze(1)
         sampled = {a.key: self._sample(a, found[_before(a)].near) for a in analyzers if a.max_queries is not None}
+        # Counted where the neighbors of the share are chosen: bare embeddings enter block 0, and tokens of one id are one point there.
+        candidates = {
+            a.key: self.searches.candidates(Search.of(a), found[_behind(a) if "output_neighbors" in a.needs else _before(a)])
+            for a in analyzers
+            if "candidates" in a.needs
+        }
         bank = Surroundings(*(s[(self.bank.row_pos > 0).to(self.device)] for s in (passage.bank_before, passage.bank_after)))
         for part in query_chunks(self.capture, queries, union.shape[1], rows_per_call(self.device)):
             passed = passage.of_rows(part, union[part]) if needing else None
@@ -170,7 +182,7 @@ class Conductor:
                             seen = passed[ready].gather(1, places)
                         spread = spreads.get(a.exclude, (float("nan"),) * 2)
                         cloud = self._cloud(
-                            layer, a, at, found[search], passage, hubness[search, a.k], spread, seen, after, bank
+                            layer, a, at, found[search], passage, hubness[search, a.k], spread, seen, after, bank, candidates.get(a.key)
                         )  # fmt: skip
                         clouds[options] = (at.cpu(), cloud)
                 entry = clouds[options]
@@ -195,6 +207,7 @@ class Conductor:
     def _cloud(
         self, layer: int, a: CloudAnalyzer, at: Tensor, found: Found, passage: BlockMap, hubness: Tensor,
         spread: tuple[float, float], passed: Tensor | None, after: Neighbors | None, bank: Surroundings,
+        candidates: Tensor | None,
     ) -> Cloud:  # fmt: skip
         """What an analyzer gets to see of the queries `at`: what it needs, and no more."""
         rows = found.near.rows[at, : a.k]
@@ -210,7 +223,7 @@ class Conductor:
             query_token=self.searches.tokens[0][at], query_pos=self.searches.positions[0][at], rows=rows, distances=found.near.distances[at, : a.k],
             neighbors=passage.bank_before[rows], neighbor_token=self.searches.tokens[1][rows], neighbor_pos=self.searches.positions[1][rows],
             hubness=hubness[at], spread_in=spread[0], spread_out=spread[1], images=passed,
-            candidates=self.searches.candidates(Search.of(a), found)[at] if "candidates" in a.needs else None,
+            candidates=None if candidates is None else candidates[at],
             block=(lambda points: passage.of_points(at, points)) if "block" in a.needs else None,
             run_on=(lambda points: self._run_on(layer, at, points)) if "run_on" in a.needs else None,
             bank=bank if "bank" in a.needs else None,
@@ -234,7 +247,9 @@ class Conductor:
 
     def _sample(self, a: CloudAnalyzer, near: Neighbors) -> Bool[Tensor, " rows"]:
         """A seeded sample of the tokens that could be measured, the same at every layer if the same tokens have neighbors."""
-        order = torch.randperm(self.capture.n_rows, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+        order = torch.randperm(self.capture.n_rows, generator=torch.Generator().manual_seed(self.seed), device="cpu").to(
+            self.device
+        )
         able = order[near.rows[order, a.k - 1] >= 0]
         chosen = torch.zeros(self.capture.n_rows, dtype=torch.bool, device=self.device)
         chosen[able[: a.max_queries]] = True
@@ -249,9 +264,9 @@ class Conductor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
         # Of all tokens, asked for or not: G is a fact about the layer.
         candidates = torch.nonzero(self.capture.row_pos > 0).squeeze(1)
-        picks = torch.randint(len(candidates), (_SPREAD_QUERIES,), generator=generator)
+        picks = torch.randint(len(candidates), (_SPREAD_QUERIES,), generator=generator, device="cpu")
         if len(candidates) >= _SPREAD_QUERIES:
-            picks = torch.randperm(len(candidates), generator=generator)[:_SPREAD_QUERIES]
+            picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_SPREAD_QUERIES]
         queries = candidates[picks].sort().values
         own, other = (group.cpu() for group in self.searches.groups[exclude])
         before, after = [], []
@@ -267,13 +282,13 @@ class Conductor:
 
     def _random_rows(self, query: int, pool: Tensor, own: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
         """Random rows of the pool outside the query's group, no token prefix twice."""
-        shuffled = pool[torch.randperm(len(pool), generator=generator)]
+        shuffled = pool[torch.randperm(len(pool), generator=generator, device="cpu")]
         if int(own[query]) >= 0:
             shuffled = shuffled[other[shuffled] != own[query]]
         shuffled = shuffled[: 4 * _SPREAD_POINTS]
         seen = dict(zip(reversed(self.searches.keys[1].cpu()[shuffled].tolist()), reversed(shuffled.tolist()), strict=True))
         seen.pop(int(self.searches.keys[0][query]), None)
-        return torch.tensor(sorted(seen.values(), key=shuffled.tolist().index)[:_SPREAD_POINTS], dtype=torch.int64)
+        return torch.tensor(sorted(seen.values(), key=shuffled.tolist().index)[:_SPREAD_POINTS], dtype=torch.int64, device="cpu")
 
     def _remember(self, index: int, cloud: Cloud, there: Tensor) -> None:
         assert self._kept is not None and cloud.images is not None

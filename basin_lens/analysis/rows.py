@@ -15,12 +15,12 @@ from basin_lens.errors import NeighborError
 def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
     """Which rows to score."""
     if queries is None:
-        return torch.ones(capture.n_rows, dtype=torch.bool)
+        return torch.ones(capture.n_rows, dtype=torch.bool, device="cpu")
     if isinstance(queries, str):
         if any(queries in label for label in capture.labels):
-            chosen = torch.tensor([bool(label.get(queries)) for label in capture.labels])[capture.row_seq]
+            chosen = torch.tensor([bool(label.get(queries)) for label in capture.labels], device="cpu")[capture.row_seq]
         else:
-            chosen = torch.tensor([queries in names for names in _spans(capture)])
+            chosen = torch.tensor([queries in names for names in _spans(capture)], device="cpu")
         if not bool(chosen.any()):
             raise NeighborError(f"expected queries to name a label or span of the texts, got {queries!r}, which marks no token.")
         return chosen
@@ -28,13 +28,13 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
         rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
         if queries < 1:
             raise NeighborError(f"expected a positive number of queries, got {queries}.")
-        chosen = torch.zeros(capture.n_rows, dtype=torch.bool)
-        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:queries]]] = True
+        chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
+        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:queries]]] = True
         return chosen
     given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
     if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
-    mask = torch.as_tensor(given)
+    mask = torch.as_tensor(given, device="cpu")
     if mask.dtype == torch.bool:
         if mask.shape not in ((capture.n_rows,), capture.valid.shape):
             raise NeighborError(
@@ -55,7 +55,7 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
 def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, Tensor]:
     """Group of each row of the capture and of the bank: a query's own group is never its neighbor."""
     if exclude in ("self", "nothing"):
-        return torch.full((capture.n_rows,), -1), torch.full((bank.n_rows,), -1)
+        return torch.full((capture.n_rows,), -1, device="cpu"), torch.full((bank.n_rows,), -1, device="cpu")
 
     def of(source: Capture) -> list[Any]:
         if exclude == "sequence":
@@ -74,7 +74,7 @@ def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, T
     answers = []
     for source in (capture, bank):
         ids = [-1 if name is None else known.setdefault(name, len(known)) for name in of(source)]
-        answers.append(torch.tensor(ids)[source.row_seq])
+        answers.append(torch.tensor(ids, device="cpu")[source.row_seq])
     return answers[0], answers[1]
 
 

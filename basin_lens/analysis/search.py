@@ -168,7 +168,7 @@ class Searches:
     def _by_row(self, at: Tensor, near: Neighbors) -> Neighbors:
         """Searches leave different rows out, so neighbors are laid out by row of the capture."""
         rows = torch.full((self.capture.n_rows, near.rows.shape[1]), -1, dtype=torch.int64, device=self.device)
-        distances = torch.full(rows.shape, torch.nan, device=self.device)
+        distances = torch.full(rows.shape, torch.nan, dtype=torch.float32, device=self.device)
         rows[at], distances[at] = near.rows, near.distances
         return Neighbors(rows, distances)
 

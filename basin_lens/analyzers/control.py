@@ -61,7 +61,7 @@ def controls_of(analyzers: Sequence[Analyzer]) -> list[Control]:
             metric=a.metric,
             exclude=a.exclude,
             same_token=a.same_token,
-        )  # fmt: skip
+        )
         for a in analyzers
         if isinstance(a, CloudAnalyzer) and a.choice == "nearest" and a.exclude != "nothing"
         if "images" in a.needs and not a.needs & {"output_neighbors", "candidates"}

@@ -58,6 +58,6 @@ class GradientNorm(TokenAnalyzer):
         slope = batch.values["gradient"].norm(dim=-1)
         if self.target == "future_loss":
             last = batch.valid.to(slope.device).sum(1) - 1
-            slope[torch.arange(len(slope)), last] = torch.nan
+            slope[torch.arange(len(slope), device=slope.device), last] = torch.nan
         scaled = slope * batch.values["resid_pre"].norm(dim=-1)
         return {column.name: value for column, value in zip(self.columns, (slope, scaled), strict=True)}

@@ -16,7 +16,15 @@ from basin_lens import model as door
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, run_batch, token_batches
 from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
-from basin_lens.capture.store import NewFolder, copy_borders, read_border, read_record, write_borders, write_record
+from basin_lens.capture.store import (
+    NewFolder,
+    copy_borders,
+    passage_from_json,
+    read_border,
+    read_record,
+    write_borders,
+    write_record,
+)
 from basin_lens.errors import CaptureError
 from basin_lens.texts import (
     Passage,
@@ -432,7 +440,7 @@ class Capture(TokenRows):
             sequences=[
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
-            passages=None if record["passages"] is None else [_passage(p) for p in record["passages"]],
+            passages=None if record["passages"] is None else [passage_from_json(p) for p in record["passages"]],
             docs=record["docs"], labels=record["labels"], strings={int(token): text for token, text in record["strings"]},
             layers=tuple(record["layers"]), model=record["model"], settings=record["settings"], _store=Path(path),
         )  # fmt: skip
@@ -444,8 +452,3 @@ class Capture(TokenRows):
                 key, column = rest.rsplit("|", 1)
                 capture.columns.setdefault(key, {})[column] = value
         return capture
-
-
-def _passage(record: dict[str, Any]) -> Passage:
-    """A passage from JSON, which has no tuples."""
-    return Passage(**record | {"spans": {name: (start, end) for name, (start, end) in record["spans"].items()}})

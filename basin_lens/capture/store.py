@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from basin_lens.errors import StoreError
+from basin_lens.texts import Passage
 
 _FORMAT = 1
 
@@ -120,3 +121,8 @@ def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(folder / "values.safetensors", framework="pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     return record, values
+
+
+def passage_from_json(record: dict[str, Any]) -> Passage:
+    """A passage, from JSON that has no tuples."""
+    return Passage(**record | {"spans": {name: (start, end) for name, (start, end) in record["spans"].items()}})

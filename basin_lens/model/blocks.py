@@ -233,11 +233,12 @@ def rerun_with_state(
     after = "resid_mid" if until_mid else "resid_post"
     readers = {
         point_name("resid_pre", layer): _putting(position, states),
-        point_name(after, layer): lambda t: read.append(t[:, position]),
+        point_name(after, layer): lambda t: read.append(t),
     }
     with measuring(model):
         forward_pass(model, tokens.expand(len(states), -1), readers)
-    return read[0].detach().float()
+    # OPT's feed-forward sees tokens without their batch.
+    return read[0].detach().view(len(states), len(tokens), -1)[:, position].float()
 
 
 def rerun_to_logits(

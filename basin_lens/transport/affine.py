@@ -43,7 +43,7 @@ def affine_fit(before: Float[Tensor, "rows d"], after: Float[Tensor, "rows d"], 
     """
     seq = capture.row_seq.to(before.device)
     used = (capture.row_pos > 0).to(before.device)
-    order = torch.randperm(len(capture.sequences), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(capture.sequences), generator=torch.Generator().manual_seed(seed), device="cpu")
     held = torch.isin(seq, order[: max(1, round(_HELD_OUT * len(order)))].to(before.device))
     best = (-float("inf"), _RIDGES[-1])
     train, test = used & ~held, used & held

@@ -14,7 +14,7 @@ from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-_POINTS = 32  # to a query: with two queries of one sequence, a full group, so that a window counted in rows would be found out
+_POINTS = 63  # and the own state: a full group, so that a window counted in columns, or a table of too few, would be found out
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ def prove(
     block = PatchedBlock(model, capture, layer, probe, pre, until_mid=until_mid)
     try:
         error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
-    except _WrongRoute as wrong:
+    except (_WrongRoute, RuntimeError) as wrong:  # torch raises RuntimeError where shapes do not fit
+        if block.route == "R1" or isinstance(wrong, torch.OutOfMemoryError):
+            raise
         block = PatchedBlock(model, capture, layer, probe, pre, "R1", until_mid=until_mid)
         error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
-        return Proof(block, error, f"the packed route is not exact here: {wrong}")
+        return Proof(block, error, f"the packed route is not exact on this block: {wrong}")
     return Proof(block, error, probe.reason(layer))
 
 
@@ -87,12 +89,12 @@ def check(
     layer, device = block.layer, block.states.device
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
     last = capture.offsets + capture.lengths - 1
-    later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows) < last[capture.row_seq])).squeeze(1)
+    later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows, device="cpu") < last[capture.row_seq])).squeeze(1)
     inner = later if len(later) else torch.nonzero(capture.row_pos > 0).squeeze(1)
-    row = int(inner[torch.randint(len(inner), (1,), generator=generator)])
+    row = int(inner[torch.randint(len(inner), (1,), generator=generator, device="cpu")])
     seq = int(capture.row_seq[row])
     # With the sequence's last token beside it, a row that saw the column of its own query, or of a later one, would be found out.
-    queries = torch.tensor(sorted({row, int(last[seq]), int(last[int(capture.lengths.argmax())])}))
+    queries = torch.tensor(sorted({row, int(last[seq]), int(last[int(capture.lengths.argmax())])}), device="cpu")
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
     scale = float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt())
     dtype = next(model.parameters()).dtype
@@ -116,7 +118,7 @@ def check(
     if not patched:
         return worst
     wrong = _WrongRoute if block.route == "R2" else TransportError
-    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator).to(others.device)]
+    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator, device="cpu").to(others.device)]
     points = torch.cat([foreign[:, :-1], block.states[queries.to(device)][:, None], foreign[:, -1:]], dim=1)
     some = [0, 1, _POINTS]
     got = block(queries, points if block.route == "R2" else points[:, -3:])
@@ -157,7 +159,7 @@ def check_halves(
     """
     seq = int(capture.lengths.argmax())
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(mid.device)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu").to(mid.device)
     own, expected = mid[first : first + count][order], post[first : first + count][order]
     padded = torch.cat([own, own[:1].expand(probe.length - count, -1)])
     with door.measuring(model):

@@ -176,7 +176,8 @@ class LayerMaps:
         length = self.probes[0].length
         call = self.probes[0].call(self.layer)
         padded = torch.cat([states, states[:1].expand(-len(states) % length, -1)])
-        answers = [door.feed_forward(self.model, self.layer, call, part[None])[0] for part in padded.split(length)]
+        with door.measuring(self.model):
+            answers = [door.feed_forward(self.model, self.layer, call, part[None])[0] for part in padded.split(length)]
         return torch.cat(answers)[: len(states)]
 
 

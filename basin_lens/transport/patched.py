@@ -215,7 +215,7 @@ class PatchedBlock:
             columns = max(1, int(positions.max()))
             present, which = seqs.unique(return_inverse=True)
             self._record(present.tolist())
-            place = (torch.arange(columns) - columns + positions[:, None]).to(device)
+            place = (torch.arange(columns, device="cpu") - columns + positions[:, None]).to(device)
             at = which.to(device)[:, None], place.clamp_min(0)
             keys, values = (torch.cat([self._prefixes[s][kind][:, :columns] for s in present.tolist()])[at] for kind in (0, 1))
             prefix = door.PaddedPrefix(keys, values, place >= 0)
