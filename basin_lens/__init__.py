@@ -1,8 +1,8 @@
 """basin_lens: where does a language model compress?
 
     passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
-    texts.py  model/    capture   neighbors.py  transport.py            analyzers/   tables.py   -> views/
-                                  analysis.py conducts all of this: read it first
+    texts.py   model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
+                                  analysis/ conducts all of this: read it first; controls/ destroys structure
 
 Importing the package imports neither torch nor pandas: names are looked up when they are first used.
 """
