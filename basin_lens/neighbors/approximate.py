@@ -27,11 +27,10 @@ def approximately(
         rows, distances = by_product(rules, far, near, product, k, fetch=k + SPARE)
         return rows, distances, 1.0
     reduced = Product(product.center, subspace(near, rules.columns.rows, product.center, _DIMENSIONS))
-    fetch = 3 * k + SPARE
+    fetch = 3 * k + 2 * SPARE
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(rules.group), generator=generator, device="cpu")[:SAMPLE].to(rules.group.device)
-    few = rules.some(sample)
-    few_far = Side(far.states[sample], None if far.lengths is None else far.lengths[sample])
+    few, few_far = rules.some(sample), far.some(sample)
     exact = by_product(few, few_far, near, product, k, fetch=k + SPARE)[0]
     bank = reduced.bank(near, rules.columns.rows)
     for _ in range(_DOUBLINGS):

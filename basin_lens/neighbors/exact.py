@@ -10,11 +10,11 @@ from torch import Tensor
 from basin_lens.neighbors.eligible import Rules
 from basin_lens.neighbors.points import Metric
 
-SPARE = 9  # candidates beyond k: settles nearly every query at the first attempt
+SPARE = 4  # candidates beyond k: settles nearly every query at the first attempt
 _CHUNK_VALUES = 1 << 25  # scores held at once: 128 MiB in float32
 _SLICE_VALUES = 1 << 22  # scores or state values of one small step
 _STEP_VALUES = 1 << 19  # differences held at once: they stay in the processor's cache
-_BLOCKS = (16, 32, 64)
+_BLOCK = 16  # columns whose minimum stands for them
 
 # For these queries of a part, so many of the best columns (ascending; infinite score: none left), and what all others score at least.
 Fetch = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -31,6 +31,10 @@ class Side:
     def of(cls, states: Float[Tensor, "rows d"], metric: Metric) -> "Side":
         """The states under a metric."""
         return cls(states, states.norm(dim=1).clamp_min(1e-12) if metric == "cosine" else None)
+
+    def some(self, at: Int[Tensor, " some"]) -> "Side":
+        """These rows only."""
+        return Side(self.states[at], None if self.lengths is None else self.lengths[at])
 
     def at(self, rows: Tensor) -> Tensor:
         """States of these rows, `[*rows, d]`. A copy is made of these only."""
@@ -63,8 +67,8 @@ class Product:
         return torch.cat([self._coordinates(centered, squared), torch.ones_like(squared)[:, None]], 1), squared
 
     def bank(self, side: Side, rows: Int[Tensor, " rows"]) -> Float[Tensor, "padded w"]:
-        """Right factors of these rows, then rows of infinite score up to a multiple of the largest block."""
-        padded = -(-len(rows) // _BLOCKS[-1]) * _BLOCKS[-1]
+        """Right factors of these rows, then rows of infinite score, up to blocks of blocks."""
+        padded = -(-len(rows) // _BLOCK**2) * _BLOCK**2
         width = len(self.center) + 1 if self.basis is None else self.basis.shape[1] + 2
         answer = side.states.new_empty(padded, width)
         answer[len(rows) :] = 0
@@ -162,21 +166,17 @@ def smallest(matrix: Float[Tensor, "some width"], count: int) -> tuple[Float[Ten
     """The smallest values of each row, ascending, and their columns.
 
     Through the minima of blocks of columns: the `count` smallest values are in the `count` blocks of smallest minimum, and looking
-    for these first touches the matrix once, at the speed of memory.
+    for these first, in the same way, touches the matrix once, at the speed of memory.
     """
     some, width = matrix.shape
-    # As many blocks as there are columns in the chosen blocks, about.
-    block = min(_BLOCKS, key=lambda size: abs(width - count * size * size))
-    if width % block or count * block * 2 >= width:
+    if width % _BLOCK or 2 * count * _BLOCK >= width:
         found = matrix.topk(count, largest=False)
         return found.values, found.indices
     # Columns of a block lie far apart, so that minima are taken over whole vectors.
-    blocks = matrix.view(some, block, width // block)
-    best = blocks.amin(1).topk(count, largest=False).indices
-    values = blocks.gather(2, best[:, None].expand(-1, block, -1)).flatten(1)
-    found = values.topk(count, largest=False)
-    at = found.indices
-    return found.values, at.div(count, rounding_mode="floor") * (width // block) + best.gather(1, at % count)
+    blocks = matrix.view(some, _BLOCK, width // _BLOCK)
+    best = smallest(blocks.amin(1), count)[1]
+    values, at = blocks.gather(2, best[:, None].expand(-1, _BLOCK, -1)).flatten(1).topk(count, largest=False)
+    return values, at.div(count, rounding_mode="floor") * (width // _BLOCK) + best.gather(1, at % count)
 
 
 def settle(

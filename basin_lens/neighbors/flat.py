@@ -1,4 +1,7 @@
-"""Exact search with candidates from FAISS: the flat index knows no exclusions, so more are fetched, filtered, and fetched again."""
+"""Exact search with candidates from FAISS: its flat search knows no exclusions, so more are fetched and filtered.
+
+Queries that are not settled by that are searched in torch, which need not fetch what is excluded.
+"""
 
 import importlib
 import importlib.util
@@ -15,8 +18,8 @@ from basin_lens.neighbors.eligible import Rules
 from basin_lens.neighbors.exact import SPARE, Product, Side, by_product, settle
 
 _CHUNK = 4096  # queries per call, as many as FAISS takes at once
-_ATTEMPTS = 2  # then torch, which need not fetch what is excluded
-_MOST = 1024  # FAISS slows down beyond
+_OVER = 6  # fetched beyond what is re-ranked: a query's own sequence is seldom more than that of its nearest
+_MOST = 1024  # candidates per query: FAISS slows down beyond, and torch takes over
 
 
 def installed() -> bool:
@@ -41,13 +44,15 @@ def by_faiss(
     rules: Rules, far: Side, near: Side, product: Product, k: int
 ) -> tuple[Int[Tensor, "queries k"], Float[Tensor, "queries k"]]:
     """Rows and distances of the k nearest of each query, the same as `by_product` gives. FAISS runs on the CPU."""
-    faiss = load()
-    columns = rules.columns
+    faiss, columns = load(), rules.columns
+    # Of the columns, a query sees the leads or their stand-ins: fetch in proportion.
+    fetch = min(len(columns.rows), int((k + SPARE + _OVER) * len(columns.rows) / max(1, columns.leads)))
+    if fetch > _MOST or near.states.dtype != torch.float32:
+        return by_product(rules, far, near, product, k, fetch=k + SPARE)
     rows = torch.full((len(rules.group), k), -1, dtype=torch.int64, device=columns.rows.device)
     distances = near.states.new_full((len(rules.group), k), torch.nan)
-    bank = product.bank(near, columns.rows)[: len(columns.rows)].cpu().numpy()
-    # Of the columns, a query sees the leads or their stand-ins: fetch in proportion.
-    scale = len(columns.rows) / max(1, columns.leads)
+    factors_of_bank = product.bank(near, columns.rows)
+    bank = factors_of_bank[: len(columns.rows)].cpu().numpy()
     left = []
     with _threads(faiss):
         for at in torch.arange(len(rules.group), device=columns.rows.device).split(_CHUNK):
@@ -57,21 +62,24 @@ def by_faiss(
             factors = factors.neg_()
 
             def candidates(some: Tensor, count: int, at: Tensor = at, factors: Tensor = factors) -> tuple[Tensor, Tensor, Tensor]:
-                fetched = min(len(bank), int(count * scale))
-                inner, found = faiss.knn(factors[some].cpu().numpy(), bank, fetched, metric=faiss.METRIC_INNER_PRODUCT)
+                inner, found = faiss.knn(factors[some].cpu().numpy(), bank, fetch, metric=faiss.METRIC_INNER_PRODUCT)
                 scores, places = torch.from_numpy(inner).to(at.device).neg_(), torch.from_numpy(found).to(at.device)
-                rest = scores[:, -1].clone() if fetched < len(bank) else torch.full_like(scores[:, -1], torch.inf)
-                return scores.masked_fill_(rules.excluded(at[some], places), torch.inf), places, rest
+                rest = scores[:, -1].clone() if fetch < len(bank) else torch.full_like(scores[:, -1], torch.inf)
+                scores.masked_fill_(rules.excluded(at[some], places), torch.inf)
+                if count < fetch:
+                    scores, best = scores.topk(count + 1, largest=False)
+                    rest = torch.minimum(rest, scores[:, -1])
+                    scores, places = scores[:, :-1], places.gather(1, best[:, :-1])
+                return scores, places, rest
 
-            attempts = _ATTEMPTS if 4 * (k + SPARE) * scale < _MOST else 1
-            rows[at], distances[at], open_ = settle(candidates, rules, states, squared, near, k, fetch=k + SPARE, attempts=attempts)
-            left.append(at[open_])
-    rest = torch.cat(left) if left else rows.new_empty(0)
-    if len(rest):
-        del bank
-        lengths = None if far.lengths is None else far.lengths[rest]
-        again = by_product(rules.some(rest), Side(far.states[rest], lengths), near, product, k, fetch=4 * (k + SPARE))
-        rows[rest], distances[rest] = again
+            # Once only: to fetch what was excluded again, and more, is slower than to search the few that are left in torch.
+            answer = settle(candidates, rules, states, squared, near, k, fetch=k + SPARE, attempts=1)
+            rows[at], distances[at] = answer[:2]
+            left.append(at[answer[2]])
+    again = torch.cat(left) if left else rows.new_empty(0)
+    if len(again):
+        some, some_far = rules.some(again), far.some(again)
+        rows[again], distances[again] = by_product(some, some_far, near, product, k, fetch=4 * k + SPARE, bank=factors_of_bank)
     return rows, distances
 
 
