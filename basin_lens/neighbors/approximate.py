@@ -23,22 +23,22 @@ def approximately(
     the lengths outside of it. All of them are re-ranked by exact differences, and exclusions hold exactly, so a found neighbor is one,
     at its true distance; a nearer one may have been missed.
     """
+    bank = product.bank(near, rules.columns.rows)
     if rules.same_token == "only":  # a query's few candidates are all looked at
-        rows, distances = by_product(rules, far, near, product, k, fetch=k + SPARE)
+        rows, distances = by_product(rules, far, near, product, k, bank, fetch=k + SPARE)
         return rows, distances, 1.0
-    reduced = Product(product.center, subspace(near, rules.columns.rows, product.center, _DIMENSIONS))
-    fetch = 3 * k + 2 * SPARE
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(rules.group), generator=generator, device="cpu")[:SAMPLE].to(rules.group.device)
     few, few_far = rules.some(sample), far.some(sample)
-    exact = by_product(few, few_far, near, product, k, fetch=k + SPARE)[0]
-    bank = reduced.bank(near, rules.columns.rows)
+    exact = by_product(few, few_far, near, product, k, bank, fetch=k + SPARE)[0]
+    reduced = Product(product.center, subspace(near, rules.columns.rows, product.center, _DIMENSIONS))
+    bank, fetch = reduced.narrow(bank), 4 * k + SPARE
     for _ in range(_DOUBLINGS):
-        found = by_product(few, few_far, near, reduced, k, fetch=fetch, certain=False, bank=bank)[0]
+        found = by_product(few, few_far, near, reduced, k, bank, fetch=fetch, certain=False)[0]
         if not share_found(found, exact) < RECALL:
             break
         fetch *= 2
-    rows, distances = by_product(rules, far, near, reduced, k, fetch=fetch, certain=False, bank=bank)
+    rows, distances = by_product(rules, far, near, reduced, k, bank, fetch=fetch, certain=False)
     return rows, distances, share_found(rows[sample], exact)
 
 

@@ -67,10 +67,9 @@ class Product:
         return torch.cat([self._coordinates(centered, squared), torch.ones_like(squared)[:, None]], 1), squared
 
     def bank(self, side: Side, rows: Int[Tensor, " rows"]) -> Float[Tensor, "padded w"]:
-        """Right factors of these rows, then rows of infinite score, up to blocks of blocks."""
+        """Right factors of these rows without a basis, then rows of infinite score, up to blocks of blocks."""
         padded = -(-len(rows) // _BLOCK**2) * _BLOCK**2
-        width = len(self.center) + 1 if self.basis is None else self.basis.shape[1] + 2
-        answer = side.states.new_empty(padded, width)
+        answer = side.states.new_empty(padded, len(self.center) + 1)
         answer[len(rows) :] = 0
         answer[len(rows) :, -1] = torch.inf
         step = max(1, _STEP_VALUES // len(self.center))
@@ -78,8 +77,16 @@ class Product:
             here = slice(first, min(first + step, len(rows)))
             centered = side.at(rows[here]).sub_(self.center)
             answer[here, -1] = centered.square().sum(1)
-            torch.mul(self._coordinates(centered, answer[here, -1]), -2, out=answer[here, :-1])
+            torch.mul(centered, -2, out=answer[here, :-1])
         return answer
+
+    def narrow(self, bank: Float[Tensor, "padded w"]) -> Float[Tensor, "padded narrow"]:
+        """The right factors in this basis, from those without one."""
+        assert self.basis is not None
+        inside, squared = bank[:, :-1] @ self.basis, bank[:, -1]
+        left_out = (squared - inside.square().sum(1) / 4).clamp_min(0).sqrt()
+        # No coordinates in the padding, where |b|^2 is infinite.
+        return torch.cat([inside, -2 * left_out.masked_fill(squared.isinf(), 0)[:, None], squared[:, None]], 1)
 
     def _coordinates(self, centered: Tensor, squared: Tensor) -> Tensor:
         if self.basis is None:
@@ -90,9 +97,17 @@ class Product:
 
 
 def by_product(
-    rules: Rules, far: Side, near: Side, product: Product, k: int, *, fetch: int, certain: bool = True, bank: Tensor | None = None
+    rules: Rules,
+    far: Side,
+    near: Side,
+    product: Product,
+    k: int,
+    bank: Float[Tensor, "padded w"],
+    *,
+    fetch: int,
+    certain: bool = True,
 ) -> tuple[Int[Tensor, "queries k"], Float[Tensor, "queries k"]]:
-    """Rows and distances of the k nearest of each query. Memory: one copy of the bank as `product` sees it, and one chunk of scores.
+    """Rows and distances of the k nearest of each query. Holds one chunk of scores.
 
     Args:
         rules: who may be whose neighbor.
@@ -100,14 +115,13 @@ def by_product(
         near: the bank.
         product: how candidates are scored.
         k: how many.
+        bank: `product.bank` of the columns (with a basis, made narrow).
         fetch: candidates re-ranked per query at the first attempt.
         certain: go on until no other row can be nearer; else only until there are k.
-        bank: `product.bank` of the columns, if it is there already.
     """
     columns = rules.columns.rows
     rows = torch.full((len(rules.group), k), -1, dtype=torch.int64, device=columns.device)
     distances = near.states.new_full((len(rules.group), k), torch.nan)
-    bank = product.bank(near, columns) if bank is None else bank
     in_parts = _by_token if rules.same_token == "only" else _by_group
     for at, squared, matrix, held in in_parts(rules, far, product, bank):
 

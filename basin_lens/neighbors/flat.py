@@ -48,7 +48,7 @@ def by_faiss(
     # Of the columns, a query sees the leads or their stand-ins: fetch in proportion.
     fetch = min(len(columns.rows), int((k + SPARE + _OVER) * len(columns.rows) / max(1, columns.leads)))
     if fetch > _MOST or near.states.dtype != torch.float32:
-        return by_product(rules, far, near, product, k, fetch=k + SPARE)
+        return by_product(rules, far, near, product, k, product.bank(near, columns.rows), fetch=k + SPARE)
     rows = torch.full((len(rules.group), k), -1, dtype=torch.int64, device=columns.rows.device)
     distances = near.states.new_full((len(rules.group), k), torch.nan)
     factors_of_bank = product.bank(near, columns.rows)
@@ -79,7 +79,7 @@ def by_faiss(
     again = torch.cat(left) if left else rows.new_empty(0)
     if len(again):
         some, some_far = rules.some(again), far.some(again)
-        rows[again], distances[again] = by_product(some, some_far, near, product, k, fetch=4 * k + SPARE, bank=factors_of_bank)
+        rows[again], distances[again] = by_product(some, some_far, near, product, k, factors_of_bank, fetch=4 * k + SPARE)
     return rows, distances
 
 

@@ -70,5 +70,5 @@ def find(
     elif backend == "faiss" and same_token != "only":  # with "only", a query has few candidates, and nothing is gained
         rows, distances = by_faiss(rules, far, near, product, k)
     else:
-        rows, distances = by_product(rules, far, near, product, k, fetch=k + SPARE)
+        rows, distances = by_product(rules, far, near, product, k, product.bank(near, columns.rows), fetch=k + SPARE)
     return Neighbors(rows, distances.square() / 2 if metric == "cosine" else distances, recall)

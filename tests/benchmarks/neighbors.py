@@ -36,7 +36,7 @@ from basin_lens.neighbors import Points, count_candidates, find, prefix_keys  # 
 
 K, LENGTH, LAYER = 15, 128, 12
 # Points, queries (a sample of them, the same for all), rounds.
-SIZES = ((20_000, 20_000, 5), (100_000, 16_384, 3))
+SIZES = ((20_000, 20_000, 5), (100_000, 32_768, 3))
 
 
 def states(path):
