@@ -35,7 +35,7 @@ def find(
         distinct: False only for scores that count duplicates and the query itself (`SeedCompression`).
         backend: `"torch"`: exact, on the device of the states. `"faiss"`: exact, candidates from FAISS's flat search on the CPU.
             `"approximate"`: for large banks, candidates in a principal subspace; the answer's `recall` says how many of the exact
-            neighbors it found. `"auto"`: exact in torch, which was nowhere slower than FAISS; never approximate, that must be asked for.
+            neighbors it found. `"auto"`: exact in torch, which was as fast as FAISS within a tenth; never approximate, that must be asked for.
 
     Returns:
         rows of the bank and distances, `[queries, k]`. Beyond the points it holds about one more copy of the bank's states and 128 MiB
