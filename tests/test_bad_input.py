@@ -667,7 +667,10 @@ WRONG_KINDS = {
     "name of an analyzer": ("TableError", "instances.*got 'compression'"),
     "foreign object": ("TableError", "instances.*Subclass"),
     "one analyzer, no list": ("TableError", "analyzers"),
-    "context": ("NeighborError", r"context in \('patched', 'native', 'solo'\) for Compression, got 'patchd'"),
+    "context": (
+        "NeighborError",
+        r"context in \('patched', 'native', 'solo', 'attn', 'mlp', 'affine'\) for Compression, got 'patchd'",
+    ),
     "metric": ("NeighborError", r"metric in \('l2', 'cosine'\).*got 'euclid'"),
     "same_token": ("NeighborError", r"same_token in \('any', 'only', 'exclude'\).*got 'none'"),
     "exclude": ("NeighborError", r'exclude "self", "sequence", "document" or a label.*got 3'),

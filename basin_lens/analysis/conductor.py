@@ -328,8 +328,8 @@ class Conductor:
         for name, source in (("capture", self.capture), ("bank", self.bank)):
             if missing := sorted(needed - set(source.layers)):
                 raise CaptureError(
-                    f"expected a {name} with the layers that blocks={max(a.blocks for a in self.analyzers)} passes through, got one "
-                    f"without {missing}. Capture them too."
+                    f"expected a {name} that holds layers {missing} too (blocks={max(a.blocks for a in self.analyzers)}), got one with "
+                    f"{list(source.layers)}. Capture again with layers=[...]."
                 )
 
 

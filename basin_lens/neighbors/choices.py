@@ -21,7 +21,9 @@ def random_sets(
     generator = torch.Generator().manual_seed(seed)
 
     def placed(points: Points) -> Points:
-        place = torch.randn(len(points.key), _SPHERE, generator=generator).to(points.states.device)
+        place = torch.randn(len(points.key), _SPHERE, generator=generator, dtype=torch.float32, device="cpu").to(
+            points.states.device
+        )
         return Points(torch.nn.functional.normalize(place, dim=1), points.key, points.token, points.group, points.pool)
 
     return find(placed(queries), placed(bank), k, same_token=same_token, distinct=distinct).rows
@@ -62,7 +64,7 @@ def radius_matched_sets(
 def reach(queries: Points, bank: Points, rows: Int[Tensor, "queries k"], metric: str) -> Neighbors:
     """Chosen rows as neighbors, nearest first, with their exact distances."""
     missing = rows < 0
-    distances = torch.empty(rows.shape, device=rows.device)
+    distances = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     for part in torch.arange(len(rows), device=rows.device).split(1024):
         points, own = bank.states[rows[part].clamp_min(0)], queries.states[part, None]
         if metric == "cosine":

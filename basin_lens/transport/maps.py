@@ -103,8 +103,8 @@ class LayerMaps:
             self.block(self.layer)
             if door.missing_points(self.model, {"resid_mid", "mlp_out"}, [self.layer]):
                 raise TransportError(
-                    f"expected a block with a state between attention and feed-forward, got block {self.layer} without "
-                    'hook_resid_mid: attention and feed-forward are parallel here. Use context="patched".'
+                    f"expected a block with a state between attention and feed-forward, got block {self.layer} without one: they are "
+                    'parallel here. Use context="patched".'
                 )
             (pre, bank_pre), (post, _) = self.border(self.layer), self.border(self.layer + 1)
             whole = PatchedBlock(self.model, self.capture, self.layer, self.probes[0], pre, "R1", until_mid=True)
