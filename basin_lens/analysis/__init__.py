@@ -138,7 +138,7 @@ def score(
     conductor = None
     if clouds:
         conductor = Conductor(
-            model, capture, _bank(model, capture, bank, wanted, progress), clouds, asked, seed, wanted, backend, frozen
+            model, capture, _bank(model, capture, bank, wanted, clouds, progress), clouds, asked, seed, wanted, backend, frozen
         )
     if capture is not data:
         capture.read(model, singles, batch_size=batch_size, progress=progress)
@@ -239,7 +239,7 @@ def neighborhood(
     asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
     asked[row] = True
     (layer,) = check_layers(model, [layer])
-    bank = _bank(model, capture, bank, (layer,), progress)
+    bank = _bank(model, capture, bank, (layer,), [analyzer], progress)
     conductor = Conductor(model, capture, bank, [analyzer], asked, 0, (layer,), "auto")
     kept = conductor.keep(analyzer, 1)
     with door.measuring(model):
@@ -271,10 +271,16 @@ def _check_analyzers(analyzers: Any) -> list[Analyzer]:
     return list(analyzers)
 
 
-def _bank(model: Any, capture: Capture, bank: Any, layers: Sequence[int], progress: bool) -> Capture:
-    if bank is None:
+def _bank(
+    model: Any, capture: Capture, bank: Any, layers: Sequence[int], clouds: Sequence[CloudAnalyzer], progress: bool
+) -> Capture:
+    if bank is None or bank is capture:
         return capture
-    if bank == "reference":
+    if any(a.exclude == "nothing" for a in clouds):
+        raise NeighborError(
+            "expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None."
+        )
+    if isinstance(bank, str) and bank == "reference":
         bos = door.uses_bos(model, None)
         starts = {s.tokens[0] for s in capture.sequences}
         return reference_capture(model, prepend_bos=bos is not None and starts == {bos}, progress=progress)

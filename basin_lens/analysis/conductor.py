@@ -56,10 +56,6 @@ class Conductor:
         self.model, self.capture, self.bank, self.analyzers, self.asked, self.seed = model, capture, bank, analyzers, asked, seed
         self.device = door.device_of(model)
         self.external = bank is not capture
-        if self.external and any(a.exclude == "nothing" for a in analyzers):
-            raise NeighborError(
-                "expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None."
-            )
         self._refuse_missing_layers(layers)
         self.searches = Searches(model, capture, bank, analyzers, asked, seed, backend)
         if frozen is not None:
