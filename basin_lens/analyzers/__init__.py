@@ -2,6 +2,7 @@
 
 from basin_lens.analyzers.angular_contraction import AngularContraction
 from basin_lens.analyzers.attention import AttentionReceived
+from basin_lens.analyzers.attention_rollout import AttentionRollout
 from basin_lens.analyzers.base import (
     Analyzer,
     Cloud,
@@ -17,7 +18,10 @@ from basin_lens.analyzers.centroid_effect import CentroidEffect
 from basin_lens.analyzers.compression import Compression
 from basin_lens.analyzers.contraction import Contraction
 from basin_lens.analyzers.effective_rank_change import EffectiveRankChange
+from basin_lens.analyzers.erasure import Erasure
 from basin_lens.analyzers.gradient import GradientNorm
+from basin_lens.analyzers.gradient_times_activation import GradientTimesActivation
+from basin_lens.analyzers.integrated_gradients import IntegratedGradients
 from basin_lens.analyzers.jacobian_gain import JacobianGain
 from basin_lens.analyzers.local_dimension import LocalDimension
 from basin_lens.analyzers.matrix_entropy import MatrixEntropy
@@ -28,6 +32,7 @@ from basin_lens.analyzers.seed_compression import SeedCompression
 from basin_lens.analyzers.state_norm import StateNorm
 from basin_lens.analyzers.surprisal import Surprisal
 from basin_lens.analyzers.symmetric_contraction import SymmetricContraction
+from basin_lens.analyzers.value_weighted_attention import ValueWeightedAttention
 from basin_lens.capture import TokenBatch
 
 ANALYZERS: tuple[type[Analyzer], ...] = (
@@ -47,7 +52,12 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
     StateNorm,
     MatrixEntropy,
     AttentionReceived,
+    AttentionRollout,
+    ValueWeightedAttention,
     GradientNorm,
+    GradientTimesActivation,
+    IntegratedGradients,
+    Erasure,
 )
 
 
@@ -69,6 +79,7 @@ __all__ = [
     "Analyzer",
     "AngularContraction",
     "AttentionReceived",
+    "AttentionRollout",
     "CentroidEffect",
     "Cloud",
     "CloudAnalyzer",
@@ -77,7 +88,10 @@ __all__ = [
     "Compression",
     "Contraction",
     "EffectiveRankChange",
+    "Erasure",
     "GradientNorm",
+    "GradientTimesActivation",
+    "IntegratedGradients",
     "JacobianGain",
     "LocalDimension",
     "MatrixEntropy",
@@ -92,6 +106,7 @@ __all__ = [
     "SymmetricContraction",
     "TokenAnalyzer",
     "TokenBatch",
+    "ValueWeightedAttention",
     "default_analyzers",
     "total_variance",
 ]

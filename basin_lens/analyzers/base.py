@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens.capture import TokenBatch
+from basin_lens.capture import Target, TokenBatch
 from basin_lens.errors import NeighborError
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import CONTEXTS, Context
@@ -237,13 +237,18 @@ class CloudScore(CloudAnalyzer):
 class TokenAnalyzer(Analyzer):
     """A measurement on the forward pass itself.
 
-    `needs` may hold `"resid_pre"`, `"resid_post"`, `"pattern"`, `"logits"`, `"gradient"`, or any hook name below a block, such as
-    `"mlp.hook_post"`. With `per_layer = False` it is measured once and holds for every layer. `target` says what the gradient is
-    of: `"future_loss"`, or `"cache"` for the user's own backward pass; None without gradients.
+    `needs` may hold `"resid_pre"`, `"resid_post"`, `"pattern"`, `"logits"`, `"gradient"`, `"output_weight"` (W_O by head), `"passes"`
+    (`batch.passes`: more passes of the model, for what one cannot tell), or any hook name below a block, such as `"mlp.hook_post"`.
+
+    - `per_layer = False`: measured once, and holds for every layer.
+    - `cumulative = True`: measured at every layer from 0 on, in order, whichever are asked for; `batch.memory` carries what it builds up.
+    - `target`: what the gradient is of: `"future_loss"`, `"last_logit"` or a token id (see `basin_lens.capture.passes.target_values`; each
+      different one costs a backward pass), or `"cache"` for the user's own backward pass; None without gradients.
     """
 
     per_layer: ClassVar[bool] = True
-    target: str | None = None
+    cumulative: ClassVar[bool] = False
+    target: Target | None = None
 
     @abstractmethod
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:

@@ -5,13 +5,16 @@ per batch; only the hook points asked for are read, and token analyzers are fill
 that attention patterns are never held for more than one layer.
 """
 
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, future_loss
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
+from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.record import Capture
 from basin_lens.capture.reference import reference_capture
 
 __all__ = [
     "Capture",
+    "Passes",
+    "Target",
     "TokenBatch",
     "TokenMeasure",
     "border_states",

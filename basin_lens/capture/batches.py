@@ -6,22 +6,24 @@ from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from basin_lens import model as door
+from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target, target_values
 from basin_lens.capture.rows import TokenRows
 from basin_lens.errors import CaptureError
 
-_TOKENS_PER_BATCH = 1024
+_NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """One batch at one layer, as a token analyzer sees it.
 
-    `values[name]` holds what the analyzer `needs`, `[batch, pos, ...]` (`pattern`: `[batch, head, query, key]`). `memory` is the
-    analyzer's own scratch, kept from layer to layer (ascending) of the same batch.
+    `values[name]` holds what the analyzer `needs`, `[batch, pos, ...]` (`pattern`: `[batch, head, query, key]`; `output_weight`:
+    `[head, d_head, d]`). `memory` is the analyzer's own scratch, kept from layer to layer (ascending) of the same batch.
+    `passes`: more passes over the batch, only if needed.
     """
 
     layer: int
@@ -30,6 +32,7 @@ class TokenBatch:
     valid: Bool[Tensor, "batch pos"]
     values: Mapping[str, Tensor]
     memory: dict[str, Any]
+    passes: Passes | None = None
 
 
 @runtime_checkable
@@ -41,7 +44,9 @@ class TokenMeasure(Protocol):
     @property
     def per_layer(self) -> bool: ...
     @property
-    def target(self) -> str | None: ...
+    def cumulative(self) -> bool: ...
+    @property
+    def target(self) -> Target | None: ...
     @property
     def key(self) -> str: ...
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
@@ -59,7 +64,7 @@ def token_batches(rows: TokenRows, batch_size: int | None) -> Iterator[tuple[Ten
     order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
     while order:
         longest = int(lengths[order[0]])
-        size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+        size = batch_size or max(1, TOKENS_PER_PASS // longest)
         chosen, order = order[:size], order[size:]
         valid = torch.arange(longest, device="cpu")[None] < lengths[chosen][:, None]
         at = torch.cat([torch.arange(int(lengths[i]), device="cpu") + rows.offsets[i] for i in chosen])
@@ -67,6 +72,16 @@ def token_batches(rows: TokenRows, batch_size: int | None) -> Iterator[tuple[Ten
         tokens = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
         tokens[valid] = rows.row_token[at]
         yield at, tokens, valid
+
+
+def layers_of(analyzer: TokenMeasure, layers: Sequence[int]) -> Sequence[int]:
+    """Layers at which an analyzer looks, in order, when `layers` are asked for.
+
+    The first of them if one look holds for every layer; all from 0 on if each layer's value builds on those below.
+    """
+    if not analyzer.per_layer:
+        return layers[:1]
+    return range(max(layers) + 1) if analyzer.cumulative else layers
 
 
 def run_batch(
@@ -79,13 +94,16 @@ def run_batch(
     keep: Callable[[TokenMeasure, int, Mapping[str, Tensor]], None],
     refuse_nonfinite: Callable[[int, Tensor], None],
 ) -> dict[int, Tensor]:
-    """One forward pass (and one backward pass if an analyzer wants gradients) over a batch.
+    """One forward pass over a batch, and one backward pass for each different target of the gradients that analyzers want.
+
+    Analyzers of patterns, states and other hook points run while the pass does: what they read is dropped as soon as the state leaves
+    the block. Those of logits and gradients run behind it, and so do those that make passes of their own.
 
     Args:
         model: a hooked model.
         tokens: token ids, padded on the right.
         valid: which of them are real.
-        layers: layers that the analyzers look at.
+        layers: layers that are asked for.
         borders: block borders whose states are kept.
         analyzers: token analyzers to fill.
         keep: called with each analyzer, layer and its values.
@@ -97,43 +115,51 @@ def run_batch(
     device = door.device_of(model)
     with torch.inference_mode(False):  # tensors made under a caller's inference_mode cannot take part in a backward pass
         tokens, valid_there = tokens.clone().to(device), valid.clone().to(device)
-    gradients = any(a.target is not None for a in analyzers)
     count = door.n_layers(model)
+    passes = Passes(model, tokens, valid_there)
     memories: dict[str, dict[str, Any]] = {a.key: {} for a in analyzers}
-    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    at_layer = [a for a in analyzers if a.per_layer and not a.needs & {"logits", "gradient", "passes"}]
+    sloped = [a for a in analyzers if "gradient" in a.needs]
+    at_end = [a for a in analyzers if a not in at_layer and a not in sloped]
+    looks = {a.key: layers_of(a, layers) for a in analyzers}
+    visited = sorted({*layers, *(layer for look in looks.values() for layer in look)})
+    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in visited}
     live: dict[int, Tensor] = {}
     kept: dict[int, Tensor] = {}
-    at_layer = [a for a in analyzers if a.per_layer and a.target is None and "logits" not in a.needs]
-    at_end = [a for a in analyzers if a not in at_layer]
-    needed_at_end = {need for a in at_end for need in a.needs}
 
-    def run(analyzer: TokenMeasure, layer: int, values: dict[str, Tensor]) -> None:
+    def wants(need: str, layer: int, among: Sequence[TokenMeasure] = analyzers) -> bool:
+        return any(need in a.needs and layer in looks[a.key] for a in among)
+
+    def run(analyzer: TokenMeasure, layer: int, **more: Tensor) -> None:
+        values = {n: v for n, v in {**held[layer], **more}.items() if n in analyzer.needs}
+        if "output_weight" in analyzer.needs:
+            values["output_weight"] = door.output_weight(model, layer)
+        own = passes if "passes" in analyzer.needs else None
         with torch.no_grad():
-            batch = TokenBatch(layer, count, tokens, valid_there, values, memories[analyzer.key])
-            keep(analyzer, layer, analyzer.measure(batch))
+            measured = analyzer.measure(TokenBatch(layer, count, tokens, valid_there, values, memories[analyzer.key], own))
+        if layer in layers:
+            keep(analyzer, layer, measured)
 
     def read_state(border: int) -> Callable[[Tensor], None]:
         def reader(state: Tensor) -> None:
             if border in borders:
                 kept[border] = state.detach()[valid_there].float().cpu()
                 refuse_nonfinite(border, kept[border])
-            if gradients and border in held:
+            if border in held and wants("gradient", border):
                 live[border] = state
-            if border in held and wants("resid_pre"):
+            if border in held and wants("resid_pre", border):
                 held[border]["resid_pre"] = state.detach().float()
             # The state leaving a block closes it: all that its analyzers need has been read by then.
             layer = border - 1
             if layer in held:
-                if wants("resid_post"):
+                if wants("resid_post", layer):
                     held[layer]["resid_post"] = state.detach().float()
                 for analyzer in at_layer:
-                    run(analyzer, layer, {need: held[layer][need] for need in analyzer.needs})
-                held[layer] = {need: value for need, value in held[layer].items() if need in needed_at_end}
+                    if layer in looks[analyzer.key]:
+                        run(analyzer, layer)
+                held[layer] = {n: value for n, value in held[layer].items() if wants(n, layer, [*sloped, *at_end])}
 
         return reader
-
-    def wants(need: str) -> bool:
-        return any(need in a.needs for a in analyzers)
 
     def read_point(need: str, layer: int) -> Callable[[Tensor], None]:
         def reader(value: Tensor) -> None:
@@ -142,41 +168,35 @@ def run_batch(
         return reader
 
     readers: dict[str, Callable[[Tensor], Tensor | None]] = {}
-    for border in sorted({b for layer in layers for b in (layer, layer + 1)}):
+    for border in sorted({b for layer in visited for b in (layer, layer + 1)}):
         # A layer whose analyzers run when it closes is read at its own end, not at the next block's start.
         if border < count:
             readers[door.point_name("resid_pre", border)] = read_state(border)
         else:
             readers[door.point_name("resid_post", count - 1)] = read_state(count)
-    points = {need for a in analyzers for need in a.needs} - {"logits", "gradient", "resid_pre", "resid_post"}
-    for layer in layers:
+    points = {need for a in analyzers for need in a.needs} - _NO_POINTS - {"resid_pre", "resid_post"}
+    for layer in visited:
         for need in points:
-            readers[door.point_name(need, layer)] = read_point(need, layer)
+            if wants(need, layer):
+                readers[door.point_name(need, layer)] = read_point(need, layer)
 
-    with door.measuring(model, gradients=gradients):
-        logits = door.forward_pass(model, tokens, readers, gradients=gradients)
-        if gradients:
-            borders_live = sorted(live)
-            loss = future_loss(logits, tokens, valid_there)
-            slopes = torch.autograd.grad(loss, [live[border] for border in borders_live])
-            for layer, slope in zip(borders_live, slopes, strict=True):
-                held[layer]["gradient"] = slope.detach().float()
-    logits = logits.detach()
-    for analyzer in at_end:
-        for layer in layers if analyzer.per_layer else layers[:1]:
-            run(analyzer, layer, {n: logits.float() if n == "logits" else held[layer][n] for n in analyzer.needs})
+    with door.measuring(model, gradients=bool(sloped)):
+        logits = door.forward_pass(model, tokens, readers, gradients=bool(sloped))
+        shown = logits.detach().float() if any("logits" in a.needs for a in analyzers) else logits.detach()
+        targets = list(dict.fromkeys(a.target for a in sloped if a.target is not None))
+        for left, target in enumerate(reversed(targets)):
+            total = target_values(logits, tokens, valid_there, target).sum()
+            slopes = torch.autograd.grad(total, list(live.values()), retain_graph=left + 1 < len(targets))
+            for layer, slope in zip(live, slopes, strict=True):
+                for analyzer in sloped:
+                    if analyzer.target == target and layer in looks[analyzer.key]:
+                        run(analyzer, layer, gradient=slope.float(), logits=shown)
+        del logits
+        live.clear()
+        for analyzer in at_end:
+            for layer in looks[analyzer.key]:
+                run(analyzer, layer, logits=shown)
     return kept
-
-
-def future_loss(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], valid: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, ""]:
-    """Sum over tokens of -log p(token | those before it), in nats.
-
-    Its gradient at position i is that of the loss of the tokens after i, because a state cannot reach earlier predictions.
-    """
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
-    return (losses * valid[:, 1:]).sum()
 
 
 def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
@@ -196,13 +216,26 @@ def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
 
 
 def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMeasure]) -> None:
-    """Refuse, before the pass, analyzers that need hook points the model does not have.
+    """Refuse, before the pass, analyzers that need hook points or gradients that the model does not give.
 
     Raises:
         CaptureError: with the names of the missing points.
     """
-    points = {need for a in analyzers for need in a.needs if need not in ("logits", "gradient")}
-    missing = door.missing_points(model, points | {"resid_pre", "resid_post"}, list(layers))
+    for analyzer in analyzers:
+        if analyzer.target == "cache":
+            raise CaptureError(
+                f"expected gradients (*_grad) in the cache for {analyzer.key}, got none. Make the capture with Capture.from_cache on a "
+                "run_with_cache(..., incl_bwd=True), or use another target."
+            )
+        if "gradient" in analyzer.needs and analyzer.target is None:
+            raise CaptureError(f"expected a target with the gradients that {analyzer.key} needs, got None. See TokenAnalyzer.")
+        if isinstance(analyzer.target, int) and not 0 <= analyzer.target < door.vocabulary_size(model):
+            raise CaptureError(
+                f"expected a token id below {door.vocabulary_size(model)} as target of {analyzer.key}, got {analyzer.target}."
+            )
+    missing = door.missing_points(model, {"resid_pre", "resid_post"}, list(layers))
+    for analyzer in analyzers:
+        missing += door.missing_points(model, set(analyzer.needs - _NO_POINTS), list(layers_of(analyzer, layers)))
     if missing:
         raise CaptureError(
             f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"

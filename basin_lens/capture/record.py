@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, run_batch, token_batches
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
 from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
@@ -310,23 +310,17 @@ class Capture(TokenRows):
             raise CaptureError(
                 f"expected analyzers of states alone: {made} are not the model's own; got {again[0].key}. Leave it out."
             )
-        stuck = [a.key for a in again if a.target == "cache"]
-        if stuck:
-            raise CaptureError(
-                f"expected gradients (*_grad) in the cache for {stuck[0]}, got none. Make the capture with Capture.from_cache on a "
-                "run_with_cache(..., incl_bwd=True), or use another target."
-            )
         if again:
             self._fill(model, again, None, progress, keep_states=False)
         return [analyzer.key for analyzer in again]
 
     def _readable(self, analyzer: TokenMeasure) -> bool:
+        looks = layers_of(analyzer, self.layers)
         if analyzer.needs <= {"resid_pre", "resid_post"} and analyzer.target is None:
-            return True
-        if self.settings["source"] != "cache" or analyzer.target not in (None, "cache"):
+            return set(looks) <= set(self.layers)
+        if self.settings["source"] != "cache" or analyzer.target not in (None, "cache") or not set(looks) <= set(self.layers):
             return False
-        layers = self.layers if analyzer.per_layer else self.layers[:1]
-        return all(self._reading(need, layer) is not None for layer in layers for need in analyzer.needs)
+        return all(self._reading(need, layer) is not None for layer in looks for need in analyzer.needs)
 
     def _reading(self, need: str, layer: int) -> Tensor | None:
         """A reading in the layout of the rows: `[batch, pos, ...]`, padded on the right."""
@@ -345,10 +339,12 @@ class Capture(TokenRows):
     def _measure_readings(self, analyzer: TokenMeasure) -> None:
         tokens = self._grid(self.row_token)
         memory: dict[str, Any] = {}
-        for layer in self.layers if analyzer.per_layer else self.layers[:1]:
+        for layer in layers_of(analyzer, self.layers):
             values = {need: reading for need in analyzer.needs if (reading := self._reading(need, layer)) is not None}
             batch = TokenBatch(layer, self.model["layers"], tokens, self.valid, values, memory)
-            self._keep(torch.arange(self.n_rows, device="cpu"), self.valid, analyzer, layer, analyzer.measure(batch))
+            measured = analyzer.measure(batch)
+            if layer in self.layers:
+                self._keep(torch.arange(self.n_rows, device="cpu"), self.valid, analyzer, layer, measured)
 
     def _keep(self, rows: Tensor, valid: Tensor, analyzer: TokenMeasure, layer: int, values: Mapping[str, Tensor]) -> None:
         columns = self.columns.setdefault(analyzer.key, {})

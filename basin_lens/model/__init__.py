@@ -41,8 +41,10 @@ from basin_lens.model.identity import (
     vocabulary_size,
     width,
 )
+from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.twin import random_twin
+from basin_lens.model.weights import output_weight
 
 __all__ = [
     "BlockCall",
@@ -63,11 +65,13 @@ __all__ = [
     "is_cache_slot",
     "keys_and_values",
     "kind_of",
+    "knocked_out",
     "load_model",
     "measuring",
     "missing_points",
     "n_context",
     "n_layers",
+    "output_weight",
     "point_name",
     "provenance",
     "random_twin",

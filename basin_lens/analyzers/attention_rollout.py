@@ -1,0 +1,59 @@
+"""How much of each token flows into the tokens after it through all layers so far."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from basin_lens.analyzers.attention import received, without_sink
+from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.capture import TokenBatch
+
+
+@dataclass(frozen=True)
+class AttentionRollout(TokenAnalyzer):
+    """Attention rolled out over blocks 0 to L, the residual stream counted as half: what later tokens hold of each token.
+
+    A^_l = (A_l + I) / 2 with A_l the mean over heads, R_L = A^_L R_{L-1}, R_{-1} = I;
+    rollout_i = sum_{t>i} R_L[t, i] / sum_{t>i} 1 / (t + 1)
+
+    Unit: multiples of uniform. Range: [0, inf). The last 5 positions are NaN: too few later tokens to average over. Block L's value
+    needs the patterns of all blocks up to L; they are read whichever layers are asked for.
+
+    Args:
+        sink: False: leave out column 0 of every A_l and renormalize its rows (uniform is then 1 / t); position 0 is NaN.
+        name: column name.
+
+    Shapes: pattern `[batch, head, query, key]` of every layer -> `[batch, pos]`.
+
+    Source: Abnar and Zuidema 2020, "Quantifying attention flow in transformers".
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.analyzers.AttentionRollout().columns[0].name
+        'attention_rollout'
+    """
+
+    sink: bool = True
+    name: str | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"pattern"})
+    cumulative: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        default = "attention_rollout" + ("" if self.sink else "_without_sink")
+        return (Column(column_name(self, default), "multiples of uniform", 0),)
+
+    def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
+        attention = batch.values["pattern"].mean(1, keepdim=True)
+        stay = torch.eye(attention.shape[-1], device=attention.device)
+        if not self.sink:
+            attention = without_sink(attention)
+            # A row that attended to nothing but the sink (row 0 does) keeps what it has.
+            attention = torch.where(attention.sum(-1, keepdim=True) > 0, attention, stay)
+        step = (attention + stay) / 2
+        batch.memory["rollout"] = step @ batch.memory["rollout"] if "rollout" in batch.memory else step
+        # No renormalizing of R itself: without the sink, no row has any of it, and the rows still sum to 1.
+        uniform = received(batch.memory["rollout"], batch.valid, normalize=True, sink=self.sink)
+        return {self.columns[0].name: uniform[:, 0]}

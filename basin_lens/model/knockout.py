@@ -1,0 +1,93 @@
+"""Taking one token out of the attention of all tokens after it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from basin_lens.errors import ModelError
+from basin_lens.model.hooks import all_layers, missing_points, point_name, reading
+from basin_lens.model.identity import hf_config, kind_of
+
+
+@contextmanager
+def knocked_out(model: Any, columns: Int[Tensor, " batch"], length: int) -> Iterator[None]:
+    """Passes over `[batch, length]` tokens in which no later query of sequence b attends to column `columns[b]`, in any block.
+
+    What the token itself reads and predicts stays as it is; nothing of it reaches a later position. In the mask where the
+    blocks get one (Hugging Face models), in the scores of a HookedTransformer, in the pattern of a native bridge. Where the
+    attention pattern shows, it is checked that the column is empty.
+
+    Raises:
+        ModelError: a block gets no mask, or does not obey it.
+    """
+    layers = all_layers(model)
+    if missing := missing_points(model, {"pattern"}, layers):
+        raise ModelError(f"expected attention patterns to check the knock-out by, got a model without {missing[0]}.")
+    place = torch.arange(length, device=columns.device)
+    # [batch, 1, query, key]: true where a later query looks at the column.
+    gone = ((place[:, None] > columns[:, None, None]) & (place == columns[:, None, None]))[:, None]
+    with ExitStack() as stack:
+        if kind_of(model) == "hooked":
+            stack.enter_context(reading(model, {point_name("attn.hook_attn_scores", layer): _hide(gone) for layer in layers}))
+        elif hf_config(model) is None:
+            stack.enter_context(reading(model, {point_name("pattern", layer): _renormalize(gone) for layer in layers}))
+        else:
+            stack.enter_context(_masks(model, gone))
+        stack.enter_context(reading(model, {point_name("pattern", layer): _check(gone, layer) for layer in layers}))
+        yield
+
+
+def _hide(gone: Bool[Tensor, "batch 1 query key"]) -> Callable[[Tensor], Tensor]:
+    return lambda scores: scores.masked_fill(gone, torch.finfo(scores.dtype).min)
+
+
+def _renormalize(gone: Bool[Tensor, "batch 1 query key"]) -> Callable[[Tensor], Tensor]:
+    def without(pattern: Tensor) -> Tensor:
+        kept = pattern.masked_fill(gone, 0)
+        return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+
+    return without
+
+
+def _check(gone: Bool[Tensor, "batch 1 query key"], layer: int) -> Callable[[Tensor], None]:
+    def check(pattern: Tensor) -> None:
+        if float((pattern.detach() * gone).abs().max()) > 1e-6:
+            raise ModelError(
+                f"expected block {layer} to obey its attention mask, got attention to a masked token. Leave out Erasure."
+            )
+
+    return check
+
+
+@contextmanager
+def _masks(model: Any, gone: Bool[Tensor, "batch 1 query key"]) -> Iterator[None]:
+    """Every 4-D mask among the blocks' arguments, with the column hidden as the mask hides the future."""
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-2:] != gone.shape[-2:]:
+            return value
+        # Whatever stands for "hidden" (a large negative number, minus infinity, False): the first query may not see the last key.
+        return torch.where(gone, value[:, :, :1, -1:], value)
+
+    def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new = tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}
+        if all(a is b for a, b in zip((*args, *kwargs.values()), (*new[0], *new[1].values()), strict=True)):
+            raise ModelError(f"expected block {layer} to get a 4-D attention mask, got none. Leave out Erasure.")
+        return new
+
+    handles = []
+    try:
+        for layer, block in enumerate(model.blocks):
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda _module, args, kwargs, layer=layer: before(layer, args, kwargs), with_kwargs=True
+                )
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
