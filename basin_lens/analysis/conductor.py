@@ -16,7 +16,7 @@ from basin_lens.analysis.rows import texts_hash
 from basin_lens.analysis.search import Found, Search, Searches
 from basin_lens.analyzers import Cloud, CloudAnalyzer, RunOn, Surroundings, total_variance
 from basin_lens.capture import Capture
-from basin_lens.errors import CaptureError, NeighborError
+from basin_lens.errors import CaptureError
 from basin_lens.neighbors import Backend, Neighbors
 from basin_lens.transport import BlockMap, LayerMaps, Probe, query_chunks, rows_per_call
 
