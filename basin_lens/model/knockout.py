@@ -17,9 +17,8 @@ from basin_lens.model.identity import hf_config, kind_of
 def knocked_out(model: Any, columns: Int[Tensor, " batch"], length: int) -> Iterator[None]:
     """Passes over `[batch, length]` tokens in which no later query of sequence b attends to column `columns[b]`, in any block.
 
-    What the token itself reads and predicts stays as it is; nothing of it reaches a later position. In the mask where the
-    blocks get one (Hugging Face models), in the scores of a HookedTransformer, in the pattern of a native bridge. Where the
-    attention pattern shows, it is checked that the column is empty.
+    What the token itself reads and predicts stays as it is; nothing of it reaches a later position. Hidden in the blocks' masks on
+    a bridge, in the scores of a HookedTransformer; every block's pattern is checked to have nothing in the column.
 
     Raises:
         ModelError: a block gets no mask, or does not obey it.
@@ -33,8 +32,6 @@ def knocked_out(model: Any, columns: Int[Tensor, " batch"], length: int) -> Iter
     with ExitStack() as stack:
         if kind_of(model) == "hooked":
             stack.enter_context(reading(model, {point_name("attn.hook_attn_scores", layer): _hide(gone) for layer in layers}))
-        elif hf_config(model) is None:
-            stack.enter_context(reading(model, {point_name("pattern", layer): _renormalize(gone) for layer in layers}))
         else:
             stack.enter_context(_masks(model, gone))
         stack.enter_context(reading(model, {point_name("pattern", layer): _check(gone, layer) for layer in layers}))
@@ -43,14 +40,6 @@ def knocked_out(model: Any, columns: Int[Tensor, " batch"], length: int) -> Iter
 
 def _hide(gone: Bool[Tensor, "batch 1 query key"]) -> Callable[[Tensor], Tensor]:
     return lambda scores: scores.masked_fill(gone, torch.finfo(scores.dtype).min)
-
-
-def _renormalize(gone: Bool[Tensor, "batch 1 query key"]) -> Callable[[Tensor], Tensor]:
-    def without(pattern: Tensor) -> Tensor:
-        kept = pattern.masked_fill(gone, 0)
-        return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
-
-    return without
 
 
 def _check(gone: Bool[Tensor, "batch 1 query key"], layer: int) -> Callable[[Tensor], None]:
@@ -65,7 +54,11 @@ def _check(gone: Bool[Tensor, "batch 1 query key"], layer: int) -> Callable[[Ten
 
 @contextmanager
 def _masks(model: Any, gone: Bool[Tensor, "batch 1 query key"]) -> Iterator[None]:
-    """Every 4-D mask among the blocks' arguments, with the column hidden as the mask hides the future."""
+    """Every 4-D mask among the blocks' arguments, with the column hidden as the mask hides the future.
+
+    A native bridge gives its blocks none, and adds to its own what it is given: true hides.
+    """
+    native = hf_config(model) is None
 
     def changed(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-2:] != gone.shape[-2:]:
@@ -74,6 +67,8 @@ def _masks(model: Any, gone: Bool[Tensor, "batch 1 query key"]) -> Iterator[None
         return torch.where(gone, value[:, :, :1, -1:], value)
 
     def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if native and kwargs.get("attention_mask") is None:
+            return args, {**kwargs, "attention_mask": gone}
         new = tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}
         if all(a is b for a, b in zip((*args, *kwargs.values()), (*new[0], *new[1].values()), strict=True)):
             raise ModelError(f"expected block {layer} to get a 4-D attention mask, got none. Leave out Erasure.")
