@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from basin_lens import analyzers, controls, errors, tables, views
+    from basin_lens import analyzers, controls, errors, stats, tables, views
     from basin_lens.analysis import analyze, neighborhood
     from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
@@ -28,7 +28,7 @@ _HOMES = {
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.analysis",
 }
-_ROOMS = ("analyzers", "controls", "errors", "tables", "views")
+_ROOMS = ("analyzers", "controls", "errors", "stats", "tables", "views")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "errors",
     "load_model",
     "neighborhood",
+    "stats",
     "tables",
     "views",
 ]

@@ -1,0 +1,347 @@
+"""Two groups of texts, two kinds of tokens in the same texts, or the same texts before and after."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from scipy import stats
+from statsmodels.stats.meta_analysis import effectsize_smd
+from statsmodels.stats.nonparametric import rank_compare_2indep
+
+from basin_lens.errors import StudyError, TableError
+from basin_lens.stats.controls import chosen, residuals
+from basin_lens.stats.results import (
+    Correction,
+    assemble,
+    constant_line,
+    constant_values,
+    interval_and_p,
+    line,
+    max_t_labels,
+    max_t_signs,
+)
+from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split
+
+_SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
+
+
+def compare_groups(
+    table: pd.DataFrame,
+    scores: str | Sequence[str],
+    group: str,
+    *,
+    groups: Sequence[Any] | None = None,
+    paired: bool = False,
+    controls: Sequence[str] = (),
+    frequency: Mapping[Any, float] | None = None,
+    layers: Any = None,
+    unit: str = "document",
+    correction: Correction = "bh",
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Do two groups differ in a score? By permutation of whole units.
+
+    Tokens are averaged within a sequence, sequences within a unit. Unpaired (memorized against novel texts): labels are exchanged between
+    units; statistic: Welch's t. Paired (function against content words, or two spans, in the same texts): the difference within each
+    sequence; signs of units are flipped.
+
+    Args:
+        table: from `analyze`, of one run, or from `compare` (score `difference`) with a label.
+        scores: columns to test.
+        group: label column; rows without a label are passed over.
+        groups: two of its values, (first, second); None: its only two, True before False, else in order.
+        paired: whether both groups are compared within each sequence.
+        controls: standard controls (those that the table lacks are passed over) or columns of the table. Unpaired: regression on the controls'
+            unit means, residuals permuted. Paired: taken out within sequences first (`residuals`); what group and
+            controls explain alike then counts as the controls'.
+        frequency: as for `add_controls`.
+        layers: which; None: all.
+        unit: what is independent: `"sequence"`, `"document"` or a label.
+        correction: over all rows of the answer; `"max-t"` permutes whole units for all rows at once.
+        n_resamples: permutations; all of them if there are no more.
+        seed: of the permutations.
+
+    Returns:
+        one row per (layer, score): mean difference first - second, in the score's unit, with Student's 95 % interval over units (Welch's if
+        unpaired) and the permutation p; `hedges_g` and `cliff_delta` with intervals, `n_first`, `n_second` (units). Unpaired, Hedges g is
+        the standardized difference and Cliff's delta P(first > second) - P(first < second); paired, g is the mean difference over the
+        standard deviation of differences, and delta the share of units above 0 less that below. Their intervals are without controls. Intervals
+        that cannot be had, as Cliff's of groups that do not overlap, are NaN.
+
+    Raises:
+        TableError: several runs, missing columns, not two groups, constant columns. StudyError: fewer than 4 units in a group (6 pairs), or
+            unpaired groups that share a unit.
+
+    Source: Chung and Romano 2013 (permutation of Welch's t, scipy); Freedman and Lane 1983 (with controls); Hedges 1981, Cliff 1993 (statsmodels).
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> rng = np.random.default_rng(0)
+        >>> table = pd.DataFrame({"doc": np.repeat(range(20), 30), "seq": np.repeat(range(20), 30)})
+        >>> table["member"] = table.doc < 10
+        >>> table["a"] = 1.0 * table.member + rng.normal(size=600)
+        >>> bool(bl.stats.compare_groups(table, "a", "member").p[0] < 0.001)
+        True
+    """
+    names = names_of(scores)
+    controlled = len(controls) > 0
+    if paired and controlled:
+        _, there, note = chosen(table, controls, names, frequency)
+        table, controls = residuals(table, names, controls=there, frequency=frequency), ()
+    else:
+        there, note = [], ""
+    lines, columns = [], []
+    label: dict[int, bool] = {}
+    for score in names:
+        if len(controls):
+            with_them, there, note = chosen(table, controls, [score], frequency)
+        else:
+            with_them = table
+        kept = () if paired else there
+        for every in split(with_them, [score, *kept], layers=layers, unit=unit, labels=[group]):
+            first, second, wording = _two(every, group, groups)
+            rows = every.where(first | second).finite(score, *kept)
+            is_first = np.array(rows.labels[group] == first_value(every, group, groups), bool)
+            given = {"group": wording, "controls": ", ".join(there), **dict.fromkeys(_SIZES, np.nan)}
+            test = "sign-flip permutation of paired differences" if paired else "permutation of labels (Welch t)"
+            if constant(rows.values[score]):
+                lines.append(constant_line(rows, score, unit, test, "mean difference", score, **given))
+                columns.append((np.empty(0, int), np.empty(0)))
+                continue
+            if paired:
+                codes, values = _differences(rows, score, is_first)
+                enough(len(codes), FEWEST, f"units ({unit}) with both {wording.replace(' - ', ' and ')}")
+                found = _paired(values, n_resamples, seed)
+                rows = rows.where(np.isin(rows.unit, codes))
+            else:
+                codes, values = rows.unit_means(score)
+                chosen_units = _labels_of(rows, codes, is_first, unit, group)
+                label |= dict(zip(codes.tolist(), chosen_units.tolist(), strict=True))
+                for many, name in ((chosen_units.sum(), 0), ((~chosen_units).sum(), 1)):
+                    enough(int(many), FEWEST_PER_GROUP, f"units ({unit}) with {group} = {wording.split(' - ')[name]}")
+                found = _unpaired(values, chosen_units, n_resamples, seed)
+                if there:
+                    test = "permutation of residuals (Freedman-Lane)"
+                    means = np.stack([rows.unit_means(c)[1] for c in there], 1)
+                    found |= _controlled(values, chosen_units, means, n_resamples, seed)
+            lines.append(line(rows, score, unit, test, "mean difference", **given | found | ({"note": note} if note else {})))
+            columns.append((codes, values))
+    refuse_constant(lines, names)
+    if not controlled:
+        for one in lines:
+            del one["controls"]
+    adjusted = None
+    if correction == "max-t":
+        if len(controls):
+            raise StudyError("expected max-t without controls, got both. Test bl.stats.residuals(...), or choose bh or holm.")
+        matrix, codes = side_by_side(columns)
+        if paired:
+            adjusted = max_t_signs(matrix, n_resamples, seed)
+        else:
+            adjusted = max_t_labels(matrix, np.array([label[code] for code in codes.tolist()]), n_resamples, seed)
+    return assemble(table, lines, correction, adjusted)
+
+
+def before_after(
+    pairs: pd.DataFrame,
+    on: str | Sequence[str] = "difference",
+    *,
+    layers: Any = None,
+    unit: str = "document",
+    correction: Correction = "bh",
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Does a score change between two runs on the same texts? By flipping the signs of whole units.
+
+    Args:
+        pairs: from `basin_lens.compare`; any table with columns of differences will do.
+        on: columns of differences (after less before).
+        layers, unit, correction, n_resamples, seed: as for `compare_groups`.
+
+    Returns:
+        one row per (layer, column): the mean difference with Student's 95 % interval over units, and as `compare_groups(paired=True)`.
+
+    Raises:
+        TableError: runs of different weight processing, missing columns, no difference anywhere. StudyError: fewer than 6 units.
+
+    Source: Fisher 1935, by scipy's `permutation_test`.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> doc = np.repeat(range(20), 30)
+        >>> pairs = pd.DataFrame({"doc": doc, "seq": doc, "difference": np.random.default_rng(0).normal(0.5, 1, 600)})
+        >>> bool(bl.stats.before_after(pairs).p[0] < 0.001)
+        True
+    """
+    names = names_of(on, "differences")
+    lines, columns = [], []
+    test = "sign-flip permutation of paired differences"
+    for name in names:
+        for every in split(pairs, [name], layers=layers, unit=unit):
+            rows = every.finite(name)
+            if constant(rows.values[name]):
+                lines.append(constant_line(rows, name, unit, test, "mean difference", name, **dict.fromkeys(_SIZES, np.nan)))
+                columns.append((np.empty(0, int), np.empty(0)))
+                continue
+            codes, values = rows.unit_means(name)
+            enough(len(codes), FEWEST, f"units ({unit})")
+            lines.append(line(rows, name, unit, test, "mean difference", **_paired(values, n_resamples, seed)))
+            columns.append((codes, values))
+    refuse_constant(lines, names)
+    adjusted = max_t_signs(side_by_side(columns)[0], n_resamples, seed) if correction == "max-t" else None
+    return assemble(pairs, lines, correction, adjusted)
+
+
+def side_by_side(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Unit values of all results as a matrix [units, results], NaN where a result lacks a unit; and the units' codes."""
+    codes = np.unique(np.concatenate([codes for codes, _ in columns]))
+    matrix = np.full((len(codes), len(columns)), np.nan)
+    for place, (there, values) in enumerate(columns):
+        if len(there) >= FEWEST and not constant_values(values):
+            matrix[np.searchsorted(codes, there), place] = values
+    return matrix, codes
+
+
+def first_value(rows: Rows, group: str, groups: Sequence[Any] | None) -> Any:
+    """The value of the label that counts as first."""
+    return _values(rows, group, groups)[0]
+
+
+def _values(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[Any, Any]:
+    there = list(dict.fromkeys(rows.labels[group][~pd.isna(rows.labels[group])].tolist()))
+    if groups is None:
+        if len(there) != 2:
+            raise TableError(
+                f"expected a label with two values, got {group!r} with {there[:8]}. Choose two: groups=(first, second)."
+            )
+        there = sorted(there, reverse=all(isinstance(value, bool | np.bool_) for value in there))
+        return there[0], there[1]
+    missing = [value for value in groups if value not in there]
+    if len(groups) != 2 or missing or groups[0] == groups[1]:
+        raise TableError(f"expected two values of {group!r} as groups, got {groups!r}; it has {there[:8]}.")
+    return groups[0], groups[1]
+
+
+def _two(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray, str]:
+    one, other = _values(rows, group, groups)
+    held = rows.labels[group]
+    return np.array(held == one, bool), np.array(held == other, bool), f"{one} - {other}"
+
+
+def _labels_of(rows: Rows, codes: np.ndarray, is_first: np.ndarray, unit: str, group: str) -> Bool[np.ndarray, " units"]:
+    share = np.bincount(np.searchsorted(codes, rows.unit), weights=is_first) / np.bincount(np.searchsorted(codes, rows.unit))
+    if ((share > 0) & (share < 1)).any():
+        raise StudyError(
+            f"expected units ({unit}) of one group each, got {int(((share > 0) & (share < 1)).sum())} that hold both values of {group!r}. "
+            "Compare within them: paired=True."
+        )
+    return share == 1
+
+
+def _differences(rows: Rows, score: str, is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the units with both groups in a sequence, and the mean over such sequences of the difference of means."""
+    shared = np.isin(rows.sequence, np.intersect1d(rows.sequence[is_first], rows.sequence[~is_first]))
+    if not shared.any():
+        return np.empty(0, int), np.empty(0)
+    one, other = rows.where(shared & is_first), rows.where(shared & ~is_first)
+    codes, first = one.unit_means(score)
+    return codes, first - other.unit_means(score)[1]
+
+
+def _mean(x: np.ndarray, axis: int = -1) -> Any:
+    return x.mean(axis)
+
+
+def _welch(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (x.mean(axis) - y.mean(axis)) / np.sqrt(x.var(axis, ddof=1) / x.shape[axis] + y.var(axis, ddof=1) / y.shape[axis])
+
+
+def _paired(values: Float[np.ndarray, " units"], n_resamples: int, seed: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        **interval_and_p(values),
+        **dict.fromkeys(_SIZES, np.nan),
+        "n_first": len(values),
+        "n_second": len(values),
+    }
+    if constant_values(values):
+        return answer | {"note": "the difference is the same in every unit"}
+    test = stats.permutation_test((values,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
+    n = len(values)
+    g = values.mean() / values.std(ddof=1) * (1 - 3 / (4 * n - 5))
+    error = np.sqrt(1 / n + g**2 / (2 * n))
+    signs = interval_and_p(np.sign(values))
+    wide = stats.norm.ppf(0.975)
+    return answer | {
+        "p": float(test.pvalue), "hedges_g": g, "hedges_g_low": g - wide * error, "hedges_g_high": g + wide * error,
+        "cliff_delta": signs["estimate"], "cliff_delta_low": max(-1.0, signs["low"]) if signs["low"] == signs["low"] else np.nan,
+        "cliff_delta_high": min(1.0, signs["high"]) if signs["high"] == signs["high"] else np.nan,
+    }  # fmt: skip
+
+
+def _unpaired(
+    values: Float[np.ndarray, " units"], first: Bool[np.ndarray, " units"], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    one, other = values[first], values[~first]
+    answer = {"estimate": one.mean() - other.mean(), "n_first": len(one), "n_second": len(other)}
+    if constant_values(values):
+        return answer | {"note": "all units have the same mean"}
+    if constant_values(one) and constant_values(other):
+        return answer | {"note": "units do not differ within either group"}
+    test = stats.permutation_test(
+        (one, other), _welch, permutation_type="independent", vectorized=True, n_resamples=n_resamples, rng=seed
+    )
+    bounds = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    g, variance = effectsize_smd(one.mean(), one.std(ddof=1), len(one), other.mean(), other.std(ddof=1), len(other))
+    wide = stats.norm.ppf(0.975) * np.sqrt(variance)
+    above = stats.mannwhitneyu(one, other).statistic / (len(one) * len(other))
+    # Groups that do not overlap have no variance of ranks, and so no interval.
+    low, high = rank_compare_2indep(one, other).conf_int() if 0 < above < 1 else (np.nan, np.nan)
+    return answer | {
+        "low": bounds.low, "high": bounds.high, "p": float(test.pvalue), "hedges_g": g, "hedges_g_low": g - wide, "hedges_g_high": g + wide,
+        "cliff_delta": 2 * above - 1, "cliff_delta_low": max(-1.0, 2 * low - 1) if low == low else np.nan,
+        "cliff_delta_high": min(1.0, 2 * high - 1) if high == high else np.nan,
+    }  # fmt: skip
+
+
+def _controlled(
+    values: np.ndarray, first: np.ndarray, controls: Float[np.ndarray, "units controls"], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """The difference given the controls' unit means, by permuting what the controls leave of the score.
+
+    scipy permutes data, not residuals. Of a permuted outcome, only its part orthogonal to the controls matters for the partial correlation.
+    """
+    n, spread = len(values), controls.std(0)
+    design = np.column_stack([np.ones(n), (controls - controls.mean(0))[:, spread > 0] / spread[spread > 0]])
+    basis, sizes, _ = np.linalg.svd(design, full_matrices=False)
+    basis = basis[:, sizes > 1e-9 * sizes[0]]
+    degrees = n - basis.shape[1] - 1
+    enough(degrees, FEWEST, "units beyond the number of controls")
+
+    def left(x: np.ndarray) -> np.ndarray:
+        return x - (x @ basis) @ basis.T
+
+    side, rest = left(first.astype(float)), left(values)
+    if side @ side < 1e-9 or rest @ rest < 1e-12 * (values @ values):
+        return {
+            "low": np.nan,
+            "high": np.nan,
+            "p": np.nan,
+            "estimate": np.nan,
+            "note": "the controls explain the groups or the score in full",
+        }
+    slope = rest @ side / (side @ side)
+    error = np.sqrt(((rest - slope * side) ** 2).sum() / degrees / (side @ side))
+    wide = stats.t.ppf(0.975, degrees) * error
+    drawn = left(np.random.default_rng(seed).permuted(np.broadcast_to(rest, (n_resamples, n)), axis=1))
+    partial = np.abs(drawn @ side) / np.sqrt((drawn**2).sum(1))
+    reached = (partial >= abs(rest @ side) / np.sqrt(rest @ rest) * (1 - 1e-9)).sum()
+    return {"estimate": slope, "low": slope - wide, "high": slope + wide, "p": (reached + 1) / (n_resamples + 1)}

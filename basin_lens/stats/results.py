@@ -1,0 +1,211 @@
+"""Result tables: the columns that every test's rows have, and corrections for many of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from basin_lens import tables
+from basin_lens.errors import StudyError, TableError
+from basin_lens.stats.rows import Rows, names_of
+
+Correction = Literal["bh", "holm", "max-t", "none"]
+
+# First what was tested, then on how much, then what came out. A test's own columns come after these, `note` last.
+_FIRST = ("layer", "score", "against", "group", "tag", "quartile", "metric", "versus", "term")
+_ALWAYS = (
+    "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect", "estimate", "low", "high", "null", "p", "p_corrected",
+    "correction", "n_tests",
+)  # fmt: skip
+
+
+def line(rows: Rows, score: str, unit: str, test: str, effect: str, **more: Any) -> dict[str, Any]:
+    """One result, NaN until filled in by `more`."""
+    empty = {"estimate": np.nan, "low": np.nan, "high": np.nan, "null": 0.0, "p": np.nan, "note": ""}
+    return {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "test": test, "effect": effect, **empty, **more}
+
+
+def constant_line(rows: Rows, score: str, unit: str, test: str, effect: str, column: str, **more: Any) -> dict[str, Any]:
+    """A result that is not there because a column does not vary at this layer."""
+    return line(rows, score, unit, test, effect, note=f"{column} is constant at this layer", _constant=column, **more)
+
+
+def assemble(
+    table: pd.DataFrame,
+    lines: Sequence[Mapping[str, Any]],
+    correction: Correction,
+    max_t: Float[np.ndarray, " rows"] | None = None,
+) -> pd.DataFrame:
+    """Results as a table, corrected over all rows that have a p-value, with the provenance of the table tested."""
+    bare = [{name: value for name, value in one.items() if not name.startswith("_")} for one in lines]
+    answer = pd.DataFrame(bare)
+    answer["layer"] = answer["layer"].astype("Int64")
+    if correction == "max-t":
+        if max_t is None:
+            raise StudyError("expected a test of one effect per unit for max-t, got another. Choose bh, holm or none.")
+        answer["p_corrected"], answer["correction"] = max_t, "max-|t| permutation"
+        answer["n_tests"] = int(np.isfinite(max_t).sum())
+    else:
+        answer = _adjusted(answer, np.ones(len(answer), bool), correction)
+    answer = answer[
+        [*(name for name in (*_FIRST, *_ALWAYS) if name in answer), *(c for c in answer if c not in (*_FIRST, *_ALWAYS))]
+    ]
+    answer["note"] = answer.pop("note")
+    if "provenance" in table.attrs:
+        answer.attrs["provenance"] = table.attrs["provenance"]
+    return answer
+
+
+def correct(
+    results: pd.DataFrame,
+    method: Literal["bh", "holm", "none"] = "bh",
+    *,
+    primary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+) -> pd.DataFrame:
+    """Correct p-values over all rows at once: Holm for what was declared before looking, Benjamini-Hochberg for exploration.
+
+    Every test corrects its own rows. Use this where several tests make one family: `pd.concat` their results first.
+
+    Args:
+        results: from any test here, or any table with a column `p`. Rows without a p-value are in no family.
+        method: `"bh"` controls the share of false discoveries, `"holm"` the chance of any, `"none"` nothing. With `primary`: for the
+            rows that were not declared.
+        primary: the declared rows, as column values: `{"score": "compression", "layer": 18}`, or several such. They are a family
+            of their own, corrected by Holm.
+
+    Returns:
+        a copy with columns `p_corrected`, `correction` and `n_tests` (size of the row's family) written anew.
+
+    Raises:
+        TableError: no column `p`, an unknown column, or a declared primary that no row matches.
+
+    Source: Holm 1979; Benjamini and Hochberg 1995; by statsmodels and scipy.
+
+    Example:
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> results = pd.DataFrame({"score": ["a", "b", "c"], "p": [0.02, 0.03, 0.04]})
+        >>> bl.stats.correct(results, primary={"score": "a"}).p_corrected.tolist()
+        [0.02, 0.04, 0.04]
+    """
+    tables.require(results, "p")
+    declared = np.zeros(len(results), bool)
+    for wanted in [] if primary is None else [primary] if isinstance(primary, Mapping) else primary:
+        tables.require(results, *names_of(list(wanted), "primary"))
+        matched = np.logical_and.reduce([(results[name] == value).fillna(False).to_numpy(bool) for name, value in wanted.items()])
+        if not matched.any():
+            raise TableError(f"expected a declared primary that is among the results, got {dict(wanted)}, which no row matches.")
+        declared |= matched
+    answer = _adjusted(results.copy(), ~declared, method)
+    return _adjusted(answer, declared, "holm", " (declared primary)")
+
+
+def _adjusted(results: pd.DataFrame, family: np.ndarray, method: str, suffix: str = "") -> pd.DataFrame:
+    """Write correction columns for the rows of one family."""
+    for name, kind in (("p_corrected", float), ("correction", object), ("n_tests", int)):
+        if name not in results:
+            results[name] = pd.Series(np.nan if kind is float else "" if kind is object else 0, index=results.index, dtype=kind)
+    p = results["p"].to_numpy(float)
+    tested = family & np.isfinite(p)
+    adjusted = np.where(tested, p, np.nan)
+    adjusted[tested] = adjust(p[tested], method)
+    wording = {"bh": "Benjamini-Hochberg", "holm": "Holm", "none": "none"}[method] + suffix
+    for name, value in (("p_corrected", adjusted), ("correction", wording), ("n_tests", int(tested.sum()))):
+        old = results[name].to_numpy(object)
+        results[name] = pd.Series(np.where(family, value, old), index=results.index).astype(
+            {"p_corrected": float, "correction": object, "n_tests": int}[name]
+        )
+    return results
+
+
+def adjust(p: Float[np.ndarray, " tests"], method: str) -> Float[np.ndarray, " tests"]:
+    """Corrected p-values of one family; all finite.
+
+    Raises:
+        StudyError: an unknown method.
+    """
+    if method not in ("bh", "holm", "none"):
+        raise StudyError(f'expected a correction "bh", "holm", "max-t" or "none", got {method!r}.')
+    if (
+        method == "none" or len(p) < 2
+    ):  # one test is its own family; multipletests would collect all garbage first, a third of a second
+        return p
+    if method == "bh":
+        return np.asarray(stats.false_discovery_control(p, method="bh"))
+    return np.asarray(multipletests(p, method="holm")[1])
+
+
+def max_t_signs(values: Float[np.ndarray, "units tests"], n_resamples: int, seed: int) -> Float[np.ndarray, " tests"]:
+    """P-values corrected for the largest |t| of all tests, by flipping the signs of whole units.
+
+    A unit's values flip together, so the dependence between tests is that of the data. NaN: the unit has no value for a test.
+    scipy's `permutation_test` permutes each test by itself, which would lose that.
+    """
+    there = np.isfinite(values)
+    held = np.where(there, values, 0.0)
+    count, squares = there.sum(0), (held**2).sum(0)
+    rng = np.random.default_rng(seed)
+
+    def t(sums: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(sums / count) / np.sqrt((squares - sums**2 / count) / (count - 1) / count)
+
+    def resampled(size: int) -> np.ndarray:
+        return t(rng.choice([-1.0, 1.0], (size, len(values))) @ held)
+
+    return _exceeding(t(held.sum(0)), resampled, n_resamples)
+
+
+def max_t_labels(
+    values: Float[np.ndarray, "units tests"], label: np.ndarray, n_resamples: int, seed: int
+) -> Float[np.ndarray, " tests"]:
+    """The same for two groups of units: Welch's t, labels exchanged between whole units."""
+    there = np.isfinite(values)
+    # Centered first: the variances below are differences of sums of squares.
+    held = np.where(there, values - np.nanmean(values, 0), 0.0)
+    rng = np.random.default_rng(seed)
+
+    def t(chosen: np.ndarray) -> np.ndarray:
+        parts = []
+        for group in (chosen, 1 - chosen):
+            count, mean, squares = group @ there, group @ held, group @ held**2
+            with np.errstate(divide="ignore", invalid="ignore"):
+                mean = mean / count
+                parts.append((mean, (squares / count - mean**2) / (count - 1)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(parts[0][0] - parts[1][0]) / np.sqrt(parts[0][1] + parts[1][1])
+
+    def resampled(size: int) -> np.ndarray:
+        return t(rng.permuted(np.broadcast_to(label.astype(float), (size, len(label))), axis=1))
+
+    return _exceeding(t(label.astype(float)[None])[0], resampled, n_resamples)
+
+
+def _exceeding(observed: np.ndarray, resampled: Any, n_resamples: int, chunk: int = 1000) -> np.ndarray:
+    """Share of resamples whose largest statistic reaches each observed one; the observed one counts as a resample."""
+    tested = np.isfinite(observed)
+    reached = np.ones(len(observed))
+    for first in range(0, n_resamples, chunk):
+        drawn = resampled(min(chunk, n_resamples - first))[:, tested]
+        largest = np.where(np.isfinite(drawn), drawn, -np.inf).max(1, initial=-np.inf)
+        reached += (largest[:, None] >= observed[None] * (1 - 1e-9)).sum(0)
+    return np.where(tested, reached / (n_resamples + 1), np.nan)
+
+
+def interval_and_p(values: Float[np.ndarray, " units"]) -> dict[str, float]:
+    """Mean of independent values, Student's 95 % interval and p-value against 0; NaN where the values do not differ."""
+    mean = float(np.mean(values)) if len(values) else float("nan")
+    if len(values) < 2 or constant_values(values):
+        return {"estimate": mean, "low": float("nan"), "high": float("nan"), "p": float("nan")}
+    test = stats.ttest_1samp(values, 0.0)
+    bounds = test.confidence_interval(0.95)
+    return {"estimate": mean, "low": float(bounds.low), "high": float(bounds.high), "p": float(test.pvalue)}
+
+
+def constant_values(values: np.ndarray) -> bool:
+    """Whether unit values are equal but for rounding."""
+    return bool(np.ptp(values) <= 1e-10 * max(1e-300, np.abs(values).max()))

@@ -1,0 +1,223 @@
+"""Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from basin_lens import tables
+from basin_lens.errors import StudyError, TableError
+
+# With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
+FEWEST = 6
+FEWEST_PER_GROUP = 4
+# Cluster-robust errors and cross-fitting need more.
+FEWEST_CLUSTERS = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one layer: columns, and codes of the sequence, unit and document of each row.
+
+    Codes count from 0 over the whole table, so that they are the same at every layer.
+    """
+
+    layer: Any
+    values: Mapping[str, Float[np.ndarray, " rows"]]
+    labels: Mapping[str, np.ndarray]
+    sequence: Int[np.ndarray, " rows"]
+    unit: Int[np.ndarray, " rows"]
+    document: Int[np.ndarray, " rows"]
+
+    def where(self, keep: Bool[np.ndarray, " rows"]) -> "Rows":
+        """The rows marked."""
+        return Rows(
+            self.layer, {name: value[keep] for name, value in self.values.items()},
+            {name: label[keep] for name, label in self.labels.items()}, self.sequence[keep], self.unit[keep], self.document[keep],
+        )  # fmt: skip
+
+    def finite(self, *names: str) -> "Rows":
+        """The rows where all these columns are finite."""
+        keep = np.ones(len(self.sequence), bool)
+        for name in names:
+            keep &= np.isfinite(self.values[name])
+        return self if keep.all() else self.where(keep)
+
+    def with_values(self, **values: Float[np.ndarray, " rows"]) -> "Rows":
+        """The same rows with columns replaced or added."""
+        return Rows(self.layer, {**self.values, **values}, self.labels, self.sequence, self.unit, self.document)
+
+    def counts(self) -> dict[str, int]:
+        """How much data there is: the columns that every result has."""
+        return {
+            "n_units": len(np.unique(self.unit)),
+            "n_sequences": len(np.unique(self.sequence)),
+            "n_documents": len(np.unique(self.document)),
+            "n_tokens": len(self.sequence),
+        }
+
+    def unit_of_sequence(self) -> tuple[Int[np.ndarray, " sequences"], Int[np.ndarray, " sequences"]]:
+        """Codes of the sequences here, ascending, and the unit of each."""
+        codes, first = np.unique(self.sequence, return_index=True)
+        return codes, self.unit[first]
+
+    def unit_means(self, name: str) -> tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"]]:
+        """Codes of the units here, and the mean over a unit's sequences of the mean over a sequence's tokens."""
+        _, means = group_means(self.sequence, self.values[name])
+        _, units = self.unit_of_sequence()
+        return group_means(units, means)
+
+
+def group_means(codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codes there, ascending, and the mean of the values of each."""
+    there, inverse, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    return there, np.bincount(inverse, weights=values, minlength=len(there)) / sizes
+
+
+def split(
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    layers: Any = None,
+    unit: str = "document",
+    labels: Sequence[str] = (),
+) -> Iterator[Rows]:
+    """The rows of each layer, in order of sequence; a table without layers is one layer.
+
+    Raises:
+        TableError: several runs, mixed weight processing, a missing column or layer, a column that holds no numbers, a unit that changes
+            within a sequence.
+    """
+    check_run(table)
+    columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
+    tables.require(table, "doc", "seq", *columns, *labels)
+    sequence = table.groupby(["doc", "seq"], sort=True, dropna=False).ngroup().to_numpy()
+    document = pd.factorize(table["doc"], use_na_sentinel=False)[0]
+    units = _units(table, unit, sequence, document)
+    layered = table["layer"].to_numpy() if "layer" in table.columns else np.zeros(len(table), int)
+    there = sorted(np.unique(layered).tolist())
+    if layers is not None:
+        there = asked_layers(table, layers)
+    values = {name: numbers(table, name) for name in columns}
+    texts = {name: table[name].to_numpy(dtype=object) for name in labels}
+    order = np.lexsort((sequence, layered))
+    starts = np.searchsorted(layered[order], there, side="left").tolist()
+    ends = np.searchsorted(layered[order], there, side="right").tolist()
+    for layer, first, last in zip(there, starts, ends, strict=True):
+        at = order[first:last]
+        yield Rows(
+            layer if "layer" in table.columns else pd.NA, {name: value[at] for name, value in values.items()},
+            {name: text[at] for name, text in texts.items()}, sequence[at], units[at], document[at],
+        )  # fmt: skip
+
+
+def check_run(table: pd.DataFrame) -> None:
+    """Refuse rows of several runs, and pairs of runs whose weights were processed differently.
+
+    Raises:
+        TableError: either, or a table without rows.
+    """
+    if table.empty:
+        raise TableError("expected a table with rows, got none. Check the selection.")
+    facts = table.attrs.get("provenance")
+    facts = facts if isinstance(facts, dict) else {}
+    runs = list(facts)
+    if "run" in table.columns:
+        runs = table["run"].unique().tolist()
+    models = [facts.get(run, {}).get("model", {}) for run in runs]
+    processing = [str(model["weight_processing"]) for model in models if isinstance(model, dict) and "weight_processing" in model]
+    if len(set(processing)) > 1:
+        raise TableError(
+            f"expected runs of one weight processing, got {sorted(set(processing))}: folding and centering change the variances that "
+            "scores are made of. Load the models the same way and measure again."
+        )
+    if "run" in table.columns and len(runs) > 1:
+        raise TableError(
+            f"expected a table of one run, got {len(runs)}: the same tokens would count several times. Test each, "
+            "table[table.run == ...], or pair two runs with basin_lens.compare."
+        )
+
+
+def asked_layers(table: pd.DataFrame, layers: Any) -> list[int]:
+    """The layers asked for, ascending.
+
+    Raises:
+        TableError: the table lacks one.
+    """
+    there = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else []
+    asked = [layers] if isinstance(layers, int | np.integer) else list(layers)
+    if not asked or any(layer not in there for layer in asked):
+        raise TableError(f"expected layers of the table, got {layers!r}; it has {there}.")
+    return [layer for layer in there if layer in asked]
+
+
+def names_of(columns: str | Sequence[str], what: str = "scores") -> list[str]:
+    """One or several column names as a list.
+
+    Raises:
+        TableError: none, or one twice.
+    """
+    names = [columns] if isinstance(columns, str) else list(columns)
+    if not names or len(set(names)) != len(names):
+        raise TableError(f"expected at least one column as {what}, each once, got {columns!r}.")
+    return names
+
+
+def numbers(table: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"]:
+    """A column as float64.
+
+    Raises:
+        TableError: it holds no numbers.
+    """
+    column = table[name]
+    if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+        raise TableError(f"expected numbers in column {name!r}, got {column.dtype}. Name a score, or turn it into numbers.")
+    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def constant(values: np.ndarray) -> bool:
+    """Whether there is nothing to tell these finite values apart but rounding."""
+    return len(values) == 0 or bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
+
+
+def enough(count: int, needed: int, what: str) -> None:
+    """Refuse too little data.
+
+    Raises:
+        StudyError: fewer than needed.
+    """
+    if count < needed:
+        raise StudyError(
+            f"expected at least {needed} {what}, got {count}: tokens of one text are not independent, so more tokens do not help. Add texts."
+        )
+
+
+def refuse_constant(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Refuse a column that was constant at every layer asked for; where it was so at some layers only, they hold NaN and a note.
+
+    Raises:
+        TableError: a constant column.
+    """
+    for name in columns:
+        notes = [bool(line.get("_constant") == name) for line in lines if name in (line.get("score"), line.get("against"))]
+        if notes and all(notes):
+            raise TableError(
+                f"expected a column that varies, got {name!r}, which is constant at every layer asked for. Leave it out."
+            )
+
+
+def _units(table: pd.DataFrame, unit: str, sequence: np.ndarray, document: np.ndarray) -> np.ndarray:
+    if unit == "sequence":
+        return sequence
+    if unit == "document":
+        return document
+    if unit not in table.columns:
+        raise TableError(f'expected unit "sequence", "document" or a label of the table, got {unit!r}.')
+    codes = pd.factorize(table[unit], use_na_sentinel=False)[0]
+    pairs = np.unique(np.stack([sequence, codes]), axis=1)
+    if len(pairs[0]) > len(np.unique(sequence)):
+        raise TableError(f"expected a unit that is the same throughout a sequence, got {unit!r}, which changes within one.")
+    return codes

@@ -1,0 +1,318 @@
+"""Tokens of different kinds, such as parts of speech: does the kind matter, and how does each stand?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from jaxtyping import Float, Int
+from scipy import stats
+from statsmodels.stats.oneway import confint_effectsize_oneway
+
+from basin_lens import tables
+from basin_lens.errors import TableError
+from basin_lens.stats.controls import chosen, residuals
+from basin_lens.stats.mixed import freed, level_ratio
+from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
+from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, group_means, names_of, refuse_constant, split
+
+_TESTS = {
+    "sequence": "permutation of tags within sequences",
+    "mixed": "mixed model on unit x tag means, F test",
+    "type": "permutation of tags among token types (Welch F)",
+}
+
+
+def tag_effect(
+    table: pd.DataFrame,
+    scores: str | Sequence[str],
+    tag: str,
+    *,
+    tests: Sequence[str] = ("sequence", "mixed", "type"),
+    word: str | None = None,
+    controls: Sequence[str] = (),
+    frequency: Mapping[Any, float] | None = None,
+    layers: Any = None,
+    unit: str = "document",
+    fewest: int = 20,
+    correction: Correction = "bh",
+    n_resamples: int = 999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Does a score differ between kinds of tokens? Three tests, which ask for three kinds of generality.
+
+    - `sequence`: tags permuted among the tokens (or words) of each sequence. Only says that these tokens differ by tag.
+    - `mixed`: means by unit and tag (each token type once), random level for each unit: that new texts would show it.
+    - `type`: means by token type, tags permuted among types: that other words of these tags would show it. A tag of few words, each with a
+      score of its own, passes the first two and fails here: believe a finding that passes all three.
+
+    omega squared = (SS_tag - df_tag MS_rest) / (SS_total + MS_rest), the share of the variance that is between tags; of scores less their
+    sequence mean, of unit x tag means, or of type means. At no effect it is about 0, and can be below.
+
+    Args:
+        table: from `analyze`, of one run, with a tag for each token.
+        scores: columns to test.
+        tag: label column; rows without a tag are passed over.
+        tests: which; `mixed` and `type` need `token_id`.
+        word: column that numbers the words of a sequence; tokens of one word are then averaged, and words take the place of tokens (and
+            the first token's id that of a word's type). None: every token by itself, right only if words are single tokens.
+        controls: standard controls (those that the table lacks are passed over) or columns of the table, taken out within sequences first. What
+            tag and controls explain alike then counts as the controls': a careful reading.
+        frequency: as for `add_controls`.
+        layers, unit, correction: as for `compare_groups`; no max-t.
+        fewest: tags with fewer tokens (or words), or in fewer than 6 units, or of fewer than 4 types, are left out; the note names them.
+        n_resamples: permutations.
+        seed: of the permutations.
+
+    Returns:
+        one row per (layer, score, test): omega squared with a 95 % interval (jackknife over units, or over types; from the noncentral F for
+        `mixed`) and p. For `type`, `unit` is "token type". `n_tags`: tags compared.
+
+    Raises:
+        TableError: several runs, missing columns, fewer than two tags left, constant columns. StudyError: fewer than 6 units.
+
+    Source: Clark 1973 (texts and words as random effects); omega squared: Hays 1963.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> rng = np.random.default_rng(0)
+        >>> doc = np.repeat(range(20), 30)
+        >>> table = pd.DataFrame({"doc": doc, "seq": doc, "token_id": rng.integers(0, 40, 600)})
+        >>> table["tag"] = np.where(table.token_id < 20, "NOUN", "VERB")
+        >>> table["a"] = 1.0 * (table.tag == "NOUN") + rng.normal(size=600)
+        >>> bool((bl.stats.tag_effect(table, "a", "tag").p < 0.01).all())
+        True
+    """
+    names = names_of(scores)
+    unknown = [name for name in tests if name not in _TESTS]
+    if unknown or not len(tests):
+        raise TableError(f"expected tests among {list(_TESTS)}, got {list(tests)}.")
+    types = ["token_id"] if "type" in tests or "mixed" in tests else []
+    check_run(table)
+    tables.require(table, tag, *types, *([] if word is None else [word]))
+    lines = []
+    for score in names:
+        held, note = table, ""
+        there: list[str] = []
+        if len(controls):
+            _, there, note = chosen(table, controls, [score], frequency)
+            held = residuals(table, score, controls=there, frequency=frequency)
+        if word is not None:
+            held = _words(held, score, tag, word)
+        for every in split(held, [score, *types], layers=layers, unit=unit, labels=[tag]):
+            rows = every.where(~pd.isna(every.labels[tag])).finite(score)
+            enough(rows.counts()["n_units"], FEWEST, f"units ({unit})")
+            rows, dropped = _frequent(rows, tag, fewest, "type" in tests)
+            given: dict[str, Any] = {"tag": tag, "controls": ", ".join(there)}
+            if constant(every.finite(score).values[score]):
+                lines += [constant_line(rows, score, unit, _TESTS[t], "omega squared", score, **given, n_tags=0) for t in tests]
+                continue
+            kinds, codes = np.unique(rows.labels[tag].astype(str), return_inverse=True)
+            if len(kinds) < 2:
+                raise TableError(
+                    f"expected at least two tags with {fewest} tokens each, got {kinds.tolist()} at layer {rows.layer}. Add texts, or "
+                    "pass fewest=."
+                )
+            given |= {
+                "n_tags": len(kinds),
+                "note": "; ".join(x for x in (note, f"too rare: {', '.join(dropped)}" if dropped else "") if x),
+            }
+            for name in tests:
+                found = {"sequence": _by_sequence, "mixed": _by_unit, "type": _by_type}[name](rows, score, codes, n_resamples, seed)
+                lines.append(line(rows, score, unit, _TESTS[name], "omega squared", **given) | found)
+    refuse_constant(lines, names)
+    return assemble(table, lines, correction)
+
+
+def tag_means(
+    table: pd.DataFrame,
+    scores: str | Sequence[str],
+    tag: str,
+    *,
+    controls: Sequence[str] = (),
+    frequency: Mapping[Any, float] | None = None,
+    layers: Any = None,
+    unit: str = "document",
+    correction: Correction = "bh",
+) -> pd.DataFrame:
+    """How each kind of token stands: its mean, and how far it is from the mean of its own text.
+
+    Args:
+        table, scores, tag, controls, frequency, layers, unit, correction: as for `tag_effect`.
+
+    Returns:
+        one row per (layer, score, tag): `estimate` is the mean over units of (tag mean - sequence mean), in the score's unit, with Student's
+        95 % interval and p; `mean`, `mean_low`, `mean_high` the same of the tag's means themselves. NaN intervals with fewer than 6 units.
+
+    Raises:
+        TableError: several runs, missing columns.
+
+    Example:
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> table = pd.DataFrame({"doc": [0, 0, 1, 1], "seq": [0, 0, 1, 1], "tag": ["A", "B"] * 2, "a": [1.0, 0.0, 3.0, 2.0]})
+        >>> bl.stats.tag_means(table, "a", "tag").estimate.tolist()
+        [0.5, -0.5]
+    """
+    names = names_of(scores)
+    lines = []
+    for score in names:
+        held = table
+        there: list[str] = []
+        if len(controls):
+            _, there, _ = chosen(table, controls, [score], frequency)
+            held = residuals(table, score, controls=there, frequency=frequency)
+        for every in split(held, [score], layers=layers, unit=unit, labels=[tag]):
+            rows = every.where(~pd.isna(every.labels[tag])).finite(score)
+            rows = rows.with_values(_off=_centered(rows, score))
+            for kind in sorted(set(rows.labels[tag].tolist()), key=str):
+                part = rows.where(np.array(rows.labels[tag] == kind, bool))
+                found, mean = (interval_and_p(part.unit_means(name)[1]) for name in ("_off", score))
+                answer: dict[str, Any] = {
+                    **found, "tag": kind, "controls": ", ".join(there), "mean": mean["estimate"], "mean_low": mean["low"],
+                    "mean_high": mean["high"],
+                }  # fmt: skip
+                if part.counts()["n_units"] < FEWEST:
+                    answer |= dict.fromkeys(("low", "high", "p", "mean_low", "mean_high"), np.nan)
+                    answer["note"] = f"fewer than {FEWEST} units"
+                effect = "deviation from the sequence mean"
+                lines.append(line(part, score, unit, "one-sample t-test of unit means", effect, **answer))
+    return assemble(table, lines, correction)
+
+
+def _words(table: pd.DataFrame, score: str, tag: str, word: str) -> pd.DataFrame:
+    """One row per word instead of per token."""
+    keys = [*(["layer"] if "layer" in table.columns else []), "doc", "seq", word]
+    others = [c for c in table.columns if c not in (*keys, score)]
+    kept = table[table[word].notna()]
+    grouped = kept.groupby(keys, sort=False, dropna=False)
+    if (grouped[tag].nunique() > 1).any():
+        raise TableError(f"expected one tag per word, got words in {word!r} with several. Number words anew in every sequence.")
+    answer = grouped[others].first().join(grouped[score].mean()).reset_index()
+    answer.attrs = dict(table.attrs)
+    return answer
+
+
+def _centered(rows: Rows, score: str) -> Float[np.ndarray, " rows"]:
+    codes, means = group_means(rows.sequence, rows.values[score])
+    return np.asarray(rows.values[score] - means[np.searchsorted(codes, rows.sequence)])
+
+
+def _frequent(rows: Rows, tag: str, fewest: int, by_type: bool) -> tuple[Rows, list[str]]:
+    """The rows of tags that are frequent enough, and the other tags."""
+    names = rows.labels[tag].astype(str)
+    facts = pd.DataFrame({"tag": names, "unit": rows.unit, "type": rows.values.get("token_id", rows.unit)}).groupby("tag")
+    good = (facts.size() >= fewest) & (facts["unit"].nunique() >= FEWEST)
+    if by_type:
+        good &= facts["type"].nunique() >= 4
+    kept = rows.where(np.isin(names, good.index[good].to_numpy(dtype=object).astype(str)))
+    return kept, [str(name) for name in good.index[~good]]
+
+
+def omega_squared(
+    sums: Float[np.ndarray, "parts tags"],
+    counts: Float[np.ndarray, "parts tags"],
+    squares: Float[np.ndarray, " parts"],
+    means_removed: Any,
+) -> tuple[float, float, float]:
+    """Omega squared of centered values from the sums of each part, and its 95 % interval by leaving out one part at a time."""
+
+    def of(sums: np.ndarray, counts: np.ndarray, squares: np.ndarray, removed: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            between = np.where(counts > 0, sums**2 / counts, 0.0).sum(-1)
+        freedom = (counts > 0).sum(-1) - 1
+        rest = (squares - between) / (counts.sum(-1) - removed - freedom)
+        return np.asarray((between - freedom * rest) / (squares + rest))
+
+    removed = np.broadcast_to(np.asarray(means_removed, float), squares.shape)
+    total = sums.sum(0), counts.sum(0), np.asarray(squares.sum()), np.asarray(removed.sum())
+    estimate = float(of(*total))
+    without = of(total[0] - sums, total[1] - counts, total[2] - squares, total[3] - removed)
+    n = len(squares)
+    error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
+    wide = stats.t.ppf(0.975, n - 1) * error
+    return estimate, float(estimate - wide), float(min(1.0, estimate + wide))
+
+
+def _table_of(parts: Int[np.ndarray, " rows"], codes: Int[np.ndarray, " rows"], weights: np.ndarray) -> np.ndarray:
+    there, inverse = np.unique(parts, return_inverse=True)
+    width = int(codes.max()) + 1
+    return np.bincount(inverse * width + codes, weights=weights, minlength=len(there) * width).reshape(len(there), width)
+
+
+def _by_sequence(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    centered = _centered(rows, score)
+    parts = [_table_of(rows.unit, codes, weights) for weights in (centered, np.ones(len(codes)))]
+    squares = _table_of(rows.unit, np.zeros_like(codes), centered**2)[:, 0]
+    _, units = rows.unit_of_sequence()
+    sums, counts = parts
+    estimate, low, high = omega_squared(sums, counts, squares, np.unique(units, return_counts=True)[1])
+    rng = np.random.default_rng(seed)
+    _, starts = np.unique(rows.sequence, return_index=True)
+    counts = counts.sum(0)
+    width = len(counts)
+    reached, chunk = 1, max(1, 4_000_000 // len(codes))
+    observed = (sums.sum(0) ** 2 / counts).sum()
+    for first in range(0, n_resamples, chunk):
+        size = min(chunk, n_resamples - first)
+        drawn = np.concatenate([rng.permuted(np.broadcast_to(c, (size, len(c))), axis=1) for c in np.split(codes, starts[1:])], 1)
+        drawn += np.arange(size)[:, None] * width
+        sums = np.bincount(drawn.ravel(), weights=np.broadcast_to(centered, drawn.shape).ravel(), minlength=size * width)
+        reached += int(((sums.reshape(size, width) ** 2 / counts).sum(1) >= observed * (1 - 1e-9)).sum())
+    return {"estimate": estimate, "low": low, "high": high, "p": reached / (n_resamples + 1)}
+
+
+def _by_unit(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    del n_resamples, seed  # nothing is drawn
+    frame = pd.DataFrame({"unit": rows.unit, "tag": codes, "type": rows.values["token_id"], "y": rows.values[score]})
+    cells = frame.groupby(["unit", "tag", "type"])["y"].mean().groupby(level=["unit", "tag"]).mean().reset_index()
+    kinds, tags = np.unique(cells["tag"], return_inverse=True)
+    units, y = cells["unit"].to_numpy(), cells["y"].to_numpy()
+    y = (y - y.mean()) / (y.std() or 1.0)
+    x = np.eye(len(kinds))[tags]
+    y, x = freed(y, x, units, level_ratio(y, x, units))
+    fit = sm.OLS(y, x).fit()
+    freedom, rest = len(kinds) - 1, len(y) - len(np.unique(units)) - len(kinds) + 1
+    contrasts = np.eye(len(kinds))[1:] - np.eye(len(kinds))[0]
+    f = float(np.squeeze(fit.f_test(contrasts).fvalue))
+    with np.errstate(divide="ignore"):  # statsmodels takes 1 / 0 where the interval begins at no effect
+        bounds = confint_effectsize_oneway(f, (freedom, rest), nobs=len(y)).ci_omega2
+    return {
+        "estimate": freedom * (f - 1) / (freedom * (f - 1) + len(y)), "low": float(bounds[0]), "high": float(bounds[1]),
+        "p": float(stats.f.sf(f, freedom, rest)),
+    }  # fmt: skip
+
+
+def _by_type(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    frame = pd.DataFrame({"type": rows.values["token_id"], "tag": codes, "y": _centered(rows, score)})
+    cells = frame.groupby(["type", "tag"])["y"].mean().reset_index()
+    y, tags = cells["y"].to_numpy(), cells["tag"].to_numpy()
+    y = y - y.mean()
+    width, n = int(tags.max()) + 1, len(y)
+    items = np.arange(n)
+    parts = [_table_of(items, tags, weights) for weights in (y, np.ones(n))]
+    estimate, low, high = omega_squared(parts[0], parts[1], y**2, 1 / n)
+    counts = np.bincount(tags, minlength=width).astype(float)
+
+    def welch(drawn: np.ndarray) -> np.ndarray:
+        """Between-tag sum of squares, each tag weighed by how well its mean is known: rare words vary more than frequent ones."""
+        at = (drawn + np.arange(len(drawn))[:, None] * width).ravel()
+        sums, squares = (
+            np.bincount(at, weights=np.broadcast_to(v, drawn.shape).ravel(), minlength=len(drawn) * width).reshape(-1, width)
+            for v in (y, y**2)
+        )
+        means = sums / counts
+        weights = counts / np.maximum((squares - counts * means**2) / (counts - 1), 1e-12 * y.var())
+        center = (weights * means).sum(1, keepdims=True) / weights.sum(1, keepdims=True)
+        return np.asarray((weights * (means - center) ** 2).sum(1))
+
+    rng = np.random.default_rng(seed)
+    observed = welch(tags[None])[0]
+    reached, chunk = 1, max(1, 4_000_000 // n)
+    for first in range(0, n_resamples, chunk):
+        drawn = rng.permuted(np.broadcast_to(tags, (min(chunk, n_resamples - first), n)), axis=1)
+        reached += int((welch(drawn) >= observed * (1 - 1e-9)).sum())
+    return {"estimate": estimate, "low": low, "high": high, "p": reached / (n_resamples + 1), "unit": "token type", "n_units": n}
