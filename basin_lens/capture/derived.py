@@ -62,7 +62,7 @@ def subset(capture: Capture, sequences: Sequence[int]) -> Capture:
     """Some sequences of a capture, in the order given, as a capture of their own in memory: states, readings and columns kept.
 
     Args:
-        capture: in memory or on disk.
+        capture: in memory or on disk; or planned and not read yet, then so is the answer.
         sequences: their indices, each at most once.
 
     Raises:
@@ -86,7 +86,7 @@ def subset(capture: Capture, sequences: Sequence[int]) -> Capture:
         [dict(capture.labels[seq]) for seq in chosen], dict(capture.strings), capture.layers, dict(capture.model),
         dict(capture.settings),
         columns={key: {name: value[:, rows] for name, value in held.items()} for key, held in capture.columns.items()},
-        _states={border: border_states(capture, border)[rows] for border in borders(capture)},
+        _states={border: border_states(capture, border)[rows] for border in borders(capture)} if capture.is_read else {},
         _readings={name: value[chosen] for name, value in capture._readings.items()},
     )  # fmt: skip
 

@@ -252,6 +252,11 @@ class Capture(TokenRows):
         strings = token_strings(model, (token for s in sequences for token in s.tokens))
         return cls(sequences, passages, docs, labels, strings, layers, door.provenance(model), settings)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the model has read the rows; one from `plan` alone holds no states yet."""
+        return bool(self._states) or self._store is not None
+
     # -- states -------------------------------------------------------------------------------------------------------
 
     def resid_pre(self, layer: int) -> Float[Tensor, "rows d"]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from basin_lens.errors import StoreError
-from basin_lens.texts import Passage
+from basin_lens.texts import Passage, TaggedPassage, Word
 
 _FORMAT = 1
 
@@ -124,5 +124,8 @@ def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def passage_from_json(record: dict[str, Any]) -> Passage:
-    """A passage, from JSON that has no tuples."""
-    return Passage(**record | {"spans": {name: (start, end) for name, (start, end) in record["spans"].items()}})
+    """A passage, with its gold words if it has some, from JSON that has no tuples."""
+    spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
+    if "words" not in record:
+        return Passage(**record | {"spans": spans})
+    return TaggedPassage(**record | {"spans": spans, "words": tuple(Word(**word) for word in record["words"])})
