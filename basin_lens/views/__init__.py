@@ -1,7 +1,30 @@
-"""Looking at tables: token views, layer curves, reports. Each returns a value; showing and saving are separate."""
+"""Looking at tables and results: token views, curves, maps, intervals, joint distributions, reports and study pages.
 
-from basin_lens.views.layers import layer_curve
+Each returns a value; showing and saving are separate.
+"""
+
+from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
+from basin_lens.views.joint import distributions, joint_density, scatter
+from basin_lens.views.layers import layer_curve, position_map, result_curve
+from basin_lens.views.pages import Section, study_page
 from basin_lens.views.report import Report, make_report
-from basin_lens.views.tokens import TokenView, token_view
+from basin_lens.views.tokens import TokenView, layer_view, token_view
 
-__all__ = ["Report", "TokenView", "layer_curve", "make_report", "token_view"]
+__all__ = [
+    "Report",
+    "Section",
+    "TokenView",
+    "distributions",
+    "forest",
+    "joint_density",
+    "layer_curve",
+    "layer_view",
+    "make_report",
+    "position_map",
+    "quartile_bars",
+    "result_curve",
+    "scatter",
+    "study_page",
+    "tag_intervals",
+    "token_view",
+]

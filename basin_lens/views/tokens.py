@@ -1,12 +1,14 @@
-"""Text colored by a score, with CircuitsVis."""
+"""Text colored by scores, with CircuitsVis: one or several at one layer, or all layers."""
 
 import html
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from basin_lens import tables
 from basin_lens.errors import StoreError, TableError
@@ -16,18 +18,34 @@ _PAGE = (
     '<title>{title}</title></head><body style="font-family:system-ui,sans-serif;margin:2rem auto;max-width:52rem;'
     'color:#1b1b1b;background:#fff">{body}</body></html>'
 )
-_STYLE = "<style>.colored-tokens em{color:#777;font-style:normal;border-bottom:1px dotted #777}</style>"
+_STYLE = (
+    "<style>.colored-tokens em{color:#777;font-style:normal;border-bottom:1px dotted #777}"
+    # On a pad of its own: CircuitsVis writes white on white where there is no value.
+    ".colored-tokens i{font-style:normal;border-bottom:1px dotted #777;color:#1b1b1b;background:rgba(255,255,255,.6)}"
+    ".colored-tokens small{font-style:italic}"
+    ".token-caption{font-size:.9rem;color:#555}.token-scale{font-size:.8rem;color:#555;border-collapse:collapse}"
+    ".token-scale th,.token-scale td{padding:.1rem .6rem;text-align:right;font-variant-numeric:tabular-nums}</style>"
+)
 
 
 @dataclass(frozen=True)
 class TokenView:
     """A token view: shows in a notebook, `save` writes a page that works offline.
 
-    `html` is a fragment that carries its own script; it asks no outside site for anything.
+    It asks no outside site for anything. `body` and `call` are one view; `script` is CircuitsVis, which a page with several views needs
+    only once.
     """
 
-    html: str
+    body: str
+    call: str = field(repr=False)
+    script: str = field(repr=False)
     title: str
+
+    @property
+    def html(self) -> str:
+        """A fragment that carries its own script."""
+        # A module, as CircuitsVis makes it: run when the element is there, and its names are its own.
+        return f'{self.body}<script type="module">{self.script}\n{self.call}</script>'
 
     def _repr_html_(self) -> str:
         return self.html
@@ -44,16 +62,19 @@ class TokenView:
             raise StoreError(f"expected a place that can be written, got {os.fspath(path)!r}: {error.strerror}.") from error
 
 
-def token_view(table: pd.DataFrame, column: str, layer: int, *, seq: int | None = None) -> TokenView:
-    """One sequence's tokens colored by one score at one layer.
+def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, seq: int | None = None) -> TokenView:
+    """One sequence's tokens colored by one score at one layer, or by several scores to choose from.
 
     Blue is above the middle of the color scale, red below it; the middle is 0 for a score that takes both signs here, else the
     sequence's median (a score of one sign would be one flat color). Hover shows the difference from that middle. Tokens without a
     score are gray and underlined.
 
+    With several scores, each is divided by its largest difference from its middle, so that all run from -1 to 1: CircuitsVis has one
+    scale for all. Hover shows them all; the caption has each one's unit, middle and what 1 is.
+
     Args:
         table: from `analyze`, of one run.
-        column: a score.
+        column: a score, or several.
         layer: block index.
         seq: which sequence; None: the first of the table.
 
@@ -63,7 +84,7 @@ def token_view(table: pd.DataFrame, column: str, layer: int, *, seq: int | None 
     Raises:
         TableError: no such column, layer or sequence; several runs.
 
-    Source: CircuitsVis `ColoredTokens`.
+    Source: CircuitsVis `ColoredTokens` and `ColoredTokensMulti`.
 
     Example:
         >>> import basin_lens as bl
@@ -72,41 +93,193 @@ def token_view(table: pd.DataFrame, column: str, layer: int, *, seq: int | None 
         >>> bl.views.token_view(table, "surprisal", layer=0).title
         'surprisal, layer 0, sequence 0 (text-0)'
     """
+    columns = [column] if isinstance(column, str) else list(column)
+    units = _units(table, columns)
+    rows, seq = _sequence(tables.at_layer(table, layer), table, seq)
+    where = f"layer {layer}, sequence {seq} ({rows['doc'].iloc[0]})"
+    values = rows[columns].to_numpy(float)
+    if isinstance(column, str):
+        return _one(rows["token"], values[:, 0], column, units[column], where)
+    return _several(rows["token"], values, units, where)
+
+
+def _one(tokens: pd.Series, values: Float[np.ndarray, " tokens"], column: str, unit: str, where: str) -> TokenView:
     # Importing CircuitsVis imports torch.
     from circuitsvis.tokens import colored_tokens
 
-    tables.require(table, column, "seq", "token")
+    middle, bound = middle_and_bound(values)
+    shown = _filled(values - middle)
+    texts = [visible(token, bool(np.isfinite(value))) for token, value in zip(tokens, values, strict=True)]
+    drawn = colored_tokens(texts, shown.tolist(), -bound, bound, "#d6604d", "#4393c3").local_src
+    caption = (
+        f"{column} at {where}. Unit: {unit}. White is {middle:.3g}, blue up to +{bound:.3g} from it, red down to -{bound:.3g}; hover shows "
+        f"the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} tokens have no score (gray, underlined)."
+    )
+    return _assemble(drawn, [caption], f"{column}, {where}")
+
+
+def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], units: dict[str, str], where: str) -> TokenView:
+    # What `colored_tokens_multi` calls, which passes no bounds on: it would take those of the first score for all.
+    from circuitsvis.utils.render import render
+
+    scales = [middle_and_bound(part) for part in values.T]
+    middles, bounds = (np.array(part) for part in zip(*scales, strict=True))
+    there = np.isfinite(values)
+    shown = np.where(there, (values - middles) / bounds, np.nan)
+    texts = [visible(token, bool(known.any()), bool(known.all())) for token, known in zip(tokens, there, strict=True)]
+    ends = {"positiveBounds": [1.0] * len(units), "negativeBounds": [-1.0] * len(units)}
+    drawn = render("ColoredTokensMulti", tokens=texts, values=shown, labels=list(units), **ends).local_src
+    caption = (
+        f"{', '.join(units)} at {where}: point at a name to color by it, click to keep it. White is the middle of each score, blue above "
+        "it, red below; hover shows each score as a share of its largest difference from its middle, so that all run from -1 to 1. "
+        "Gray and underlined: no score at all; underlined: some have no score there (NaN)."
+    )
+    lines = [
+        f"{name}: unit {unit}; middle {middle:.3g}, 1 is {bound:.3g} from it; {int((~known).sum())} of {len(values)} tokens without."
+        for (name, unit), middle, bound, known in zip(units.items(), middles, bounds, there.T, strict=True)
+    ]
+    return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}")
+
+
+def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | None = None) -> TokenView:
+    """One sequence's tokens colored by any of several scores at any layer, to choose from on the page.
+
+    Colors and hover show the difference from a middle: 0 for a score that takes both signs in this sequence, else the sequence's median at
+    that layer. Below the text are the middle and the ends of the colors at each layer.
+
+    Args:
+        table: from `analyze`, of one run.
+        columns: a score, or several.
+        seq: which sequence; None: the first of the table.
+
+    Returns:
+        a view that shows in a notebook and has `.save("x.html")`.
+
+    Raises:
+        TableError: no such column or sequence; several runs; a layer that lacks some of the tokens.
+
+    Source: CircuitsVis `TextNeuronActivations`.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> table = bl.analyze(model, "The cat sat on the mat.", [bl.analyzers.StateNorm()], layers=[0, 1], progress=False)
+        >>> bl.views.layer_view(table, ["state_norm"]).title
+        'state_norm, layers 0 to 1, sequence 0 (text-0)'
+    """
+    from circuitsvis.activations import text_neuron_activations
+
+    columns = [columns] if isinstance(columns, str) else list(columns)
+    units = _units(table, columns)
+    rows, seq = _sequence(table, table, seq)
+    layers = sorted(rows["layer"].unique().tolist())
+    parts = [rows[rows["layer"] == layer] for layer in layers]
+    if any(part["pos"].tolist() != parts[0]["pos"].tolist() for part in parts):
+        raise TableError(
+            "expected the same tokens at every layer, got layers that lack some. Choose layers: table[table.layer.isin(...)]."
+        )
+    values = np.stack([part[columns].to_numpy(float) for part in parts], 1)  # [tokens, layers, scores]
+    there = np.isfinite(values)
+    scales = np.zeros((len(layers), len(columns), 2))
+    for place in range(len(columns)):
+        signed = _two_signed(values[..., place])
+        for at in range(len(layers)):
+            scales[at, place] = middle_and_bound(values[:, at, place], 0.0 if signed else None)
+    shown = _filled(values - scales[..., 0])
+    texts = [visible(token, bool(known.any()), bool(known.all())) for token, known in zip(parts[0]["token"], there, strict=True)]
+    # CircuitsVis takes the extremes shown as the ends of the colors: two boxes make them symmetric, and show what they look like.
+    texts, shown = [*texts, *_ENDS], np.concatenate([shown, np.stack([-scales[..., 1], scales[..., 1]])])
+    drawn = text_neuron_activations(
+        texts, shown, "Layer", "Score", [str(layer) for layer in layers], [f"{name} [{unit}]" for name, unit in units.items()]
+    ).local_src
+    span = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    where = f"{span}, sequence {seq} ({rows['doc'].iloc[0]})"
+    caption = (
+        f"{', '.join(columns)} at {where}. White is the middle of the score at the layer, blue above it, red below; hover shows the difference "
+        "from it in the score's unit. Gray and underlined: no score at all; underlined: no score at some layer or of some kind, where it "
+        "shows 0. The last two boxes are the ends of the scale."
+    )
+    return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", _scale_table(layers, units, scales, there))
+
+
+def _scale_table(layers: Sequence[int], units: dict[str, str], scales: np.ndarray, there: np.ndarray) -> str:
+    """What white and the ends of the colors are at each layer."""
+    top = "".join(
+        f"<th>{html.escape(f'{name} [{unit}]: middle')}</th><th>± end</th><th>without</th>" for name, unit in units.items()
+    )
+    lines = []
+    for at, layer in enumerate(layers):
+        cells = "".join(
+            f"<td>{middle:.3g}</td><td>{bound:.3g}</td><td>{int((~known).sum())}</td>"
+            for (middle, bound), known in zip(scales[at], there[:, at].T, strict=True)
+        )
+        lines.append(f"<tr><td>{layer}</td>{cells}</tr>")
+    return (
+        "<details><summary class='token-caption'>Middle and ends of the colors at each layer, and tokens without a score</summary>"
+        f"<div style='overflow-x:auto'><table class='token-scale'><tr><th>layer</th>{top}</tr>{''.join(lines)}</table></div></details>"
+    )
+
+
+# Tags without attributes, for the reason given in `visible`; unlike tokens, in small italics.
+_ENDS = ("<small>lowest</small>", "<small>highest</small>")
+
+
+def middle_and_bound(values: Float[np.ndarray, " tokens"], middle: float | None = None) -> tuple[float, float]:
+    """What is white, and how far from it the colors end: 0 for both signs, else the median; never of no width."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return 0.0, 1.0
+    if middle is None:
+        middle = 0.0 if _two_signed(known) else float(np.median(known))
+    return middle, float(np.abs(known - middle).max()) or 1.0
+
+
+def _two_signed(values: np.ndarray) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() < 0 < known.max())
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    # One NaN would take the color from all tokens.
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _units(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, str]:
+    tables.require(table, *columns, "seq", "token")
+    if not columns:
+        raise TableError(f"expected at least one score, got none; the table has {list(tables.scores(table))}.")
     if table["run"].nunique() != 1:
         raise TableError(f"expected a table of one run, got {table['run'].nunique()}. Choose one: table[table.run == ...].")
-    facts = tables.scores(table).get(column)
-    if facts is None:
-        raise TableError(f"expected a score, got {column!r}; the table has {list(tables.scores(table))}.")
-    rows = tables.at_layer(table, layer)
+    facts = tables.scores(table)
+    for name in columns:
+        if name not in facts:
+            raise TableError(f"expected a score, got {name!r}; the table has {list(facts)}.")
+    return {name: str(facts[name]["unit"]) for name in columns}
+
+
+def _sequence(rows: pd.DataFrame, table: pd.DataFrame, seq: int | None) -> tuple[pd.DataFrame, int]:
     seq = int(rows["seq"].iloc[0]) if seq is None else seq
-    rows = rows[rows["seq"] == seq].sort_values("pos")
+    rows = rows[rows["seq"] == seq].sort_values("pos", kind="stable")
     if rows.empty:
         raise TableError(f"expected a sequence of the table, got {seq}; it has 0 to {table['seq'].max()}.")
-    values = rows[column].to_numpy(float)
-    known = values[np.isfinite(values)]
-    middle = 0.0
-    if len(known) and (known.min() >= 0 or known.max() <= 0):
-        middle = float(np.median(known))
-    shown = np.nan_to_num(values - middle, nan=0.0, posinf=0.0, neginf=0.0)
-    bound = float(np.abs(shown).max()) or 1.0
-    tokens = [visible(token, bool(np.isfinite(value))) for token, value in zip(rows["token"], values, strict=True)]
-    drawn = colored_tokens(tokens, shown.tolist(), -bound, bound, "#d6604d", "#4393c3").local_src
-    title = f"{column}, layer {layer}, sequence {seq} ({rows['doc'].iloc[0]})"
-    caption = (
-        f"{column} at layer {layer} in sequence {seq} of {rows['doc'].iloc[0]}. Unit: {facts['unit']}. White is {middle:.3g}, "
-        f"blue up to +{bound:.3g} from it, red down to -{bound:.3g}; hover shows the difference from {middle:.3g}. "
-        f"{int(np.isnan(values).sum())} of {len(values)} tokens have no score (gray, underlined)."
-    )
-    body = f'{_STYLE}<p style="font-size:.9rem;color:#555">{html.escape(caption)}</p>{drawn}'
-    return TokenView(body, title)
+    return rows, seq
 
 
-def visible(token: str, scored: bool) -> str:
+def _assemble(drawn: str, captions: Sequence[str], title: str, below: str = "") -> TokenView:
+    """A view from CircuitsVis' own markup, with its script apart."""
+    head, rest = drawn.split('<script crossorigin type="module">', 1)
+    start, end = rest.index("CircuitsVis.render("), rest.rindex("</script>")
+    element = head.split('id="', 1)[1].split('"', 1)[0]
+    # CircuitsVis leaves its element open, and would clear away whatever follows it on the page.
+    place = f'<div id="{element}" style="margin:15px 0"></div>'
+    words = "".join(f'<p class="token-caption">{html.escape(caption)}</p>' for caption in captions)
+    # Names of scores are text within a script: "<" must not begin a tag there.
+    call = rest[start:end].strip().replace("<", "\\u003c")
+    return TokenView(f"{_STYLE}{words}{place}{below}", call, rest[:start].strip(), title)
+
+
+def visible(token: str, scored: bool, everywhere: bool = True) -> str:
     """Token text as harmless HTML (CircuitsVis writes it into the page as it is), with line ends and empty tokens made visible."""
     text = html.escape(token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥") or "∅")
     # CircuitsVis turns every space into &nbsp;, so the tag can have no attributes: the style is set beside it.
-    return text if scored else f"<em>{text}</em>"
+    return f"<em>{text}</em>" if not scored else text if everywhere else f"<i>{text}</i>"

@@ -1,0 +1,357 @@
+"""Two columns against each other at one layer, and one column by category."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from basin_lens import tables
+from basin_lens.errors import TableError
+from basin_lens.views import marks
+
+Scale = Literal["linear", "log", "rank"]
+
+_MOST_POINTS = 20_000  # drawn; lines and counts are of all
+_MOST_CATEGORIES = 24
+_BEFORE_UNIT = "\x00"  # in the words for an axis: where more words may come
+_FEWEST = 6  # documents, for an interval over them
+
+
+def scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    layer: int,
+    *,
+    controls_note: str = "",
+    x_scale: Scale = "linear",
+    y_scale: Scale = "linear",
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Figure:
+    """Two columns token by token at one layer, each less its sequence's mean: what goes together within texts.
+
+    The line is ordinary least squares; its band is the 95 % percentile bootstrap of whole documents, because tokens of one text are
+    not independent.
+
+    Args:
+        table: from `analyze`, of one run; any table with columns `layer`, `doc` and `seq`.
+        x, y: numeric columns.
+        layer: block index.
+        controls_note: what was done to the columns before, for the line below the figure.
+        x_scale, y_scale: `"linear"`; `"log"`: log10 of the column, positive values only; `"rank"`: share of the sequence's tokens
+            below.
+        n_resamples: draws of documents.
+        seed: of the bootstrap, and of the choice of points drawn where there are more than 20,000.
+
+    Returns:
+        a matplotlib Figure. Tokens without both values are left out and counted. No band with fewer than 6 documents; no line where a
+        column does not vary.
+
+    Raises:
+        TableError: missing or not numeric columns, no such layer, several runs, an unknown scale.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> rng = np.random.default_rng(0)
+        >>> table = pd.DataFrame({"layer": 3, "doc": np.repeat(range(9), 20), "seq": np.repeat(range(9), 20), "a": rng.normal(size=180)})
+        >>> table["b"] = table.a + rng.normal(size=180)
+        >>> bl.views.scatter(table, "a", "b", layer=3).axes[0].get_xlabel()
+        "a\\ndeviation from its sequence's mean"
+    """
+    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale)
+    for name, scale in (("x", x_scale), ("y", y_scale)):
+        if scale != "rank":
+            rows[name] -= rows.groupby("seq")[name].transform("mean")
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = rows
+    if len(rows) > _MOST_POINTS:
+        drawn = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), _MOST_POINTS, replace=False))]
+    axes.scatter(
+        drawn["x"], drawn["y"], s=7, color=marks.COLORS[0], alpha=float(np.clip(150 / np.sqrt(len(drawn) + 1) / 10, 0.06, 0.5)),
+        linewidths=0, rasterized=True, gid="tokens",
+    )  # fmt: skip
+    documents = rows["doc"].nunique()
+    words = [f"{len(rows):,} tokens in {rows['seq'].nunique():,} sequences of {documents:,} documents"]
+    if len(drawn) < len(rows):
+        words.append(f"{len(drawn):,} of them drawn")
+    if not len(rows):
+        marks.say_nothing(axes)
+    elif _flat(rows["x"]) or _flat(rows["y"]):
+        words.append(f"no line: {x if _flat(rows['x']) else y} does not vary within sequences")
+    else:
+        grid = np.linspace(rows["x"].min(), rows["x"].max(), 60)
+        slope, intercept, slopes, intercepts = _lines(rows, n_resamples, seed)
+        axes.plot(grid, intercept + slope * grid, color=marks.COLORS[1], linewidth=1.8, zorder=4, gid="line")
+        sentence = f"line: least squares, slope {marks.number(slope)}"
+        if documents >= _FEWEST:
+            low, high = np.percentile(intercepts[:, None] + slopes[:, None] * grid, (2.5, 97.5), axis=0)
+            axes.fill_between(grid, low, high, color=marks.COLORS[1], alpha=0.3, linewidth=0, zorder=3, gid="band")
+            ends = np.percentile(slopes, (2.5, 97.5))
+            sentence += f" [{marks.number(ends[0])}, {marks.number(ends[1])}]; band and brackets: 95 % bootstrap of documents"
+        else:
+            sentence += f"; no band with fewer than {_FEWEST} documents"
+        words.append(sentence)
+    axes.axhline(0.5 if y_scale == "rank" else 0, color=marks.GRAY, linewidth=0.7, zorder=1)
+    axes.axvline(0.5 if x_scale == "rank" else 0, color=marks.GRAY, linewidth=0.7, zorder=1)
+    for setter, name, scale in ((axes.set_xlabel, names[0], x_scale), (axes.set_ylabel, names[1], y_scale)):
+        setter(name if scale == "rank" else name.replace(_BEFORE_UNIT, "\ndeviation from its sequence's mean"))
+    marks.bare(axes)
+    words += [note for note in (left_out, controls_note) if note]
+    marks.finish(figure, f"{y} and {x} within sequences, layer {layer}", "; ".join(words))
+    return figure
+
+
+def joint_density(
+    table: pd.DataFrame, x: str, y: str, layer: int, *, x_scale: Scale = "linear", y_scale: Scale = "linear"
+) -> Figure:
+    """How two columns are distributed together at one layer: counts in hexagons, with the distribution of each beside.
+
+    Args:
+        table: from `analyze`, of one run; any table with columns `layer`, `doc` and `seq`.
+        x, y: numeric columns, as they are: differences between texts are in them (`scatter` takes them out).
+        layer: block index.
+        x_scale, y_scale: as for `scatter`.
+
+    Returns:
+        a matplotlib Figure; colors count tokens on a logarithmic scale.
+
+    Raises:
+        TableError: missing or not numeric columns, no such layer, several runs, an unknown scale.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> table = pd.DataFrame({"layer": 3, "doc": 0, "seq": 0, "a": np.arange(9.0), "b": np.arange(9.0) ** 2})
+        >>> bl.views.joint_density(table, "a", "b", layer=3).axes[0].get_xlabel()
+        'a'
+    """
+    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale)
+    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4), hspace=0.02, wspace=0.02)
+    axes = figure.add_subplot(grid[1, 0])
+    above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
+    spans = [_span(rows["x"]), _span(rows["y"])]
+    if len(rows):
+        image = axes.hexbin(
+            rows["x"], rows["y"], gridsize=38, extent=(*spans[0], *spans[1]), mincnt=1, cmap="cividis", linewidths=0.1
+        )
+        most = float(np.max(np.asarray(image.get_array())))
+        image.set_norm(LogNorm(1, max(10.0, most)))
+        bar = figure.colorbar(image, ax=[above, axes, beside], pad=0.015, fraction=0.05)
+        bar.set_label("tokens in a hexagon (logarithmic)", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+        above.hist(rows["x"], bins=40, range=spans[0], color=marks.COLORS[0], gid="x")
+        beside.hist(rows["y"], bins=40, range=spans[1], color=marks.COLORS[0], orientation="horizontal")
+    else:
+        marks.say_nothing(axes)
+    axes.set(xlabel=names[0].replace(_BEFORE_UNIT, ""), ylabel=names[1].replace(_BEFORE_UNIT, ""), xlim=spans[0], ylim=spans[1])
+    marks.bare(axes)
+    for side, hidden, label in ((above, "x", "y"), (beside, "y", "x")):
+        marks.bare(side)
+        side.tick_params(axis="x" if hidden == "x" else "y", labelbottom=hidden != "x", labelleft=hidden != "y")
+        (side.set_ylabel if label == "y" else side.set_xlabel)("tokens", fontsize=8)
+    words = [f"{len(rows):,} tokens in {rows['seq'].nunique():,} sequences of {rows['doc'].nunique():,} documents"]
+    words += [left_out] if left_out else []
+    marks.finish(figure, f"{y} and {x}, layer {layer}", "; ".join(words))
+    return figure
+
+
+def distributions(
+    table: pd.DataFrame,
+    column: str,
+    by: str,
+    layer: int,
+    *,
+    order: Sequence[Any] | None = None,
+    y_scale: Literal["linear", "log"] = "linear",
+) -> Figure:
+    """How a score is distributed in each category of tokens at one layer: violins with median and quartiles.
+
+    Args:
+        table: from `analyze`, of one run; any table with a column `layer`.
+        column: numeric column.
+        by: label column; tokens without a label are left out and counted.
+        layer: block index.
+        order: which categories, from left to right; None: all, numbers by size, others from frequent to rare.
+        y_scale: `"linear"`, or `"log"`: log10 of the column, positive values only.
+
+    Returns:
+        a matplotlib Figure, with the number of tokens under each category. Categories with fewer than 5 tokens, or with one value, have
+        no violin. The axis ends at the 0.5th and 99.5th percentile of all values, and the line below counts what lies beyond.
+
+    Raises:
+        TableError: missing or not numeric columns, no such layer, several runs, unknown categories or more than 24.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> table = pd.DataFrame({"layer": 3, "tag": ["A", "B"] * 20, "a": np.random.default_rng(0).normal(size=40)})
+        >>> [text.get_text() for text in bl.views.distributions(table, "a", "tag", layer=3).axes[0].get_xticklabels()]
+        ['A\\nn = 20', 'B\\nn = 20']
+    """
+    rows = _at(table, [column, by], layer)
+    values, labels = _numbers(rows, column), rows[by]
+    if y_scale not in ("linear", "log"):
+        raise TableError(f'expected a scale "linear" or "log", got {y_scale!r}.')
+    if y_scale == "log":
+        values = np.log10(values.where(values > 0))
+    there = np.isfinite(values) & labels.notna()
+    values, labels = values[there], labels[there]
+    kinds = _order(labels, by, order)
+    inside = labels.isin(kinds)
+    known = values[inside].to_numpy()
+    figure = Figure(figsize=(max(4.6, 0.72 * len(kinds) + 1.4), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = np.percentile(known, (0.5, 99.5)) if len(known) else (0.0, 1.0)
+    for place, kind in enumerate(kinds):
+        _violin(axes, place, values[labels == kind].to_numpy(), float(low), float(high))
+    if not len(known):
+        marks.say_nothing(axes)
+    counts = [int((labels == kind).sum()) for kind in kinds]
+    axes.set_xticks(
+        range(len(kinds)), [f"{marks.plain(kind, 14)}\nn = {count:,}" for kind, count in zip(kinds, counts, strict=True)]
+    )
+    axes.set_xlim(-0.6, len(kinds) - 0.4)
+    margin = 0.04 * (high - low) or 0.5 * abs(low) or 0.5
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlabel(marks.plain(by))
+    name = _titled(table, column).replace(_BEFORE_UNIT, "")
+    axes.set_ylabel(f"log10 {name}" if y_scale == "log" else name)
+    marks.bare(axes)
+    beyond = int(((known < low - margin) | (known > high + margin)).sum())
+    words = [f"{len(known):,} tokens" + (f" of {rows['doc'].nunique():,} documents" if "doc" in rows else "")]
+    words.append("white dot: median; thick line: quartiles; shape: density, as wide for each")
+    if beyond:
+        words.append(f"{beyond:,} values beyond the axis")
+    if (~there).any():
+        words.append(f"{int((~there).sum()):,} tokens without a {'positive ' * (y_scale == 'log')}value or label left out")
+    marks.finish(figure, f"{column} by {by}, layer {layer}", "; ".join(words))
+    return figure
+
+
+def _violin(axes: Any, place: int, values: np.ndarray, low: float, high: float) -> None:
+    """One category. The density is of the values on the axis only: a far one would smooth all others away."""
+    if not len(values):
+        axes.text(place, 0.5, "no values", transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="center", fontsize=8)
+        return
+    near = values[(values >= low) & (values <= high)]
+    if len(near) >= 5 and not _flat(pd.Series(near)):
+        for body in axes.violinplot([near], [place], widths=0.8, showextrema=False)["bodies"]:
+            body.set(facecolor=marks.COLORS[5], edgecolor=marks.COLORS[0], alpha=0.65, linewidth=0.8)
+    else:
+        axes.plot(np.full(len(values), place), values, "_", color=marks.COLORS[0], markersize=9, gid="values")
+    first, median, last = np.percentile(values, (25, 50, 75))
+    axes.vlines([place], [first], [last], color="#1a1a1a", linewidth=3.5, zorder=3).set_gid("quartiles")
+    axes.plot([place], [median], "o", color="#1a1a1a", markerfacecolor="white", markersize=5, zorder=4, gid="median")
+
+
+def _order(labels: pd.Series, by: str, order: Sequence[Any] | None) -> list[Any]:
+    there = labels.value_counts()
+    if order is not None:
+        unknown = [kind for kind in order if kind not in there.index]
+        if unknown or not len(order):
+            raise TableError(f"expected values of {by!r} as order, got {list(order)}; it has {there.index.tolist()[:30]}.")
+        kinds = list(order)
+    elif pd.api.types.is_numeric_dtype(labels):
+        kinds = sorted(there.index.tolist())
+    else:
+        kinds = there.index.tolist()
+    if len(kinds) > _MOST_CATEGORIES:
+        raise TableError(f"expected at most {_MOST_CATEGORIES} categories, got {len(kinds)} of {by!r}. Choose some: order=[...].")
+    return kinds
+
+
+def _at(table: pd.DataFrame, columns: Sequence[str], layer: int) -> pd.DataFrame:
+    tables.require(table, *columns)
+    if "run" in table and table["run"].nunique() != 1:
+        raise TableError(f"expected a table of one run, got {table['run'].nunique()}. Choose one: table[table.run == ...].")
+    return tables.at_layer(table, layer)
+
+
+def _numbers(rows: pd.DataFrame, column: str) -> pd.Series:
+    if not pd.api.types.is_numeric_dtype(rows[column]):
+        raise TableError(
+            f"expected a numeric column, got {column!r} of {rows[column].dtype}. Pass it as by=, or turn it into numbers."
+        )
+    return rows[column].astype(float)
+
+
+def _pairs(
+    table: pd.DataFrame, x: str, y: str, layer: int, x_scale: str, y_scale: str
+) -> tuple[pd.DataFrame, tuple[str, str], str]:
+    """Rows `x, y, seq, doc` with both values, the words for the axes, and what was left out."""
+    held = _at(table, [x, y, "seq", "doc"], layer)
+    rows = pd.DataFrame({"x": _numbers(held, x), "y": _numbers(held, y), "seq": held["seq"], "doc": held["doc"]})
+    names, notes = [], []
+    for name, column, scale in (("x", x, x_scale), ("y", y, y_scale)):
+        if scale not in ("linear", "log", "rank"):
+            raise TableError(f'expected a scale "linear", "log" or "rank", got {scale!r}.')
+        title = _titled(table, column)
+        if scale == "log":
+            negative = int((rows[name] <= 0).sum())
+            rows[name] = np.log10(rows[name].where(rows[name] > 0))
+            notes += [f"{negative:,} values of {column} at or below 0 have no logarithm"] if negative else []
+            title = f"log10 {title}"
+        names.append(f"{marks.plain(column)}\nrank within its sequence [share]" if scale == "rank" else title)
+    there = np.isfinite(rows["x"]) & np.isfinite(rows["y"])
+    if (~there).any():
+        notes.insert(0, f"{int((~there).sum()):,} tokens without both values left out")
+    rows = rows[there].reset_index(drop=True)
+    for name, scale in (("x", x_scale), ("y", y_scale)):
+        if scale == "rank":
+            grouped = rows.groupby("seq")[name]
+            rows[name] = grouped.rank() / (grouped.transform("size") + 1)
+    return rows, (names[0], names[1]), "; ".join(notes)
+
+
+def _titled(table: pd.DataFrame, column: str) -> str:
+    unit = marks.unit_of(table, column)
+    return f"{marks.plain(column)}{_BEFORE_UNIT}{f' [{marks.plain(unit)}]' if unit else ''}"
+
+
+def _flat(values: pd.Series) -> bool:
+    return bool(np.ptp(values.to_numpy()) <= 1e-10 * max(1e-300, float(np.abs(values).max())))
+
+
+def _span(values: pd.Series) -> tuple[float, float]:
+    """Ends of an axis; never of no width."""
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    wide = (high - low) * 0.03 or abs(low) * 0.5 or 0.5
+    return low - wide, high + wide
+
+
+def _lines(
+    rows: pd.DataFrame, n_resamples: int, seed: int
+) -> tuple[float, float, Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]:
+    """Slope and intercept of least squares, and those of resampled documents, from each document's sums."""
+    codes, _ = pd.factorize(rows["doc"])
+    x, y = rows["x"].to_numpy(), rows["y"].to_numpy()
+    scale = np.abs(x).max()
+    x = x / scale
+    sums = np.stack([np.bincount(codes, weights=part) for part in (np.ones_like(x), x, y, x * x, x * y)], 1)
+    documents = len(sums)
+    weights = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), n_resamples)
+
+    def fit(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        n, sx, sy, sxx, sxy = total.T
+        spread = n * sxx - sx * sx
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = np.where(spread > 1e-12 * n * sxx, (n * sxy - sx * sy) / spread, np.nan)
+        return slope, (sy - slope * sx) / n
+
+    slope, intercept = fit(sums.sum(0)[None])
+    slopes, intercepts = fit(weights @ sums)
+    known = np.isfinite(slopes)
+    return float(slope[0] / scale), float(intercept[0]), slopes[known] / scale, intercepts[known]
