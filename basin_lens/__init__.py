@@ -1,7 +1,7 @@
 """basin_lens: where does a language model compress?
 
     passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
-    texts.py   model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
+    texts/     model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
                                   analysis/ conducts all of this: read it first; controls/ destroys structure
 
 Importing the package imports neither torch nor pandas: names are looked up when they are first used.
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from basin_lens import analyzers, controls, errors, stats, tables, views
+    from basin_lens import analyzers, controls, errors, stats, studies, tables, views
     from basin_lens.analysis import analyze, neighborhood
     from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
@@ -28,7 +28,7 @@ _HOMES = {
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.analysis",
 }
-_ROOMS = ("analyzers", "controls", "errors", "stats", "tables", "views")
+_ROOMS = ("analyzers", "controls", "errors", "stats", "studies", "tables", "views")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "load_model",
     "neighborhood",
     "stats",
+    "studies",
     "tables",
     "views",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `basin-lens demo | analyze | info`."""
+"""The command line: `basin-lens demo | analyze | study | info`."""
 
 import sys
 from pathlib import Path
@@ -67,6 +67,99 @@ def analyze(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="importance, linguistic, layers, robustness, summary, or all.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...", help="Text files, or .jsonl with text, doc, labels, spans; for summary, study folders."
+        ),
+    ] = None,
+    model: Model = "smollm2-135m",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset", help="In place of files: built-in, nltk:treebank, nltk:brown, ..., or a data set's name, as wikitext."
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Of the data set, such as wikitext-103-raw-v1.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of the data set.")] = "test",
+    max_sequences: Annotated[
+        int | None, typer.Option("--max-sequences", help="At most so many sequences, spread over the documents; all if left out.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,5,10 or 0-9, or all; ten if left out.")] = None,
+    k: K = 15,
+    context: Annotated[str, typer.Option("--context", help="How neighbors pass the block: patched, native, ...")] = "patched",
+    bank: Annotated[
+        str | None, typer.Option("--bank", help='"reference": neighbors from the built-in passages, for prompts of one template.')
+    ] = None,
+    exclude: Annotated[
+        str, typer.Option("--exclude", help="Never neighbors: those of the same sequence, document, or a label.")
+    ] = "sequence",
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="What is independent: document, sequence, or a label such as template.")
+    ] = "document",
+    contrast: Annotated[
+        str | None, typer.Option("--contrast", help="Compare two kinds everywhere: span:IO,S or LABEL:VALUE,VALUE.")
+    ] = None,
+    second_model: Annotated[
+        str | None, typer.Option("--second-model", help="robustness: another model to read the same texts.")
+    ] = None,
+    tagger: Annotated[str, typer.Option("--tagger", help="linguistic: auto, gold, nltk or spacy.")] = "auto",
+    sentiment: Annotated[
+        str | None, typer.Option("--sentiment", help="linguistic: a label with two values, one for each sentence.")
+    ] = None,
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per sequence.")] = 128,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the study; with all, one folder for each in it.")] = Path(
+        "basin-lens-study"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Run a study: a declared question, tables, figures, and one offline report with its verdict.
+
+    Without files or --dataset, the built-in passages are read (8 documents: few). `study all` measures once and runs every study.
+
+    Examples: basin-lens study importance --dataset nltk:treebank --max-sequences 100 --out importance/
+              basin-lens study linguistic --dataset nltk:brown --max-sequences 60
+              basin-lens study layers --dataset wikitext --config wikitext-103-raw-v1 --split test --max-sequences 60
+              basin-lens study layers prompts.jsonl --contrast span:IO,S --cluster template --exclude template --bank reference
+              basin-lens study all --dataset nltk:treebank --max-sequences 60 --out studies/
+              basin-lens study summary studies/importance studies/layers --out summary/
+    """
+    from basin_lens import studies
+    from basin_lens.studies.base import refuse_folder
+    from basin_lens.studies.measured import check_names
+
+    files = files or []
+    if name == "summary":
+        refuse_folder(out, "summary")
+        _told(studies.summarize(list(files)), out)
+        return
+    names = check_names(name)
+    for one in [*names, "summary"] if name == "all" else names:
+        refuse_folder(out / one if name == "all" else out, one)
+    asked = _contrast(contrast)
+    passages = _passages(files, dataset, config, split, max_sequences)
+    loaded = _load(model)
+    other = _load(second_model) if second_model is not None else None
+    chosen = "all" if layers == "all" else _layers(layers)
+    how: Any = context  # measure refuses what is no context
+    measured = studies.measure(
+        loaded, passages, studies=names, layers=chosen, k=k, context=how, bank=bank, exclude=exclude, unit=cluster, contrast=asked,
+        max_sequences=max_sequences, max_length=max_length, seed=seed,
+    )  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "linguistic": {"tagger": tagger, "sentiment": sentiment},
+        "robustness": {"second_model": other},
+    }
+    for one in names:
+        made = getattr(studies, f"study_{one}")(loaded, measured, **own.get(one, {}))
+        _told(made, out / one if name == "all" else out)
+    if name == "all":
+        _told(studies.summarize([out / one for one in names]), out / "summary")
+
+
+@app.command()
 def info() -> None:
     """Show versions, the device, and where files are kept.
 
@@ -112,6 +205,47 @@ def _load(name: str) -> Any:
 
     typer.echo(f"loading {name}")
     return load_model(name)
+
+
+def _contrast(text: str | None) -> Any:
+    """A contrast from `span:IO,S` or `label:one,other`."""
+    from basin_lens.studies import Contrast
+
+    if text is None:
+        return None
+    by, _, sides = text.partition(":")
+    first, _, second = sides.partition(",")
+    if not (by and first and second):
+        raise typer.BadParameter(f"expected a contrast such as span:IO,S or memorized:True,False, got {text!r}.")
+    return Contrast(by, first, second)
+
+
+def _passages(files: list[Path], dataset: str | None, config: str | None, split: str, max_sequences: int | None) -> list[Any]:
+    """Texts from files or a named data set, all of it before a model is loaded."""
+    from basin_lens.texts import read_dataset, read_texts
+
+    if files and dataset is not None:
+        raise typer.BadParameter("expected files or --dataset, got both.")
+    if files:
+        return [passage for file in files for passage in read_texts(file)]
+    name = dataset or "built-in"
+    # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over them.
+    whole = name == "built-in" or name.startswith("nltk:")
+    typer.echo(f"reading {name}")
+    return list(read_dataset(name, config=config, split=split, max_passages=None if whole else max_sequences))
+
+
+def _told(study: Any, out: Path) -> None:
+    """Save a study, and say its verdict."""
+    from rich.console import Console
+
+    folder = study.save(out)
+    console = Console(markup=False, highlight=False)
+    raised = 0 if study.flags is None else int((study.flags["raised"] == True).fillna(False).sum())  # noqa: E712  (NA: not checked)
+    console.print(f"\n{study.title}  [{study.decision}; {raised} red flags]", soft_wrap=True)
+    for line in study.verdict:
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(f"  {folder / 'report.html'}", soft_wrap=True)
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -183,13 +317,15 @@ def _print_summary(summary: Any, facts: dict[str, Any], out: Path) -> None:
     for row in summary.to_dict("records"):
         lines.add_row(
             str(row["layer"]), f"{row['compression_mean']:+.3f}", f"{row['compression_low']:+.3f} {row['compression_high']:+.3f}",
-            f"{row['compression_reliability']:.2f}", f"{row['compression_other_token_mean']:+.3f}", f"{row['contraction_mean']:+.3f}",
+            f"{row['compression_reliability']:.2f}", f"{row['compression_other_token_mean']:+.3f}",
+                f"{row['contraction_mean']:+.3f}",
         )  # fmt: skip
     console.print(lines)
     first = summary.iloc[0]
     console.print(
         f"{int(first['n_tokens'])} tokens, {int(first['n_sequences'])} sequences, {int(first['n_documents'])} documents; model: "
-        f"{facts['model']['name']}; the transport agreed with slower routes to {max(facts['check_error'].values()):.0e} of the states' scale."
+        f"{facts['model']['name']}; the transport agreed with slower routes to {max(facts['check_error'].values()):.0e} of the "
+        "states' scale."
     )
     console.print("Positive: the block draws a token's neighborhood together more than unrelated states. No test was made.")
     for name in _FILES:

@@ -484,27 +484,31 @@ def test_captum_agrees(name, target):
         if target == "last_logit":  # the token that is predicted at the states themselves, all along the way
             best = model(tokens, return_type="logits")[:, -1].argmax(-1)
             forward = captum_forward(model, tokens, layer, best.tolist())
-        start = states.detach()[:, 1:].mean(1, keepdim=True).expand(-1, 9, -1)
+        start = states.detach()[:, 1:].mean(1, keepdim=True).repeat(1, 9, 1)
+        start[:, 0] = states.detach()[:, 0]
         share = IntegratedGradients(forward).attribute(
             states, baselines=start, n_steps=12, method="gausslegendre", internal_batch_size=2
         )
-        expected = share.detach().sum(-1)[:, last].numpy()
-        assert values[integral][layer].reshape(2, 9)[:, last] == near(expected, rel=2e-3, abs=2e-3)
+        expected = share.detach().sum(-1)[:, last][:, 1:].numpy()
+        assert values[integral][layer].reshape(2, 9)[:, last][:, 1:] == near(expected, rel=2e-3, abs=2e-3)
 
 
 # -- integrated gradients ---------------------------------------------------------------------------------------------------------
 
 
 def completeness(model, tokens, capture, values, baseline, layer, target):
-    """Sum over tokens beside the change of the target, by sequence."""
+    """Values of the tokens that moved beside the change of the target, by sequence."""
     states = capture.resid_pre(layer).view(*tokens.shape, 32)
-    start = states[:, 1:].mean(1, keepdim=True) if baseline == "mean" else torch.zeros_like(states[:, :1])
+    start = torch.zeros_like(states)
+    if baseline == "mean":  # position 0 stays
+        start = torch.cat([states[:, :1], states[:, 1:].mean(1, keepdim=True).expand(-1, tokens.shape[1] - 1, -1)], 1)
+        assert np.isnan(values[0].reshape(tokens.shape)[:, 0]).all()
     for seq, shares in enumerate(values[0].reshape(tokens.shape)):
         with torch.no_grad():
-            both = torch.stack([states[seq], start[seq].expand(len(shares), -1)])
+            both = torch.stack([states[seq], start[seq]])
             best = int(model(tokens[[seq]], return_type="logits")[0, -1].argmax())
             end, begin = target_after(model, tokens[seq], layer, both, best if target == "last_logit" else target).tolist()
-        yield shares[: -1 if target == "future_loss" else None], end - begin
+        yield shares[int(baseline == "mean") : -1 if target == "future_loss" else None], end - begin
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -140,7 +140,7 @@ def score(
         conductor = Conductor(
             model, capture, _bank(model, capture, bank, wanted, clouds, progress), clouds, asked, seed, wanted, backend, frozen
         )
-    if capture is not data:
+    if not capture.is_read:
         capture.read(model, singles, batch_size=batch_size, progress=progress)
     rerun = capture.measure(model, singles, progress=progress)
     values = {column.name: np.full((len(wanted), capture.n_rows), np.nan, np.float32) for a in chosen for column in a.columns}

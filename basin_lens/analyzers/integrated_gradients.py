@@ -25,12 +25,15 @@ class IntegratedGradients(TokenAnalyzer):
     1 %, the steps are doubled, up to 8 times as many, and then all its values are NaN. Negative for a state that lowers the later tokens'
     loss. Unit: nats (for a logit: logits). Range: (-inf, inf). With `"future_loss"` the last position is NaN (it adds 0).
 
+    On a trained model the way from the embeddings (layer 0) can be too rough for any number of steps; the same way begun at a middle layer is smooth.
+
     Args:
         target: `"future_loss"`, `"last_logit"` or a token id, as for `GradientNorm`. The token with the largest logit is that of the
             states themselves, all along the way.
         steps: points of the Gauss-Legendre rule. Each costs a forward and a backward pass.
-        baseline: `"mean"`: the mean of the sequence's states without position 0; `"zero"`: zero, where norms blow up and more steps are
-            needed.
+        baseline: `"mean"`: every state moves from the mean of the sequence's states without position 0, and position 0, which is mostly the
+            attention sink, stays as it is (moved, it breaks the model on the way); its own value is NaN. `"zero"`: from zero, position 0
+            too; norms blow up there, and more steps are needed.
         layer: the block whose incoming states are moved, the same values then holding for every layer; None: each layer's own
             states, at that many times the cost.
         name: column name.
@@ -81,6 +84,8 @@ class IntegratedGradients(TokenAnalyzer):
         states = batch.passes.states(layer)
         start = self._start(states, batch.valid)
         way = torch.where(batch.valid[..., None], states - start, 0)
+        if self.baseline == "mean":
+            way[:, 0] = 0
         answer = torch.full(batch.tokens.shape, torch.nan, device=states.device)
         rows = torch.arange(len(states), device=states.device)
         target = self._target(batch)
@@ -92,6 +97,8 @@ class IntegratedGradients(TokenAnalyzer):
             complete = (shares.sum(1) - change[rows]).abs() <= COMPLETE * change[rows].abs()
             answer[rows[complete]] = shares[complete]
             rows, steps = rows[~complete], 2 * steps
+        if self.baseline == "mean":
+            answer[:, 0] = torch.nan
         return {self.columns[0].name: without_last(answer, batch.valid, self.target)}
 
     def _start(self, states: Tensor, valid: Tensor) -> Tensor:

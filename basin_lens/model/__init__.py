@@ -43,7 +43,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
-from basin_lens.model.twin import random_twin
+from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "forward_pass",
     "full_name",
     "has_absolute_positions",
+    "in_dtype",
     "is_cache_slot",
     "keys_and_values",
     "kind_of",

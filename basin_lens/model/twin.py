@@ -1,6 +1,8 @@
-"""The random twin of a model: the same architecture with weights that have learned nothing."""
+"""Copies of a model to compare it with: its random twin, which has learned nothing, and itself in another number format."""
 
+import contextlib
 import copy
+import io
 from typing import Any
 
 import torch
@@ -64,6 +66,42 @@ def random_twin(model: Any, *, seed: int = 0) -> Any:
         )
     remember_name(twin, f"random twin of {full_name(model)}, seed {seed}")
     return twin
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of the model in another number format; the model stays as it is. Twice the memory.
+
+    Args:
+        model: a hooked model.
+        dtype: such as `torch.bfloat16`.
+
+    Returns:
+        a model of the same class in eval mode; provenance names it `... in bfloat16`.
+
+    Raises:
+        ModelError: a model that cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> import basin_lens as bl
+        >>> from basin_lens.model import in_dtype
+        >>> next(in_dtype(bl.load_model(), torch.bfloat16).parameters()).dtype
+        torch.bfloat16
+    """
+    check_model(model)
+    try:
+        # TransformerLens prints that it changes the format.
+        with torch.inference_mode(False), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            made = copy.deepcopy(model).to(dtype)
+    except Exception as error:  # deepcopy of a user's model runs any code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"expected a model that can be copied, got {full_name(model)}: {reason} Load it in {dtype} yourself."
+        ) from error
+    if hasattr(made.cfg, "dtype"):
+        made.cfg.dtype = dtype
+    remember_name(made, f"{full_name(model)} in {str(dtype).removeprefix('torch.')}")
+    return made.eval()
 
 
 def _from_settings(model: Any, dtype: torch.dtype, _seed: int) -> Any:

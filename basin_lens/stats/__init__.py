@@ -16,6 +16,7 @@ interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, 
 | parts of speech | `tag_effect`, `tag_means` |
 | many layers and scores | `correction="max-t"`, `correct` (Holm, Benjamini-Hochberg), `best_layer` |
 | reasons for doubt | `red_flags`, `reliability_bound` |
+| what the original guide would have said, tokens counted as independent | `guide_tests` |
 """
 
 from basin_lens.stats.added import added_value
@@ -25,6 +26,7 @@ from basin_lens.stats.choice import best_layer, halves
 from basin_lens.stats.controls import CONTROLS, add_controls, residuals
 from basin_lens.stats.flags import red_flags
 from basin_lens.stats.groups import before_after, compare_groups
+from basin_lens.stats.guide import guide_tests
 from basin_lens.stats.mixed import mixed_model
 from basin_lens.stats.quartiles import quartile_table
 from basin_lens.stats.reliability import reliability_bound
@@ -40,6 +42,7 @@ __all__ = [
     "compare_groups",
     "correct",
     "detect",
+    "guide_tests",
     "halves",
     "mixed_model",
     "partial_correlation",

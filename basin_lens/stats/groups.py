@@ -104,7 +104,7 @@ def compare_groups(
             with_them = table
         kept = () if paired else there
         for every in split(with_them, [score, *kept], layers=layers, unit=unit, labels=[group]):
-            first, second, wording = _two(every, group, groups)
+            first, second, wording = two_groups(every, group, groups)
             rows = every.where(first | second).finite(score, *kept)
             is_first = np.array(rows.labels[group] == first_value(every, group, groups), bool)
             given = {"group": wording, "controls": ", ".join(there), **dict.fromkeys(_SIZES, np.nan)}
@@ -230,7 +230,12 @@ def _values(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[Any, 
     return groups[0], groups[1]
 
 
-def _two(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray, str]:
+def two_groups(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Which rows are in the first group, which in the second, and the comparison in words.
+
+    Raises:
+        TableError: not two groups.
+    """
     one, other = _values(rows, group, groups)
     held = rows.labels[group]
     return np.array(held == one, bool), np.array(held == other, bool), f"{one} - {other}"

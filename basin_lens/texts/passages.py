@@ -1,17 +1,14 @@
-"""Where text comes from: passages, files, datasets; and how it becomes token sequences with exact offsets."""
+"""A text with its document, labels and spans; read from strings, files, JSON lines, and tables of the `datasets` library."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from basin_lens import model as door
 from basin_lens.errors import TextError
 
 
@@ -61,21 +58,11 @@ class Passage:
                 )
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """What the model reads in one piece: a passage, or one chunk of it.
-
-    `starts`/`ends` are character offsets in the passage (-1 for a token that is not text, as BOS).
-    """
-
-    tokens: tuple[int, ...]
-    passage: int
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
-
-
 def read_passages(data: Any) -> list[Passage]:
-    """Passages from a text, a `Passage`, a `pathlib.Path` (read as UTF-8), lists of these, or a dataset with a `text` column.
+    """Passages from a text, a `Passage`, a `pathlib.Path`, lists of these, or a dataset with a `text` column.
+
+    A path is read as UTF-8: JSON lines if it ends in `.jsonl`, plain text otherwise. A passage without a document becomes a document
+    of its own; what kind of passage it is (such as `TaggedPassage`) stays.
 
     Raises:
         TextError: nothing there, an empty text, a missing or unreadable file, something that is not text.
@@ -86,10 +73,24 @@ def read_passages(data: Any) -> list[Passage]:
         data = _from_dataset(data)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise TextError(f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__}.")
-    passages = [_passage(item, index) for index, item in enumerate(data)]
+    passages: list[Passage] = []
+    for index, item in enumerate(data):
+        if isinstance(item, os.PathLike):
+            passages.extend(read_texts(item))
+        else:
+            passages.append(_passage(item, index, f"text-{len(passages)}"))
     if not passages:
         raise TextError("expected at least one text, got an empty list.")
     return passages
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[Passage]:
+    """The passages of a file: those of its lines if it ends in `.jsonl`, else the whole file as one.
+
+    Raises:
+        TextError: as `read_jsonl` and `read_file`.
+    """
+    return read_jsonl(path) if Path(path).suffix.lower() == ".jsonl" else [read_file(path)]
 
 
 def read_file(path: str | os.PathLike[str]) -> Passage:
@@ -98,18 +99,39 @@ def read_file(path: str | os.PathLike[str]) -> Passage:
     Raises:
         TextError: missing, empty, or not UTF-8.
     """
+    return Passage(_content(Path(path)), doc=str(path))
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Passage]:
+    """Passages from JSON lines: an object with a `text` each, and perhaps `doc`, `labels` and `spans` as `Passage` has them.
+
+    A line without `doc` is a document of its own, named after file and line. Other keys are passed over, and so are empty lines.
+
+    Args:
+        path: a UTF-8 file.
+
+    Raises:
+        TextError: a missing, empty or unreadable file; a line that is not such an object, named by its number.
+
+    Source: https://jsonlines.org
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from basin_lens.texts import read_jsonl
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "texts.jsonl"
+        ...     _ = path.write_text('{"text": "Paris is in France.", "doc": "geography", "spans": {"city": [0, 5]}}')
+        ...     read_jsonl(path)[0].spans
+        {'city': (0, 5)}
+    """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise TextError(f"expected a text file, got {str(path)!r}, which does not exist. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"expected UTF-8 text in {str(path)!r}, got byte {error.start} that is not. Convert the file.") from error
-    except OSError as error:
-        raise TextError(f"expected a readable text file, got {str(path)!r}: {error.strerror}.") from error
-    if not text:
-        raise TextError(f"expected text in {str(path)!r}, got an empty file.")
-    return Passage(text, doc=str(path))
+    # Not splitlines(): JSON strings may hold U+2028 and others that it takes for line ends.
+    lines = _content(path).removeprefix("\ufeff").split("\n")
+    passages = [_from_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not passages:
+        raise TextError(f"expected JSON lines in {str(path)!r}, got empty lines only.")
+    return passages
 
 
 @cache
@@ -127,121 +149,52 @@ def reference_passages() -> tuple[Passage, ...]:
     )
 
 
-def tokenize(model: Any, passages: list[Passage], *, max_length: int = 128, prepend_bos: bool | None = None) -> list[TokenSequence]:
-    """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
-
-    The tokenizer is called by itself, because the model's own `to_tokens` may reload it and hides the offsets. Strings that
-    spell a special token become that token, as in the model's own `to_tokens`.
-
-    Raises:
-        TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, or `max_length` is
-            below 2.
-    """
-    tokenizer = door.tokenizer_of(model)
-    if tokenizer is None or not getattr(tokenizer, "is_fast", False):
-        raise TextError(
-            "expected a model with a fast tokenizer (one that gives character offsets), got "
-            f"{type(tokenizer).__name__ if tokenizer is not None else 'none'}. Pass token ids as a LongTensor instead."
-        )
-    max_length = longest_sequence(model, max_length)
-    bos = door.uses_bos(model, prepend_bos)
-    room = max_length - (bos is not None)
-    sequences = []
-    for index, passage in enumerate(passages):
-        # Longer than the tokenizer's own limit is fine: we cut it ourselves.
-        encoded = tokenizer(passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        if len(ids) + (bos is not None) < 2:
-            raise TextError(
-                f"expected a text of at least two tokens, got {len(ids) + (bos is not None)} from {passage.text[:40]!r}: position 0 "
-                "is never scored. Use a longer text."
-            )
-        for first in range(0, len(ids), room):
-            piece, spans = ids[first : first + room], offsets[first : first + room]
-            head = [] if bos is None else [bos]
-            missing = [-1] * len(head)
-            sequences.append(
-                TokenSequence(
-                    tokens=(*head, *piece),
-                    passage=index,
-                    starts=(*missing, *(start for start, _ in spans)),
-                    ends=(*missing, *(end for _, end in spans)),
-                )
-            )
-    return sequences
+def _content(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise TextError(f"expected a text file, got {str(path)!r}, which does not exist. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"expected UTF-8 text in {str(path)!r}, got byte {error.start} that is not. Convert the file.") from error
+    except OSError as error:
+        raise TextError(f"expected a readable text file, got {str(path)!r}: {error.strerror}.") from error
+    if not text:
+        raise TextError(f"expected text in {str(path)!r}, got an empty file.")
+    return text
 
 
-def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> list[TokenSequence]:
-    """Sequences from a LongTensor `[batch, pos]` or `[pos]` of token ids, without text.
-
-    Args:
-        model: a hooked model.
-        tokens: token ids.
-        valid: which of them are real (not padding), same shape; None: all.
-
-    Raises:
-        TextError: not token ids, or a sequence of fewer than two tokens.
-    """
-    if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim not in (1, 2):
-        raise TextError(f"expected token ids as a LongTensor [batch, pos], got {tokens.dtype} of shape {tuple(tokens.shape)}.")
-    if not tokens.numel():
-        raise TextError(f"expected sequences of at least two tokens, got a tensor of shape {tuple(tokens.shape)}.")
-    tokens = tokens.detach().cpu().reshape(-1, tokens.shape[-1])
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < door.vocabulary_size(model):
-        raise TextError(
-            f"expected token ids in [0, {door.vocabulary_size(model)}), got {int(tokens.min())} to {int(tokens.max())}. "
-            "Are these tokens of another model?"
-        )
-    keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.detach().cpu().bool().reshape(tokens.shape)
-    rows = [tuple(row[mask].tolist()) for row, mask in zip(tokens, keep, strict=True)]
-    short = next((index for index, row in enumerate(rows) if len(row) < 2), None)
-    if not rows or short is not None:
-        raise TextError(f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0}.")
-    longest = max(len(row) for row in rows)
-    if longest > door.n_context(model):
-        raise TextError(f"expected sequences of at most {door.n_context(model)} tokens (the model's context), got {longest}.")
-    return [TokenSequence(row, index, (-1,) * len(row), (-1,) * len(row)) for index, row in enumerate(rows)]
-
-
-def longest_sequence(model: Any, max_length: int) -> int:
-    """`max_length`, or the model's context if that is shorter.
-
-    Raises:
-        TextError: below 2, where no token could be scored.
-    """
-    if max_length < 2:
-        raise TextError(f"expected max_length of at least 2 tokens, got {max_length}: position 0 is never scored.")
-    return min(max_length, door.n_context(model))
-
-
-def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:
-    """The text of each token id by itself, leading space kept; `<id>` when the model has no tokenizer.
-
-    A token that is only part of a character (emoji, rare scripts) shows as U+FFFD.
-    """
-    tokenizer = door.tokenizer_of(model)
-    strings = {}
-    for token in sorted(set(ids)):
-        if tokenizer is None:
-            strings[token] = f"<{token}>"
-            continue
-        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        piece = tokenizer.convert_ids_to_tokens(token)
-        # SentencePiece decoders drop the space that opens a text.
-        lost = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
-        strings[token] = " " + text if lost else text
-    return strings
-
-
-def _passage(item: Any, index: int) -> Passage:
-    if isinstance(item, os.PathLike):
-        return read_file(item)
+def _passage(item: Any, index: int, doc: str) -> Passage:
     passage = Passage(item) if isinstance(item, str) else item
     if not isinstance(passage, Passage):
         raise TextError(f"expected a text or a Passage at index {index}, got {type(item).__name__}.")
-    if passage.doc is not None:
-        return passage
-    return Passage(passage.text, doc=f"text-{index}", labels=passage.labels, spans=passage.spans)
+    return passage if passage.doc is not None else replace(passage, doc=doc)
+
+
+def _from_line(line: str, where: str) -> Passage:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TextError(f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error}). One object per line.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        got = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        raise TextError(f'{where}: expected an object with a "text" that is a string, got {got}. Such as {{"text": "Once ..."}}.')
+    doc, labels, spans = (record.get(name) for name in ("doc", "labels", "spans"))
+    labels, spans = ({} if given is None else given for given in (labels, spans))
+    if not isinstance(doc, str | int | None):
+        raise TextError(f'{where}: expected "doc" to be a name, got {doc!r}. Write a string.')
+    if not isinstance(labels, dict) or not all(isinstance(value, str | int | float | bool | None) for value in labels.values()):
+        raise TextError(f'{where}: expected "labels" as an object of plain values, got {labels!r}. Such as {{"memorized": true}}.')
+    if not isinstance(spans, dict) or not all(_is_range(value) for value in spans.values()):
+        raise TextError(f'{where}: expected "spans" as names with [start, end], got {spans!r}. Such as {{"city": [0, 5]}}.')
+    spans = {name: (start, end) for name, (start, end) in spans.items()}
+    try:
+        return Passage(record["text"], doc=where if doc is None else str(doc), labels=labels, spans=spans)
+    except TextError as error:
+        raise TextError(f"{where}: {error}") from error
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value)
 
 
 def _from_dataset(data: Any) -> list[Passage | str]:

@@ -1,0 +1,36 @@
+"""Studies: a question, declared before looking, taken from texts to a report.
+
+    measure -> study_importance | study_linguistic | study_layers | study_robustness -> summarize
+
+Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red flags, what was
+not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME` does all of it.
+
+| study | asks |
+| --- | --- |
+| `study_importance` | does compression go with token importance, beyond frequency, position, norm, density and surprisal? |
+| `study_linguistic` | does it differ between parts of speech? who are the neighbors, by layer? |
+| `study_layers` | how do scores move over depth, and where do they beat their controls? |
+| `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
+| `summarize` | all of them as one family, beside what the original guide would have said |
+"""
+
+from basin_lens.studies.base import Study
+from basin_lens.studies.importance import study_importance
+from basin_lens.studies.layers import study_layers
+from basin_lens.studies.linguistic import study_linguistic
+from basin_lens.studies.measured import STUDIES, Contrast, Measured, measure
+from basin_lens.studies.robustness import study_robustness
+from basin_lens.studies.summary import summarize
+
+__all__ = [
+    "STUDIES",
+    "Contrast",
+    "Measured",
+    "Study",
+    "measure",
+    "study_importance",
+    "study_layers",
+    "study_linguistic",
+    "study_robustness",
+    "summarize",
+]

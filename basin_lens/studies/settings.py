@@ -1,0 +1,195 @@
+"""The settings under which the robustness study tests its findings again: each changes one thing."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import model as door
+from basin_lens import stats
+from basin_lens.analysis import analyze
+from basin_lens.analyzers import Compression, GradientNorm, Neighborhood, SeedCompression, StateNorm, Surprisal
+from basin_lens.analyzers.control import controls_of
+from basin_lens.capture import Capture, subset
+from basin_lens.errors import BasinLensError, TextError
+from basin_lens.studies import base
+from basin_lens.studies.measured import Measured, choose_sequences
+from basin_lens.studies.words import with_words
+from basin_lens.texts import Passage, TaggedPassage, words_of
+
+KS = (5, 10, 15, 30, 50)
+FIRST_POSITIONS = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A table on which findings about its column `compression` are tested again.
+
+    `kind`: what was changed. `at`: the layer that stands for each layer of the run, in a model of another depth; None: itself.
+    """
+
+    name: str
+    kind: str
+    table: pd.DataFrame
+    at: Mapping[int, int] | None = None
+
+
+def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
+    """Some of the tokens: without the first positions, and each half of the units."""
+    yield Setting(f"positions from {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
+    if measured.n_units >= base.FEWEST_TO_SPLIT:
+        half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
+        yield Setting("one half of the documents", "halves", _rows(table, half))
+        yield Setting("the other half", "halves", _rows(table, ~half))
+
+
+def _rows(table: pd.DataFrame, chosen: "pd.Series[bool]") -> pd.DataFrame:
+    part = table[chosen]
+    part.attrs = dict(table.attrs)
+    return part
+
+
+def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+    """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is searched and passed once."""
+    own = measured.settings
+    common: dict[str, Any] = {"k": own["k"], "context": own["context"], "exclude": own["exclude"]}
+    points = int((measured.capture.row_pos > 0).sum())
+    wanted: list[tuple[str, str, Compression]] = []
+    for k in KS:
+        if k == own["k"]:
+            continue
+        if k > points // 4:
+            untested.append(f"k = {k}: the bank has {points} points.")
+            continue
+        wanted.append((f"k = {k}", "k", Compression(**common | {"k": k}, name=f"k{k}")))
+    wanted.append(("cosine neighbors", "metric", Compression(**common, metric="cosine", name="cosine")))
+    wanted.append(("neighbors of other tokens", "neighbors", Compression(**common, same_token="exclude", name="other_token")))
+    if own["exclude"] != "document":
+        wanted.append(
+            ("no neighbors of the document", "neighbors", Compression(**common | {"exclude": "document"}, name="outside"))
+        )
+    halves = not door.missing_points(model, {"resid_mid"}, layers)
+    if not halves:
+        untested.append("Contexts attn and mlp: parallel blocks have no state between their halves.")
+    for context in ("patched", "native", "affine", *(("attn", "mlp") if halves else ())):
+        if context != own["context"]:
+            wanted.append((f"context {context}", "context", Compression(**common | {"context": context}, name=context)))
+    analyzers: list[Any] = [analyzer for _, _, analyzer in wanted]
+    # A random set is random whatever the metric, and the k of the run has its own already.
+    controlled = [a for _, kind, a in wanted if kind in ("k", "context")]
+    analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
+    if measured.bank is None:
+        analyzers.append(SeedCompression(k=own["k"]))
+    else:
+        untested.append("Position 0 and the token itself among the neighbors: needs the texts as their own bank.")
+    made = analyze(model, measured.capture, analyzers, layers=layers, bank=measured.bank, seed=measured.seed, progress=False)
+    for name, kind, analyzer in wanted:
+        column = analyzer.columns[0].name
+        random = made[f"{column}_random"] if f"{column}_random" in made.columns else table["compression_random"]
+        yield Setting(name, kind, _with(table, made[column], random))
+    if measured.bank is None:
+        # Another score on purpose: it is the one that takes position 0 in.
+        name = "seed_compression (position 0, itself and its own text among the neighbors)"
+        yield Setting(name, "positions", _with(table, made["seed_compression"], None))
+
+
+def _with(table: pd.DataFrame, values: "pd.Series[float]", random: "pd.Series[float] | None") -> pd.DataFrame:
+    """The same rows with another compression; both tables hold the same tokens in the same order."""
+    answer = table.copy()
+    answer["compression"] = values.to_numpy()
+    answer["compression_random"] = np.nan if random is None else random.to_numpy()
+    return answer
+
+
+def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+    """Half of the bank, twice the bank if there are texts left, and the built-in passages."""
+    own, capture = measured.settings, measured.capture
+    headline = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
+    control = next(c for c in controls_of([headline]) if c.choice == "random")
+    analyzers: list[Any] = [headline, control, Neighborhood(k=own["k"], exclude=own["exclude"])]
+    others: list[tuple[str, Any]] = []
+    if measured.bank is None:
+        order = np.random.default_rng(measured.seed).permutation(len(capture.sequences)).tolist()
+        others.append(("half of the bank", subset(capture, sorted(order[: max(2, len(order) // 2)]))))
+        more, _ = choose_sequences(measured.planned, 2 * len(capture.sequences), own["per_document"], measured.seed)
+        if len(more) >= 1.5 * len(capture.sequences):
+            larger = subset(measured.planned, more)
+            if not larger.is_read:
+                larger.read(model, progress=False)
+            others.append((f"{len(more) / len(capture.sequences):.1f} times the bank", larger))
+        else:
+            untested.append("Twice the bank: no more texts were given.")
+    others.append(("built-in passages as bank", "reference"))
+    for name, bank in others:
+        try:
+            made = analyze(model, capture, analyzers, layers=layers, bank=bank, seed=measured.seed, progress=False)
+        except BasinLensError as error:
+            untested.append(f"{name}: {error}")
+            continue
+        other = _with(table, made["compression"], made["compression_random"])
+        for column in ("radius", "same_token_share"):
+            other[column] = made[column].to_numpy()
+        yield Setting(name, "bank", other)
+
+
+def other_model(model: Any, name: str, kind: str, measured: Measured, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+    """The same texts read by another model, which finds its own neighbors; layers at the same relative depth."""
+    passages = passages_of(measured.capture)
+    if passages is None:
+        untested.append(f"{name}: token ids were given, not texts.")
+        return
+    count, own = door.n_layers(model), measured.capture.model["layers"]
+    at = {layer: layer if count == own else round(layer / max(1, own - 1) * (count - 1)) for layer in layers}
+    chosen = measured.settings
+    common: dict[str, Any] = {"k": chosen["k"], "exclude": chosen["exclude"]}
+    headline = Compression(**common, context=chosen["context"])
+    control = next(c for c in controls_of([headline]) if c.choice == "random")
+    analyzers: list[Any] = [headline, control, Neighborhood(**common), Surprisal(), StateNorm(), GradientNorm()]
+    bank = measured.bank if isinstance(measured.bank, str) else None
+    # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
+    length = 4 * chosen["max_length"]
+    try:
+        made = analyze(
+            model,
+            passages,
+            analyzers,
+            layers=sorted(set(at.values())),
+            bank=bank,
+            seed=measured.seed,
+            max_length=length,
+            progress=False,
+        )
+    except BasinLensError as error:
+        untested.append(f"{name}: {error}")
+        return
+    if measured.contrast is not None:
+        made["contrast"] = measured.contrast.values(made)
+    try:
+        made = with_words(made, dict(enumerate(words_of(passages))))
+    except TextError as error:
+        untested.append(f"{name}, function against content words: {error}")
+    yield Setting(name, kind, made, at)
+
+
+def passages_of(capture: Capture) -> list[Passage] | None:
+    """The captured pieces of text as passages of their own, with their documents, labels, spans and gold words; None without texts."""
+    if capture.passages is None:
+        return None
+    answer = []
+    for index, sequence in enumerate(capture.sequences):
+        whole = capture.passages[sequence.passage]
+        start, end = min(s for s in sequence.starts if s >= 0), max(sequence.ends)
+        inside = {n: (max(a, start) - start, min(b, end) - start) for n, (a, b) in whole.spans.items() if a < end and b > start}
+        changes: dict[str, Any] = {
+            "text": whole.text[start:end],
+            "doc": capture.docs[index],
+            "labels": capture.labels[index],
+            "spans": inside,
+        }
+        if isinstance(whole, TaggedPassage):
+            within = [w for w in whole.words if w.start >= start and w.end <= end]
+            changes["words"] = tuple(replace(w, start=w.start - start, end=w.end - start) for w in within)
+        answer.append(replace(whole, **changes))
+    return answer

@@ -1,0 +1,136 @@
+"""All studies side by side: what was declared, what came out, and what the original guide would have said."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from basin_lens import stats
+from basin_lens.errors import StoreError, StudyError
+from basin_lens.studies import base
+from basin_lens.views import Section, forest
+
+HYPOTHESIS = (
+    "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), which is "
+    "stricter "
+    "than each study's own."
+)
+_SHOWN = (
+    "study", "finding", "layer", "effect", "estimate", "low", "high", "p", "p_corrected", "holds", "n_units", "n_documents",
+        "n_tokens", "test",
+    "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading",
+)  # fmt: skip
+
+
+def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.Study:
+    """One table and figure over all studies run.
+
+    Args:
+        studies: studies, or folders that `Study.save` wrote, each study once.
+
+    Returns:
+        a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original guide's test of
+        the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies` (a row per study).
+
+    Raises:
+        StudyError: none, or a study twice. StoreError: a folder without a study's results.
+
+    Source: design of basin_lens; the guide's tests as in `basin_lens.stats.guide_tests`.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.studies.summarize([])
+        Traceback (most recent call last):
+        ...
+        basin_lens.errors.StudyError: expected at least one study, got none. Run one first.
+    """
+    if not studies:
+        raise StudyError("expected at least one study, got none. Run one first.")
+    held = [study.as_json() if isinstance(study, base.Study) else _read(Path(study)) for study in studies]
+    names = [one["study"] for one in held]
+    if len(set(names)) < len(names) or "summary" in names:
+        raise StudyError(f"expected different studies, and no summary among them, got {names}.")
+    rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(base.FINDING))
+    for name in ("estimate", "low", "high", "null", "p", "p_corrected", "guide_statistic", "guide_r", "guide_p"):
+        rows[name] = rows[name].astype(float)
+    rows["layer"] = rows["layer"].astype("Int64")
+    own = rows["holds"].fillna(False).astype(bool)
+    findings = stats.correct(rows, "holm")
+    # A study may ask for more than significance (a direction, survival under every setting).
+    findings["holds"] = own & (findings["p_corrected"] <= base.ALPHA)
+    about = pd.DataFrame([
+        {"study": one["study"], "title": one["title"], "decision": one["decision"], "red_flags": _raised(one), "verdict": one[
+            "verdict"][0]} for one in held
+    ])  # fmt: skip
+    figures = {}
+    sections = [
+        Section("The studies", "The decision of each on its own declared hypothesis, and how many red flags it "
+                               "raised.", table=about),
+        Section(
+            "Every declared test", "Sound tests first: over documents, corrected by Holm over all studies. The columns that "
+                                   "begin with guide_ are the original "
+            "guide's tests, which count every token as independent: shown so that older figures can be compared, not to be "
+            "believed. Its readings: "
+            "|r| > 0.4 strong, > 0.2 moderate.", table=findings[list(_SHOWN)],
+        ),
+    ]  # fmt: skip
+    for name, title, chosen in (
+        ("summary-correlations", "Correlations", findings["effect"].fillna("").str.contains("rho")),
+        ("summary-differences", "Differences", ~findings["effect"].fillna("").str.contains("rho")),
+    ):
+        part = findings[chosen & findings["estimate"].notna()]
+        if len(part):
+            figures[name] = forest(part.assign(case=part["study"] + ": " + part["finding"]), "case", by="study", title=title)
+            sections.append(
+                Section(
+                    title,
+                    figure=figures[name],
+                    caption="95 % intervals over documents; filled: p at most 0.05, Holm over all studies.",
+                )
+            )
+    flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
+    if len(flags):
+        flags = flags.astype({"raised": "boolean", "layer": "Int64"})
+        flags.insert(0, "study", flags.pop("study"))
+    decision = base.decide(findings, flags if len(flags) else None)
+    return base.Study(
+        name="summary", title="What the studies found", about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
+        hypothesis=HYPOTHESIS, decision=decision, verdict=tuple(_verdict(findings, about)), findings=findings, flags=flags if len(flags) else None,
+        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]), sections=tuple(sections),
+        tables={"studies": about}, figures=figures, provenance={one["study"]: one["provenance"] for one in held},
+    )  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"expected a study's folder with results.json, got {str(folder)!r}: {error}. Run the study first."
+        ) from error
+
+
+def _raised(one: dict[str, Any]) -> int:
+    return sum(flag.get("raised") is True for flag in one["red_flags"] or [])
+
+
+def _verdict(findings: pd.DataFrame, about: pd.DataFrame) -> list[str]:
+    kept = findings[findings["holds"]]
+    told = [f"{len(kept)} of {len(findings)} declared findings hold when all studies are one family (Holm)."]
+    told += [f"{row.study}: {row.decision}; {row.red_flags} red flags raised. {row.verdict}" for row in base.rows(about)]
+    told += [base.sentence(row) for row in base.rows(findings) if pd.notna(row.estimate)]
+    apart = findings[(findings["guide_p"] <= base.ALPHA) & ~findings["holds"]]
+    if len(apart):
+        told.append(
+            f"By the original guide's tests, which count tokens as independent, {len(apart)} more would have passed: "
+            f"{', '.join(apart['finding'])}."
+        )
+    strong = findings[findings["guide_reading"].isin(["strong", "moderate"])]
+    told.append(
+        f"By the guide's thresholds {len(strong)} of {int(findings['guide_r'].notna().sum())} correlations are strong or "
+        "moderate (|r| > 0.2)."
+    )
+    return told

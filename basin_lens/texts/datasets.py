@@ -1,0 +1,176 @@
+"""Passages by name: built in, of NLTK, of the Hugging Face Hub, or of a local folder or file."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from basin_lens.errors import TextError
+from basin_lens.texts.corpora import read_corpus
+from basin_lens.texts.passages import Passage, read_texts, reference_passages
+
+_FULL_NAMES = {"wikitext": "Salesforce/wikitext"}
+_CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+_ARTICLE = re.compile(r"^ = [^=].* = $")
+_INSTEAD = "or use texts without a network: files of your own, or the built-in passages (--dataset built-in)"
+
+
+def read_dataset(name: str, *, config: str | None = None, split: str = "test", max_passages: int | None = None) -> list[Passage]:
+    """Passages of a data set, by name.
+
+    | name | passages |
+    | --- | --- |
+    | `built-in` | the reference passages |
+    | `nltk:treebank`, `nltk:brown` | one for each file, with their own words and parts of speech (`TaggedPassage`) |
+    | `nltk:genesis`, `nltk:inaugural`, ... | one for each file of a plain-text corpus of NLTK; of genesis only the English files |
+    | `wikitext`, or any that ends so | one for each article, all its lines, its document named after the title |
+    | a data set of the Hugging Face Hub, or a local folder of one | one for each row with text in its column `text` |
+    | a local file | parquet, CSV or JSON: one for each row; else as `read_texts` |
+
+    Of the Hub, no more is read than is needed. Documents: the file, the article, the row, or what a column `doc` says. Treebank and Brown
+    are rebuilt from their words as they would be printed: traces left out, spaces and quotes as usual, a stop once after an abbreviation,
+    and once the marks that Brown's coders wrote twice (`? ?`). Brown has the label `category`, and a blank line between paragraphs.
+
+    Args:
+        name: see above.
+        config: configuration of a data set of the Hub (`wikitext`: "wikitext-2-raw-v1" unless given); for NLTK the start of file
+            names, or a category: `"french"`, `"news"`.
+        split: of a data set of the Hub or a local folder; others have none.
+        max_passages: as many from the start; None: all.
+
+    Raises:
+        TextError: an unknown name, configuration or split, no network, data that is not installed, no column `text`, no text.
+
+    Source: Marcus, Marcinkiewicz and Santorini 1993 (Penn Treebank); Francis and Kucera 1979 (Brown); Merity et al. 2016 (WikiText).
+
+    Example:
+        >>> from basin_lens.texts import read_dataset
+        >>> read_dataset("nltk:brown", config="news", max_passages=1)[0].doc
+        'brown/ca01'
+    """
+    if max_passages is not None and max_passages < 1:
+        raise TextError(f"expected max_passages of at least 1, got {max_passages}. Leave it out for all.")
+    source, _, corpus = name.partition(":")
+    if source == "nltk":
+        return read_corpus(corpus, files=config, max_passages=max_passages)
+    if not name:
+        raise TextError("expected the name of a data set, got an empty one. Such as built-in, nltk:treebank or wikitext.")
+    if name == "built-in":
+        return list(reference_passages()[:max_passages])
+    name = _FULL_NAMES.get(name, name)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() not in _TABLES:
+        return read_texts(path)[:max_passages]
+    if not path.exists() and (
+        path.is_absolute() or name.startswith((".", "~")) or path.suffix.lower() in (".txt", ".jsonl", *_TABLES)
+    ):
+        raise TextError(f"expected a data set, got {name!r}, which does not exist. Check the path.")
+    with _reading(name, config, split):
+        rows = _rows(path if path.exists() else name, config, split)
+        found = _articles(rows) if name.lower().endswith("wikitext") else _one_each(rows, f"{name}/{split}")
+        passages = list(islice(found, max_passages))
+    if not passages:
+        raise TextError(f"expected text in {name!r}, split {split!r}, got empty rows only. Choose another split or data set.")
+    return passages
+
+
+@contextmanager
+def _reading(name: str, config: str | None, split: str) -> Iterator[None]:
+    """One error for all the ways in which a data set cannot be read."""
+    try:
+        yield
+    except TextError:
+        raise
+    except (ConnectionError, TimeoutError) as error:
+        raise TextError(
+            f"expected to reach {name!r} on the Hugging Face Hub, got no answer ({_said(error)}). Check the network and HF_HUB_OFFLINE, "
+            f"{_INSTEAD}."
+        ) from error
+    except FileNotFoundError as error:
+        raise TextError(
+            f"expected a data set that can be read, got {name!r} ({_said(error)}). Check the name; log in if it asks for that; {_INSTEAD}."
+        ) from error
+    except ValueError as error:
+        raise TextError(
+            f"expected a data set, configuration and split that exist, got {name!r}, {config!r}, {split!r}: {_said(error)} "
+            f"Choose among those, {_INSTEAD}."
+        ) from error
+    except Exception as error:  # Whatever a reader of foreign files raises, it is about these files.
+        raise TextError(
+            f"expected a data set that can be read, got {name!r}: {_said(error)}. Choose another, {_INSTEAD}."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def _rows(source: str | Path, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    if isinstance(source, Path) and source.is_file():
+        data = datasets.load_dataset(_TABLES[source.suffix.lower()], data_files=str(source), split="train", streaming=True)
+    elif isinstance(source, Path):
+        data = datasets.load_dataset(str(source), config, split=split, streaming=True)
+    else:
+        _reach(source)
+        data = datasets.load_dataset(source, config or _CONFIGS.get(source), split=split, streaming=True)
+    for row in data:
+        if "text" not in row:
+            raise TextError(
+                f"expected a data set with a column 'text', got {sorted(row)} in {str(source)!r}. Load it yourself, rename_column, and pass it."
+            )
+        yield row
+
+
+def _reach(name: str) -> None:
+    """One short question to the Hub: without a network, `datasets` would ask again and again, for half a minute or several."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Without the network on purpose: what is in the cache can still be read.
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        # An answer, or a name that cannot be asked for: `datasets` says what is wrong.
+        return
+    except Exception as error:
+        raise ConnectionError(_said(error)) from error
+
+
+def _one_each(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Passage]:
+    for index, row in enumerate(rows):
+        # Empty rows are separators, not texts.
+        if isinstance(row["text"], str) and row["text"].strip():
+            yield Passage(row["text"], doc=f"{name}/{index}" if row.get("doc") is None else str(row["doc"]))
+
+
+def _articles(rows: Iterable[Mapping[str, Any]]) -> Iterator[Passage]:
+    """WikiText's rows are lines: all those of an article together, from its heading to the next."""
+    title, seen = "untitled", set[str]()
+    lines: list[str] = []
+    for row in rows:
+        line = (row["text"] or "").rstrip("\n")
+        if _ARTICLE.match(line):
+            yield from _article(title, lines, seen)
+            title, lines = line.strip(" ").removeprefix("=").removesuffix("=").strip(), []
+        lines.append(line)
+    yield from _article(title, lines, seen)
+
+
+def _article(title: str, lines: list[str], seen: set[str]) -> Iterator[Passage]:
+    text = "\n".join(lines).strip()
+    if not text:
+        return
+    doc, times = title, 1
+    while doc in seen:
+        times += 1
+        doc = f"{title} ({times})"
+    seen.add(doc)
+    yield Passage(text, doc=doc)

@@ -1,0 +1,1268 @@
+"""Studies: effects planted into real measurements are found or refused as they should be; folders hold what they say.
+
+One tiny model reads made-up sentences once; the tests plant effects into copies of its table. Known bugs are strict xfails.
+"""
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import basin_lens as bl
+from basin_lens import tables
+from basin_lens.errors import BasinLensError, CaptureError, ModelError, NeighborError, StoreError, StudyError, TextError
+from basin_lens.studies import Contrast, base, contrasts, linguistic, neighborhoods, robustness, settings, words
+from basin_lens.studies import measured as room
+from basin_lens.texts import TaggedPassage, Word
+from tests.conftest import make_bridge, make_tokenizer, random_tokens
+from tests.test_importance import counting
+
+S = bl.studies
+QUIET = {"k": 5, "progress": False}
+
+# -- texts --------------------------------------------------------------------------------------------------------------------------
+
+LEXICON = {
+    "DET": "the a this every".split(),
+    "ADP": "of in on with by from".split(),
+    "PRON": "she he it they".split(),
+    "CONJ": "and but or".split(),
+    "NOUN": "ferry lamp voice steps tea jar glass blade water crystal piano clock boy man rain".split(),
+    "VERB": "stopped running climbed sat plunge trapped stays came took reads said".split(),
+    "ADJ": "cold slow own steel".split(),
+    ".": [",", "."],
+}
+WEIGHTS = {"DET": 0.16, "ADP": 0.14, "PRON": 0.1, "CONJ": 0.06, "NOUN": 0.26, "VERB": 0.18, "ADJ": 0.06, ".": 0.04}
+TAG_OF = {word: tag for tag, held in LEXICON.items() for word in held}
+
+
+def made_text(n_words: int, seed: int, doc: str, tags: dict[str, float] = WEIGHTS, **more) -> TaggedPassage:
+    """Words of a few kinds in any order, some far more frequent than others, whatever their kind."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(list(tags), n_words, p=np.array(list(tags.values())) / sum(tags.values()))
+    text, made = "", []
+    for kind in kinds:
+        rank = min(int(rng.geometric(0.4)), len(LEXICON[kind])) - 1
+        word = LEXICON[kind][rank]
+        made.append(Word(len(text), len(text) + len(word), word, TAG_OF[word]))
+        text += word + " "
+    return TaggedPassage(text.strip(), doc=doc, words=tuple(made), **more)
+
+
+def short_texts(count: int, n_words: int = 16, **more) -> list[TaggedPassage]:
+    """A document each, of one sequence."""
+    return [made_text(n_words, seed, f"d{seed}", **more) for seed in range(count)]
+
+
+NAMES = "Mary John Anna Peter Clara Oscar".split()
+TEMPLATES = [
+    "When {a} and {b} went to the shop in the rain, {a} gave the lamp to {b}.",
+    "After {a} and {b} had tea by the glass, {a} sold the piano to {b}.",
+    "Then {a} and {b} read the clock at four, and {a} took the jar from {b}.",
+    "While {a} and {b} ran along the water, {a} lent the steel blade to {b}.",
+    "Because {a} and {b} met on the steps, {a} sent the ferry home with {b}.",
+    "Today {a} and {b} heat the blade in water, and {a} wedged it for {b}.",
+    "Once {a} and {b} sat down in the cold, {a} told the story to {b}.",
+]
+
+
+def prompts(per_template: int = 3) -> list[bl.Passage]:
+    """Prompts of templates: the subject is named twice, the indirect object once more at the end."""
+    answer = []
+    for at, template in enumerate(TEMPLATES):
+        for turn in range(per_template):
+            a, b = np.random.default_rng([at, turn]).choice(NAMES, 2, replace=False)
+            text = template.format(a=a, b=b)
+            second = text.index(a, text.index(a) + 1)
+            spans = {"IO": (text.rindex(b), text.rindex(b) + len(b)), "S": (second, second + len(a))}
+            answer.append(bl.Passage(text, doc=f"{at}-{turn}", labels={"template": f"t{at}", "early": at < 3}, spans=spans))
+    return answer
+
+
+# -- one measurement for all --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [made_text(48, seed, f"doc-{seed}") for seed in range(18)]
+
+
+@pytest.fixture(scope="session")
+def measured(llama, texts):
+    return S.measure(llama, texts, max_length=44, max_sequences=32, integrated=8, **QUIET)
+
+
+def plant(measured, table=None, **columns):
+    """A copy with other columns in its table."""
+    held = (measured.table if table is None else table).copy()
+    for name, values in columns.items():
+        held[name] = np.asarray(values, float)
+    held.attrs = dict(measured.table.attrs)
+    return replace(measured, table=held)
+
+
+def noise(table, seed=0, size=1.0):
+    return size * np.random.default_rng(seed).normal(size=len(table))
+
+
+def flag(study, name, question=None):
+    chosen = study.flags[study.flags.flag == name]
+    return chosen[chosen.question == question].raised if question is not None else chosen.raised
+
+
+def standard(values):
+    return (values - np.nanmean(values)) / np.nanstd(values)
+
+
+def with_importance(measured, sign, seed=0):
+    """Compression that goes with importance, and one cheap measure that is nearly erasure."""
+    table = measured.table
+    truth = standard(table["erasure"].rank().to_numpy())
+    cheap = np.where(np.isnan(truth), noise(table, seed), truth + noise(table, seed + 1, 0.2))
+    return plant(measured, attention_received=cheap, compression=sign * cheap + noise(table, seed + 2, 0.5))
+
+
+@pytest.fixture(scope="session")
+def important(llama, measured):
+    return S.study_importance(llama, with_importance(measured, 1), progress=False)
+
+
+@pytest.fixture(scope="session")
+def deep(llama, measured):
+    """Compression above both controls at every layer, most at layer 1."""
+    table = measured.table
+    control = table[["compression_random", "compression_radius_matched"]].max(axis=1)
+    more = 0.2 + 0.3 * (table["layer"] == 1) + noise(table, 5, 0.1)
+    return S.study_layers(llama, plant(measured, compression=control + more), progress=False)
+
+
+@pytest.fixture(scope="session")
+def spoken(llama, measured):
+    """Function words above content words, nouns like verbs."""
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    values = 1.0 * tokens["tag"].isin(words.FUNCTION) + noise(tokens, 6, 0.3)
+    return S.study_linguistic(llama, plant(measured, compression=values), progress=False)
+
+
+# -- importance ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_importance_that_is_planted_is_found(important):
+    assert important.decision.startswith("yes")
+    assert important.findings.holds.all()
+    assert (important.findings.estimate > 0.4).all()
+    assert important.tables["ranking"].score.iloc[0] == "attention_received"
+    assert important.findings.finding.tolist() == ["compression goes with erasure", "compression goes with attention_received"]
+    assert (important.findings.n_units == 8).all()  # the half that did not choose
+    assert not flag(important, "vanishes under controls").fillna(True).any()
+    partial = important.tables["partial_correlation"]
+    mine = partial[(partial.score == "compression") & (partial.against == "erasure")]
+    assert sorted(mine.control_set.unique()) == ["with surprisal", "without surprisal"]
+    assert (mine.p_corrected <= 0.05).all() and (mine.estimate > 0).all()
+    assert partial.n_tests.nunique() == 1 and partial.n_tests.iloc[0] == partial.p.notna().sum()
+    assert "surprisal" in mine[mine.control_set == "with surprisal"].controls.iloc[0]
+    assert "surprisal" not in mine[mine.control_set == "without surprisal"].controls.iloc[0]
+
+
+def test_every_red_flag_of_importance_can_be_checked(important):
+    """Erasure is known at 16 positions of a sequence, which is few for six controls."""
+    assert "could not be checked" not in set(important.flags.flag)
+    assert important.flags.raised.notna().all(), important.flags[important.flags.raised.isna()].why.tolist()
+
+
+def test_the_sign_of_importance_is_the_data_s(llama, measured):
+    planted = with_importance(measured, -1)
+    rows = [
+        base.declared(planted.table, bl.studies.importance._test(other, planted), planted, other, other)
+        for other in ("erasure", "attention_received")
+    ]
+    found = base.settle("importance", rows)
+    assert found.holds.all() and (found.estimate < -0.4).all()
+
+
+@pytest.mark.parametrize("source", ["position", "surprisal"])
+def test_what_a_control_explains_is_no_finding(llama, measured, source):
+    table = measured.table
+    values = table["pos"] if source == "position" else table["surprisal"].rank()
+    level = standard(values.to_numpy(float))
+    truth = np.where(table["erasure"].notna(), level + noise(table, 1, 0.3), np.nan)
+    planted = plant(
+        measured, erasure=truth, attention_received=level + noise(table, 2, 0.1), compression=level + noise(table, 3, 0.3)
+    )
+    study = S.study_importance(llama, planted, progress=False)
+    assert study.decision == "no"
+    assert study.verdict[0].startswith("No.")
+    for question in study.findings.question:
+        assert flag(study, "vanishes under controls", question).all(), study.flags.why.tolist()
+    # The guide would have called both strong.
+    assert (study.findings.guide_p < 1e-6).all()
+    assert set(study.findings.guide_reading) == {"strong"}
+
+
+def test_signed_attributions_can_be_the_best_measure(llama, measured):
+    """They are ranked by size, under a name that the token view does not know of."""
+    table = measured.table
+    truth = standard(table["erasure"].rank().to_numpy())
+    values = np.exp(np.where(np.isnan(truth), noise(table), truth)) * np.sign(noise(table, 1))
+    study = S.study_importance(llama, plant(measured, gradient_times_activation=values), progress=False)
+    assert study.tables["ranking"].score.iloc[0] == "gradient_times_activation_size"
+
+
+def simulated(measured, seed, effect=0.0, layers=3, tokens=30):
+    """A small table with all that the controls are made of; every score has a level per text."""
+    rng = np.random.default_rng(seed)
+    docs = len(set(measured.capture.docs))
+    layer, doc, pos = (part.ravel() for part in np.indices((layers, docs, tokens)))
+    table = pd.DataFrame({"run": "r", "layer": layer, "doc": [f"d{d}" for d in doc], "seq": doc, "pos": pos + 1})
+    names = ("compression", "erasure", "attention_received", "radius", "state_norm", "same_token_share", "surprisal")
+    for name in names:
+        level = rng.normal(size=(layers, docs))[layer, doc]
+        table[name] = np.sqrt(0.3) * level + np.sqrt(0.7) * rng.normal(size=len(table))
+    for name in ("radius", "state_norm"):
+        table[name] = np.exp(table[name])
+    table["token_id"] = rng.integers(0, 40, len(table))
+    table["compression"] += effect * table["erasure"]
+    return replace(measured, table=table, frequency={t: 1 / 40 for t in range(40)}, settings={**measured.settings, "seed": seed})
+
+
+def declared_importance(held):
+    rows = [
+        base.declared(held.table, bl.studies.importance._test(other, held), held, other, other)
+        for other in ("erasure", "attention_received")
+    ]
+    return base.settle("importance", rows)
+
+
+def test_false_positives_of_a_whole_family_are_five_percent(measured):
+    """Three layers to choose from, two declared tests: the chance that any holds."""
+    runs = 60
+    wrong = sum(bool(declared_importance(simulated(measured, seed)).holds.any()) for seed in range(runs))
+    assert wrong <= stats.binom.isf(1e-3, runs, 0.05)
+
+
+def test_a_family_has_power(measured):
+    found = [declared_importance(simulated(measured, seed, effect=0.5)) for seed in range(8)]
+    assert sum(bool(one.holds.iloc[0]) for one in found) >= 7
+
+
+def test_few_units_are_not_halved_and_all_layers_are_paid_for(measured):
+    """No half is left to report on: the smallest p of all layers, times their number."""
+    held = simulated(measured, 0, effect=0.5)
+    few = replace(held, capture=SimpleCapture(held, 8)) if False else held  # the count of units is the capture's
+    docs = sorted(set(few.table.doc))[:8]
+    part = few.table[few.table.doc.isin(docs)]
+    test = bl.studies.importance._test("erasure", few)
+    found = base.declared(part.reset_index(drop=True), test, few, "x", "erasure")
+    p = test(part).p
+    assert found.p.iloc[0] == pytest.approx(min(1.0, p.min() * 3))
+    assert "Holm" in found.note.iloc[0]
+
+
+def SimpleCapture(*_):  # noqa: N802 - never called, see above
+    raise AssertionError
+
+
+def test_holm_over_the_declared_tests():
+    one = pd.DataFrame({"p": [0.02, 0.03, 0.04], "layer": [1, 1, 1]}).assign(score="s", note="")
+    family = base.settle("importance", [one[:1], one[1:]])
+    assert family.p_corrected.tolist() == pytest.approx([0.06, 0.06, 0.06])
+    assert not family.holds.any()
+    assert base.settle("importance", [one[:1], one[1:] * 0 if False else one[1:].assign(p=np.nan)]).holds.tolist() == [True, False, False]
+    assert list(family.columns) == list(base.FINDING)
+
+
+def test_decisions():
+    def findings(*holds):
+        return pd.DataFrame({"holds": holds, "p_corrected": [0.01 if h else 0.5 for h in holds]})
+
+    def flags(*raised):
+        return pd.DataFrame({"raised": pd.array(raised, "boolean")})
+
+    assert base.decide(findings(False, False), flags(True)) == "no"
+    assert base.decide(findings(True, True), flags(False, None)) == "yes"
+    assert base.decide(findings(True, True), None) == "yes"
+    assert base.decide(findings(True, True), flags(False, True)) == "yes, with red flags"
+    assert base.decide(findings(False).assign(p_corrected=np.nan), flags(True)) == "undecided"
+
+
+def test_one_sided():
+    def test(part):
+        return part.copy()
+
+    both = pd.DataFrame({"estimate": [1.0, -1.0, np.nan], "null": 0.0, "p": [0.04, 0.04, np.nan], "test": "t"})
+    assert base.one_sided(test)(both).p.tolist()[:2] == pytest.approx([0.02, 0.98])
+    assert base.one_sided(test, more=False)(both).p.tolist()[:2] == pytest.approx([0.98, 0.02])
+    assert np.isnan(base.one_sided(test)(both).p[2])
+
+
+# -- layers -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_compression_above_its_controls_is_found(deep):
+    assert deep.decision.startswith("yes")
+    assert deep.findings.holds.all()
+    assert deep.findings.layer.tolist() == [1, 1]
+    assert (deep.findings.estimate > 0.3).all()
+    controls = deep.tables["controls"]
+    assert (controls.p_corrected <= 0.05).all()
+    assert any("more at layers [0, 1, 2]" in line for line in deep.verdict)
+
+
+def test_compression_below_its_controls_is_the_other_way(llama, measured):
+    table = measured.table
+    control = table[["compression_random", "compression_radius_matched"]].min(axis=1)
+    study = S.study_layers(llama, plant(measured, compression=control - 0.3 + noise(table, 4, 0.1)), progress=False)
+    assert study.decision == "no"
+    assert any("the other way" in line for line in study.verdict)
+    assert (study.findings.p > 0.9).all()
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: 'yes' although half of the declared hypothesis fails, and says 'the controls'")
+def test_above_random_points_alone_is_not_the_declared_hypothesis(llama, measured):
+    """The hypothesis has two parts, joined by 'and'."""
+    table = measured.table
+    low = table["compression_radius_matched"] - 0.3 + noise(table, 4, 0.1)
+    study = S.study_layers(llama, plant(measured, compression=low, compression_random=low - 0.3 + noise(table, 5, 0.1)), progress=False)
+    assert study.findings.holds.tolist() == [True, False]
+    assert not study.verdict[0].startswith("Yes. Nearest neighbors are compressed more than the controls")
+
+
+def test_halves_agree_on_a_curve_without_noise(measured):
+    table = measured.table
+    curve = plant(measured, compression=np.array([0.3, -0.1, 0.2])[table["layer"]], contraction=noise(table)).table
+    answer = linguistic_free_halves(curve, measured)
+    assert answer.loc["compression", ["estimate", "low", "high"]].tolist() == [1.0, 1.0, 1.0]
+    assert answer.loc["compression", "largest_difference"] == pytest.approx(0, abs=1e-12)
+    assert (answer.n_units == measured.n_units).all()
+    assert answer.loc["contraction", "low"] < 0.9
+
+
+def linguistic_free_halves(table, measured):
+    return bl.studies.layers.halves_agree(table, ["compression", "contraction"], measured).set_index("score")
+
+
+def test_halves_of_a_constant_curve_say_nothing(measured):
+    flat = plant(measured, compression=np.zeros(len(measured.table))).table
+    assert np.isnan(linguistic_free_halves(flat, measured).loc["compression", "estimate"])
+
+
+# -- words --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_words_against_all_pairs(measured):
+    tokens, source = words.tagged_tokens(measured, "auto")
+    assert source == "gold"
+    for row in tokens[tokens.layer == 1].sample(150, random_state=0).itertuples():
+        held = measured.capture.passages[row.passage].words
+        shared = [min(row.end, w.end) - max(row.start, w.start) for w in held]
+        best = int(np.argmax(shared))
+        if shared[best] <= 0:
+            assert np.isnan(row.word) and pd.isna(row.tag) and pd.isna(row.word_text)
+        else:
+            assert (row.word, row.tag, row.word_text) == (best, held[best].tag, held[best].text.lower())
+    for layer in measured.layers:  # the same at every layer
+        part = tokens[tokens.layer == layer]
+        assert part.word.equals(part.word) and np.array_equal(part.word, tokens[tokens.layer == 0].word, equal_nan=True)
+    pd.testing.assert_frame_equal(tokens[measured.table.columns], measured.table)
+
+
+def token_rows(*rows, layers=(0, 1)):
+    names = ["doc", "seq", "pos", "word", "word_text", "tag", "score", "token_id"]
+    one = pd.DataFrame(rows, columns=names).astype({"word": float, "score": float})
+    table = pd.concat([one.assign(layer=layer, run="r", score=one.score + 10 * layer) for layer in layers], ignore_index=True)
+    table.attrs = {"provenance": {"r": {}}}
+    return table
+
+
+WORDS = token_rows(
+    ("d", 0, 0, np.nan, None, None, np.nan, 0),  # BOS
+    ("d", 0, 1, 0, "the", "DET", 1.0, 1),
+    ("d", 0, 2, 1, "ferry", "NOUN", 2.0, 2),
+    ("d", 0, 3, 1, "ferry", "NOUN", 6.0, 3),
+    ("d", 0, 4, 2, "the", "DET", np.nan, 1),
+    ("d", 0, 5, 3, "lamp", "NOUN", 3.0, 4),  # cut by the end of the sequence
+    ("d", 1, 1, 3, "lamp", "NOUN", 9.0, 5),
+    ("d", 1, 2, 4, "the", "DET", 4.0, 1),
+    ("e", 2, 1, 0, "ferry", "NOUN", np.nan, 2),
+    ("e", 2, 2, 0, "ferry", "NOUN", 8.0, 3),
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "scores"),
+    [
+        ("mean", [1, 4, np.nan, 3, 9, 4, 8]),
+        ("first", [1, 2, np.nan, 3, 9, 4, np.nan]),
+        ("last", [1, 6, np.nan, 3, 9, 4, 8]),
+    ],
+)
+def test_word_table(part, scores):
+    for shuffled in (False, True):
+        given = WORDS.sample(frac=1, random_state=0) if shuffled else WORDS
+        given.attrs = WORDS.attrs
+        table = words.word_table(given, part)
+        assert table.attrs == WORDS.attrs
+        for layer in (0, 1):
+            one = table[table.layer == layer].sort_values(["seq", "word"])
+            assert one.word_text.tolist() == ["the", "ferry", "the", "lamp", "lamp", "the", "ferry"]
+            np.testing.assert_array_equal(one.score, np.array(scores) + 10 * layer)
+            # Shares among the seven words of a layer.
+            assert np.exp(one.log_frequency).to_numpy() * 7 == pytest.approx([3, 2, 3, 2, 2, 3, 2])
+            assert one.groupby("word_text").token_id.nunique().eq(1).all() and one.token_id.nunique() == 3
+
+
+def test_word_table_of_a_measurement(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    mean, first, last = (words.word_table(tokens, part) for part in ("mean", "first", "last"))
+    keys = ["layer", "doc", "seq", "word"]
+    own = tokens.groupby(keys)
+    assert len(mean) == len(first) == len(last) == own.ngroups
+    for table, expected in ((mean, own.mean(numeric_only=True)), (first, own.nth(0).set_index(keys)), (last, own.nth(-1).set_index(keys))):
+        one = table.set_index(keys).sort_index()
+        for column in ("compression", "surprisal", "erasure"):
+            np.testing.assert_allclose(one[column].to_numpy(float), expected.sort_index()[column].to_numpy(float))
+    whole = {(p, i) for p, passage in enumerate(measured.capture.passages) for i in range(len(passage.words))}
+    assert set(zip(mean.passage, mean.word.astype(int), strict=True)) <= whole
+
+
+# -- linguistic ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_difference_between_kinds_of_words_is_found(spoken):
+    rows = spoken.findings.set_index("question")
+    assert spoken.decision.startswith("yes")
+    assert rows.loc["function - content", "holds"] and rows.loc["function - content", "estimate"] > 0.3
+    assert not rows.loc["noun - verb", "holds"]
+    groups = spoken.tables["groups"]
+    mine = groups[(groups.score == "compression") & (groups.group == "function - content") & (groups.control_set == "none")]
+    assert mine.estimate.to_numpy() == pytest.approx(1, abs=0.1)
+    assert (mine.p_corrected < 0.05).all()
+    guide = spoken.findings.set_index("question").loc["function - content"]
+    assert guide.guide_reading == "strong" and "t-test over tokens" in guide.guide_test
+    means = spoken.tables["tag_means"]
+    mine = means[(means.score == "compression") & (means.control_set == "none") & (means.layer == 1)].set_index("tag")["mean"]
+    assert mine[["DET", "ADP", "PRON"]].min() > mine[["NOUN", "VERB", "ADJ"]].max()
+
+
+def test_a_difference_that_is_all_frequency_is_no_finding(measured):
+    """Without controls it is there."""
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    table = words.word_table(tokens, "mean")
+    # Frequency made unequal between the kinds, as it is in English.
+    kind = table["tag"].map({**dict.fromkeys(words.FUNCTION, "function"), **dict.fromkeys(words.CONTENT, "content")})
+    table["kind"] = kind
+    table["log_frequency"] += 1.5 * (kind == "function")
+    table["compression"] = standard(table["log_frequency"].to_numpy()) + noise(table, 3, 0.3)
+    table.attrs = dict(measured.table.attrs)
+
+    def test(controls):
+        return lambda part: bl.stats.compare_groups(
+            part, "compression", "kind", groups=("function", "content"), paired=True, controls=controls, n_resamples=499
+        )
+
+    before = base.settle("linguistic", [base.declared(table, test(()), measured, "x", "function - content")])
+    after = base.settle("linguistic", [base.declared(table, test(bl.stats.CONTROLS), measured, "x", "function - content")])
+    assert before.holds.all() and before.estimate.iloc[0] > 0.5
+    assert not after.holds.any() and abs(after.estimate.iloc[0]) < 0.1
+
+
+# -- who the neighbors are ----------------------------------------------------------------------------------------------------------
+
+
+def with_neighbors(measured, draw):
+    """Neighbors by our own rule: from (row, eligible rows) to rows."""
+    kept = measured.neighbors
+    first = measured.table[measured.table.layer == measured.layers[0]].reset_index(drop=True)
+    rows = np.full_like(kept.rows, -1)
+    seq, later = first.seq.to_numpy(), first.pos.to_numpy() > 0
+    for layer in range(len(rows)):
+        for row in np.flatnonzero(later):
+            rows[layer, row] = draw(layer, row, np.flatnonzero(later & (seq != seq[row])))
+    return replace(measured, neighbors=replace(kept, rows=rows)), first
+
+
+def test_the_bank_s_rows_are_the_tokens(measured):
+    bank = measured.neighbors.bank
+    first = measured.table[measured.table.layer == 0]
+    assert measured.neighbors.own
+    assert bank["seq"].tolist() == first["seq"].tolist() and bank["pos"].tolist() == first["pos"].tolist()
+
+
+def test_shares_and_chance_by_hand(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    shares, curves = neighborhoods.neighbor_shares(tokens, measured)
+    n = len(tokens) // len(measured.layers)
+    bank = tokens[:n].reset_index(drop=True)
+    rng = np.random.default_rng(0)
+    columns = {"same_tag": "tag", "same_word": "word_text", "same_document": "doc"}
+    for row in rng.choice(np.flatnonzero(bank.pos > 0), 25, replace=False):
+        for layer in (0, 2):
+            mine, near = bank.loc[row], bank.loc[measured.neighbors.rows[layer][row]]
+            others = bank[(bank.pos > 0) & (bank.seq != mine.seq)]
+            got = shares.iloc[layer * n + row]
+            assert (got.seq, got.pos, got.layer) == (mine.seq, mine.pos, layer)
+            for name, column in columns.items():
+                if pd.isna(mine[column]):
+                    assert np.isnan(got[name]) and np.isnan(got[f"{name}_chance"])
+                    continue
+                assert got[name] == pytest.approx((near[column] == mine[column]).mean())
+                assert got[f"{name}_chance"] == pytest.approx((others[column] == mine[column]).mean())
+                assert got[f"{name}_excess"] == pytest.approx(got[name] - got[f"{name}_chance"])
+    assert set(curves.score) <= {f"{name}_excess" for name in columns}
+    assert np.allclose(curves.estimate, curves.share - curves.chance, atol=0.05)
+
+
+def test_neighbors_at_random_have_no_excess(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    rng = np.random.default_rng(0)
+    planted, _ = with_neighbors(measured, lambda _layer, _row, able: rng.choice(able, measured.settings["k"]))
+    _, curves = neighborhoods.neighbor_shares(tokens, planted)
+    assert curves.estimate.abs().max() < 0.02
+    assert (curves.p_corrected > 0.01).all()
+
+
+def test_neighbors_of_the_same_tag_first_and_of_the_same_document_last(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    first = tokens[tokens.layer == 0].reset_index(drop=True)
+    tag, doc = first.tag.to_numpy(object), first.doc.to_numpy()
+    rng = np.random.default_rng(0)
+
+    def draw(layer, row, able):
+        alike = able[(tag[able] == tag[row]) if layer == 0 else (doc[able] == doc[row]) if layer == 2 else slice(None)]
+        return rng.choice(alike if len(alike) else able, measured.settings["k"])
+
+    planted, _ = with_neighbors(measured, draw)
+    shares, curves = neighborhoods.neighbor_shares(tokens, planted)
+    by = curves.set_index(["score", "layer"])
+    assert by.loc[("same_tag_excess", 0), "share"] > 0.95
+    assert by.loc[("same_tag_excess", 2), "p_corrected"] > 0.01
+    assert by.loc[("same_document_excess", 2), "p_corrected"] < 0.05
+    earlier = linguistic._earlier(shares, planted).iloc[0]
+    assert earlier.estimate < -1 and earlier.p < 0.001
+    reversed_ = with_neighbors(measured, lambda layer, row, able: draw(2 - layer, row, able))[0]
+    later = linguistic._earlier(neighborhoods.neighbor_shares(tokens, reversed_)[0], reversed_).iloc[0]
+    assert later.estimate > 1 and later.p > 0.99
+
+
+def test_one_tag_for_all_is_no_excess(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    tokens["tag"], tokens["word"] = "X", 1.0
+    shares, curves = neighborhoods.neighbor_shares(tokens, measured)
+    later = shares[(shares.pos > 0)]
+    assert (later.same_tag == 1).all() and (later.same_tag_chance == 1).all() and (later.same_tag_excess == 0).all()
+    assert "same_tag_excess" not in set(curves.score)
+    assert np.isnan(linguistic._earlier(shares, measured).p.iloc[0])
+
+
+def test_shares_are_not_made_where_they_would_mean_nothing(measured):
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    for other in (
+        replace(measured, neighbors=None),
+        replace(measured, neighbors=replace(measured.neighbors, own=False)),
+        replace(measured, settings={**measured.settings, "exclude": "document"}),
+    ):
+        assert neighborhoods.neighbor_shares(tokens, other) == (None, None)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: chance counts tokens that exclude=<label> never lets be neighbors")
+def test_chance_knows_which_neighbors_are_excluded(measured):
+    """Neighbors of one's own topic are never allowed, and drawn at random from all that are: no excess, more or less."""
+    docs = measured.table.doc.str.removeprefix("doc-").astype(int)
+    table = measured.table.assign(topic="t" + (docs % 3).astype(str))
+    held = plant(replace(measured, settings={**measured.settings, "exclude": "topic"}), table)
+    tokens = held.table.assign(word=1.0, tag=held.table.topic, word_text=held.table.topic)  # tags go with topics
+    tokens.attrs = dict(measured.table.attrs)
+    topic = tokens[tokens.layer == 0].topic.to_numpy()
+    rng = np.random.default_rng(0)
+    planted, _ = with_neighbors(held, lambda _layer, row, able: rng.choice(able[topic[able] != topic[row]], 5))
+    _, curves = neighborhoods.neighbor_shares(tokens, planted)
+    assert curves is None or curves.estimate.abs().max() < 0.05
+
+
+# -- contrasts ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prompted(llama):
+    return S.measure(
+        llama, prompts(), studies=["layers"], layers=[1], max_length=64, unit="template", exclude="template", bank="reference",
+        contrast=Contrast("span", "IO", "S"), **QUIET,
+    )  # fmt: skip
+
+
+def test_spans_are_contrasted_within_prompts(llama, prompted):
+    assert prompted.n_units == len(TEMPLATES)
+    assert contrasts.is_paired(prompted.table)
+    one = prompted.table[prompted.table.layer == 1]
+    for side in ("IO", "S"):
+        for passage, part in one[one.contrast == side].groupby("passage"):
+            start, end = prompted.capture.passages[passage].spans[side]
+            assert ((part.start < end) & (part.end > start)).all()
+    # Planted: IO above S by 1, in every prompt.
+    level = one.contrast.map({"IO": 1.0, "S": 0.0}).fillna(5.0).to_numpy()
+    study = S.study_layers(llama, plant(prompted, compression=level + noise(one, 0, 0.1)), progress=False)
+    found = study.tables["contrast"]
+    row = found[(found.score == "compression") & (found.control_set == "none")].iloc[0]
+    assert row.estimate == pytest.approx(1, abs=0.2) and row.n_units == len(TEMPLATES) and row.unit == "template"
+    assert row.p == pytest.approx(2 / 2 ** len(TEMPLATES))
+    assert any("Contrast: span: IO - S" in line for line in study.about)
+    assert "contrast-by-layer" in study.figures
+    assert not any("contrast" in line for line in study.not_tested)
+
+
+def test_labels_are_contrasted_between_texts(llama, prompted):
+    """A truth value is given as text."""
+    contrast = Contrast("early", "True", "False")
+    table = prompted.table.assign(contrast=contrast.values(prompted.table))
+    assert (table.contrast == np.where(table.early, "True", "False")).all()
+    assert not contrasts.is_paired(table)
+    side = table.contrast.eq("True").to_numpy()
+    held = plant(replace(prompted, contrast=contrast, settings={**prompted.settings, "unit": "document"}), table)
+    held = plant(held, compression=2.0 * side + noise(table, 0, 0.5))
+    section, found, _ = contrasts.contrast_section(held.table, ["compression"], held)
+    row = found[found.control_set == "none"].iloc[0]
+    assert row.estimate == pytest.approx(2, abs=0.2) and row.p < 0.001 and row.n_units == 3 * len(TEMPLATES)
+    assert "between whole units" in section.text
+
+
+def test_sides_of_spans(llama):
+    text = "Mary and John went to the shop, and then they went home again in the rain."
+    where = {"IO": (0, 13), "S": (9, 18), "other": (26, 30)}
+    passages = [bl.Passage(text, doc=f"d{i}", spans=where) for i in range(7)]
+    table = bl.analyze(llama, passages, [bl.analyzers.StateNorm()], layers=[0], progress=False)
+    side = Contrast("span", "IO", "S").values(table)
+    for row, got in zip(table.itertuples(), side, strict=True):
+        io, s = (row.start < b and row.end > a and row.start >= 0 for a, b in (where["IO"], where["S"]))
+        assert got == (None if io == s else "IO" if io else "S")
+    assert (table.span.str.split("+").map(len) == 2).any()  # some tokens are in both
+    with pytest.raises(StudyError, match="expected a label of the texts or span as contrast, got 'topic'"):
+        Contrast("topic", "a", "b").values(table)
+
+
+def refused(llama, monkeypatch, data, match, error=StudyError, study=None, **options):
+    """Before any token went through the model."""
+    with counting(monkeypatch) as (forward, _), pytest.raises(error, match=match):
+        if study is None:
+            S.measure(llama, data, **QUIET | {"max_length": 40} | options)
+        else:
+            getattr(S, f"study_{study}")(llama, data, **QUIET | {"max_length": 40} | options)
+    assert forward == []
+
+
+@pytest.mark.parametrize(
+    ("contrast", "match"),
+    [
+        (Contrast("span", "IO", "X"), "IO - X; there are"),
+        (Contrast("span", "IO", "IO"), "two different values"),
+        (Contrast("early", "True", "maybe"), "'False', 'True'"),
+        (Contrast("token", "a", "b"), "two different values of 'token'"),
+    ],
+)
+def test_contrasts_that_the_texts_do_not_have(llama, monkeypatch, contrast, match):
+    refused(llama, monkeypatch, prompts(1), match, contrast=contrast)
+
+
+LATE = pytest.mark.xfail(strict=True, reason="BUG: refused only after the model has read everything")
+
+
+@pytest.mark.parametrize(
+    ("passages", "contrast"),
+    [
+        pytest.param(
+            [*short_texts(8, spans={"S": (2, 9)}), bl.Passage("short one", spans={"IO": (0, 3)})],
+            Contrast("span", "IO", "S"), marks=LATE, id="span of a text that is passed over",
+        ),
+        pytest.param(
+            [made_text(16, i, f"d{i}", labels={} if i == 9 else {"g": i % 2}) for i in range(10)],
+            Contrast("g", "1", "0"), marks=LATE, id="whole numbers, and one text without",
+        ),
+        pytest.param(
+            short_texts(8, spans={"a+b": (2, 9), "S": (12, 20)}), Contrast("span", "a+b", "S"), marks=LATE, id="plus in a name",
+        ),
+    ],
+)  # fmt: skip
+def test_contrasts_are_refused_early_or_not_at_all(llama, monkeypatch, passages, contrast):
+    with counting(monkeypatch) as (forward, _):
+        try:
+            S.measure(llama, passages, studies=["linguistic"], contrast=contrast, layers=[0], max_length=40, **QUIET)
+        except StudyError:
+            assert forward == []
+
+
+# -- measure ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def planned(llama):
+    """Documents of 1 to 6 sequences, and some short ends."""
+    made = [made_text(20 + 19 * (seed % 6), seed, f"doc-{seed}") for seed in range(12)]
+    return bl.Capture.plan(llama, made, max_length=40)
+
+
+def test_chosen_sequences(planned):
+    every, short = S.measured.choose_sequences(planned, None, 2, 0)
+    lengths = planned.lengths.tolist()
+    assert every == [seq for seq, length in enumerate(lengths) if length >= 20]
+    assert short == len(lengths) - len(every) > 0
+    for most in (1, 5, 12, 17, len(every), 999):
+        chosen, same = S.measured.choose_sequences(planned, most, 2, 0)
+        assert len(chosen) == min(most, len(every)) and same == short
+        assert chosen == sorted(set(chosen)) and set(chosen) <= set(every)
+
+
+@pytest.mark.parametrize("per_document", [1, 2, 3])
+def test_sequences_are_spread_over_documents(planned, per_document):
+    docs = planned.docs
+    every, _ = S.measured.choose_sequences(planned, None, per_document, 0)
+    able = pd.Series([docs[seq] for seq in every]).value_counts()
+    before: set[int] = set()
+    for most in range(1, len(every) + 1):
+        chosen, _ = S.measured.choose_sequences(planned, most, per_document, 3)
+        assert before < set(chosen)  # more sequences are the same and others
+        before = set(chosen)
+        held = pd.Series([docs[seq] for seq in chosen]).value_counts().reindex(able.index, fill_value=0)
+        rounds = np.ceil(held / per_document)
+        # Nobody gets a second round before everyone who has more texts has had a first.
+        waiting = held[held < able]
+        assert waiting.empty or rounds.max() <= np.floor(waiting / per_document).min() + 1
+        for doc in held[held > 0].index:  # a document's first sequences come first
+            mine = [seq for seq in every if docs[seq] == doc]
+            assert [seq for seq in chosen if docs[seq] == doc] == mine[: held[doc]]
+
+
+def test_the_choice_is_seeded(planned):
+    one, same, other = (S.measured.choose_sequences(planned, 6, 1, seed)[0] for seed in (0, 0, 1))
+    assert one == same != other
+
+
+def test_what_is_measured_is_said(measured, texts):
+    made = measured.settings
+    assert made["sequences_given"] == len(measured.planned.sequences)
+    assert len(measured.capture.sequences) == 32
+    assert measured.n_units == 16 and measured.layers == [0, 1, 2]
+    assert not measured.planned.is_read
+    rows = measured.planned.row_token
+    ids, counts = rows.unique(return_counts=True)
+    assert measured.frequency == pytest.approx(dict(zip(ids.tolist(), (counts / len(rows)).tolist(), strict=True)))
+    assert sum(measured.frequency.values()) == pytest.approx(1)
+    assert len(measured.planned.row_token) > len(measured.capture.row_token)
+    json.dumps(made, allow_nan=False)
+    (facts,) = base.provenance(measured).values()
+    assert facts["study"] == made
+    assert any("32 sequences of 16 documents" in line for line in base.about(measured))
+    assert len(texts) == 18
+
+
+def test_integrated_gradients_of_some_sequences_only(measured):
+    table = measured.table
+    there = table.groupby("seq")["integrated_gradients"].apply(lambda column: column.notna().any())
+    assert there.sum() == measured.settings["integrated_gradients_sequences"] == 8
+    chosen = table[table.seq.isin(there[there].index)]
+    assert chosen.drop_duplicates("seq").doc.nunique() == 8  # a document each
+    layers = [part["integrated_gradients"].to_numpy() for _, part in table.groupby("layer")]
+    for one, other in pairwise(layers):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_integrated_gradients_are_those_of_the_sequence(llama, measured):
+    table = measured.table[measured.table.layer == 0]
+    seq = int(table[table["integrated_gradients"].notna()].seq.iloc[-1])
+    part = bl.capture.subset(measured.capture, [seq])
+    own = bl.analyze(llama, part, [bl.analyzers.IntegratedGradients()], layers=[0], progress=False)
+    np.testing.assert_allclose(
+        own["integrated_gradients"], table[table.seq == seq]["integrated_gradients"], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_one_pass_serves_the_importance_study(llama, monkeypatch):
+    """One batch: a forward pass for all, a backward pass per target, and those that erasure and transport say they need."""
+    data = short_texts(8)
+    options = {"layers": [1], "max_length": 40, "context": "native", **QUIET}
+    with counting(monkeypatch) as (plain, none):
+        S.measure(llama, data, studies=["linguistic"], **options)
+    with counting(monkeypatch) as (forward, backward):
+        S.measure(llama, data, studies=["importance"], integrated=0, **options)
+    capture = bl.Capture.plan(llama, data, max_length=40)
+    reading = (len(capture.sequences), int(capture.lengths.max()))
+    assert plain.count(reading) == forward.count(reading) == 1
+    assert none == [] and len(backward) == 2  # future loss and last logit
+    erased = sum(min(16, length - 3) for length in capture.lengths.tolist())
+    assert sum(shape[0] for shape in forward) - sum(shape[0] for shape in plain) == erased
+
+
+def test_refused_before_the_model_runs(llama, monkeypatch):
+    few, enough = short_texts(5), short_texts(8)
+    refused(llama, monkeypatch, few, r"at least 6 units \(document\).*got 5")
+    refused(llama, monkeypatch, short_texts(9, n_words=4), "got 0")
+    refused(llama, monkeypatch, enough, "expected studies among", studies=["importance", "nonsense"])
+    refused(llama, monkeypatch, enough, "expected studies among", studies=[])
+    refused(llama, monkeypatch, enough, "unit", unit="nothing")
+    refused(llama, monkeypatch, enough, "exclude", NeighborError, exclude="nothing")
+    refused(llama, monkeypatch, enough, "expected k", NeighborError, k=10_000)
+    refused(llama, monkeypatch, enough, "at least 1", max_sequences=0)
+    refused(llama, monkeypatch, enough, "at least 1", per_document=0)
+    refused(llama, monkeypatch, enough, "layer", BasinLensError, layers=[7])
+    refused(llama, monkeypatch, enough, "expected part", study="linguistic", part="middle") if False else None
+
+
+def test_unknown_context(llama, monkeypatch):
+    """Under pytest the type checks come first."""
+    with counting(monkeypatch) as (forward, _), pytest.raises(Exception, match="nothing"):
+        S.measure(llama, short_texts(8), context="nothing", **QUIET)
+    assert forward == []
+
+
+@LATE
+@pytest.mark.parametrize(
+    ("study", "options"),
+    [
+        ("linguistic", {"tagger": "gold"}),
+        ("linguistic", {"sentiment": "nothing"}),
+        ("robustness", {"importance": "nothing", "dtype": None}),
+    ],
+)
+def test_options_of_a_study_are_refused_before_the_model_runs(llama, monkeypatch, study, options):
+    data = [bl.Passage(passage.text, doc=passage.doc) for passage in short_texts(8)]
+    refused(llama, monkeypatch, data, "expected", (StudyError, TextError), study=study, layers=[0], **options)
+
+
+@LATE
+def test_token_ids_have_no_words(llama, monkeypatch):
+    refused(llama, monkeypatch, random_tokens(8, 24), "character offsets", study="linguistic", layers=[0])
+
+
+def test_what_was_measured_is_taken_as_it_is(llama, measured):
+    for study in S.STUDIES:
+        run = getattr(S, f"study_{study}")
+        with pytest.raises(StudyError, match="no options of measure.*max_sequences"):
+            run(llama, measured, max_sequences=3, progress=False)
+        with pytest.raises(StudyError, match=f"measured for the study '{study}'"):
+            run(llama, replace(measured, studies=()), progress=False)
+        with pytest.raises((ModelError, CaptureError)):
+            run(make_bridge("llama", seed=1, tokenizer=make_tokenizer()), measured, progress=False)
+    with pytest.raises(StudyError, match="character offsets"):
+        capture = replace(measured.capture, passages=None)
+        S.study_linguistic(llama, replace(measured, capture=capture), progress=False)
+
+
+def test_names():
+    assert room.check_names("all") == list(S.STUDIES)
+    assert room.check_names("layers", "importance") == ["layers", "importance"]
+    for wrong in ((), ("all", "layers"), ("summary",)):
+        with pytest.raises(StudyError, match="expected studies among"):
+            room.check_names(*wrong)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, [0]), (3, [0, 1, 2]), (10, list(range(10))), (30, None), (12, None)])
+def test_spaced_layers(n, expected):
+    layers = room.spaced_layers(n)
+    assert layers == (expected or layers)
+    assert layers[0] == 0 and layers[-1] == n - 1 and len(layers) == min(n, 10)
+    steps = np.diff(layers)
+    assert len(steps) == 0 or steps.max() - steps.min() <= 1
+
+
+# -- few texts, odd texts -----------------------------------------------------------------------------------------------------------
+
+CRASH = "BUG: crashes where a test cannot be made"
+
+
+@pytest.mark.parametrize("documents", [6, 7])
+@pytest.mark.parametrize("study", ["importance", "layers", "linguistic"])
+def test_the_fewest_documents(llama, study, documents):
+    made = getattr(S, f"study_{study}")(llama, short_texts(documents), layers=[0, 1], max_length=30, **QUIET)
+    assert made.decision in ("yes", "yes, with red flags", "no", "undecided")
+    assert made.findings.note.str.contains("too few units to halve|not tested").any()
+
+
+def test_texts_without_content_words(llama):
+    only = short_texts(8, n_words=20, tags={"DET": 0.5, "ADP": 0.5})
+    made = S.study_linguistic(llama, only, layers=[0, 1], max_length=30, **QUIET)
+    assert made.decision == "undecided"
+
+
+@pytest.mark.parametrize("study", ["layers", "robustness"])
+def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
+    data = [made_text(16, i, f"d{i}", labels={"g": i < 3}) for i in range(12)]
+    more = {"dtype": None} if study == "robustness" else {}
+    made = getattr(S, f"study_{study}")(
+        llama, data, layers=[1], max_length=30, contrast=Contrast("g", "True", "False"), **QUIET, **more
+    )
+    assert made.decision in ("yes", "yes, with red flags", "no", "undecided")
+
+
+def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
+    made = S.study_linguistic(llama, short_texts(12, n_words=12), layers=[0, 1], max_length=64, **QUIET)
+    row = made.findings[made.findings.question == "same tag - same document"].iloc[0]
+    assert np.isnan(row.p) and "not tested" in row.note and not row.holds
+    assert "same_document_excess" not in set(made.tables["neighbor_shares"].score)
+
+
+def test_sentences_by_sentiment(llama):
+    data = [made_text(16, i, f"d{i}", labels={"mood": ("good", "bad")[i % 2]}) for i in range(12)]
+    held = S.measure(llama, data, studies=["linguistic"], layers=[1], max_length=64, **QUIET)
+    table = held.table
+    study = S.study_linguistic(
+        llama, plant(held, compression=(table.mood == "bad") + noise(table, 0, 0.2)), sentiment="mood", progress=False
+    )
+    found = study.tables["sentiment"]
+    row = found[(found.score == "compression") & (found.control_set == "none")].iloc[0]
+    assert row.estimate == pytest.approx(1, abs=0.15) and row.p < 0.01 and row.n_units == 12
+    assert "sentiment-by-layer" in study.figures
+
+
+# -- robustness ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sturdy(llama):
+    """An effect in the table only, not in the model: compression above random points, by surprisal's rank."""
+    data = short_texts(20, n_words=13)
+    held = S.measure(llama, data, studies=["robustness"], layers=[1], max_length=40, **QUIET)
+    table = held.table
+    values = table["compression_random"] + 1 + noise(table, 0, 0.2)
+    return held, S.study_robustness(llama, plant(held, compression=values), dtype=None, progress=False)
+
+
+def test_what_is_in_the_table_only_does_not_survive(sturdy):
+    held, study = sturdy
+    name = "differs from random neighbors"
+    row = study.tables["survival"].set_index("finding").loc[name]
+    assert row.holds_on_held_out_half
+    assert row.survives < row.settings
+    assert study.decision == "no"
+    assert not study.findings.set_index("finding").loc[name, "holds"]
+    mine = study.tables["settings"].query("finding == @name").set_index("setting")
+    # Parts of the same table keep it; anything that the model measures again does not.
+    for setting in ("as run", "positions from 8 on", "one half of the documents", "the other half"):
+        assert mine.loc[setting, "estimate"] == pytest.approx(1, abs=0.1)
+    for setting in ("k = 10", "context native", "neighbors of other tokens"):
+        assert not mine.loc[setting, "survives"]
+        assert setting in row.lost_under
+    raised = study.flags[(study.flags.flag == "lost under another setting") & study.flags.why.str.startswith(name)]
+    assert raised.raised.tolist() == [True]
+    assert held.n_units == 20
+
+
+def test_survival_is_counted(sturdy):
+    _, study = sturdy
+    for finding, mine in study.tables["settings"].groupby("finding"):
+        row = study.tables["survival"].set_index("finding").loc[finding]
+        twin, rest = mine[mine.kind == "twin"], mine[(mine.kind != "twin") & (mine.setting != "as run")]
+        assert len(twin) == 1 and mine.setting.is_unique
+        assert row.settings == rest.p.notna().sum()
+        assert row.survives == rest.survives.fillna(False).sum()
+        assert row.not_tested == rest.p.isna().sum() + twin.p.isna().sum()
+        lost = rest[rest.survives.eq(False).fillna(False)].setting
+        assert row.lost_under == ("; ".join(lost) or "none")
+        # Two families: the twin's p is its own, the others pay for each other.
+        assert twin.p_corrected.tolist() == pytest.approx(twin.p.tolist(), nan_ok=True)
+        own = mine[mine.kind != "twin"]
+        expected = bl.stats.correct(own[["p"]].reset_index(drop=True), "holm").p_corrected
+        assert own.p_corrected.tolist() == pytest.approx(expected.tolist(), nan_ok=True)
+        sign = np.sign(own.set_index("setting").loc["as run", "estimate"])
+        assert (own[own.survives.fillna(False)].estimate * sign > 0).all()
+        assert (own[own.survives.fillna(False)].p_corrected <= 0.05).all()
+
+
+def test_settings_that_change_one_thing(sturdy):
+    _, study = sturdy
+    kinds = set(study.tables["settings"].kind)
+    assert kinds == {"own", "positions", "halves", "k", "metric", "neighbors", "context", "bank", "twin"}
+    names = set(study.tables["settings"].setting)
+    assert {"k = 10", "k = 15", "k = 30", "k = 50", "cosine neighbors", "half of the bank", "built-in passages as bank"} <= names
+    assert "k = 5" not in names and "context patched" not in names
+    assert any("second trained model" in line for line in study.not_tested)
+
+
+def test_corrected_by_hand():
+    table = pd.DataFrame({
+        "finding": "f", "setting": ["as run", "a", "b", "c", "d", "twin"], "kind": ["own", "k", "k", "k", "k", "twin"],
+        "estimate": [1.0, 2.0, -2.0, 1.0, np.nan, 1.0], "null": 0.0, "p": [0.001, 0.01, 0.001, 0.04, np.nan, 0.04],
+    })  # fmt: skip
+    done = robustness._corrected(table).set_index("setting")
+    assert done.loc[["as run", "a", "b", "c", "twin"], "p_corrected"].tolist() == pytest.approx([0.004, 0.02, 0.004, 0.04, 0.04])
+    assert done.survives.loc[["as run", "a", "b", "c", "twin"]].tolist() == [True, True, False, True, True]
+    assert pd.isna(done.survives["d"])
+    settled = pd.DataFrame([{"finding": "f", "layer": 1, "holds": True, "estimate": 1.0, "p_corrected": 0.01, "note": ""}])
+    (row,) = robustness._survival(robustness._corrected(table), settled).to_dict("records")
+    assert (row["settings"], row["survives"], row["lost_under"], row["not_tested"]) == (3, 2, "b", 1)
+    assert row["in_random_twin"] is True
+    survival = robustness._survival(robustness._corrected(table), settled)
+    assert not robustness._with_survival(settled, survival).holds.any()
+    without = robustness._survival(robustness._corrected(table[table.kind != "twin"]), settled)
+    assert without.in_random_twin[0] is None
+
+
+def test_token_ids_parallel_blocks_and_another_bank():
+    """What cannot be tried is said, and nothing crashes."""
+    neox = make_bridge("neox", tokenizer=make_tokenizer())
+    study = S.study_robustness(neox, random_tokens(14, 22), layers=[1], bank="reference", dtype=None, **QUIET)
+    assert study.decision in ("yes", "no")
+    said = " ".join(study.not_tested)
+    for expected in ("token ids were given", "parallel blocks", "needs the texts as their own bank"):
+        assert expected in said
+    assert study.tables["survival"].in_random_twin.isna().all()
+    assert "function-content" not in set(study.findings.question)
+    json.dumps(study.as_json(), allow_nan=False)
+
+
+def test_pieces_of_text_as_passages(measured, prompted):
+    made = settings.passages_of(measured.capture)
+    assert [p.doc for p in made] == measured.capture.docs
+    for sequence, passage in zip(measured.capture.sequences, made, strict=True):
+        whole = measured.capture.passages[sequence.passage]
+        start = min(s for s in sequence.starts if s >= 0)
+        assert whole.text[start : start + len(passage.text)] == passage.text
+        assert [w.text for w in passage.words] == [passage.text[w.start : w.end] for w in passage.words]
+        inside = [w for w in whole.words if w.start >= start and w.end <= start + len(passage.text)]
+        assert [(w.text, w.tag) for w in passage.words] == [(w.text, w.tag) for w in inside]
+    for one, other in zip(settings.passages_of(prompted.capture), prompted.capture.passages, strict=True):
+        assert (one.text, dict(one.spans), dict(one.labels)) == (other.text, dict(other.spans), dict(other.labels))
+    assert settings.passages_of(replace(measured.capture, passages=None)) is None
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: token frequencies are looked up by the first model's token ids")
+def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(llama, sturdy, monkeypatch):
+    """The same model, its token ids permuted: every finding must come out the same as for the model itself."""
+    held, _ = sturdy
+    findings = robustness._findings(held, "gradient_norm_scaled", False)
+    moved = settings.Setting("other ids", "model", plant(held, held.table.assign(token_id=9_999 - held.table.token_id)).table)
+    same = settings.Setting("same", "model", held.table)
+    one, other = (robustness._tested(replace(findings[2], layer=1), setting).iloc[0] for setting in (same, moved))
+    assert one.n_tokens == other.n_tokens
+    assert one.estimate == pytest.approx(other.estimate)
+
+
+# -- summary ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def saved(deep, important, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    deep.save(folder / "layers")
+    important.save(folder / "importance")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def summary(saved, spoken):
+    return S.summarize([saved / "importance", saved / "layers", spoken])
+
+
+def test_summary_is_one_family(summary, important, deep, spoken):
+    held = [important, deep, spoken]
+    p = pd.concat([study.findings for study in held], ignore_index=True)[["p"]].astype(float)
+    expected = bl.stats.correct(p, "holm").p_corrected
+    assert summary.findings.p_corrected.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert summary.findings.n_tests.eq(len(p)).all()
+    assert summary.findings.study.tolist() == [study.name for study in held for _ in range(len(study.findings))]
+    assert summary.tables["studies"].decision.tolist() == [study.decision for study in held]
+    assert summary.tables["studies"].red_flags.tolist() == [int(study.flags.raised.fillna(False).sum()) for study in held]
+    assert set(summary.flags.study) == {study.name for study in held}
+    for column in ("guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading"):
+        assert column in summary.findings
+    html = summary.report().html
+    assert "guide_reading" in html and "count every token as independent" in html
+    assert len(summary.figures) == 2
+
+
+def test_folders_and_studies_give_the_same(summary, important, deep, spoken):
+    other = S.summarize([important, deep, spoken])
+    assert other.as_json() == summary.as_json()
+    pd.testing.assert_frame_equal(other.findings, summary.findings)
+
+
+def test_summary_does_not_revive_what_a_study_denied(deep):
+    denied = replace(deep, findings=deep.findings.assign(holds=False))
+    assert not S.summarize([denied]).findings.holds.any()
+
+
+def test_summary_refuses(saved, deep, summary, tmp_path):
+    with pytest.raises(StudyError, match="at least one"):
+        S.summarize([])
+    with pytest.raises(StudyError, match="different studies"):
+        S.summarize([deep, saved / "layers"])
+    with pytest.raises(StudyError, match="no summary among them"):
+        S.summarize([deep, summary])
+    with pytest.raises(StoreError, match=r"results.json.*Run the study first"):
+        S.summarize([tmp_path / "nothing"])
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: KeyError or TypeError", raises=Exception)
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_results_that_are_no_study(content, tmp_path, deep):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(StoreError):
+        S.summarize([tmp_path])
+    with pytest.raises(StoreError):
+        deep.save(tmp_path)
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_folder_holds(saved, deep):
+    folder = saved / "layers"
+    assert sorted(path.name for path in folder.iterdir()) == ["figures", "report.html", "results.json", "tables"]
+    names = {path.name for path in (folder / "tables").iterdir()}
+    expected = {f"{name}.{kind}" for name in [*deep.tables, "findings"] for kind in ("parquet", "csv")}
+    assert names == expected | {"tokens.parquet"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {f"{n}.{k}" for n in deep.figures for k in ("png", "pdf")}
+    assert all(path.stat().st_size > 0 for path in folder.rglob("*"))
+    assert not [path for path in saved.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")]
+    assert not [path for path in saved.iterdir() if path.name.startswith(".")]
+
+
+def test_parquet_and_csv_hold_what_is_in_memory(saved, deep, important):
+    for study in (deep, important):
+        folder = saved / study.name / "tables"
+        for name, table in {**study.tables, "findings": study.findings}.items():
+            stored, text = tables.load(folder / f"{name}.parquet"), pd.read_csv(folder / f"{name}.csv")
+            assert list(stored.columns) == list(text.columns) == list(table.columns)
+            assert len(stored) == len(text) == len(table)
+            assert stored.attrs["provenance"] == json.loads(json.dumps(study.provenance))
+            for column in table.columns:
+                values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
+                if np.isfinite(values).any():
+                    for got in (stored[column], text[column]):
+                        np.testing.assert_allclose(pd.to_numeric(got).to_numpy(float), values, rtol=1e-12)
+                else:
+                    wanted = table[column].astype(object).where(table[column].notna(), "").astype(str).tolist()
+                    for got in (stored[column], text[column]):
+                        assert got.astype(object).where(got.notna(), "").astype(str).tolist() == wanted, (name, column)
+        pd.testing.assert_frame_equal(tables.load(folder / "tokens.parquet"), study.tokens)
+
+
+def test_results_are_strict_json(saved, deep, important, spoken, sturdy, summary):
+    def strict(constant):
+        raise AssertionError(constant)
+
+    held = json.loads((saved / "layers" / "results.json").read_text(), parse_constant=strict)
+    assert held == json.loads(json.dumps(deep.as_json()))
+    for study in (deep, important, spoken, sturdy[1], summary):
+        made = json.loads(json.dumps(study.as_json(), allow_nan=False))
+        assert made["hypothesis"].startswith("Declared before looking")
+        assert made["verdict"] and made["not_tested"] and made["decision"] == study.decision
+        assert [row["finding"] for row in made["findings"]] == study.findings.finding.tolist()
+        assert [row["raised"] for row in made["red_flags"]] == [None if pd.isna(v) else bool(v) for v in study.flags.raised]
+        assert made["provenance"]
+
+
+def test_reports_end_with_what_was_declared_and_what_came_out(deep, important, spoken, sturdy, summary):
+    for study in (deep, important, spoken, sturdy[1], summary):
+        html = study.report().html
+        titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
+        assert titles[-4:] == ["Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested"]
+        plain = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)).replace("&#39;", "'").replace("&#34;", '"')
+        assert study.verdict[0] in plain
+        assert study.hypothesis in plain
+        assert not re.search(r"(?:src|href)=[\"']https?://", html)  # offline
+
+
+def test_figures_are_three_to_five(deep, important, spoken, sturdy):
+    """Without a contrast. Neighbors make one more where words are known."""
+    for study in (deep, important, spoken, sturdy[1]):
+        assert 3 <= len(study.figures) <= 5, (study.name, list(study.figures))
+
+
+def test_every_finding_says_what_it_is(deep, important, spoken, sturdy, summary):
+    for study in (deep, important, spoken, sturdy[1], summary):
+        rows = study.findings
+        assert list(rows.columns)[: len(base.FINDING)] == list(base.FINDING)
+        tested = rows[rows.p.notna()]
+        assert len(tested)
+        for column in ("unit", "n_units", "n_sequences", "n_documents", "test", "effect", "estimate", "p", "p_corrected"):
+            assert tested[column].notna().all()
+        assert (tested.p_corrected >= tested.p - 1e-12).all()
+        assert not (rows.holds & ~(rows.p_corrected <= 0.05)).any()
+
+
+def test_guide_stands_beside_the_finding(important, spoken):
+    table = important.tokens
+    for row in important.findings.itertuples():
+        part = table[table.layer == row.layer].dropna(subset=["compression", row.question])
+        assert row.guide_r == pytest.approx(stats.pearsonr(part["compression"], part[row.question]).statistic)
+    rows = spoken.findings.set_index("question")
+    assert rows.loc["function - content", "guide_p"] < 1e-6
+    assert rows.loc["same tag - same document", "guide_test"] is None
+
+
+def test_saving_again_replaces(deep, tmp_path):
+    out = deep.save(tmp_path / "deep" / "er")
+    (out / "tables" / "old.csv").write_text("x")
+    deep.save(out)
+    assert not (out / "tables" / "old.csv").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["er"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failing_save_leaves_the_old_folder(saved, deep, monkeypatch, error, tmp_path):
+    before = {path: path.read_bytes() for path in (saved / "layers").rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(base.Study, "report", fail)
+    for target in (saved / "layers", tmp_path / "new"):
+        with pytest.raises(StoreError if isinstance(error, OSError) else KeyboardInterrupt):
+            deep.save(target)
+    assert {path: path.read_bytes() for path in (saved / "layers").rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in saved.iterdir()) == ["importance", "layers"]
+
+
+def test_folders_of_others_are_refused(saved, deep, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for target, match in (
+        (tmp_path / "mine", "thesis.tex"),
+        (saved / "importance", "earlier layers study"),
+        (tmp_path / "file", "expected a folder"),
+        (tmp_path / "file" / "below", "can be written"),
+    ):
+        with pytest.raises(StoreError, match=match):
+            deep.save(target)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+    base.refuse_folder(tmp_path / "nothing", "layers")
+    (tmp_path / "empty").mkdir()
+    base.refuse_folder(tmp_path / "empty", "layers")
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: a file that the user put into an earlier study's folder is deleted")
+def test_files_beside_an_earlier_study_are_kept(deep, tmp_path, monkeypatch):
+    target = tmp_path / "study"
+    target.mkdir()
+    (target / "results.json").write_text('{"study": "layers"}')
+    (target / "notes.md").write_text("mine")
+    monkeypatch.setattr(base.Study, "_write", lambda _self, folder: folder.mkdir())
+    with pytest.raises(StoreError, match=r"notes.md"):
+        deep.save(target)
+    assert (target / "notes.md").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: refused only when the study is done, as a place that cannot be written")
+def test_the_folder_one_stands_in(deep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base.Study, "_write", lambda _self, folder: folder.mkdir())
+    try:
+        base.refuse_folder(bl.studies.base.Path(), "layers")
+    except StoreError:
+        return
+    deep.save(".")
+
+
+def test_studies_leave_the_measurement_alone(measured, texts, llama):
+    """All of the above worked on copies."""
+    again = S.measure(llama, texts, studies=["linguistic"], max_length=44, max_sequences=32, **QUIET)
+    pd.testing.assert_series_equal(measured.table["compression"], again.table["compression"])
+    assert "word" not in measured.table and "above_random" not in measured.table
+    assert not torch.is_inference_mode_enabled()
