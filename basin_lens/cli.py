@@ -128,7 +128,8 @@ def study(
     """
     from basin_lens import studies
     from basin_lens.studies.base import refuse_folder
-    from basin_lens.studies.measured import check_names
+    from basin_lens.studies.linguistic import refusals
+    from basin_lens.studies.measured import check_names, refuse_options
 
     files = files or []
     if name == "summary":
@@ -138,15 +139,16 @@ def study(
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
         refuse_folder(out / one if name == "all" else out, one)
-    asked = _contrast(contrast)
+    asked, chosen = _contrast(contrast), "all" if layers == "all" else _layers(layers)
     passages = _passages(files, dataset, config, split, max_sequences)
+    check = refusals(tagger, "mean", sentiment) if "linguistic" in names else None
+    refuse_options(passages, context=context, unit=cluster, sentiment=sentiment, tagger=tagger)
     loaded = _load(model)
     other = _load(second_model) if second_model is not None else None
-    chosen = "all" if layers == "all" else _layers(layers)
-    how: Any = context  # measure refuses what is no context
+    how: Any = context  # refused above if it is none
     measured = studies.measure(
         loaded, passages, studies=names, layers=chosen, k=k, context=how, bank=bank, exclude=exclude, unit=cluster, contrast=asked,
-        max_sequences=max_sequences, max_length=max_length, seed=seed,
+        max_sequences=max_sequences, max_length=max_length, seed=seed, check=check,
     )  # fmt: skip
     own: dict[str, dict[str, Any]] = {
         "linguistic": {"tagger": tagger, "sentiment": sentiment},

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.capture import reference_capture
+from basin_lens.capture import reference_capture, subset
 from basin_lens.errors import CaptureError, StoreError
-from basin_lens.texts import reference_passages, tokenize
+from basin_lens.texts import TaggedPassage, Word, reference_passages, tokenize
 from tests.conftest import TEXTS, TINY, hooked_lane, make_bridge, make_hooked, random_tokens
 
 MAKERS = [
@@ -623,6 +623,45 @@ def test_store_equals_memory(reader, tmp_path, batch_size):
     )
     assert_same_capture(stored, capture)
     assert_same_capture(bl.Capture.load(tmp_path / "deep" / "store"), capture)
+
+
+def test_save_and_load_keep_words(llama, tmp_path):
+    words = (Word(0, 3, "The", "DET"), Word(4, 9, "ferry", "NOUN"), Word(10, 17, "stopped", "VERB"))
+    passages = [
+        TaggedPassage("The ferry stopped in October.", doc="a", labels={"n": 1}, spans={"what": (4, 9)}, words=words),
+        TaggedPassage("No words are known of this one."),
+        bl.Passage(TEXTS[1]),
+    ]
+    capture = bl.Capture.from_texts(llama, passages, progress=False)
+    capture.save(tmp_path / "one")
+    loaded = bl.Capture.load(tmp_path / "one")
+    assert_same_capture(loaded, capture)
+    assert [type(passage) for passage in loaded.passages] == [TaggedPassage, TaggedPassage, bl.Passage]
+    assert loaded.passages[0].words == words
+    stored = bl.Capture.from_texts(llama, passages, store=tmp_path / "two", progress=False)
+    assert_same_capture(stored, capture)
+    assert_same_capture(bl.Capture.load(tmp_path / "two"), capture)
+
+
+def test_some_of_what_is_planned(llama):
+    """Sequences chosen before anything is read: still unread, then the same as chosen after."""
+    data = [" ".join(TEXTS)] * 2
+    planned = bl.Capture.plan(llama, data, layers=[0, 2], max_length=20)
+    chosen = [3, 0, 5]
+    with counting(llama) as seen:
+        part = subset(planned, chosen)
+        assert not part.is_read and not planned.is_read
+        assert [part.sequences[i].tokens for i in range(3)] == [planned.sequences[i].tokens for i in chosen]
+    assert seen == []
+    part.read(llama, progress=False)
+    assert part.is_read and not planned.is_read
+    whole = bl.Capture.from_texts(llama, data, layers=[0, 2], max_length=20, progress=False)
+    direct = subset(whole, chosen)
+    for name in ("sequences", "passages", "docs", "labels", "layers", "model", "strings"):
+        assert getattr(part, name) == getattr(direct, name)
+    for layer in (0, 2):
+        assert_same(part.resid_pre(layer), direct.resid_pre(layer))
+        assert_same(part.resid_post(layer), direct.resid_post(layer))
 
 
 def test_store_is_on_disk(llama, tmp_path):

@@ -1,7 +1,10 @@
 """The command line: errors of one line, exit codes, whole results or none."""
 
+import json
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -74,13 +77,181 @@ def test_bad_calls_say_one_line_and_fail(folder, tmp_path, capsys):
     assert not any((tmp_path / name).exists() and list((tmp_path / name).iterdir()) for name in "abcd")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("analyze",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("analyze",), ("study",), ("info",)])
 def test_help_has_an_example(command, capsys):
     code, out, _ = call(*command, "--help", capsys=capsys)
     assert code == 0
     assert "basin-lens" in out
     if command:
         assert "Example" in out
+
+
+# -- studies ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documents(folder) -> list[str]:
+    """Eight text files, which share words and no sentence."""
+    words = sorted({word for text in TEXTS for word in text.split()})
+    paths = []
+    for number in range(8):
+        path = folder.parent / f"document-{number}.txt"
+        path.write_text(" ".join(random.Random(number).choices(words, k=24)), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """What is refused must be refused before a model is loaded."""
+
+    def load(name):
+        raise AssertionError(f"loaded {name}")
+
+    monkeypatch.setattr(cli, "_load", load)
+
+
+FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
+
+
+def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path, capsys):
+    out = tmp_path / "layers"
+    call_ = ("study", "layers", *documents, "--model", str(folder), *FAST, "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = json.loads((out / "results.json").read_text())
+    assert held["study"] == "layers"
+    assert held["verdict"][0] in said and str(out / "report.html") in said
+    assert f"[{held['decision']}; " in said
+    (facts,) = held["provenance"].values()
+    assert facts["study"]["max_sequences"] == 14 and facts["study"]["k"] == 5 and facts["study"]["max_length"] == 40
+    # Into its own folder again; another study is refused, before a model is loaded.
+    code, _, err = call("study", "importance", *documents, "--model", str(tmp_path / "none"), "--out", str(out), capsys=capsys)
+    assert code == 1 and "earlier importance study" in err
+
+
+def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_path, capsys, monkeypatch):
+    from basin_lens import studies
+
+    measured, made = [], []
+    measure, layers = studies.measure, studies.study_layers
+
+    def counted(*given, **options):
+        measured.append(options["studies"])
+        return measure(*given, **options)
+
+    def stand_in(name):
+        def study(model, held, **_):
+            made[:] = made or [layers(model, held)]
+            return replace(made[0], name=name, figures={}, sections=(), findings=made[0].findings.assign(study=name))
+
+        return study
+
+    monkeypatch.setattr(studies, "measure", counted)
+    for name in studies.STUDIES:  # their own tests run them
+        monkeypatch.setattr(studies, f"study_{name}", stand_in(name))
+    out = tmp_path / "all"
+    code, said, err = call("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(out), capsys=capsys)
+    assert code == 0, err
+    assert measured == [list(studies.STUDIES)]
+    names = [*studies.STUDIES, "summary"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert all((out / name / "report.html").exists() for name in names)
+    assert json.loads((out / "summary" / "results.json").read_text())["study"] == "summary"
+    assert said.count("report.html") == len(names)
+    # Two of the folders again.
+    pair = tmp_path / "pair"
+    code, said, err = call("study", "summary", str(out / "layers"), str(out / "importance"), "--out", str(pair), capsys=capsys)
+    assert code == 0, err
+    assert [row["study"] for row in json.loads((pair / "results.json").read_text())["findings"]] == ["layers"] * 2 + [
+        "importance"
+    ] * 2
+
+
+def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
+    lines = []
+    for number in range(18):
+        one, other = random.Random(number).sample(["Mary", "John", "Anna", "Peter"], 2)
+        text = f"{['When', 'After', 'Once'][number % 3]} {one} and {other} went out in the rain, {one} gave the lamp to {other}."
+        spans = {"IO": [text.rindex(other), text.rindex(other) + len(other)], "S": [text.rindex(one), text.rindex(one) + len(one)]}
+        lines.append(json.dumps({"text": text, "doc": f"p{number}", "labels": {"template": f"t{number % 6}"}, "spans": spans}))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    code, _, err = call(
+        "study", "layers", str(path), "--model", str(folder), "--layers", "1", "--k", "5", "--contrast", "span:IO,S",
+        "--cluster", "template", "--exclude", "template", "--bank", "reference", "--out", str(out), capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    held = json.loads((out / "results.json").read_text())
+    assert "contrast" in held["tables"] and "contrast-by-layer" in held["figures"]
+    assert {row["unit"] for row in held["findings"]} == {"template"}
+    assert {row["n_units"] for row in held["findings"]} == {6}
+    assert pd.read_csv(out / "tables" / "contrast.csv")["estimate"].notna().any()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_bad_studies_are_refused_before_a_model_is_loaded(documents, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("x")
+    (tmp_path / "all" / "layers").mkdir(parents=True)
+    (tmp_path / "all" / "layers" / "thesis.tex").write_text("x")
+    new = ("--out", str(tmp_path / "new"))
+    for arguments, expected, code in [
+        (("nonsense", *documents, *new), "expected studies among", 1),
+        (("layers", str(tmp_path / "no.txt"), *new), "does not exist", 1),
+        (("layers", *documents, "--dataset", "nltk:treebank", *new), "got both", 2),
+        (("layers", *documents, "--contrast", "IO,S", *new), "span:IO,S", 2),
+        (("layers", *documents, "--contrast", "span:IO", *new), "span:IO,S", 2),
+        (("layers", "--dataset", "nltk:nonsense", *new), "nonsense", 1),
+        (("layers", "--dataset", "no/such-data-set", *new), "no/such-data-set", 1),
+        (("layers", *documents, "--out", str(tmp_path / "taken")), "thesis.tex", 1),
+        (("all", *documents, "--out", str(tmp_path / "all")), "thesis.tex", 1),
+        (("summary", *new), "at least one study", 1),
+        (("summary", str(tmp_path / "nothing"), *new), "results.json", 1),
+        (("layers", *documents, "--max-sequences", "many", *new), "max-sequences", 2),
+    ]:
+        got, _, err = call("study", *arguments, capsys=capsys)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert got == code, (arguments, err)
+        assert len(lines) == 1, err
+        assert expected in lines[0], lines
+        assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "taken" / "thesis.tex").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: found out only after the model is loaded (or all texts are measured)")
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--layers", "x"),
+        ("--context", "nonsense"),
+        ("--tagger", "nonsense"),
+        ("--sentiment", "nonsense"),
+        ("--cluster", "nonsense"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(documents, tmp_path, capsys, options):
+    code, _, err = call("study", "linguistic", *documents, *options, "--out", str(tmp_path / "new"), capsys=capsys)
+    assert code in (1, 2) and len([line for line in err.splitlines() if line.startswith("basin-lens:")]) == 1
+
+
+def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_path, capsys):
+    for options, expected in [
+        ((*documents[:3],), "expected at least 6 units (document)"),
+        ((*documents, "--exclude", "topic"), "topic"),
+        ((*documents, "--cluster", "topic"), "topic"),
+        ((*documents, "--contrast", "topic:a,b"), "topic"),
+        ((*documents, "--layers", "7"), "layers"),
+        ((*documents, "--k", "100000"), "expected k"),
+    ]:
+        code, _, err = call("study", "layers", *options, "--model", str(folder), "--out", str(tmp_path / "new"), capsys=capsys)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert code in (1, 2) and len(lines) == 1 and expected in lines[0], err
+    assert not (tmp_path / "new").exists()
 
 
 def test_info(capsys):

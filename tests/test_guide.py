@@ -85,9 +85,7 @@ def test_a_tag_of_one_token_is_no_group(table):
     lonely = part.copy()
     lonely.loc[0, "tag"] = "X"
     expected = guide_tests(part.drop(index=0), "a", tag="tag")
-    pd.testing.assert_frame_equal(
-        guide_tests(lonely, "a", tag="tag").drop(columns="n_tokens"), expected.drop(columns="n_tokens")
-    )
+    pd.testing.assert_frame_equal(guide_tests(lonely, "a", tag="tag").drop(columns="n_tokens"), expected.drop(columns="n_tokens"))
 
 
 def exact(r: float, n: int = 200) -> pd.DataFrame:
@@ -101,7 +99,15 @@ def exact(r: float, n: int = 200) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     ("r", "reading"),
-    [(0.41, "strong"), (0.39, "moderate"), (0.21, "moderate"), (0.19, "weak"), (0.0, "weak"), (-0.21, "moderate"), (-0.9, "strong")],
+    [
+        (0.41, "strong"),
+        (0.39, "moderate"),
+        (0.21, "moderate"),
+        (0.19, "weak"),
+        (0.0, "weak"),
+        (-0.21, "moderate"),
+        (-0.9, "strong"),
+    ],
 )
 def test_readings(r, reading):
     answer = guide_tests(exact(r), "a", "b")

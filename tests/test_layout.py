@@ -1,6 +1,7 @@
 """Rooms, public names, packaging: what can drift is tested."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -38,6 +39,24 @@ def test_public_docstrings_have_their_parts():
     for thing in (bl.load_model, bl.analyze, bl.neighborhood, bl.Passage, bl.Capture.from_texts, bl.views.token_view):
         assert "Args:" in thing.__doc__, thing
         assert "Raises:" in thing.__doc__, thing
+
+
+def test_studies_are_public_and_documented():
+    assert "studies" in bl.__all__
+    studies = bl.studies
+    assert studies.STUDIES == ("importance", "linguistic", "layers", "robustness")
+    for name in studies.__all__:
+        assert getattr(studies, name) is not None
+    functions = [getattr(studies, f"study_{name}") for name in studies.STUDIES]
+    for function in (*functions, studies.measure, studies.summarize, bl.stats.guide_tests):
+        for part in ("Args:", "Returns:", "Raises:", "Example:"):
+            assert part in function.__doc__, (function, part)
+        for name in inspect.signature(function).parameters:
+            assert re.search(rf"\b{name}\b", function.__doc__), (function, name)
+    for part in ("Args:", "Example:"):
+        assert part in studies.Contrast.__doc__
+    for part in ("Args:", "Raises:"):
+        assert part in studies.Study.save.__doc__
 
 
 def test_only_the_model_room_spells_hook_names_and_block_attributes():

@@ -6,13 +6,12 @@ One tiny model reads made-up sentences once; the tests plant effects into copies
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats
 
 import basin_lens as bl
@@ -30,13 +29,29 @@ QUIET = {"k": 5, "progress": False}
 # -- texts --------------------------------------------------------------------------------------------------------------------------
 
 LEXICON = {
-    "DET": "the a this every".split(),
-    "ADP": "of in on with by from".split(),
-    "PRON": "she he it they".split(),
-    "CONJ": "and but or".split(),
-    "NOUN": "ferry lamp voice steps tea jar glass blade water crystal piano clock boy man rain".split(),
-    "VERB": "stopped running climbed sat plunge trapped stays came took reads said".split(),
-    "ADJ": "cold slow own steel".split(),
+    "DET": ["the", "a", "this", "every"],
+    "ADP": ["of", "in", "on", "with", "by", "from"],
+    "PRON": ["she", "he", "it", "they"],
+    "CONJ": ["and", "but", "or"],
+    "NOUN": [
+        "ferry",
+        "lamp",
+        "voice",
+        "steps",
+        "tea",
+        "jar",
+        "glass",
+        "blade",
+        "water",
+        "crystal",
+        "piano",
+        "clock",
+        "boy",
+        "man",
+        "rain",
+    ],
+    "VERB": ["stopped", "running", "climbed", "sat", "plunge", "trapped", "stays", "came", "took", "reads", "said"],
+    "ADJ": ["cold", "slow", "own", "steel"],
     ".": [",", "."],
 }
 WEIGHTS = {"DET": 0.16, "ADP": 0.14, "PRON": 0.1, "CONJ": 0.06, "NOUN": 0.26, "VERB": 0.18, "ADJ": 0.06, ".": 0.04}
@@ -61,7 +76,7 @@ def short_texts(count: int, n_words: int = 16, **more) -> list[TaggedPassage]:
     return [made_text(n_words, seed, f"d{seed}", **more) for seed in range(count)]
 
 
-NAMES = "Mary John Anna Peter Clara Oscar".split()
+NAMES = ["Mary", "John", "Anna", "Peter", "Clara", "Oscar"]
 TEMPLATES = [
     "When {a} and {b} went to the shop in the rain, {a} gave the lamp to {b}.",
     "After {a} and {b} had tea by the glass, {a} sold the piano to {b}.",
@@ -177,7 +192,7 @@ def test_every_red_flag_of_importance_can_be_checked(important):
     assert important.flags.raised.notna().all(), important.flags[important.flags.raised.isna()].why.tolist()
 
 
-def test_the_sign_of_importance_is_the_data_s(llama, measured):
+def test_the_sign_of_importance_is_the_data_s(measured):
     planted = with_importance(measured, -1)
     rows = [
         base.declared(planted.table, bl.studies.importance._test(other, planted), planted, other, other)
@@ -187,16 +202,19 @@ def test_the_sign_of_importance_is_the_data_s(llama, measured):
     assert found.holds.all() and (found.estimate < -0.4).all()
 
 
-@pytest.mark.parametrize("source", ["position", "surprisal"])
-def test_what_a_control_explains_is_no_finding(llama, measured, source):
+def by_control(measured, source, size=1.0):
+    """Importance and compression that share one control and nothing else."""
     table = measured.table
-    values = table["pos"] if source == "position" else table["surprisal"].rank()
+    values = table["pos"] if source == "position" else table.groupby(["layer", "seq"])["surprisal"].rank()
     level = standard(values.to_numpy(float))
-    truth = np.where(table["erasure"].notna(), level + noise(table, 1, 0.3), np.nan)
-    planted = plant(
-        measured, erasure=truth, attention_received=level + noise(table, 2, 0.1), compression=level + noise(table, 3, 0.3)
+    truth = np.where(table["erasure"].notna(), level + noise(table, 11, size), np.nan)
+    return plant(
+        measured, erasure=truth, attention_received=level + noise(table, 12, 0.4), compression=level + noise(table, 13, size)
     )
-    study = S.study_importance(llama, planted, progress=False)
+
+
+def test_what_position_explains_is_no_finding(llama, measured):
+    study = S.study_importance(llama, by_control(measured, "position"), progress=False)
     assert study.decision == "no"
     assert study.verdict[0].startswith("No.")
     for question in study.findings.question:
@@ -206,6 +224,29 @@ def test_what_a_control_explains_is_no_finding(llama, measured, source):
     assert set(study.findings.guide_reading) == {"strong"}
 
 
+def test_what_surprisal_explains_is_no_finding(measured):
+    planted = by_control(measured, "surprisal")
+    found = declared_importance(planted)
+    assert not found.holds.any()
+    flags = base.red_flags(planted.table, "compression", "erasure", frequency=measured.frequency)
+    assert flags[flags.flag == "vanishes under controls"].raised.all()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG: controls are taken out as straight lines in ranks; a bent confound passes for a finding"
+)
+@pytest.mark.parametrize("bend", [np.log, lambda pos: (pos - pos.mean()) ** 2], ids=["logarithm", "parabola"])
+def test_what_a_bent_function_of_position_explains_is_no_finding(bend):
+    """Both columns are functions of position and noise: 30 layers, each a data set of its own."""
+    layer, doc, pos = (part.ravel() for part in np.indices((30, 20, 100)))
+    level = standard(bend(pos + 1.0))
+    table = pd.DataFrame({"layer": layer, "doc": doc, "seq": doc, "pos": pos + 1})
+    table["compression"], table["erasure"] = level + noise(table, 0), level + noise(table, 1)
+    answer = bl.stats.partial_correlation(table, "compression", "erasure", controls=["position"])
+    assert (answer.p <= 0.05).mean() <= stats.binom.isf(1e-3, 30, 0.05) / 30
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: the token view does not know of columns that the study made")
 def test_signed_attributions_can_be_the_best_measure(llama, measured):
     """They are ranked by size, under a name that the token view does not know of."""
     table = measured.table
@@ -213,23 +254,6 @@ def test_signed_attributions_can_be_the_best_measure(llama, measured):
     values = np.exp(np.where(np.isnan(truth), noise(table), truth)) * np.sign(noise(table, 1))
     study = S.study_importance(llama, plant(measured, gradient_times_activation=values), progress=False)
     assert study.tables["ranking"].score.iloc[0] == "gradient_times_activation_size"
-
-
-def simulated(measured, seed, effect=0.0, layers=3, tokens=30):
-    """A small table with all that the controls are made of; every score has a level per text."""
-    rng = np.random.default_rng(seed)
-    docs = len(set(measured.capture.docs))
-    layer, doc, pos = (part.ravel() for part in np.indices((layers, docs, tokens)))
-    table = pd.DataFrame({"run": "r", "layer": layer, "doc": [f"d{d}" for d in doc], "seq": doc, "pos": pos + 1})
-    names = ("compression", "erasure", "attention_received", "radius", "state_norm", "same_token_share", "surprisal")
-    for name in names:
-        level = rng.normal(size=(layers, docs))[layer, doc]
-        table[name] = np.sqrt(0.3) * level + np.sqrt(0.7) * rng.normal(size=len(table))
-    for name in ("radius", "state_norm"):
-        table[name] = np.exp(table[name])
-    table["token_id"] = rng.integers(0, 40, len(table))
-    table["compression"] += effect * table["erasure"]
-    return replace(measured, table=table, frequency={t: 1 / 40 for t in range(40)}, settings={**measured.settings, "seed": seed})
 
 
 def declared_importance(held):
@@ -240,33 +264,77 @@ def declared_importance(held):
     return base.settle("importance", rows)
 
 
+def simulated(measured, seed, effect=0.0, layers=6, docs=16):
+    """A table of two differences by document and layer, related over layers."""
+    rng = np.random.default_rng(seed)
+    layer, doc = (part.ravel() for part in np.indices((layers, docs)))
+    table = pd.DataFrame({"run": "r", "layer": layer, "doc": doc, "seq": doc, "pos": 1})
+    for name in ("one", "other"):
+        table[name] = effect + rng.normal(size=docs)[doc] + rng.normal(size=len(table))
+    return replace(measured, table=table, settings={**measured.settings, "seed": seed})
+
+
+def t_test(name):
+    """A test of one's own: quick, and exact for these tables."""
+
+    def test(table):
+        values = table.pivot(index="layer", columns="doc", values=name)
+        found = stats.ttest_1samp(values, 0, axis=1)
+        rows = pd.DataFrame({"layer": values.index, "score": name, "estimate": values.mean(axis=1), "p": found.pvalue})
+        return rows.reset_index(drop=True).assign(null=0.0, test="t", note="", n_documents=values.shape[1])
+
+    return test
+
+
+def declared_differences(held):
+    return base.settle("x", [base.declared(held.table, t_test(name), held, name, name) for name in ("one", "other")])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """statsmodels collects all garbage in every call of its `multipletests`, a third of a second."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
+@pytest.mark.usefixtures("quick")
 def test_false_positives_of_a_whole_family_are_five_percent(measured):
-    """Three layers to choose from, two declared tests: the chance that any holds."""
-    runs = 60
-    wrong = sum(bool(declared_importance(simulated(measured, seed)).holds.any()) for seed in range(runs))
-    assert wrong <= stats.binom.isf(1e-3, runs, 0.05)
+    """Six layers to choose from, two declared tests: the chance that any holds."""
+    assert measured.n_units == 16
+    runs = 120
+    wrong = sum(bool(declared_differences(simulated(measured, seed)).holds.any()) for seed in range(runs))
+    assert stats.binom.isf(0.999, runs, 0.05) <= wrong <= stats.binom.isf(0.001, runs, 0.05)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_family_has_power(measured):
-    found = [declared_importance(simulated(measured, seed, effect=0.5)) for seed in range(8)]
-    assert sum(bool(one.holds.iloc[0]) for one in found) >= 7
+    found = [declared_differences(simulated(measured, seed, effect=2)) for seed in range(10)]
+    assert np.mean([one.holds.all() for one in found]) > 0.6
 
 
 def test_few_units_are_not_halved_and_all_layers_are_paid_for(measured):
     """No half is left to report on: the smallest p of all layers, times their number."""
-    held = simulated(measured, 0, effect=0.5)
-    few = replace(held, capture=SimpleCapture(held, 8)) if False else held  # the count of units is the capture's
-    docs = sorted(set(few.table.doc))[:8]
-    part = few.table[few.table.doc.isin(docs)]
-    test = bl.studies.importance._test("erasure", few)
-    found = base.declared(part.reset_index(drop=True), test, few, "x", "erasure")
-    p = test(part).p
-    assert found.p.iloc[0] == pytest.approx(min(1.0, p.min() * 3))
-    assert "Holm" in found.note.iloc[0]
+    held = simulated(measured, 0, effect=1, docs=11)
+    capture = bl.capture.subset(measured.capture, range(22))
+    few = replace(held, capture=capture)
+    assert few.n_units == 11 < base.FEWEST_TO_SPLIT
+    p = t_test("one")(held.table).p
+    found = base.declared(held.table, t_test("one"), few, "x", "q")
+    assert found.p.tolist() == pytest.approx([min(1.0, p.min() * 6)])
+    assert found.layer.tolist() == [p.idxmin()]
+    assert "Holm" in found.note[0]
 
 
-def SimpleCapture(*_):  # noqa: N802 - never called, see above
-    raise AssertionError
+@pytest.mark.xfail(strict=True, reason="BUG: 'no' where no data at all could have said yes; the built-in passages are 8 documents")
+@pytest.mark.parametrize(("docs", "findings"), [(8, 2), (13, 4)])
+def test_too_few_units_for_any_yes_is_undecided(measured, docs, findings):
+    """An effect as large as can be, at ten layers, by sign flips of whole documents."""
+    held = simulated(measured, 0, effect=1000, layers=10, docs=docs)
+    few = replace(held, capture=bl.capture.subset(measured.capture, range(2 * docs)))
+    rows = [
+        base.declared(held.table, lambda part: bl.stats.before_after(part, "one"), few, str(name), "one")
+        for name in range(findings)
+    ]
+    assert base.decide(base.settle("x", rows), None) in ("yes", "undecided")
 
 
 def test_holm_over_the_declared_tests():
@@ -274,7 +342,8 @@ def test_holm_over_the_declared_tests():
     family = base.settle("importance", [one[:1], one[1:]])
     assert family.p_corrected.tolist() == pytest.approx([0.06, 0.06, 0.06])
     assert not family.holds.any()
-    assert base.settle("importance", [one[:1], one[1:] * 0 if False else one[1:].assign(p=np.nan)]).holds.tolist() == [True, False, False]
+    alone = base.settle("importance", [one[:1], one[1:].assign(p=np.nan)])
+    assert alone.holds.tolist() == [True, False, False]
     assert list(family.columns) == list(base.FINDING)
 
 
@@ -289,6 +358,8 @@ def test_decisions():
     assert base.decide(findings(True, True), flags(False, None)) == "yes"
     assert base.decide(findings(True, True), None) == "yes"
     assert base.decide(findings(True, True), flags(False, True)) == "yes, with red flags"
+    assert base.decide(findings(True, False), flags(False, None)) == "in part"
+    assert base.decide(findings(True, False), flags(True)) == "in part, with red flags"
     assert base.decide(findings(False).assign(p_corrected=np.nan), flags(True)) == "undecided"
 
 
@@ -324,14 +395,16 @@ def test_compression_below_its_controls_is_the_other_way(llama, measured):
     assert (study.findings.p > 0.9).all()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: 'yes' although half of the declared hypothesis fails, and says 'the controls'")
-def test_above_random_points_alone_is_not_the_declared_hypothesis(llama, measured):
+def test_above_random_points_alone_is_half_of_the_declared_hypothesis(llama, measured):
     """The hypothesis has two parts, joined by 'and'."""
     table = measured.table
     low = table["compression_radius_matched"] - 0.3 + noise(table, 4, 0.1)
-    study = S.study_layers(llama, plant(measured, compression=low, compression_random=low - 0.3 + noise(table, 5, 0.1)), progress=False)
+    study = S.study_layers(
+        llama, plant(measured, compression=low, compression_random=low - 0.3 + noise(table, 5, 0.1)), progress=False
+    )
     assert study.findings.holds.tolist() == [True, False]
-    assert not study.verdict[0].startswith("Yes. Nearest neighbors are compressed more than the controls")
+    assert study.decision.startswith("in part")
+    assert study.verdict[0].startswith("In part")
 
 
 def test_halves_agree_on_a_curve_without_noise(measured):
@@ -424,7 +497,11 @@ def test_word_table_of_a_measurement(measured):
     keys = ["layer", "doc", "seq", "word"]
     own = tokens.groupby(keys)
     assert len(mean) == len(first) == len(last) == own.ngroups
-    for table, expected in ((mean, own.mean(numeric_only=True)), (first, own.nth(0).set_index(keys)), (last, own.nth(-1).set_index(keys))):
+    for table, expected in (
+        (mean, own.mean(numeric_only=True)),
+        (first, own.nth(0).set_index(keys)),
+        (last, own.nth(-1).set_index(keys)),
+    ):
         one = table.set_index(keys).sort_index()
         for column in ("compression", "surprisal", "erasure"):
             np.testing.assert_allclose(one[column].to_numpy(float), expected.sort_index()[column].to_numpy(float))
@@ -437,7 +514,7 @@ def test_word_table_of_a_measurement(measured):
 
 def test_a_planted_difference_between_kinds_of_words_is_found(spoken):
     rows = spoken.findings.set_index("question")
-    assert spoken.decision.startswith("yes")
+    assert spoken.decision.startswith("in part")
     assert rows.loc["function - content", "holds"] and rows.loc["function - content", "estimate"] > 0.3
     assert not rows.loc["noun - verb", "holds"]
     groups = spoken.tables["groups"]
@@ -535,6 +612,8 @@ def test_neighbors_of_the_same_tag_first_and_of_the_same_document_last(measured)
     rng = np.random.default_rng(0)
 
     def draw(layer, row, able):
+        if layer == 2 and rng.random() < 0.3:
+            return rng.choice(able, measured.settings["k"])
         alike = able[(tag[able] == tag[row]) if layer == 0 else (doc[able] == doc[row]) if layer == 2 else slice(None)]
         return rng.choice(alike if len(alike) else able, measured.settings["k"])
 
@@ -614,10 +693,10 @@ def test_spans_are_contrasted_within_prompts(llama, prompted):
     assert row.p == pytest.approx(2 / 2 ** len(TEMPLATES))
     assert any("Contrast: span: IO - S" in line for line in study.about)
     assert "contrast-by-layer" in study.figures
-    assert not any("contrast" in line for line in study.not_tested)
+    assert not any("Any contrast" in line for line in study.not_tested)
 
 
-def test_labels_are_contrasted_between_texts(llama, prompted):
+def test_labels_are_contrasted_between_texts(prompted):
     """A truth value is given as text."""
     contrast = Contrast("early", "True", "False")
     table = prompted.table.assign(contrast=contrast.values(prompted.table))
@@ -628,7 +707,7 @@ def test_labels_are_contrasted_between_texts(llama, prompted):
     held = plant(held, compression=2.0 * side + noise(table, 0, 0.5))
     section, found, _ = contrasts.contrast_section(held.table, ["compression"], held)
     row = found[found.control_set == "none"].iloc[0]
-    assert row.estimate == pytest.approx(2, abs=0.2) and row.p < 0.001 and row.n_units == 3 * len(TEMPLATES)
+    assert row.estimate == pytest.approx(2, abs=0.2) and row.p <= 0.001 and row.n_units == 3 * len(TEMPLATES)
     assert "between whole units" in section.text
 
 
@@ -648,11 +727,9 @@ def test_sides_of_spans(llama):
 
 def refused(llama, monkeypatch, data, match, error=StudyError, study=None, **options):
     """Before any token went through the model."""
+    run = S.measure if study is None else getattr(S, f"study_{study}")
     with counting(monkeypatch) as (forward, _), pytest.raises(error, match=match):
-        if study is None:
-            S.measure(llama, data, **QUIET | {"max_length": 40} | options)
-        else:
-            getattr(S, f"study_{study}")(llama, data, **QUIET | {"max_length": 40} | options)
+        run(llama, data, **QUIET | {"max_length": 40} | options)
     assert forward == []
 
 
@@ -775,10 +852,8 @@ def test_integrated_gradients_are_those_of_the_sequence(llama, measured):
     table = measured.table[measured.table.layer == 0]
     seq = int(table[table["integrated_gradients"].notna()].seq.iloc[-1])
     part = bl.capture.subset(measured.capture, [seq])
-    own = bl.analyze(llama, part, [bl.analyzers.IntegratedGradients()], layers=[0], progress=False)
-    np.testing.assert_allclose(
-        own["integrated_gradients"], table[table.seq == seq]["integrated_gradients"], rtol=1e-3, atol=1e-4
-    )
+    own = bl.analyze(llama, part, [bl.analyzers.IntegratedGradients(layer=1, steps=24)], layers=[0], progress=False)
+    np.testing.assert_allclose(own["integrated_gradients"], table[table.seq == seq]["integrated_gradients"], rtol=1e-3, atol=1e-4)
 
 
 def test_one_pass_serves_the_importance_study(llama, monkeypatch):
@@ -789,27 +864,30 @@ def test_one_pass_serves_the_importance_study(llama, monkeypatch):
         S.measure(llama, data, studies=["linguistic"], **options)
     with counting(monkeypatch) as (forward, backward):
         S.measure(llama, data, studies=["importance"], integrated=0, **options)
-    capture = bl.Capture.plan(llama, data, max_length=40)
-    reading = (len(capture.sequences), int(capture.lengths.max()))
+    lengths = [length for length in bl.Capture.plan(llama, data, max_length=40).lengths.tolist() if length >= 20]
+    reading = (len(lengths), max(lengths))
     assert plain.count(reading) == forward.count(reading) == 1
     assert none == [] and len(backward) == 2  # future loss and last logit
-    erased = sum(min(16, length - 3) for length in capture.lengths.tolist())
+    erased = sum(min(16, length - 3) for length in lengths)
     assert sum(shape[0] for shape in forward) - sum(shape[0] for shape in plain) == erased
 
 
 def test_refused_before_the_model_runs(llama, monkeypatch):
     few, enough = short_texts(5), short_texts(8)
     refused(llama, monkeypatch, few, r"at least 6 units \(document\).*got 5")
-    refused(llama, monkeypatch, short_texts(9, n_words=4), "got 0")
     refused(llama, monkeypatch, enough, "expected studies among", studies=["importance", "nonsense"])
     refused(llama, monkeypatch, enough, "expected studies among", studies=[])
     refused(llama, monkeypatch, enough, "unit", unit="nothing")
-    refused(llama, monkeypatch, enough, "exclude", NeighborError, exclude="nothing")
+    refused(llama, monkeypatch, enough, "exclude", NeighborError, exclude="topic")
     refused(llama, monkeypatch, enough, "expected k", NeighborError, k=10_000)
     refused(llama, monkeypatch, enough, "at least 1", max_sequences=0)
     refused(llama, monkeypatch, enough, "at least 1", per_document=0)
     refused(llama, monkeypatch, enough, "layer", BasinLensError, layers=[7])
-    refused(llama, monkeypatch, enough, "expected part", study="linguistic", part="middle") if False else None
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: CaptureError about sequences between 0 and 8")
+def test_texts_that_are_all_too_short(llama, monkeypatch):
+    refused(llama, monkeypatch, short_texts(9, n_words=4), "sequences of 20 tokens, got 0")
 
 
 def test_unknown_context(llama, monkeypatch):
@@ -841,14 +919,14 @@ def test_token_ids_have_no_words(llama, monkeypatch):
 def test_what_was_measured_is_taken_as_it_is(llama, measured):
     for study in S.STUDIES:
         run = getattr(S, f"study_{study}")
-        with pytest.raises(StudyError, match="no options of measure.*max_sequences"):
+        with pytest.raises(StudyError, match=r"no options of measure.*max_sequences"):
             run(llama, measured, max_sequences=3, progress=False)
         with pytest.raises(StudyError, match=f"measured for the study '{study}'"):
             run(llama, replace(measured, studies=()), progress=False)
         with pytest.raises((ModelError, CaptureError)):
             run(make_bridge("llama", seed=1, tokenizer=make_tokenizer()), measured, progress=False)
+    capture = replace(measured.capture, passages=None)
     with pytest.raises(StudyError, match="character offsets"):
-        capture = replace(measured.capture, passages=None)
         S.study_linguistic(llama, replace(measured, capture=capture), progress=False)
 
 
@@ -871,23 +949,25 @@ def test_spaced_layers(n, expected):
 
 # -- few texts, odd texts -----------------------------------------------------------------------------------------------------------
 
-CRASH = "BUG: crashes where a test cannot be made"
+CRASH = pytest.mark.xfail(strict=True, reason="BUG: crashes where a test cannot be made")
 
 
-@pytest.mark.parametrize("documents", [6, 7])
-@pytest.mark.parametrize("study", ["importance", "layers", "linguistic"])
-def test_the_fewest_documents(llama, study, documents):
-    made = getattr(S, f"study_{study}")(llama, short_texts(documents), layers=[0, 1], max_length=30, **QUIET)
-    assert made.decision in ("yes", "yes, with red flags", "no", "undecided")
+@pytest.mark.parametrize("study", ["importance", "layers", pytest.param("linguistic", marks=CRASH)])
+def test_the_fewest_documents(llama, study):
+    more = {"integrated": 0} if study == "importance" else {}
+    made = getattr(S, f"study_{study}")(llama, short_texts(6), layers=[0, 1], max_length=30, **QUIET, **more)
+    assert made.decision in ("yes", "yes, with red flags", "in part", "in part, with red flags", "no", "undecided")
     assert made.findings.note.str.contains("too few units to halve|not tested").any()
 
 
+@CRASH
 def test_texts_without_content_words(llama):
     only = short_texts(8, n_words=20, tags={"DET": 0.5, "ADP": 0.5})
     made = S.study_linguistic(llama, only, layers=[0, 1], max_length=30, **QUIET)
     assert made.decision == "undecided"
 
 
+@CRASH
 @pytest.mark.parametrize("study", ["layers", "robustness"])
 def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
     data = [made_text(16, i, f"d{i}", labels={"g": i < 3}) for i in range(12)]
@@ -895,7 +975,7 @@ def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
     made = getattr(S, f"study_{study}")(
         llama, data, layers=[1], max_length=30, contrast=Contrast("g", "True", "False"), **QUIET, **more
     )
-    assert made.decision in ("yes", "yes, with red flags", "no", "undecided")
+    assert made.decision
 
 
 def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
@@ -905,8 +985,9 @@ def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
     assert "same_document_excess" not in set(made.tables["neighbor_shares"].score)
 
 
-def test_sentences_by_sentiment(llama):
-    data = [made_text(16, i, f"d{i}", labels={"mood": ("good", "bad")[i % 2]}) for i in range(12)]
+@pytest.mark.parametrize("documents", [pytest.param(12, marks=CRASH), 24])
+def test_sentences_by_sentiment(llama, documents):
+    data = [made_text(16, i, f"d{i}", labels={"mood": ("good", "bad")[i % 2]}) for i in range(documents)]
     held = S.measure(llama, data, studies=["linguistic"], layers=[1], max_length=64, **QUIET)
     table = held.table
     study = S.study_linguistic(
@@ -914,7 +995,7 @@ def test_sentences_by_sentiment(llama):
     )
     found = study.tables["sentiment"]
     row = found[(found.score == "compression") & (found.control_set == "none")].iloc[0]
-    assert row.estimate == pytest.approx(1, abs=0.15) and row.p < 0.01 and row.n_units == 12
+    assert row.estimate == pytest.approx(1, abs=0.15) and row.p < 0.01 and row.n_units == documents
     assert "sentiment-by-layer" in study.figures
 
 
@@ -1030,7 +1111,7 @@ def test_pieces_of_text_as_passages(measured, prompted):
 
 
 @pytest.mark.xfail(strict=True, reason="BUG: token frequencies are looked up by the first model's token ids")
-def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(llama, sturdy, monkeypatch):
+def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(sturdy):
     """The same model, its token ids permuted: every finding must come out the same as for the model itself."""
     held, _ = sturdy
     findings = robustness._findings(held, "gradient_norm_scaled", False)
@@ -1131,7 +1212,7 @@ def test_parquet_and_csv_hold_what_is_in_memory(saved, deep, important):
             assert stored.attrs["provenance"] == json.loads(json.dumps(study.provenance))
             for column in table.columns:
                 values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
-                if np.isfinite(values).any():
+                if np.isfinite(values).any() and table[column].map(type).ne(str).all():
                     for got in (stored[column], text[column]):
                         np.testing.assert_allclose(pd.to_numeric(got).to_numpy(float), values, rtol=1e-12)
                 else:
@@ -1161,7 +1242,7 @@ def test_reports_end_with_what_was_declared_and_what_came_out(deep, important, s
         html = study.report().html
         titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
         assert titles[-4:] == ["Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested"]
-        plain = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)).replace("&#39;", "'").replace("&#34;", '"')
+        plain = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)))
         assert study.verdict[0] in plain
         assert study.hypothesis in plain
         assert not re.search(r"(?:src|href)=[\"']https?://", html)  # offline
@@ -1195,16 +1276,17 @@ def test_guide_stands_beside_the_finding(important, spoken):
     assert rows.loc["same tag - same document", "guide_test"] is None
 
 
-def test_saving_again_replaces(deep, tmp_path):
-    out = deep.save(tmp_path / "deep" / "er")
+def test_saving_again_replaces(summary, tmp_path):
+    out = summary.save(tmp_path / "deep" / "er")
     (out / "tables" / "old.csv").write_text("x")
-    deep.save(out)
+    summary.save(out)
     assert not (out / "tables" / "old.csv").exists()
     assert [path.name for path in out.parent.iterdir()] == ["er"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failing_save_leaves_the_old_folder(saved, deep, monkeypatch, error, tmp_path):
+    deep = replace(deep, figures={})
     before = {path: path.read_bytes() for path in (saved / "layers").rglob("*") if path.is_file()}
 
     def fail(*_):
@@ -1260,9 +1342,10 @@ def test_the_folder_one_stands_in(deep, tmp_path, monkeypatch):
     deep.save(".")
 
 
-def test_studies_leave_the_measurement_alone(measured, texts, llama):
-    """All of the above worked on copies."""
-    again = S.measure(llama, texts, studies=["linguistic"], max_length=44, max_sequences=32, **QUIET)
-    pd.testing.assert_series_equal(measured.table["compression"], again.table["compression"])
-    assert "word" not in measured.table and "above_random" not in measured.table
-    assert not torch.is_inference_mode_enabled()
+def test_studies_leave_the_measurement_alone(llama, sturdy):
+    held, _ = sturdy
+    both = replace(held, studies=("linguistic",))
+    before, settings_before = held.table.copy(), dict(held.settings)
+    S.study_linguistic(llama, both, progress=False)
+    pd.testing.assert_frame_equal(held.table, before)
+    assert held.settings == settings_before

@@ -9,7 +9,7 @@ import statsmodels.api as sm
 from jaxtyping import Bool, Float
 
 from basin_lens.errors import StudyError
-from basin_lens.stats.controls import CONTROLS, chosen
+from basin_lens.stats.controls import CONTROLS, chosen, smooth_parts, without_smooth_parts
 from basin_lens.stats.groups import side_by_side
 from basin_lens.stats.reliability import bounds
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line, max_t_signs
@@ -27,6 +27,7 @@ def within_sequence_correlation(
     unit: str = "document",
     method: Literal["spearman", "pearson"] = "spearman",
     min_tokens: int = 10,
+    smooth: bool = True,
     correction: Correction = "bh",
     n_resamples: int = 9999,
     seed: int = 0,
@@ -49,6 +50,9 @@ def within_sequence_correlation(
         method: on ranks within the sequence, or on the values.
         min_tokens: sequences with fewer tokens (plus one per control) where all columns are finite are left out, as are those where a
             column is constant; the note counts them.
+        smooth: with controls, first take a smooth function of each control out of both columns, fitted over all tokens of the layer (see
+            `basin_lens.stats.controls.smooth_parts`), then straight lines within each sequence. A confound that bends would leave a
+            correlation otherwise. Where tokens are too few for that, straight lines alone, and the note says so.
         correction: over all rows of the answer: `"bh"`, `"holm"`, `"max-t"` (signs of units flipped for all rows at once) or `"none"`.
         n_resamples: sign flips of max-t.
         seed: of the sign flips.
@@ -92,7 +96,7 @@ def within_sequence_correlation(
                 lines.append(constant_line(rows, score, unit, label, f"mean {kind} rho", flat, **given))
                 values.append((np.empty(0, int), np.empty(0)))
                 continue
-            z, plain, usable = _fisher(rows, [score, other, *there], method, min_tokens)
+            z, plain, usable = _fisher(rows, [score, other, *there], method, min_tokens, smooth)
             codes, units = rows.unit_of_sequence()
             tested = rows.where(np.isin(rows.sequence, codes[usable]))
             by_unit, means = group_means(units[usable], z[usable])
@@ -101,6 +105,8 @@ def within_sequence_correlation(
             answer |= {name: float(np.tanh(answer[name])) for name in ("estimate", "low", "high")}
             before = np.tanh(group_means(units[usable], plain[usable])[1].mean()) if usable.any() else np.nan
             notes = [note] if note else []
+            if there and (not smooth or smooth_parts([rows.values[name] for name in there]) is None):
+                notes.append("controls as straight lines" + (": too few tokens for curves" if smooth else ""))
             if (~usable).any():
                 notes.append(f"{int((~usable).sum())} sequences left out: too short, or a column constant within")
             lines.append(
@@ -138,9 +144,9 @@ def partial_correlation(
 ) -> pd.DataFrame:
     """Does a score go with another column beyond what token frequency, position, norm, density and surprisal explain?
 
-    Within each sequence, both columns and all controls are ranked, the controls' linear part is taken out of both, and what is left
-    is correlated; then as `within_sequence_correlation`. Surprisal may be a mediator rather than a confound: show the result also with
-    `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
+    Within each sequence, both columns and all controls are ranked; a smooth function of each control is taken out of both (over all tokens),
+    then the controls' linear part (within each sequence), and what is left is correlated; then as `within_sequence_correlation`.
+    Surprisal may be a mediator rather than a confound: show the result also with `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
 
     Args:
         table, scores, against: as for `within_sequence_correlation`.
@@ -256,34 +262,48 @@ def _ranks(rows: Rows, names: Sequence[str], within: bool) -> Float[np.ndarray, 
 
 
 def _fisher(
-    rows: Rows, names: Sequence[str], method: str, min_tokens: int
+    rows: Rows, names: Sequence[str], method: str, min_tokens: int, smooth: bool = False
 ) -> tuple[Float[np.ndarray, " sequences"], Float[np.ndarray, " sequences"], Bool[np.ndarray, " sequences"]]:
     """Fisher z of the first two columns within each sequence given the others, the same given nothing, and which sequences count."""
     values = pd.DataFrame({index: rows.values[name] for index, name in enumerate(names)})
+    _, starts, sizes = np.unique(rows.sequence, return_index=True, return_counts=True)
     if method == "spearman":
-        values = values.groupby(rows.sequence).rank()
+        # As shares of the sequence, so that one curve of a control can fit long and short ones.
+        values = values.groupby(rows.sequence).rank().div(np.repeat(sizes + 1.0, sizes), axis=0)
     elif method != "pearson":
         raise StudyError(f'expected method "spearman" or "pearson", got {method!r}.')
-    _, starts, sizes = np.unique(rows.sequence, return_index=True, return_counts=True)
     held = values.to_numpy()
     scale = np.abs(held).max(0)
+    pair, varied = _correlations(held[:, :2], scale[:2], starts, sizes)
+    plain, left = pair[:, 0, 1], pair
+    usable = varied.all(1) & (sizes >= max(4, min_tokens) + len(names) - 2)
+    if len(names) > 2:
+        bent = smooth_parts([rows.values[name] for name in names[2:]]) if smooth else None
+        if bent is not None:
+            held = np.column_stack([without_smooth_parts(held[:, :2], bent, rows.sequence), held[:, 2:]])
+        products, varied = _correlations(held, scale, starts, sizes)
+        across, among = products[:, :2, 2:], products[:, 2:, 2:]
+        left = products[:, :2, :2] - across @ np.linalg.pinv(among, rcond=1e-9, hermitian=True) @ across.transpose(0, 2, 1)
+        usable &= varied[:, :2].all(1)
+    remains = np.einsum("sii->si", left)
+    # What is left of a column that the controls explain in full is rounding.
+    usable &= (remains > 1e-8).all(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rho = np.where(usable, left[:, 0, 1] / np.sqrt(remains.prod(1)), 0.0)
+    return _atanh(rho, sizes), _atanh(np.where(usable, plain, 0.0), sizes), usable
+
+
+def _correlations(
+    held: Float[np.ndarray, "tokens columns"], scale: Float[np.ndarray, " columns"], starts: np.ndarray, sizes: np.ndarray
+) -> tuple[Float[np.ndarray, "sequences columns columns"], Bool[np.ndarray, "sequences columns"]]:
+    """Correlations between columns within each sequence, and which columns vary there by more than rounding beside their `scale`."""
     held = held - np.repeat(np.add.reduceat(held, starts) / sizes[:, None], sizes, axis=0)
     held[:, scale > 0] /= scale[scale > 0]
-    products = np.add.reduceat(held[:, :, None] * held[:, None, :], starts)  # [sequences, columns, columns]
+    products = np.add.reduceat(held[:, :, None] * held[:, None, :], starts)
     spread = np.sqrt(np.einsum("sii->si", products) / sizes[:, None])
     varied = spread > 1e-9
     size = np.where(varied, spread, 1.0) * np.sqrt(sizes)[:, None]
-    products = np.where(varied[:, :, None] & varied[:, None, :], products / size[:, :, None] / size[:, None, :], 0.0)
-    pair, left = products[:, :2, :2], products[:, :2, :2]
-    if len(names) > 2:
-        across, among = products[:, :2, 2:], products[:, 2:, 2:]
-        left = pair - across @ np.linalg.pinv(among, rcond=1e-9, hermitian=True) @ across.transpose(0, 2, 1)
-    remains = np.einsum("sii->si", left)
-    # What is left of a column that the controls explain in full is rounding.
-    usable = varied[:, :2].all(1) & (remains > 1e-8).all(1) & (sizes >= max(4, min_tokens) + len(names) - 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho = np.where(usable, left[:, 0, 1] / np.sqrt(remains.prod(1)), 0.0)
-    return _atanh(rho, sizes), _atanh(np.where(usable, pair[:, 0, 1], 0.0), sizes), usable
+    return np.where(varied[:, :, None] & varied[:, None, :], products / size[:, :, None] / size[:, None, :], 0.0), varied
 
 
 def _atanh(rho: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+from sklearn.preprocessing import SplineTransformer
 
 from basin_lens import tables
 from basin_lens.errors import TableError
@@ -20,6 +23,8 @@ _MADE_OF = {
     "same_token_share": ("same_token_share", False),
 }
 CONTROLS = tuple(_MADE_OF)
+_KNOTS = 5  # of the cubic splines of a control
+_TOKENS_PER_TERM = 10  # with fewer tokens, straight lines alone
 
 
 def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None = None) -> pd.DataFrame:
@@ -108,8 +113,9 @@ def residuals(
     controls: Sequence[str] = CONTROLS,
     frequency: Mapping[Any, float] | None = None,
     within: bool = True,
+    smooth: bool = True,
 ) -> pd.DataFrame:
-    """Replace scores by what the controls do not explain linearly, layer by layer; any test can follow.
+    """Replace scores by what the controls do not explain, layer by layer; any test can follow.
 
     Args:
         table: from `analyze`, of one run.
@@ -118,6 +124,8 @@ def residuals(
         frequency: as for `add_controls`.
         within: fit within sequences (scores and controls less their sequence means), and keep the score's sequence means; False: over all
             tokens of the layer, and keep its mean.
+        smooth: take out a smooth function of each control (see `smooth_parts`) besides a straight line: a confound that bends would leave
+            a difference otherwise. Where tokens are too few for that, straight lines alone.
 
     Returns:
         a copy of the table. Rows where a score or control is NaN become NaN. `attrs["controls"]`: what was controlled, by score.
@@ -154,9 +162,13 @@ def residuals(
                 continue
             codes = rows.sequence if within else np.zeros(len(rows.sequence), int)
             level = _level(codes, rows.values[score])
-            held = np.stack([rows.values[c] - _level(codes, rows.values[c]) for c in there], 1)
+            columns = [rows.values[c] for c in there]
+            bent = smooth_parts(columns) if smooth else None
+            if bent is not None:
+                columns += list(bent.T)
+            held = np.stack([column - _level(codes, column) for column in columns], 1)
             # Against the column's own size: what is left of a constant after taking its mean is rounding.
-            size = np.array([np.abs(rows.values[c]).max() for c in there])
+            size = np.array([np.abs(column).max() for column in columns])
             held = held[:, held.std(0) > 1e-9 * size]
             target = rows.values[score] - level
             if held.shape[1]:
@@ -166,6 +178,27 @@ def residuals(
         answer[score] = made
     answer.attrs["controls"] = used
     return answer
+
+
+def smooth_parts(controls: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, "tokens terms"] | None:
+    """Cubic splines of each control's ranks over all tokens of a layer; None where there are too few tokens for so many terms.
+
+    Five knots, equally spaced in ranks; a control that does not vary has none. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
+    """
+    varied = [rankdata(values) / len(values) for values in controls if len(values) and np.ptp(values) > 0]
+    terms = (_KNOTS + 2) * len(varied)
+    if not varied or len(varied[0]) < _TOKENS_PER_TERM * terms:
+        return None
+    return np.asarray(SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False).fit_transform(np.stack(varied, 1)))
+
+
+def without_smooth_parts(
+    columns: Float[np.ndarray, "tokens columns"], terms: Float[np.ndarray, "tokens terms"], sequence: Int[np.ndarray, " tokens"]
+) -> Float[np.ndarray, "tokens columns"]:
+    """What the terms do not explain of the columns within sequences, by one least-squares fit over all of them."""
+    inside = terms - np.stack([_level(sequence, term) for term in terms.T], 1)
+    held = columns - np.stack([_level(sequence, column) for column in columns.T], 1)
+    return np.asarray(held - inside @ np.linalg.lstsq(inside, held, rcond=1e-9)[0])
 
 
 def _level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -17,18 +17,18 @@ from tqdm.auto import tqdm
 
 from basin_lens import stats, tables
 from basin_lens.errors import StoreError, StudyError, TableError
-from basin_lens.studies.measured import Measured
+from basin_lens.studies.measured import FEWEST_DOCUMENTS, Measured
 from basin_lens.views import Report, Section, study_page
 
 Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red flags", "no", "undecided"]
 ALPHA = 0.05
-# Fewer documents than this cannot be halved into one half that chooses a layer and another that reports it.
-FEWEST_TO_SPLIT = 12
+# With fewer units, half of them could not reach 0.05 in a family of four tests: sign flips of 8 units give 2 / 2^8 at the least.
+FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
 # Columns of one finding, as the summary shows them.
 FINDING = (
     "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
         "estimate",
-    "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "guide_test", "guide_statistic", "guide_r",
+    "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic", "guide_r",
         "guide_p",
     "guide_reading", "note",
 )  # fmt: skip
@@ -75,7 +75,7 @@ class Study:
         Raises:
             StoreError: the folder holds something else, or cannot be written.
         """
-        target = Path(out)
+        target = Path(out).resolve()
         refuse_folder(target, self.name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,17 +123,39 @@ def refuse_folder(target: Path, name: str) -> None:
     Raises:
         StoreError: see there.
     """
+    target = target.resolve()
     if not target.exists():
         return
+    if target == Path.cwd():
+        raise StoreError(f"expected a folder for the study, got {str(target)!r}, in which you stand. Name one in it.")
     try:
-        held = [path.name for path in target.iterdir()]
-        known = json.loads((target / "results.json").read_text(encoding="utf-8"))["study"] if "results.json" in held else None
-    except (OSError, ValueError, KeyError) as error:
+        held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        before = read_results(target) if "results.json" in held else None
+    except OSError as error:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error
-    if held and known != name:
+    if before is not None and before["study"] == name:
+        held -= {"results.json", "report.html", "tables/tokens.parquet"}
+        held -= {f"tables/{table}{end}" for table in before.get("tables", []) for end in (".parquet", ".csv")}
+        held -= {f"figures/{figure}{end}" for figure in before.get("figures", []) for end in (".png", ".pdf")}
+    if held:
+        raise StoreError(f"expected an empty folder or an earlier {name} study, got {str(target)!r} with {min(held)!r} in it.")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What `Study.save` wrote to `results.json`.
+
+    Raises:
+        StoreError: no such file, or not a study's.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise StoreError(
-            f"expected an empty folder or an earlier {name} study, got {str(target)!r} with {sorted(held)[0]!r} in it."
-        )
+            f"expected a study's folder with results.json, got {str(folder)!r}: {error}. Run the study first."
+        ) from error
+    if not isinstance(found, dict) or not isinstance(found.get("study"), str):
+        raise StoreError(f"expected a study's results.json in {str(folder)!r}, got another file of that name. Run the study first.")
+    return found
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -218,58 +240,83 @@ def one_sided(test: Callable[[pd.DataFrame], pd.DataFrame], *, more: bool = True
 
 
 def declared(
-    table: pd.DataFrame, test: Callable[[pd.DataFrame], pd.DataFrame], measured: Measured, finding: str, question: str
+    table: pd.DataFrame,
+    test: Callable[[pd.DataFrame], pd.DataFrame],
+    measured: Measured,
+    finding: str,
+    question: str,
+    score: str = "compression",
 ) -> pd.DataFrame:
-    """A declared test, one row per score: the layer is chosen on half of the units and tested on the others.
+    """A declared test as one row: the layer is chosen on half of the units and tested on the others.
 
     Too few units to halve them: every layer is tested, and the one with the smallest p is shown with p corrected for all of them (Holm).
+    `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound.
     """
-    halved = measured.n_units >= FEWEST_TO_SPLIT
-    said: list[str] = []
-    if halved:
+    found = None
+    if measured.n_units >= FEWEST_TO_SPLIT:
         try:
-            found = stats.best_layer(table, test, unit=measured.unit, correction="none", seed=measured.seed)
-            said = [
-                f"layer chosen on {int(row.chosen_documents)} documents (there {row.chosen_estimate:+.3f}, p "
-                f"{row.chosen_p:.2g}), tested on "
-                f"{int(row.n_documents)} others"
-                for row in rows(found)
-            ]
-        except StudyError:  # enough units in all, but not of those that the test can use: as below
-            halved = False
-    if not halved:
-        every = stats.correct(attempt(lambda part, *_, **__: test(part), table, question, unit=measured.unit), "holm")
-        found = every.sort_values("p").groupby("score", sort=False, as_index=False).first()
-        found["p"] = found["p_corrected"]
-        said = [f"too few units to halve ({measured.n_units}): the best of {len(every)} tests, p corrected for them (Holm)"] * len(
-            found
+            found = stats.best_layer(table, test, unit=measured.unit, correction="none", seed=measured.seed)[:1]
+        except StudyError:  # enough units in all, but not of those that the test can use
+            found = None
+    if found is not None and len(found):
+        (row,) = rows(found)
+        said = (
+            f"layer chosen on {int(row.chosen_documents)} documents (there {row.chosen_estimate:+.3f}, p {row.chosen_p:.2g}), tested on "
+            f"{int(row.n_documents)} others"
         )
-    found = found.assign(finding=finding, question=question)
-    found["note"] = [
-        "; ".join(x for x in (one, str(old)) if x and x != "nan") for one, old in zip(said, found["note"], strict=True)
-    ]
-    return found
+        floor = p_floor(row)
+    else:
+        every = stats.correct(attempt(lambda part, *_, **__: test(part), table, score, unit=measured.unit), "holm")
+        found = every.sort_values("p")[:1]
+        found["p"] = found["p_corrected"]
+        said = f"too few units to halve ({measured.n_units}): the best of {len(every)} tests, p corrected for them (Holm)"
+        (row,) = rows(found)
+        floor = min(1.0, p_floor(row) * len(every))
+    note = "" if pd.isna(row.note) else str(row.note)
+    return found.assign(
+        finding=finding, question=question, score=score, p_floor=floor, note="; ".join(x for x in (said, note) if x)
+    )
+
+
+def p_floor(row: Any) -> float:
+    """The smallest p of a permutation of so many units; 0 for tests without such a bound."""
+    sides = 1 if "one-sided" in row.test else 2
+    return sides / 2.0 ** int(row.n_units) if "sign-flip" in row.test and row.n_units else 0.0
 
 
 def attempt(
     test: Callable[..., pd.DataFrame], table: pd.DataFrame, score: str | list[str], *args: Any, **options: Any
 ) -> pd.DataFrame:
-    """`test(table, score, ...)`; where these texts are too few for it, or a column does not vary, one row without numbers that says so."""
+    """`test(table, score, ...)`; where these texts are too few for it, or a column does not vary, rows without numbers that say so."""
     try:
         return test(table, score, *args, **options)
     except (StudyError, TableError) as error:
-        name = score if isinstance(score, str) else score[0]
-        return empty_finding(name, str(options.get("unit", "")), "not tested").assign(note=f"not tested: {error}")
+        names = [score] if isinstance(score, str) else score
+        layers: list[Any] = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else [pd.NA]
+        empty = [empty_finding(name, str(options.get("unit", ""))).to_dict("records")[0] for name in names]
+        blank = pd.DataFrame([{**line, "layer": layer} for line in empty for layer in layers])
+        return blank.astype({"layer": "Int64"}).assign(note=f"not tested: {error}")
 
 
 def settle(study: str, tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05."""
-    family = stats.correct(pd.concat([test.dropna(axis=1, how="all") for test in tests], ignore_index=True), "holm")
+    """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05.
+
+    `within_reach`: whether any data of so many units could have had a corrected p of at most 0.05; what is not, is no evidence of absence.
+    """
+    family = pd.DataFrame([row for test in tests for row in test.to_dict("records")])
+    for name in (*_NUMBERS, "p_floor"):
+        family[name] = family[name].astype(float) if name in family else float("nan")
+    family["layer"] = family["layer"].astype("Int64")
+    family = stats.correct(family, "holm")
     family["study"], family["holds"] = study, family["p_corrected"] <= ALPHA
+    family["within_reach"] = family["p"].notna() & (family["p_floor"].fillna(0.0) * family["n_tests"] <= ALPHA)
     for name in FINDING:
         if name not in family:
             family[name] = pd.Series([None] * len(family), dtype=object)
     return family[list(FINDING)]
+
+
+_NUMBERS = ("estimate", "low", "high", "null", "p", "p_corrected")
 
 
 def beside_guide(findings: pd.DataFrame, guide: pd.DataFrame) -> pd.DataFrame:
@@ -282,21 +329,37 @@ def beside_guide(findings: pd.DataFrame, guide: pd.DataFrame) -> pd.DataFrame:
     return answer
 
 
-def empty_finding(score: str, unit: str, effect: str) -> pd.DataFrame:
-    """A test that could not be made, as a row; its note says why."""
-    blank = dict.fromkeys(("estimate", "low", "high", "p", "p_corrected"), float("nan"))
+def empty_finding(score: str, unit: str) -> pd.DataFrame:
+    """A test that could not be made, as a row; its note is to say why."""
+    blank = dict.fromkeys(("estimate", "low", "high", "p", "p_corrected", "hedges_g"), float("nan"))
     counts = dict.fromkeys(("n_units", "n_sequences", "n_documents", "n_tokens"), 0)
-    row = {"layer": pd.NA, "score": score, "unit": unit, **counts, "test": "", "effect": effect, **blank, "null": 0.0, "note": ""}
+    row = {
+        "layer": pd.NA,
+        "score": score,
+        "unit": unit,
+        **counts,
+        "test": "",
+        "effect": "not tested",
+        **blank,
+        "null": 0.0,
+        "note": "",
+    }
     return pd.DataFrame([row]).astype({"layer": "Int64"})
 
 
 def decide(findings: pd.DataFrame, flags: pd.DataFrame | None) -> Decision:
-    """The verdict on a hypothesis that says: these hold. Red flags do not turn a yes into a no, but stay beside it."""
-    if findings["p_corrected"].isna().all():
-        return "undecided"
+    """The verdict on a hypothesis that says: these hold. Red flags do not turn a yes into a no, but stay beside it.
+
+    Only flags of questions that hold count. "no" needs tests that could have said yes; where none could, it is "undecided".
+    """
     if not findings["holds"].any():
-        return "no"
-    raised = flags is not None and bool((flags["raised"] == True).fillna(False).any())  # noqa: E712  (NA: not checked)
+        return "no" if findings["within_reach"].any() else "undecided"
+    raised = False
+    if flags is not None:
+        up = flags["raised"].fillna(False).astype(bool)
+        if "question" in flags:
+            up &= flags["question"].isin(findings[findings["holds"]]["question"])
+        raised = bool(up.any())
     if findings["holds"].all():
         return "yes, with red flags" if raised else "yes"
     return "in part, with red flags" if raised else "in part"
@@ -305,7 +368,7 @@ def decide(findings: pd.DataFrame, flags: pd.DataFrame | None) -> Decision:
 def opening(decision: Decision, yes: str, no: str) -> str:
     """The first sentence of a verdict."""
     if decision == "undecided":
-        return "Undecided: the declared tests gave no p-value."
+        return "Undecided: with these texts no data could have passed the declared tests. More documents are needed."
     if decision == "no":
         return f"No. {no}"
     said = f"Yes. {yes}" if decision.startswith("yes") else "In part: some of the declared tests hold, others do not."
@@ -316,9 +379,11 @@ def sentence(row: Any, unit: str = "") -> str:
     """One finding in words, with its figures."""
     measure = f" {unit}" if unit else ""
     layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
-    p = "p not defined" if pd.isna(row.p_corrected) else f"corrected p {in_words(row.p_corrected)}"
+    if pd.isna(row.p):
+        return f"{row.finding}: could not be tested ({row.note})."
+    p = f"corrected p {in_words(row.p_corrected)}"
     interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
-    holds = "holds" if row.holds else "does not hold"
+    holds = "holds" if row.holds else "does not hold" if row.within_reach else "undecided, too few units for any p to reach 0.05"
     return (
         f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} units, "
         f"{int(row.n_documents)} documents."
@@ -337,6 +402,16 @@ def red_flags(table: pd.DataFrame, score: str, *args: Any, **options: Any) -> pd
     except (StudyError, TableError) as error:
         line = {"flag": "could not be checked", "score": score, "layer": pd.NA, "raised": pd.NA, "why": f"not checked: {error}"}
         return pd.DataFrame([line]).astype({"layer": "Int64", "raised": "boolean"})
+
+
+def guide(table: pd.DataFrame, scores: list[str], *args: Any, **options: Any) -> pd.DataFrame:
+    """`stats.guide_tests`; no rows where the question cannot be asked of this table."""
+    try:
+        return stats.guide_tests(table, scores, *args, **options)
+    except TableError:
+        return pd.DataFrame(
+            columns=["layer", "score", "question", "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading"]
+        )
 
 
 def rows(table: pd.DataFrame) -> list[Any]:

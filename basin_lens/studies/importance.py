@@ -96,7 +96,7 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     for other, finding in ((TRUTH, "compression goes with erasure"), (best, f"compression goes with {best}")):
         rows.append(base.declared(table, _test(other, measured), measured, finding, other))
     findings = base.settle("importance", rows)
-    guide = pd.concat([stats.guide_tests(table, list(SCORES), other) for other in (TRUTH, best)], ignore_index=True)
+    guide = pd.concat([base.guide(table, list(SCORES), other) for other in (TRUTH, best)], ignore_index=True)
     findings = base.beside_guide(findings, guide)
 
     step("red flags")
@@ -281,7 +281,7 @@ def _sections(
             "Standardized coefficients; the larger, the more of the score it carries.", table=mixed[
                 ["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
         ))  # fmt: skip
-    shown = [name for name in ("compression", best, TRUTH, "surprisal") if table[name].notna().any()]
+    shown = [name for name in ("compression", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()]
     sections.append(Section(
         "One text", f"The first sequence at layer {layer}, by several columns.", view=token_view(table, shown, layer, seq=int(table[
             "seq"].min())),
@@ -327,7 +327,9 @@ def _not_tested(measured: Measured, unranked: list[str]) -> tuple[str, ...]:
         said.append(f"Not measured here: {', '.join(unranked)}.")
     few = measured.settings["integrated_gradients_sequences"]
     if few:
-        said.append(f"Integrated gradients of more than {few} sequences, and of states other than those that enter the middle block.")
+        said.append(
+            f"Integrated gradients of more than {few} sequences, and of states other than those that enter the middle block."
+        )
     if measured.contrast is None:
         said.append("Any contrast of spans or labels: none was asked for.")
     return tuple(said)

@@ -67,18 +67,18 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
 
     step("controls")
     shared: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
-    against = stats.before_after(table, list(ABOVE), correction="max-t", **shared)
+    against = base.attempt(stats.before_after, table, list(ABOVE), correction="max-t", **shared)
 
     step("halves")
     agreement = halves_agree(table, scores, measured)
 
     step("declared tests and red flags")
     rows = [
-        base.declared(table, base.one_sided(partial(stats.before_after, on=name, **shared)), measured, finding, name)
+        base.declared(table, base.one_sided(partial(stats.before_after, on=name, **shared)), measured, finding, name, name)
         for name, finding in zip(ABOVE, _FINDINGS, strict=True)
     ]
     findings = base.settle("layers", rows)
-    flags = pd.concat([base.red_flags(table, name, **shared) for name in ABOVE], ignore_index=True)
+    flags = pd.concat([base.red_flags(table, name, **shared).assign(question=name) for name in ABOVE], ignore_index=True)
 
     step("figures")
     layer = int(findings["layer"].iloc[0])

@@ -1,5 +1,6 @@
 """Does compression differ between parts of speech, beyond frequency, position and density? And who are the neighbors, by layer?"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from basin_lens.studies.contrasts import contrast_section
 from basin_lens.studies.measured import SCORES, Contrast, Measured, ready
 from basin_lens.studies.neighborhoods import neighbor_shares
 from basin_lens.studies.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
+from basin_lens.texts import words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
@@ -70,30 +72,33 @@ def study_linguistic(
         >>> "neighbor_shares" in study.tables
         True
     """
-    if part not in ("mean", "first", "last"):
-        raise StudyError(f'expected part "mean", "first" or "last", got {part!r}.')
-    if isinstance(data, Measured):
-        _refuse_untagged(data.capture)
-    measured = ready(model, data, "linguistic", progress, options)
-    _refuse_untagged(measured.capture)
-    _refuse_sentiment(measured.capture, sentiment)
+    measured = ready(model, data, "linguistic", progress, options, refusals(tagger, part, sentiment))
     with base.steps("study linguistic", 7, progress) as step:
         return _study(measured, tagger, part, sentiment, step)
 
 
-def _refuse_untagged(capture: Capture) -> None:
-    if capture.passages is None:
-        raise StudyError("expected texts with character offsets, got token ids: words cannot be found in them. Pass texts.")
+def refusals(tagger: str, part: str, sentiment: str | None) -> Callable[[Capture], None]:
+    """What this study refuses, as a check to be made before the model runs.
 
+    The check raises StudyError for an unknown option, token ids in place of texts, or a label without two values, and TextError for
+    tags that are not to be had.
+    """
 
-def _refuse_sentiment(capture: Capture, sentiment: str | None) -> None:
-    if sentiment is None:
-        return
-    values = {label.get(sentiment) for label in capture.labels} - {None}
-    if len(values) != 2:
-        raise StudyError(
-            f"expected a label {sentiment!r} with two values, got {sorted(map(str, values))}. Label the passages with it."
-        )
+    def check(capture: Capture) -> None:
+        if part not in ("mean", "first", "last"):
+            raise StudyError(f'expected part "mean", "first" or "last", got {part!r}.')
+        if capture.passages is None:
+            raise StudyError("expected texts with character offsets, got token ids: words cannot be found in them. Pass texts.")
+        # Gold tags must be there for all; for a tagger, one text shows whether it can be had.
+        used = sorted({s.passage for s in capture.sequences})
+        words_of([capture.passages[index] for index in (used if tagger == "gold" else used[:1])], tagger)
+        if sentiment is not None:
+            values = {label.get(sentiment) for label in capture.labels} - {None}
+            if len(values) != 2:
+                known = sorted(map(str, values))
+                raise StudyError(f"expected a label {sentiment!r} with two values, got {known}. Label the passages with it.")
+
+    return check
 
 
 def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, step: base.Steps) -> base.Study:
@@ -142,9 +147,9 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
     findings = base.settle("linguistic", rows)
     guide = pd.concat(
         [
-            stats.guide_tests(words, list(SCORES), group="kind", groups=("function", "content")),
-            stats.guide_tests(words, list(SCORES), group="noun_verb", groups=("noun", "verb")),
-            stats.guide_tests(words, list(SCORES), tag="tag"),
+            base.guide(words, list(SCORES), group="kind", groups=("function", "content")),
+            base.guide(words, list(SCORES), group="noun_verb", groups=("noun", "verb")),
+            base.guide(words, list(SCORES), tag="tag"),
         ],
         ignore_index=True,
     )  # fmt: skip

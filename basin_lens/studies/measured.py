@@ -1,7 +1,7 @@
 """Texts measured once, for one study or several."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 from basin_lens import tables
 from basin_lens.analysis import analyze, score
 from basin_lens.analysis.conductor import KeptNeighbors
+from basin_lens.analysis.rows import row_facts
 from basin_lens.analyzers import (
     Analyzer,
     AngularContraction,
@@ -36,12 +37,15 @@ from basin_lens.analyzers import (
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, check_layers, subset
 from basin_lens.errors import StudyError
+from basin_lens.texts import Passage
 from basin_lens.transport import CONTEXTS, Context
 
 # The scores that every study looks at, the headline first.
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
 STUDIES = ("importance", "linguistic", "layers", "robustness")
+TAGGERS = ("auto", "gold", "nltk", "spacy")
 FEWEST_UNITS = 6  # the statistics refuse fewer
+FEWEST_DOCUMENTS = 16  # with fewer, documents cannot be halved into some that choose and some that test
 FEWEST_TOKENS = 20  # a shorter sequence has too few scored tokens for a correlation with controls
 
 
@@ -77,11 +81,10 @@ class Contrast:
         if self.by not in table.columns:
             raise StudyError(f"expected a label of the texts or span as contrast, got {self.by!r}. Give the passages that label.")
         held = table[self.by]
-        if self.by == "span":
-            names = held.fillna("").astype(str).str.split("+", regex=False)
-            one, two = (names.map(lambda found, side=side: side in found) for side in (self.first, self.second))
-        else:
-            one, two = (held.astype(str) == side for side in (self.first, self.second))
+        found = _names if self.by == "span" else _spellings
+        one, two = (
+            held.map(lambda value, side=side: side in found(value, side)).astype(bool) for side in (self.first, self.second)
+        )
         side = pd.Series([None] * len(table), index=table.index, dtype=object)
         side[one & ~two], side[two & ~one] = self.first, self.second
         for name in (self.first, self.second):
@@ -89,6 +92,18 @@ class Contrast:
                 there = sorted({str(v) for v in held.dropna().unique() if str(v)})[:8]
                 raise StudyError(f"expected tokens with {self.by} = {name!r} for the contrast, got none; there are {there}.")
         return side
+
+
+def _names(found: Any, side: str) -> set[str]:
+    """The span asked for, if it is among those of a token, which the table joins by plus signs; a name may hold one itself."""
+    return {side} if isinstance(found, str) and f"+{side}+" in f"+{found}+" else set()
+
+
+def _spellings(found: Any, _side: str) -> set[str]:
+    """A label's value as text. pandas makes 1 into 1.0 where another text has no value."""
+    if found is None or (isinstance(found, float) and np.isnan(found)):
+        return set()
+    return {str(found)} | ({str(int(found))} if isinstance(found, float) and found.is_integer() else set())
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,7 @@ def measure(
     max_length: int = 128,
     integrated: int = 8,
     seed: int = 0,
+    check: Callable[[Capture], None] | None = None,
     progress: bool = True,
 ) -> Measured:
     """Read texts and measure all that some studies need, once.
@@ -163,11 +179,13 @@ def measure(
         contrast: two kinds of tokens or texts to compare in every study.
         max_sequences: at most so many sequences; None: all. Sequences under 20 tokens are passed over.
         per_document: with `max_sequences`, so many sequences of each document before the next is taken, documents in a seeded order. More
-            documents make sounder tests; two sequences of one let neighbors be of the same document.
+            documents make sounder tests; two sequences of one let neighbors be of the same document. Where that would leave fewer than 16
+            documents, one of each.
         max_length: tokens per sequence.
         integrated: so many sequences, of different documents, get integrated gradients (of the states that enter the middle block), which
             cost about a hundred forward passes each.
         seed: of every random choice.
+        check: called with the texts chosen, before the model runs: what a study refuses.
         progress: show progress bars.
 
     Returns:
@@ -186,12 +204,19 @@ def measure(
         [5]
     """
     check_names(*studies)
-    if context not in CONTEXTS:
-        raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
+    refuse_options([], context=context)
+    if exclude == "nothing":
+        raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
     planned = data if isinstance(data, Capture) else Capture.plan(model, data, layers=_layers(model, layers), max_length=max_length)
     count = Counter(planned.row_token.tolist())
     frequency = {token: times / planned.n_rows for token, times in count.items()}
+    if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
+        per_document = 1
     chosen, short = choose_sequences(planned, max_sequences, per_document, seed)
+    if not chosen:
+        raise StudyError(
+            f"expected texts with sequences of {FEWEST_TOKENS} tokens, got 0 of {len(planned.sequences)}. Use longer texts."
+        )
     capture = planned if chosen == list(range(len(planned.sequences))) else subset(planned, chosen)
     units = count_units(capture, unit)
     if units < FEWEST_UNITS:
@@ -204,6 +229,8 @@ def measure(
     wanted = _layers(model, layers) if layers is not None else capture.layers
     if contrast is not None:
         _refuse_contrast(capture, contrast)
+    if check is not None:
+        check(capture)
     run = score(
         model, capture, analyzers, layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress,
         keep_neighbors_of=analyzers[0],
@@ -236,14 +263,35 @@ def check_names(*names: str) -> list[str]:
     return list(names)
 
 
-def ready(model: Any, data: Any, study: str, progress: bool, options: Mapping[str, Any]) -> Measured:
+def refuse_options(
+    passages: Sequence[Passage], *, context: str, unit: str = "document", sentiment: str | None = None, tagger: str = "auto"
+) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        StudyError: an unknown context or tagger, a unit that no passage has as a label, a sentiment that is not a label of two values.
+    """
+    if context not in CONTEXTS:
+        raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
+    if tagger not in TAGGERS:
+        raise StudyError(f"expected a tagger among {list(TAGGERS)}, got {tagger!r}.")
+    known = sorted({name for passage in passages for name in passage.labels})
+    if unit not in ("document", "sequence", *known):
+        raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
+    if sentiment is not None and len({str(p.labels[sentiment]) for p in passages if sentiment in p.labels}) != 2:
+        raise StudyError(f"expected a label of the texts with two values as sentiment, got {sentiment!r}; labels: {known}.")
+
+
+def ready(
+    model: Any, data: Any, study: str, progress: bool, options: Mapping[str, Any], check: Callable[[Capture], None] | None = None
+) -> Measured:
     """What a study works on: texts are measured, what was measured is taken as it is.
 
     Raises:
         StudyError: measured for other studies, or options for what is measured already.
     """
     if not isinstance(data, Measured):
-        return measure(model, data, studies=(study,), progress=progress, **options)
+        return measure(model, data, studies=(study,), progress=progress, check=check, **options)
     data.capture.check_model_is(model)
     if options:
         raise StudyError(
@@ -253,6 +301,8 @@ def ready(model: Any, data: Any, study: str, progress: bool, options: Mapping[st
         raise StudyError(
             f"expected texts measured for the study {study!r}, got {list(data.studies)}. Measure with studies=[{study!r}]."
         )
+    if check is not None:
+        check(data.capture)
     return data
 
 
@@ -330,15 +380,11 @@ def _analyzers(studies: Sequence[str], k: int, context: Context, exclude: str) -
 
 
 def _refuse_contrast(capture: Capture, contrast: Contrast) -> None:
-    """Before the model runs."""
-    names = {name for passage in capture.passages or [] for name in passage.spans}
-    known = {str(label.get(contrast.by)) for label in capture.labels if contrast.by in label}
-    there = names if contrast.by == "span" else known
-    missing = [side for side in (contrast.first, contrast.second) if side not in there]
-    if missing or contrast.first == contrast.second:
-        raise StudyError(
-            f"expected two different values of {contrast.by!r} to contrast, got {contrast.title}; there are {sorted(there)[:8]}."
-        )
+    """Before the model runs: both sides must be among the tokens chosen."""
+    if contrast.first == contrast.second or contrast.by in tables.KEYS:
+        raise StudyError(f"expected two different values of a label, or two spans, to contrast, got {contrast.title!r}.")
+    rows, labels = row_facts(capture)
+    contrast.values(pd.DataFrame({"span": rows["span"], **labels}))
 
 
 def _integrate(model: Any, capture: Capture, table: pd.DataFrame, most: int, seed: int, progress: bool) -> int:

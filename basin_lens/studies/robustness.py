@@ -82,11 +82,12 @@ def study_robustness(
     """
     if second_model is not None:
         door.check_model(second_model)
-    measured = ready(model, data, "robustness", progress, options)
-    if importance not in measured.table.columns:
+    given = set(data.table.columns) if isinstance(data, Measured) else {"gradient_norm", "gradient_norm_scaled"}
+    if importance not in given:
         raise StudyError(
             f"expected a measured column as importance, got {importance!r}. Choose gradient_norm or gradient_norm_scaled."
         )
+    measured = ready(model, data, "robustness", progress, options)
     with base.steps("study robustness", 7, progress) as step:
         return _study(model, measured, importance, second_model, dtype, step)
 
@@ -95,11 +96,11 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
     step("findings at the run's own settings")
     untested: list[str] = []
     table, tagged = _tagged(measured, untested)
+    # By this model's token ids: another model's tables count their own tokens.
+    table = table.assign(log_frequency=np.log(table["token_id"].map(dict(measured.frequency)).to_numpy(float)))
+    table.attrs = dict(measured.table.attrs)
     findings = _findings(measured, importance, tagged)
-    rows = [
-        base.declared(table, finding.test, measured, finding.name, finding.question).assign(score="compression")
-        for finding in findings
-    ]
+    rows = [base.declared(table, finding.test, measured, finding.name, finding.question) for finding in findings]
     settled = base.settle("robustness", rows)
     findings = [replace(finding, layer=int(row["layer"].iloc[0])) for finding, row in zip(findings, rows, strict=True)]
     layers = sorted({finding.layer for finding in findings})
@@ -136,7 +137,7 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
         )
         for finding in findings
     }
-    decision: base.Decision = "yes" if settled["holds"].all() else "no"
+    decision = base.decide(settled, None)
     sections = [
         Section("Which findings survive", "A finding survives a setting if its sign stays and p is at most 0.05, Holm over the "
                                           "settings. The random twin "
@@ -181,7 +182,7 @@ def _findings(measured: Measured, importance: str, tagged: bool) -> list[Finding
         return stats.before_after(table, "compression", n_resamples=4999, **options)
 
     def goes_with(other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
-        return lambda part: stats.partial_correlation(part, "compression", other, frequency=measured.frequency, **options)
+        return lambda part: stats.partial_correlation(part, "compression", other, **options)
 
     def function_words(part: pd.DataFrame) -> pd.DataFrame:
         words = word_table(part, "mean")
@@ -225,7 +226,7 @@ def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
             raise StudyError("expected a random-neighbor control, got none for this score.")
         found = finding.test(part)
     except BasinLensError as error:
-        found = base.empty_finding("compression", "", "").assign(note=f"not tested: {error}", layer=layer)
+        found = base.empty_finding("compression", "").assign(note=f"not tested: {error}", layer=layer)
     return found.assign(finding=finding.name, question=finding.question, setting=setting.name, kind=setting.kind)
 
 
@@ -285,26 +286,28 @@ def _flags(survival: pd.DataFrame) -> pd.DataFrame:
     """A flag per finding for settings that lose it, and one if the twin shows it."""
     lines: list[dict[str, Any]] = []
     for row in base.rows(survival):
-        lines.append({
-            "flag": "lost under another setting", "score": "compression", "layer": row.layer,
-            "raised": row.survives < row.settings if row.holds_on_held_out_half else pd.NA, "why": f"not checked: {row.finding} "
-                                                                                                   "does not hold" if not
-            row.holds_on_held_out_half else f"{row.finding}: survives {row.survives} of {row.settings}; lost under: "
-                                            f"{row.lost_under}",
-        })  # fmt: skip
-        there = row.in_random_twin
-        lines.append({
-            "flag": "appears in the random twin", "score": "compression", "layer": row.layer, "raised": pd.NA if there is None else there,
-            "why": f"{row.finding}: " + ("not checked" if there is None else "also in a model that has learned "
-                                                                             "nothing" if there else "absent there"),
-        })  # fmt: skip
+        lost: Any = pd.NA
+        why = f"not checked: {row.finding} does not hold"
+        if row.holds_on_held_out_half:
+            lost = row.survives < row.settings
+            why = f"{row.finding}: survives {row.survives} of {row.settings}; lost under: {row.lost_under}"
+        common = {"score": "compression", "layer": row.layer, "question": row.finding}
+        lines.append({"flag": "lost under another setting", **common, "raised": lost, "why": why})
+        there: Any = pd.NA if row.in_random_twin is None else row.in_random_twin
+        why = (
+            "not checked" if row.in_random_twin is None else "also in a model that has learned nothing" if there else "absent there"
+        )
+        lines.append({"flag": "appears in the random twin", **common, "raised": there, "why": why})
     return pd.DataFrame(lines).astype({"layer": "Int64", "raised": "boolean"})
 
 
 def _verdict(decision: base.Decision, settled: pd.DataFrame, survival: pd.DataFrame) -> list[str]:
-    told = ["Yes. Every finding survives every setting and is absent from the random twin." if decision == "yes" else
-            f"No. {int(settled['holds'].sum())} of {len(settled)} findings hold under every setting and are absent from the "
-            "random twin."]  # fmt: skip
+    count = (
+        f"{int(settled['holds'].sum())} of {len(settled)} findings hold under every setting and are absent from the random twin."
+    )
+    told = [base.opening(decision, "Every finding survives every setting and is absent from the random twin.", count)]
+    if decision.startswith("in part"):
+        told.append(count)
     for row, last in zip(base.rows(settled), base.rows(survival), strict=True):
         base_line = "holds on the held-out half" if last.holds_on_held_out_half else "does not hold on the held-out half"
         twin = "not checked in the random twin" if last.in_random_twin is None else (

@@ -1,6 +1,5 @@
 """All studies side by side: what was declared, what came out, and what the original guide would have said."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from basin_lens import stats
-from basin_lens.errors import StoreError, StudyError
+from basin_lens.errors import StudyError
 from basin_lens.studies import base
 from basin_lens.views import Section, forest
 
@@ -49,7 +48,7 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
     """
     if not studies:
         raise StudyError("expected at least one study, got none. Run one first.")
-    held = [study.as_json() if isinstance(study, base.Study) else _read(Path(study)) for study in studies]
+    held = [study.as_json() if isinstance(study, base.Study) else base.read_results(Path(study)) for study in studies]
     names = [one["study"] for one in held]
     if len(set(names)) < len(names) or "summary" in names:
         raise StudyError(f"expected different studies, and no summary among them, got {names}.")
@@ -58,6 +57,7 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         rows[name] = rows[name].astype(float)
     rows["layer"] = rows["layer"].astype("Int64")
     own = rows["holds"].fillna(False).astype(bool)
+    rows["within_reach"] = rows["within_reach"].fillna(False).astype(bool)
     findings = stats.correct(rows, "holm")
     # A study may ask for more than significance (a direction, survival under every setting).
     findings["holds"] = own & (findings["p_corrected"] <= base.ALPHA)
@@ -102,15 +102,6 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]), sections=tuple(sections),
         tables={"studies": about}, figures=figures, provenance={one["study"]: one["provenance"] for one in held},
     )  # fmt: skip
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"expected a study's folder with results.json, got {str(folder)!r}: {error}. Run the study first."
-        ) from error
 
 
 def _raised(one: dict[str, Any]) -> int:

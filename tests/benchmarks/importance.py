@@ -28,18 +28,21 @@ import basin_lens as bl
 from basin_lens import analyzers as A  # noqa: N812
 from basin_lens.neighbors import Points, find, prefix_keys
 
-K, LENGTH, SEQUENCES, BATCH, OWN_SEQUENCES = 15, 128, 100, 8, 8
+K, LENGTH, SEQUENCES, BATCH = 15, 128, 100, 8
 
 SCORES = [A.Compression(context="native"), A.Contraction(context="native"), A.RawCompression(), A.Neighborhood()]
 IMPORTANCE = [
     A.Surprisal(), A.StateNorm(), A.AttentionReceived(), A.AttentionReceived(sink=False), A.AttentionReceived(normalize=False),
     A.AttentionRollout(), A.ValueWeightedAttention(), A.GradientNorm(), A.GradientTimesActivation(),
 ]  # fmt: skip
+# Those that make passes of their own, each on so many sequences: at its default, integrated gradients may double its steps three times.
+OWN_PASSES = [(A.Erasure(), 8), (A.IntegratedGradients(), 1)]
 
 # Where an analysis spends its time: functions whose time is added up, less those that are called inside them. A function is named by the
-# end of its file and its name, after a caller and " > " where only calls from there count.
+# end of its file and its name, after a caller and " > " where only calls from there count; "alone": without what it calls.
 PARTS = {
     "forward pass": (["batches.py:run_batch > hooks.py:forward_pass"], ["batches.py:reader"]),
+    "loss of later tokens": (["passes.py:target_values"], []),
     "backward pass": (["autograd/__init__.py:grad"], []),
     "states kept, one batch after the other": (["batches.py:reader"], ["batches.py:reader > batches.py:run"]),
     "attention received, three ways": (["analyzers/attention.py:measure"], []),
@@ -51,20 +54,13 @@ PARTS = {
     "neighbor search": (["analysis/search.py:find"], []),
     "proof that blocks map as captured": (["check.py:prove"], []),
     "G": (["conductor.py:_spread"], []),
-    "native images": (["maps.py:of_rows"], []),
+    "native images": (["maps.py:of_rows", "alone conductor.py:_context", "conductor.py:_context > <method 'gather'"], []),
     "neighbors' states": (["conductor.py:_cloud"], []),
-    "scores, and on halves of the neighbors": (
-        [
-            "/compression.py:measure",
-            "/contraction.py:measure",
-            "raw_compression.py:measure",
-            "neighborhood.py:measure",
-            "base.py:halves",
-        ],
-        [],
-    ),
+    "scores": ([f"/{name}.py:measure" for name in ("compression", "contraction", "raw_compression", "neighborhood")], []),
+    "halves of the neighbors, but for the scores": (["base.py:halves"], []),
     "reliability": (["conductor.py:_spearman"], []),
     "table": (["tables.py:build", "rows.py:row_facts"], []),
+    "fingerprint of the model": (["identity.py:fingerprint"], []),
 }
 
 
@@ -101,7 +97,7 @@ def forward_and_backward(model, tokens, *, frozen=True):
         losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
 
     def back():
-        torch.autograd.grad(losses.pop(), states + parameters, allow_unused=True)
+        torch.autograd.grad(losses.pop(), states + parameters, allow_unused=not frozen)
         states.clear()
 
     model.requires_grad_(not frozen)
@@ -128,15 +124,16 @@ def profiled(run):
     profile.create_stats()
 
     def matches(function, name):
-        return f"{PurePath(function[0]).as_posix()}:{function[2]}".endswith(name)
+        path, _, called = function
+        return called.startswith(name) if name.startswith("<") else f"{PurePath(path).as_posix()}:{called}".endswith(name)
 
     def seconds(name):
-        caller, _, name = name.rpartition(" > ")
+        alone, (caller, _, name) = name.startswith("alone "), name.removeprefix("alone ").rpartition(" > ")
         found = [facts for function, facts in profile.stats.items() if matches(function, name)]
         if caller:
             found = [by for facts in found for function, by in facts[4].items() if matches(function, caller)]
         assert found, name
-        return sum(facts[3] for facts in found)
+        return sum(facts[2 if alone else 3] for facts in found)
 
     parts = {name: sum(map(seconds, inside)) - sum(map(seconds, less)) for name, (inside, less) in PARTS.items()}
     return whole, parts | {"everything else": whole - sum(parts.values())}
@@ -188,14 +185,14 @@ def main():
         print(f"analysis / {other}: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} of the processor")
 
     own = {}
-    some = tokens[:OWN_SEQUENCES]
-    for analyzer in (A.Erasure(), A.IntegratedGradients()):
-        name, (spent, _) = (
-            type(analyzer).__name__,
-            timed(lambda a=analyzer: bl.analyze(model, some, [a], layers=[0], progress=False)),
-        )
-        own[name] = round(some.numel() / spent, 1)
-        print(f"{name}: {some.numel() / spent:.0f} tokens/s; 60 sequences would take {60 / OWN_SEQUENCES * spent:.0f} s")
+    for analyzer, count in OWN_PASSES:
+        name, some = type(analyzer).__name__, tokens[:count]
+        found = []
+        spent = timed(lambda a=analyzer, t=some, f=found: f.append(bl.analyze(model, t, [a], layers=[0], progress=False)))
+        own[name] = [round(some.numel() / seconds, 1) for seconds in spent]
+        there = found[0][analyzer.columns[0].name].notna().sum() / count
+        print(f"{name}: {own[name][0]} tokens/s by the clock, {own[name][1]} of the processor; values at {there:.0f} of {LENGTH} tokens; "
+              f"60 sequences would take {60 / count * spent[0]:.0f} s ({60 / count * spent[1]:.0f} s of the processor)")  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     print(json.dumps({
         "benchmark": "importance", "commit": commit, "device": platform.processor() or platform.machine(),
