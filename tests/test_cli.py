@@ -221,7 +221,6 @@ def test_bad_studies_are_refused_before_a_model_is_loaded(documents, tmp_path, c
     assert (tmp_path / "taken" / "thesis.tex").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: found out only after the model is loaded (or all texts are measured)")
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     "options",

@@ -375,9 +375,8 @@ class Capture(TokenRows):
         batches = list(token_batches(self, batch_size))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
-            self._states = {
-                border: torch.empty(self.n_rows, door.width(model), dtype=torch.float32, device="cpu") for border in borders
-            }
+            shape = self.n_rows, door.width(model)
+            self._states = {border: torch.empty(shape, dtype=torch.float32, device="cpu") for border in borders}
         with tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar:
             for index, (rows, tokens, valid) in enumerate(batches):
                 keep, refuse = partial(self._keep, rows, valid), partial(self._refuse_nonfinite, rows)
@@ -420,13 +419,9 @@ class Capture(TokenRows):
         record = {
             "sequences": [asdict(s) for s in self.sequences],
             "passages": None if self.passages is None else [asdict(p) for p in self.passages],
-            "docs": self.docs,
-            "labels": self.labels,
-            "strings": list(self.strings.items()),
-            "layers": self.layers,
-            "model": self.model,
+            "docs": self.docs, "labels": self.labels, "strings": list(self.strings.items()), "layers": self.layers, "model": self.model,
             "settings": self.settings,
-        }
+        }  # fmt: skip
         write_record(folder, record, values)
 
     @classmethod

@@ -182,8 +182,8 @@ def about(measured: Measured) -> list[str]:
         f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
         f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents"
         + (f"; {rest}." if rest else "."),
-        f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of the same "
-        f"{chosen['exclude']}.",
+        f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
+        f"the same {chosen['exclude']}.",
         f"Tests and intervals are over {measured.n_units} units ({measured.unit}); tokens of one text are not independent.",
     ]
     if measured.contrast is not None:
@@ -261,8 +261,8 @@ def declared(
     if found is not None and len(found):
         (row,) = rows(found)
         said = (
-            f"layer chosen on {int(row.chosen_documents)} documents (there {row.chosen_estimate:+.3f}, p {row.chosen_p:.2g}), tested on "
-            f"{int(row.n_documents)} others"
+            f"layer chosen on {int(row.chosen_documents)} documents (there {row.chosen_estimate:+.3f}, p "
+            f"{row.chosen_p:.2g}), tested on {int(row.n_documents)} others"
         )
         floor = p_floor(row)
     else:
@@ -273,7 +273,7 @@ def declared(
         (row,) = rows(found)
         floor = min(1.0, p_floor(row) * len(every))
     note = "" if pd.isna(row.note) else str(row.note)
-    return found.assign(
+    return found.reset_index(drop=True).assign(
         finding=finding, question=question, score=score, p_floor=floor, note="; ".join(x for x in (said, note) if x)
     )
 
@@ -385,8 +385,8 @@ def sentence(row: Any, unit: str = "") -> str:
     interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
     holds = "holds" if row.holds else "does not hold" if row.within_reach else "undecided, too few units for any p to reach 0.05"
     return (
-        f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} units, "
-        f"{int(row.n_documents)} documents."
+        f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
+        f"units, {int(row.n_documents)} documents."
     )
 
 

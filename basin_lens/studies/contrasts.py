@@ -29,13 +29,27 @@ def contrast_section(table: pd.DataFrame, scores: list[str], measured: Measured)
     how = "paired within sequences" if paired else "between whole units"
     section = Section(
         f"Contrast: {measured.contrast.title}",
-        f"Difference {sides[0]} - {sides[1]}, {how}, clustered by {measured.unit}; without controls and with the standard ones. "
-        "Benjamini-Hochberg "
-        "over all scores, layers and both control sets.",
-        figure=figure, caption=f"Mean difference with 95 % intervals over {measured.unit}s.",
-        table=found[["layer", "score", "control_set", "estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units",
-            "n_tokens", "note"]],
-    )  # fmt: skip
+        f"Difference {sides[0]} - {sides[1]}, {how}, clustered by {measured.unit}; without controls and with the "
+        "standard ones. Benjamini-Hochberg over all scores, layers and both control sets.",
+        figure=figure,
+        caption=f"Mean difference with 95 % intervals over {measured.unit}s.",
+        table=found[
+            [
+                "layer",
+                "score",
+                "control_set",
+                "estimate",
+                "low",
+                "high",
+                "p",
+                "p_corrected",
+                "hedges_g",
+                "n_units",
+                "n_tokens",
+                "note",
+            ]
+        ],
+    )
     return section, found, figure
 
 
@@ -49,6 +63,16 @@ def _compared(
 ) -> pd.DataFrame:
     """One score's rows."""
     return base.attempt(
-        stats.compare_groups, table, score, "contrast", groups=sides, paired=paired, controls=controls, frequency=measured.frequency,
-        unit=measured.unit, correction="none", n_resamples=1999, seed=measured.seed,
-    )  # fmt: skip
+        stats.compare_groups,
+        table,
+        score,
+        "contrast",
+        groups=sides,
+        paired=paired,
+        controls=controls,
+        frequency=measured.frequency,
+        unit=measured.unit,
+        correction="none",
+        n_resamples=1999,
+        seed=measured.seed,
+    )

@@ -24,13 +24,11 @@ WITHOUT_SURPRISAL = tuple(name for name in stats.CONTROLS if name != "surprisal"
 FEWEST_SCORED = 6  # erasure is known at 16 positions of a sequence, and six controls take their share
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the token's importance (either direction), at "
-    "fixed token "
-    "frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. Importance is erasure, the rise of "
-    "later loss when the token "
-    "is knocked out, and the cheaper measure that agrees best with erasure. Both are tested at the layer chosen on half of the "
-    "documents, on the "
-    "other half, as one family (Holm)."
+    "Declared before looking: among the tokens of one text, compression goes with the token's importance (either "
+    "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
+    "Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
+    "best with erasure. Both are tested at the layer chosen on half of the documents, on the other half, as one family "
+    "(Holm)."
 )
 
 
@@ -136,11 +134,21 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
         sections.append(section)
         tables["contrast"], figures["contrast-by-layer"] = found, figure
     return base.Study(
-        name="importance", title="Does compression go with token importance?", about=tuple(base.about(measured)), hypothesis=HYPOTHESIS,
-        decision=decision, verdict=tuple(_verdict(decision, findings, ranking, partial, best)), findings=findings, flags=flags,
-        not_tested=_not_tested(measured, unranked), sections=tuple(sections), tables=tables, figures=figures,
-        provenance=base.provenance(measured), tokens=measured.table,
-    )  # fmt: skip
+        name="importance",
+        title="Does compression go with token importance?",
+        about=tuple(base.about(measured)),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(decision, findings, ranking, partial, best)),
+        findings=findings,
+        flags=flags,
+        not_tested=_not_tested(measured, unranked),
+        sections=tuple(sections),
+        tables=tables,
+        figures=figures,
+        provenance=base.provenance(measured),
+        tokens=measured.table,
+    )
 
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
@@ -216,9 +224,8 @@ def _sections(
     add(
         "importance-ranking",
         "Which cheap measure of importance to believe",
-        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It costs a pass "
-        "per token. Here "
-        "is how well each cheaper measure agrees with it among the tokens of one text.",
+        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It "
+        "costs a pass per token. Here is how well each cheaper measure agrees with it among the tokens of one text.",
         forest(ranking, "score", title="Agreement with erasure"),
         "Mean Spearman correlation with erasure within sequences, 95 % interval over documents.",
         ranking[["score", "layer", "estimate", "low", "high", "p_corrected", "n_documents", "n_tokens", "how"]],
@@ -227,13 +234,12 @@ def _sections(
     add(
         "partial-correlation-by-layer",
         "Compression against importance, layer by layer",
-        f"Correlation within sequences of compression with {TRUTH} and with {best}, at fixed token frequency, position, norm, "
-        "radius and share of "
-        "equal tokens; with and without surprisal, which may carry the effect rather than confound it.",
+        f"Correlation within sequences of compression with {TRUTH} and with {best}, at fixed token frequency, position, "
+        "norm, radius and share of equal tokens; with and without surprisal, which may carry the effect rather than "
+        "confound it.",
         result_curve(chosen, by=["against", "control_set"]),
-        "Mean partial Spearman correlation within sequences, 95 % interval over documents. Filled: p at most 0.05 after "
-        "Benjamini-Hochberg over all "
-        "measures, scores, layers and control sets.",
+        "Mean partial Spearman correlation within sequences, 95 % interval over documents. Filled: p at most 0.05 "
+        "after Benjamini-Hochberg over all measures, scores, layers and control sets.",
         partial[partial["against"].isin([TRUTH, best])][
             [
                 "layer",
@@ -262,8 +268,8 @@ def _sections(
     add(
         "scatter",
         f"{best} and compression, token by token, layer {layer}",
-        "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what most of "
-        "these correlations are.",
+        "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what "
+        "most of these correlations are.",
         scatter(table, best, y, layer, x_scale="rank", y_scale="rank"),
         "Ranks within sequences; line by least squares, band from a bootstrap of documents.",
     )
@@ -275,12 +281,14 @@ def _sections(
         "Number of tokens, with both margins.",
     )
     if mixed is not None:
-        sections.append(Section(
-            "What explains compression", "A mixed model of compression on importance and the controls at once, a random level "
-                                         "for each sequence. "
-            "Standardized coefficients; the larger, the more of the score it carries.", table=mixed[
-                ["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
-        ))  # fmt: skip
+        sections.append(
+            Section(
+                "What explains compression",
+                "A mixed model of compression on importance and the controls at once, a random level for each "
+                "sequence. Standardized coefficients; the larger, the more of the score it carries.",
+                table=mixed[["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
+            )
+        )
     shown = [name for name in ("compression", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()]
     sections.append(Section(
         "One text", f"The first sequence at layer {layer}, by several columns.", view=token_view(table, shown, layer, seq=int(table[
@@ -299,17 +307,16 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, ranking: pd.DataFr
     told = [opening, *(base.sentence(row) for row in base.rows(findings))]
     told.append(
         f"The measure that agrees best with erasure is {best} at layer {first['layer']}: mean Spearman correlation "
-        f"{first['estimate']:+.2f} "
-        f"(95 % interval {first['low']:+.2f} to {first['high']:+.2f})."
+        f"{first['estimate']:+.2f} (95 % interval {first['low']:+.2f} to {first['high']:+.2f})."
     )
     for wording in ("with surprisal", "without surprisal"):
         mine = partial[(partial["control_set"] == wording) & (partial["score"] == "compression") & (partial["against"] == best)]
         kept = mine[mine["p_corrected"] <= base.ALPHA]
         told.append(
-            f"Exploration, {wording} among the controls: against {best}, {len(kept)} of {len(mine)} layers stay below 0.05 after "
-            "correction; "
-            f"partial correlations from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f}, uncontrolled from "
-            f"{mine['uncontrolled'].min():+.3f} to {mine['uncontrolled'].max():+.3f}."
+            f"Exploration, {wording} among the controls: against {best}, {len(kept)} of {len(mine)} layers stay below "
+            f"0.05 after correction; partial correlations from {mine['estimate'].min():+.3f} to "
+            f"{mine['estimate'].max():+.3f}, uncontrolled from {mine['uncontrolled'].min():+.3f} to "
+            f"{mine['uncontrolled'].max():+.3f}."
         )
     return told
 
@@ -318,8 +325,8 @@ def _not_tested(measured: Measured, unranked: list[str]) -> tuple[str, ...]:
     said = [
         "Whether compression causes importance or the reverse: nothing here intervenes on compression.",
         "Importance for anything but the loss of later tokens of the same text (erasure, gradients) or the last token's logit.",
-        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more than 16 "
-        "positions per sequence.",
+        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more "
+        "than 16 positions per sequence.",
         f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
         "Token frequency outside of these texts: log frequency is counted on them.",
     ]

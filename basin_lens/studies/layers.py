@@ -18,11 +18,10 @@ ABOVE = tuple(f"above{name.removeprefix('compression')}" for name in CONTROLS)
 _SPLITS = 200  # random halvings of the documents behind the agreement between halves
 
 HYPOTHESIS = (
-    "Declared before looking: the neighborhoods of nearest neighbors are compressed more than sets of as many random points "
-    "(compression above "
-    "compression_random) at some layer, and more than equally tight neighborhoods of other tokens (compression_radius_matched) "
-    "at some layer. Tested over "
-    "documents, the layer chosen on half of them and tested on the others, as one family (Holm)."
+    "Declared before looking: the neighborhoods of nearest neighbors are compressed more than sets of as many random "
+    "points (compression above compression_random) at some layer, and more than equally tight neighborhoods of other "
+    "tokens (compression_radius_matched) at some layer. Tested over documents, the layer chosen on half of them and "
+    "tested on the others, as one family (Holm)."
 )
 
 
@@ -90,11 +89,21 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
         held["contrast"], figures["contrast-by-layer"] = found, figure
     decision = base.decide(findings, flags)
     return base.Study(
-        name="layers", title="How does compression move over depth?", about=tuple(base.about(measured)), hypothesis=HYPOTHESIS,
-        decision=decision, verdict=tuple(_verdict(decision, findings, summary, against, agreement)), findings=findings, flags=flags,
-        not_tested=_not_tested(measured), sections=tuple(sections), tables=held, figures=figures, provenance=base.provenance(measured),
+        name="layers",
+        title="How does compression move over depth?",
+        about=tuple(base.about(measured)),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(decision, findings, summary, against, agreement)),
+        findings=findings,
+        flags=flags,
+        not_tested=_not_tested(measured),
+        sections=tuple(sections),
+        tables=held,
+        figures=figures,
+        provenance=base.provenance(measured),
         tokens=measured.table,
-    )  # fmt: skip
+    )
 
 
 _FINDINGS = ("more than random neighbors", "more than equally tight neighborhoods")
@@ -157,34 +166,46 @@ def _sections(
     view = layer_view(measured.table, ["compression", "contraction", "compression_other_token"], seq=int(table["seq"].min()))
     return [
         Section(
-            "Compression beside its controls", "The headline score, the same on random points, and on the neighbors of another "
-                                               "token whose neighborhood is "
-            "just as tight. What the score gives there it does not owe to this neighborhood.",
-            figure=figures["compression-and-controls"], caption="Mean over documents with 95 % intervals.", table=summary[shown],
+            "Compression beside its controls",
+            "The headline score, the same on random points, and on the neighbors of another token whose "
+            "neighborhood is just as tight. What the score gives there it does not owe to this neighborhood.",
+            figure=figures["compression-and-controls"],
+            caption="Mean over documents with 95 % intervals.",
+            table=summary[shown],
         ),
         Section(
-            "Which layers differ from the controls", "Compression less each control, token by token.", figure=figures[
-                "above-controls-by-layer"],
-            caption="Mean difference with 95 % intervals over documents; filled: p at most 0.05 by max-|t| over all layers and "
-                    "both controls.",
-            table=against[["layer", "score", "estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units", "n_documents",
-                "n_tokens"]],
+            "Which layers differ from the controls",
+            "Compression less each control, token by token.",
+            figure=figures["above-controls-by-layer"],
+            caption="Mean difference with 95 % intervals over documents; filled: p at most 0.05 by max-|t| over all layers "
+            "and both controls.",
+            table=against[
+                ["layer", "score", "estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units", "n_documents", "n_tokens"]
+            ],
         ),
         Section(
-            "Every score over depth", "The scores that are in nats, then the means of all others.", figure=figures["scores-in-nats"],
-            caption="Mean over documents with 95 % intervals.", table=summary[["layer", *rest]],
+            "Every score over depth",
+            "The scores that are in nats, then the means of all others.",
+            figure=figures["scores-in-nats"],
+            caption="Mean over documents with 95 % intervals.",
+            table=summary[["layer", *rest]],
         ),
         Section(
-            "Do halves of the documents agree?", f"Documents halved at random {_SPLITS} times; the mean curves of both halves "
-                                                 "correlated over layers "
-            "(Spearman). A score that is noise over depth agrees at 0.", figure=figures["halves-agree"],
+            "Do halves of the documents agree?",
+            f"Documents halved at random {_SPLITS} times; the mean curves of both halves correlated over layers "
+            "(Spearman). A score that is noise over depth agrees at 0.",
+            figure=figures["halves-agree"],
             caption="Median over halvings and their middle 95 %, which is a spread, not a confidence interval.",
             table=agreement,
         ),
-        Section("By position", "Compression over layers and positions.", figure=figures["compression-by-position"], caption=
-            "Mean over documents."),
+        Section(
+            "By position",
+            "Compression over layers and positions.",
+            figure=figures["compression-by-position"],
+            caption="Mean over documents.",
+        ),
         Section("One text, all layers", f"The first sequence; layer {layer} is where the declared test was made.", view=view),
-    ], figures  # fmt: skip
+    ], figures
 
 
 def _verdict(
@@ -204,17 +225,17 @@ def _verdict(
             mine[(mine["p_corrected"] <= base.ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1)
         )
         told.append(
-            f"Against {control}: more at layers {more or 'none'}, less at {less or 'none'} of {mine['layer'].tolist()} (max-|t| "
-            "over layers and controls)."
+            f"Against {control}: more at layers {more or 'none'}, less at {less or 'none'} of {mine['layer'].tolist()} "
+            "(max-|t| over layers and controls)."
         )
     lowest = summary["compression_reliability"].min() if "compression_reliability" in summary else float("nan")
-    told.append(f"Mean compression runs from {summary['compression_mean'].min():+.3f} to "
-                f"{summary['compression_mean'].max():+.3f} nats; its lowest "
-                f"split-half reliability over tokens is {lowest:.2f}.")  # fmt: skip
+    told.append(
+        f"Mean compression runs from {summary['compression_mean'].min():+.3f} to "
+        f"{summary['compression_mean'].max():+.3f} nats; its lowest split-half reliability over tokens is {lowest:.2f}.")  # fmt: skip
     own = agreement[agreement["score"] == "compression"].iloc[0]
     told.append(
-        f"Curves of two halves of the documents agree at {own['estimate']:.2f} (Spearman over {int(own['n_layers'])} layers, "
-        f"median of {_SPLITS} halvings)."
+        f"Curves of two halves of the documents agree at {own['estimate']:.2f} (Spearman over {int(own['n_layers'])} "
+        f"layers, median of {_SPLITS} halvings)."
     )
     return told
 
@@ -222,8 +243,8 @@ def _verdict(
 def _not_tested(measured: Measured) -> tuple[str, ...]:
     said = [
         "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
-        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; study "
-        "robustness has the twin).",
+        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
+        "study robustness has the twin).",
         f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
     ]
     if measured.contrast is None:

@@ -20,13 +20,11 @@ from basin_lens.texts import words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
-    "Declared before looking: within a text, compression differs between function words and content words, and between nouns and "
-    "verbs (either "
-    "direction), at fixed word frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. Each is "
-    "tested at the layer chosen "
-    "on half of the documents, on the other half; with the share of neighbors of the same tag peaking at an earlier layer than "
-    "that of the "
-    "same document (syntax early, topic late), they are one family (Holm)."
+    "Declared before looking: within a text, compression differs between function words and content words, and between "
+    "nouns and verbs (either direction), at fixed word frequency, position, norm, neighborhood radius, share of equal "
+    "tokens and surprisal. Each is tested at the layer chosen on half of the documents, on the other half; with the "
+    "share of neighbors of the same tag peaking at an earlier layer than that of the same document (syntax early, "
+    "topic late), they are one family (Holm)."
 )
 
 
@@ -152,7 +150,7 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
             base.guide(words, list(SCORES), tag="tag"),
         ],
         ignore_index=True,
-    )  # fmt: skip
+    )
     findings = base.beside_guide(findings, guide)
 
     step("red flags")
@@ -188,11 +186,21 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
         f"Tags: {facts}; {len(words) // len(measured.layers):,} words, a word's score is {_PARTS[part]}.",
     )
     return base.Study(
-        name="linguistic", title="Does compression differ between parts of speech?", about=told, hypothesis=HYPOTHESIS, decision=decision,
-        verdict=tuple(_verdict(decision, findings, groups, effect)), findings=findings, flags=flags,
-        not_tested=_not_tested(measured, sentiment, shares is not None), sections=tuple(sections), tables=tables, figures=figures,
-        provenance=base.provenance(measured), tokens=tokens,
-    )  # fmt: skip
+        name="linguistic",
+        title="Does compression differ between parts of speech?",
+        about=told,
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(decision, findings, groups, effect)),
+        findings=findings,
+        flags=flags,
+        not_tested=_not_tested(measured, sentiment, shares is not None),
+        sections=tuple(sections),
+        tables=tables,
+        figures=figures,
+        provenance=base.provenance(measured),
+        tokens=tokens,
+    )
 
 
 _PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
@@ -252,36 +260,67 @@ def _sections(
     ]
     sections = [
         Section(
-            "Function and content words, nouns and verbs", "Differences within sequences, without controls and at fixed "
-                                                           "frequency, position, norm, radius, "
-            "share of equal tokens and surprisal. What a difference shares with the controls counts as theirs.",
-            figure=figures["function-content-by-layer"], caption="Mean difference in compression with 95 % intervals over "
-                                                                 "documents; filled: p at "
-            "most 0.05 after Benjamini-Hochberg over all scores, layers, both comparisons and both control "
-            "sets.", table=groups[shown],
+            "Function and content words, nouns and verbs",
+            "Differences within sequences, without controls and at fixed frequency, position, norm, radius, share "
+            "of equal tokens and surprisal. What a difference shares with the controls counts as theirs.",
+            figure=figures["function-content-by-layer"],
+            caption="Mean difference in compression with 95 % intervals over documents; filled: p at most 0.05 after "
+            "Benjamini-Hochberg over all scores, layers, both comparisons and both control sets.",
+            table=groups[shown],
         ),
         Section(
-            f"Each tag, layer {layer}", "How far each part of speech stands from the mean of its own text, before and after the "
-                                        "controls.",
-            figure=figures["tag-means"], caption="Mean over documents with 95 % intervals.",
+            f"Each tag, layer {layer}",
+            "How far each part of speech stands from the mean of its own text, before and after the controls.",
+            figure=figures["tag-means"],
+            caption="Mean over documents with 95 % intervals.",
             table=means[means["layer"] == layer][
-                ["score", "tag", "control_set", "estimate", "low", "high", "p", "p_corrected", "mean", "mean_low", "mean_high",
-                    "n_units", "n_tokens"]
+                [
+                    "score",
+                    "tag",
+                    "control_set",
+                    "estimate",
+                    "low",
+                    "high",
+                    "p",
+                    "p_corrected",
+                    "mean",
+                    "mean_low",
+                    "mean_high",
+                    "n_units",
+                    "n_tokens",
+                ]
             ],
         ),
         Section(
-            "How much of the score is between tags", "Omega squared by three tests: tags permuted within sequences (these "
-                                                     "words), over texts, and over word "
-            "types. A tag of few words can pass the first two: believe what passes all three.", figure=figures["tag-effect-by-layer"],
+            "How much of the score is between tags",
+            "Omega squared by three tests: tags permuted within sequences (these words), over texts, and over word "
+            "types. A tag of few words can pass the first two: believe what passes all three.",
+            figure=figures["tag-effect-by-layer"],
             caption="Omega squared with 95 % intervals; 0: none.",
-            table=effect[["layer", "test", "control_set", "estimate", "low", "high", "p", "p_corrected", "unit", "n_units", "n_tags",
-                "note"]],
+            table=effect.reindex(
+                columns=[
+                    "layer",
+                    "test",
+                    "control_set",
+                    "estimate",
+                    "low",
+                    "high",
+                    "p",
+                    "p_corrected",
+                    "unit",
+                    "n_units",
+                    "n_tags",
+                    "note",
+                ]
+            ),
         ),
         Section(
-            f"Distributions by tag, layer {layer}", "All words of the texts; the spread within a tag is what most of the score is.",
-            figure=figures["compression-by-tag"], caption="Median and quartiles; the number of words below.",
+            f"Distributions by tag, layer {layer}",
+            "All words of the texts; the spread within a tag is what most of the score is.",
+            figure=figures["compression-by-tag"],
+            caption="Median and quartiles; the number of words below.",
         ),
-    ]  # fmt: skip
+    ]
     view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
     sections.append(Section("One text", f"The first sequence at layer {layer}.", view=view))
     return sections, figures
@@ -289,14 +328,15 @@ def _sections(
 
 def _shares_section(curves: pd.DataFrame) -> Section:
     return Section(
-        "Who the neighbors are", "Share of a token's neighbors that have its tag, its word, or its document, less what chance "
-                                 "gives among all tokens of "
-        "other sequences. Neighbors of the same sequence are never counted.",
-        figure=result_curve(curves, by="score"), caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by "
-                                                         "max-|t| over all layers and "
-        "shares.", table=curves[["layer", "score", "share", "chance", "estimate", "low", "high", "p", "p_corrected", "n_documents",
-            "n_tokens"]],
-    )  # fmt: skip
+        "Who the neighbors are",
+        "Share of a token's neighbors that have its tag, its word, or its document, less what chance gives among "
+        "all tokens of other sequences. Neighbors of the same sequence are never counted.",
+        figure=result_curve(curves, by="score"),
+        caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by max-|t| over all layers and shares.",
+        table=curves[
+            ["layer", "score", "share", "chance", "estimate", "low", "high", "p", "p_corrected", "n_documents", "n_tokens"]
+        ],
+    )
 
 
 def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame]:
@@ -323,8 +363,8 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, groups: pd.DataFra
             mine = groups[(groups["control_set"] == wording) & (groups["score"] == "compression") & (groups["group"] == group)]
             kept = mine[mine["p_corrected"] <= base.ALPHA]
             told.append(
-                f"Exploration, {group}, {said}: {len(kept)} of {len(mine)} layers below 0.05 after correction; differences from "
-                f"{mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f} nats."
+                f"Exploration, {group}, {said}: {len(kept)} of {len(mine)} layers below 0.05 after correction; "
+                f"differences from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f} nats."
             )
     kept = effect[(effect["control_set"] == "standard") & (effect["p_corrected"] <= base.ALPHA)]
     passed = set.intersection(*(set(kept[kept["test"] == test]["layer"].tolist()) for test in effect["test"].unique()))

@@ -221,9 +221,8 @@ def measure(
     units = count_units(capture, unit)
     if units < FEWEST_UNITS:
         raise StudyError(
-            f"expected at least {FEWEST_UNITS} units ({unit}) with sequences of {FEWEST_TOKENS} tokens, got {units}: tokens of "
-            "one text are "
-            "not independent. Add texts, or give each its own document."
+            f"expected at least {FEWEST_UNITS} units ({unit}) with sequences of {FEWEST_TOKENS} tokens, got {units}: "
+            "tokens of one text are not independent. Add texts, or give each its own document."
         )
     analyzers = _analyzers(studies, k, context, exclude)
     wanted = _layers(model, layers) if layers is not None else capture.layers

@@ -41,6 +41,8 @@ def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFr
             table[label] = tokens[label]
     table.attrs = dict(tokens.attrs)
     excess = [f"{name}_excess" for name in SHARES if table[f"{name}_excess"].abs().max() > 0]
+    if not excess:  # no share differs from chance anywhere, as with one tag for all
+        return table, None
     curves = base.attempt(
         stats.before_after, table, excess, unit=measured.unit, correction="max-t", n_resamples=1999, seed=measured.seed
     )

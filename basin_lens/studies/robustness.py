@@ -22,9 +22,9 @@ from basin_lens.views import Section, forest
 TWIN = "random twin of the model"
 
 HYPOTHESIS = (
-    "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, Holm over "
-    "findings) keeps its sign and a "
-    "p of at most 0.05 (Holm over settings) under every other setting, and is absent from the random twin of the model."
+    "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
+    "Holm over findings) keeps its sign and a p of at most 0.05 (Holm over settings) under every other setting, and is "
+    "absent from the random twin of the model."
 )
 
 
@@ -139,24 +139,54 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
     }
     decision = base.decide(settled, None)
     sections = [
-        Section("Which findings survive", "A finding survives a setting if its sign stays and p is at most 0.05, Holm over the "
-                                          "settings. The random twin "
-                "has learned nothing: there, no finding should appear.", table=survival)
-    ]  # fmt: skip
+        Section(
+            "Which findings survive",
+            "A finding survives a setting if its sign stays and p is at most 0.05, Holm over the settings. The random "
+            "twin has learned nothing: there, no finding should appear.",
+            table=survival,
+        )
+    ]
     for finding, figure in zip(findings, figures.values(), strict=True):
         mine = settings[settings["finding"] == finding.name]
-        sections.append(Section(
-            f"{finding.name} (layer {finding.layer})", figure=figure, caption=f"95 % intervals over {measured.unit}s; filled: p "
-                                                                              "at most 0.05, Holm over settings.",
-            table=mine[["setting", "kind", "layer", "estimate", "low", "high", "p", "p_corrected", "survives", "n_units", "n_tokens",
-                "note"]],
-        ))  # fmt: skip
+        sections.append(
+            Section(
+                f"{finding.name} (layer {finding.layer})",
+                figure=figure,
+                caption=f"95 % intervals over {measured.unit}s; filled: p at most 0.05, Holm over settings.",
+                table=mine[
+                    [
+                        "setting",
+                        "kind",
+                        "layer",
+                        "estimate",
+                        "low",
+                        "high",
+                        "p",
+                        "p_corrected",
+                        "survives",
+                        "n_units",
+                        "n_tokens",
+                        "note",
+                    ]
+                ],
+            )
+        )
     return base.Study(
-        name="robustness", title="Which findings survive other settings?", about=tuple(base.about(measured)), hypothesis=HYPOTHESIS,
-        decision=decision, verdict=tuple(_verdict(decision, settled, survival)), findings=settled, flags=_flags(survival),
-        not_tested=tuple(_not_tested(measured, untested)), sections=tuple(sections),
-        tables={"settings": settings, "survival": survival}, figures=figures, provenance=base.provenance(measured), tokens=None,
-    )  # fmt: skip
+        name="robustness",
+        title="Which findings survive other settings?",
+        about=tuple(base.about(measured)),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(decision, settled, survival)),
+        findings=settled,
+        flags=_flags(survival),
+        not_tested=tuple(_not_tested(measured, untested)),
+        sections=tuple(sections),
+        tables={"settings": settings, "survival": survival},
+        figures=figures,
+        provenance=base.provenance(measured),
+        tokens=None,
+    )
 
 
 # -- findings -----------------------------------------------------------------------------------------------------------------------

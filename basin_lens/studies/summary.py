@@ -13,9 +13,8 @@ from basin_lens.studies import base
 from basin_lens.views import Section, forest
 
 HYPOTHESIS = (
-    "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), which is "
-    "stricter "
-    "than each study's own."
+    "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), "
+    "which is stricter than each study's own."
 )
 _SHOWN = (
     "study", "finding", "layer", "effect", "estimate", "low", "high", "p", "p_corrected", "holds", "n_units", "n_documents",
@@ -67,16 +66,17 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
     ])  # fmt: skip
     figures = {}
     sections = [
-        Section("The studies", "The decision of each on its own declared hypothesis, and how many red flags it "
-                               "raised.", table=about),
         Section(
-            "Every declared test", "Sound tests first: over documents, corrected by Holm over all studies. The columns that "
-                                   "begin with guide_ are the original "
-            "guide's tests, which count every token as independent: shown so that older figures can be compared, not to be "
-            "believed. Its readings: "
-            "|r| > 0.4 strong, > 0.2 moderate.", table=findings[list(_SHOWN)],
+            "The studies", "The decision of each on its own declared hypothesis, and how many red flags it raised.", table=about
         ),
-    ]  # fmt: skip
+        Section(
+            "Every declared test",
+            "Sound tests first: over documents, corrected by Holm over all studies. The columns that begin with "
+            "guide_ are the original guide's tests, which count every token as independent: shown so that older "
+            "figures can be compared, not to be believed. Its readings: |r| > 0.4 strong, > 0.2 moderate.",
+            table=findings[list(_SHOWN)],
+        ),
+    ]
     for name, title, chosen in (
         ("summary-correlations", "Correlations", findings["effect"].fillna("").str.contains("rho")),
         ("summary-differences", "Differences", ~findings["effect"].fillna("").str.contains("rho")),
@@ -97,11 +97,20 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         flags.insert(0, "study", flags.pop("study"))
     decision = base.decide(findings, flags if len(flags) else None)
     return base.Study(
-        name="summary", title="What the studies found", about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
-        hypothesis=HYPOTHESIS, decision=decision, verdict=tuple(_verdict(findings, about)), findings=findings, flags=flags if len(flags) else None,
-        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]), sections=tuple(sections),
-        tables={"studies": about}, figures=figures, provenance={one["study"]: one["provenance"] for one in held},
-    )  # fmt: skip
+        name="summary",
+        title="What the studies found",
+        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(findings, about)),
+        findings=findings,
+        flags=flags if len(flags) else None,
+        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
+        sections=tuple(sections),
+        tables={"studies": about},
+        figures=figures,
+        provenance={one["study"]: one["provenance"] for one in held},
+    )
 
 
 def _raised(one: dict[str, Any]) -> int:
@@ -121,7 +130,7 @@ def _verdict(findings: pd.DataFrame, about: pd.DataFrame) -> list[str]:
         )
     strong = findings[findings["guide_reading"].isin(["strong", "moderate"])]
     told.append(
-        f"By the guide's thresholds {len(strong)} of {int(findings['guide_r'].notna().sum())} correlations are strong or "
-        "moderate (|r| > 0.2)."
+        f"By the guide's thresholds {len(strong)} of {int(findings['guide_r'].notna().sum())} correlations are strong "
+        "or moderate (|r| > 0.2)."
     )
     return told
