@@ -779,7 +779,7 @@ def planned(llama):
 def test_chosen_sequences(planned):
     every, short = S.measured.choose_sequences(planned, None, 2, 0)
     lengths = planned.lengths.tolist()
-    assert every == [seq for seq, length in enumerate(lengths) if length >= 20]
+    assert every == [seq for seq, length in enumerate(lengths) if length >= room.FEWEST_TOKENS]
     assert short == len(lengths) - len(every) > 0
     for most in (1, 5, 12, 17, len(every), 999):
         chosen, same = S.measured.choose_sequences(planned, most, 2, 0)
@@ -857,7 +857,7 @@ def test_one_pass_serves_the_importance_study(llama, monkeypatch):
         S.measure(llama, data, studies=["linguistic"], **options)
     with counting(monkeypatch) as (forward, backward):
         S.measure(llama, data, studies=["importance"], integrated=0, **options)
-    lengths = [length for length in bl.Capture.plan(llama, data, max_length=40).lengths.tolist() if length >= 20]
+    lengths = [length for length in bl.Capture.plan(llama, data, max_length=40).lengths.tolist() if length >= room.FEWEST_TOKENS]
     reading = (len(lengths), max(lengths))
     assert plain.count(reading) == forward.count(reading) == 1
     assert none == [] and len(backward) == 2  # future loss and last logit
@@ -879,7 +879,7 @@ def test_refused_before_the_model_runs(llama, monkeypatch):
 
 
 def test_texts_that_are_all_too_short(llama, monkeypatch):
-    refused(llama, monkeypatch, short_texts(9, n_words=4), "sequences of 20 tokens, got 0")
+    refused(llama, monkeypatch, short_texts(9, n_words=2), "sequences of 12 tokens, got 0")
 
 
 def test_unknown_context(llama, monkeypatch):

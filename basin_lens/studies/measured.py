@@ -46,7 +46,7 @@ STUDIES = ("importance", "linguistic", "layers", "robustness")
 TAGGERS = ("auto", "gold", "nltk", "spacy")
 FEWEST_UNITS = 6  # the statistics refuse fewer
 FEWEST_DOCUMENTS = 16  # with fewer, documents cannot be halved into some that choose and some that test
-FEWEST_TOKENS = 20  # a shorter sequence has too few scored tokens for a correlation with controls
+FEWEST_TOKENS = 12  # shorter ones have too few scored tokens for a correlation; prompts of a template can be that short
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def measure(
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
         unit: what is independent: `"document"`, `"sequence"`, or a label (the template of a prompt).
         contrast: two kinds of tokens or texts to compare in every study.
-        max_sequences: at most so many sequences; None: all. Sequences under 20 tokens are passed over.
+        max_sequences: at most so many sequences; None: all. Sequences under 12 tokens are passed over.
         per_document: with `max_sequences`, so many sequences of each document before the next is taken, documents in a seeded order. More
             documents make sounder tests; two sequences of one let neighbors be of the same document. Where that would leave fewer than 16
             documents, one of each.

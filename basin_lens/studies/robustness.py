@@ -14,8 +14,8 @@ from basin_lens.controls import random_twin
 from basin_lens.errors import BasinLensError, StudyError, TextError
 from basin_lens.studies import base
 from basin_lens.studies.contrasts import is_paired
-from basin_lens.studies.measured import Measured, ready
-from basin_lens.studies.settings import Setting, banks, other_model, parts, scores
+from basin_lens.studies.measured import Measured, ready, spaced_layers
+from basin_lens.studies.settings import Setting, banks, other_model, parts, queries, scores
 from basin_lens.studies.words import CONTENT, FUNCTION, tagged_tokens, word_table
 from basin_lens.views import Section, forest
 
@@ -51,8 +51,8 @@ def study_robustness(
     """Test the main findings again under other settings: one table says which survive.
 
     The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with a measure of
-    importance, beyond the controls; function words differ from content words; and the contrast asked for. Each at the layer that half of
-    the documents chose.
+    importance, beyond the controls; function words differ from content words; and the contrast asked for. Each at the layer
+    that half of the documents chose among three; tokens of one sequence of each document are tested, in the whole bank.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
@@ -96,8 +96,14 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
     step("findings at the run's own settings")
     untested: list[str] = []
     table, tagged = _tagged(measured, untested)
+    # Each setting costs a run: a few layers to choose from, and one sequence of each document.
+    few = (
+        measured.layers if len(measured.layers) < 5 else [measured.layers[i] for i in spaced_layers(len(measured.layers), 5)][1:-1]
+    )
+    scored = np.tile(queries(measured.capture), len(measured.layers))
     # By this model's token ids: another model's tables count their own tokens.
     table = table.assign(log_frequency=np.log(table["token_id"].map(dict(measured.frequency)).to_numpy(float)))
+    table = table[scored & table["layer"].isin(few)]
     table.attrs = dict(measured.table.attrs)
     findings = _findings(measured, importance, tagged)
     rows = [base.declared(table, finding.test, measured, finding.name, finding.question) for finding in findings]
@@ -356,7 +362,7 @@ def _verdict(decision: base.Decision, settled: pd.DataFrame, survival: pd.DataFr
 def _not_tested(measured: Measured, untested: list[str]) -> list[str]:
     return [
         *untested,
-        "Each finding at other layers than its own.",
+        "Each finding at other layers than its own, and in more than one sequence of a document.",
         "Settings in combination: each was changed alone.",
         f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
     ]

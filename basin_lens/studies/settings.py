@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from basin_lens import model as door
 from basin_lens import stats
@@ -34,6 +35,12 @@ class Setting:
     kind: str
     table: pd.DataFrame
     at: Mapping[int, int] | None = None
+
+
+def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
+    """The tokens tested again: those of one sequence of each document, for every setting costs as much as a run. The bank stays whole."""
+    first = {doc: seq for seq, doc in reversed(list(enumerate(capture.docs)))}
+    return np.isin(capture.row_seq.numpy(), list(first.values()))
 
 
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
@@ -77,29 +84,36 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
         if context != own["context"]:
             wanted.append((f"context {context}", "context", Compression(**common | {"context": context}, name=context)))
     analyzers: list[Any] = [analyzer for _, _, analyzer in wanted]
-    # A random set is random whatever the metric, and the k of the run has its own already.
-    controlled = [a for _, kind, a in wanted if kind in ("k", "context")]
+    # A random set is random whatever the metric and k: only another context needs its own.
+    controlled = [a for _, kind, a in wanted if kind == "context"]
     analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
     if measured.bank is None:
         analyzers.append(SeedCompression(k=own["k"]))
     else:
         untested.append("Position 0 and the token itself among the neighbors: needs the texts as their own bank.")
-    made = analyze(model, measured.capture, analyzers, layers=layers, bank=measured.bank, seed=measured.seed, progress=False)
+    made = analyze(
+        model, measured.capture, analyzers, layers=layers, bank=measured.bank, queries=queries(measured.capture), seed=measured.seed,
+        progress=False,
+    )  # fmt: skip
     for name, kind, analyzer in wanted:
         column = analyzer.columns[0].name
-        random = made[f"{column}_random"] if f"{column}_random" in made.columns else table["compression_random"]
-        yield Setting(name, kind, _with(table, made[column], random))
+        new = {"compression": column}
+        if f"{column}_random" in made.columns:
+            new["compression_random"] = f"{column}_random"
+        yield Setting(name, kind, _with(table, made, new))
     if measured.bank is None:
         # Another score on purpose: it is the one that takes position 0 in.
         name = "seed_compression (position 0, itself and its own text among the neighbors)"
-        yield Setting(name, "positions", _with(table, made["seed_compression"], None))
+        yield Setting(name, "positions", _with(table, made, {"compression": "seed_compression"}).assign(compression_random=np.nan))
 
 
-def _with(table: pd.DataFrame, values: "pd.Series[float]", random: "pd.Series[float] | None") -> pd.DataFrame:
-    """The same rows with another compression; both tables hold the same tokens in the same order."""
-    answer = table.copy()
-    answer["compression"] = values.to_numpy()
-    answer["compression_random"] = np.nan if random is None else random.to_numpy()
+def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The same tokens with other columns: `{name here: name there}`."""
+    keys = ["layer", "seq", "pos"]
+    there = made.set_index(keys)[list(dict.fromkeys(columns.values()))]
+    found = there.reindex(pd.MultiIndex.from_frame(table[keys]))
+    answer = table.assign(**{name: found[column].to_numpy() for name, column in columns.items()})
+    answer.attrs = dict(table.attrs)
     return answer
 
 
@@ -124,13 +138,13 @@ def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int]
     others.append(("built-in passages as bank", "reference"))
     for name, bank in others:
         try:
-            made = analyze(model, capture, analyzers, layers=layers, bank=bank, seed=measured.seed, progress=False)
+            made = analyze(
+                model, capture, analyzers, layers=layers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False
+            )
         except BasinLensError as error:
             untested.append(f"{name}: {error}")
             continue
-        other = _with(table, made["compression"], made["compression_random"])
-        for column in ("radius", "same_token_share"):
-            other[column] = made[column].to_numpy()
+        other = _with(table, made, {name: name for name in ("compression", "compression_random", "radius", "same_token_share")})
         yield Setting(name, "bank", other)
 
 
@@ -151,16 +165,8 @@ def other_model(model: Any, name: str, kind: str, measured: Measured, layers: li
     # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
     length = 4 * chosen["max_length"]
     try:
-        made = analyze(
-            model,
-            passages,
-            analyzers,
-            layers=sorted(set(at.values())),
-            bank=bank,
-            seed=measured.seed,
-            max_length=length,
-            progress=False,
-        )
+        capture = Capture.plan(model, passages, layers=sorted(set(at.values())), max_length=length)
+        made = analyze(model, capture, analyzers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False)
     except BasinLensError as error:
         untested.append(f"{name}: {error}")
         return

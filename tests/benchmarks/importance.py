@@ -168,7 +168,11 @@ def main():
         row["reference"] = plus(row["forward"], row["backward"], row["search"])
         row["reference, parameters learned"] = plus(*learned, row["search"])
         times.append(row)
-        print(f"round: {row['analysis'][0] / row['reference'][0]:.2f} by the clock, load {os.getloadavg()[0]:.1f}", flush=True)
+        ratios = [row["analysis"][clock] / row["reference"][clock] for clock in (0, 1)]
+        print(
+            f"round: analysis / reference {ratios[0]:.2f} by the clock, {ratios[1]:.2f} of the processor; load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
 
     def median(name, clock):
         return statistics.median(row[name][clock] for row in times)
