@@ -631,3 +631,23 @@ def test_sweep_refuses(llama, texts):
         C.sweep(llama, texts, score, bank_sizes=[100], bank="reference", progress=False)
     with pytest.raises(NeighborError):
         C.sweep(llama, texts, score, k=[400], progress=False)
+
+
+def test_a_control_on_a_sample_has_the_values_of_the_whole(llama, capture):
+    """Fewer pairs go through the block; those that do, and everything beside them, come out the same."""
+    from basin_lens.analyzers.control import controls_of
+
+    score, beside = bl.analyzers.Compression(k=5), bl.analyzers.Neighborhood(k=5, context="patched")
+    whole = bl.analyze(llama, capture, [score, beside, *controls_of([score])], layers=[1], progress=False)
+    some = bl.analyze(llama, capture, [score, beside, *controls_of([score], queries=20)], layers=[1], progress=False)
+    alone = bl.analyze(llama, capture, [beside, *controls_of([score], queries=20)], layers=[1], progress=False)
+    for name in ("compression_random", "compression_radius_matched"):
+        there = some[name].notna()
+        assert there.sum() == 20
+        np.testing.assert_allclose(some[name][there], whole[name][there], atol=1e-5)
+        np.testing.assert_allclose(alone[name][there], whole[name][there], atol=1e-5)
+    for name in ("compression", "radius", "hubness"):
+        np.testing.assert_allclose(some[name], whole[name], atol=1e-5)
+    np.testing.assert_allclose(alone["radius"], whole["radius"], atol=1e-5)
+    (facts,) = bl.tables.provenance(some).values()
+    assert facts["left_out"]["compression_random"]["not sampled"] > 0

@@ -135,7 +135,8 @@ class Conductor:
         spreads = {exclude: self._spread(layer, exclude, passage) for exclude in {a.exclude for a in needing}}
         hubness = {(_before(a), a.k): self.searches.hubness(found[_before(a)].near.rows[:, : a.k]) for a in analyzers}
         passing = list(dict.fromkeys(_before(a) for a in needing)) or list(dict.fromkeys(_before(a) for a in analyzers))
-        union, found_places = _union([found[search].near.rows for search in passing])
+        sampled = {a.key: self._sample(a, found[_before(a)].near) for a in analyzers if a.max_queries is not None}
+        union, found_places = _union([self._passed(found[search].near.rows, search, needing, sampled) for search in passing])
         place_of = dict(zip(passing, found_places, strict=True))
         count = len(passage.before)
         answers = {
@@ -146,8 +147,8 @@ class Conductor:
         halves: dict[str, list[Tensor]] = {
             name: [torch.full((count,), torch.nan, dtype=torch.float32, device="cpu") for _ in (0, 1)] for name in answers
         }
-        queries = torch.nonzero((union >= 0).any(1)).squeeze(1)
-        sampled = {a.key: self._sample(a, found[_before(a)].near) for a in analyzers if a.max_queries is not None}
+        # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
+        queries = torch.nonzero(torch.stack([(found[search].near.rows >= 0).any(1) for search in passing]).any(0)).squeeze(1)
         # Counted where the neighbors of the share are chosen: bare embeddings enter block 0, and tokens of one id are one point there.
         candidates = {
             a.key: self.searches.candidates(Search.of(a), found[_behind(a) if "output_neighbors" in a.needs else _before(a)])
@@ -240,6 +241,20 @@ class Conductor:
                 losses = -logs[:, pos:-1].gather(2, tokens[pos + 1 :].expand(len(logs), -1)[..., None])[..., 0].mean(1)
                 later[index] = losses[1:] - losses[0]
         return RunOn(divergence, later)
+
+    def _passed(
+        self,
+        rows: Int[Tensor, "rows k"],
+        search: tuple[Search, str],
+        needing: Sequence[CloudAnalyzer],
+        sampled: Mapping[str, Tensor],
+    ) -> Int[Tensor, "rows k"]:
+        """The neighbors of a search that go through the map: none of a token that all of its analyzers leave out of their samples."""
+        asking = [a for a in needing if _before(a) == search]
+        if not asking or any(a.max_queries is None for a in asking):
+            return rows
+        looked_at = torch.stack([sampled[a.key] for a in asking]).any(0)
+        return torch.where(looked_at[:, None], rows, -1)
 
     def _sample(self, a: CloudAnalyzer, near: Neighbors) -> Bool[Tensor, " rows"]:
         """A seeded sample of the tokens that could be measured, the same at every layer if the same tokens have neighbors."""

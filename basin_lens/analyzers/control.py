@@ -22,6 +22,7 @@ class Control(CloudAnalyzer):
     Args:
         of: the score.
         choice: `"random"` or `"radius_matched"`.
+        queries: at most so many tokens per layer, a seeded sample; None: as many as the score.
     """
 
     of: CloudAnalyzer
@@ -32,6 +33,7 @@ class Control(CloudAnalyzer):
     metric: Metric
     exclude: str
     same_token: SameToken
+    queries: int | None = None
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -39,7 +41,7 @@ class Control(CloudAnalyzer):
 
     @property
     def max_queries(self) -> int | None:
-        return self.of.max_queries
+        return self.of.max_queries if self.queries is None else self.queries
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -49,8 +51,11 @@ class Control(CloudAnalyzer):
         return {f"{name}_{self.choice}": value for name, value in self.of.measure(cloud).items()}
 
 
-def controls_of(analyzers: Sequence[Analyzer]) -> list[Control]:
-    """The controls of every score on the images of its nearest neighbors; none for one that counts the token itself."""
+def controls_of(analyzers: Sequence[Analyzer], *, queries: int | None = None) -> list[Control]:
+    """The controls of every score on the images of its nearest neighbors; none for one that counts the token itself.
+
+    `queries`: at most so many tokens per layer; None: all.
+    """
     return [
         Control(
             of=a,
@@ -61,6 +66,7 @@ def controls_of(analyzers: Sequence[Analyzer]) -> list[Control]:
             metric=a.metric,
             exclude=a.exclude,
             same_token=a.same_token,
+            queries=queries,
         )
         for a in analyzers
         if isinstance(a, CloudAnalyzer) and a.choice == "nearest" and a.exclude != "nothing"

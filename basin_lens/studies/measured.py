@@ -44,6 +44,7 @@ from basin_lens.transport import CONTEXTS, Context
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
 STUDIES = ("importance", "linguistic", "layers", "robustness")
 TAGGERS = ("auto", "gold", "nltk", "spacy")
+_CONTROLLED = 2048  # tokens per layer on which the controls of the headline are measured
 FEWEST_UNITS = 6  # the statistics refuse fewer
 FEWEST_DOCUMENTS = 16  # with fewer, documents cannot be halved into some that choose and some that test
 FEWEST_TOKENS = 12  # shorter ones have too few scored tokens for a correlation; prompts of a template can be that short
@@ -369,7 +370,8 @@ def _analyzers(studies: Sequence[str], k: int, context: Context, exclude: str) -
     elif "robustness" in studies:
         answer.append(GradientNorm())
     if "layers" in studies or "robustness" in studies:
-        answer += controls_of([headline])
+        # A sample is enough for means over documents, and each control costs as much as the score.
+        answer += controls_of([headline], queries=_CONTROLLED)
     if "layers" in studies:
         answer += [
             SymmetricContraction(**common), AngularContraction(**passed), NeighborOverlap(**common), MatrixEntropy(),
