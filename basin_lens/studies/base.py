@@ -28,7 +28,8 @@ FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
 FINDING = (
     "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
         "estimate",
-    "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic", "guide_r",
+    "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic",
+        "guide_r",
         "guide_p",
     "guide_reading", "note",
 )  # fmt: skip
@@ -250,8 +251,10 @@ def declared(
     """A declared test as one row: the layer is chosen on half of the units and tested on the others.
 
     Too few units to halve them: every layer is tested, and the one with the smallest p is shown with p corrected for all of them (Holm).
+    Layer 0 is no choice where there are others: a state that enters it is its token alone, so what is found there is of token types.
     `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound.
     """
+    table = inner(table)
     found = None
     if measured.n_units >= FEWEST_TO_SPLIT:
         try:
@@ -276,6 +279,15 @@ def declared(
     return found.reset_index(drop=True).assign(
         finding=finding, question=question, score=score, p_floor=floor, note="; ".join(x for x in (said, note) if x)
     )
+
+
+def inner(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of layers above 0, if there are any."""
+    if "layer" not in table.columns or not (table["layer"] > 0).any():
+        return table
+    part = table[table["layer"] > 0]
+    part.attrs = dict(table.attrs)
+    return part
 
 
 def p_floor(row: Any) -> float:

@@ -25,7 +25,7 @@ def contrast_section(table: pd.DataFrame, scores: list[str], measured: Measured)
             parts.append(_compared(table, score, sides, paired, controls, measured).assign(control_set=wording))
     found = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     curve = found[found["score"].isin(scores[:2])]
-    figure = result_curve(curve, by=["score", "control_set"], title=measured.contrast.title)
+    figure = result_curve(base.inner(curve), by=["score", "control_set"], title=measured.contrast.title)
     how = "paired within sequences" if paired else "between whole units"
     section = Section(
         f"Contrast: {measured.contrast.title}",

@@ -27,8 +27,8 @@ HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression goes with the token's importance (either "
     "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
     "Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
-    "best with erasure. Both are tested at the layer chosen on half of the documents, on the other half, as one family "
-    "(Holm)."
+    "best with erasure. Both are tested at the layer (not 0, where a state is its token alone) chosen on half of the "
+    "documents, on the other half, as one family (Holm)."
 )
 
 
@@ -237,9 +237,9 @@ def _sections(
         f"Correlation within sequences of compression with {TRUTH} and with {best}, at fixed token frequency, position, "
         "norm, radius and share of equal tokens; with and without surprisal, which may carry the effect rather than "
         "confound it.",
-        result_curve(chosen, by=["against", "control_set"]),
-        "Mean partial Spearman correlation within sequences, 95 % interval over documents. Filled: p at most 0.05 "
-        "after Benjamini-Hochberg over all measures, scores, layers and control sets.",
+        result_curve(base.inner(chosen), by=["against", "control_set"]),
+        "Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table). "
+        "Filled: p at most 0.05 after Benjamini-Hochberg over all measures, scores, layers and control sets.",
         partial[partial["against"].isin([TRUTH, best])][
             [
                 "layer",

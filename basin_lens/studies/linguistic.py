@@ -22,9 +22,9 @@ from basin_lens.views import Section, distributions, result_curve, tag_intervals
 HYPOTHESIS = (
     "Declared before looking: within a text, compression differs between function words and content words, and between "
     "nouns and verbs (either direction), at fixed word frequency, position, norm, neighborhood radius, share of equal "
-    "tokens and surprisal. Each is tested at the layer chosen on half of the documents, on the other half; with the "
-    "share of neighbors of the same tag peaking at an earlier layer than that of the same document (syntax early, "
-    "topic late), they are one family (Holm)."
+    "tokens and surprisal. Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the "
+    "documents, on the other half; with the share of neighbors of the same tag peaking at an earlier layer than that "
+    "of the same document (syntax early, topic late), they are one family (Holm)."
 )
 
 
@@ -235,7 +235,7 @@ def _sections(
 ) -> tuple[list[Section], dict[str, Any]]:
     headline = groups[groups["score"] == "compression"]
     figures: dict[str, Any] = {
-        "function-content-by-layer": result_curve(headline, by=["group", "control_set"]),
+        "function-content-by-layer": result_curve(base.inner(headline), by=["group", "control_set"]),
         "tag-means": tag_intervals(
             *(means[(means["score"] == "compression") & (means["control_set"] == wording)] for wording in ("none", "standard")),
             layer=layer,
@@ -261,11 +261,11 @@ def _sections(
     sections = [
         Section(
             "Function and content words, nouns and verbs",
-            "Differences within sequences, without controls and at fixed frequency, position, norm, radius, share "
-            "of equal tokens and surprisal. What a difference shares with the controls counts as theirs.",
+            "Differences within sequences, without controls and at fixed frequency, position, norm, radius, share of "
+            "equal tokens and surprisal. What a difference shares with the controls counts as theirs.",
             figure=figures["function-content-by-layer"],
-            caption="Mean difference in compression with 95 % intervals over documents; filled: p at most 0.05 after "
-            "Benjamini-Hochberg over all scores, layers, both comparisons and both control sets.",
+            caption="Mean difference in compression with 95 % intervals over documents (layer 0 in the table); filled: p "
+            "at most 0.05 after Benjamini-Hochberg over all scores, layers, both comparisons and both control sets.",
             table=groups[shown],
         ),
         Section(
@@ -329,8 +329,8 @@ def _sections(
 def _shares_section(curves: pd.DataFrame) -> Section:
     return Section(
         "Who the neighbors are",
-        "Share of a token's neighbors that have its tag, its word, or its document, less what chance gives among "
-        "all tokens of other sequences. Neighbors of the same sequence are never counted.",
+        "Share of a token's neighbors that have its tag, its word, or its document, less what chance gives among all "
+        "tokens of other sequences. Neighbors of the same sequence are never counted.",
         figure=result_curve(curves, by="score"),
         caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by max-|t| over all layers and shares.",
         table=curves[
@@ -355,7 +355,8 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, groups: pd.DataFra
     opening = base.opening(
         decision,
         "Compression differs between parts of speech beyond frequency, position, norm, density and surprisal.",
-        "At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these parts of speech here.",
+        "At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these "
+        "parts of speech here.",
     )
     told = [opening, *(base.sentence(row) for row in base.rows(findings))]
     for wording, said in (("none", "without controls"), ("standard", "with controls")):

@@ -71,9 +71,9 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         ),
         Section(
             "Every declared test",
-            "Sound tests first: over documents, corrected by Holm over all studies. The columns that begin with "
-            "guide_ are the original guide's tests, which count every token as independent: shown so that older "
-            "figures can be compared, not to be believed. Its readings: |r| > 0.4 strong, > 0.2 moderate.",
+            "Sound tests first: over documents, corrected by Holm over all studies. The columns that begin with guide_ "
+            "are the original guide's tests, which count every token as independent: shown so that older figures can "
+            "be compared, not to be believed. Its readings: |r| > 0.4 strong, > 0.2 moderate.",
             table=findings[list(_SHOWN)],
         ),
     ]
