@@ -139,7 +139,9 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
         test = partial(
             stats.compare_groups, scores="compression", group=column, groups=sides, paired=True, controls=stats.CONTROLS, **shared
         )
-        rows.append(base.declared(words, test, measured, f"{sides[0]} words differ from {sides[1]} words", " - ".join(sides)))
+        rows.append(
+            base.declared(words, test, measured, f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}", " - ".join(sides))
+        )
     if shares is not None:
         rows.append(_earlier(shares, measured))
     findings = base.settle("linguistic", rows)
@@ -205,6 +207,7 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
 
 _PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
 _EARLIER = "same tag - same document"
+_PLURALS = {"kind": ("function words", "content words"), "noun_verb": ("nouns", "verbs")}
 _PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
 
 
