@@ -55,7 +55,10 @@ def forest(
     if len(rows) > _MOST_ROWS:
         raise TableError(f"expected at most {_MOST_ROWS} rows, got {len(rows)}. Choose layers or scores first.")
     groups = marks.groups_of(results.drop(columns=names), by, ["_row"])
-    axes_height = len(rows) * (0.16 + 0.11 * len(groups))
+    # Rows with one mark each need no room beside it, however many kinds of marks there are.
+    beside = int(results["_row"].value_counts().max())
+    shifts = _shifts(len(groups)) if beside > 1 else np.zeros(len(groups))
+    axes_height = len(rows) * (0.16 + 0.11 * (len(groups) if beside > 1 else 1))
     figure = Figure(figsize=(7.6, 1.3 + max(axes_height, 0.17 * (len(groups) + 3))), layout="constrained")
     axes = figure.add_subplot()
     marks.nulls(axes, results, upright=False)
@@ -64,7 +67,7 @@ def forest(
         look = marks.Look.at(index)
         looks.append((name, look))
         drawn = part.set_index("_row").reindex(rows)
-        place = np.arange(len(rows)) + _shifts(len(groups))[index]
+        place = np.arange(len(rows)) + shifts[index]
         marks.draw(axes, place, drawn, look, alpha, upright=False, joined=False)
     if not results["estimate"].notna().any():
         marks.say_nothing(axes)
