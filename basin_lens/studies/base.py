@@ -396,9 +396,11 @@ def sentence(row: Any, unit: str = "") -> str:
     p = f"corrected p {in_words(row.p_corrected)}"
     interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
     holds = "holds" if row.holds else "does not hold" if row.within_reach else "undecided, too few units for any p to reach 0.05"
+    # A study may ask for more than significance.
+    why = f" Significant, but {str(row.note).split(';')[0]}." if row.p_corrected <= ALPHA and not row.holds else ""
     return (
         f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
-        f"units, {int(row.n_documents)} documents."
+        f"units, {int(row.n_documents)} documents.{why}"
     )
 
 

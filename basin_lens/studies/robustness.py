@@ -312,7 +312,8 @@ def _with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFram
     whole = (survival["survives"] == survival["settings"]) & ~survival["in_random_twin"].fillna(False).astype(bool)
     answer["holds"] = answer["holds"].to_numpy(bool) & whole.to_numpy(bool)
     answer["note"] = [
-        f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under}); {note}"
+        f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under})"
+        f"{', also in the random twin' if row.in_random_twin else ''}; {note}"
         for row, note in zip(base.rows(survival), answer["note"], strict=True)
     ]
     return answer
