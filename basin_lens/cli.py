@@ -243,7 +243,7 @@ def _told(study: Any, out: Path) -> None:
 
     folder = study.save(out)
     console = Console(markup=False, highlight=False)
-    raised = 0 if study.flags is None else int((study.flags["raised"] == True).fillna(False).sum())  # noqa: E712  (NA: not checked)
+    raised = 0 if study.flags is None else int(study.flags["raised"].fillna(False).astype(bool).sum())  # NA: not checked
     console.print(f"\n{study.title}  [{study.decision}; {raised} red flags]", soft_wrap=True)
     for line in study.verdict:
         console.print(f"  {line}", soft_wrap=True)
