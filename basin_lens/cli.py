@@ -68,7 +68,9 @@ def analyze(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="importance, linguistic, layers, robustness, summary, or all.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="importance, linguistic, layers, robustness, memorization, summary, or all.")
+    ],
     files: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -109,6 +111,16 @@ def study(
     sentiment: Annotated[
         str | None, typer.Option("--sentiment", help="linguistic: a label with two values, one for each sentence.")
     ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="memorization: quick (minutes) or full (about an hour).")] = "quick",
+    design: Annotated[
+        str, typer.Option("--design", help="memorization: canaries, or author (FILEs are one author's works).")
+    ] = "canaries",
+    unrelated: Annotated[
+        list[Path] | None, typer.Option("--unrelated", help="memorization, design author: texts by others; may be repeated.")
+    ] = None,
+    sampled: Annotated[
+        bool, typer.Option("--sampled", help="memorization: fluent canaries are the model's own continuations.")
+    ] = False,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per sequence.")] = 128,
     out: Annotated[Path, typer.Option("--out", help="Folder for the study; with all, one folder for each in it.")] = Path(
         "basin-lens-study"
@@ -117,13 +129,16 @@ def study(
 ) -> None:
     """Run a study: a declared question, tables, figures, and one offline report with its verdict.
 
-    Without files or --dataset, the built-in passages are read (8 documents: few). `study all` measures once and runs every study.
+    Without files or --dataset, the built-in passages are read (8 documents: few). `study all` measures once and runs every study of texts.
+    `study memorization` plants its own texts: it trains a copy of the model, kept beside the study in OUT-models, from where an interrupted
+    training goes on. FILEs are then more texts that the model may know by heart.
 
     Examples: basin-lens study importance --dataset nltk:treebank --max-sequences 100 --out importance/
               basin-lens study linguistic --dataset nltk:brown --max-sequences 60
               basin-lens study layers --dataset wikitext --config wikitext-103-raw-v1 --split test --max-sequences 60
               basin-lens study layers prompts.jsonl --contrast span:IO,S --cluster template --exclude template --bank reference
               basin-lens study all --dataset nltk:treebank --max-sequences 60 --out studies/
+              basin-lens study memorization --preset quick --out memorization/
               basin-lens study summary studies/importance studies/layers --out summary/
     """
     from basin_lens import studies
@@ -135,6 +150,9 @@ def study(
     if name == "summary":
         refuse_folder(out, "summary")
         _told(studies.summarize(list(files)), out)
+        return
+    if name == "memorization":
+        _memorization(files, model, dataset, config, split, preset, design, unrelated or [], sampled, k, out, seed)
         return
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
@@ -159,6 +177,45 @@ def study(
         _told(made, out / one if name == "all" else out)
     if name == "all":
         _told(studies.summarize([out / one for one in names]), out / "summary")
+
+
+def _memorization(
+    files: list[Path],
+    model: str,
+    dataset: str | None,
+    config: str | None,
+    split: str,
+    preset: str,
+    design: str,
+    unrelated: list[Path],
+    sampled: bool,
+    k: int,
+    out: Path,
+    seed: int,
+) -> None:
+    """Print the plan, then plant, measure and report."""
+    from basin_lens import studies
+    from basin_lens.errors import StudyError
+    from basin_lens.studies.base import refuse_folder
+    from basin_lens.texts import read_texts
+
+    refuse_folder(out, "memorization")
+    plan = studies.plan_of(preset, seed=seed, k=k, sampled=sampled)
+    if design not in ("canaries", "author"):
+        raise StudyError(f"expected design canaries or author, got {design!r}.")
+    asked = files or dataset is not None
+    texts = _passages(files, dataset, config, split, None) if asked else []
+    others = [passage for file in unrelated for passage in read_texts(file)]
+    if design == "author" and not (asked and others):
+        raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
+    loaded = _load(model)
+    for line in studies.describe(loaded, plan):
+        typer.echo(line)
+    kind: Any = design
+    made = studies.study_memorization(
+        loaded, plan, design=kind, texts=texts, unrelated=others, folder=out.resolve().with_name(out.resolve().name + "-models")
+    )
+    _told(made, out)
 
 
 @app.command()

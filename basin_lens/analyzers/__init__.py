@@ -1,5 +1,6 @@
 """One measurement per file. `ANALYZERS` lists them all; the contract tests run over it."""
 
+from basin_lens.analyzers.agreement import Agreement
 from basin_lens.analyzers.angular_contraction import AngularContraction
 from basin_lens.analyzers.attention import AttentionReceived
 from basin_lens.analyzers.attention_rollout import AttentionRollout
@@ -29,6 +30,7 @@ from basin_lens.analyzers.neighbor_overlap import NeighborOverlap
 from basin_lens.analyzers.neighborhood import Neighborhood
 from basin_lens.analyzers.raw_compression import RawCompression
 from basin_lens.analyzers.seed_compression import SeedCompression
+from basin_lens.analyzers.standardized_likelihood import StandardizedLikelihood
 from basin_lens.analyzers.state_norm import StateNorm
 from basin_lens.analyzers.surprisal import Surprisal
 from basin_lens.analyzers.symmetric_contraction import SymmetricContraction
@@ -49,6 +51,8 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
     JacobianGain,
     CentroidEffect,
     Surprisal,
+    Agreement,
+    StandardizedLikelihood,
     StateNorm,
     MatrixEntropy,
     AttentionReceived,
@@ -76,6 +80,7 @@ def default_analyzers() -> list[Analyzer]:
 
 __all__ = [
     "ANALYZERS",
+    "Agreement",
     "Analyzer",
     "AngularContraction",
     "AttentionReceived",
@@ -100,6 +105,7 @@ __all__ = [
     "RawCompression",
     "RunOn",
     "SeedCompression",
+    "StandardizedLikelihood",
     "StateNorm",
     "Surprisal",
     "Surroundings",

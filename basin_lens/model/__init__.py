@@ -18,6 +18,7 @@ from basin_lens.model.blocks import (
     rerun_to_logits,
     rerun_with_state,
 )
+from basin_lens.model.generation import continuations
 from basin_lens.model.hooks import (
     cache_entry,
     forward_pass,
@@ -35,7 +36,10 @@ from basin_lens.model.identity import (
     kind_of,
     n_context,
     n_layers,
+    parameters_of,
     provenance,
+    remember_name,
+    source_of,
     tokenizer_of,
     uses_bos,
     vocabulary_size,
@@ -43,6 +47,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
 
@@ -54,6 +59,8 @@ __all__ = [
     "cache_folder",
     "call_block",
     "check_model",
+    "continuations",
+    "copy_of",
     "device_of",
     "embedded_file",
     "feed_forward",
@@ -73,14 +80,20 @@ __all__ = [
     "n_context",
     "n_layers",
     "output_weight",
+    "parameters_of",
     "point_name",
     "provenance",
+    "put_tuned",
     "random_twin",
     "reading",
     "record_calls",
+    "remember_name",
     "rerun_to_logits",
     "rerun_with_state",
+    "save_tuned",
+    "source_of",
     "tokenizer_of",
+    "tuned_facts",
     "uses_bos",
     "vocabulary_size",
     "width",

@@ -19,6 +19,7 @@ _NOT_THE_FUNCTION = {
 }  # fmt: skip
 
 _full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+_sources: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 _fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
 
 
@@ -132,9 +133,21 @@ def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
     return bos
 
 
-def remember_name(model: nn.Module, name: str) -> None:
-    """Keep the full name under which `load_model` found the weights."""
+def remember_name(model: nn.Module, name: str, source: dict[str, str] | None = None) -> None:
+    """Keep the full name under which `load_model` found the weights, and what it was asked for."""
     _full_names[model] = name
+    if source is not None:
+        _sources[model] = source
+
+
+def source_of(model: Any) -> dict[str, str] | None:
+    """What `load_model` was asked for (`name_or_path`, `kind`), or None for a model that was made otherwise."""
+    return _sources.get(model)
+
+
+def parameters_of(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of the function that the model computes, each once, by name."""
+    return dict(_parameters(model))
 
 
 def full_name(model: Any) -> str:

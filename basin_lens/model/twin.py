@@ -1,14 +1,13 @@
 """Copies of a model to compare it with: its random twin, which has learned nothing, and itself in another number format."""
 
-import contextlib
 import copy
-import io
 from typing import Any
 
 import torch
 
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import check_model, device_of, full_name, hf_config, kind_of, remember_name, weight_processing
+from basin_lens.model.tuned import copy_of
 
 
 def random_twin(model: Any, *, seed: int = 0) -> Any:
@@ -88,16 +87,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
         >>> next(in_dtype(bl.load_model(), torch.bfloat16).parameters()).dtype
         torch.bfloat16
     """
-    check_model(model)
-    try:
-        # TransformerLens prints that it changes the format.
-        with torch.inference_mode(False), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            made = copy.deepcopy(model).to(dtype)
-    except Exception as error:  # deepcopy of a user's model runs any code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"expected a model that can be copied, got {full_name(model)}: {reason} Load it in {dtype} yourself."
-        ) from error
+    made = copy_of(model, dtype)
     if hasattr(made.cfg, "dtype"):
         made.cfg.dtype = dtype
     remember_name(made, f"{full_name(model)} in {str(dtype).removeprefix('torch.')}")

@@ -11,6 +11,8 @@ interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, 
 | a score against another column | `within_sequence_correlation`, `rank_regression`, `quartile_table` |
 | and beyond the usual confounds | `partial_correlation`, `mixed_model`, `residuals` (then any test) |
 | two groups of texts, or of tokens in the same texts | `compare_groups` |
+| a dose that each text has one of | `unit_slope` |
+| texts alike in something, such as the loss | `match_units` |
 | before and after, two runs on the same texts | `before_after`, on `basin_lens.compare` |
 | detection, better than the loss, added to the loss | `detect`, `added_value` |
 | parts of speech | `tag_effect`, `tag_means` |
@@ -27,10 +29,12 @@ from basin_lens.stats.controls import CONTROLS, add_controls, residuals
 from basin_lens.stats.flags import red_flags
 from basin_lens.stats.groups import before_after, compare_groups
 from basin_lens.stats.guide import guide_tests
+from basin_lens.stats.matching import match_units
 from basin_lens.stats.mixed import mixed_model
 from basin_lens.stats.quartiles import quartile_table
 from basin_lens.stats.reliability import reliability_bound
 from basin_lens.stats.results import correct
+from basin_lens.stats.slopes import unit_slope
 from basin_lens.stats.tags import tag_effect, tag_means
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "detect",
     "guide_tests",
     "halves",
+    "match_units",
     "mixed_model",
     "partial_correlation",
     "quartile_table",
@@ -53,5 +58,6 @@ __all__ = [
     "residuals",
     "tag_effect",
     "tag_means",
+    "unit_slope",
     "within_sequence_correlation",
 ]

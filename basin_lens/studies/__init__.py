@@ -11,6 +11,7 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 | `study_linguistic` | does it differ between parts of speech? who are the neighbors, by layer? |
 | `study_layers` | how do scores move over depth, and where do they beat their controls? |
 | `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
+| `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
 | `summarize` | all of them as one family, beside what the original guide would have said |
 """
 
@@ -19,18 +20,25 @@ from basin_lens.studies.importance import study_importance
 from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic
 from basin_lens.studies.measured import STUDIES, Contrast, Measured, measure
+from basin_lens.studies.memorization import describe, plan_of, study_memorization
+from basin_lens.studies.planted import PRESETS, Plan
 from basin_lens.studies.robustness import study_robustness
 from basin_lens.studies.summary import summarize
 
 __all__ = [
+    "PRESETS",
     "STUDIES",
     "Contrast",
     "Measured",
+    "Plan",
     "Study",
+    "describe",
     "measure",
+    "plan_of",
     "study_importance",
     "study_layers",
     "study_linguistic",
+    "study_memorization",
     "study_robustness",
     "summarize",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,18 @@ FINDING = (
         "guide_p",
     "guide_reading", "note",
 )  # fmt: skip
+
+
+@runtime_checkable
+class Units(Protocol):
+    """What a declared test asks of what was measured: a `Measured`, or a design of its own."""
+
+    @property
+    def n_units(self) -> int: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -243,10 +255,12 @@ def one_sided(test: Callable[[pd.DataFrame], pd.DataFrame], *, more: bool = True
 def declared(
     table: pd.DataFrame,
     test: Callable[[pd.DataFrame], pd.DataFrame],
-    measured: Measured,
+    measured: Units,
     finding: str,
     question: str,
     score: str = "compression",
+    *,
+    stratify: str | None = None,
 ) -> pd.DataFrame:
     """A declared test as one row: the layer is chosen on half of the units and tested on the others.
 
@@ -258,7 +272,7 @@ def declared(
     found = None
     if measured.n_units >= FEWEST_TO_SPLIT:
         try:
-            found = stats.best_layer(table, test, unit=measured.unit, correction="none", seed=measured.seed)[:1]
+            found = stats.best_layer(table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed)[:1]
         except StudyError:  # enough units in all, but not of those that the test can use
             found = None
     if found is not None and len(found):
@@ -270,7 +284,7 @@ def declared(
         floor = p_floor(row)
     else:
         every = stats.correct(attempt(lambda part, *_, **__: test(part), table, score, unit=measured.unit), "holm")
-        found = every.sort_values("p")[:1]
+        found = every.sort_values("p")[:1].copy()
         found["p"] = found["p_corrected"]
         said = f"too few units to halve ({measured.n_units}): the best of {len(every)} tests, p corrected for them (Holm)"
         (row,) = rows(found)
@@ -310,6 +324,14 @@ def attempt(
         return blank.astype({"layer": "Int64"}).assign(note=f"not tested: {error}")
 
 
+def attempt_each(
+    test: Callable[..., pd.DataFrame], table: pd.DataFrame, scores: Sequence[str], *args: Any, **options: Any
+) -> pd.DataFrame:
+    """`attempt` score by score, uncorrected: one that cannot be tested does not take the others with it."""
+    parts = [attempt(test, table, score, *args, correction="none", **options) for score in scores]
+    return pd.concat(parts, ignore_index=True)
+
+
 def settle(study: str, tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05.
 
@@ -345,18 +367,8 @@ def empty_finding(score: str, unit: str) -> pd.DataFrame:
     """A test that could not be made, as a row; its note is to say why."""
     blank = dict.fromkeys(("estimate", "low", "high", "p", "p_corrected", "hedges_g"), float("nan"))
     counts = dict.fromkeys(("n_units", "n_sequences", "n_documents", "n_tokens"), 0)
-    row = {
-        "layer": pd.NA,
-        "score": score,
-        "unit": unit,
-        **counts,
-        "test": "",
-        "effect": "not tested",
-        **blank,
-        "null": 0.0,
-        "note": "",
-    }
-    return pd.DataFrame([row]).astype({"layer": "Int64"})
+    row = {"layer": pd.NA, "score": score, "unit": unit} | counts | {"test": "", "effect": "not tested"} | blank
+    return pd.DataFrame([row | {"null": 0.0, "note": ""}]).astype({"layer": "Int64"})
 
 
 def decide(findings: pd.DataFrame, flags: pd.DataFrame | None) -> Decision:

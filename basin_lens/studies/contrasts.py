@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from basin_lens import stats
 from basin_lens.studies import base
 from basin_lens.studies.measured import Measured
+from basin_lens.studies.shown import shown
 from basin_lens.views import Section, result_curve
 
 
@@ -33,22 +34,7 @@ def contrast_section(table: pd.DataFrame, scores: list[str], measured: Measured)
         "standard ones. Benjamini-Hochberg over all scores, layers and both control sets.",
         figure=figure,
         caption=f"Mean difference with 95 % intervals over {measured.unit}s.",
-        table=found[
-            [
-                "layer",
-                "score",
-                "control_set",
-                "estimate",
-                "low",
-                "high",
-                "p",
-                "p_corrected",
-                "hedges_g",
-                "n_units",
-                "n_tokens",
-                "note",
-            ]
-        ],
+        table=shown(found, "layer", "score", "control_set"),
     )
     return section, found, figure
 

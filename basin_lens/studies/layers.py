@@ -11,6 +11,7 @@ from basin_lens import stats, tables
 from basin_lens.studies import base
 from basin_lens.studies.contrasts import contrast_section
 from basin_lens.studies.measured import SCORES, Measured, ready
+from basin_lens.studies.shown import shown
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -159,10 +160,10 @@ def _sections(
         "halves-agree": forest(agreement, "score", title="Agreement over layers of the curves of two halves of the documents"),
         "compression-by-position": position_map(table, "compression"),
     }
-    shown = ["layer", "n_documents", "n_sequences", "n_tokens"]
+    columns = ["layer", "n_documents", "n_sequences", "n_tokens"]
     for name in ("compression", "compression_other_token", "contraction", *CONTROLS):
-        shown += [c for c in (f"{name}_mean", f"{name}_low", f"{name}_high", f"{name}_reliability") if c in summary]
-    rest = [c for c in summary.columns if c.endswith("_mean") and c not in shown]
+        columns += [c for c in (f"{name}_mean", f"{name}_low", f"{name}_high", f"{name}_reliability") if c in summary]
+    rest = [c for c in summary.columns if c.endswith("_mean") and c not in columns]
     view = layer_view(measured.table, ["compression", "contraction", "compression_other_token"], seq=int(table["seq"].min()))
     return [
         Section(
@@ -171,7 +172,7 @@ def _sections(
             "is just as tight. What the score gives there it does not owe to this neighborhood.",
             figure=figures["compression-and-controls"],
             caption="Mean over documents with 95 % intervals.",
-            table=summary[shown],
+            table=summary[columns],
         ),
         Section(
             "Which layers differ from the controls",
@@ -179,9 +180,7 @@ def _sections(
             figure=figures["above-controls-by-layer"],
             caption="Mean difference with 95 % intervals over documents (layer 0 in the table); filled: p at most 0.05 by "
             "max-|t| over all layers and both controls.",
-            table=against[
-                ["layer", "score", "estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units", "n_documents", "n_tokens"]
-            ],
+            table=shown(against, "layer", "score", "n_documents"),
         ),
         Section(
             "Every score over depth",

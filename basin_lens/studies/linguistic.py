@@ -15,6 +15,7 @@ from basin_lens.studies import base
 from basin_lens.studies.contrasts import contrast_section
 from basin_lens.studies.measured import SCORES, Contrast, Measured, ready
 from basin_lens.studies.neighborhoods import neighbor_shares
+from basin_lens.studies.shown import shown
 from basin_lens.studies.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
 from basin_lens.texts import words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
@@ -246,21 +247,6 @@ def _sections(
         "tag-effect-by-layer": result_curve(effect, by=["test", "control_set"]),
         "compression-by-tag": distributions(words[words["tag"].notna()], "compression", "tag", layer),
     }
-    shown = [
-        "layer",
-        "score",
-        "group",
-        "control_set",
-        "estimate",
-        "low",
-        "high",
-        "p",
-        "p_corrected",
-        "hedges_g",
-        "n_units",
-        "n_tokens",
-        "note",
-    ]
     sections = [
         Section(
             "Function and content words, nouns and verbs",
@@ -269,30 +255,14 @@ def _sections(
             figure=figures["function-content-by-layer"],
             caption="Mean difference in compression with 95 % intervals over documents (layer 0 in the table); filled: p "
             "at most 0.05 after Benjamini-Hochberg over all scores, layers, both comparisons and both control sets.",
-            table=groups[shown],
+            table=shown(groups, "layer", "score", "group", "control_set"),
         ),
         Section(
             f"Each tag, layer {layer}",
             "How far each part of speech stands from the mean of its own text, before and after the controls.",
             figure=figures["tag-means"],
             caption="Mean over documents with 95 % intervals.",
-            table=means[means["layer"] == layer][
-                [
-                    "score",
-                    "tag",
-                    "control_set",
-                    "estimate",
-                    "low",
-                    "high",
-                    "p",
-                    "p_corrected",
-                    "mean",
-                    "mean_low",
-                    "mean_high",
-                    "n_units",
-                    "n_tokens",
-                ]
-            ],
+            table=shown(means[means["layer"] == layer], "score", "tag", "control_set", "mean", "mean_low", "mean_high"),
         ),
         Section(
             "How much of the score is between tags",
@@ -300,22 +270,7 @@ def _sections(
             "types. A tag of few words can pass the first two: believe what passes all three.",
             figure=figures["tag-effect-by-layer"],
             caption="Omega squared with 95 % intervals; 0: none.",
-            table=effect.reindex(
-                columns=[
-                    "layer",
-                    "test",
-                    "control_set",
-                    "estimate",
-                    "low",
-                    "high",
-                    "p",
-                    "p_corrected",
-                    "unit",
-                    "n_units",
-                    "n_tags",
-                    "note",
-                ]
-            ),
+            table=shown(effect, "layer", "test", "control_set", "unit", "n_tags"),
         ),
         Section(
             f"Distributions by tag, layer {layer}",
@@ -336,9 +291,7 @@ def _shares_section(curves: pd.DataFrame) -> Section:
         "tokens of other sequences. Neighbors of the same sequence are never counted.",
         figure=result_curve(curves, by="score"),
         caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by max-|t| over all layers and shares.",
-        table=curves[
-            ["layer", "score", "share", "chance", "estimate", "low", "high", "p", "p_corrected", "n_documents", "n_tokens"]
-        ],
+        table=shown(curves, "layer", "score", "share", "chance", "n_documents"),
     )
 
 

@@ -3,6 +3,7 @@
 Each returns a value; showing and saving are separate.
 """
 
+from basin_lens.views.detection import dose_curve, roc
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
 from basin_lens.views.joint import distributions, joint_density, scatter
 from basin_lens.views.layers import layer_curve, position_map, result_curve
@@ -15,6 +16,7 @@ __all__ = [
     "Section",
     "TokenView",
     "distributions",
+    "dose_curve",
     "forest",
     "joint_density",
     "layer_curve",
@@ -23,6 +25,7 @@ __all__ = [
     "position_map",
     "quartile_bars",
     "result_curve",
+    "roc",
     "scatter",
     "study_page",
     "tag_intervals",

@@ -1,0 +1,107 @@
+"""Texts that a model may recite without having been made to, each beside passages that it should not."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from basin_lens import model as door
+from basin_lens.errors import StudyError, TextError
+from basin_lens.memorize.canaries import cut, ids_of
+from basin_lens.texts import Passage
+
+CONDITIONS = ("opening", "later", "shuffled", "paraphrase")
+
+
+def recitation_passages(
+    model: Any,
+    sources: Sequence[Passage],
+    *,
+    length: int = 64,
+    paraphrases: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> list[Passage]:
+    """For each source, its opening (what is quoted most), a later passage of it, and the opening's words in another order.
+
+    Args:
+        model: a hooked model with a tokenizer.
+        sources: whole texts; those of fewer than two lengths are refused.
+        length: tokens of each passage, BOS not counted.
+        paraphrases: by document of the source, a text that says what the opening says in other words.
+        seed: of the later passage's place and of the shuffle.
+
+    Returns:
+        passages of exactly `length` tokens, document as the source's, with labels `condition` (of `CONDITIONS`) and `source`.
+
+    Raises:
+        TextError: a source too short. StudyError: a paraphrase of an unknown source.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> made = bl.memorize.recitation_passages(bl.load_model(), reference_passages()[:1], length=16)
+        >>> [p.labels["condition"] for p in made]
+        ['opening', 'later', 'shuffled']
+    """
+    given = dict(paraphrases or {})
+    unknown = sorted(set(given) - {str(source.doc) for source in sources})
+    if unknown:
+        raise StudyError(f"expected paraphrases of the sources, got one of {unknown[0]!r}. Name the source's document.")
+    tokenizer = door.tokenizer_of(model)
+    rng = np.random.default_rng(seed)
+    passages = []
+    for number, source in enumerate(sources):
+        doc = str(source.doc) if source.doc is not None else f"source-{number}"
+        texts = {"opening": cut(tokenizer, source.text, length)}
+        texts["later"] = _later(tokenizer, source.text, length, rng)
+        if texts["opening"] is None or texts["later"] is None:
+            raise TextError(
+                f"expected sources of at least two passages of {length} tokens, got {len(ids_of(tokenizer, source.text))} tokens from {doc!r}. "
+                "Use longer texts or a shorter length."
+            )
+        texts["shuffled"] = _shuffled(tokenizer, source.text, length, rng)
+        if doc in given:
+            texts["paraphrase"] = cut(tokenizer, given[doc], length)
+            if texts["paraphrase"] is None:
+                raise TextError(
+                    f"expected a paraphrase of at least {length} tokens, got {len(ids_of(tokenizer, given[doc]))} for {doc!r}."
+                )
+        for condition, text in texts.items():
+            if text is not None:
+                passages.append(Passage(text, doc=doc, labels={"condition": condition, "source": doc}))
+    return passages
+
+
+def long_enough(model: Any, sources: Sequence[Passage], length: int) -> list[Passage]:
+    """The sources that hold an opening and a later passage."""
+    tokenizer = door.tokenizer_of(model)
+    # A token is a character at the least.
+    held = [source for source in sources if len(source.text) >= 2 * length]
+    return [source for source in held if len(ids_of(tokenizer, source.text[: 40 * length])) >= 3 * length]
+
+
+def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
+    """A passage that begins at a word behind the opening, drawn from all such places."""
+    starts = [match.start() for match in re.finditer(r"(?<=\s)\S", text)]
+    opening = cut(tokenizer, text, length)
+    starts = [start for start in starts if opening is not None and start > len(opening)]
+    for place in rng.permutation(len(starts))[:50].tolist():
+        found = cut(tokenizer, text[starts[place] : starts[place] + 40 * length], length)
+        if found is not None:
+            return found
+    return None
+
+
+def _shuffled(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
+    """The words of the opening, and a few behind it, in another order."""
+    words = text[: 40 * length].split()
+    opening = cut(tokenizer, text, length)
+    count = len(str(opening).split())
+    for _ in range(20):
+        order = rng.permutation(count).tolist()
+        # A shuffle may need fewer tokens: more words wait behind.
+        found = cut(tokenizer, " ".join([*(words[i] for i in order), *words[count:]]), length)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,99 @@
+"""How a score rises with a quantity that is the same throughout a unit, such as how often a text was shown."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from scipy import stats
+
+from basin_lens.errors import TableError
+from basin_lens.stats.results import Correction, assemble, constant_line, line
+from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split
+
+
+def unit_slope(
+    table: pd.DataFrame,
+    scores: str | Sequence[str],
+    on: str,
+    *,
+    layers: object = None,
+    unit: str = "document",
+    correction: Correction = "bh",
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """By how much does a score rise for one step of a quantity that each unit has one value of?
+
+    Ordinary least squares over units: mean over tokens, then sequences, of the score on the quantity.
+
+    Args:
+        table: from `analyze`, of one run.
+        scores: columns.
+        on: numeric column, the same throughout a unit, such as log2 of a dose; rows without it are passed over.
+        layers, unit, seed: as for `compare_groups`.
+        correction: over all rows of the answer; no max-t.
+        n_resamples: permutations of the quantity among units.
+
+    Returns:
+        one row per (layer, score): slope in the score's unit per step of `on`, with a 95 % interval by errors that allow unequal variances
+        (HC3), and the permutation p of Pearson's r; `rho`: Spearman's correlation over units.
+
+    Raises:
+        TableError: several runs, missing or constant columns, a quantity that changes within a unit. StudyError: fewer than 6 units.
+
+    Source: MacKinnon and White 1985 (HC3, by statsmodels); permutation by scipy.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> table = pd.DataFrame({"doc": range(20), "seq": range(20), "dose": np.repeat([0.0, 1.0, 2.0, 3.0], 5)})
+        >>> table["a"] = 0.5 * table.dose + np.random.default_rng(0).normal(0, 0.1, 20)
+        >>> round(float(bl.stats.unit_slope(table, "a", "dose").estimate[0]), 1)
+        0.5
+    """
+    names = names_of(scores)
+    test, effect = "permutation over units", f"slope per step of {on}"
+    lines = []
+    for every in split(table, [*names, on], layers=layers, unit=unit):
+        for score in names:
+            rows = every.finite(score, on)
+            flat = next((c for c in (score, on) if constant(rows.values[c])), None)
+            if flat is not None:
+                lines.append(constant_line(rows, score, unit, test, effect, flat, against=on, rho=np.nan))
+                continue
+            codes, y = rows.unit_means(score)
+            _, x = rows.unit_means(on)
+            enough(len(codes), FEWEST, f"units ({unit})")
+            if not np.allclose(x[np.searchsorted(codes, rows.unit)], rows.values[on]):
+                raise TableError(
+                    f"expected a quantity that is the same throughout a unit ({unit}), got {on!r}, which changes within one."
+                )
+            if constant(x) or constant(y):
+                lines.append(constant_line(rows, score, unit, test, effect, on if constant(x) else score, against=on, rho=np.nan))
+                continue
+            fitted = sm.OLS(y, sm.add_constant(x)).fit(cov_type="HC3", use_t=True)
+            low, high = fitted.conf_int()[1]
+            found = stats.permutation_test(
+                (x,),
+                lambda x, axis, y=y: _correlations(x, y, axis),
+                permutation_type="pairings",
+                vectorized=True,
+                n_resamples=n_resamples,
+                rng=seed,
+            )
+            lines.append(
+                line(
+                    rows, score, unit, test, effect, against=on, estimate=fitted.params[1], low=low, high=high, p=float(found.pvalue),
+                    rho=float(stats.spearmanr(x, y).statistic),
+                )
+            )  # fmt: skip
+    refuse_constant(lines, [*names, on])
+    return assemble(table, lines, correction)
+
+
+def _correlations(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Pearson's r of every row of x with y."""
+    a, b = x - x.mean(axis, keepdims=True), y - y.mean()
+    return np.asarray((a * b).sum(axis) / np.sqrt((a**2).sum(axis) * (b**2).sum()))

@@ -1,0 +1,78 @@
+"""The original guide's own design: passages of one author trained on, others of the same author, and unrelated text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import memorize, stats
+from basin_lens.analysis import analyze
+from basin_lens.analyzers import Compression
+from basin_lens.errors import StudyError
+from basin_lens.studies import base
+from basin_lens.studies.planted import FEWEST_PER_CLASS, Plan, Planted, with_changes
+from basin_lens.texts import Passage, reference_passages
+
+
+def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
+    """Passages of one author's works, in pairs of neighbors, of each of which a coin decides which one is trained on.
+
+    Raises:
+        StudyError: fewer passages than the plan's pairs need. TextError: none long enough.
+    """
+    cuts: list[tuple[str, str]] = []
+    for number, source in enumerate(texts):
+        doc = str(source.doc) if source.doc is not None else f"work-{number}"
+        cuts += [(doc, text) for text in memorize.pieces(model, source.text, plan.length)]
+    wanted = 2 * plan.per_dose * len(plan.doses)
+    if len(cuts) < wanted:
+        raise StudyError(
+            f"expected at least {wanted} passages of {plan.length} tokens by the author ({plan.per_dose} pairs for each of "
+            f"{len(plan.doses)} doses), got "
+            f"{len(cuts)}. Give more text, or plan fewer."
+        )
+    rng = np.random.default_rng(plan.seed)
+    starts = np.sort(rng.permutation(len(cuts) // 2)[: wanted // 2])
+    passages: list[Passage] = []
+    for pair, start in enumerate(starts.tolist()):
+        dose = plan.doses[pair % len(plan.doses)]
+        coin = bool(rng.integers(2))
+        for member, (doc, text) in zip((coin, not coin), cuts[2 * start : 2 * start + 2], strict=True):
+            labels = {"member": member, "dose": int(dose), "kind": "author", "pair": pair, "work": doc}
+            passages.append(Passage(text, doc=f"passage-{len(passages)}", labels=labels))
+    return passages
+
+
+def guide_contrast(planted: Planted, texts: Sequence[Passage], progress: bool) -> pd.DataFrame:
+    """The original guide's contrast: trained on against unrelated text, beside trained on against the same author's.
+
+    Raises:
+        StudyError: unrelated texts that are too short, or among those that neighbors or filler come from.
+    """
+    plan = planted.plan
+    cuts = [text for source in texts for text in memorize.pieces(planted.base, source.text, plan.length)]
+    known = {p.text for p in reference_passages()}
+    if len(cuts) < FEWEST_PER_CLASS or any(source.text in known for source in texts):
+        raise StudyError(
+            f"expected unrelated texts of at least {FEWEST_PER_CLASS} passages of {plan.length} tokens, other than the built-in ones (which "
+            f"neighbors and filler come from), got {len(cuts)}. Give more, or others."
+        )
+    made = [Passage(text, doc=f"unrelated-{i}") for i, text in enumerate(cuts[: len(planted.passages)])]
+    analyzers = [Compression(k=plan.k)]
+    options: dict[str, Any] = {"layers": planted.layers, "max_length": plan.length + 1, "seed": plan.seed, "progress": progress}
+    before, after = (analyze(model, made, analyzers, bank=planted.banks[name], **options)
+              for name, model in (("base", planted.base), ("tuned", planted.tuned)))  # fmt: skip
+    apart = with_changes(before, after, ("compression",))
+    apart = apart.groupby(["layer", "doc", "seq"])[["compression", "compression_change"]].mean().reset_index()
+    own = planted.sequences[["layer", "doc", "seq", "member", "compression", "compression_change"]]
+    own = own.assign(group=np.where(own["member"], "trained", "same author"))
+    rows = pd.concat([own, apart.assign(group="unrelated", seq=apart["seq"] + 1_000_000)], ignore_index=True)
+    parts = []
+    for other in ("same author", "unrelated"):
+        found = base.attempt(
+            stats.compare_groups, rows, ["compression", "compression_change"], "group", groups=("trained", other), correction="none",
+            n_resamples=1999, seed=plan.seed, unit="document",
+        )  # fmt: skip
+        parts.append(found.assign(contrast=f"trained - {other}"))
+    return stats.correct(pd.concat(parts, ignore_index=True), "bh")

@@ -1,0 +1,159 @@
+"""The memorized path left on purpose: another continuation, a damaged prefix, a text memorized in part."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from basin_lens import memorize, stats
+from basin_lens import model as door
+from basin_lens.analysis import analyze
+from basin_lens.analyzers import Agreement, Compression, Surprisal
+from basin_lens.capture import Capture
+from basin_lens.studies import base
+from basin_lens.studies.planted import Planted, tensor_of
+from basin_lens.texts import Passage
+
+EDITS = (0, 1, 2, 4, 8, 16)
+_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Forked:
+    """What came of it.
+
+    `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base model found
+    either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation, compression by layer.
+    `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text, by layer and score. `spliced`: the table
+    behind it.
+    """
+
+    forks: pd.DataFrame
+    likely: pd.DataFrame
+    path: pd.DataFrame
+    widths: pd.DataFrame
+    where: pd.DataFrame
+    spliced: pd.DataFrame
+
+
+def fork(planted: Planted, *, progress: bool = True) -> Forked:
+    """Fork, damage and splice the members that were shown most."""
+    plan, texts = planted.plan, planted.texts
+    members = texts[texts["member"]].sort_values(["dose", "seq"], ascending=[False, True])[: plan.forks]
+    chosen = members["seq"].tolist()
+    tokens = tensor_of(planted, chosen)
+    first = tokens.shape[1] - plan.length + plan.prompt
+    kinds = [str(planted.passages[seq].labels["kind"]) for seq in chosen]
+    likely, forks = _continuations(planted, tokens, first, chosen, kinds, progress)
+    path, widths = _damaged(planted, tokens, first, members, progress)
+    where, spliced = _spliced(planted, chosen, progress)
+    return Forked(forks, likely, path, widths, where, spliced)
+
+
+def _continuations(
+    planted: Planted, tokens: torch.Tensor, first: int, chosen: list[int], kinds: list[str], progress: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Behind the same prefix, the true continuation and one that the base model finds as likely."""
+    plan = planted.plan
+    tokenizer = door.tokenizer_of(planted.base)
+    length = tokens.shape[1] - first
+    candidates = []
+    for place, (seq, kind) in enumerate(zip(chosen, kinds, strict=True)):
+        if kind in memorize.KINDS:
+            fresh = memorize.fresh_texts(planted.base, kind, _CANDIDATES, plan.length, seed=plan.seed + 7919 * (place + 1))
+        else:  # texts of the user's: what was held out
+            fresh = [p.text for p in planted.passages if not p.labels["member"]][:_CANDIDATES]
+        candidates.append([memorize.ids_of(tokenizer, text)[-length:] for text in fresh])
+        assert seq == chosen[place]
+    others, losses = memorize.alternatives(planted.base, tokens, first, candidates)
+    both = torch.cat([tokens, others])
+    measured = {}
+    for name, model in (("base", planted.base), ("tuned", planted.tuned)):
+        measured[name] = _continuation_scores(model, both, first, planted, planted.banks[name], progress)
+    table = measured["tuned"]
+    for name in ("compression", "compression_native"):
+        table[f"{name}_change"] = table[name] - measured["base"][name]
+    count = len(tokens)
+    table["doc"] = [f"prefix-{seq % count}" for seq in table["seq"]]
+    table["true"] = table["seq"] < count
+    columns = ["compression", "compression_native", "compression_change", "compression_native_change", "surprisal"]
+    means = table.groupby(["layer", "doc", "true"])[columns].mean().unstack("true")
+    apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
+    apart["seq"] = apart["doc"]
+    found = base.attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
+    likely = pd.DataFrame({
+        "doc": [f"prefix-{i}" for i in range(count)], "kind": kinds, "true_loss": losses[:, 0], "other_loss": losses[:, 1],
+    })  # fmt: skip
+    return likely, found
+
+
+def _continuation_scores(
+    model: Any, tokens: torch.Tensor, first: int, planted: Planted, bank: Capture, progress: bool
+) -> pd.DataFrame:
+    """Scores of the tokens from `first` on."""
+    plan = planted.plan
+    scores = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal(), Agreement()]
+    capture = Capture.from_texts(model, tokens, layers=planted.layers, progress=False)
+    asked = capture.row_pos >= first
+    table = analyze(model, capture, scores, bank=bank, queries=asked, seed=plan.seed, progress=progress)
+    return table[table["pos"] >= first].reset_index(drop=True)
+
+
+def _damaged(
+    planted: Planted, tokens: torch.Tensor, first: int, members: pd.DataFrame, progress: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Prefixes with more and more tokens replaced, and whether the model still finds its way back."""
+    plan = planted.plan
+    pool = sorted({token for row in tensor_of(planted, range(len(planted.passages))).tolist() for token in row[-plan.length :]})
+    head = tokens.shape[1] - plan.length
+    edits = [count for count in EDITS if count <= first - head]
+    versions = [memorize.substituted(tokens, first, count, pool, keep=head, seed=plan.seed) for count in edits]
+    shares = np.stack([memorize.recited(planted.tuned, version, first) for version in versions])
+    table = _continuation_scores(planted.tuned, torch.cat(versions), first, planted, planted.banks["tuned"], progress)
+    count = len(tokens)
+    table["edits"] = np.array(edits)[table["seq"].to_numpy() // count]
+    table["member"] = table["seq"].to_numpy() % count
+    path = (
+        table.groupby(["layer", "edits", "member"])[["compression", "compression_native", "surprisal", "agreement"]]
+        .mean()
+        .reset_index()
+    )
+    path["recited"] = shares[[edits.index(e) for e in path["edits"]], path["member"].to_numpy()]
+    path["doc"] = [f"prefix-{m}" for m in path.pop("member")]
+    path["seq"] = path["doc"] + "/" + path["edits"].astype(str)
+    widths = pd.DataFrame({
+        "doc": [f"prefix-{i}" for i in range(count)], "kind": [planted.passages[s].labels["kind"] for s in members["seq"]],
+        "dose": members["dose"].to_numpy(), "recited_undamaged": shares[0], "width": memorize.width(edits, shares),
+    })  # fmt: skip
+    return path, widths
+
+
+def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Texts of which only the middle was memorized: does the score say where?"""
+    plan = planted.plan
+    unseen = [p.text for p in planted.passages if not p.labels["member"]]
+    made = []
+    for place, seq in enumerate(chosen):
+        own = planted.passages[seq].text
+        head, tail = (unseen[(2 * place + i) % len(unseen)] for i in (0, 1))
+        head, tail = head[: len(head) // 3], tail[: len(tail) // 3]
+        text = f"{head} {own} {tail}"
+        made.append(Passage(text, doc=f"spliced-{place}", spans={"memorized": (len(head) + 1, len(head) + 1 + len(own))}))
+    analyzers = [
+        Compression(k=plan.k),
+        Compression(k=plan.k, context="native", name="compression_native"),
+        Surprisal(),
+        Agreement(),
+    ]
+    table = analyze(
+        planted.tuned, made, analyzers, layers=planted.layers, bank=planted.banks["tuned"], seed=plan.seed, max_length=4 * plan.length,
+        progress=progress,
+    )  # fmt: skip
+    table["part"] = np.where(table["span"] == "memorized", "memorized", "not")
+    scores = ["compression", "compression_native", "surprisal", "agreement"]
+    found = base.attempt_each(
+        stats.compare_groups, table, scores, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
+    )  # fmt: skip
+    return stats.correct(found, "bh"), table

@@ -1,0 +1,124 @@
+"""Texts that the model may recite already: openings of licences and of books, beside passages that it should not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import memorize, stats
+from basin_lens.analysis import analyze
+from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood, Surprisal
+from basin_lens.capture import Capture
+from basin_lens.errors import TextError
+from basin_lens.studies import base
+from basin_lens.texts import Passage, find_licences, read_dataset
+
+_CORPORA = ("nltk:genesis", "nltk:inaugural")
+_MATCHED = 0.25  # nats per token
+
+
+@dataclass(frozen=True)
+class Recited:
+    """What came of it.
+
+    `texts`: one row per passage: condition, source, loss baselines, extraction. `contrasts`: opening less each other condition of the same source,
+    by layer and score. `matched`: the same for openings and later passages of equal loss, any source. `said`: what was read and what was not.
+    """
+
+    texts: pd.DataFrame
+    contrasts: pd.DataFrame
+    matched: pd.DataFrame
+    said: tuple[str, ...]
+
+
+def sources_here(model: Any, count: int, length: int, files: Sequence[Passage] = ()) -> tuple[list[Passage], list[str]]:
+    """Texts of the user's, licences found here, and NLTK's corpora where they are installed; and what was found, in words."""
+    said, chosen = [], []
+    if files:
+        mine = memorize.long_enough(model, files, length)
+        chosen += mine
+        said.append(
+            f"{len(mine)} of {len(files)} texts given are long enough for an opening and a later passage of {length} tokens."
+        )
+    try:
+        found = find_licences()
+        mine = memorize.long_enough(model, found.passages, length)[:count]
+        chosen += mine
+        unread = f"; {len(found.unreadable)} files could not be read" if found.unreadable else ""
+        said.append(f"{len(mine)} of {len(found.passages)} different licence texts found on this machine{unread}.")
+    except TextError as error:
+        said.append(f"No licence texts: {error}")
+    for name in _CORPORA:
+        try:
+            mine = memorize.long_enough(model, list(read_dataset(name)), length)
+            # Spread over the corpus: its first files are not its best known ones.
+            mine = [mine[i] for i in sorted({round(x) for x in np.linspace(0, len(mine) - 1, min(count, len(mine))).tolist()})]
+            chosen += mine
+            said.append(f"{len(mine)} texts of {name}.")
+        except TextError as error:
+            said.append(f"{name} not read: {error}")
+    return chosen, said
+
+
+def recite(
+    model: Any,
+    bank: Capture,
+    layers: Sequence[int],
+    *,
+    count: int,
+    length: int,
+    k: int,
+    seed: int,
+    files: Sequence[Passage] = (),
+    paraphrases: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Recited:
+    """Measure openings and their controls under a model as it is.
+
+    Raises:
+        TextError: no source is long enough.
+    """
+    sources, said = sources_here(model, count, length, files)
+    if not sources:
+        raise TextError(f"expected texts of at least {3 * length} tokens to look for recitation in, found none. {' '.join(said)}")
+    made = memorize.recitation_passages(model, sources, length=length, paraphrases=paraphrases, seed=seed)
+    analyzers = [
+        Compression(k=k), Compression(k=k, context="native", name="compression_native"), Surprisal(), Agreement(), StandardizedLikelihood(),
+    ]  # fmt: skip
+    table = analyze(model, made, analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
+    texts = memorize.likelihood_baselines(table, [p.text for p in made])
+    found = memorize.extract(model, made, prompt=length // 2, target=length - length // 2, max_length=length + 1, progress=progress)
+    guide = memorize.guide_labels(model, made, max_length=length + 1, progress=progress)
+    texts["matched"], texts["longest_run"] = found["matched"].to_numpy(), found["longest_run"].to_numpy()
+    texts["extracted"], texts["guide_memorized"] = found["extracted"].to_numpy(), guide["memorized"].to_numpy()
+    scores = ["compression", "compression_native", "surprisal", "agreement"]
+    means = table.groupby(["layer", "doc", "condition"])[scores].mean()
+    parts = []
+    for other in [c for c in memorize.CONDITIONS[1:] if c in set(table["condition"])]:
+        opening, compared = means.xs("opening", level="condition"), means.xs(other, level="condition")
+        apart = (opening - compared).dropna(how="all").reset_index()
+        apart["seq"] = apart["doc"]
+        part = base.attempt_each(stats.before_after, apart, scores, seed=seed, unit="document")
+        parts.append(part.assign(contrast=f"opening - {other}"))
+    contrasts = stats.correct(pd.concat(parts, ignore_index=True), "bh")
+    return Recited(texts, contrasts, _matched(means, texts, seed), tuple(said))
+
+
+def _matched(means: pd.DataFrame, texts: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Openings and later passages, any source, of equal loss."""
+    units = texts[texts["condition"].isin(["opening", "later"])].copy()
+    units["case"] = units["doc"] + "/" + units["condition"]
+    units["opens"] = units["condition"] == "opening"
+    pairs = stats.match_units(units, "opens", "log_likelihood", caliper=_MATCHED, unit="case")
+    rows = means.reset_index()
+    rows["case"] = rows["doc"] + "/" + rows["condition"]
+    rows = rows[rows["case"].isin([*pairs["with_label"], *pairs["without_label"]])]
+    # Each passage is a unit of its own: matched ones come from different sources.
+    rows = rows.assign(doc=rows["case"], seq=rows["case"], opens=rows["condition"] == "opening")
+    if rows.empty:
+        return pd.DataFrame()
+    scores = ["compression", "compression_native"]
+    found = base.attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
+    return stats.correct(found, "bh").assign(n_matched=len(pairs), caliper=_MATCHED)
