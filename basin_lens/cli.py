@@ -118,6 +118,9 @@ def study(
     unrelated: Annotated[
         list[Path] | None, typer.Option("--unrelated", help="memorization, design author: texts by others; may be repeated.")
     ] = None,
+    paraphrases: Annotated[
+        Path | None, typer.Option("--paraphrases", help="memorization: .jsonl, the opening of a text (doc) in other words (text).")
+    ] = None,
     sampled: Annotated[
         bool, typer.Option("--sampled", help="memorization: fluent canaries are the model's own continuations.")
     ] = False,
@@ -152,7 +155,7 @@ def study(
         _told(studies.summarize(list(files)), out)
         return
     if name == "memorization":
-        _memorization(files, model, dataset, config, split, preset, design, unrelated or [], sampled, k, out, seed)
+        _memorization(files, model, dataset, config, split, preset, design, unrelated or [], paraphrases, sampled, k, out, seed)
         return
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
@@ -188,6 +191,7 @@ def _memorization(
     preset: str,
     design: str,
     unrelated: list[Path],
+    paraphrases: Path | None,
     sampled: bool,
     k: int,
     out: Path,
@@ -206,6 +210,7 @@ def _memorization(
     asked = files or dataset is not None
     texts = _passages(files, dataset, config, split, None) if asked else []
     others = [passage for file in unrelated for passage in read_texts(file)]
+    known = {str(p.doc): p.text for p in read_texts(paraphrases)} if paraphrases is not None else None
     if design == "author" and not (asked and others):
         raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
     loaded = _load(model)
@@ -213,7 +218,13 @@ def _memorization(
         typer.echo(line)
     kind: Any = design
     made = studies.study_memorization(
-        loaded, plan, design=kind, texts=texts, unrelated=others, folder=out.resolve().with_name(out.resolve().name + "-models")
+        loaded,
+        plan,
+        design=kind,
+        texts=texts,
+        unrelated=others,
+        paraphrases=known,
+        folder=out.resolve().with_name(out.resolve().name + "-models"),
     )
     _told(made, out)
 

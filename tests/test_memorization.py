@@ -19,7 +19,7 @@ from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge
 
 PLAN = Plan(
-    per_dose=6, doses=(1, 24), length=16, layers=None, forks=6, sources=6, others=6, other_dose=4, k=5, recipe=Recipe(learning_rate=3e-3)
+    per_dose=8, doses=(1, 24), length=16, layers=None, forks=6, sources=6, others=6, other_dose=4, k=5, recipe=Recipe(learning_rate=3e-3)
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_every_table_is_there_and_has_intervals(study):
         known = tested[tested.low.notna()]
         assert len(known) and (known.low <= known.estimate + 1e-9).all() and (known.estimate <= known.high + 1e-9).all(), name
     assert set(study.tables["detection"].metric) == {"auroc", "tpr at 1% fpr", "tpr at 5% fpr"}
-    # 12 texts held out cannot place a threshold that lets 1 % or 5 % of them pass.
+    # 16 texts held out cannot place a threshold that lets 1 % or 5 % of them pass.
     rates = study.tables["detection"][study.tables["detection"].metric != "auroc"]
     assert rates.estimate.isna().all()
 
@@ -87,7 +87,7 @@ def test_findings_are_one_family_with_a_layer_chosen_on_other_texts(study):
     assert found.question.tolist() == ["difference", "dose", "added", "matched"]
     assert (found.correction == "Holm").all() or found.p.isna().any()
     first = found.iloc[0]
-    assert "layer chosen on 12 documents" in first.note and first.n_units == 12 and first.layer > 0
+    assert "layer chosen on 8 documents" in first.note and first.n_units == 8 and first.layer > 0
 
 
 def test_study_is_saved_whole_and_its_model_can_be_analyzed_again(study, learner, folder, tmp_path):
@@ -186,19 +186,11 @@ def _planted_null(seed: int, effect: float = 0.0, n_pairs: int = 20, layers: int
 
 def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_effect():
     def declared(seed: int, effect: float) -> float:
-        texts, sequences = _planted_null(seed, effect)
-        test = partial(
-            bl.stats.compare_groups,
-            scores="compression_change",
-            group="member",
-            groups=(True, False),
-            unit="document",
-            n_resamples=499,
-            seed=seed,
-        )
-        found = planted_tests.base.declared(
-            sequences, test, planted_tests._Units(len(texts), seed), "x", "difference", "compression_change", stratify="member"
-        )
+        _, sequences = _planted_null(seed, effect)
+        apart = planted_tests.pair_differences(sequences, ["compression_change"])
+        test = partial(bl.stats.before_after, on="compression_change", unit="document", n_resamples=499, seed=seed)
+        units = planted_tests._Units(apart.doc.nunique(), seed)
+        found = planted_tests.base.declared(apart, test, units, "x", "difference", "compression_change")
         return float(found.p.iloc[0])
 
     null = np.array([declared(seed, 0.0) for seed in range(120)])
@@ -230,6 +222,6 @@ def test_means_of_a_text_carry_its_labels():
 
 def test_plan_says_what_it_costs(learner):
     lines = bl.studies.describe(learner, PLAN)
-    assert "12 texts of 16 tokens" in lines[0] and "1, 24 times" in lines[0]
-    assert PLAN.tokens_trained() == int((6 * 25 + 24) * 16 * 8 / 6)
+    assert "16 texts of 16 tokens" in lines[0] and "1, 24 times" in lines[0]
+    assert PLAN.tokens_trained() == int((8 * 25 + 24) * 16 * 8 / 6)
     assert sum(bl.studies.PRESETS["full"].doses) * 25 == 2125 and bl.studies.plan_of("full").layers is None

@@ -102,9 +102,9 @@ def folds(
     """Splits that keep a group (a pair of canaries, an author's work) on one side.
 
     Raises:
-        StudyError: fewer sequences of a label than splits.
+        StudyError: fewer groups with, or without, the label than splits: some split would fit on one class.
     """
-    fewest = min(int(label.sum()), int((~label).sum()), len(np.unique(groups)))
+    fewest = min(len(np.unique(groups[label])), len(np.unique(groups[~label])))
     if fewest < n_splits:
         raise StudyError(
             f"expected at least {n_splits} texts with and without the label, in as many groups, got {fewest}. Add texts."

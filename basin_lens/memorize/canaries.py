@@ -74,7 +74,13 @@ def make_canaries(
 
 
 def fresh_texts(model: Any, kind: str, count: int, length: int, *, seed: int) -> list[str]:
-    """More texts of a kind, none of them a pair: to train on something else, or to continue a prefix with."""
+    """More texts of a kind, none of them a pair: to train on something else, or to continue a prefix with.
+
+    Raises:
+        StudyError: an unknown kind. TextError: as `make_canaries`.
+    """
+    if kind not in KINDS:
+        raise StudyError(f"expected a kind among {list(KINDS)}, got {kind!r}.")
     return _texts(model, kind, count, length, False, np.random.default_rng(seed))
 
 
@@ -93,11 +99,13 @@ def _texts(model: Any, kind: str, count: int, length: int, sampled: bool, rng: n
         source = _drawn(lambda: cut(tokenizer, fluent_text(rng, 2 + length // 8), length))
     texts: list[str] = []
     for _ in range(_TRIES + 10 * count):
+        if len(texts) == count:
+            break
         text = next(source)
         if text is not None and text not in texts:
             texts.append(text)
-        if len(texts) == count:
-            return texts
+    if len(texts) == count:
+        return texts
     raise TextError(
         f"expected a tokenizer that gives texts of {length} tokens back, got {len(texts)} of {count} ({kind}). Try another length or kind."
     )

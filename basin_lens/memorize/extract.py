@@ -10,11 +10,12 @@ from jaxtyping import Bool
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.passes import TOKENS_PER_PASS
 from basin_lens.errors import StudyError, TextError
 from basin_lens.texts import read_passages, tokenize
 
 GUIDE_SHARE = 0.8
+# Tokens of all prompts and continuations that are decoded side by side: weights are read once a step, so more is faster.
+DECODED_TOGETHER = 4096
 
 
 def extract(
@@ -74,7 +75,7 @@ def extract(
         # Prompts of one length go together: no padding, so that the cache is exact for every kind of position.
         for first, follow in sorted(set(cuts)):
             same = [seq for seq, cut in enumerate(cuts) if cut == (first, follow)]
-            size = max(1, TOKENS_PER_PASS // (first + follow))
+            size = max(1, DECODED_TOGETHER // (first + follow))
             for part in (same[at : at + size] for at in range(0, len(same), size)):
                 written = door.continuations(model, torch.tensor([sequences[seq][:first] for seq in part]), follow)
                 for seq, row in zip(part, written, strict=True):

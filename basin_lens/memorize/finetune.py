@@ -43,7 +43,7 @@ class Recipe:
 
     Example:
         >>> import basin_lens as bl
-        >>> round(bl.memorize.Recipe(warmup=10).rate(0, 100) / 5e-5, 3)
+        >>> round(bl.memorize.Recipe(warmup=9).rate(0, 100) / 5e-5, 3)
         0.1
     """
 
@@ -91,6 +91,7 @@ class Tuned:
         return door.save_tuned(self.model, folder, self.base, {**self.facts, "history": _plain(self.history)})
 
 
+@torch.inference_mode(False)  # the caller's would make tensors that no gradient can pass
 def finetune(
     model: Any,
     data: Any,
@@ -145,6 +146,8 @@ def finetune(
     shown = [doses] * len(passages) if isinstance(doses, int) else list(doses)
     if len(shown) != len(passages) or min(shown) < 1:
         raise StudyError(f"expected a dose of at least 1 for each of {len(passages)} texts, got {shown[:8]}.")
+    if every < 1:
+        raise StudyError(f"expected checkpoints every 1 or more steps, got {every}.")
     own = tokenize(model, passages, max_length=max_length)
     others = [] if filler is None else tokenize(model, read_passages(filler), max_length=max_length)
     sequences = [s.tokens for s in [*own, *others]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from basin_lens import model as door
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.errors import StudyError
+from basin_lens.memorize.extract import DECODED_TOGETHER
 
 
 def continuation_loss(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
@@ -96,7 +97,7 @@ def substituted(
 def recited(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
     """Share of the continuation's positions at which greedy decoding behind the first `first` tokens writes the true token."""
     shares = []
-    for part in tokens.split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
+    for part in tokens.split(max(1, DECODED_TOGETHER // tokens.shape[1])):
         written = door.continuations(model, part[:, :first], part.shape[1] - first)
         shares.append((written == part[:, first:]).double().mean(1))
     return torch.cat(shares).numpy()

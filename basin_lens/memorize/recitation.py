@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from basin_lens.memorize.canaries import cut, ids_of
 from basin_lens.texts import Passage
 
 CONDITIONS = ("opening", "later", "shuffled", "paraphrase")
+_SKIPPED = 20
 
 
 def recitation_passages(
@@ -23,6 +25,8 @@ def recitation_passages(
     seed: int = 0,
 ) -> list[Passage]:
     """For each source, its opening (what is quoted most), a later passage of it, and the opening's words in another order.
+
+    Where the opening would end inside a character, it begins a word or two later.
 
     Args:
         model: a hooked model with a tokenizer.
@@ -53,16 +57,17 @@ def recitation_passages(
     passages = []
     for number, source in enumerate(sources):
         doc = str(source.doc) if source.doc is not None else f"source-{number}"
-        texts = {"opening": cut(tokenizer, source.text, length)}
-        texts["later"] = _later(tokenizer, source.text, length, rng)
+        whole = _from_whole(tokenizer, source.text, length)
+        texts = {"opening": cut(tokenizer, whole, length)}
+        texts["later"] = _later(tokenizer, whole, length, rng)
         if texts["opening"] is None or texts["later"] is None:
             raise TextError(
                 f"expected sources of at least two passages of {length} tokens, got {len(ids_of(tokenizer, source.text))} tokens from {doc!r}. "
                 "Use longer texts or a shorter length."
             )
-        texts["shuffled"] = _shuffled(tokenizer, source.text, length, rng)
+        texts["shuffled"] = _shuffled(tokenizer, whole, length, rng)
         if doc in given:
-            texts["paraphrase"] = cut(tokenizer, given[doc], length)
+            texts["paraphrase"] = cut(tokenizer, _from_whole(tokenizer, given[doc], length), length)
             if texts["paraphrase"] is None:
                 raise TextError(
                     f"expected a paraphrase of at least {length} tokens, got {len(ids_of(tokenizer, given[doc]))} for {doc!r}."
@@ -79,6 +84,12 @@ def long_enough(model: Any, sources: Sequence[Passage], length: int) -> list[Pas
     # A token is a character at the least.
     held = [source for source in sources if len(source.text) >= 2 * length]
     return [source for source in held if len(ids_of(tokenizer, source.text[: 40 * length])) >= 3 * length]
+
+
+def _from_whole(tokenizer: Any, text: str, length: int) -> str:
+    """The text, without its first words where a passage cut from them would end inside a character (a letter may be several tokens)."""
+    places = [0, *(match.start() for match in islice(re.finditer(r"(?<=\s)\S", text), _SKIPPED))]
+    return next((text[place:] for place in places if cut(tokenizer, text[place:], length) is not None), text)
 
 
 def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import measuring
-from basin_lens.model.identity import device_of, n_context
+from basin_lens.model.identity import device_of, kind_of, n_context
 
 
 def continuations(
@@ -33,10 +33,14 @@ def continuations(
         )
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
+    # torch.manual_seed would seed accelerators that a model on the CPU does not draw from.
+    seeded = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
     with measuring(model), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        seeded(seed)
+        begun = prompts.to(device)
+        # From token ids, HookedTransformer takes the tokenizer's pad token (often the end of text) at an edge of a prompt for padding.
         written = model.generate(
-            prompts.to(device), max_new_tokens=length, do_sample=temperature > 0, temperature=temperature or 1.0, stop_at_eos=False,
-            use_past_kv_cache=True, return_type="tokens", verbose=False,
+            model.embed(begun) if kind_of(model) == "hooked" else begun, max_new_tokens=length, do_sample=temperature > 0,
+            temperature=temperature or 1.0, stop_at_eos=False, use_past_kv_cache=True, return_type="tokens", verbose=False,
         )  # fmt: skip
     return written[:, -length:].cpu()

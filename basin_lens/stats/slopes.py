@@ -66,7 +66,7 @@ def unit_slope(
             codes, y = rows.unit_means(score)
             _, x = rows.unit_means(on)
             enough(len(codes), FEWEST, f"units ({unit})")
-            if not np.allclose(x[np.searchsorted(codes, rows.unit)], rows.values[on]):
+            if not np.allclose(x[np.searchsorted(codes, rows.unit)], rows.values[on], rtol=1e-9, atol=0):
                 raise TableError(
                     f"expected a quantity that is the same throughout a unit ({unit}), got {on!r}, which changes within one."
                 )
@@ -75,6 +75,10 @@ def unit_slope(
                 continue
             fitted = sm.OLS(y, sm.add_constant(x)).fit(cov_type="HC3", use_t=True)
             low, high = fitted.conf_int()[1]
+            note = ""
+            if np.ptp(np.delete(x, np.abs(x - np.median(x)).argmax())) == 0:
+                # Its residual is 0 whatever the data: HC3 divides it by 0.
+                low, high, note = np.nan, np.nan, f"all but one unit have one value of {on}: no interval"
             found = stats.permutation_test(
                 (x,),
                 lambda x, axis, y=y: _correlations(x, y, axis),
@@ -86,7 +90,7 @@ def unit_slope(
             lines.append(
                 line(
                     rows, score, unit, test, effect, against=on, estimate=fitted.params[1], low=low, high=high, p=float(found.pvalue),
-                    rho=float(stats.spearmanr(x, y).statistic),
+                    rho=float(stats.spearmanr(x, y).statistic), note=note,
                 )
             )  # fmt: skip
     refuse_constant(lines, [*names, on])

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -24,14 +24,12 @@ Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red f
 ALPHA = 0.05
 # With fewer units, half of them could not reach 0.05 in a family of four tests: sign flips of 8 units give 2 / 2^8 at the least.
 FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
+LAYER_FREE = ("surprisal", "agreement")
 # Columns of one finding, as the summary shows them.
 FINDING = (
     "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
-        "estimate",
-    "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic",
-        "guide_r",
-        "guide_p",
-    "guide_reading", "note",
+        "estimate", "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic",
+        "guide_r", "guide_p", "guide_reading", "note",
 )  # fmt: skip
 
 
@@ -271,10 +269,11 @@ def declared(
     table = inner(table)
     found = None
     if measured.n_units >= FEWEST_TO_SPLIT:
-        try:
-            found = stats.best_layer(table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed)[:1]
-        except StudyError:  # enough units in all, but not of those that the test can use
-            found = None
+        # Enough units in all, but perhaps not of those that the test can use.
+        with suppress(StudyError):
+            found = stats.best_layer(
+                table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed
+            )[:1]  # fmt: skip
     if found is not None and len(found):
         (row,) = rows(found)
         said = (
@@ -328,7 +327,13 @@ def attempt_each(
     test: Callable[..., pd.DataFrame], table: pd.DataFrame, scores: Sequence[str], *args: Any, **options: Any
 ) -> pd.DataFrame:
     """`attempt` score by score, uncorrected: one that cannot be tested does not take the others with it."""
-    parts = [attempt(test, table, score, *args, correction="none", **options) for score in scores]
+    parts = []
+    for score in scores:
+        # What is the same at every layer is one test, not one for each.
+        free = "layer" in table and score in LAYER_FREE
+        part = table[table["layer"] == table["layer"].iloc[0]] if free else table
+        found = attempt(test, part, score, *args, correction="none", **options)
+        parts.append(found.assign(layer=pd.Series(pd.NA, found.index, "Int64")) if free else found)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -350,6 +355,7 @@ def settle(study: str, tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return family[list(FINDING)]
 
 
+_GUIDE = ("guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading")
 _NUMBERS = ("estimate", "low", "high", "null", "p", "p_corrected")
 
 
@@ -358,7 +364,7 @@ def beside_guide(findings: pd.DataFrame, guide: pd.DataFrame) -> pd.DataFrame:
     answer = findings.copy()
     for at, row in findings.iterrows():
         mine = guide[(guide["score"] == row["score"]) & (guide["layer"] == row["layer"]) & (guide["question"] == row["question"])]
-        for name in ("guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading"):
+        for name in _GUIDE:
             answer.loc[at, name] = mine[name].iloc[0] if len(mine) else None
     return answer
 
@@ -435,9 +441,7 @@ def guide(table: pd.DataFrame, scores: list[str], *args: Any, **options: Any) ->
     try:
         return stats.guide_tests(table, scores, *args, **options)
     except TableError:
-        return pd.DataFrame(
-            columns=["layer", "score", "question", "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading"]
-        )
+        return pd.DataFrame(columns=["layer", "score", "question", *_GUIDE])
 
 
 def rows(table: pd.DataFrame) -> list[Any]:

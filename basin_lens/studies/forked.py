@@ -17,7 +17,7 @@ from basin_lens.studies.planted import Planted, tensor_of
 from basin_lens.texts import Passage
 
 EDITS = (0, 1, 2, 4, 8, 16)
-_CANDIDATES = 8
+_CANDIDATES = 4
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,17 @@ def _continuations(
     count = len(tokens)
     table["doc"] = [f"prefix-{seq % count}" for seq in table["seq"]]
     table["true"] = table["seq"] < count
-    columns = ["compression", "compression_native", "compression_change", "compression_native_change", "surprisal"]
+    columns = ["compression", "compression_native", "compression_change", "compression_native_change"]
     means = table.groupby(["layer", "doc", "true"])[columns].mean().unstack("true")
+    told = table[table["layer"] == planted.layers[0]].groupby(["doc", "true"])["surprisal"].mean().unstack("true")
     apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
     apart["seq"] = apart["doc"]
     found = base.attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
     likely = pd.DataFrame({
         "doc": [f"prefix-{i}" for i in range(count)], "kind": kinds, "true_loss": losses[:, 0], "other_loss": losses[:, 1],
     })  # fmt: skip
+    told = told.rename(columns={True: "true_loss_tuned", False: "other_loss_tuned"}).reset_index()
+    likely = likely.merge(told, on="doc", validate="one_to_one")
     return likely, found
 
 
@@ -110,7 +113,7 @@ def _damaged(
     head = tokens.shape[1] - plan.length
     edits = [count for count in EDITS if count <= first - head]
     versions = [memorize.substituted(tokens, first, count, pool, keep=head, seed=plan.seed) for count in edits]
-    shares = np.stack([memorize.recited(planted.tuned, version, first) for version in versions])
+    shares = memorize.recited(planted.tuned, torch.cat(versions), first).reshape(len(edits), len(tokens))
     table = _continuation_scores(planted.tuned, torch.cat(versions), first, planted, planted.banks["tuned"], progress)
     count = len(tokens)
     table["edits"] = np.array(edits)[table["seq"].to_numpy() // count]

@@ -21,11 +21,11 @@ from basin_lens.texts import Passage
 Design = Literal["canaries", "author"]
 
 HYPOTHESIS = (
-    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression more than texts that "
-    "a coin held out (tuned less base, trained less held out; either direction), (2) the change grows with how often a text was shown (either "
-    "direction), (3) compression under the tuned model adds to its loss in telling the two apart, (4) compression differs "
-    "between trained and held out "
-    "texts of equal loss. Each text is a unit; the layer (not 0) is chosen on half of the texts and tested on the others."
+    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts that a coin held "
+    "out (tuned less base, trained less held out; either direction), (2) that difference grows with how often the text was shown (either "
+    "direction), (3) compression under the tuned model adds to its loss in telling the two apart, (4) compression differs between trained and "
+    "held out texts of equal loss. (1) and (2) are of differences within pairs, which the coin decided; (3) and (4) of texts. The layer (not 0) "
+    "is chosen on half of the units and tested on the others."
 )
 
 

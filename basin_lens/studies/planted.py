@@ -59,8 +59,8 @@ class Plan:
     kinds: tuple[str, ...] = memorize.KINDS
     length: int = 64
     layers: int | None = 10
-    forks: int = 8
-    sources: int = 8
+    forks: int = 6
+    sources: int = 6
     others: int = 6
     other_dose: int = 8
     k: int = 15

@@ -18,8 +18,8 @@ CALIPER = 0.25  # nats per token
 _PERMUTED = 500
 
 QUESTIONS = {
-    "difference": "memorized texts change in compression more than those held out",
-    "dose": "the change grows with the dose",
+    "difference": "memorized texts change in compression unlike those held out",
+    "dose": "the difference grows with the dose",
     "added": "compression adds to the loss",
     "matched": "compression differs where the loss is matched",
 }
@@ -57,21 +57,23 @@ class _Units:
 
 
 def examine(planted: Planted) -> Tested:
-    """Every test of the planted texts. The layer of a declared test is chosen on half of the pairs and tested on the others."""
+    """Every test of the planted texts.
+
+    Within each pair a coin decided: differences and slopes are of pairs. The layer of a declared test is chosen on half of the units and
+    tested on the others.
+    """
     sequences, seed = planted.sequences, planted.plan.seed
     shared: dict[str, Any] = {"unit": "document", "seed": seed}
-    effects = base.attempt(
-        stats.compare_groups, sequences, [*CHANGES, *SCORES], "member", groups=(True, False), correction="max-t", **shared
-    )
+    apart = pair_differences(sequences, [*CHANGES, *SCORES])
+    effects = base.attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
     parts = [
-        base.attempt(
-            stats.compare_groups, _at_dose(sequences, dose), [*CHANGES], "member", groups=(True, False), correction="none", n_resamples=1999, **shared
+        base.attempt_each(
+            stats.compare_groups, _at_dose(sequences, dose), CHANGES, "member", groups=(True, False), n_resamples=1999, **shared
         ).assign(dose=dose)
         for dose in _doses(planted)
     ]  # fmt: skip
     by_dose = stats.correct(pd.concat(parts, ignore_index=True), "bh")
-    dosed = sequences[sequences["member"]].assign(log2_dose=lambda t: np.log2(t["dose"].astype(float)))
-    slopes = base.attempt(stats.unit_slope, dosed, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
+    slopes = base.attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
     pairs = stats.match_units(planted.texts, "member", "log_likelihood", caliper=CALIPER)
     alike = sequences[sequences["doc"].isin([*pairs["with_label"], *pairs["without_label"]])]
     matched = (
@@ -81,16 +83,17 @@ def examine(planted: Planted) -> Tested:
     )
     added = _added(planted, shared)
     units = _Units(len(planted.texts), seed)
+    by_pair = _Units(apart["doc"].nunique(), seed)
     difference = base.declared(
-        sequences, partial(stats.compare_groups, scores="compression_change", group="member", groups=(True, False), **shared), units,
-        QUESTIONS["difference"], "difference", "compression_change", stratify="member",
+        apart, partial(stats.before_after, on="compression_change", **shared), by_pair, QUESTIONS["difference"], "difference",
+        "compression_change",
     )  # fmt: skip
     findings = base.settle("memorization", [
         difference,
         base.declared(
-            dosed, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), _Units(dosed["doc"].nunique(), seed),
-            QUESTIONS["dose"], "dose", "compression_change", stratify="dose",
-        ) if dosed["dose"].nunique() > 1 else base.empty_finding("compression_change", "document").assign(
+            apart, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), by_pair, QUESTIONS["dose"], "dose",
+            "compression_change", stratify="log2_dose",
+        ) if apart["log2_dose"].nunique() > 1 else base.empty_finding("compression_change", "document").assign(
             finding=QUESTIONS["dose"], question="dose", p_floor=np.nan, note="one dose only"),
         base.declared(
             sequences, partial(_gain, baselines=["log_likelihood"], shared=shared), units, QUESTIONS["added"], "added", "compression",
@@ -112,10 +115,18 @@ def examine(planted: Planted) -> Tested:
     row = found[found["score"] == "log_likelihood"].iloc[0]
     design = {name: float(row[name]) for name in ("estimate", "low", "high")} | {"dose": top}
     negatives = _negatives(planted, chosen, shared)
-    flags = _flags(planted, sequences, negatives, design, detection, findings, shared)
+    flags = _flags(planted, apart, negatives, design, detection, findings, shared)
     return Tested(
         findings, effects, by_dose, slopes, detection, detection_by_dose, added, pairs, matched, negatives, flags, chosen, design,
     )  # fmt: skip
+
+
+def pair_differences(sequences: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
+    """Trained less held out of each pair, by layer: what the coin decided. The pair is the document; `log2_dose` is its own."""
+    wide = sequences.pivot(index=["layer", "pair", "dose"], columns="member", values=list(scores))
+    apart = pd.DataFrame({name: wide[name][True] - wide[name][False] for name in scores}).reset_index()
+    apart["doc"] = "pair-" + apart["pair"].astype(str)
+    return apart.assign(seq=apart["doc"], log2_dose=np.log2(apart["dose"].astype(float)))
 
 
 def _doses(planted: Planted) -> list[int]:
@@ -223,7 +234,7 @@ def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataF
 
 def _flags(
     planted: Planted,
-    sequences: pd.DataFrame,
+    apart: pd.DataFrame,
     negatives: pd.DataFrame,
     design: dict[str, Any],
     detection: pd.DataFrame,
@@ -231,9 +242,7 @@ def _flags(
     shared: dict[str, Any],
 ) -> pd.DataFrame:
     """The usual four, and those of a planted design."""
-    usual = base.red_flags(
-        base.inner(sequences), "compression_change", group="member", groups=(True, False), controls=("loss_change",), **shared
-    )
+    usual = base.red_flags(base.inner(apart), "compression_change", **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
     lines = []
 
