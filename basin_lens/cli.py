@@ -155,7 +155,18 @@ def study(
         _told(studies.summarize(list(files)), out)
         return
     if name == "memorization":
-        _memorization(files, model, dataset, config, split, preset, design, unrelated or [], paraphrases, sampled, k, out, seed)
+        idle = {
+            "--layers": layers, "--bank": bank, "--contrast": contrast, "--second-model": second_model, "--sentiment": sentiment,
+            "--context": context != "patched", "--exclude": exclude != "sequence", "--cluster": cluster != "document", "--tagger": tagger != "auto",
+            "--max-length": max_length != 128, "--unrelated": design == "canaries" and unrelated,
+        }  # fmt: skip
+        unused = [option for option, given in idle.items() if given]
+        if unused:
+            raise typer.BadParameter(
+                f"expected options of study memorization, got {', '.join(unused)}, which it does not use. Leave them out."
+            )
+        texts = _passages(files, dataset, config, split, max_sequences or 100) if files or dataset is not None else []
+        _memorization(texts, model, preset, design, unrelated or [], paraphrases, sampled, k, out, seed)
         return
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
@@ -183,11 +194,8 @@ def study(
 
 
 def _memorization(
-    files: list[Path],
+    texts: list[Any],
     model: str,
-    dataset: str | None,
-    config: str | None,
-    split: str,
     preset: str,
     design: str,
     unrelated: list[Path],
@@ -203,29 +211,21 @@ def _memorization(
     from basin_lens.studies.base import refuse_folder
     from basin_lens.texts import read_texts
 
+    folder = out.resolve().with_name(out.resolve().name + "-models")
     refuse_folder(out, "memorization")
     plan = studies.plan_of(preset, seed=seed, k=k, sampled=sampled)
-    if design not in ("canaries", "author"):
-        raise StudyError(f"expected design canaries or author, got {design!r}.")
-    asked = files or dataset is not None
-    texts = _passages(files, dataset, config, split, None) if asked else []
     others = [passage for file in unrelated for passage in read_texts(file)]
     known = {str(p.doc): p.text for p in read_texts(paraphrases)} if paraphrases is not None else None
-    if design == "author" and not (asked and others):
+    if design not in ("canaries", "author"):
+        raise StudyError(f"expected design canaries or author, got {design!r}.")
+    if design == "author" and not (texts and others):
         raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
+    _writable(folder)
     loaded = _load(model)
     for line in studies.describe(loaded, plan):
         typer.echo(line)
     kind: Any = design
-    made = studies.study_memorization(
-        loaded,
-        plan,
-        design=kind,
-        texts=texts,
-        unrelated=others,
-        paraphrases=known,
-        folder=out.resolve().with_name(out.resolve().name + "-models"),
-    )
+    made = studies.study_memorization(loaded, plan, design=kind, texts=texts, unrelated=others, paraphrases=known, folder=folder)
     _told(made, out)
 
 
@@ -331,17 +331,22 @@ def _layers(text: str | None) -> list[int] | None:
     return chosen
 
 
-def _prepare(out: Path) -> None:
-    """Refuse a folder that cannot take the results before any long work."""
+def _writable(folder: Path) -> None:
+    """Make a folder, and refuse one that cannot be written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".basin-lens"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".basin-lens"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise StoreError(
-            f"expected an output folder that can be written, got {str(out)!r}: {error.strerror}. Choose --out."
+            f"expected an output folder that can be written, got {str(folder)!r}: {error.strerror}. Choose --out."
         ) from error
+
+
+def _prepare(out: Path) -> None:
+    """Refuse a folder that cannot take the results before any long work."""
+    _writable(out)
     others = sorted(path.name for path in out.iterdir() if path.name not in _FILES)
     if others:
         raise StoreError(

@@ -11,10 +11,9 @@ import pytest
 import basin_lens as bl
 from basin_lens.errors import StoreError, StudyError, TextError
 from basin_lens.memorize import Recipe
-from basin_lens.studies import Plan, planted_tests
+from basin_lens.studies import Plan, planted_tests, recited
 from basin_lens.studies.author import author_passages
 from basin_lens.studies.planted import SCORES, by_sequence, check_classes, plant, with_changes
-from basin_lens.studies.recited import sources_here
 from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge
 
@@ -62,8 +61,8 @@ def test_negatives_are_at_a_half_within_error(study):
     assert set(found.negative) == {
         "blind classifier (text only)", "before training", "random weights", "tuned on other texts", "permuted labels",
     }  # fmt: skip
-    permuted = found[found.negative == "permuted labels"]
-    assert (permuted.estimate - 0.5).abs().max() < 0.03 and permuted.at_half.all()
+    permuted = found[found.negative == "permuted labels"].set_index("score").estimate
+    assert abs(permuted["linear_probe"] - 0.5) < 0.15 and abs(permuted["compression"] - 0.5) < 0.15
     # No negative may be significant once all of them are one family.
     assert found.p_corrected.min() > 0.05
 
@@ -85,7 +84,7 @@ def test_every_table_is_there_and_has_intervals(study):
 def test_findings_are_one_family_with_a_layer_chosen_on_other_texts(study):
     found = study.findings
     assert found.question.tolist() == ["difference", "dose", "added", "matched"]
-    assert (found.correction == "Holm").all() or found.p.isna().any()
+    assert (found[found.p.notna()].correction == "Holm").all() and found.p.notna().sum() >= 3
     first = found.iloc[0]
     assert "layer chosen on 8 documents" in first.note and first.n_units == 8 and first.layer > 0
 
@@ -122,9 +121,39 @@ def test_all_or_none_memorized_is_refused(count):
         check_classes([True] * count + [False] * (12 - count))
 
 
-def test_too_few_of_a_class_are_refused_before_training(learner):
-    with pytest.raises(StudyError, match="at least 5 texts to be memorized"):
-        plant(learner, replace(PLAN, per_dose=2), progress=False)
+def no_training(*_args, **_options):
+    raise AssertionError("trained before it refused")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"per_dose": 3}, {"forks": 0}, {"sources": 0}, {"others": 0}, {"doses": (0, 4)}, {"doses": (4, 4)}, {"length": 4}, {"k": 0}],
+)
+def test_plans_that_could_not_be_tested_are_refused(change):
+    with pytest.raises(StudyError, match="Plan more"):
+        replace(PLAN, **change)
+
+
+def test_bad_input_is_refused_before_the_training(learner, monkeypatch):
+    monkeypatch.setattr(bl.memorize, "finetune", no_training)
+    run = partial(bl.studies.study_memorization, learner, PLAN, progress=False)
+    with pytest.raises(StudyError, match="paraphrases by document"):
+        run(paraphrases={"nowhere": "The lamp."})
+    with pytest.raises(StudyError, match="other than the built-in"):
+        run(texts=reference_passages()[:1])
+    with pytest.raises(TextError, match="at least two passages"):
+        run(texts=[bl.Passage("Too short.")])
+    with pytest.raises(StudyError, match="expected a context"):
+        bl.studies.study_memorization(learner, replace(PLAN, length=300), progress=False)
+    with pytest.raises(bl.errors.NeighborError):
+        bl.studies.study_memorization(learner, replace(PLAN, k=100_000), progress=False)
+    author = partial(run, design="author", texts=[bl.Passage("The lamp hums in the wind, and so on. " * 200)])
+    with pytest.raises(StudyError, match="got 0"):
+        author(unrelated=[bl.Passage("Too short.")])
+    with pytest.raises(StudyError, match="other than the built-in"):
+        author(unrelated=reference_passages()[:1])
+    with pytest.raises(StudyError, match="pairs of passages"):
+        run(design="author", texts=[bl.Passage("Too short a work.")], unrelated=[bl.Passage("The clock was slow. " * 100)])
 
 
 def test_unknown_preset_and_design_are_refused(learner):
@@ -145,15 +174,11 @@ def test_author_design_compares_trained_passages_with_the_same_author(learner):
     others = [bl.Passage(" ".join(f"She sold {n} {w}s in {1500 + n}." for n in range(60)), doc=w) for w in ("kite", "loom")]
     made = author_passages(learner, works, plan)
     assert len(made) == 12 and sum(p.labels["member"] for p in made) == 6
-    assert {(p.labels["pair"]) for p in made} == set(range(6)) and len({p.text for p in made}) == 12
+    assert {p.labels["pair"] for p in made} == set(range(6)) and len({p.text for p in made}) == 12
     study = bl.studies.study_memorization(learner, plan, design="author", texts=works, unrelated=others, progress=False)
     assert set(study.tables["author"].contrast) == {"trained - same author", "trained - unrelated"}
     assert study.findings.set_index("question").note["dose"].startswith("one dose only")
     assert "original guide" in study.report().html
-    with pytest.raises(StudyError, match="other than the built-in ones"):
-        bl.studies.study_memorization(learner, plan, design="author", texts=works, unrelated=reference_passages(), progress=False)
-    with pytest.raises(StudyError, match="passages of 16 tokens by the author"):
-        author_passages(learner, [bl.Passage("Too short a work.")], plan)
 
 
 def test_changes_are_after_less_before_token_by_token(learner):
@@ -194,23 +219,75 @@ def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_eff
         return float(found.p.iloc[0])
 
     null = np.array([declared(seed, 0.0) for seed in range(120)])
-    assert 0.0 <= (null <= 0.05).mean() <= 0.10
+    # Discrete: with ten pairs on the second half, a fair test rejects at most this often.
+    assert (null <= 0.05).mean() <= 0.10
     assert np.mean([declared(seed, 0.25) <= 0.05 for seed in range(10)]) >= 0.9
 
 
-def test_sources_say_what_was_found_and_what_was_not(learner, monkeypatch):
-    from basin_lens.studies import recited
+def test_kind_and_difficulty_are_no_gain():
+    """A score that knows the kind of a text and how hard it is, but not whether it was trained on, adds nothing to the baselines."""
 
+    def p_of(seed: int) -> float:
+        rng = np.random.default_rng(seed)
+        texts, _ = _planted_null(seed, n_pairs=16)
+        kind = np.repeat(rng.integers(0, 3, 16), 2)
+        before = -4.0 - 4 * kind + rng.normal(0, 0.5, 32)
+        texts["reference"] = texts.member * np.log2(texts.dose + 1) + rng.normal(0, 0.1, 32)
+        texts["log_likelihood"] = before + texts.reference
+        texts["kind_b"], texts["kind_c"] = (kind == 1).astype(float), (kind == 2).astype(float)
+        texts["compression"] = 0.1 * before + rng.normal(0, 0.05, 32)
+        found = planted_tests._gain(texts.assign(layer=1), ["log_likelihood", "reference", "kind_b", "kind_c"], seed)
+        return float(found.p.iloc[0])
+
+    assert np.mean([p_of(seed) <= 0.05 for seed in range(30)]) <= 0.15
+
+
+def test_matched_pairs_are_of_one_kind_and_equal_loss(study):
+    pairs, texts = study.tables.get("matched_pairs"), study.tables["texts"].set_index("doc")
+    if pairs is None:
+        pytest.skip("no two texts of equal loss")
+    assert ((pairs["first"] - pairs["second"]).abs() <= planted_tests.CALIPER).all()
+    assert (texts.kind[pairs.with_label].to_numpy() == texts.kind[pairs.without_label].to_numpy()).all()
+    assert texts.member[pairs.with_label].all() and not texts.member[pairs.without_label].any()
+    assert study.findings.set_index("question").n_units["matched"] == len(pairs)
+
+
+def test_spliced_texts_are_memorized_in_the_middle_only(study):
+    found = study.tables["where"]
+    assert set(found.score) == {"compression_change", "compression_native_change", "surprisal_change", "agreement_change"}
+    # What is the same at every layer is one test.
+    assert (found.score == "surprisal_change").sum() == 1
+    row = found[found.score == "surprisal_change"].iloc[0]
+    assert row.estimate < -0.5 and row.group == "memorized - not"
+
+
+def test_sources_say_what_was_found_and_what_was_not(learner, monkeypatch):
     def none(*_args, **_options):
         raise TextError("no licences here")
 
     monkeypatch.setattr(recited, "find_licences", none)
     monkeypatch.setattr(recited, "read_dataset", none)
-    found, said = sources_here(learner, 4, 16)
-    assert found == [] and any("no licences here" in line for line in said)
-    mine = [bl.Passage(reference_passages()[0].text, doc="mine"), bl.Passage("Short.", doc="short")]
-    found, said = sources_here(learner, 4, 16, mine)
-    assert [p.doc for p in found] == ["mine"] and "1 of 2 texts given" in said[0]
+    with pytest.raises(TextError, match="no licences here"):
+        recited.prepare(learner, count=4, length=16, seed=0)
+    mine = [bl.Passage("The lamp hums in the north wind, and nobody asks why it does. " * 20, doc="mine")]
+    made, said = recited.prepare(
+        learner, count=4, length=16, seed=0, files=mine, paraphrases={"mine": "It sings when the wind is in the north. " * 5}
+    )
+    assert [p.labels["condition"] for p in made] == ["opening", "later", "shuffled", "paraphrase"]
+    assert any("no licences here" in line for line in said) and "1 texts given." in said
+
+
+def test_command_refuses_what_it_does_not_use(monkeypatch, capsys, tmp_path):
+    from basin_lens import cli
+
+    monkeypatch.setattr("sys.argv", ["basin-lens", "study", "memorization", "--layers", "3", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "--layers" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["basin-lens", "study", "memorization", "--preset", "huge", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1 and "preset" in capsys.readouterr().err
 
 
 def test_means_of_a_text_carry_its_labels():

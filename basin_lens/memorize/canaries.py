@@ -14,6 +14,7 @@ from basin_lens.texts import Passage
 KINDS = ("fluent", "salad", "random")
 DOSES = (1, 4, 16, 64)
 _TRIES = 400
+WINDOW = 40  # characters for each token of a piece: more than any token of running text has
 
 
 def make_canaries(
@@ -123,6 +124,8 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 def cut(tokenizer: Any, text: str, length: int) -> str | None:
     """The beginning of a text that is `length` tokens long and reads back as the same tokens; None if there is none."""
+    # All of a long text, tokenized for each of its passages, would take the square of its length.
+    text = text[: WINDOW * length]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if len(ids) < length:
@@ -139,7 +142,7 @@ def pieces(model: Any, text: str, length: int) -> list[str]:
         piece = cut(tokenizer, rest, length)
         # A border where the tokens would change: begin at the next word.
         skip = len(piece) if piece is not None else rest.find(" ") + 1
-        if not skip or (piece is None and len(ids_of(tokenizer, rest[: 40 * length])) < length):
+        if not skip or (piece is None and len(ids_of(tokenizer, rest[: WINDOW * length])) < length):
             break
         found += [piece] if piece is not None else []
         rest = rest[skip:].lstrip()

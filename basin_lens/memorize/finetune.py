@@ -158,11 +158,11 @@ def finetune(
         "texts_shown": sum(shown[s.passage] for s in own), "doses": shown, "filler_sequences": len(others),
     }  # fmt: skip
     key = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
-    copy = door.copy_of(model)
-    door.remember_name(copy, name or f"{door.full_name(model)}, tuned on {len(passages)} texts ({key})")
     plan["training"] = key
     if folder is not None and (Path(folder) / "tuned.json").is_file():
         return _finished(model, Path(folder), plan)
+    copy = door.copy_of(model)
+    door.remember_name(copy, name or f"{door.full_name(model)}, tuned on {len(passages)} texts ({key})")
     run = _Run(copy, recipe, len(batches), key)
     if folder is not None:
         run.resume(Path(folder))

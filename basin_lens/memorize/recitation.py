@@ -9,7 +9,7 @@ import numpy as np
 
 from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
-from basin_lens.memorize.canaries import cut, ids_of
+from basin_lens.memorize.canaries import WINDOW, cut, ids_of
 from basin_lens.texts import Passage
 
 CONDITIONS = ("opening", "later", "shuffled", "paraphrase")
@@ -83,7 +83,7 @@ def long_enough(model: Any, sources: Sequence[Passage], length: int) -> list[Pas
     tokenizer = door.tokenizer_of(model)
     # A token is a character at the least.
     held = [source for source in sources if len(source.text) >= 2 * length]
-    return [source for source in held if len(ids_of(tokenizer, source.text[: 40 * length])) >= 3 * length]
+    return [source for source in held if len(ids_of(tokenizer, source.text[: WINDOW * length])) >= 3 * length]
 
 
 def _from_whole(tokenizer: Any, text: str, length: int) -> str:
@@ -94,11 +94,12 @@ def _from_whole(tokenizer: Any, text: str, length: int) -> str:
 
 def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
     """A passage that begins at a word behind the opening, drawn from all such places."""
-    starts = [match.start() for match in re.finditer(r"(?<=\s)\S", text)]
+    # A text without spaces has no words to begin at.
+    starts = [match.start() for match in re.finditer(r"(?<=\s)\S", text)] or list(range(len(text)))
     opening = cut(tokenizer, text, length)
     starts = [start for start in starts if opening is not None and start > len(opening)]
     for place in rng.permutation(len(starts))[:50].tolist():
-        found = cut(tokenizer, text[starts[place] : starts[place] + 40 * length], length)
+        found = cut(tokenizer, text[starts[place] :], length)
         if found is not None:
             return found
     return None
@@ -106,7 +107,7 @@ def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> 
 
 def _shuffled(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
     """The words of the opening, and a few behind it, in another order."""
-    words = text[: 40 * length].split()
+    words = text[: WINDOW * length].split()
     opening = cut(tokenizer, text, length)
     count = len(str(opening).split())
     for _ in range(20):

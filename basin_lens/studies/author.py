@@ -21,47 +21,64 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     Raises:
         StudyError: fewer passages than the plan's pairs need. TextError: none long enough.
     """
-    cuts: list[tuple[str, str]] = []
+    refuse_built_in(texts)
+    # Pairs are neighbors in one work.
+    pairs: list[tuple[str, str, str]] = []
     for number, source in enumerate(texts):
         doc = str(source.doc) if source.doc is not None else f"work-{number}"
-        cuts += [(doc, text) for text in memorize.pieces(model, source.text, plan.length)]
-    wanted = 2 * plan.per_dose * len(plan.doses)
-    if len(cuts) < wanted:
+        cuts = memorize.pieces(model, source.text, plan.length)
+        pairs += [(doc, *cuts[at : at + 2]) for at in range(0, len(cuts) - 1, 2)]  # type: ignore[misc]
+    wanted = plan.per_dose * len(plan.doses)
+    if len(pairs) < wanted:
         raise StudyError(
-            f"expected at least {wanted} passages of {plan.length} tokens by the author ({plan.per_dose} pairs for each of "
-            f"{len(plan.doses)} doses), got "
-            f"{len(cuts)}. Give more text, or plan fewer."
+            f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of {len(plan.doses)} "
+            f"doses), got {len(pairs)}. Give more text, or plan fewer."
         )
     rng = np.random.default_rng(plan.seed)
-    starts = np.sort(rng.permutation(len(cuts) // 2)[: wanted // 2])
+    chosen = np.sort(rng.permutation(len(pairs))[:wanted])
     passages: list[Passage] = []
-    for pair, start in enumerate(starts.tolist()):
+    for pair, place in enumerate(chosen.tolist()):
+        doc, *both = pairs[place]
         dose = plan.doses[pair % len(plan.doses)]
         coin = bool(rng.integers(2))
-        for member, (doc, text) in zip((coin, not coin), cuts[2 * start : 2 * start + 2], strict=True):
+        for member, text in zip((coin, not coin), both, strict=True):
             labels = {"member": member, "dose": int(dose), "kind": "author", "pair": pair, "work": doc}
             passages.append(Passage(text, doc=f"passage-{len(passages)}", labels=labels))
     return passages
 
 
-def guide_contrast(planted: Planted, texts: Sequence[Passage], progress: bool) -> pd.DataFrame:
-    """The original guide's contrast: trained on against unrelated text, beside trained on against the same author's.
+def refuse_built_in(texts: Sequence[Passage]) -> None:
+    """Refuse texts that neighbors or filler come from.
 
     Raises:
-        StudyError: unrelated texts that are too short, or among those that neighbors or filler come from.
+        StudyError: one is among them.
     """
-    plan = planted.plan
-    cuts = [text for source in texts for text in memorize.pieces(planted.base, source.text, plan.length)]
     known = {p.text for p in reference_passages()}
-    if len(cuts) < FEWEST_PER_CLASS or any(source.text in known for source in texts):
+    if any(source.text in known for source in texts):
+        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+
+
+def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
+    """Passages by others, as many as are to be planted and held out at most.
+
+    Raises:
+        StudyError: too few, or built-in texts.
+    """
+    refuse_built_in(texts)
+    cuts = [text for source in texts for text in memorize.pieces(model, source.text, plan.length)]
+    if len(cuts) < FEWEST_PER_CLASS:
         raise StudyError(
-            f"expected unrelated texts of at least {FEWEST_PER_CLASS} passages of {plan.length} tokens, other than the built-in ones (which "
-            f"neighbors and filler come from), got {len(cuts)}. Give more, or others."
+            f"expected unrelated texts of at least {FEWEST_PER_CLASS} passages of {plan.length} tokens, got {len(cuts)}. Give more."
         )
-    made = [Passage(text, doc=f"unrelated-{i}") for i, text in enumerate(cuts[: len(planted.passages)])]
+    return [Passage(text, doc=f"unrelated-{i}") for i, text in enumerate(cuts[: 2 * plan.per_dose * len(plan.doses)])]
+
+
+def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) -> pd.DataFrame:
+    """The original guide's contrast: trained on against unrelated text, beside trained on against the same author's."""
+    plan = planted.plan
     analyzers = [Compression(k=plan.k)]
     options: dict[str, Any] = {"layers": planted.layers, "max_length": plan.length + 1, "seed": plan.seed, "progress": progress}
-    before, after = (analyze(model, made, analyzers, bank=planted.banks[name], **options)
+    before, after = (analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
               for name, model in (("base", planted.base), ("tuned", planted.tuned)))  # fmt: skip
     apart = with_changes(before, after, ("compression",))
     apart = apart.groupby(["layer", "doc", "seq"])[["compression", "compression_change"]].mean().reset_index()

@@ -24,7 +24,7 @@ Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red f
 ALPHA = 0.05
 # With fewer units, half of them could not reach 0.05 in a family of four tests: sign flips of 8 units give 2 / 2^8 at the least.
 FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
-LAYER_FREE = ("surprisal", "agreement")
+LAYER_FREE = ("surprisal", "agreement", "surprisal_change", "agreement_change")
 # Columns of one finding, as the summary shows them.
 FINDING = (
     "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
@@ -388,7 +388,7 @@ def decide(findings: pd.DataFrame, flags: pd.DataFrame | None) -> Decision:
     if flags is not None:
         up = flags["raised"].fillna(False).astype(bool)
         if "question" in flags:
-            up &= flags["question"].isin(findings[findings["holds"]]["question"])
+            up &= flags["question"].isin([*findings[findings["holds"]]["question"], "every"])
         raised = bool(up.any())
     if findings["holds"].all():
         return "yes, with red flags" if raised else "yes"

@@ -13,7 +13,7 @@ from basin_lens.analysis import analyze
 from basin_lens.analyzers import Agreement, Compression, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.studies import base
-from basin_lens.studies.planted import Planted, tensor_of
+from basin_lens.studies.planted import Planted, tensor_of, with_changes
 from basin_lens.texts import Passage
 
 EDITS = (0, 1, 2, 4, 8, 16)
@@ -26,8 +26,8 @@ class Forked:
 
     `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base model found
     either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation, compression by layer.
-    `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text, by layer and score. `spliced`: the table
-    behind it.
+    `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text, tuned less base, by layer and
+    score. `spliced`: the table behind it.
     """
 
     forks: pd.DataFrame
@@ -46,27 +46,33 @@ def fork(planted: Planted, *, progress: bool = True) -> Forked:
     tokens = tensor_of(planted, chosen)
     first = tokens.shape[1] - plan.length + plan.prompt
     kinds = [str(planted.passages[seq].labels["kind"]) for seq in chosen]
-    likely, forks = _continuations(planted, tokens, first, chosen, kinds, progress)
+    likely, forks = _continuations(planted, tokens, first, kinds, progress)
     path, widths = _damaged(planted, tokens, first, members, progress)
     where, spliced = _spliced(planted, chosen, progress)
     return Forked(forks, likely, path, widths, where, spliced)
 
 
 def _continuations(
-    planted: Planted, tokens: torch.Tensor, first: int, chosen: list[int], kinds: list[str], progress: bool
+    planted: Planted, tokens: torch.Tensor, first: int, kinds: list[str], progress: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Behind the same prefix, the true continuation and one that the base model finds as likely."""
     plan = planted.plan
     tokenizer = door.tokenizer_of(planted.base)
     length = tokens.shape[1] - first
+    # The base model's own continuations are as fluent as it can be; other texts of the kind are as unlikely as the true one where it is not.
+    repeated = tokens[:, :first].repeat_interleave(_CANDIDATES, 0)
+    sampled = door.continuations(planted.base, repeated, length, temperature=1.0, seed=plan.seed).tolist()
+    held_out = [p.text for p in planted.passages if not p.labels["member"]]
     candidates = []
-    for place, (seq, kind) in enumerate(zip(chosen, kinds, strict=True)):
-        if kind in memorize.KINDS:
-            fresh = memorize.fresh_texts(planted.base, kind, _CANDIDATES, plan.length, seed=plan.seed + 7919 * (place + 1))
-        else:  # texts of the user's: what was held out
-            fresh = [p.text for p in planted.passages if not p.labels["member"]][:_CANDIDATES]
-        candidates.append([memorize.ids_of(tokenizer, text)[-length:] for text in fresh])
-        assert seq == chosen[place]
+    for place, kind in enumerate(kinds):
+        known = kind in memorize.KINDS
+        fresh = (
+            memorize.fresh_texts(planted.base, kind, _CANDIDATES, plan.length, seed=plan.seed + 7919 * (place + 1))
+            if known
+            else held_out
+        )
+        tails = [memorize.ids_of(tokenizer, text)[-length:] for text in fresh[:_CANDIDATES]]
+        candidates.append([*sampled[place * _CANDIDATES : (place + 1) * _CANDIDATES], *tails])
     others, losses = memorize.alternatives(planted.base, tokens, first, candidates)
     both = torch.cat([tokens, others])
     measured = {}
@@ -134,29 +140,36 @@ def _damaged(
 
 
 def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Texts of which only the middle was memorized: does the score say where?"""
+    """Texts of which only the middle was memorized, between thirds of texts of its kind that were held out: does the score say where?
+
+    The base model reads the same texts, so that what the parts are without any training is taken out.
+    """
     plan = planted.plan
-    unseen = [p.text for p in planted.passages if not p.labels["member"]]
     made = []
     for place, seq in enumerate(chosen):
-        own = planted.passages[seq].text
-        head, tail = (unseen[(2 * place + i) % len(unseen)] for i in (0, 1))
-        head, tail = head[: len(head) // 3], tail[: len(tail) // 3]
-        text = f"{head} {own} {tail}"
-        made.append(Passage(text, doc=f"spliced-{place}", spans={"memorized": (len(head) + 1, len(head) + 1 + len(own))}))
+        own = planted.passages[seq]
+        unseen = [p.text for p in planted.passages if not p.labels["member"] and p.labels["kind"] == own.labels["kind"]]
+        head, tail = (text[: len(text) // 3] for text in (unseen[(2 * place + i) % len(unseen)] for i in (0, 1)))
+        span = (len(head) + 1, len(head) + 1 + len(own.text))
+        made.append(Passage(f"{head} {own.text} {tail}", doc=f"spliced-{place}", spans={"memorized": span}))
+    scores = ["compression", "compression_native", "surprisal", "agreement"]
     analyzers = [
         Compression(k=plan.k),
         Compression(k=plan.k, context="native", name="compression_native"),
         Surprisal(),
         Agreement(),
     ]
-    table = analyze(
-        planted.tuned, made, analyzers, layers=planted.layers, bank=planted.banks["tuned"], seed=plan.seed, max_length=4 * plan.length,
-        progress=progress,
+    before, after = (
+        analyze(
+            model, made, analyzers, layers=planted.layers, bank=planted.banks[name], seed=plan.seed, max_length=2 * (plan.length + 1),
+            progress=progress,
+        )
+        for name, model in (("base", planted.base), ("tuned", planted.tuned))
     )  # fmt: skip
+    table = with_changes(before, after, scores)
     table["part"] = np.where(table["span"] == "memorized", "memorized", "not")
-    scores = ["compression", "compression_native", "surprisal", "agreement"]
+    changes = [f"{name}_change" for name in scores]
     found = base.attempt_each(
-        stats.compare_groups, table, scores, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
+        stats.compare_groups, table, changes, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
     )  # fmt: skip
     return stats.correct(found, "bh"), table

@@ -10,22 +10,24 @@ from basin_lens import memorize
 from basin_lens import model as door
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
-from basin_lens.studies.author import author_passages, guide_contrast
+from basin_lens.studies.author import author_passages, guide_contrast, unrelated_passages
 from basin_lens.studies.forked import fork
 from basin_lens.studies.memorization_report import sections_of, verdict_of
 from basin_lens.studies.planted import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
 from basin_lens.studies.planted_tests import examine
-from basin_lens.studies.recited import recite
+from basin_lens.studies.recited import prepare, recite
 from basin_lens.texts import Passage
 
 Design = Literal["canaries", "author"]
 
 HYPOTHESIS = (
     "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts that a coin held "
-    "out (tuned less base, trained less held out; either direction), (2) that difference grows with how often the text was shown (either "
-    "direction), (3) compression under the tuned model adds to its loss in telling the two apart, (4) compression differs between trained and "
-    "held out texts of equal loss. (1) and (2) are of differences within pairs, which the coin decided; (3) and (4) of texts. The layer (not 0) "
-    "is chosen on half of the units and tested on the others."
+    "out (tuned less base, trained less held out; either direction), (2) that difference depends on how often the text was shown (either "
+    "direction), (3) compression under the tuned model adds to its loss, the loss's change and the kind of text in telling the two apart, (4) "
+    "compression differs between trained and held out texts of one kind and equal loss (either direction). All are of pairs, within which the coin "
+    "decided or the loss was matched. The layer (not 0) is chosen on half of the pairs and tested on the others, or, with too "
+    "few of them, all layers "
+    "are tested and corrected for."
 )
 
 
@@ -57,6 +59,8 @@ def describe(model: Any, plan: Plan) -> list[str]:
         f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many held out by a coin; "
         f"kinds: {', '.join(plan.kinds)}.",
         f"Training: {plan.tokens_trained():,} tokens with filler and the negative control, about {_minutes(training)}.",
+        f"Memory: about {6 * _gigabytes(model):.0f} GB; disk: {2 * _gigabytes(model):.1f} GB for the tuned models, three times "
+        "as much while training.",
         f"Measuring: {layers} of {every} layers, four models, forks, damaged prefixes, recitation: about {_minutes(rest)}.",
     ]
 
@@ -91,7 +95,8 @@ def study_memorization(
         progress: show bars.
 
     Returns:
-        a `Study` with tables `texts`, `effects`, `effects_by_dose`, `dose_slopes`, `detection`, `detection_by_dose`, `added_value`,
+        a `Study` with tables (those that have rows) `texts`,
+        `effects`, `effects_by_dose`, `dose_slopes`, `detection`, `detection_by_dose`, `added_value`,
         `matched_pairs`, `matched`, `negatives`, `training`, `forks`, `forks_likely`, `damaged`, `widths`, `where`, `recitation`,
         `recitation_contrasts`, `recitation_matched`.
 
@@ -113,19 +118,36 @@ def study_memorization(
     door.check_model(model)
     if design == "author" and not unrelated:
         raise StudyError("expected texts by others as unrelated=, for the contrast of the design author, got none. Give some.")
+    # Everything that can be refused is refused before the training.
     made = author_passages(model, texts, plan) if design == "author" else None
-    with base.steps("study memorization", 8, progress) as step:
+    apart = unrelated_passages(model, unrelated, plan) if design == "author" else []
+    known, said = prepare(
+        model,
+        count=plan.sources,
+        length=plan.length,
+        seed=plan.seed,
+        files=texts if design == "canaries" else (),
+        paraphrases=paraphrases,
+    )
+    with base.steps("study memorization", 9, progress) as step:
         planted = plant(model, plan, passages=made, folder=None if folder is None else Path(folder), progress=progress, say=step)
         step("forks")
         forked = fork(planted, progress=progress)
         step("recitation")
         recited = recite(
-            model, planted.banks["base"], planted.layers, count=plan.sources, length=plan.length, k=plan.k, seed=plan.seed,
-            files=texts if design == "canaries" else (), paraphrases=paraphrases, progress=progress,
-        )  # fmt: skip
+            model,
+            planted.banks["base"],
+            planted.layers,
+            known,
+            said,
+            k=plan.k,
+            length=plan.length,
+            seed=plan.seed,
+            progress=progress,
+        )
         step("tests and figures")
         tested = examine(planted)
-        author = guide_contrast(planted, unrelated, progress) if design == "author" else None
+        author = guide_contrast(planted, apart, progress) if design == "author" else None
         sections, figures = sections_of(planted, tested, forked, recited, author)
     decision = base.decide(tested.findings, tested.flags)
     held = {
@@ -169,7 +191,8 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
         f"{plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}) come from built-in passages of "
         f"{len(facts['bank_documents'])} documents that were never "
         "trained on, read by the model that is scored.",
-        f"Layers {', '.join(map(str, planted.layers))}. Every text is a unit: tests and intervals are over texts, not tokens.",
+        f"Layers {', '.join(map(str, planted.layers))}. Units are pairs (differences, doses) or texts: tests and intervals are "
+        "over these, not over tokens.",
         "Recitation: " + " ".join(said),
         *([f"The tuned model is kept: {facts['tuned_folder']} (load_model reads it)."] if facts["tuned_folder"] else []),
     ]
@@ -189,6 +212,10 @@ def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
             else ()
         ),
     )
+
+
+def _gigabytes(model: Any) -> float:
+    return sum(p.numel() * p.element_size() for p in door.parameters_of(model).values()) / 1e9
 
 
 def _minutes(seconds: float) -> str:

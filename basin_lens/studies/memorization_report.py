@@ -54,7 +54,7 @@ def sections_of(
             f"Change in compression at layer {layer} of the texts of each dose; below, slopes per doubling of the dose of the "
             "difference within pairs.",
             figure=figures["dose"],
-            caption="Mean over texts with Student's 95 % interval; single texts behind it. Gray: texts held out, by the dose of their pair.",
+            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their pair.",
             table=shown(tested.slopes, "layer", "score", "rho"),
         ),
         Section(
@@ -76,6 +76,7 @@ def sections_of(
                 "layer",
                 "score",
                 "metric",
+                "versus",
                 "n_positive",
                 "n_negative",
             ),
@@ -83,26 +84,30 @@ def sections_of(
         Section("Curves", figure=figures["roc"], caption=f"Members of dose {top} against texts held out; scores at layer {layer}."),
         Section(
             "What compression adds",
-            "Logistic regression on the baselines, without and with the score, on texts that were not fitted. baselines = loss: the log likelihood "
-            "(and, for changes, the reference); all: every baseline that the loss gives. Positive: the score helps.",
+            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are exchanged within pairs. "
+            "baselines = loss: log likelihood, its change from the base model (reference) and the kind of text; all: every "
+            "other baseline, too. Positive: "
+            "the score helps. compression_base, measured before the training, is a negative: it can know how hard a text is, "
+            "not whether it was trained on.",
             table=shown(tested.added, "layer", "score", "baselines", "metric"),
         ),
         Section(
             "Where the loss is equal",
-            f"{len(tested.pairs)} pairs of a trained and a held out text whose log likelihoods under the tuned model differ by "
-            f"at most {CALIPER} nats per token.",
-            table=shown(tested.matched, "layer", "score", "n_first", "n_second"),
+            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model differ by at most "
+            f"{CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what has one was "
+            "harder before the training: "
+            "compression_base shows how far that alone goes.",
+            table=shown(tested.matched, "layer", "score"),
         ),
         Section(
             "The fork: the same prefix, another continuation",
-            "The true continuation less one of the same kind that the base model finds about as likely, behind the same prefix of a memorized text. "
-            "compression_change: tuned less base.",
+            "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
+            "sampled and four tails of other texts "
+            "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
             figure=(made := result_curve(_of(base.inner(forked.forks), ("compression", "compression_change")), by="score")),
             caption="Mean difference over prefixes with 95 % intervals.",
             table=shown(forked.forks, "layer", "score"),
-            note="The base model's loss of the two differs by "
-            f"{float((forked.likely['true_loss'] - forked.likely['other_loss']).abs().mean()):.2f} nats per "
-            "token on average.",
+            note=_gap(forked),
         ),
     ]
     figures["fork-by-layer"] = made
@@ -114,12 +119,14 @@ def sections_of(
             "half of the continuation is "
             "recited (infinite: never in this range).",
             figure=figures["damaged-prefixes"],
-            caption=f"Lines: single texts; black: their mean. Compression of the true continuation's tokens at layer {layer}.",
+            caption=f"Lines: single texts; marks: their mean. Compression of the true continuation's tokens at layer {layer}.",
             table=forked.widths,
         ),
         Section(
             "Does it say where?",
-            "Texts of which only the middle was trained on: tokens of the memorized part less the others of the same text.",
+            "Texts of which only the middle was trained on, between parts of held out texts of its kind: tokens of the "
+            "memorized part less the others of the "
+            "same text, tuned less base. The memorized part always stands in the middle: position is not controlled.",
             view=token_view(forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())),
             table=shown(forked.where, "layer", "score"),
         ),
@@ -155,9 +162,12 @@ def sections_of(
     sections.append(
         Section(
             "Negatives",
-            "Here nothing should be found: every interval should hold 0.5.",
+            "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
+            f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
+            f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
+            "and the choice of a layer are made anew with labels of other coins.",
             figure=figures["negatives"],
-            caption="AUROC with 95 % intervals over texts (permuted labels: middle 95 % of coin flips).",
+            caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
             table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
         )
     )
@@ -183,31 +193,24 @@ def verdict_of(
         *(base.sentence(row, _UNITS[row.question]) for row in base.rows(tested.findings)),
     ]
     told.append(_by_dose(tested))
-    halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen")]
-    for name in ("compression", "compression_change"):
-        row = halved[(halved["score"] == name)]
-        if len(row):
-            (one,) = base.rows(row)
-            told.append(
-                f"{name} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
-            )
+    halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
+    for one in base.rows(halved[halved["score"].isin(["compression", "compression_change"])]):
+        told.append(
+            f"{one.score} alone: could not be tested ({one.note})." if pd.isna(one.estimate)
+            else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
+        )  # fmt: skip
     loss = tested.detection[(tested.detection["score"] == "log_likelihood") & (tested.detection["metric"] == "auroc")].iloc[0]
     told.append(
         f"The log likelihood alone, over all doses: AUROC {loss['estimate']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})."
     )
-    real = tested.negatives[tested.negatives["negative"] != "permuted labels"]
-    inside = int(real["at_half"].sum())
+    known = tested.negatives[tested.negatives["at_half"].notna()]
     told.append(
-        f"Negatives: {inside} of {len(real)} intervals hold 0.5; the smallest corrected p is {base.in_words(float(real['p_corrected'].min()))}."
+        f"Negatives: {int(known['at_half'].sum())} of {len(known)} intervals hold 0.5; the smallest corrected p is "
+        f"{base.in_words(float(known['p_corrected'].min()))}."
     )
+    told.append(_fork(forked))
     told.append(_widths(forked))
-    where = forked.where[(forked.where["score"] == "compression") & (forked.where["layer"] == tested.chosen)]
-    if len(where) and pd.notna(where["p"].iloc[0]):
-        (one,) = base.rows(where)
-        told.append(
-            f"Where in a text: compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to {one.high:+.3f}) at layer "
-            f"{tested.chosen}, corrected p {base.in_words(one.p_corrected)}, exploratory."
-        )
+    told.append(_where(forked, tested.chosen))
     told.append(_recited(recited))
     if author is not None:
         rows = author[(author["score"] == "compression_change") & (author["layer"] == tested.chosen)]
@@ -288,11 +291,53 @@ def _recitation(recited: Recited) -> pd.DataFrame:
     ).reset_index()  # fmt: skip
 
 
+def _matched_doses(tested: Tested) -> str:
+    counts = tested.pairs["dose"].value_counts().sort_index() if len(tested.pairs) else pd.Series(dtype=int)
+    return "".join(f"; {count} of dose {dose}" for dose, count in counts.items())
+
+
+def _gap(forked: Forked) -> str:
+    apart = forked.likely["true_loss"] - forked.likely["other_loss"]
+    return (
+        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from {apart.min():+.2f} to "
+        f"{apart.max():+.2f}."
+    )
+
+
+def _fork(forked: Forked) -> str:
+    rows = base.inner(forked.forks[forked.forks["score"] == "compression_change"])
+    if not rows["p"].notna().any():
+        return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
+    best = rows.sort_values("p").iloc[0]
+    return (
+        "Fork (exploratory): the true continuation changes in compression unlike another as likely at "
+        f"{int((rows['p_corrected'] <= base.ALPHA).sum())} of "
+        f"{len(rows)} layers after correction; smallest p at layer {int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to "
+        f"{best['high']:+.3f}), corrected {base.in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
+    )
+
+
+def _where(forked: Forked, layer: int) -> str:
+    rows = forked.where[(forked.where["score"] == "compression_change") & (forked.where["layer"] == layer)]
+    if rows.empty or pd.isna(rows["p"].iloc[0]):
+        return f"Where in a text: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no such layer'})."
+    (one,) = base.rows(rows)
+    few = (
+        f"; with {int(one.n_units)} texts no p could survive correction"
+        if 2.0 ** (1 - one.n_units) * one.n_tests > base.ALPHA
+        else ""
+    )
+    return (
+        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to "
+        f"{one.high:+.3f}) at layer {layer}, p {base.in_words(one.p)}, corrected {base.in_words(one.p_corrected)}{few}."
+    )
+
+
 def _by_dose(tested: Tested) -> str:
     rows = base.inner(tested.by_dose[tested.by_dose["score"] == "compression_change"])
     best = rows.sort_values("p").iloc[0]
     return (
-        f"By dose (exploratory): the change is furthest from that of texts held out for those shown {best['dose']} times at "
+        f"By dose (exploratory): the smallest p is that of texts shown {best['dose']} times at "
         f"layer {int(best['layer'])}, "
         f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {base.in_words(best['p'])}, corrected "
         "for all doses, layers and scores "

@@ -29,10 +29,13 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.studies.measured import spaced_layers
 from basin_lens.texts import Passage, reference_passages
 
-SCORES = ("compression", "compression_native", "contraction")
+# Contraction differs from compression by the same number for all texts of a layer: every contrast of the two would be one test made twice.
+SCORES = ("compression", "compression_native")
 CHANGES = tuple(f"{name}_change" for name in SCORES)
+BEFORE = tuple(f"{name}_base" for name in SCORES)
 PROMPT = TARGET = 32  # tokens, of the extraction test
 FEWEST_PER_CLASS = 5  # texts, one for each fold
+FEWEST_PER_DOSE = 4  # members of a dose against the texts held out
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,15 @@ class Plan:
         length: tokens of a text.
         layers: how many, evenly spaced; None: all.
         forks: members of the highest doses whose prefixes are forked and damaged.
-        sources: texts for the recitation part, of each kind at most.
+        sources: texts for the recitation part, beside the user's own.
         others: fresh texts that the negative control is trained on in place of the members, each `other_dose` times.
         k: neighbors.
         sampled: whether fluent canaries are the model's own continuations.
         recipe: of the training.
-        seed: of every random choice.
+        seed: of every random choice; the recipe's own gives way to it.
+
+    Raises:
+        StudyError: a plan that could not be tested.
     """
 
     per_dose: int = 4
@@ -60,13 +66,23 @@ class Plan:
     length: int = 64
     layers: int | None = 10
     forks: int = 6
-    sources: int = 6
+    sources: int = 9
     others: int = 6
     other_dose: int = 8
     k: int = 15
     sampled: bool = False
     recipe: memorize.Recipe = field(default_factory=memorize.Recipe)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.forks, self.sources, self.others, self.other_dose, self.k)
+        few = self.per_dose < FEWEST_PER_DOSE or self.per_dose * len(self.doses) < FEWEST_PER_CLASS
+        if few or min(counts) < 1 or self.length < 8 or min(self.doses, default=0) < 1 or len(set(self.doses)) < len(self.doses):
+            raise StudyError(
+                f"expected at least {FEWEST_PER_DOSE} pairs per dose and {FEWEST_PER_CLASS} in all, different doses of at "
+                "least 1, texts of at least 8 "
+                f"tokens, and at least one fork, source, other text, show and neighbor, got {self}. Plan more."
+            )
 
     @property
     def prompt(self) -> int:
@@ -87,7 +103,7 @@ class Plan:
 PRESETS = {
     "quick": Plan(),
     # 100 members and 100 texts held out: the fewest for a true-positive rate at 1 % false positives.
-    "full": Plan(per_dose=25, layers=None, forks=24, sources=24, others=24, other_dose=16),
+    "full": Plan(per_dose=25, layers=None, forks=24, sources=60, others=24, other_dose=16),
 }
 
 
@@ -98,7 +114,8 @@ class Planted:
     `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction, probe, nearest
     memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base` and `<score>_change` (tuned less
     base). `sequences`: means of its scores by (layer, text), baselines beside them. `random_twin`, `other_tuned`: the same texts as
-    `sequences` under a model with random weights, and one tuned on other texts.
+    `sequences` under a model with random weights, and one tuned on other texts. `states`: mean states that enter block `probe_layer` of the tuned
+    model, a row per text.
     """
 
     plan: Plan
@@ -115,12 +132,8 @@ class Planted:
     other_tuned: pd.DataFrame
     layers: tuple[int, ...]
     probe_layer: int
+    states: np.ndarray
     facts: dict[str, Any]
-
-    def tokens_base_at(self, layer: int) -> pd.DataFrame:
-        """Means over each text's tokens of the base model's scores at one layer."""
-        names = [f"{name}_base" for name in SCORES]
-        return by_sequence(self.tokens[self.tokens["layer"] == layer], names, self.texts)
 
 
 def plant(
@@ -143,7 +156,7 @@ def plant(
         say: called with each step's name.
 
     Raises:
-        StudyError: fewer than 4 members or texts held out, or none of either. Others as for `finetune`.
+        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for `finetune`.
     """
     say = say or (lambda _text: None)
     say("texts")
@@ -160,6 +173,24 @@ def plant(
     every = door.n_layers(model)
     layers = tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
 
+    # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
+    if door.n_context(model) < 2 * longest:
+        raise StudyError(
+            f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
+            f"{door.n_context(model)}. Plan shorter ones."
+        )
+    if any(p.text in known for known in [{q.text for q in reference_passages()}] for p in made):
+        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+    say("before training")
+    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
+    analyzers = [
+        Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Contraction(k=plan.k),
+        RawCompression(k=plan.k), Neighborhood(k=plan.k), Surprisal(), Agreement(), StandardizedLikelihood(), StateNorm(),
+    ]  # fmt: skip
+    # Before the training: what cannot be measured is refused before the long work.
+    banks = {"base": bank_of(model, bank, layers, longest)}
+    before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
+
     say("training")
     recipe = replace(plan.recipe, seed=plan.seed)
     options: dict[str, Any] = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
@@ -167,28 +198,20 @@ def plant(
     tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
     seconds = time.perf_counter() - begun
 
-    say("before and after")
-    banks = {"base": _bank(model, bank, layers, longest), "tuned": _bank(tuned.model, bank, layers, longest)}
-    analyzers = [
-        Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Contraction(k=plan.k),
-        RawCompression(k=plan.k), Neighborhood(k=plan.k), Surprisal(), Agreement(), StandardizedLikelihood(), StateNorm(),
-    ]  # fmt: skip
-    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
-    captures = {
-        name: Capture.from_texts(one, made, layers=layers, max_length=longest, progress=progress)
-        for name, one in (("base", model), ("tuned", tuned.model))
-    }
-    before = analyze(model, captures["base"], analyzers, bank=banks["base"], **shared)
-    after = analyze(tuned.model, captures["tuned"], analyzers, bank=banks["tuned"], **shared)
+    say("after training")
+    banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
+    capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
+    after = analyze(tuned.model, capture, analyzers, bank=banks["tuned"], **shared)
     tokens = with_changes(before, after, SCORES)
 
     say("baselines and extraction")
     texts = _texts(tuned.model, plan, made, before, after, longest, progress)
     probe_layer = layers[len(layers) // 2]
-    texts["loss_change"] = texts["base_log_likelihood"] - texts["log_likelihood"]
+    for kind in sorted(set(texts["kind"]))[1:]:
+        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
     label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
     parts = memorize.folds(label, pairs, seed=plan.seed)
-    states = memorize.sequence_states(captures["tuned"], probe_layer)
+    states = memorize.sequence_states(capture, probe_layer)
     texts["linear_probe"] = memorize.linear_probe(states, label, parts)
     texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
     texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
@@ -196,16 +219,17 @@ def plant(
     say("negatives")
     few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
     twin = random_twin(model, seed=plan.seed)
-    untaught = analyze(twin, made, few, bank=_bank(twin, bank, layers, longest), max_length=longest, **shared)
+    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
+    del twin  # as large as the model
     others = _others(model, plan, made)
     apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
-    elsewhere = analyze(apart.model, made, few, bank=_bank(apart.model, bank, layers, longest), max_length=longest, **shared)
+    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
     return Planted(
         plan, tuple(made), model, tuned.model, tuple(bank), banks, pd.DataFrame(tuned.history), texts, tokens,
-        by_sequence(tokens, (*SCORES, *CHANGES), texts), by_sequence(untaught, ("compression", "compression_native"), texts),
+        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts), by_sequence(untaught, ("compression", "compression_native"), texts),
         by_sequence(with_changes(before, elsewhere, ("compression", "compression_native")),
                     ("compression", "compression_native", "compression_change", "compression_native_change"), texts),
-        layers, probe_layer,
+        layers, probe_layer, states,
         {"plan": _plain(plan), "training": tuned.facts, "training_seconds": seconds, "bank_documents": sorted({str(p.doc) for p in bank}),
          "filler_documents": sorted({str(p.doc) for p in filler}),
          "tuned_folder": None if folder is None else str((folder / "tuned").resolve())},
@@ -270,7 +294,8 @@ def _tuned(
     return memorize.finetune(model, list(passages), list(doses), folder=place, name=f"{door.full_name(model)}, {name}", **options)
 
 
-def _bank(model: Any, passages: Sequence[Passage], layers: Sequence[int], length: int) -> Capture:
+def bank_of(model: Any, passages: Sequence[Passage], layers: Sequence[int], length: int) -> Capture:
+    """Where neighbors come from: passages that are never trained on, cut as long as the texts."""
     # As long as the texts: position goes into every state.
     return Capture.from_texts(model, list(passages), layers=layers, max_length=length, progress=False)
 

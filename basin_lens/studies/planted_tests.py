@@ -1,27 +1,28 @@
 """What the planted texts show: effect, dose, detection, added value, matched loss, negatives."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 
-from basin_lens import memorize, stats
+from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
-from basin_lens.studies.planted import CHANGES, SCORES, Planted
+from basin_lens.studies.planted import BEFORE, CHANGES, SCORES, Planted
 
 BASELINES = (*memorize.LOSS_BASELINES, "reference", "linear_probe", "nearest_memorized", "blind_classifier")
 CALIPER = 0.25  # nats per token
-_PERMUTED = 500
+_PERMUTED = 40
 
 QUESTIONS = {
     "difference": "memorized texts change in compression unlike those held out",
-    "dose": "the difference grows with the dose",
-    "added": "compression adds to the loss",
-    "matched": "compression differs where the loss is matched",
+    "dose": "that difference depends on the dose",
+    "added": "compression adds to the loss, the reference and the kind of text",
+    "matched": "compression differs between texts of one kind and equal loss",
 }
 
 
@@ -59,8 +60,8 @@ class _Units:
 def examine(planted: Planted) -> Tested:
     """Every test of the planted texts.
 
-    Within each pair a coin decided: differences and slopes are of pairs. The layer of a declared test is chosen on half of the units and
-    tested on the others.
+    Within each pair a coin decided: differences, slopes and permutations are of pairs. The layer of a declared test is chosen on half of the
+    units and tested on the others.
     """
     sequences, seed = planted.sequences, planted.plan.seed
     shared: dict[str, Any] = {"unit": "document", "seed": seed}
@@ -74,15 +75,11 @@ def examine(planted: Planted) -> Tested:
     ]  # fmt: skip
     by_dose = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     slopes = base.attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
-    pairs = stats.match_units(planted.texts, "member", "log_likelihood", caliper=CALIPER)
-    alike = sequences[sequences["doc"].isin([*pairs["with_label"], *pairs["without_label"]])]
+    pairs = matched_pairs(planted.texts)
+    alike = _matched_differences(sequences, pairs)
     matched = (
-        base.attempt(stats.compare_groups, alike, [*CHANGES, *SCORES], "member", groups=(True, False), correction="holm", **shared)
-        if len(pairs)
-        else base.empty_finding("compression", "document").assign(note="not tested: no two texts of equal loss")
+        base.attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
     )
-    added = _added(planted, shared)
-    units = _Units(len(planted.texts), seed)
     by_pair = _Units(apart["doc"].nunique(), seed)
     difference = base.declared(
         apart, partial(stats.before_after, on="compression_change", **shared), by_pair, QUESTIONS["difference"], "difference",
@@ -93,18 +90,14 @@ def examine(planted: Planted) -> Tested:
         base.declared(
             apart, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), by_pair, QUESTIONS["dose"], "dose",
             "compression_change", stratify="log2_dose",
-        ) if apart["log2_dose"].nunique() > 1 else base.empty_finding("compression_change", "document").assign(
-            finding=QUESTIONS["dose"], question="dose", p_floor=np.nan, note="one dose only"),
+        ) if apart["log2_dose"].nunique() > 1 else _untested("dose", pairs),
         base.declared(
-            sequences, partial(_gain, baselines=["log_likelihood"], shared=shared), units, QUESTIONS["added"], "added", "compression",
-            stratify="member",
+            sequences, partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed), replace(by_pair, unit="pair"),
+            QUESTIONS["added"], "added", "compression",
         ),
         base.declared(
-            alike, partial(stats.compare_groups, scores="compression", group="member", groups=(True, False), **shared),
-            _Units(2 * len(pairs), seed), QUESTIONS["matched"], "matched", "compression", stratify="member",
-        ) if len(pairs) >= 4 else base.empty_finding("compression", "document").assign(
-            finding=QUESTIONS["matched"], question="matched", p_floor=np.nan,
-            note=f"only {len(pairs)} pairs of texts have equal loss (within {CALIPER} nats)"),
+            alike, partial(stats.before_after, on="compression", **shared), _Units(len(pairs), seed), QUESTIONS["matched"], "matched",
+        ) if len(pairs) else _untested("matched", pairs),
     ])  # fmt: skip
     layer = difference["layer"].iloc[0]
     chosen = int(layer) if pd.notna(layer) else planted.layers[len(planted.layers) // 2]
@@ -117,8 +110,46 @@ def examine(planted: Planted) -> Tested:
     negatives = _negatives(planted, chosen, shared)
     flags = _flags(planted, apart, negatives, design, detection, findings, shared)
     return Tested(
-        findings, effects, by_dose, slopes, detection, detection_by_dose, added, pairs, matched, negatives, flags, chosen, design,
+        findings, effects, by_dose, slopes, detection, detection_by_dose, _added(planted), pairs,
+        stats.correct(matched, "bh") if len(pairs) else matched, negatives, flags, chosen, design,
     )  # fmt: skip
+
+
+def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The row of a declared test that these texts cannot have."""
+    why = {"dose": "one dose only", "matched": f"{len(pairs)} pairs of texts of one kind have equal loss (within {CALIPER} nats)"}
+    return base.empty_finding("compression", "document").assign(
+        finding=QUESTIONS[question], question=question, p_floor=np.nan, note=why[question]
+    )
+
+
+def matched_pairs(texts: pd.DataFrame) -> pd.DataFrame:
+    """Trained and held out texts of one kind whose log likelihoods under the tuned model are equal within the caliper.
+
+    Equal after the training means that the trained text was the harder one before it: `first_before`, `second_before`.
+    """
+    pairs = stats.match_units(texts, "member", "log_likelihood", caliper=CALIPER, within=["kind"])
+    known = texts.set_index("doc")
+    return pairs.assign(
+        kind=known["kind"].reindex(pairs["with_label"]).to_numpy(), dose=known["dose"].reindex(pairs["with_label"]).to_numpy(),
+        first_before=known["base_log_likelihood"].reindex(pairs["with_label"]).to_numpy(),
+        second_before=known["base_log_likelihood"].reindex(pairs["without_label"]).to_numpy(),
+    )  # fmt: skip
+
+
+def _matched_differences(sequences: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Trained less held out of each matched pair, by layer; the pair is the document."""
+    names = [*SCORES, *BEFORE]
+    wide = sequences.set_index(["layer", "doc"])[names]
+    parts = []
+    for number, pair in enumerate(base.rows(pairs)):
+        apart = wide.xs(pair.with_label, level="doc") - wide.xs(pair.without_label, level="doc")
+        parts.append(apart.reset_index().assign(doc=f"match-{number}", seq=f"match-{number}"))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _kinds(planted: Planted) -> list[str]:
+    return [str(name) for name in planted.texts if str(name).startswith("kind_")]
 
 
 def pair_differences(sequences: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
@@ -138,43 +169,56 @@ def _at_dose(table: pd.DataFrame, dose: int) -> pd.DataFrame:
     return table[(~table["member"]) | (table["dose"] == dose)]
 
 
-def _gain(table: pd.DataFrame, baselines: Sequence[str], shared: dict[str, Any]) -> pd.DataFrame:
-    found = stats.added_value(table, "compression", "member", list(baselines), n_resamples=999, **shared)
+def _gain(table: pd.DataFrame, baselines: Sequence[str], seed: int) -> pd.DataFrame:
+    """What compression adds, labels exchanged within pairs."""
+    found = stats.added_value(table, "compression", "member", list(baselines), unit="pair", n_resamples=999, seed=seed)
     return stats.correct(found[found["metric"] == "delta log-loss"].reset_index(drop=True), "bh")
 
 
-def _added(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
-    """Each score added to the loss alone, and to all baselines of the loss (and the reference, for changes)."""
+def _added(planted: Planted) -> pd.DataFrame:
+    """Each score added to the loss, and to all baselines, always with the reference and the kind of text.
+
+    Compression before the training (`_base`) is among the scores as a negative: it knows how hard a text is, but not whether it was trained on.
+    """
     parts = []
-    for scores, more in ((SCORES, ()), (CHANGES, ("reference",))):
-        for wording, baselines in (("loss", ("log_likelihood", *more)), ("all", (*memorize.LOSS_BASELINES, *more))):
+    always = ("reference", *_kinds(planted))
+    everything = (*memorize.LOSS_BASELINES, "linear_probe", "nearest_memorized", *always)
+    for wording, baselines in (("loss", ("log_likelihood", *always)), ("all", everything)):
+        for score in (*SCORES, *CHANGES, "compression_base"):
             part = base.attempt(
-                stats.added_value, base.inner(planted.sequences), list(scores), "member", list(baselines), correction="none", n_resamples=299,
-                **shared,
+                stats.added_value, base.inner(planted.sequences), score, "member", list(baselines), correction="none", unit="pair", n_resamples=999,
+                seed=planted.plan.seed,
             )  # fmt: skip
             parts.append(part.assign(baselines=wording))
-    return stats.correct(pd.concat(parts, ignore_index=True), "bh")
+    every = pd.concat(parts, ignore_index=True)
+    # Two measures of one gain: each is a family of its own.
+    first = every["metric"] == "delta log-loss" if "metric" in every else pd.Series(True, every.index)
+    return pd.concat(
+        [stats.correct(part.reset_index(drop=True), "bh") for part in (every[first], every[~first]) if len(part)], ignore_index=True
+    )
 
 
 def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
-    """AUROC and TPR of every baseline and score over all texts, and of scores where the layer was chosen on other texts."""
-    own = stats.detect(
-        planted.texts.assign(matched_share=planted.texts["matched"]),
-        [*BASELINES, "matched_share"],
-        "member",
-        correction="none",
-        **shared,
-    )
-    every = base.attempt(stats.detect, base.inner(planted.sequences), [*SCORES, *CHANGES], "member", correction="none", **shared)
+    """AUROC and TPR of every baseline and score over all texts, less those of the loss, and of scores where the layer was chosen on other texts."""
+    scores = [*SCORES, *CHANGES]
+    versus = "log_likelihood"
+    own = stats.detect(planted.texts, [*BASELINES, "matched"], "member", versus=versus, correction="none", **shared)
+    every = base.attempt_each(stats.detect, base.inner(planted.sequences), scores, "member", versus=versus, **shared)
     parts = [own.assign(layer_choice="no layer"), every.assign(layer_choice="every layer")]
     try:
         halved = stats.best_layer(
-            base.inner(planted.sequences), lambda t: stats.detect(t, [*SCORES, *CHANGES], "member", correction="none", **shared), stratify="member",
+            base.inner(planted.sequences), lambda t: stats.detect(t, scores, "member", correction="none", **shared), stratify="member",
             correction="none", seed=planted.plan.seed,
         )  # fmt: skip
-        parts.append(halved[halved["metric"] == "auroc"].assign(layer_choice="chosen on half, reported on the other"))
-    except StudyError:  # too few texts to halve: the layers above are all there is
-        pass
+        # One layer for a score: that of its AUROC.
+        layers = halved[halved["metric"] == "auroc"].set_index("score")["layer"]
+        halved = halved[halved["layer"] == halved["score"].map(layers)]
+        parts.append(halved.assign(layer_choice="chosen on half, reported on the other"))
+    except StudyError as error:
+        empty = base.empty_finding("compression", "document").assign(
+            metric="auroc", note=f"too few texts to choose a layer on half of them: {error}"
+        )
+        parts.append(empty.assign(layer_choice="chosen on half, reported on the other"))
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
@@ -191,45 +235,52 @@ def _detection_by_dose(planted: Planted, layer: int, shared: dict[str, Any]) -> 
 
 def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataFrame:
     """AUROC where there is nothing to find: intervals must hold 0.5."""
-    top = max(_doses(planted))
+    at = planted.sequences[planted.sequences["layer"] == layer]
     cases = [
         ("blind classifier (text only)", planted.texts, ["blind_classifier"]),
         ("before training", planted.texts, ["base_log_likelihood"]),
-        ("before training", planted.tokens_base_at(layer), [f"{name}_base" for name in SCORES]),
-        ("random weights", planted.random_twin[planted.random_twin["layer"] == layer], ["compression", "compression_native"]),
-        ("tuned on other texts", planted.other_tuned[planted.other_tuned["layer"] == layer],
-         ["compression", "compression_native", "compression_change", "compression_native_change"]),
+        ("before training", at, [*BEFORE]),
+        ("random weights", planted.random_twin[planted.random_twin["layer"] == layer], [*SCORES]),
+        ("tuned on other texts", planted.other_tuned[planted.other_tuned["layer"] == layer], [*SCORES, *CHANGES]),
     ]  # fmt: skip
     parts = []
     for name, table, scores in cases:
         found = base.attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
         parts.append(found.assign(negative=name))
-    every = pd.concat(parts, ignore_index=True)
-    sequences = planted.sequences[planted.sequences["layer"] == layer]
-    lines = []
-    rng = np.random.default_rng(planted.plan.seed)
-    truth, pair = sequences["member"].to_numpy(bool), sequences["pair"].to_numpy()
-    for score in ("log_likelihood", "compression", "compression_change"):
-        values = sequences[score].to_numpy(float)
-        drawn = []
-        for _ in range(_PERMUTED):
-            flip = rng.integers(0, 2, int(pair.max()) + 1).astype(bool)[pair]
-            labels = truth ^ flip
-            order = pd.Series(values).rank().to_numpy()
-            count = labels.sum()
-            drawn.append((order[labels].sum() - count * (count + 1) / 2) / (count * (len(order) - count)))
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        lines.append({
-            "negative": "permuted labels", "score": score, "layer": layer, "unit": "document", "n_units": len(truth), "n_sequences": len(truth),
-            "n_documents": len(truth), "test": f"mean and middle 95 % of {_PERMUTED} coin flips within pairs", "effect": "auroc", "metric": "auroc",
-            "estimate": float(np.mean(drawn)), "low": low, "high": high, "null": 0.5,
-        })  # fmt: skip
-    answer = pd.concat([every, pd.DataFrame(lines)], ignore_index=True)
-    # At the dose that is memorized beyond doubt, too.
-    answer["at_half"] = (answer["low"] <= 0.5) & (answer["high"] >= 0.5)
-    answer["highest_dose"] = top
+    answer = pd.concat([*parts, _permuted(planted)], ignore_index=True)
+    holds = (answer["low"] <= 0.5) & (answer["high"] >= 0.5)
+    answer["at_half"] = holds.astype("boolean").mask(answer["low"].isna())
     answer["layer"] = answer["layer"].astype("Int64")
     return stats.correct(answer.assign(p=answer["p"].astype(float)), "bh")
+
+
+def _permuted(planted: Planted) -> pd.DataFrame:
+    """What depends on labels, made again with labels of new coins within the pairs: the probe, and the choice of a layer on half."""
+    texts, plan = planted.texts, planted.plan
+    rng = np.random.default_rng(plan.seed)
+    truth, pair = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
+    wide = base.inner(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
+    drawn: dict[str, list[float]] = {"linear_probe": [], "compression": []}
+    for turn in range(_PERMUTED):
+        labels = truth ^ rng.integers(0, 2, int(pair.max()) + 1).astype(bool)[pair]
+        parts = memorize.folds(labels, pair, seed=turn)
+        drawn["linear_probe"].append(float(roc_auc_score(labels, memorize.linear_probe(planted.states, labels, parts))))
+        first = np.isin(pair, rng.permutation(np.unique(pair))[: len(np.unique(pair)) // 2])
+        chosen = [float(roc_auc_score(labels[first], row[first])) for row in wide]
+        best = int(np.argmax(np.abs(np.array(chosen) - 0.5)))
+        # As an analyst would: turned so that it found what it was chosen for.
+        turned = np.sign(chosen[best] - 0.5) or 1.0
+        drawn["compression"].append(float(roc_auc_score(labels[~first], turned * wide[best][~first])))
+    lines = []
+    for score, what in (("linear_probe", "fitted"), ("compression", "layer and direction chosen on half of the pairs")):
+        low, high = tables.interval(np.array(drawn[score]))
+        lines.append({
+            "negative": "permuted labels", "score": score, "layer": pd.NA if score == "compression" else planted.probe_layer, "unit": "document",
+            "n_units": len(truth), "n_sequences": len(truth), "n_documents": len(truth), "effect": "auroc", "metric": "auroc",
+            "test": f"mean of {_PERMUTED} coin flips within pairs, {what} anew, with its 95 % interval", "null": 0.5,
+            "estimate": float(np.mean(drawn[score])), "low": low, "high": high,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def _flags(
@@ -241,12 +292,12 @@ def _flags(
     findings: pd.DataFrame,
     shared: dict[str, Any],
 ) -> pd.DataFrame:
-    """The usual four, and those of a planted design."""
+    """The usual ones, of the difference, and those of a planted design, which count for every question."""
     usual = base.red_flags(base.inner(apart), "compression_change", **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
     lines = []
 
-    def add(flag: str, raised: bool, why: str, question: str = "difference", **numbers: Any) -> None:
+    def add(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> None:
         lines.append({"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers})
 
     add(
@@ -256,42 +307,37 @@ def _flags(
     )  # fmt: skip
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == planted.texts["dose"].max())]
     add(
-        "nothing is extractable",
-        not top["extracted"].any(),
+        "nothing is extractable", not top["extracted"].any(),
         f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
-    )
-    off = negatives[(~negatives["at_half"]) & (negatives["negative"] != "permuted labels")]
-    real = off[off["p_corrected"] <= base.ALPHA]
+    )  # fmt: skip
+    real = negatives[negatives["p_corrected"] <= base.ALPHA]
+    off = int((~negatives["at_half"].fillna(True)).sum())
     add(
         "a negative is not at 0.5", len(real) > 0,
         "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in base.rows(real))
-        or f"no corrected p at most 0.05 ({len(off)} of {len(negatives)} intervals leave 0.5 out)",
+        or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
+           f"{int(negatives['at_half'].isna().sum())} could not be had",
     )  # fmt: skip
-    blind = detection[(detection["score"] == "blind_classifier") & (detection["metric"] == "auroc")].iloc[0]
+    blind = detection[
+        (detection["score"] == "blind_classifier") & (detection["metric"] == "auroc") & detection["versus"].isna()
+    ].iloc[0]
     add(
-        "texts can be told apart blindly",
-        bool(blind["low"] > 0.5),
+        "texts can be told apart blindly", bool(blind["low"] > 0.5),
         f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
-    )
-    held = planted.texts[~planted.texts["member"]]
-    shift = float((held["log_likelihood"] - held["base_log_likelihood"]).mean())
-    own = planted.texts[planted.texts["member"]]
-    gain = float((own["log_likelihood"] - own["base_log_likelihood"]).mean())
+    )  # fmt: skip
+    held, own = planted.texts[~planted.texts["member"]], planted.texts[planted.texts["member"]]
+    shift, gain = (float(part["reference"].mean()) for part in (held, own))
     add(
         "texts held out became likely, too", shift > 0.5 * gain,
         f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}", value=shift,
         limit=0.5 * gain,
     )  # fmt: skip
-    rest = findings[findings["question"] == "added"].iloc[0]
-    found = bool(findings.loc[findings["question"] == "difference", "holds"].any())
-    alone = found and not bool(rest["holds"])
+    holds = findings.set_index("question")["holds"]
+    alone = bool(holds["difference"]) and not bool(holds["added"])
     add(
-        "vanishes beside the loss",
-        alone,
-        "the difference holds, but nothing shows that compression adds to the loss"
-        if alone
-        else "compression adds to the loss"
-        if rest["holds"]
-        else "there is no difference to vanish",
-    )
+        "vanishes beside the loss", alone,
+        "the difference holds, but nothing shows that compression adds to the loss" if alone
+        else "compression adds to the loss" if holds["added"] else "there is no difference to vanish",
+        question="difference",
+    )  # fmt: skip
     return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})

@@ -11,9 +11,9 @@ from basin_lens import memorize, stats
 from basin_lens.analysis import analyze
 from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood, Surprisal
 from basin_lens.capture import Capture
-from basin_lens.errors import TextError
+from basin_lens.errors import StudyError, TextError
 from basin_lens.studies import base
-from basin_lens.texts import Passage, find_licences, read_dataset
+from basin_lens.texts import Passage, find_licences, read_dataset, reference_passages
 
 _CORPORA = ("nltk:genesis", "nltk:inaugural")
 _MATCHED = 0.25  # nats per token
@@ -33,64 +33,77 @@ class Recited:
     said: tuple[str, ...]
 
 
-def sources_here(model: Any, count: int, length: int, files: Sequence[Passage] = ()) -> tuple[list[Passage], list[str]]:
-    """Texts of the user's, licences found here, and NLTK's corpora where they are installed; and what was found, in words."""
-    said, chosen = [], []
-    if files:
-        mine = memorize.long_enough(model, files, length)
-        chosen += mine
-        said.append(
-            f"{len(mine)} of {len(files)} texts given are long enough for an opening and a later passage of {length} tokens."
-        )
-    try:
-        found = find_licences()
-        mine = memorize.long_enough(model, found.passages, length)[:count]
-        chosen += mine
-        unread = f"; {len(found.unreadable)} files could not be read" if found.unreadable else ""
-        said.append(f"{len(mine)} of {len(found.passages)} different licence texts found on this machine{unread}.")
-    except TextError as error:
-        said.append(f"No licence texts: {error}")
+def prepare(
+    model: Any, *, count: int, length: int, seed: int, files: Sequence[Passage] = (), paraphrases: Mapping[str, str] | None = None
+) -> tuple[list[Passage], list[str]]:
+    """Openings and their controls from the user's texts, NLTK's corpora where they are installed, and licences found here; and what was read.
+
+    Corpora give a third of `count` each, licences what is left of it.
+
+    Raises:
+        TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in texts.
+    """
+    known = {p.text for p in reference_passages()}
+    if any(p.text in known for p in files):
+        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+    said, sources = [], []
     for name in _CORPORA:
         try:
             mine = memorize.long_enough(model, list(read_dataset(name)), length)
             # Spread over the corpus: its first files are not its best known ones.
-            mine = [mine[i] for i in sorted({round(x) for x in np.linspace(0, len(mine) - 1, min(count, len(mine))).tolist()})]
-            chosen += mine
-            said.append(f"{len(mine)} texts of {name}.")
+            places = sorted({round(x) for x in np.linspace(0, len(mine) - 1, min(count // 3, len(mine))).tolist()})
+            sources += [mine[i] for i in places]
+            said.append(f"{len(places)} texts of {name}.")
         except TextError as error:
             said.append(f"{name} not read: {error}")
-    return chosen, said
+    try:
+        found = find_licences()
+        mine = memorize.long_enough(model, found.passages, length)[: max(0, count - len(sources))]
+        sources += mine
+        unread = f"; {len(found.unreadable)} files could not be read" if found.unreadable else ""
+        said.append(f"{len(mine)} of {len(found.passages)} different licence texts found on this machine{unread}.")
+    except TextError as error:
+        said.append(f"No licence texts: {error}")
+    said += [f"{len(files)} texts given."] if files else []
+    if not (sources or files):
+        raise TextError(f"expected texts of at least {3 * length} tokens to look for recitation in, found none. {' '.join(said)}")
+    given = dict(paraphrases or {})
+    named = {str(source.doc) for source in (*files, *sources)}
+    if set(given) - named:
+        raise StudyError(
+            f"expected paraphrases by document of {sorted(named)[:4]}, ..., got one of {sorted(set(given) - named)[0]!r}."
+        )
+    made = (
+        memorize.recitation_passages(model, list(files), length=length, seed=seed, paraphrases=_of(given, files)) if files else []
+    )
+    for source in sources:
+        try:
+            made += memorize.recitation_passages(model, [source], length=length, seed=seed, paraphrases=_of(given, [source]))
+        except TextError as error:
+            said.append(f"{source.doc} left out: {error}")
+    short = sum(p.labels["condition"] == "opening" for p in made) - sum(p.labels["condition"] == "shuffled" for p in made)
+    said += [f"{short} openings could not be shuffled into as many tokens."] if short else []
+    return made, said
+
+
+def _of(paraphrases: Mapping[str, str], sources: Sequence[Passage]) -> dict[str, str]:
+    return {doc: text for doc, text in paraphrases.items() if doc in {str(s.doc) for s in sources}}
 
 
 def recite(
-    model: Any,
-    bank: Capture,
-    layers: Sequence[int],
-    *,
-    count: int,
-    length: int,
-    k: int,
-    seed: int,
-    files: Sequence[Passage] = (),
-    paraphrases: Mapping[str, str] | None = None,
+    model: Any, bank: Capture, layers: Sequence[int], made: Sequence[Passage], said: Sequence[str], *, k: int, length: int, seed: int,
     progress: bool = True,
-) -> Recited:
-    """Measure openings and their controls under a model as it is.
-
-    Raises:
-        TextError: no source is long enough.
-    """
-    sources, said = sources_here(model, count, length, files)
-    if not sources:
-        raise TextError(f"expected texts of at least {3 * length} tokens to look for recitation in, found none. {' '.join(said)}")
-    made = memorize.recitation_passages(model, sources, length=length, paraphrases=paraphrases, seed=seed)
+) -> Recited:  # fmt: skip
+    """Measure openings and their controls (from `prepare`) under a model as it is."""
     analyzers = [
         Compression(k=k), Compression(k=k, context="native", name="compression_native"), Surprisal(), Agreement(), StandardizedLikelihood(),
     ]  # fmt: skip
-    table = analyze(model, made, analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
+    table = analyze(model, list(made), analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
     texts = memorize.likelihood_baselines(table, [p.text for p in made])
-    found = memorize.extract(model, made, prompt=length // 2, target=length - length // 2, max_length=length + 1, progress=progress)
-    guide = memorize.guide_labels(model, made, max_length=length + 1, progress=progress)
+    found = memorize.extract(
+        model, list(made), prompt=length // 2, target=length - length // 2, max_length=length + 1, progress=progress
+    )
+    guide = memorize.guide_labels(model, list(made), max_length=length + 1, progress=progress)
     texts["matched"], texts["longest_run"] = found["matched"].to_numpy(), found["longest_run"].to_numpy()
     texts["extracted"], texts["guide_memorized"] = found["extracted"].to_numpy(), guide["memorized"].to_numpy()
     scores = ["compression", "compression_native", "surprisal", "agreement"]
@@ -115,7 +128,7 @@ def _matched(means: pd.DataFrame, texts: pd.DataFrame, seed: int) -> pd.DataFram
     rows = means.reset_index()
     rows["case"] = rows["doc"] + "/" + rows["condition"]
     rows = rows[rows["case"].isin([*pairs["with_label"], *pairs["without_label"]])]
-    # Each passage is a unit of its own: matched ones come from different sources.
+    # Each passage is a unit of its own, though a source may give two.
     rows = rows.assign(doc=rows["case"], seq=rows["case"], opens=rows["condition"] == "opening")
     if rows.empty:
         return pd.DataFrame()

@@ -55,6 +55,7 @@ def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | 
         values = rows[name].to_numpy(float)
         there = np.isfinite(values)
         if truth[there].all() or not truth[there].any():
+            axes.plot([], [], color=marks.Look.at(index).color, label=f"{marks.plain(name)}: not there for both")
             continue
         false, true, _ = roc_curve(truth[there], values[there], drop_intermediate=False)
         look = marks.Look.at(index)
