@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
+from basin_lens.studies.measured import FEWEST_UNITS
 from basin_lens.studies.planted import BEFORE, CHANGES, SCORES, Planted
 
 BASELINES = (*memorize.LOSS_BASELINES, "reference", "linear_probe", "nearest_memorized", "blind_classifier")
@@ -97,7 +98,7 @@ def examine(planted: Planted) -> Tested:
         ),
         base.declared(
             alike, partial(stats.before_after, on="compression", **shared), _Units(len(pairs), seed), QUESTIONS["matched"], "matched",
-        ) if len(pairs) else _untested("matched", pairs),
+        ) if len(pairs) >= FEWEST_UNITS else _untested("matched", pairs),
     ])  # fmt: skip
     layer = difference["layer"].iloc[0]
     chosen = int(layer) if pd.notna(layer) else planted.layers[len(planted.layers) // 2]
@@ -117,7 +118,11 @@ def examine(planted: Planted) -> Tested:
 
 def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
     """The row of a declared test that these texts cannot have."""
-    why = {"dose": "one dose only", "matched": f"{len(pairs)} pairs of texts of one kind have equal loss (within {CALIPER} nats)"}
+    why = {
+        "dose": "one dose only",
+        "matched": f"only {len(pairs)} pairs of texts of one kind have equal loss, within "
+        f"{CALIPER} nats per token; {FEWEST_UNITS} are needed",
+    }
     return base.empty_finding("compression", "document").assign(
         finding=QUESTIONS[question], question=question, p_floor=np.nan, note=why[question]
     )
