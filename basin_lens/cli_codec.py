@@ -1,0 +1,165 @@
+"""The command line of the codec: `basin-lens compress | decompress | codec-info`.
+
+What is said goes to the error stream: the output stream may carry the file.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from basin_lens.errors import StoreError
+
+_SUFFIX = ".blz"
+
+Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
+OutFile = Annotated[str | None, typer.Option("--out", help="Where to write; - for the output stream.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output file that is there.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the codec's commands."""
+    app.command()(compress)
+    app.command()(decompress)
+    app.command("codec-info")(codec_info)
+
+
+def compress(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Any file; - for the input stream.")],
+    out: OutFile = None,
+    model: Model = "smollm2-135m",
+    method: Annotated[str, typer.Option("--method", help="direct (smallest) or ranks.")] = "direct",
+    backend: Annotated[str | None, typer.Option("--backend", help="ranks: zlib, huffman, adaptive, zipf or entropy.")] = None,
+    streams: Annotated[int, typer.Option("--streams", help="Most streams that advance together: faster, a little larger.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens after which a stream starts anew.")] = 512,
+    force: Force = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Decode the result and compare before it is written.")
+    ] = True,
+) -> None:
+    """Compress a file with the model's predictions, without loss: FILE.blz. Text gets small; other files are stored by zstd.
+
+    The file can be read again only with the same model, on the same kind of processor, with the same versions of torch and the others.
+    The model is not counted in its size. A book takes hours: about 100 tokens per second on two cores.
+
+    Examples: basin-lens compress book.txt
+              basin-lens compress book.txt --method ranks --backend huffman --out ranks.blz
+              cat book.txt | basin-lens compress - > book.blz
+    """
+    from basin_lens.codec import TextCodec, read
+
+    target = _target(out or ("-" if file == "-" else file + _SUFFIX), force)
+    data = _read(file)
+    how: Any = method
+    codec = TextCodec(_load(model), how, backend, streams, context, progress=True)
+    blob = codec.encode(data, verify=verify)
+    _write(blob, target, force)
+    made = read(blob)
+    share = f", {8 * len(blob) / len(data):.3f} bits per byte" if data else ""
+    _say(f"{len(data)} -> {len(blob)} bytes{share} (header {len(made.header())}); method {made.method}, back end {made.backend}")
+    if made.setting is None and made.why != "not told":
+        _say(f"stored without the model: {made.why}")
+
+
+def decompress(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What compress wrote; - for the input stream.")],
+    out: OutFile = None,
+    model: Model = "smollm2-135m",
+    force: Force = False,
+) -> None:
+    """Give back the bytes that were compressed; FILE without .blz, or --out.
+
+    Nothing is written unless the text's SHA-256 is right. Files stored without the model need none.
+
+    Examples: basin-lens decompress book.txt.blz
+              basin-lens decompress - < book.blz > book.txt
+    """
+    from basin_lens.codec import TextCodec, read
+
+    if out is None and file != "-" and not file.endswith(_SUFFIX):
+        raise typer.BadParameter(f"expected a name that ends in {_SUFFIX}, or --out, got {file!r}.")
+    target = _target(out or ("-" if file == "-" else file.removesuffix(_SUFFIX)), force)
+    blob = _read(file)
+    found = read(blob)
+    data = found.restored() if found.setting is None else TextCodec(_load(model), progress=True).decode(blob)
+    _write(data, target, force)
+    _say(f"{len(blob)} -> {len(data)} bytes, SHA-256 as written")
+
+
+def codec_info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What compress wrote; - for the input stream.")],
+) -> None:
+    """Show what is written in a compressed file; loads no model.
+
+    Example: basin-lens codec-info book.txt.blz
+    """
+    from basin_lens.codec import read
+
+    blob = _read(file)
+    found = read(blob)
+    lines: dict[str, Any] = {
+        "method": found.method, "back end": found.backend, "original": f"{found.length} bytes", "file": f"{len(blob)} bytes",
+        "header": f"{len(found.header())} bytes", "chunks": len(found.chunks), "SHA-256": found.sha256.hex(),
+    }  # fmt: skip
+    if found.length:
+        lines["bits per byte"] = f"{8 * len(blob) / found.length:.3f}"
+    if found.setting is None:
+        lines["why no model"] = found.why
+    else:
+        s = found.setting
+        lines |= {
+            "tokens": s.tokens, "streams": s.streams, "window": s.window, "threads": s.threads, "dtype": s.dtype, "start token": s.start,
+            "model": s.model.hex(), "tokenizer": s.tokenizer.hex(), "probe": s.probe.hex(), "environment": s.environment,
+        }  # fmt: skip
+    for name, value in lines.items():
+        typer.echo(f"{name:<14} {value}")
+
+
+def _load(name: str) -> Any:
+    from basin_lens.model import load_model
+
+    _say(f"loading {name}")
+    return load_model(name)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise StoreError(f"expected a file that can be read, got {file!r}: {error.strerror}. Check the path.") from error
+
+
+def _target(out: str, force: bool) -> Path | None:
+    """Where to write, refused before any long work if it is there; None for the output stream."""
+    if out == "-":
+        return None
+    target = Path(out)
+    if target.is_dir() or (target.exists() and not force):
+        raise StoreError(f"expected an output that is not there yet, got {out!r}. Choose --out, or --force to replace a file.")
+    if not target.resolve().parent.is_dir():
+        raise StoreError(f"expected a folder to write into, got {str(target.parent)!r}. Make it first.")
+    return target
+
+
+def _write(data: bytes, target: Path | None, force: bool) -> None:
+    """The whole file or none."""
+    if target is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    _target(str(target), force)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".basin-lens-") as folder:
+            (Path(folder) / "file").write_bytes(data)
+            os.replace(Path(folder) / "file", target)
+    except OSError as error:
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}. Choose --out.") from error
