@@ -244,7 +244,9 @@ def info() -> None:
 def main() -> None:
     """Entry point: one line and exit code 1 for an error that we raise on purpose, 130 for an interruption."""
     try:
-        app(standalone_mode=False)
+        # An interruption is raised by some versions of typer and answered with 130 by others.
+        if app(standalone_mode=False) == 130:
+            raise KeyboardInterrupt
     except BasinLensError as error:
         typer.echo(f"basin-lens: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

@@ -53,8 +53,7 @@ def compress(
 
     target = _target(out or ("-" if file == "-" else file + _SUFFIX), force)
     data = _read(file)
-    how: Any = method
-    codec = TextCodec(_load(model), how, backend, streams, context, progress=True)
+    codec = TextCodec(_load(model), method, backend, streams, context, progress=True)
     blob = codec.encode(data, verify=verify)
     _write(blob, target, force)
     made = read(blob)

@@ -187,17 +187,17 @@ class AdaptiveRanks(RankCoder):
 
 
 class EntropyRanks(AdaptiveRanks):
-    """As `AdaptiveRanks`, counted apart by the entropy of the model's prediction; each count starts from the common one, worth 8 symbols."""
+    """As `AdaptiveRanks`, counted apart by the entropy of the model's prediction; each count starts from the common one, worth 32 symbols."""
 
     uses_uncertainty: ClassVar[bool] = True
-    _EDGES = np.array([0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0])  # bits
+    _EDGES = np.array([0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])  # bits
 
     def __init__(self, vocab: int) -> None:
         super().__init__(vocab)
         self._apart = np.zeros((len(self._EDGES) + 1, len(self._seen)))
 
     def weights(self, bits: float) -> Float[np.ndarray, " symbols"]:
-        return self._apart[np.searchsorted(self._EDGES, bits)] + 8.0 * self._seen / self._seen.sum()
+        return self._apart[np.searchsorted(self._EDGES, bits)] + 32.0 * self._seen / self._seen.sum()
 
     def learn(self, symbol: int, bits: float) -> None:
         super().learn(symbol, bits)

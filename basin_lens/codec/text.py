@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from basin_lens.codec.reading import Estimate, read_pass
 from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentError, WrongModelError
 from basin_lens.texts.tokens import token_strings
 
-_LEAST_TOKENS = 128  # of a stream: shorter ones would spend most of their tokens warming up
+_LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
 _MOST_CACHE = 8 << 30  # bytes of keys and values
 _LONGEST = 64 << 20  # bytes of a text; at some hundred tokens per second that is days
 _PACKAGES = ("torch", "transformer-lens", "transformers", "tokenizers", "numpy", "constriction")
@@ -43,8 +43,8 @@ class TextCodec:
         model: a `TransformerBridge` or `HookedTransformer` with a fast tokenizer, in any state.
         method: `"direct"` or `"ranks"`.
         backend: of ranks, `"zlib"`, `"huffman"`, `"adaptive"` (default), `"zipf"` or `"entropy"`; of direct, `"range"`.
-        streams: most streams, 1 to 256; a text gets one for each 128 of its tokens. More is faster and a little larger.
-        context: tokens after which every stream starts anew; at most the model's context.
+        streams: most streams, 1 to 256; a text gets one for each 256 of its tokens. More is faster and a little larger.
+        context: tokens after which every stream starts anew; the model's context if that is shorter.
         threads: of torch while encoding (the decoder follows the file); None: as they are set.
         progress: show a bar.
 
@@ -66,7 +66,7 @@ class TextCodec:
     def __init__(
         self,
         model: Any,
-        method: Literal["direct", "ranks"] = "direct",
+        method: str = "direct",
         backend: str | None = None,
         streams: int = 16,
         context: int = 512,
@@ -83,10 +83,11 @@ class TextCodec:
             raise CodecError(f"expected a back end among {', '.join(choices[method])} for method {method!r}, got {backend!r}.")
         if not 1 <= streams <= MOST_STREAMS:
             raise CodecError(f"expected 1 to {MOST_STREAMS} streams, got {streams}.")
-        if not 1 <= context <= door.n_context(model):
-            raise CodecError(f"expected a context of 1 to {door.n_context(model)} tokens (the model's), got {context}.")
+        if context < 1:
+            raise CodecError(f"expected a context of 1 token or more, got {context}.")
         self._tokenizer_hash = bytes.fromhex(door.tokenizer_fingerprint(model))[:8]
-        self.model, self.method, self.backend, self.streams, self.context = model, method, backend, streams, context
+        self.model, self.method, self.backend, self.streams = model, method, backend, streams
+        self.context = min(context, door.n_context(model))
         self.threads, self.progress = threads, progress
 
     def encode(self, data: bytes | str, *, verify: bool = True) -> bytes:
@@ -210,7 +211,7 @@ class TextCodec:
         )
 
     def streams_for(self, tokens: int) -> int:
-        """Streams of a text of so many tokens: one for each 128, at least 1, at most `streams`."""
+        """Streams of a text of so many tokens: one for each 256, at least 1, at most `streams`."""
         return max(1, min(self.streams, tokens // _LEAST_TOKENS))
 
     def _coded(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> Container:
