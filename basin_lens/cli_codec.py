@@ -1,8 +1,9 @@
-"""The command line of the codec: `basin-lens compress | decompress | codec-info`.
+"""The command line of the codec: `basin-lens compress | decompress | codec-info | codec-bench | codec-view`.
 
 What is said goes to the error stream: the output stream may carry the file.
 """
 
+import io
 import os
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from basin_lens.errors import StoreError
+from basin_lens.errors import CodecError, StoreError
 
 _SUFFIX = ".blz"
 
@@ -25,6 +26,8 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(compress)
     app.command()(decompress)
     app.command("codec-info")(codec_info)
+    app.command("codec-bench")(codec_bench)
+    app.command("codec-view")(codec_view)
 
 
 def compress(
@@ -110,11 +113,94 @@ def codec_info(
     else:
         s = found.setting
         lines |= {
-            "tokens": s.tokens, "streams": s.streams, "window": s.window, "threads": s.threads, "dtype": s.dtype, "start token": s.start,
+            "tokens": s.tokens, "streams": s.streams, "window": s.window, "windows a chunk": s.windows, "threads": s.threads, "dtype": s.dtype,
+            "start token": s.start,
             "model": s.model.hex(), "tokenizer": s.tokenizer.hex(), "probe": s.probe.hex(), "environment": s.environment,
         }  # fmt: skip
     for name, value in lines.items():
-        typer.echo(f"{name:<14} {value}")
+        typer.echo(f"{name:<16} {value}")
+
+
+def codec_bench(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files (UTF-8).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for codec-bench.csv and codec-bench.png.")] = Path("basin-lens-bench"),
+    model: Model = "smollm2-135m",
+    streams: Annotated[int, typer.Option("--streams", help="Most streams that advance together.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens after which a stream starts anew.")] = 512,
+    force: Force = False,
+) -> None:
+    """Every back end beside gzip, bzip2, xz, zstd, brotli and PPMd: a table, a CSV file and a figure (of all files together).
+
+    Each file is read by the model four times. The weights are not counted; famous text was probably seen in training.
+
+    Example: basin-lens codec-bench chapter.txt --out bench/
+    """
+    import pandas as pd
+
+    from basin_lens.codec import bench
+    from basin_lens.views import size_bars
+
+    texts = [(file, _read(file)) for file in files]
+    out.mkdir(parents=True, exist_ok=True)
+    targets = [_target(str(out / f"codec-bench.{kind}"), force) for kind in ("csv", "png")]
+    loaded = _load(model)
+    tables = [
+        bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file) for file, data in texts.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    _write(table.to_csv(index=False).encode(), targets[0], force)
+    sizes = ["original_bytes", "bytes", "header_bytes"]
+    total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(tables))
+    total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
+    drawn = io.BytesIO()
+    size_bars(total, title=f"Bits per byte, headers counted; {len(files)} files, model {model}").savefig(
+        drawn, format="png", dpi=150
+    )
+    _write(drawn.getvalue(), targets[1], force)
+    for row in table.to_dict("records"):
+        gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
+        size = (
+            row["note"] if pd.isna(row["bytes"]) else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
+        )
+        typer.echo(f"{row['file']}  {row['coder']:<18} {size}")
+
+
+def codec_view(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text file (UTF-8).")],
+    out: Annotated[str, typer.Option("--out", help="The page.")] = "codec-view.html",
+    model: Model = "smollm2-135m",
+    context: Annotated[int, typer.Option("--context", help="Tokens after which the model starts anew.")] = 512,
+    k: Annotated[int, typer.Option("--k", help="The model's first choices to show for each token.")] = 5,
+    force: Force = False,
+) -> None:
+    """A page that works offline: each token by its bits and its rank, what the model expected, sizes along the text, ranks.
+
+    Example: basin-lens codec-view chapter.txt --out page.html
+    """
+    from basin_lens.codec import TextCodec, growth
+    from basin_lens.codec.rank_coders import fit_zipf, zipf
+    from basin_lens.model import full_name, vocabulary_size
+    from basin_lens.views import code_page
+
+    target, data = _target(out, force), _read(file)
+    loaded = _load(model)
+    codec = TextCodec(loaded, context=context)
+    table = codec.ranks(data, k=k)
+    if table.empty:
+        raise CodecError("expected a text, got an empty file.")
+    ranks, vocab = table["rank"].to_numpy(), vocabulary_size(loaded)
+    law = fit_zipf(ranks, vocab)
+    shares = zipf(law, vocab)
+    total = float(table["bits"].sum())
+    facts = {
+        "file": file, "model": full_name(loaded), "bytes": str(len(data)), "tokens": str(len(table)),
+        "ideal size": f"{total / 8:.0f} bytes, {total / len(data):.3f} bits per byte", "bits per token": f"{total / len(table):.2f}",
+        "first choice right": f"{(ranks == 0).mean():.1%}", "fitted law": f"(rank + 1 + {law[1]:.2f})^-{law[0]:.2f}",
+    }  # fmt: skip
+    page = code_page(table, title=f"What does each token of {file} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
+                     zipf=shares / shares.sum())  # fmt: skip
+    _write(page.html.encode("utf-8"), target, force)
+    _say(f"{out}: {total / len(data):.3f} bits per byte, first choice right {(ranks == 0).mean():.1%}")
 
 
 def _load(name: str) -> Any:

@@ -50,13 +50,15 @@ def tiny(request, tokenizer):
 @pytest.fixture(scope="module")
 def blob(llama) -> bytes:
     """A file that the model wrote, of several chunks."""
-    return coded(codec.TextCodec(llama, streams=2, context=40), TEXT[:330])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec.text, "_LEAST_CHUNK", 1)
+        return coded(codec.TextCodec(llama, streams=2, context=40), TEXT[:330])
 
 
 def coded(coder: codec.TextCodec, data: str) -> bytes:
     """The model's file, also where storing would be smaller: on tiny random models it nearly always is."""
     coder.streams_for = lambda tokens: max(1, min(coder.streams, tokens // 4))
-    return coder._coded(data.encode(), coder._tokens(data.encode())).to_bytes()
+    return coder.encode_text(*coder.prepared(data))
 
 
 def resealed(blob: bytes, at: int, new: bytes) -> bytes:
@@ -305,7 +307,7 @@ def test_direct_coding_is_within_one_percent_of_the_ideal(tiny):
     made = codec.read(coded(coder, TEXT))
     ideal = coder.estimate(TEXT, streams=made.setting.streams).total_bits / 8
     size = sum(map(len, made.chunks))
-    assert made.setting.streams == 3 and len(made.chunks) == 2
+    assert made.setting.streams == 3 and len(made.chunks) == 1
     assert ideal - 1 <= size <= 1.01 * ideal + 8 * len(made.chunks)
 
 
@@ -330,7 +332,7 @@ def test_what_the_model_wrote_greedily_has_rank_zero_everywhere(tiny):
         assert (reading.rank == 0).all()
     writer = lockstep.RanksCoder("huffman", door.vocabulary_size(tiny))
     with door.stepping(tiny, 2, 30) as stepper:
-        chunks = list(lockstep.encode_tokens(stepper, written.flatten().numpy(), start, 30, writer, lambda _: None))
+        chunks = list(lockstep.encode_tokens(stepper, written.flatten().numpy(), start, 30, writer))
     assert chunks == [(entropy.huffman_encode(np.zeros(60, np.int64)), 60)]
 
 
@@ -404,7 +406,7 @@ def test_forged_chunks_give_an_error_and_no_text(llama, blob):
         with pytest.raises(CodecError):
             coder.decode(forged.to_bytes())
     moved = replace(found, tokens=(found.tokens[0] - 1, found.tokens[1] + 1, *found.tokens[2:]))
-    with pytest.raises(CorruptFileError, match="one window"):
+    with pytest.raises(CorruptFileError, match="whole windows"):
         coder.decode(moved.to_bytes())
     bomb = container.store(b"a" * 5000, "not told")
     with pytest.raises(CorruptFileError, match="length"):
@@ -412,7 +414,7 @@ def test_forged_chunks_give_an_error_and_no_text(llama, blob):
 
 
 def test_another_model_is_refused_before_anything_is_computed(tokenizer, blob, monkeypatch):
-    monkeypatch.setattr(lockstep, "_step", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(lockstep, "_step", lambda *_, **__: pytest.fail("computed"))
     for other in (make_bridge("llama", seed=1, tokenizer=tokenizer), make_bridge("gpt2", tokenizer=tokenizer)):
         with pytest.raises(WrongModelError, match="Load that model"):
             codec.TextCodec(other).decode(blob)
@@ -448,7 +450,7 @@ def golden() -> codec.Container:
     """A file with every field, made of known numbers; its chunks are no text."""
     setting = codec.Setting(
         model=bytes(range(16)), tokenizer=bytes(range(16, 24)), probe=bytes(range(24, 32)), streams=3, window=4, threads=2, dtype="float32",
-        start=1, tokens=22, environment="2.13.0 4.3.0 AVX2 cpu",
+        start=1, tokens=22, windows=1, environment="2.13.0 4.3.0 AVX2 cpu",
     )  # fmt: skip
     chunks = (b"first chunk.", b"second chunk")
     return codec.Container("ranks", "zipf", 77, hashlib.sha256(b"golden").digest(), chunks, (12, 10), setting=setting)
@@ -542,7 +544,7 @@ def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
     book = tmp_path / "book.txt"
     book.write_bytes(TEXT.encode())
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     for where in ((lockstep, "_step"), (cli_codec.os, "replace")):
@@ -552,11 +554,59 @@ def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
 
 
+# -- benchmark and page ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_agrees_with_files_and_names_what_is_missing(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    table = codec.bench(llama, TEXT, streams=2, context=50).set_index("coder")
+    assert table.columns.tolist() == list(codec.benchmark.COLUMNS[1:])
+    for method, backend in METHODS:
+        coder = codec.TextCodec(llama, method, backend, streams=2, context=50)
+        file = coder.encode_text(*coder.prepared(TEXT))
+        row = table.loc["direct" if method == "direct" else f"ranks, {backend}"]
+        assert (row.bytes, row.header_bytes) == (len(file), len(codec.read(file).header()))
+    assert abs(table.gap_to_ideal["direct"]) < 0.03
+    assert "pip install" in table.note["brotli -11"] and np.isnan(table.bytes["brotli -11"])
+    assert table.bytes["zstd -19"] < len(TEXT) and table.bytes["PPMd -o16"] < len(TEXT)
+    with pytest.raises(CodecError, match="not UTF-8"):
+        codec.bench(llama, b"\xff")
+    assert len(bl.views.size_bars(table.reset_index()).axes[0].patches) == table.bytes.notna().sum()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
+    text = tmp_path / "<b>.txt"
+    text.write_text("<script>alert('\u00e9')</script>\r\n\0 & \"quoted\" text. " * 2, encoding="utf-8")
+    page, folder = tmp_path / "page.html", tmp_path / "bench"
+    assert call(monkeypatch, "codec-view", str(text), "--out", str(page))[0] == 0
+    made = page.read_text(encoding="utf-8")
+    assert "<script" not in made and "http" not in made.replace("http://www.w3.org/2000/svg", "") and "\0" not in made
+    assert made.count('<span class="b') == len(codec.TextCodec(cli_codec._load("")).ranks(text.read_bytes()))
+    code, said, _ = call(monkeypatch, "codec-bench", str(text), str(text), "--out", str(folder))
+    assert code == 0 and said.count(b"xz -9e") == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["codec-bench.csv", "codec-bench.png"]
+    for again in (("codec-view", str(text), "--out", str(page)), ("codec-bench", str(text), "--out", str(folder))):
+        code, _, err = call(monkeypatch, *again)
+        assert code == 1 and "--force" in err
+
+
+def test_growth_ends_at_the_whole_text(llama):
+    coder = codec.TextCodec(llama)
+    bits = coder.ranks(TEXT)["bits"].to_numpy()
+    table = codec.growth(coder, TEXT, bits, points=5)
+    assert table.original.tolist()[0] == 0 and table.original.tolist()[-1] == len(TEXT.encode())
+    assert table.model.iloc[-1] == pytest.approx(bits.sum() / 8)
+    assert table.original.is_monotonic_increasing and table.model.is_monotonic_increasing
+
+
 def test_public_docstrings_have_their_parts():
     for thing, parts in [
         (codec.TextCodec, ("Args:", "Raises:", "Source:", "Example:")), (codec.TextCodec.encode, ("Args:", "Returns:", "Raises:")),
         (codec.TextCodec.decode, ("Raises:",)), (codec.TextCodec.estimate, ("Args:", "Returns:", "Example:")),
-        (codec.TextCodec.ranks, ("Args:", "Returns:", "Example:")), (door.stepping, ("Args:", "Raises:", "Example:")),
+        (codec.TextCodec.ranks, ("Args:", "Returns:", "Example:")), (codec.bench, ("Args:", "Returns:", "Raises:", "Example:")),
+        (bl.views.code_page, ("Args:", "Returns:", "Raises:", "Example:")), (bl.views.size_bars, ("Args:", "Raises:", "Example:")),
+        (door.stepping, ("Args:", "Raises:", "Example:")),
     ]:  # fmt: skip
         for part in parts:
             assert part in thing.__doc__, (thing, part)

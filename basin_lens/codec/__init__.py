@@ -9,11 +9,13 @@
 - `entropy.py`, `rank_coders.py`: from whole numbers to bytes
 - `container.py`: the file format
 - `reading.py`: one full pass, for estimates and tables
+- `benchmark.py`: beside general compressors
 """
 
+from basin_lens.codec.benchmark import bench, growth
 from basin_lens.codec.container import Container, Setting, read, store
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate
 from basin_lens.codec.text import TextCodec
 
-__all__ = ["RANK_CODERS", "Container", "Estimate", "Setting", "TextCodec", "read", "store"]
+__all__ = ["RANK_CODERS", "Container", "Estimate", "Setting", "TextCodec", "bench", "growth", "read", "store"]

@@ -21,8 +21,9 @@
     92   1      dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
     93   4      id of the token that opens every stream and every window
     97   8      tokens
-    105  2      bytes of the next field, n
-    107  n      environment, ASCII, between spaces: versions of torch, transformer-lens, transformers, tokenizers, numpy and
+    105  2      windows in a chunk
+    107  2      bytes of the next field, n
+    109  n      environment, ASCII, between spaces: versions of torch, transformer-lens, transformers, tokenizers, numpy and
                 constriction, the processor's capability as torch names it, the device
 
     every method:
@@ -32,8 +33,8 @@
          ...    the chunks, one behind the other
 
 In direct and ranks, the tokens are cut into streams of equal length, the first ones longer by one where it does not divide; all streams
-advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of one window
-of all streams. Raw and zstd have one chunk, and none for an empty original.
+advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of some windows
+of all streams, the last chunk what is left. Raw and zstd have one chunk, and none for an empty original.
 """
 
 import hashlib
@@ -59,10 +60,11 @@ MOST_BYTES = 1 << 30  # of the original
 MOST_STREAMS = 256
 MOST_WINDOW = 1 << 20
 MOST_THREADS = 256
+MOST_WINDOWS = 1 << 15  # in a chunk
 MOST_CHUNKS = 1 << 20
 
 _FIXED = struct.Struct("<4sBBBBIQ32s")
-_MODEL = struct.Struct("<16s8s8sHIHBIQH")
+_MODEL = struct.Struct("<16s8s8sHIHBIQHH")
 _COUNT = struct.Struct("<I")
 _CHUNK = struct.Struct("<III")
 
@@ -84,12 +86,13 @@ class Setting:
     dtype: str
     start: int
     tokens: int
+    windows: int  # in a chunk
     environment: str
 
     def __post_init__(self) -> None:
         for name, value, most in (
             ("streams", self.streams, MOST_STREAMS), ("window", self.window, MOST_WINDOW), ("threads", self.threads, MOST_THREADS),
-            ("tokens", self.tokens, MOST_BYTES),
+            ("tokens", self.tokens, MOST_BYTES), ("windows", self.windows, MOST_WINDOWS),
         ):  # fmt: skip
             if not 1 <= value <= most:
                 raise CodecError(
@@ -102,9 +105,9 @@ class Setting:
         return -(-self.tokens // self.streams)
 
     @property
-    def chunks(self) -> int:
-        """Windows that the longest stream fills."""
-        return -(-self.steps // self.window)
+    def places(self) -> range:
+        """The first place of every chunk."""
+        return range(0, self.steps, self.window * self.windows)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Container:
             s = self.setting
             environment = s.environment.encode("ascii")
             body = _MODEL.pack(
-                s.model, s.tokenizer, s.probe, s.streams, s.window, s.threads, DTYPES.index(s.dtype), s.start, s.tokens, len(environment)
+                s.model, s.tokenizer, s.probe, s.streams, s.window, s.threads, DTYPES.index(s.dtype), s.start, s.tokens, s.windows,
+                len(environment),
             ) + environment  # fmt: skip
         table = b"".join(_CHUNK.pack(len(c), n, zlib.crc32(c)) for c, n in zip(self.chunks, self.tokens, strict=True))
         size = _FIXED.size + len(body) + _COUNT.size + len(table) + 4
@@ -224,7 +228,7 @@ def read(blob: bytes) -> Container:
         raise _limits("a header that ends early")
     (count,) = _COUNT.unpack_from(head, at)
     table = head[at + _COUNT.size :]
-    if count > MOST_CHUNKS or len(table) != count * _CHUNK.size or (setting.chunks if setting else min(length, 1)) != count:
+    if count > MOST_CHUNKS or len(table) != count * _CHUNK.size or (len(setting.places) if setting else min(length, 1)) != count:
         raise _limits(f"{count} chunks")
     sizes, tokens, checks = zip(*_CHUNK.iter_unpack(table), strict=True) if count else ((), (), ())
     if sum(tokens) != (setting.tokens if setting else 0):
@@ -249,13 +253,13 @@ def _setting(head: bytes) -> tuple[Setting, int]:
     if end > len(head):
         raise _limits("a header that ends early")
     *values, size = _MODEL.unpack_from(head, _FIXED.size)
-    model, tokenizer, probe, streams, window, threads, dtype, start, tokens = values
+    model, tokenizer, probe, streams, window, threads, dtype, start, tokens, windows = values
     environment = head[end : end + size]
     if len(environment) != size or not environment.isascii() or dtype >= len(DTYPES) or start >= 1 << 24:
         raise _limits(f"dtype {dtype}, start token {start}, environment {environment!r}")
     try:
         setting = Setting(
-            model, tokenizer, probe, streams, window, threads, DTYPES[dtype], start, tokens, environment.decode("ascii")
+            model, tokenizer, probe, streams, window, threads, DTYPES[dtype], start, tokens, windows, environment.decode("ascii")
         )
     except CodecError as error:
         raise CorruptFileError(str(error)) from error

@@ -118,7 +118,14 @@ def stream_lengths(tokens: int, streams: int) -> list[int]:
 
 
 def encode_tokens(
-    stepper: door.Stepper, tokens: Int[np.ndarray, " n"], start: int, window: int, coder: TokenCoder, tick: Callable[[int], Any]
+    stepper: door.Stepper,
+    tokens: Int[np.ndarray, " n"],
+    start: int,
+    window: int,
+    coder: TokenCoder,
+    tick: Callable[[int], Any] = lambda _: None,
+    *,
+    windows: int = 1,
 ) -> Iterator[tuple[bytes, int]]:
     """The chunks of a text, and the tokens in each.
 
@@ -129,21 +136,21 @@ def encode_tokens(
         window: tokens after which the streams start anew.
         coder: a new one.
         tick: told the number of tokens after each step.
+        windows: in a chunk.
     """
     lengths = stream_lengths(len(tokens), stepper.batch)
     rows = np.full((stepper.batch, lengths[0]), start, np.int64)
     for row, piece in zip(rows, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
         row[: len(piece)] = piece
-    for first in range(0, lengths[0], window):
-        last = min(first + window, lengths[0])
-        given, count = np.full(stepper.batch, start, np.int64), 0
-        stepper.reset()
+    opening = np.full(stepper.batch, start, np.int64)
+    for first in range(0, lengths[0], window * windows):
+        last = min(first + window * windows, lengths[0])
         for place in range(first, last):
             live = _live(lengths, place)
-            coder.put(_step(stepper, given)[:live], rows[:live, place])
-            given, count = rows[:, place], count + live
+            logits = _step(stepper, rows[:, place - 1] if place % window else opening, fresh=place % window == 0)
+            coder.put(logits[:live], rows[:live, place])
             tick(live)
-        yield coder.finish(), count
+        yield coder.finish(), chunk_tokens(lengths, first, last)
 
 
 def decode_tokens(
@@ -153,24 +160,25 @@ def decode_tokens(
     start: int,
     window: int,
     coder: TokenCoder,
-    tick: Callable[[int], Any],
+    tick: Callable[[int], Any] = lambda _: None,
+    *,
+    windows: int = 1,
 ) -> Int[np.ndarray, " n"]:
     """The tokens of a text from its chunks; see `encode_tokens`."""
     lengths = stream_lengths(tokens, stepper.batch)
-    windows = []  # as they come: nothing is set aside for what a header merely declares
-    for index, first in enumerate(range(0, lengths[0], window)):
-        last = min(first + window, lengths[0])
+    opening = np.full(stepper.batch, start, np.int64)
+    parts: list[np.ndarray] = []  # as they come: nothing is set aside for what a header merely declares
+    for index, first in enumerate(range(0, lengths[0], window * windows)):
+        last = min(first + window * windows, lengths[0])
         coder.open(chunks[index], chunk_tokens(lengths, first, last))
-        rows = np.full((stepper.batch, last - first), start, np.int64)
-        given = np.full(stepper.batch, start, np.int64)
-        stepper.reset()
         for place in range(first, last):
             live = _live(lengths, place)
-            rows[:live, place - first] = coder.get(_step(stepper, given)[:live])
-            given = rows[:, place - first]
+            logits = _step(stepper, parts[-1] if place % window else opening, fresh=place % window == 0)
+            chosen = opening.copy()  # a stream that has ended goes on with start tokens, as in the encoder
+            chosen[:live] = coder.get(logits[:live])
+            parts.append(chosen)
             tick(live)
-        windows.append(rows)
-    return np.concatenate([row[:length] for row, length in zip(np.concatenate(windows, axis=1), lengths, strict=True)])
+    return np.concatenate([row[:length] for row, length in zip(np.stack(parts, axis=1), lengths, strict=True)])
 
 
 def chunk_tokens(lengths: Sequence[int], first: int, last: int) -> int:
@@ -201,7 +209,10 @@ def probe(stepper: door.Stepper, coder: TokenCoder) -> bytes:
     return digest.digest()
 
 
-def _step(stepper: door.Stepper, tokens: Int[np.ndarray, " batch"]) -> Float[np.ndarray, "batch vocab"]:
+def _step(stepper: door.Stepper, tokens: Int[np.ndarray, " batch"], *, fresh: bool = False) -> Float[np.ndarray, "batch vocab"]:
+    """Logits after one more token; `fresh`: the first of a window."""
+    if fresh:
+        stepper.reset()
     logits: np.ndarray = stepper.step(torch.from_numpy(np.ascontiguousarray(tokens))).numpy()
     if np.isnan(logits).any():
         raise CodecError("expected logits, got NaN. Use float32, or another model.")

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.codec.container import DTYPES, METHODS, MOST_STREAMS, Container, Setting, read, store
+from basin_lens.codec.container import DTYPES, METHODS, MOST_STREAMS, MOST_WINDOWS, Container, Setting, read, store
 from basin_lens.codec.lockstep import chunk_tokens, decode_tokens, encode_tokens, probe, stream_lengths, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate, read_pass
@@ -21,6 +21,7 @@ from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentErro
 from basin_lens.texts.tokens import token_strings
 
 _LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
+_LEAST_CHUNK = 4096  # tokens: each chunk costs some 16 bytes
 _MOST_CACHE = 8 << 30  # bytes of keys and values
 _LONGEST = 64 << 20  # bytes of a text; at some hundred tokens per second that is days
 _PACKAGES = ("torch", "transformer-lens", "transformers", "tokenizers", "numpy", "constriction")
@@ -107,7 +108,7 @@ class TextCodec:
         found = self._tokens(plain) if plain else "not told"
         if isinstance(found, str):
             return store(plain, found).to_bytes()
-        coded, stored = self._coded(plain, found).to_bytes(), store(plain, "no smaller with the model").to_bytes()
+        coded, stored = self.encode_text(plain, found), store(plain, "no smaller with the model").to_bytes()
         if len(coded) >= len(stored):
             return stored
         if verify and self.decode(coded) != plain:
@@ -130,12 +131,11 @@ class TextCodec:
             return file.restored()
         setting = file.setting
         self._check(setting)
-        lengths = stream_lengths(setting.tokens, setting.streams)
-        firsts = range(0, lengths[0], setting.window)
-        if file.tokens != tuple(chunk_tokens(lengths, first, min(first + setting.window, lengths[0])) for first in firsts):
-            raise CorruptFileError("expected chunks of one window of all streams each, got others. Get the file again.")
+        lengths, places = stream_lengths(setting.tokens, setting.streams), setting.places
+        if file.tokens != tuple(chunk_tokens(lengths, first, first + places.step) for first in places):
+            raise CorruptFileError("expected chunks of whole windows of all streams, got others. Get the file again.")
         coder = token_coder(file.method, file.backend, door.vocabulary_size(self.model))
-        with self._stepping(setting.streams, min(setting.window, setting.steps), setting.threads) as stepper:
+        with self.stepping(setting.streams, min(setting.window, setting.steps), setting.threads) as stepper:
             found = probe(stepper, coder)
             if found != setting.probe:
                 raise WrongEnvironmentError(
@@ -144,8 +144,10 @@ class TextCodec:
                     "the same kind of processor."
                 )
             with self._bar("decoding", setting.tokens) as tick:
-                tokens = decode_tokens(stepper, file.chunks, setting.tokens, setting.start, setting.window, coder, tick)
-        return file.checked(self._text(tokens))
+                tokens = decode_tokens(
+                    stepper, file.chunks, setting.tokens, setting.start, setting.window, coder, tick, windows=setting.windows
+                )
+        return file.checked(self.text_of(tokens))
 
     def estimate(self, data: bytes | str, *, streams: int = 1) -> Estimate:
         """The ideal size of a text by one full pass: no coder, no file.
@@ -167,8 +169,7 @@ class TextCodec:
             >>> codec.estimate("The cat sat on the mat.").n_tokens
             7
         """
-        plain = _as_bytes(data)
-        tokens = self._tokens_or_refuse(plain)
+        plain, tokens = self.prepared(data)
         reading = read_pass(self.model, tokens, streams=min(streams, max(1, len(tokens))), window=self.context)
         return Estimate(reading.bits, len(plain))
 
@@ -194,7 +195,7 @@ class TextCodec:
         """
         if not 1 <= k <= door.vocabulary_size(self.model):
             raise CodecError(f"expected k between 1 and {door.vocabulary_size(self.model)}, got {k}.")
-        tokens = self._tokens_or_refuse(_as_bytes(text))
+        _, tokens = self.prepared(text)
         reading = read_pass(self.model, tokens, streams=1, window=self.context, k=k)
         names = token_strings(self.model, {*tokens.tolist(), *reading.top.ravel().tolist()})
         return pd.DataFrame(
@@ -214,22 +215,46 @@ class TextCodec:
         """Streams of a text of so many tokens: one for each 256, at least 1, at most `streams`."""
         return max(1, min(self.streams, tokens // _LEAST_TOKENS))
 
-    def _coded(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> Container:
+    def prepared(self, data: bytes | str) -> tuple[bytes, Int[np.ndarray, " tokens"]]:
+        """The text's bytes and its tokens.
+
+        Raises:
+            CodecError: bytes that the model cannot code.
+        """
+        plain = _as_bytes(data)
+        found = self._tokens(plain) if plain else np.empty(0, np.int64)
+        if isinstance(found, str):
+            raise CodecError(
+                f"expected a text that the model can code, got one that it cannot: {found}. `encode` stores it by zstd or raw."
+            )
+        return plain, found
+
+    def text_of(self, tokens: Int[np.ndarray, " n"]) -> bytes:
+        """The bytes of some tokens, together: a character's bytes may lie in several of them."""
+        text: str = door.tokenizer_of(self.model).decode(
+            tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text.encode("utf-8", errors="replace")
+
+    def encode_text(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> bytes:
+        """The model's file, be it small or not, unverified; from what `prepared` gave."""
         streams = self.streams_for(len(tokens))
         steps = -(-len(tokens) // streams)
         threads = self.threads or torch.get_num_threads()
+        windows = min(MOST_WINDOWS, -(-_LEAST_CHUNK // (streams * self.context)))
         start = door.start_token(self.model)
         coder = token_coder(self.method, self.backend, door.vocabulary_size(self.model))
-        with self._stepping(streams, min(self.context, steps), threads) as stepper:
+        with self.stepping(streams, min(self.context, steps), threads) as stepper:
             probed = probe(stepper, coder)
             with self._bar("encoding", len(tokens)) as tick:
-                made = list(encode_tokens(stepper, tokens, start, self.context, coder, tick))
+                made = list(encode_tokens(stepper, tokens, start, self.context, coder, tick, windows=windows))
         setting = Setting(
-            self._fingerprint(), self._tokenizer_hash, probed, streams, self.context, threads, self._dtype(), start, len(tokens),
+            self._fingerprint(), self._tokenizer_hash, probed, streams, self.context, threads, self._dtype(), start, len(tokens), windows,
             _environment(self.model),
         )  # fmt: skip
         chunks, counts = zip(*made, strict=True)
-        return Container(self.method, self.backend, len(plain), hashlib.sha256(plain).digest(), chunks, counts, setting=setting)
+        file = Container(self.method, self.backend, len(plain), hashlib.sha256(plain).digest(), chunks, counts, setting=setting)
+        return file.to_bytes()
 
     def _check(self, setting: Setting) -> None:
         """Refuse another model before anything is computed."""
@@ -249,7 +274,12 @@ class TextCodec:
             )
 
     @contextmanager
-    def _stepping(self, streams: int, window: int, threads: int) -> Iterator[door.Stepper]:
+    def stepping(self, streams: int, window: int, threads: int) -> Iterator[door.Stepper]:
+        """A stepper for so many streams, while torch works with so many threads.
+
+        Raises:
+            CodecError: keys and values of more than 8 GiB.
+        """
         if (needed := door.cache_bytes(self.model, streams, window)) > _MOST_CACHE:
             raise CodecError(
                 f"expected keys and values of at most {_MOST_CACHE >> 30} GiB, got {needed / 2**30:.1f} GiB for {streams} streams of "
@@ -273,24 +303,9 @@ class TextCodec:
             return "not UTF-8"
         ids = door.tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array(ids, np.int64)
-        if not ids or max(ids) >= door.vocabulary_size(self.model) or self._text(tokens) != plain:
+        if not ids or max(ids) >= door.vocabulary_size(self.model) or self.text_of(tokens) != plain:
             return "the tokenizer does not give the text back"
         return tokens
-
-    def _tokens_or_refuse(self, plain: bytes) -> Int[np.ndarray, " n"]:
-        found = self._tokens(plain) if plain else np.empty(0, np.int64)
-        if isinstance(found, str):
-            raise CodecError(
-                f"expected a text that the model can code, got one that it cannot: {found}. `encode` stores it by zstd or raw."
-            )
-        return found
-
-    def _text(self, tokens: Int[np.ndarray, " n"]) -> bytes:
-        # The tokens of the whole text at once: a character's bytes may lie in several of them.
-        text: str = door.tokenizer_of(self.model).decode(
-            tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text.encode("utf-8", errors="replace")
 
     def _fingerprint(self) -> bytes:
         return bytes.fromhex(door.fingerprint(self.model))
