@@ -144,9 +144,7 @@ def codec_bench(
     out.mkdir(parents=True, exist_ok=True)
     targets = [_target(str(out / f"codec-bench.{kind}"), force) for kind in ("csv", "png")]
     loaded = _load(model)
-    tables = [
-        bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file) for file, data in texts.items()
-    ]
+    tables = [bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file) for file, data in texts]
     table = pd.concat(tables, ignore_index=True)
     _write(table.to_csv(index=False).encode(), targets[0], force)
     sizes = ["original_bytes", "bytes", "header_bytes"]
