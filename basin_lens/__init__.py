@@ -4,7 +4,7 @@
     texts/     model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
                                   analysis/ conducts all of this: read it first; controls/ destroys structure
 
-    memorize/ plants texts in a model and finds them; studies/ compose all of it
+    memorize/ plants texts in a model and finds them; codec/ packs text with a model; studies/ compose all of it
 
 Importing the package imports neither torch nor pandas: names are looked up when they are first used.
 """
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from basin_lens import analyzers, controls, errors, memorize, stats, studies, tables, views
+    from basin_lens import analyzers, codec, controls, errors, memorize, stats, studies, tables, views
     from basin_lens.analysis import analyze, neighborhood
     from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
@@ -30,7 +30,7 @@ _HOMES = {
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.analysis",
 }
-_ROOMS = ("analyzers", "controls", "errors", "memorize", "stats", "studies", "tables", "views")
+_ROOMS = ("analyzers", "codec", "controls", "errors", "memorize", "stats", "studies", "tables", "views")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Passage",
     "analyze",
     "analyzers",
+    "codec",
     "compare",
     "controls",
     "errors",

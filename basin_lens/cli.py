@@ -1,4 +1,4 @@
-"""The command line: `basin-lens demo | analyze | study | info`."""
+"""The command line: `basin-lens demo | analyze | study | info`, and what `cli_codec.py` adds."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from basin_lens import __version__
+from basin_lens import __version__, cli_codec
 from basin_lens.errors import BasinLensError, StoreError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+cli_codec.add_commands(app)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
@@ -254,7 +255,9 @@ def info() -> None:
 def main() -> None:
     """Entry point: one line and exit code 1 for an error that we raise on purpose, 130 for an interruption."""
     try:
-        app(standalone_mode=False)
+        # An interruption is raised by some versions of typer and answered with 130 by others.
+        if app(standalone_mode=False) == 130:
+            raise KeyboardInterrupt
     except BasinLensError as error:
         typer.echo(f"basin-lens: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

@@ -38,7 +38,35 @@ class StoreError(BasinLensError):
 
 
 class CodecError(BasinLensError):
-    """Bytes cannot be coded or decoded."""
+    """Bytes cannot be coded or decoded; the classes below say what is wrong with a file."""
+
+
+class UnknownFileError(CodecError):
+    """The bytes are not a file of the codec."""
+
+
+class FileVersionError(CodecError):
+    """The file is of a version of the format that this basin_lens does not read."""
+
+
+class WrongModelError(CodecError):
+    """The file was written with another model or tokenizer."""
+
+
+class WrongEnvironmentError(CodecError):
+    """The model computes other numbers here than where the file was written."""
+
+
+class TruncatedFileError(CodecError):
+    """The file ends too early."""
+
+
+class CorruptFileError(CodecError):
+    """The file's bytes were changed; `chunk` is the number of the changed chunk, None for the header or the whole."""
+
+    def __init__(self, message: str, chunk: int | None = None) -> None:
+        super().__init__(message)
+        self.chunk = chunk
 
 
 class MergeError(BasinLensError):

@@ -40,6 +40,7 @@ from basin_lens.model.identity import (
     provenance,
     remember_name,
     source_of,
+    tokenizer_fingerprint,
     tokenizer_of,
     uses_bos,
     vocabulary_size,
@@ -47,6 +48,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
@@ -55,6 +57,8 @@ __all__ = [
     "BlockCall",
     "FrozenPrefix",
     "PaddedPrefix",
+    "Stepper",
+    "cache_bytes",
     "cache_entry",
     "cache_folder",
     "call_block",
@@ -92,6 +96,10 @@ __all__ = [
     "rerun_with_state",
     "save_tuned",
     "source_of",
+    "start_token",
+    "stepping",
+    "thread_count",
+    "tokenizer_fingerprint",
     "tokenizer_of",
     "tuned_facts",
     "uses_bos",

@@ -116,6 +116,26 @@ def tokenizer_of(model: Any) -> Any:
     return getattr(model, "tokenizer", None)
 
 
+def tokenizer_fingerprint(model: Any) -> str:
+    """Hash of the tokenizer's vocabulary, merges and rules; not of its name, nor of the padding that a call left behind.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ModelError: the model has no fast tokenizer.
+    """
+    backend = getattr(tokenizer_of(model), "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            "expected a model with a fast tokenizer (one from the tokenizers library), got one without. Set model.tokenizer."
+        )
+    rules = json.loads(backend.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
     """Id of the token to put before each sequence, or None for no such token.
 

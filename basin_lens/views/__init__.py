@@ -3,6 +3,7 @@
 Each returns a value; showing and saving are separate.
 """
 
+from basin_lens.views.codes import code_page, size_bars
 from basin_lens.views.detection import dose_curve, roc
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
 from basin_lens.views.joint import distributions, joint_density, scatter
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "Section",
     "TokenView",
+    "code_page",
     "distributions",
     "dose_curve",
     "forest",
@@ -27,6 +29,7 @@ __all__ = [
     "result_curve",
     "roc",
     "scatter",
+    "size_bars",
     "study_page",
     "tag_intervals",
     "token_view",

@@ -1,0 +1,248 @@
+"""The command line of the codec: `basin-lens compress | decompress | codec-info | codec-bench | codec-view`.
+
+What is said goes to the error stream: the output stream may carry the file.
+"""
+
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from basin_lens.errors import CodecError, StoreError
+
+_SUFFIX = ".blz"
+
+Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
+OutFile = Annotated[str | None, typer.Option("--out", help="Where to write; - for the output stream.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output file that is there.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the codec's commands."""
+    app.command()(compress)
+    app.command()(decompress)
+    app.command("codec-info")(codec_info)
+    app.command("codec-bench")(codec_bench)
+    app.command("codec-view")(codec_view)
+
+
+def compress(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Any file; - for the input stream.")],
+    out: OutFile = None,
+    model: Model = "smollm2-135m",
+    method: Annotated[str, typer.Option("--method", help="direct (smallest) or ranks.")] = "direct",
+    backend: Annotated[str | None, typer.Option("--backend", help="ranks: zlib, huffman, adaptive, zipf or entropy.")] = None,
+    streams: Annotated[int, typer.Option("--streams", help="Most streams that advance together: faster, a little larger.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens after which a stream starts anew.")] = 512,
+    force: Force = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Decode the result and compare before it is written.")
+    ] = True,
+) -> None:
+    """Compress a file with the model's predictions, without loss: FILE.blz. Text gets small; other files are stored by zstd.
+
+    The file can be read again only with the same model, on the same kind of processor, with the same versions of torch and the others.
+    The model is not counted in its size. A book takes hours: about 100 tokens per second on two cores.
+
+    Examples: basin-lens compress book.txt
+              basin-lens compress book.txt --method ranks --backend huffman --out ranks.blz
+              cat book.txt | basin-lens compress - > book.blz
+    """
+    from basin_lens.codec import TextCodec, read
+
+    target = _target(out or ("-" if file == "-" else file + _SUFFIX), force)
+    data = _read(file)
+    codec = TextCodec(_load(model), method, backend, streams, context, progress=True)
+    blob = codec.encode(data, verify=verify)
+    _write(blob, target, force)
+    made = read(blob)
+    share = f", {8 * len(blob) / len(data):.3f} bits per byte" if data else ""
+    _say(f"{len(data)} -> {len(blob)} bytes{share} (header {len(made.header())}); method {made.method}, back end {made.backend}")
+    if made.setting is None and made.why != "not told":
+        _say(f"stored without the model: {made.why}")
+
+
+def decompress(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What compress wrote; - for the input stream.")],
+    out: OutFile = None,
+    model: Model = "smollm2-135m",
+    force: Force = False,
+) -> None:
+    """Give back the bytes that were compressed; FILE without .blz, or --out.
+
+    Nothing is written unless the text's SHA-256 is right. Files stored without the model need none.
+
+    Examples: basin-lens decompress book.txt.blz
+              basin-lens decompress - < book.blz > book.txt
+    """
+    from basin_lens.codec import TextCodec, read
+
+    if out is None and file != "-" and not file.endswith(_SUFFIX):
+        raise typer.BadParameter(f"expected a name that ends in {_SUFFIX}, or --out, got {file!r}.")
+    target = _target(out or ("-" if file == "-" else file.removesuffix(_SUFFIX)), force)
+    blob = _read(file)
+    found = read(blob)
+    data = found.restored() if found.setting is None else TextCodec(_load(model), progress=True).decode(blob)
+    _write(data, target, force)
+    _say(f"{len(blob)} -> {len(data)} bytes, SHA-256 as written")
+
+
+def codec_info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What compress wrote; - for the input stream.")],
+) -> None:
+    """Show what is written in a compressed file; loads no model.
+
+    Example: basin-lens codec-info book.txt.blz
+    """
+    from basin_lens.codec import read
+
+    blob = _read(file)
+    found = read(blob)
+    lines: dict[str, Any] = {
+        "method": found.method, "back end": found.backend, "original": f"{found.length} bytes", "file": f"{len(blob)} bytes",
+        "header": f"{len(found.header())} bytes", "chunks": len(found.chunks), "SHA-256": found.sha256.hex(),
+    }  # fmt: skip
+    if found.length:
+        lines["bits per byte"] = f"{8 * len(blob) / found.length:.3f}"
+    if found.setting is None:
+        lines["why no model"] = found.why
+    else:
+        s = found.setting
+        lines |= {
+            "tokens": s.tokens, "streams": s.streams, "window": s.window, "windows a chunk": s.windows, "threads": s.threads, "dtype": s.dtype,
+            "start token": s.start,
+            "model": s.model.hex(), "tokenizer": s.tokenizer.hex(), "probe": s.probe.hex(), "environment": s.environment,
+        }  # fmt: skip
+    for name, value in lines.items():
+        typer.echo(f"{name:<16} {value}")
+
+
+def codec_bench(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files (UTF-8).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for codec-bench.csv and codec-bench.png.")] = Path("basin-lens-bench"),
+    model: Model = "smollm2-135m",
+    streams: Annotated[int, typer.Option("--streams", help="Most streams that advance together.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens after which a stream starts anew.")] = 512,
+    force: Force = False,
+) -> None:
+    """Every back end beside gzip, bzip2, xz, zstd, brotli and PPMd: a table, a CSV file and a figure (of all files together).
+
+    Each file is read by the model four times. The weights are not counted; famous text was probably seen in training.
+
+    Example: basin-lens codec-bench chapter.txt --out bench/
+    """
+    import pandas as pd
+
+    from basin_lens.codec import bench
+    from basin_lens.views import size_bars
+
+    texts = [(file, _read(file)) for file in files]
+    out.mkdir(parents=True, exist_ok=True)
+    targets = [_target(str(out / f"codec-bench.{kind}"), force) for kind in ("csv", "png")]
+    loaded = _load(model)
+    tables = [bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file) for file, data in texts]
+    table = pd.concat(tables, ignore_index=True)
+    _write(table.to_csv(index=False).encode(), targets[0], force)
+    sizes = ["original_bytes", "bytes", "header_bytes"]
+    total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(tables))
+    total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
+    drawn = io.BytesIO()
+    size_bars(total, title=f"Bits per byte, headers counted; {len(files)} files, model {model}").savefig(
+        drawn, format="png", dpi=150
+    )
+    _write(drawn.getvalue(), targets[1], force)
+    for row in table.to_dict("records"):
+        gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
+        size = (
+            row["note"] if pd.isna(row["bytes"]) else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
+        )
+        typer.echo(f"{row['file']}  {row['coder']:<18} {size}")
+
+
+def codec_view(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text file (UTF-8).")],
+    out: Annotated[str, typer.Option("--out", help="The page.")] = "codec-view.html",
+    model: Model = "smollm2-135m",
+    context: Annotated[int, typer.Option("--context", help="Tokens after which the model starts anew.")] = 512,
+    k: Annotated[int, typer.Option("--k", help="The model's first choices to show for each token.")] = 5,
+    force: Force = False,
+) -> None:
+    """A page that works offline: each token by its bits and its rank, what the model expected, sizes along the text, ranks.
+
+    Example: basin-lens codec-view chapter.txt --out page.html
+    """
+    from basin_lens.codec import TextCodec, growth
+    from basin_lens.codec.rank_coders import fit_zipf, zipf
+    from basin_lens.model import full_name, vocabulary_size
+    from basin_lens.views import code_page
+
+    target, data = _target(out, force), _read(file)
+    loaded = _load(model)
+    codec = TextCodec(loaded, context=context)
+    table = codec.ranks(data, k=k)
+    if table.empty:
+        raise CodecError("expected a text, got an empty file.")
+    ranks, vocab = table["rank"].to_numpy(), vocabulary_size(loaded)
+    law = fit_zipf(ranks, vocab)
+    shares = zipf(law, vocab)
+    total = float(table["bits"].sum())
+    facts = {
+        "file": file, "model": full_name(loaded), "bytes": str(len(data)), "tokens": str(len(table)),
+        "ideal size": f"{total / 8:.0f} bytes, {total / len(data):.3f} bits per byte", "bits per token": f"{total / len(table):.2f}",
+        "first choice right": f"{(ranks == 0).mean():.1%}", "fitted law": f"(rank + 1 + {law[1]:.2f})^-{law[0]:.2f}",
+    }  # fmt: skip
+    page = code_page(table, title=f"What does each token of {file} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
+                     zipf=shares / shares.sum())  # fmt: skip
+    _write(page.html.encode("utf-8"), target, force)
+    _say(f"{out}: {total / len(data):.3f} bits per byte, first choice right {(ranks == 0).mean():.1%}")
+
+
+def _load(name: str) -> Any:
+    from basin_lens.model import load_model
+
+    _say(f"loading {name}")
+    return load_model(name)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise StoreError(f"expected a file that can be read, got {file!r}: {error.strerror}. Check the path.") from error
+
+
+def _target(out: str, force: bool) -> Path | None:
+    """Where to write, refused before any long work if it is there; None for the output stream."""
+    if out == "-":
+        return None
+    target = Path(out)
+    if target.is_dir() or (target.exists() and not force):
+        raise StoreError(f"expected an output that is not there yet, got {out!r}. Choose --out, or --force to replace a file.")
+    if not target.resolve().parent.is_dir():
+        raise StoreError(f"expected a folder to write into, got {str(target.parent)!r}. Make it first.")
+    return target
+
+
+def _write(data: bytes, target: Path | None, force: bool) -> None:
+    """The whole file or none."""
+    if target is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    _target(str(target), force)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".basin-lens-") as folder:
+            (Path(folder) / "file").write_bytes(data)
+            os.replace(Path(folder) / "file", target)
+    except OSError as error:
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}. Choose --out.") from error

@@ -1,0 +1,274 @@
+"""The file format, version 1, frozen by a golden file in the tests. Whole numbers are little-endian.
+
+    at   bytes
+    0    4      magic: 8F 42 4C 5A
+    4    1      version: 1
+    5    1      method: 0 raw, 1 zstd, 2 direct, 3 ranks
+    6    1      back end: 0 none, 1 range, 2 zlib, 3 huffman, 4 adaptive, 5 zipf, 6 entropy
+    7    1      flags: why the file is raw or zstd. 0 not told, 1 not UTF-8, 2 the tokenizer does not give the text back,
+                3 the model's file would be no smaller, 4 too long for the model
+    8    4      bytes of the header, its checksum included
+    12   8      bytes of the original
+    20   32     SHA-256 of the original
+
+    direct and ranks only:
+    52   16     model fingerprint: weights and settings as they compute, not the name (`basin_lens.model.fingerprint`)
+    68   8      tokenizer hash: the first half of `basin_lens.model.tokenizer_fingerprint`
+    76   8      probe hash: what the model computes on a fixed prompt (`basin_lens.codec.lockstep.probe`)
+    84   2      streams that advance together
+    86   4      window: tokens after which every stream starts anew
+    90   2      threads of torch
+    92   1      dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
+    93   4      id of the token that opens every stream and every window
+    97   8      tokens
+    105  2      windows in a chunk
+    107  2      bytes of the next field, n
+    109  n      environment, ASCII, between spaces: versions of torch, transformer-lens, transformers, tokenizers, numpy and
+                constriction, the processor's capability as torch names it, the device
+
+    every method:
+         4      number of chunks
+         12     for each chunk: bytes, tokens (0 in raw and zstd), CRC-32
+         4      CRC-32 of all of the above
+         ...    the chunks, one behind the other
+
+In direct and ranks, the tokens are cut into streams of equal length, the first ones longer by one where it does not divide; all streams
+advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of some windows
+of all streams, the last chunk what is left. Raw and zstd have one chunk, and none for an empty original.
+"""
+
+import hashlib
+import itertools
+import struct
+import zlib
+from dataclasses import dataclass, field
+
+import zstandard
+
+from basin_lens.errors import CodecError, CorruptFileError, FileVersionError, TruncatedFileError, UnknownFileError
+
+MAGIC = b"\x8fBLZ"
+VERSION = 1
+METHODS = ("raw", "zstd", "direct", "ranks")
+BACKENDS = ("none", "range", "zlib", "huffman", "adaptive", "zipf", "entropy")
+WHY_STORED = (
+    "not told", "not UTF-8", "the tokenizer does not give the text back", "no smaller with the model", "too long for the model",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+MOST_BYTES = 1 << 30  # of the original
+MOST_STREAMS = 256
+MOST_WINDOW = 1 << 20
+MOST_THREADS = 256
+MOST_WINDOWS = 1 << 15  # in a chunk
+MOST_CHUNKS = 1 << 20
+
+_FIXED = struct.Struct("<4sBBBBIQ32s")
+_MODEL = struct.Struct("<16s8s8sHIHBIQHH")
+_COUNT = struct.Struct("<I")
+_CHUNK = struct.Struct("<III")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a decoder must have and do as the encoder had and did it; for the fields' sizes see the module.
+
+    Raises:
+        CodecError: a value beyond the format's limits.
+    """
+
+    model: bytes
+    tokenizer: bytes
+    probe: bytes
+    streams: int
+    window: int
+    threads: int
+    dtype: str
+    start: int
+    tokens: int
+    windows: int  # in a chunk
+    environment: str
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("streams", self.streams, MOST_STREAMS), ("window", self.window, MOST_WINDOW), ("threads", self.threads, MOST_THREADS),
+            ("tokens", self.tokens, MOST_BYTES), ("windows", self.windows, MOST_WINDOWS),
+        ):  # fmt: skip
+            if not 1 <= value <= most:
+                raise CodecError(
+                    f"expected {name} between 1 and {most}, got {value}. Choose another number, or get the file again."
+                )
+
+    @property
+    def steps(self) -> int:
+        """Places of the longest stream."""
+        return -(-self.tokens // self.streams)
+
+    @property
+    def places(self) -> range:
+        """The first place of every chunk."""
+        return range(0, self.steps, self.window * self.windows)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file of the codec, read: its header, and its chunks with their checksums proven."""
+
+    method: str
+    backend: str
+    length: int
+    sha256: bytes
+    chunks: tuple[bytes, ...] = field(repr=False)
+    tokens: tuple[int, ...] = field(repr=False)  # of each chunk
+    why: str = WHY_STORED[0]
+    setting: Setting | None = None
+
+    def header(self) -> bytes:
+        """The bytes before the chunks."""
+        body = b""
+        if self.setting is not None:
+            s = self.setting
+            environment = s.environment.encode("ascii")
+            body = _MODEL.pack(
+                s.model, s.tokenizer, s.probe, s.streams, s.window, s.threads, DTYPES.index(s.dtype), s.start, s.tokens, s.windows,
+                len(environment),
+            ) + environment  # fmt: skip
+        table = b"".join(_CHUNK.pack(len(c), n, zlib.crc32(c)) for c, n in zip(self.chunks, self.tokens, strict=True))
+        size = _FIXED.size + len(body) + _COUNT.size + len(table) + 4
+        fixed = _FIXED.pack(
+            MAGIC, VERSION, METHODS.index(self.method), BACKENDS.index(self.backend), WHY_STORED.index(self.why), size, self.length,
+            self.sha256,
+        )  # fmt: skip
+        head = fixed + body + _COUNT.pack(len(self.chunks)) + table
+        return head + zlib.crc32(head).to_bytes(4, "little")
+
+    def to_bytes(self) -> bytes:
+        """The whole file."""
+        return b"".join([self.header(), *self.chunks])
+
+    def checked(self, original: bytes) -> bytes:
+        """`original`, if it is what was put in.
+
+        Raises:
+            CorruptFileError: another length or SHA-256.
+        """
+        if len(original) != self.length or hashlib.sha256(original).digest() != self.sha256:
+            raise CorruptFileError("expected the text whose SHA-256 is in the header, got another. Get the file again.")
+        return original
+
+    def restored(self) -> bytes:
+        """The original of a raw or zstd file, which needs no model.
+
+        Raises:
+            CodecError: the method needs the model. CorruptFileError: see `checked`.
+        """
+        if self.method not in METHODS[:2]:
+            raise CodecError(f"expected a file of method raw or zstd, got {self.method}. Decode it with TextCodec(model).decode.")
+        data = b"".join(self.chunks)
+        if self.method == "zstd":
+            try:
+                if zstandard.get_frame_parameters(data).content_size != self.length:
+                    raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
+                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=self.length)
+            except zstandard.ZstdError as error:
+                raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
+        return self.checked(data)
+
+
+def store(data: bytes, why: str) -> Container:
+    """The smaller of zstd (level 19) and raw.
+
+    Args:
+        data: the original, any bytes, at most 1 GiB.
+        why: one of `WHY_STORED`.
+
+    Raises:
+        CodecError: more than 1 GiB.
+
+    Example:
+        >>> from basin_lens.codec.container import read, store
+        >>> file = store(b"any bytes" * 9, "not told").to_bytes()
+        >>> read(file).method, read(file).restored() == b"any bytes" * 9
+        ('zstd', True)
+    """
+    if len(data) > MOST_BYTES:
+        raise CodecError(f"expected at most {MOST_BYTES} bytes, got {len(data)}. Cut the file in pieces.")
+    small = zstandard.ZstdCompressor(level=19).compress(data) if data else b""
+    method, chunk = ("zstd", small) if data and len(small) < len(data) else ("raw", data)
+    chunks = (chunk,) if data else ()
+    return Container(method, "none", len(data), hashlib.sha256(data).digest(), chunks, (0,) * len(chunks), why)
+
+
+def read(blob: bytes) -> Container:
+    """Read a file and prove its checksums, before anything of a declared size is set aside.
+
+    Raises:
+        UnknownFileError: not a file of the codec. FileVersionError: of another version. TruncatedFileError: it ends too early.
+        CorruptFileError: the header or a chunk was changed, or something follows the end.
+    """
+    if blob[: len(MAGIC)] != MAGIC[: len(blob)] or not blob:
+        raise UnknownFileError(
+            f"expected a file that begins with {MAGIC!r}, got {blob[:4]!r}. It was not made by basin-lens compress."
+        )
+    if len(blob) > len(MAGIC) and blob[4] != VERSION:
+        raise FileVersionError(f"expected version {VERSION} of the format, got {blob[4]}. Use the basin_lens that wrote the file.")
+    if len(blob) < _FIXED.size:
+        raise _truncated(_FIXED.size, blob)
+    _, _, method, backend, why, size, length, sha256 = _FIXED.unpack_from(blob)
+    if not _FIXED.size + _COUNT.size + 4 <= size <= len(blob):
+        raise _truncated(size, blob)
+    head, check = blob[: size - 4], blob[size - 4 : size]
+    if zlib.crc32(head) != int.from_bytes(check, "little"):
+        raise CorruptFileError("expected the header's checksum, got another: the header was changed. Get the file again.")
+    known = method < len(METHODS) and backend < len(BACKENDS) and why < len(WHY_STORED) and length <= MOST_BYTES
+    if not known or (method >= 2) != (backend > 0) or (method == 2) != (backend == 1):
+        raise _limits(f"method {method}, back end {backend}, flags {why}, {length} bytes")
+    setting, at = _setting(head) if method >= 2 else (None, _FIXED.size)
+    if at + _COUNT.size > len(head):
+        raise _limits("a header that ends early")
+    (count,) = _COUNT.unpack_from(head, at)
+    table = head[at + _COUNT.size :]
+    if count > MOST_CHUNKS or len(table) != count * _CHUNK.size or (len(setting.places) if setting else min(length, 1)) != count:
+        raise _limits(f"{count} chunks")
+    sizes, tokens, checks = zip(*_CHUNK.iter_unpack(table), strict=True) if count else ((), (), ())
+    if sum(tokens) != (setting.tokens if setting else 0):
+        raise _limits(f"chunks of {sum(tokens)} tokens")
+    ends = [size, *(size + end for end in itertools.accumulate(sizes))]
+    if ends[-1] > len(blob):
+        raise _truncated(ends[-1], blob)
+    chunks = tuple(blob[start:end] for start, end in itertools.pairwise(ends))
+    for index, (chunk, check) in enumerate(zip(chunks, checks, strict=True)):
+        if zlib.crc32(chunk) != check:
+            raise CorruptFileError(
+                f"expected the checksum of chunk {index}, got another: it was changed. Get the file again.", chunk=index
+            )
+    if ends[-1] != len(blob):
+        raise CorruptFileError(f"expected the end after {ends[-1]} bytes, got {len(blob)}. Something was added to the file.")
+    return Container(METHODS[method], BACKENDS[backend], length, sha256, chunks, tokens, WHY_STORED[why], setting)
+
+
+def _setting(head: bytes) -> tuple[Setting, int]:
+    """The model's part of the header, and where it ends."""
+    end = _FIXED.size + _MODEL.size
+    if end > len(head):
+        raise _limits("a header that ends early")
+    *values, size = _MODEL.unpack_from(head, _FIXED.size)
+    model, tokenizer, probe, streams, window, threads, dtype, start, tokens, windows = values
+    environment = head[end : end + size]
+    if len(environment) != size or not environment.isascii() or dtype >= len(DTYPES) or start >= 1 << 24:
+        raise _limits(f"dtype {dtype}, start token {start}, environment {environment!r}")
+    try:
+        setting = Setting(
+            model, tokenizer, probe, streams, window, threads, DTYPES[dtype], start, tokens, windows, environment.decode("ascii")
+        )
+    except CodecError as error:
+        raise CorruptFileError(str(error)) from error
+    return setting, end + size
+
+
+def _limits(got: str) -> CorruptFileError:
+    return CorruptFileError(f"expected a header within the format's limits, got {got}. Get the file again.")
+
+
+def _truncated(size: int, blob: bytes) -> TruncatedFileError:
+    return TruncatedFileError(f"expected {size} bytes, got {len(blob)}: the file ends too early. Get the file again.")

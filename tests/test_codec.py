@@ -1,0 +1,623 @@
+"""The codec: any bytes back, ideal sizes, an oracle for the range coder, and files that are refused rather than misread."""
+
+import hashlib
+import io
+import random
+import struct
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+
+import basin_lens as bl
+from basin_lens import cli, cli_codec, codec
+from basin_lens import model as door
+from basin_lens.codec import container, entropy, lockstep, rank_coders
+from basin_lens.codec.probabilities import TOTAL, frequencies, quantize, uncertainty
+from basin_lens.codec.ranks import rank_of, token_of
+from basin_lens.codec.reading import read_pass
+from basin_lens.errors import (
+    CodecError,
+    CorruptFileError,
+    FileVersionError,
+    ModelError,
+    TruncatedFileError,
+    UnknownFileError,
+    WrongEnvironmentError,
+    WrongModelError,
+)
+from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, make_tokenizer, random_tokens
+
+GOLDEN = Path(__file__).parent / "fixtures" / "codec_v1.blz"
+METHODS = [("direct", "range"), *(("ranks", name) for name in rank_coders.RANK_CODERS)]
+TEXT = " ".join(TEXTS)
+SLOW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def tiny(request, tokenizer):
+    return make_bridge(request.param, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def blob(llama) -> bytes:
+    """A file that the model wrote, of several chunks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec.text, "_LEAST_CHUNK", 1)
+        return coded(codec.TextCodec(llama, streams=2, context=40), TEXT[:330])
+
+
+def coded(coder: codec.TextCodec, data: str) -> bytes:
+    """The model's file, also where storing would be smaller: on tiny random models it nearly always is."""
+    coder.streams_for = lambda tokens: max(1, min(coder.streams, tokens // 4))
+    return coder.encode_text(*coder.prepared(data))
+
+
+def resealed(blob: bytes, at: int, new: bytes) -> bytes:
+    """The file with other header bytes and a right header checksum."""
+    (size,) = struct.unpack_from("<I", blob, 8)
+    head = blob[:at] + new + blob[at + len(new) : size - 4]
+    return head + zlib.crc32(head).to_bytes(4, "little") + blob[size:]
+
+
+# -- from logits to whole numbers ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 400), st.floats(0, 50))
+@settings(deadline=None)
+def test_frequencies_are_whole_positive_and_of_exact_sum(seed, vocab, scale):
+    logits = (np.random.default_rng(seed).normal(size=(3, vocab)) * scale).astype(np.float32)
+    table = frequencies(logits)
+    assert table.dtype == np.int32 and table.min() >= 1
+    assert (table.astype(np.int64).sum(1) == TOTAL).all()
+    p = torch.softmax(torch.from_numpy(logits).double(), -1).numpy()
+    assert np.abs(table / TOTAL - p).max() < (vocab + 2) / TOTAL
+    assert np.allclose(uncertainty(logits), -(p * np.log2(np.maximum(p, 1e-300))).sum(1), atol=1e-9)
+
+
+@pytest.mark.parametrize("row", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf]])
+def test_frequencies_refuse_what_is_no_prediction(row):
+    with pytest.raises(CodecError, match="expected finite logits"):
+        frequencies(np.array([row], np.float32))
+    assert frequencies(np.array([[0.0, -np.inf]], np.float32)).tolist() == [[TOTAL - 1, 1]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60))
+@settings(deadline=None)
+def test_ranks_count_the_better_tokens_and_turn_back(seed, vocab):
+    logits = np.random.default_rng(seed).integers(0, 6, (1, vocab)).astype(np.float32)  # many ties
+    order = sorted(range(vocab), key=lambda token: (-logits[0, token], token))
+    every = np.repeat(logits, vocab, axis=0)
+    assert token_of(every, np.arange(vocab)).tolist() == order
+    assert rank_of(every, np.array(order)).tolist() == list(range(vocab))
+    with pytest.raises(CodecError, match="expected a rank"):
+        token_of(logits, np.array([vocab]))
+
+
+# -- from whole numbers to bytes -------------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """The range coder in exact whole numbers: no words, no carries."""
+
+    def __init__(self):
+        self.low, self.range, self.words = 0, 2**64 - 1, 1
+
+    def put(self, below: int, own: int):
+        unit = self.range >> 24
+        self.low, self.range = self.low + unit * below, unit * own
+        if self.range < 2**32:
+            self.low, self.range, self.words = self.low << 32, self.range << 32, self.words + 1
+
+    def finish(self) -> bytes:
+        point, above = (self.low + 2**32 - 1) >> 32, (self.low + self.range) >> 32
+        words = [point >> 32 * (self.words - 1 - i) & 0xFFFFFFFF for i in range(self.words)]
+        return struct.pack(f"<{len(words)}I", *words) + (b"\0\0\0\0" if above & 0xFFFFFFFF == words[-1] else b"")
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 700), st.integers(1, 80), st.floats(0, 8))
+@settings(deadline=None, max_examples=60)
+def test_range_coder_equals_the_oracle_bit_by_bit(seed, vocab, count, scale):
+    rng = np.random.default_rng(seed)
+    table = frequencies((rng.normal(size=(count, vocab)) * scale).astype(np.float32))
+    symbols = np.array([rng.choice(vocab, p=row / TOTAL) for row in table])
+    encoder, oracle = entropy.RangeEncoder(), Oracle()
+    for row, symbol in zip(table, symbols, strict=True):
+        encoder.put(symbols[:0], table[:0])  # nothing to put is nothing
+        encoder.put(np.array([symbol]), row[None])
+        oracle.put(int(row[:symbol].sum()), int(row[symbol]))
+        bits = int(rng.integers(0, 20))
+        value = int(rng.integers(0, 1 << bits))
+        encoder.put_bits(value, bits)
+        if bits:
+            oracle.put(value << (24 - bits), 1 << (24 - bits))
+    assert encoder.finish() == oracle.finish()
+
+
+def test_range_coder_takes_rows_at_once_or_one_by_one():
+    rng = np.random.default_rng(0)
+    table = frequencies(rng.normal(size=(50, 30)).astype(np.float32))
+    symbols = rng.integers(0, 30, 50)
+    one, other = entropy.RangeEncoder(), entropy.RangeEncoder()
+    one.put(symbols, table)
+    for symbol, row in zip(symbols, table, strict=True):
+        other.put(np.array([symbol]), row[None])
+    data = one.finish()
+    assert data == other.finish()
+    assert entropy.RangeDecoder(data).get(table).tolist() == symbols.tolist()
+    with pytest.raises(CorruptFileError, match="whole words"):
+        entropy.RangeDecoder(data[:-1])
+
+
+@given(st.lists(st.integers(0, 55), min_size=1, max_size=200))
+def test_huffman_is_optimal_and_turns_back(symbols):
+    given_ = np.array(symbols, np.int64)
+    data = entropy.huffman_encode(given_)
+    assert entropy.huffman_decode(data, len(symbols)).tolist() == symbols
+    counts = np.bincount(given_)
+    shares = counts[counts > 0] / len(symbols)
+    ideal = -(shares * np.log2(shares)).sum()
+    bits = 8 * len(data) - 6 * (1 + len(counts))
+    assert ideal * len(symbols) - 1e-6 <= bits <= (ideal + 1) * len(symbols) + 7
+
+
+def test_split_numbers_every_rank():
+    assert [rank_coders.joined(*rank_coders.split(rank)[:2]) for rank in range(70_000)] == list(range(70_000))
+
+
+@pytest.mark.parametrize("name", rank_coders.RANK_CODERS)
+@pytest.mark.parametrize("vocab", [2, 211, 49_152])
+def test_rank_coders_turn_back_over_chunks(name, vocab):
+    rng = np.random.default_rng(3)
+    writer, reader = (rank_coders.RANK_CODERS[name](vocab) for _ in range(2))
+    for count in (1, 150, 90):
+        bits = rng.uniform(0, 12, count)
+        ranks = np.minimum(rng.pareto(0.6, count).astype(np.int64), vocab - 1)
+        data = writer.encode(ranks, bits)
+        reader.open(data, count)
+        assert np.concatenate([reader.next(bits[at : at + 7]) for at in range(0, count, 7)]).tolist() == ranks.tolist()
+
+
+def test_zipf_finds_its_own_exponent_and_beats_no_other_by_less():
+    p = quantize(rank_coders.zipf(np.array([1.4, 2.0]), 5000)) / TOTAL
+    ranks = np.random.default_rng(0).choice(5000, size=20_000, p=p)
+    s, q = rank_coders.fit_zipf(ranks, 5000).tolist()
+    assert abs(s - 1.4) < 0.05 and abs(q - 2.0) < 0.3
+    assert 8 * len(rank_coders.ZipfRanks(5000).encode(ranks, ranks * 0.0)) < 1.01 * -np.log2(p[ranks]).sum()
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "neox", "bloom"])
+def test_steps_equal_the_full_pass_and_repeat_to_the_bit(name):
+    check_steps(make_bridge(name))
+
+
+@hooked_lane
+@pytest.mark.parametrize("changes", [{}, {"positional_embedding_type": "standard"}, {"n_key_value_heads": 2}], ids=str)
+def test_steps_of_a_hooked_transformer(changes):
+    check_steps(make_hooked(**changes))
+
+
+def check_steps(model):
+    tokens = random_tokens(3, 20)
+    with door.measuring(model):
+        full = door.forward_pass(model, tokens, {})
+    with door.stepping(model, 3, 20) as stepper:
+        first = torch.stack([stepper.step(tokens[:, place]) for place in range(20)], 1)
+        with pytest.raises(ModelError, match="Reset"):
+            stepper.step(tokens[:, 0])
+        stepper.reset()
+        again = torch.stack([stepper.step(tokens[:, place]) for place in range(20)], 1)
+        stepper.reset()
+        stepper.step(tokens[:, 0])
+        stepper.pretend(19)
+        assert stepper.step(tokens[:, 1]).isfinite().all() and stepper.position == 20
+    assert torch.equal(first, again)
+    assert (first - full).abs().max() < 1e-3
+
+
+def test_threads_and_mode_are_put_back(llama):
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), door.thread_count(before + 1):
+        1 / (torch.get_num_threads() - before - 1)
+    assert torch.get_num_threads() == before
+    data = coded(codec.TextCodec(llama, threads=2), TEXT[:60])
+    assert codec.read(data).setting.threads == 2
+    assert codec.TextCodec(llama).decode(data).decode() == TEXT[:60]
+    assert torch.get_num_threads() == before
+
+
+# -- round trips -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "backend"), METHODS, ids=lambda name: name)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), streams=st.integers(1, 5))
+@SLOW
+def test_text_comes_back(tiny, method, backend, text, streams):
+    coder = codec.TextCodec(tiny, method, backend, streams, 9)
+    tokens = coder._tokens(text.encode())
+    if not isinstance(tokens, str):
+        assert coder.decode(coded(coder, text)) == text.encode()
+    assert coder.decode(coder.encode(text)) == text.encode()
+
+
+@given(data=st.binary(max_size=200))
+@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=25)
+def test_bytes_come_back_and_never_grow_by_more_than_the_header(llama, data):
+    coder = codec.TextCodec(llama)
+    made = coder.encode(data, verify=False)
+    assert len(made) <= len(data) + 72
+    assert coder.decode(made) == data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"a", b"\0", b"\0" * 50, b"line\r\nline\r\n", b"<|end|> and <|start|>", "\u00e9\U0001f600 \u4e2d".encode(), b"\xff\xfe", b" a", b"a  "],
+    ids=repr,
+)  # fmt: skip
+def test_odd_bytes_come_back(tiny, data):
+    for method in ("direct", "ranks"):
+        coder = codec.TextCodec(tiny, method, streams=2, context=7)
+        assert coder.decode(coder.encode(data)) == data
+        if data and isinstance(coder._tokens(data), np.ndarray):
+            assert coder.decode(coded(coder, data.decode())) == data
+
+
+def test_ten_megabytes_of_noise_are_stored(llama):
+    data = random.Random(0).randbytes(10 << 20)
+    made = codec.TextCodec(llama).encode(data)
+    assert codec.read(made).why == "not UTF-8"
+    assert codec.read(made).restored() == data
+
+
+@hooked_lane
+def test_a_hooked_transformer_codes_too(tokenizer):
+    model = make_hooked(d_vocab=len(tokenizer))
+    model.tokenizer = tokenizer
+    for method in ("direct", "ranks"):
+        coder = codec.TextCodec(model, method, streams=3, context=11)
+        assert coder.decode(coded(coder, TEXT[:200])) == TEXT[:200].encode()
+
+
+def test_a_tokenizer_that_changes_the_text_is_noticed():
+    lowering = make_tokenizer()
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    model = make_bridge("llama", tokenizer=lowering)
+    coder = codec.TextCodec(model)
+    made = coder.encode("Upper and lower. " * 20)
+    assert codec.read(made).why == "the tokenizer does not give the text back"
+    assert coder.decode(made).decode() == "Upper and lower. " * 20
+
+
+# -- sizes and ranks ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_direct_coding_is_within_one_percent_of_the_ideal(tiny):
+    coder = codec.TextCodec(tiny, streams=3, context=50)
+    made = codec.read(coded(coder, TEXT))
+    ideal = coder.estimate(TEXT, streams=made.setting.streams).total_bits / 8
+    size = sum(map(len, made.chunks))
+    assert made.setting.streams == 3 and len(made.chunks) == 1
+    assert ideal - 1 <= size <= 1.01 * ideal + 8 * len(made.chunks)
+
+
+def test_estimate_is_surprisal_in_bits(llama):
+    coder = codec.TextCodec(llama, context=30)
+    table = bl.analyze(llama, TEXT, [bl.analyzers.Surprisal()], layers=[0], max_length=31, progress=False)
+    expected = table.surprisal.dropna().to_numpy() / np.log(2)
+    found = coder.estimate(TEXT)
+    assert np.abs(found.bits - expected).max() < 1e-3
+    assert found.bits_per_token == pytest.approx(expected.mean(), abs=1e-3)
+    assert found.bits_per_byte == pytest.approx(expected.sum() / len(TEXT.encode()), abs=1e-3)
+    assert coder.estimate("").n_tokens == 0
+    with pytest.raises(CodecError, match="not UTF-8"):
+        coder.estimate(b"\xff")
+
+
+def test_what_the_model_wrote_greedily_has_rank_zero_everywhere(tiny):
+    start = door.start_token(tiny)
+    written = door.continuations(tiny, torch.full((2, 1), start), 30)
+    for row in written:
+        reading = read_pass(tiny, row.numpy(), streams=1, window=40)
+        assert (reading.rank == 0).all()
+    writer = lockstep.RanksCoder("huffman", door.vocabulary_size(tiny))
+    with door.stepping(tiny, 2, 30) as stepper:
+        chunks = list(lockstep.encode_tokens(stepper, written.flatten().numpy(), start, 30, writer))
+    assert chunks == [(entropy.huffman_encode(np.zeros(60, np.int64)), 60)]
+
+
+def test_ranks_table_agrees_with_its_parts(llama):
+    coder = codec.TextCodec(llama, context=30)
+    table = coder.ranks(TEXT, k=3)
+    assert table.columns.tolist() == ["token_id", "token", "rank", "probability", "bits", "entropy", "top", "top_probability"]
+    assert "".join(table.token) == TEXT
+    assert np.allclose(table.bits, coder.estimate(TEXT).bits)
+    assert np.allclose(-np.log2(table.probability), table.bits)
+    first = table[table["rank"] == 0]
+    assert len(first) and all(row.top[0] == row.token for row in first.itertuples())
+    assert all(row.top_probability[0] >= row.probability - 1e-12 for row in table.itertuples())
+    with pytest.raises(CodecError, match="expected k"):
+        coder.ranks(TEXT, k=0)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_five_hundred_damages_are_five_hundred_errors(llama, blob):
+    coder, rng = codec.TextCodec(llama), random.Random(0)
+    kinds = set()
+    for number in range(500):
+        if number % 5:
+            at = rng.randrange(len(blob))
+            damaged = blob[:at] + bytes([blob[at] ^ rng.randrange(1, 256)]) + blob[at + 1 :]
+        else:
+            damaged = blob[: rng.randrange(len(blob))]
+        with pytest.raises(CodecError) as caught:
+            coder.decode(damaged)
+        kinds.add(type(caught.value))
+    assert kinds >= {CorruptFileError, TruncatedFileError, UnknownFileError}
+
+
+def test_each_damage_has_its_error(llama, blob):
+    coder, found = codec.TextCodec(llama), codec.read(blob)
+    head = len(found.header())
+    for damaged, error, words in [
+        (b"", UnknownFileError, "begins with"),
+        (b"PK\3\4" + blob[4:], UnknownFileError, "begins with"),
+        (blob[:4] + b"\2" + blob[5:], FileVersionError, "version 1 of the format, got 2"),
+        (blob[:30], TruncatedFileError, "ends too early"),
+        (blob[:-1], TruncatedFileError, f"expected {len(blob)} bytes, got {len(blob) - 1}"),
+        (blob + b"x", CorruptFileError, "added to the file"),
+        (blob[:60] + b"\xff\xff" + blob[62:], CorruptFileError, "header's checksum"),
+        (resealed(blob, 12, struct.pack("<Q", 2**60)), CorruptFileError, "limits"),
+        (resealed(blob, 97, struct.pack("<Q", 2**60)), CorruptFileError, "tokens between"),
+        (resealed(blob, 97, struct.pack("<Q", 2**29)), CorruptFileError, "chunks"),
+        (resealed(blob, 84, struct.pack("<H", 0)), CorruptFileError, "streams between"),
+        (resealed(blob, 86, struct.pack("<I", 2**31)), CorruptFileError, "window between"),
+        (resealed(blob, 90, struct.pack("<H", 60_000)), CorruptFileError, "threads between"),
+        (resealed(blob, 5, b"\3"), CorruptFileError, "limits"),
+        (resealed(blob, 20, bytes(32)), CorruptFileError, "SHA-256"),
+        (resealed(blob, 52, bytes(16)), WrongModelError, "expected the model that wrote the file"),
+        (resealed(blob, 68, bytes(8)), WrongModelError, "tokenizer"),
+        (resealed(blob, 76, bytes(8)), WrongEnvironmentError, "torch|probe"),
+    ]:
+        with pytest.raises(error, match=words):
+            coder.decode(damaged)
+    place = head + len(found.chunks[0]) + 2
+    with pytest.raises(CorruptFileError, match="chunk 1") as caught:
+        coder.decode(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+    assert caught.value.chunk == 1
+
+
+def test_forged_chunks_give_an_error_and_no_text(llama, blob):
+    found, coder = codec.read(blob), codec.TextCodec(llama)
+    for payload in (b"", b"\xff" * 40, bytes(40)):
+        forged = replace(found, chunks=(payload, *found.chunks[1:]))
+        with pytest.raises(CodecError):
+            coder.decode(forged.to_bytes())
+    moved = replace(found, tokens=(found.tokens[0] - 1, found.tokens[1] + 1, *found.tokens[2:]))
+    with pytest.raises(CorruptFileError, match="whole windows"):
+        coder.decode(moved.to_bytes())
+    bomb = container.store(b"a" * 5000, "not told")
+    with pytest.raises(CorruptFileError, match="length"):
+        replace(bomb, length=4000).restored()
+
+
+def test_another_model_is_refused_before_anything_is_computed(tokenizer, blob, monkeypatch):
+    monkeypatch.setattr(lockstep, "_step", lambda *_, **__: pytest.fail("computed"))
+    for other in (make_bridge("llama", seed=1, tokenizer=tokenizer), make_bridge("gpt2", tokenizer=tokenizer)):
+        with pytest.raises(WrongModelError, match="Load that model"):
+            codec.TextCodec(other).decode(blob)
+
+
+def test_bad_settings_are_refused(llama):
+    for how, words in [
+        ({"method": "magic"}, "expected method"), ({"backend": "zlib"}, "expected a back end among range"),
+        ({"method": "ranks", "backend": "lzw"}, "zlib, huffman"), ({"streams": 0}, "streams"), ({"context": 0}, "context of 1"),
+    ]:  # fmt: skip
+        with pytest.raises(CodecError, match=words):
+            codec.TextCodec(llama, **how)
+    with pytest.raises(ModelError, match="fast tokenizer"):
+        codec.TextCodec(make_bridge("llama"))
+    with pytest.raises(CodecError, match="lone surrogate"):
+        codec.TextCodec(llama).encode("\ud800")
+
+
+def test_a_file_that_does_not_verify_is_not_handed_out(llama, monkeypatch):
+    coder = codec.TextCodec(llama)
+    text = TEXT * 3
+    monkeypatch.setattr(codec.text, "store", lambda *_: SimpleNamespace(to_bytes=lambda: bytes(10**6)))
+    monkeypatch.setattr(coder, "decode", lambda _: b"another")
+    with pytest.raises(CodecError, match="report"):
+        coder.encode(text[:80])
+    assert coder.encode(text[:80], verify=False)
+
+
+# -- the format is frozen ------------------------------------------------------------------------------------------------------------------
+
+
+def golden() -> codec.Container:
+    """A file with every field, made of known numbers; its chunks are no text."""
+    setting = codec.Setting(
+        model=bytes(range(16)), tokenizer=bytes(range(16, 24)), probe=bytes(range(24, 32)), streams=3, window=4, threads=2, dtype="float32",
+        start=1, tokens=22, windows=1, environment="2.13.0 4.3.0 AVX2 cpu",
+    )  # fmt: skip
+    chunks = (b"first chunk.", b"second chunk")
+    return codec.Container("ranks", "zipf", 77, hashlib.sha256(b"golden").digest(), chunks, (12, 10), setting=setting)
+
+
+def test_the_format_is_the_golden_file():
+    assert golden().to_bytes() == GOLDEN.read_bytes()
+    assert codec.read(GOLDEN.read_bytes()) == golden()
+    assert container.store(b"abc", "not UTF-8").to_bytes().hex() == (
+        "8f424c5a01000001" "48000000" "0300000000000000" "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        "01000000" "0300000000000000c2412435" "51abdc93" "616263"
+    )  # fmt: skip
+
+
+# -- commands --------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    def __init__(self, data: bytes = b""):
+        self.buffer = io.BytesIO(data)
+
+    def write(self, text: str) -> int:
+        return self.buffer.write(text.encode())
+
+    def flush(self) -> None:
+        pass
+
+
+def call(monkeypatch, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
+    out, err = _Stream(), io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["basin-lens", *arguments])
+        patched.setattr(sys, "stdin", _Stream(stdin))
+        patched.setattr(sys, "stdout", out)
+        patched.setattr(sys, "stderr", err)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.buffer.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def loaded(llama, monkeypatch):
+    monkeypatch.setattr(cli_codec, "_load", lambda _: llama)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_commands_go_there_and_back(tmp_path, monkeypatch):
+    book, packed = tmp_path / "book.txt", tmp_path / "book.txt.blz"
+    book.write_bytes(TEXT.encode())
+    how = ("--streams", "2", "--context", "32", "--method", "ranks")
+    assert call(monkeypatch, "compress", str(book), *how)[0] == 0
+    book.rename(tmp_path / "kept")
+    assert call(monkeypatch, "decompress", str(packed))[0] == 0
+    assert book.read_bytes() == TEXT.encode()
+    code, said, _ = call(monkeypatch, "codec-info", str(packed))
+    assert code == 0 and b"bits per byte" in said and hashlib.sha256(TEXT.encode()).hexdigest().encode() in said
+    # Through the streams, which carry nothing but the file.
+    code, piped, err = call(monkeypatch, "compress", "-", "--no-verify", stdin=TEXT.encode())
+    assert code == 0 and "bits per byte" in err
+    assert call(monkeypatch, "decompress", "-", stdin=piped)[1] == TEXT.encode()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_commands_never_overwrite_and_fail_in_one_line(tmp_path, monkeypatch):
+    book, packed = tmp_path / "book.txt", tmp_path / "book.txt.blz"
+    book.write_bytes(b"text")
+    packed.write_bytes(b"mine")
+    for arguments, words in [
+        (("compress", str(book)), "--force"),
+        (("compress", str(tmp_path / "none")), "can be read"),
+        (("compress", str(book), "--out", str(tmp_path / "no" / "x")), "folder"),
+        (("compress", str(book), "--method", "magic", "--out", str(tmp_path / "y")), "expected method"),
+        (("decompress", str(packed), "--force"), "begins with"),
+        (("decompress", str(book)), "--out"),
+        (("codec-info", str(book)), "begins with"),
+    ]:
+        code, out, err = call(monkeypatch, *arguments)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert code in (1, 2) and not out and len(lines) == 1 and words in lines[0], err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "book.txt.blz"]
+    assert packed.read_bytes() == b"mine" and book.read_bytes() == b"text"
+    assert call(monkeypatch, "compress", str(book), "--force")[0] == 0
+    assert codec.read(packed.read_bytes()).restored() == b"text"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
+    book = tmp_path / "book.txt"
+    book.write_bytes(TEXT.encode())
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for where in ((lockstep, "_step"), (cli_codec.os, "replace")):
+        with monkeypatch.context() as patched:
+            patched.setattr(*where, interrupt)
+            assert call(patched, "compress", str(book))[0] == 130
+        assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+# -- benchmark and page ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_agrees_with_files_and_names_what_is_missing(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    table = codec.bench(llama, TEXT, streams=2, context=50).set_index("coder")
+    assert table.columns.tolist() == list(codec.benchmark.COLUMNS[1:])
+    for method, backend in METHODS:
+        coder = codec.TextCodec(llama, method, backend, streams=2, context=50)
+        file = coder.encode_text(*coder.prepared(TEXT))
+        row = table.loc["direct" if method == "direct" else f"ranks, {backend}"]
+        assert (row.bytes, row.header_bytes) == (len(file), len(codec.read(file).header()))
+    assert abs(table.gap_to_ideal["direct"]) < 0.03
+    assert "pip install" in table.note["brotli -11"] and np.isnan(table.bytes["brotli -11"])
+    assert table.bytes["zstd -19"] < len(TEXT) and table.bytes["PPMd -o16"] < len(TEXT)
+    with pytest.raises(CodecError, match="not UTF-8"):
+        codec.bench(llama, b"\xff")
+    assert len(bl.views.size_bars(table.reset_index()).axes[0].patches) == table.bytes.notna().sum()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
+    text = tmp_path / "<b>.txt"
+    text.write_text("<script>alert('\u00e9')</script>\r\n\0 & \"quoted\" text. " * 2, encoding="utf-8")
+    page, folder = tmp_path / "page.html", tmp_path / "bench"
+    assert call(monkeypatch, "codec-view", str(text), "--out", str(page))[0] == 0
+    made = page.read_text(encoding="utf-8")
+    assert "<script" not in made and "http" not in made.replace("http://www.w3.org/2000/svg", "") and "\0" not in made
+    assert made.count('<span class="b') == len(codec.TextCodec(cli_codec._load("")).ranks(text.read_bytes()))
+    code, said, _ = call(monkeypatch, "codec-bench", str(text), str(text), "--out", str(folder))
+    assert code == 0 and said.count(b"xz -9e") == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["codec-bench.csv", "codec-bench.png"]
+    for again in (("codec-view", str(text), "--out", str(page)), ("codec-bench", str(text), "--out", str(folder))):
+        code, _, err = call(monkeypatch, *again)
+        assert code == 1 and "--force" in err
+
+
+def test_growth_ends_at_the_whole_text(llama):
+    coder = codec.TextCodec(llama)
+    bits = coder.ranks(TEXT)["bits"].to_numpy()
+    table = codec.growth(coder, TEXT, bits, points=5)
+    assert table.original.tolist()[0] == 0 and table.original.tolist()[-1] == len(TEXT.encode())
+    assert table.model.iloc[-1] == pytest.approx(bits.sum() / 8)
+    assert table.original.is_monotonic_increasing and table.model.is_monotonic_increasing
+
+
+def test_public_docstrings_have_their_parts():
+    for thing, parts in [
+        (codec.TextCodec, ("Args:", "Raises:", "Source:", "Example:")), (codec.TextCodec.encode, ("Args:", "Returns:", "Raises:")),
+        (codec.TextCodec.decode, ("Raises:",)), (codec.TextCodec.estimate, ("Args:", "Returns:", "Example:")),
+        (codec.TextCodec.ranks, ("Args:", "Returns:", "Example:")), (codec.bench, ("Args:", "Returns:", "Raises:", "Example:")),
+        (bl.views.code_page, ("Args:", "Returns:", "Raises:", "Example:")), (bl.views.size_bars, ("Args:", "Raises:", "Example:")),
+        (door.stepping, ("Args:", "Raises:", "Example:")),
+    ]:  # fmt: skip
+        for part in parts:
+            assert part in thing.__doc__, (thing, part)
+
+
+@pytest.mark.real
+def test_the_real_model_halves_what_xz_makes(real_model):
+    import lzma
+
+    text = (Path(bl.__file__).parent / "data" / "passages" / "fiction.txt").read_text(encoding="utf-8")[:1500]
+    coder = codec.TextCodec(real_model)
+    made = coder.encode(text)
+    assert coder.decode(made).decode() == text
+    assert 2 * sum(map(len, codec.read(made).chunks)) < len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
