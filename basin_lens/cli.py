@@ -70,7 +70,10 @@ def analyze(
 @app.command()
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="importance, linguistic, layers, robustness, memorization, summary, or all.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="importance, linguistic, layers, codelength, robustness, memorization, summary, or all."
+        ),
     ],
     files: Annotated[
         list[Path] | None,

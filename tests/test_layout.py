@@ -44,7 +44,7 @@ def test_public_docstrings_have_their_parts():
 def test_studies_are_public_and_documented():
     assert "studies" in bl.__all__
     studies = bl.studies
-    assert studies.STUDIES == ("importance", "linguistic", "layers", "robustness")
+    assert studies.STUDIES == ("importance", "linguistic", "layers", "codelength", "robustness")
     for name in studies.__all__:
         assert getattr(studies, name) is not None
     functions = [getattr(studies, f"study_{name}") for name in studies.STUDIES]

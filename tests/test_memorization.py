@@ -250,7 +250,11 @@ def test_matched_pairs_are_of_one_kind_and_equal_loss(study):
     assert (texts.kind[pairs.with_label].to_numpy() == texts.kind[pairs.without_label].to_numpy()).all()
     assert texts.member[pairs.with_label].all() and not texts.member[pairs.without_label].any()
     matched = study.findings.set_index("question").loc["matched"]
-    assert matched.n_units in (len(pairs), len(pairs) // 2, len(pairs) - len(pairs) // 2) if len(pairs) >= 6 else "only" in matched.note
+    assert (
+        matched.n_units in (len(pairs), len(pairs) // 2, len(pairs) - len(pairs) // 2)
+        if len(pairs) >= 6
+        else "only" in matched.note
+    )
 
 
 def test_spliced_texts_are_memorized_in_the_middle_only(study):

@@ -17,7 +17,7 @@ from scipy import stats
 import basin_lens as bl
 from basin_lens import tables
 from basin_lens.errors import BasinLensError, CaptureError, ModelError, NeighborError, StoreError, StudyError, TextError
-from basin_lens.studies import Contrast, base, contrasts, linguistic, neighborhoods, robustness, settings, words
+from basin_lens.studies import Contrast, base, codelength, contrasts, linguistic, neighborhoods, robustness, settings, words
 from basin_lens.studies import measured as room
 from basin_lens.texts import TaggedPassage, Word
 from tests.conftest import make_bridge, make_tokenizer, random_tokens
@@ -918,6 +918,29 @@ def test_what_was_measured_is_taken_as_it_is(llama, measured):
     capture = replace(measured.capture, passages=None)
     with pytest.raises(StudyError, match="character offsets"):
         S.study_linguistic(llama, replace(measured, capture=capture), progress=False)
+
+
+# -- code length -----------------------------------------------------------------------------------------------------------------
+
+
+def test_code_lengths_are_bits_and_stand_beside_the_token_before(measured):
+    table = codelength.with_code_lengths(measured.table)
+    assert np.allclose(table.code_length * np.log(2), table.surprisal, equal_nan=True)
+    for (_, _), rows in table[table.seq < 2].sort_values("pos").groupby(["layer", "seq"]):
+        assert np.array_equal(rows.next_code_length.to_numpy()[:-1], rows.code_length.to_numpy()[1:], equal_nan=True)
+        assert np.isnan(rows.next_code_length.iloc[-1])
+
+
+def test_compression_that_goes_with_the_next_code_length_is_found_and_chance_is_not(llama, measured):
+    after = codelength.with_code_lengths(measured.table).next_code_length
+    drawn = plant(measured, compression=after.fillna(after.mean()) / after.std() + noise(measured.table, 8, 0.3))
+    study = S.study_codelength(llama, drawn, progress=False)
+    found = study.findings.set_index("question")
+    assert found.holds["next_code_length"] and found.estimate["next_code_length"] > 0.5
+    assert set(study.tables["partial_correlation"].against) == {"code_length", "next_code_length"}
+    assert "bits per token" in study.verdict[-1] and "code length" in study.report().html
+    nothing = S.study_codelength(llama, plant(measured, compression=noise(measured.table, 9, 1.0)), progress=False)
+    assert not nothing.findings.holds.any() and nothing.decision in ("no", "undecided")
 
 
 def test_names():

@@ -1,6 +1,6 @@
 """Studies: a question, declared before looking, taken from texts to a report.
 
-    measure -> study_importance | study_linguistic | study_layers | study_robustness -> summarize
+    measure -> study_importance | study_linguistic | study_layers | study_codelength | study_robustness -> summarize
 
 Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red flags, what was
 not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME` does all of it.
@@ -10,12 +10,14 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 | `study_importance` | does compression go with token importance, beyond frequency, position, norm, density and surprisal? |
 | `study_linguistic` | does it differ between parts of speech? who are the neighbors, by layer? |
 | `study_layers` | how do scores move over depth, and where do they beat their controls? |
+| `study_codelength` | does it go with how many bits the model needs for a token, or for the next one? |
 | `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
 | `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
 | `summarize` | all of them as one family, beside what the original guide would have said |
 """
 
 from basin_lens.studies.base import Study
+from basin_lens.studies.codelength import study_codelength
 from basin_lens.studies.importance import study_importance
 from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic
@@ -35,6 +37,7 @@ __all__ = [
     "describe",
     "measure",
     "plan_of",
+    "study_codelength",
     "study_importance",
     "study_layers",
     "study_linguistic",

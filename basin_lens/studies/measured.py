@@ -42,7 +42,7 @@ from basin_lens.transport import CONTEXTS, Context
 
 # The scores that every study looks at, the headline first.
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
-STUDIES = ("importance", "linguistic", "layers", "robustness")
+STUDIES = ("importance", "linguistic", "layers", "codelength", "robustness")
 TAGGERS = ("auto", "gold", "nltk", "spacy")
 _CONTROLLED = 2048  # tokens per layer on which the controls of the headline are measured
 FEWEST_UNITS = 6  # the statistics refuse fewer
@@ -172,7 +172,7 @@ def measure(
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
-        studies: for which: `"importance", "linguistic", "layers", "robustness"`.
+        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more); `"all"`.
         k, context, exclude: of the compression scores; see `Compression`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
