@@ -208,8 +208,13 @@ def test_steps_of_a_hooked_transformer(changes):
     check_steps(make_hooked(**changes))
 
 
+def groups_of(model) -> list[int]:
+    """How often each block repeats its keys and values for its query heads."""
+    return [getattr(getattr(block.attn, "original_component", None), "num_key_value_groups", 1) for block in model.blocks]
+
+
 def check_steps(model):
-    tokens = random_tokens(3, 20)
+    tokens, groups = random_tokens(3, 20), groups_of(model)
     with door.measuring(model):
         full = door.forward_pass(model, tokens, {})
     with door.stepping(model, 3, 20) as stepper:
@@ -222,6 +227,7 @@ def check_steps(model):
         stepper.step(tokens[:, 0])
         stepper.pretend(19)
         assert stepper.step(tokens[:, 1]).isfinite().all() and stepper.position == 20
+    assert groups == groups_of(model)
     assert torch.equal(first, again)
     assert (first - full).abs().max() < 1e-3
 
