@@ -178,6 +178,9 @@ def test_author_design_compares_trained_passages_with_the_same_author(learner):
     study = bl.studies.study_memorization(learner, plan, design="author", texts=works, unrelated=others, progress=False)
     assert set(study.tables["author"].contrast) == {"trained - same author", "trained - unrelated"}
     assert study.findings.set_index("question").note["dose"].startswith("one dose only")
+    # Six pairs are too few for a regression: the rows are there and say so.
+    added = study.tables["added_value"]
+    assert (added.metric == "delta log-loss").all() and added.note.str.contains("at least 10 units").all()
     assert "original guide" in study.report().html
 
 

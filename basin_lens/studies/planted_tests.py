@@ -194,10 +194,11 @@ def _added(planted: Planted) -> pd.DataFrame:
                 stats.added_value, base.inner(planted.sequences), score, "member", list(baselines), correction="none", unit="pair", n_resamples=999,
                 seed=planted.plan.seed,
             )  # fmt: skip
-            parts.append(part.assign(baselines=wording))
+            # Too few pairs to test: the row says so, and of what.
+            parts.append(part.assign(baselines=wording, metric=part.get("metric", "delta log-loss")))
     every = pd.concat(parts, ignore_index=True)
     # Two measures of one gain: each is a family of its own.
-    first = every["metric"] == "delta log-loss" if "metric" in every else pd.Series(True, every.index)
+    first = every["metric"] == "delta log-loss"
     return pd.concat(
         [stats.correct(part.reset_index(drop=True), "bh") for part in (every[first], every[~first]) if len(part)], ignore_index=True
     )
