@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from basin_lens import model as door
 from basin_lens.codec.container import Setting, read
-from basin_lens.codec.lockstep import TokenCoder, encode_tokens, token_coder
+from basin_lens.codec.lockstep import TokenWriter, encode_tokens, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.text import TextCodec
 from basin_lens.errors import CodecError
@@ -135,7 +135,7 @@ def growth(codec: TextCodec, data: bytes | str, bits: Float[np.ndarray, " tokens
     return pd.DataFrame(rows)
 
 
-class _Every(TokenCoder):
+class _Every(TokenWriter):
     """All rank back ends at once."""
 
     def __init__(self, vocab: int) -> None:
@@ -150,15 +150,6 @@ class _Every(TokenCoder):
         for name, coder in self.coders.items():
             self.sizes[name] += len(coder.finish())
         return b""
-
-    def open(self, data: bytes, count: int) -> None:
-        raise NotImplementedError("sizes only")
-
-    def get(self, logits: Float[np.ndarray, "rows vocab"]) -> Int[np.ndarray, " rows"]:
-        raise NotImplementedError("sizes only")
-
-    def trace(self, logits: Float[np.ndarray, "rows vocab"]) -> bytes:
-        raise NotImplementedError("sizes only")
 
 
 def _rank_sizes(codec: TextCodec, tokens: Int[np.ndarray, " n"], setting: Setting) -> dict[str, int]:

@@ -23,8 +23,8 @@ from basin_lens.errors import CodecError
 _FIRST_STEPS = 8  # of the probe
 
 
-class TokenCoder(ABC):
-    """Tokens <-> bytes, given the model's prediction of each. A chunk is `put`... `finish`, or `open` and `get`..."""
+class TokenWriter(ABC):
+    """Tokens -> bytes, given the model's prediction of each: a chunk is `put`... `finish`."""
 
     @abstractmethod
     def put(self, logits: Float[np.ndarray, "rows vocab"], tokens: Int[np.ndarray, " rows"]) -> None:
@@ -33,6 +33,10 @@ class TokenCoder(ABC):
     @abstractmethod
     def finish(self) -> bytes:
         """End the chunk."""
+
+
+class TokenCoder(TokenWriter):
+    """Tokens <-> bytes: a chunk is read by `open` and `get`..."""
 
     @abstractmethod
     def open(self, data: bytes, count: int) -> None:
@@ -122,7 +126,7 @@ def encode_tokens(
     tokens: Int[np.ndarray, " n"],
     start: int,
     window: int,
-    coder: TokenCoder,
+    coder: TokenWriter,
     tick: Callable[[int], Any] = lambda _: None,
     *,
     windows: int = 1,

@@ -11,8 +11,8 @@ from basin_lens.analysis import analyze
 from basin_lens.analyzers import Compression
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
-from basin_lens.studies.planted import FEWEST_PER_CLASS, Plan, Planted, with_changes
-from basin_lens.texts import Passage, reference_passages
+from basin_lens.studies.planted import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
+from basin_lens.texts import Passage
 
 
 def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
@@ -23,11 +23,11 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     """
     refuse_built_in(texts)
     # Pairs are neighbors in one work.
-    pairs: list[tuple[str, str, str]] = []
+    pairs: list[tuple[str, list[str]]] = []
     for number, source in enumerate(texts):
         doc = str(source.doc) if source.doc is not None else f"work-{number}"
         cuts = memorize.pieces(model, source.text, plan.length)
-        pairs += [(doc, *cuts[at : at + 2]) for at in range(0, len(cuts) - 1, 2)]  # type: ignore[misc]
+        pairs += [(doc, cuts[at : at + 2]) for at in range(0, len(cuts) - 1, 2)]
     wanted = plan.per_dose * len(plan.doses)
     if len(pairs) < wanted:
         raise StudyError(
@@ -38,24 +38,13 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     chosen = np.sort(rng.permutation(len(pairs))[:wanted])
     passages: list[Passage] = []
     for pair, place in enumerate(chosen.tolist()):
-        doc, *both = pairs[place]
+        doc, both = pairs[place]
         dose = plan.doses[pair % len(plan.doses)]
         coin = bool(rng.integers(2))
         for member, text in zip((coin, not coin), both, strict=True):
             labels = {"member": member, "dose": int(dose), "kind": "author", "pair": pair, "work": doc}
             passages.append(Passage(text, doc=f"passage-{len(passages)}", labels=labels))
     return passages
-
-
-def refuse_built_in(texts: Sequence[Passage]) -> None:
-    """Refuse texts that neighbors or filler come from.
-
-    Raises:
-        StudyError: one is among them.
-    """
-    known = {p.text for p in reference_passages()}
-    if any(source.text in known for source in texts):
-        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
 
 
 def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:

@@ -179,8 +179,7 @@ def plant(
             f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
             f"{door.n_context(model)}. Plan shorter ones."
         )
-    if any(p.text in known for known in [{q.text for q in reference_passages()}] for p in made):
-        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+    refuse_built_in(made)
     say("before training")
     shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
     analyzers = [
@@ -234,6 +233,17 @@ def plant(
          "filler_documents": sorted({str(p.doc) for p in filler}),
          "tuned_folder": None if folder is None else str((folder / "tuned").resolve())},
     )  # fmt: skip
+
+
+def refuse_built_in(texts: Sequence[Passage]) -> None:
+    """Refuse texts that neighbors or filler come from.
+
+    Raises:
+        StudyError: one is among them.
+    """
+    known = {p.text for p in reference_passages()}
+    if any(source.text in known for source in texts):
+        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
 
 
 def check_classes(member: Sequence[bool]) -> None:

@@ -13,7 +13,8 @@ from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood,
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TextError
 from basin_lens.studies import base
-from basin_lens.texts import Passage, find_licences, read_dataset, reference_passages
+from basin_lens.studies.planted import refuse_built_in
+from basin_lens.texts import Passage, find_licences, read_dataset
 
 _CORPORA = ("nltk:genesis", "nltk:inaugural")
 _MATCHED = 0.25  # nats per token
@@ -43,9 +44,7 @@ def prepare(
     Raises:
         TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in texts.
     """
-    known = {p.text for p in reference_passages()}
-    if any(p.text in known for p in files):
-        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+    refuse_built_in(files)
     said, sources = [], []
     for name in _CORPORA:
         try:
