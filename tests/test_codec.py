@@ -330,6 +330,17 @@ def test_estimate_is_surprisal_in_bits(llama):
         coder.estimate(b"\xff")
 
 
+def test_a_cache_that_the_model_drops_is_refused_and_not_generated_with(llama, monkeypatch):
+    start, groups = torch.full((1, 1), door.start_token(llama)), groups_of(llama)
+    written = door.continuations(llama, start, 8)
+    for block in llama.blocks:  # what TransformerLens 4.3 does with transformers 5.24
+        monkeypatch.setattr(block.attn, "_update_kv_cache", lambda k, v, **_: (k, v))
+    with pytest.raises(ModelError, match=r"transformers<5\.24"), door.stepping(llama, 1, 8):
+        pass
+    assert groups == groups_of(llama)
+    assert torch.equal(door.continuations(llama, start, 8), written)
+
+
 def test_what_the_model_wrote_greedily_has_rank_zero_everywhere(tiny):
     start = door.start_token(tiny)
     written = door.continuations(tiny, torch.full((2, 1), start), 30)

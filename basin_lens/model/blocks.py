@@ -129,7 +129,10 @@ def keys_and_values(
         call_block(model, layer, call, states, _RecordingEntry(states) if kind_of(model) == "hooked" else _RecordingPrefix())
     except _Recorded as seen:
         return seen.args[0].detach(), seen.args[1].detach()
-    raise TransportError(f"expected block {layer} to put its keys and values into its cache, got a block that does not. Use R1.")
+    raise TransportError(
+        f"expected block {layer} to put its keys and values into its cache, got a block that does not. "
+        "Use R1; on a bridge, TransformerLens up to 4.3 needs transformers below 5.24."
+    )
 
 
 def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:

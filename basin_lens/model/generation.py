@@ -1,4 +1,4 @@
-"""What the model would write: greedy and sampled continuations with a key/value cache."""
+"""What the model would write: greedy and sampled continuations, with a key/value cache where the model keeps one."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import measuring
 from basin_lens.model.identity import device_of, kind_of, n_context
+from basin_lens.model.stepping import keeps_cache
 
 
 def continuations(
@@ -41,6 +42,6 @@ def continuations(
         # From token ids, HookedTransformer takes the tokenizer's pad token (often the end of text) at an edge of a prompt for padding.
         written = model.generate(
             model.embed(begun) if kind_of(model) == "hooked" else begun, max_new_tokens=length, do_sample=temperature > 0,
-            temperature=temperature or 1.0, stop_at_eos=False, use_past_kv_cache=True, return_type="tokens", verbose=False,
+            temperature=temperature or 1.0, stop_at_eos=False, use_past_kv_cache=keeps_cache(model), return_type="tokens", verbose=False,
         )  # fmt: skip
     return written[:, -length:].cpu()

@@ -14,6 +14,10 @@ from basin_lens.model.hooks import forward_pass, measuring
 from basin_lens.model.identity import device_of, hf_config, kind_of, n_context, n_layers, tokenizer_of, vocabulary_size
 
 _MOST_UNFOLDED = 6 << 30  # bytes
+_NO_CACHE = (
+    "expected a model that keeps keys and values in the cache it is given, got one that does not. TransformerLens up to 4.3 needs "
+    "transformers below 5.24: pip install 'transformers<5.24'."
+)
 
 
 @contextmanager
@@ -38,6 +42,22 @@ def cache_bytes(model: Any, batch: int, window: int) -> int:
     """Memory of the keys and values of `batch` sequences of `window` tokens, in bytes, as the model makes them."""
     heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
     return 2 * n_layers(model) * batch * window * int(heads) * int(model.cfg.d_head) * next(model.parameters()).element_size()
+
+
+def keeps_cache(model: Any) -> bool:
+    """Whether the model puts keys and values into a transformers cache that it is given: one token is passed to see.
+
+    TransformerLens up to 4.3 drops the cache of transformers 5.24 and later (its blocks call it by another name): every cached step
+    would attend to itself alone.
+    """
+    if kind_of(model) == "hooked":
+        return True
+    if hf_config(model) is None:
+        return False
+    past = _BridgePast(model, 1, 1)
+    with measuring(model):
+        past.forward(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
+    return past.length == 1
 
 
 class Stepper:
@@ -70,7 +90,7 @@ class Stepper:
         before = self.position
         logits = self._past.forward(tokens.to(self._device)[:, None])
         if self.position != before + 1:
-            raise ModelError("expected a model that keeps keys and values in the cache it is given, got one that does not.")
+            raise ModelError(_NO_CACHE)
         return logits[:, -1].float().cpu()
 
     def reset(self) -> None:
@@ -103,7 +123,7 @@ def stepping(model: Any, batch: int, window: int) -> Iterator[Stepper]:
         window: most tokens of each, at most the model's context.
 
     Raises:
-        ModelError: a window longer than the model's context.
+        ModelError: a window longer than the model's context, or a cache that stays empty.
 
     Example:
         >>> import torch
@@ -118,6 +138,8 @@ def stepping(model: Any, batch: int, window: int) -> Iterator[Stepper]:
         raise ModelError(
             f"expected a batch of 1 or more and a window of 1 to {n_context(model)} tokens (the model's context), got {batch} and {window}."
         )
+    if hf_config(model) is not None and not keeps_cache(model):
+        raise ModelError(_NO_CACHE)
     with measuring(model), _unfolded(model, batch, window) as groups:
         yield Stepper(model, batch, window, groups)
 
