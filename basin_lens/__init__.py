@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from basin_lens import analyzers, codec, controls, errors, memorize, stats, studies, tables, views
+    from basin_lens import analyzers, codec, controls, errors, memorize, merging, stats, studies, tables, views
     from basin_lens.analysis import analyze, neighborhood
     from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
@@ -30,7 +30,7 @@ _HOMES = {
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.analysis",
 }
-_ROOMS = ("analyzers", "codec", "controls", "errors", "memorize", "stats", "studies", "tables", "views")
+_ROOMS = ("analyzers", "codec", "controls", "errors", "memorize", "merging", "stats", "studies", "tables", "views")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "errors",
     "load_model",
     "memorize",
+    "merging",
     "neighborhood",
     "stats",
     "studies",

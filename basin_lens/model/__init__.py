@@ -48,6 +48,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype, random_twin
@@ -57,6 +58,7 @@ __all__ = [
     "BlockCall",
     "FrozenPrefix",
     "PaddedPrefix",
+    "RowStore",
     "Stepper",
     "cache_bytes",
     "cache_entry",
@@ -78,12 +80,15 @@ __all__ = [
     "keys_and_values",
     "kind_of",
     "knocked_out",
+    "kv_shape",
     "load_model",
     "measuring",
     "missing_points",
     "n_context",
     "n_layers",
+    "obeys_pattern",
     "output_weight",
+    "own_rows",
     "parameters_of",
     "point_name",
     "provenance",

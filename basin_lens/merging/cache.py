@@ -1,0 +1,291 @@
+"""Generation with a key/value cache of one row per cluster: the same numbers as whole sequences, in less memory."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from basin_lens import model as door
+from basin_lens.errors import MergeError
+from basin_lens.merging.assign import Clusters, row_likeness, row_read
+from basin_lens.merging.hook import TokenMerger
+from basin_lens.merging.passes import context_statistics
+
+
+@dataclass
+class _Waiting:
+    """A token in the recent window."""
+
+    place: int
+    descriptor: Float[np.ndarray, " width"]
+    level: float
+    eligible: bool
+    row: Float[np.ndarray, " pos"] | None = None
+
+
+class _Sequence:
+    """Keys and values of one sequence in one layer."""
+
+    def __init__(self, merger: TokenMerger | None, index: int, layer: int) -> None:
+        self.merger, self.index = merger, index
+        self.keys: Float[Tensor, "kv rows d_head"] | None = None
+        self.values: Float[Tensor, "kv rows d_head"] | None = None
+        self.places = np.zeros(0, np.int32)
+        self.waiting: deque[_Waiting] = deque()
+        self.residuals: list[Tensor] = []
+        self.rows: list[Float[np.ndarray, " pos"]] = []
+        if merger is not None:
+            o = merger.options
+            width = 0 if not o.compares else merger.center.shape[1] if merger.head is None else merger.head.shape[1]
+            self.clusters = Clusters(
+                "score" if o.rule == "key_norm" else o.rule, width, mean=o.representative == "mean", seed=(o.seed, layer)
+            )
+
+    def settle(self, token: _Waiting) -> None:
+        """The token leaves the recent window: it joins a cluster, opens one, or stays raw for good."""
+        assert self.merger is not None and self.keys is not None and self.values is not None
+        if not token.eligible:
+            return
+        o, clusters = self.merger.options, self.clusters
+        likeness = None
+        if o.attention_weight and clusters.count:
+            # A row is as long as its token's past; the later one decides how long both have to be.
+            others = np.stack([np.pad(row, (0, token.place + 1 - len(row))) for row in self.rows])
+            assert token.row is not None
+            likeness = row_likeness(token.row, others, clusters.leaders[: clusters.count])
+        leader, joins = clusters.offer(token.place, token.descriptor, token.level, likeness=likeness, weight=o.attention_weight)
+        if not joins:
+            if token.row is not None:
+                self.rows.append(token.row)
+            if self.merger.down is not None:
+                self.residuals.append(torch.zeros(self.merger.down.shape[1], device=self.keys.device))
+            return
+        row = int(np.flatnonzero(self.places == token.place)[0])
+        if not o.drop:
+            self._absorb(row, leader)
+        left = np.delete(np.arange(len(self.places)), row)
+        chosen = torch.from_numpy(left).to(self.keys.device)
+        self.keys, self.values, self.places = self.keys[:, chosen], self.values[:, chosen], self.places[left]
+
+    def _absorb(self, row: int, leader: int) -> None:
+        """The member's value goes into its cluster's mean, or residual."""
+        assert self.merger is not None and self.values is not None
+        o = self.merger.options
+        at = int(np.flatnonzero(self.places == leader)[0])
+        number = int(np.flatnonzero(self.clusters.leaders[: self.clusters.count] == leader)[0])
+        size = int(self.clusters.sizes[number])
+        if o.representative == "mean":
+            self.values[:, at] += (self.values[:, row] - self.values[:, at]) / size
+        elif self.merger.down is not None:
+            change = (self.values[:, row] - self.values[:, at]).reshape(-1)
+            self.residuals[number] = self.residuals[number] + self.merger.shrink_residual(self.index, change).float()
+
+    def append(self, keys: Float[Tensor, "kv 1 d_head"], values: Float[Tensor, "kv 1 d_head"], place: int) -> None:
+        """The current token's row."""
+        self.keys = keys.clone() if self.keys is None else torch.cat([self.keys, keys], 1)
+        self.values = values.clone() if self.values is None else torch.cat([self.values, values], 1)
+        self.places = np.append(self.places, np.int32(place))
+
+    def read_values(self) -> Float[Tensor, "kv rows d_head"]:
+        """Values with their residuals put back."""
+        assert self.values is not None
+        if self.merger is None or self.merger.down is None or not self.residuals:
+            return self.values
+        read = self.values.clone()
+        sizes = torch.from_numpy(self.clusters.sizes[: self.clusters.count]).to(read.device)
+        means = torch.stack(self.residuals) / sizes[:, None]
+        change = self.merger.expand_residual(self.index, means.to(read.dtype))
+        rows = torch.from_numpy(np.searchsorted(self.places, self.clusters.leaders[: self.clusters.count])).to(read.device)
+        read[:, rows] += change.reshape(len(rows), read.shape[0], -1).transpose(0, 1)
+        return read
+
+    def sizes(self) -> Float[np.ndarray, " rows"]:
+        """Factor of each row's attention mass."""
+        made = np.ones(len(self.places))
+        if self.merger is not None and not self.merger.options.drop:
+            rows = np.searchsorted(self.places, self.clusters.leaders[: self.clusters.count])
+            made[rows] = self.clusters.sizes[: self.clusters.count]
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes, tensor by tensor."""
+        tensors = [t for t in (self.keys, self.values, *self.residuals) if t is not None]
+        arrays = [row for row in (*self.rows, *(w.row for w in self.waiting)) if row is not None]
+        arrays += [w.descriptor for w in self.waiting]
+        held = sum(t.numel() * t.element_size() for t in tensors) + sum(a.nbytes for a in arrays)
+        if self.merger is None:
+            return held
+        index = self.clusters.nbytes
+        if self.merger.options.drop and not self.merger.options.compares:
+            index -= self.clusters.count * 8
+        return held + self.places.nbytes + index
+
+
+class _Layer:
+    """`model.RowStore` of one layer: all sequences of the batch."""
+
+    def __init__(self, merger: TokenMerger | None, index: int, layer: int, batch: int) -> None:
+        self.merger, self.index, self.layer = merger, index, layer
+        self.length = 0
+        self.sequences = [_Sequence(merger, index, layer) for _ in range(batch)]
+        self._carry: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        carry = 0
+        if self.merger is not None and self.merger.options.adaptive and self._carry is not None:
+            carry = sum(t.numel() * (8 if i else 2) for i, t in enumerate(reversed(self._carry[1:])))
+        return sum(s.nbytes for s in self.sequences) + carry
+
+    def enter(self, states: Float[Tensor, "batch 1 d"]) -> None:
+        """The current token's state: settle the one that leaves the window."""
+        assert self.merger is not None
+        units, norms = self.merger.describe(self.index, states)
+        features, self._carry = context_statistics(units, norms, self._carry)
+        levels = self.merger.level_of(self.index, features)
+        o = self.merger.options
+        for b, sequence in enumerate(self.sequences):
+            if self.length:
+                eligible = o.preserve != "norm" or bool(norms[b, 0] <= self.merger.norm_cutoff[self.index])
+                descriptor = units[b, 0].cpu().half().numpy()
+                sequence.waiting.append(_Waiting(self.length, descriptor, float(levels[b, 0]), eligible))
+            if len(sequence.waiting) > o.recent:
+                sequence.settle(sequence.waiting.popleft())
+
+    def columns(self) -> Int[Tensor, "batch rows"]:
+        rows = [torch.from_numpy(np.append(s.places, np.int32(self.length))).long() for s in self.sequences]
+        made = pad_sequence(rows, batch_first=True, padding_value=-1)
+        keys = self.sequences[0].keys
+        return made if keys is None else made.to(keys.device)
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        for b, sequence in enumerate(self.sequences):
+            sequence.append(keys[b], values[b], self.length)
+        self.length += 1
+        read = [(s.keys.transpose(0, 1), s.read_values().transpose(0, 1)) for s in self.sequences if s.keys is not None]
+        both = [pad_sequence(list(part), batch_first=True).transpose(1, 2) for part in zip(*read, strict=True)]
+        return both[0], both[1]
+
+    def attend(self, pattern: Float[Tensor, "batch head 1 rows"]) -> Tensor | None:
+        """Sizes onto the mass; rows remembered if they are compared."""
+        assert self.merger is not None
+        sizes = [torch.from_numpy(s.sizes()) for s in self.sequences]
+        factors = pad_sequence(sizes, batch_first=True).to(pattern)
+        read = pattern
+        if bool((factors != 1).any()):
+            mixed = factors[:, None, None] * pattern
+            read = mixed / mixed.sum(3, keepdim=True)
+        if self.merger.options.attention_weight:
+            for b, sequence in enumerate(self.sequences):
+                if sequence.waiting and sequence.waiting[-1].place == self.length - 1:
+                    row = np.zeros(self.length, np.float32)
+                    plain = pattern[b, :, 0, : len(sequence.places)].detach().double().cpu().numpy()
+                    row[sequence.places] = row_read(plain, sequence.sizes())
+                    sequence.waiting[-1].row = row
+        return None if read is pattern else read
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Steps over a compressed cache: `step(tokens)` -> logits `[batch, vocab]`; `nbytes()` -> bytes held, per layer."""
+
+    step: Any
+    layers: tuple[_Layer, ...]
+
+    def nbytes(self) -> list[int]:
+        """Memory of the cache as it stands, layer by layer, in bytes, sequences together."""
+        return [layer.nbytes for layer in self.layers]
+
+    def rows(self) -> list[int]:
+        """Rows of keys and values that stand, layer by layer, sequences together."""
+        return [sum(len(s.places) for s in layer.sequences) for layer in self.layers]
+
+
+@contextmanager
+def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
+    """One token after another with a compressed cache; the same logits as `TokenMerger.attached` gives for whole sequences.
+
+    Raises:
+        ModelError: a HookedTransformer, or another model whose cache cannot be rewritten.
+        MergeError: options that need a plain pass (`preserve="surprisal"`), scores, or that save no memory (`simulate`).
+    """
+    o = merger.prepare(model).options
+    if o.simulate or o.preserve == "surprisal" or o.rule in ("score", "key_norm", "bipartite"):
+        raise MergeError(
+            f"expected a merger that can run token by token, got rule {o.rule!r}, preserve {o.preserve!r}, simulate {o.simulate}: simulation saves "
+            "no memory, surprisal needs the plain model's pass, and scores are given for whole sequences. Use rule='cosine', preserve='norm'."
+        )
+    if o.threshold is None and o.rule != "all" and not merger.calibrated:
+        raise MergeError("expected a calibrated merger, for it has a target, got one without. Call calibrate(model, texts) first.")
+    number = {layer: index for index, layer in enumerate(o.layers)}
+    layers = tuple(
+        _Layer(merger if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(door.n_layers(model))
+    )
+    readers: dict[str, Any] = {}
+    for layer in o.layers:
+        readers[door.point_name("resid_pre", layer)] = layers[layer].enter
+        readers[door.point_name("pattern", layer)] = layers[layer].attend
+    with door.measuring(model), door.own_rows(model, layers) as step, door.reading(model, readers):
+        yield Stream(step, layers)
+
+
+def generate(
+    merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0,
+    progress: bool = False,
+) -> tuple[Int[Tensor, "batch length"], pd.DataFrame]:  # fmt: skip
+    """Write `length` tokens behind each prompt over a compressed cache.
+
+    Args:
+        merger: calibrated or trained.
+        model: a bridge.
+        prompts: token ids without padding; they go through one by one, as everything after them.
+        length: tokens to write.
+        temperature: 0: the most likely token each time; else of the softmax they are drawn from.
+        seed: of the draw.
+        progress: show a bar.
+
+    Returns:
+        the tokens, and a table: per layer `rows`, `bytes` (held at the end: keys, values, indices, sizes, descriptors, residuals),
+        `full_rows`, `full_bytes`, all sequences together.
+
+    Raises:
+        ModelError: longer than the model's context, or no bridge. MergeError: see `streaming`.
+    """
+    batch, begun = prompts.shape
+    if begun < 1 or length < 1 or begun + length > door.n_context(model):
+        raise MergeError(
+            f"expected a prompt and a continuation within the model's context of {door.n_context(model)} tokens, got {begun} + {length}. "
+            "Ask for less."
+        )
+    draw = torch.Generator(device="cpu").manual_seed(seed)
+    written: list[Tensor] = []
+    with streaming(merger, model, batch) as stream:
+        tokens = prompts.to(door.device_of(model))
+        current = tokens[:, 0]
+        for place in tqdm(range(begun + length - 1), desc="writing", unit="token", disable=not progress):
+            logits = stream.step(current)
+            if place + 1 < begun:
+                current = tokens[:, place + 1]
+                continue
+            if temperature > 0:
+                chances = (logits.double().cpu() / temperature).softmax(-1)
+                current = torch.multinomial(chances, 1, generator=draw)[:, 0].to(tokens.device)
+            else:
+                current = logits.argmax(-1)
+            written.append(current.cpu())
+        seen = begun + length - 1
+        table = pd.DataFrame(
+            {"layer": range(len(stream.layers)), "rows": stream.rows(), "bytes": stream.nbytes(),
+             "full_rows": seen * batch, "full_bytes": seen * batch * merger.row_bytes}
+        )  # fmt: skip
+    return torch.stack(written, 1), table

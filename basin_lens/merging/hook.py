@@ -1,0 +1,425 @@
+"""Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from basin_lens import model as door
+from basin_lens.errors import MergeError, StoreError
+from basin_lens.merging.assign import assign
+from basin_lens.merging.options import Options
+from basin_lens.merging.passes import N_FEATURES, Pass
+
+_FORMAT = "basin_lens token merger 1"
+_WEIGHTS, _RECORD = "merger.safetensors", "merger.json"
+_CALIBRATION_STEPS = 14
+
+
+class TokenMerger(nn.Module):
+    """Causal token merging: in chosen layers, a new token joins the cluster of an earlier one, and attention reads the cluster once.
+
+    Streaming protocol. When `recent` more tokens have come, a token is compared with the clusters made before it; it joins the most
+    similar one if the similarity reaches the threshold, else it opens one. From then on queries read the cluster in its place: one key
+    (the leader's, with its rotary position), one value, log(size) on the logit. What an earlier query read never changes, position 0 and
+    the recent window stay raw, and nothing is shared between sequences. The similarity is the cosine of the states that enter the layer,
+    centered by calibration (and projected), mixed with that of the attention rows.
+
+    Args:
+        layers: where to merge.
+        threshold: similarity from which a token joins, `floor` to 1; from 1 on nothing is merged. Or
+        target_rate: share of the tokens to merge in these layers, on average. Or
+        target_bytes: share of the full key/value cache to be left, all layers counted. Both targets need `calibrate`.
+        rule: who joins whom: `basin_lens.merging.RULES`, or `"key_norm"` (with `drop`: evicts keys of large norm). All but "cosine" are
+            baselines.
+        drop: tokens that would join are forgotten instead.
+        representative: `"leader"` (the first member) or `"mean"` (running mean of the values; keys stay the leader's).
+        adaptive: the threshold moves with what came before the token (place, norm, novelty), by learned weights.
+        progressive: merge less in early layers (depth below 0.3: half), more in late ones (from 0.7: one and a half times).
+        attention_weight: share of the attention rows in the similarity, 0 to 1. The rows have to be kept, and are counted.
+        projection: width to which states are projected before they are compared (principal directions until trained); None: not at all.
+        residual: `"gated"`: a cluster keeps the mean difference of its members' values from its leader's, in `residual_width` numbers.
+        residual_width: see above.
+        preserve: `"norm"` or `"surprisal"`: tokens above the calibrated quantile are never merged. Surprisal (of the plain model) must be
+            given to `attached`.
+        preserve_share: share of tokens above it.
+        contrastive_weight: in training, of the hinge on the cosine between clusters of one sequence.
+        margin: cosine from which it acts.
+        recent: tokens that stay raw behind the current one, itself counted.
+        floor: lowest threshold.
+        temperature: of the soft mask that training goes by.
+        simulate: overwrite the states of merged tokens with their representative's instead, in a stream that keeps its length: saves no
+            memory.
+        seed: of random merging.
+
+    Raises:
+        MergeError: options that do not fit.
+
+    Source: online leader clustering (Hartigan 1975); Bolya et al. 2023 (token merging, size on the logit); Nawrot et al. 2024 (dynamic memory
+    compression); Bonnaerens and Dambre 2023 (learned thresholds).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> merger = bl.merging.TokenMerger(layers=[10, 20], threshold=0.9)
+        >>> with merger.attached(model):
+        ...     logits = model("The lamp hums, and the lamp hums, and the lamp hums in the wind.")
+        >>> merger.statistics().layer.tolist()
+        [10, 20]
+    """
+
+    def __init__(self, layers: list[int] | tuple[int, ...], **options: Any) -> None:
+        super().__init__()
+        try:
+            self.options = Options(layers=tuple(layers), **options)
+        except TypeError as error:
+            raise MergeError(f"expected options of TokenMerger, got another: {error}. See its docstring.") from error
+        self.base: str | None = None  # fingerprint of the model that it was prepared for
+        self.calibrated = False
+        self.facts: dict[str, Any] = {}
+        self._records: list[dict[str, Any]] = []
+        self._passes = 0
+        self.pass_: Pass | None = None
+
+    # ---- one model -------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: Any) -> "TokenMerger":
+        """Make the parameters for this model; nothing if that was done.
+
+        Raises:
+            MergeError: another model than before, layers or points it does not have, or attention that does not obey its pattern.
+        """
+        door.check_model(model)
+        name = door.fingerprint(model)
+        if self.base == name:
+            return self
+        if self.base is not None:
+            raise MergeError(
+                f"expected the model that this merger was made for ({self.base}), got {door.full_name(model)} ({name}). Make another merger."
+            )
+        o, n = self.options, door.n_layers(model)
+        if max(o.layers) >= n:
+            raise MergeError(f"expected layers below {n}, got {max(o.layers)}.")
+        points = {"resid_pre", "pattern"} | ({"attn.hook_v", "attn.hook_z"} if o.residual == "gated" else set())
+        points |= {"attn.hook_k"} if o.rule == "key_norm" else set()
+        if missing := door.missing_points(model, points, list(o.layers)):
+            raise MergeError(f"expected the hook points of merging, got a model without {missing[0]}.")
+        if not door.obeys_pattern(model, o.layers[0]):
+            raise MergeError(
+                f"expected attention that reads what hook_pattern returns, got {door.full_name(model)}, which goes past it. Use another model."
+            )
+        width, count, device = door.width(model), len(o.layers), door.device_of(model)
+        kv, d_head = door.kv_shape(model)
+        self.kv, self.d_head = kv, d_head
+        self.n_layers = n
+        self.element_bytes = next(iter(door.parameters_of(model).values())).element_size()
+        self.row_bytes = 2 * kv * d_head * self.element_bytes
+        draw = torch.Generator(device="cpu").manual_seed(o.seed)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        self.register_buffer("center", zeros(count, width))
+        self.register_buffer("levels", zeros(count))
+        self.register_buffer("norm_cutoff", torch.full((count,), math.inf, device=device))
+        self.register_buffer("surprisal_cutoff", torch.full((), math.inf, device=device))
+        self.register_buffer("feature_mean", zeros(count, N_FEATURES))
+        self.register_buffer("feature_scale", torch.ones(count, N_FEATURES, device=device))
+        self.register_buffer("offset", zeros())
+        self.raw = nn.Parameter(zeros(count))
+        self.slope = nn.Parameter(zeros(count, N_FEATURES)) if o.adaptive else None
+        self.head = None
+        if o.projection is not None and o.compares:
+            if o.projection > width:
+                raise MergeError(f"expected a projection of at most {width} numbers (the model's width), got {o.projection}.")
+            square = torch.linalg.qr(torch.randn(count, width, o.projection, generator=draw)).Q
+            self.head = nn.Parameter(square.transpose(1, 2).contiguous().to(device))
+        self.down = self.up = self.gate = None
+        if o.residual == "gated":
+            q, flat = min(o.residual_width, kv * d_head), kv * d_head
+            basis = torch.linalg.qr(torch.randn(count, flat, q, generator=draw)).Q.to(device)
+            self.down = nn.Parameter(basis.transpose(1, 2).contiguous())
+            self.up = nn.Parameter(basis.contiguous())
+            self.gate = nn.Parameter(zeros(count))  # sigmoid of it: half open
+        self.base = name
+        if o.threshold is not None:
+            for index, layer in enumerate(o.layers):
+                factor = o.strictness(layer, n)
+                # Half as eager: half-way to 1; half again as eager: as much below.
+                level = o.threshold if o.threshold >= 1 or not o.learned else 1 - (1 - o.threshold) * factor
+                self.set_level(index, max(level, o.floor) if o.learned else level * factor)
+        return self
+
+    def set_level(self, index: int, level: float) -> None:
+        """Put the threshold (or the rule's level) of the merger's layer number `index`."""
+        with torch.no_grad():
+            self.levels[index] = level
+            if self.options.learned:
+                inside = (level - self.options.floor) / (1 - self.options.floor)
+                self.raw[index] = math.inf if level >= 1 else math.log(max(inside, 1e-6) / max(1 - inside, 1e-6))
+
+    def level_of(self, index: int, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows"]:
+        """The threshold that each token is held to; between floor and 1, moved towards 1 by the parachute's offset."""
+        if not self.options.learned:
+            return self.levels[index].expand(features.shape[:-1])
+        raw = self.raw[index].expand(features.shape[:-1])
+        if self.slope is not None:
+            scaled = (features.float() - self.feature_mean[index]) / self.feature_scale[index]
+            raw = raw + scaled @ self.slope[index]
+        level = self.options.floor + (1 - self.options.floor) * torch.sigmoid(raw)
+        return level + self.offset * (1 - level)
+
+    def describe(self, index: int, states: Float[Tensor, "*rows d"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "*rows"]]:
+        """Unit descriptor of each state, rounded to float16 as it would be stored, and the norm of the centered state."""
+        centered = states - self.center[index].to(states.dtype)
+        norms = centered.detach().norm(dim=-1)
+        if not self.options.compares:
+            return centered[..., :0], norms
+        compared = centered if self.head is None else centered @ self.head[index].to(states.dtype).T
+        unit = compared / compared.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return unit.half().to(states.dtype), norms
+
+    def shrink_residual(self, index: int, change: Float[Tensor, "*rows flat"]) -> Float[Tensor, "*rows q"]:
+        """What a cluster keeps of the difference between a member's values and its leader's."""
+        assert self.down is not None
+        return change @ self.down[index].to(change.dtype).T
+
+    def expand_residual(self, index: int, kept: Float[Tensor, "*rows q"]) -> Float[Tensor, "*rows flat"]:
+        """What is read of it."""
+        assert self.up is not None and self.gate is not None
+        return torch.sigmoid(self.gate[index]).to(kept.dtype) * (kept @ self.up[index].to(kept.dtype).T)
+
+    # ---- running ---------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(
+        self,
+        model: Any,
+        *,
+        valid: Bool[Tensor, "batch pos"] | None = None,
+        surprisal: Float[Tensor, "batch pos"] | None = None,
+        scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None,
+        context: int | None = None,
+        soft: bool = False,
+    ) -> Iterator["TokenMerger"]:
+        """Every pass inside the block merges; the hooks are gone after it, also on errors.
+
+        Passes are over whole sequences, and so is `model.generate(use_past_kv_cache=False)`; `basin_lens.merging.generate` keeps a compressed
+        cache. Attention is eager and dropout is off inside.
+
+        Args:
+            model: a hooked model.
+            valid: real tokens, if the passes are padded on the right: padding belongs to no cluster.
+            surprisal: -log p of each token given those before it, nats, of the plain model: for `preserve="surprisal"`.
+            scores: of the tokens, by layer: for the rule "score".
+            context: the protocol named so: all tokens before this place are merged at once when it is reached, none after it, and only what
+                comes after it may be scored.
+            soft: read by the soft mask, not the hard decision: no model that can be run with a compressed cache; to test gradients.
+
+        Raises:
+            MergeError: a target without `calibrate`, something missing, another model, or passes with a cache.
+        """
+        o = self.prepare(model).options
+        if o.threshold is None and o.rule != "all" and not self.calibrated:
+            raise MergeError(
+                "expected a calibrated merger, for it has a target, got one without. Call calibrate(model, texts) first."
+            )
+        if (o.preserve == "surprisal") != (surprisal is not None):
+            raise MergeError("expected surprisal with preserve='surprisal', and only then. Give it, or use preserve='norm'.")
+        if (o.rule == "score") != (scores is not None) or (scores is not None and set(o.layers) - set(scores)):
+            raise MergeError("expected scores of every layer with the rule 'score', and only then. Give scores={layer: tensor}.")
+        if o.rule == "bipartite" and context is None:
+            raise MergeError("expected the protocol 'context' with the rule 'bipartite', which sees the future. Give context=.")
+        if self.pass_ is not None:
+            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
+        self.pass_ = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
+        try:
+            with door.measuring(model, gradients=torch.is_grad_enabled()), door.reading(model, self.pass_.readers()):
+                yield self
+        finally:
+            self.pass_ = None
+
+    def calibrate(
+        self, model: Any, tokens: Int[Tensor, "batch pos"], *, surprisal: Float[Tensor, "batch pos"] | None = None, context: int | None = None,
+        scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None, valid: Bool[Tensor, "batch pos"] | None = None,
+    ) -> "TokenMerger":  # fmt: skip
+        """Center the states, find principal directions, quantiles, and the thresholds that meet the target, on these tokens.
+
+        Texts that nothing is tested on. Layers are set in turn, each below those already merging; two passes.
+
+        Args:
+            model: a hooked model.
+            tokens: token ids, as long as the sequences that the target is meant for.
+            surprisal: see `attached`.
+            context: see `attached`.
+            scores: see `attached`.
+            valid: real tokens.
+
+        Raises:
+            MergeError: a target that cannot be met.
+        """
+        self.prepare(model)
+        o = self.options
+        gathered = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=False)
+        with door.measuring(model):
+            door.forward_pass(model, tokens, gathered.gatherers())
+            gathered.settle(surprisal)
+            rates = None
+            if o.target_rate is not None:
+                rates = o.rates(o.target_rate, self.n_layers)
+            if o.target_bytes is not None:
+                rates = o.rates(self._rate_for(o.target_bytes, tokens.shape[1]), self.n_layers)
+            if rates is not None:
+                tuned = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=False, rates=rates)
+                door.forward_pass(model, tokens, tuned.readers())
+        self.calibrated = True
+        self.facts["calibration"] = {"tokens": int(tokens.numel()), "length": int(tokens.shape[1])}
+        return self
+
+    def _rate_for(self, share: float, length: int) -> float:
+        """Mean share of the tokens to merge that leaves this share of the cache."""
+        full = length * self.row_bytes
+        left = share * self.n_layers * full - (self.n_layers - len(self.options.layers)) * full
+        waiting = min(self.options.recent, length)
+        clustered = length - waiting - 1
+        most = self.bytes_for(length, clustered, waiting, length)
+        # Every cluster costs its row and its descriptor; a merged token saves both.
+        each = self.bytes_for(1, 1, 0, length) - self.bytes_for(0, 0, 0, length)
+        rate = (most - left / len(self.options.layers)) / each / length
+        if not 0 <= rate <= clustered / length:
+            raise MergeError(
+                f"expected a share of the cache that merging in {len(self.options.layers)} of {self.n_layers} layers can leave, got {share}. "
+                "Merge in more layers, or ask for more."
+            )
+        return rate
+
+    def bytes_for(self, rows: int, clusters: int, waiting: int, length: int = 0) -> int:
+        """Bytes that one sequence needs in one layer.
+
+        Args:
+            rows: keys and values, each with its place (4 bytes).
+            clusters: of them, those that tokens may join: leader and size (8 bytes), descriptor (float16), residual (float32).
+            waiting: tokens in the recent window: descriptors (float16).
+            length: of the sequence, for attention rows (float32).
+        """
+        o = self.options
+        width = 0 if not o.compares else (self.center.shape[1] if self.head is None else self.head.shape[1])
+        described = (min(clusters, 1) if o.rule == "adjacent" else clusters) + waiting
+        kept = clusters * (0 if self.down is None else 4 * self.down.shape[1])
+        attention = (clusters + waiting) * 4 * length if o.attention_weight else 0
+        # What the adaptive threshold remembers: sum and last of the descriptors.
+        carry = width * 10 if o.adaptive else 0
+        index = 0 if o.drop and not o.compares else 8
+        return rows * (self.row_bytes + 4) + clusters * index + described * width * 2 + kept + attention + carry
+
+    # ---- what happened ---------------------------------------------------------------------------------------------------------------
+
+    def record(self, rows: list[dict[str, Any]], *, first: bool) -> None:
+        """Called by a pass, layer by layer."""
+        self._passes += first
+        self._records += [{"pass": self._passes - 1, **row} for row in rows]
+
+    def statistics(self) -> pd.DataFrame:
+        """One row per pass and layer since the last `forget`.
+
+        Columns: `pass`, `layer`, `sequences`, `tokens`, `eligible` (tokens that could have been merged), `merged`, `rate` (merged / tokens),
+        `clusters`, `largest` (tokens in the largest cluster), `rows` (keys and values left at the end of the sequences), `bytes` and
+        `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging), `level` (mean threshold, or the rule's level),
+        `similarity` (mean cosine of merged tokens with their representative), `state_error` (squared distance of merged states from their
+        leader's over that from the mean state).
+        """
+        return pd.DataFrame(self._records)
+
+    def forget(self) -> None:
+        """Empty the statistics."""
+        self._records, self._passes = [], 0
+
+    # ---- on disk ---------------------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Parameters as safetensors, options and provenance as JSON.
+
+        Raises:
+            MergeError: not prepared. StoreError: the folder cannot be written.
+        """
+        if self.base is None:
+            raise MergeError(
+                "expected a merger prepared for a model, got one that saw none. Call prepare(model) or calibrate first."
+            )
+        target = Path(folder)
+        held = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        record = {
+            "format": _FORMAT, "options": self.options.plain(), "base": self.base, "calibrated": self.calibrated, "facts": self.facts,
+        }  # fmt: skip
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            save_file(held, target / f".{_WEIGHTS}")
+            (target / f".{_RECORD}").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            # The record goes last: without it, the folder is no merger.
+            os.replace(target / f".{_WEIGHTS}", target / _WEIGHTS)
+            os.replace(target / f".{_RECORD}", target / _RECORD)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
+        return target
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], model: Any) -> "TokenMerger":
+        """The merger of `save`, for the model it was made for.
+
+        Raises:
+            StoreError: nothing there, or damaged. MergeError: another model.
+        """
+        path = Path(folder)
+        try:
+            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            held = load_file(path / _WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StoreError(f"expected {_RECORD} and {_WEIGHTS} in {str(path)!r}, got: {error}.") from error
+        if not isinstance(record, dict) or record.get("format") != _FORMAT:
+            raise StoreError(
+                f"expected {_FORMAT!r} in {str(path / _RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
+            )
+        if record["base"] != door.fingerprint(model):
+            raise MergeError(
+                f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "
+                f"({door.fingerprint(model)}). Load that model."
+            )
+        merger = cls(**record["options"]).prepare(model)
+        try:
+            merger.load_state_dict(held)
+        except RuntimeError as error:
+            raise StoreError(
+                f"expected the merger's parameters in {str(path / _WEIGHTS)!r}, got: {str(error).splitlines()[0]}"
+            ) from error
+        merger.calibrated, merger.facts = bool(record["calibrated"]), dict(record["facts"])
+        return merger
+
+
+def find_level(
+    merger: TokenMerger, wanted: int, descriptors: Float[np.ndarray, "batch pos width"], eligible: Bool[np.ndarray, "batch pos"],
+    arguments: dict[str, Any],
+) -> float:  # fmt: skip
+    """The level at which about `wanted` tokens of this layer join: by halving for thresholds, else by its meaning."""
+    o = merger.options
+    count = max(1, int(eligible.sum()))
+    if o.rule in ("random", "stride", "bipartite"):
+        return min(1.0, wanted / count)
+    if o.rule in ("score", "key_norm"):
+        return float(np.quantile(arguments["scores"][eligible], max(0.0, 1 - wanted / count)))
+    low, high = o.floor, 1.0
+    for _ in range(_CALIBRATION_STEPS):
+        middle = (low + high) / 2
+        found = assign(descriptors, np.full(eligible.shape, middle), eligible, **arguments)
+        low, high = (middle, high) if int(found.joined.sum()) > wanted else (low, middle)
+    return high if high < 1 else low
