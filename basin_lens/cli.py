@@ -1,4 +1,4 @@
-"""The command line: `basin-lens demo | analyze | study | info`, and what `cli_codec.py` adds."""
+"""The command line: `basin-lens demo | analyze | study | info`, and what `cli_codec.py` and `cli_merge.py` add."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from basin_lens import __version__, cli_codec
+from basin_lens import __version__, cli_codec, cli_merge
 from basin_lens.errors import BasinLensError, StoreError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 cli_codec.add_commands(app)
+app.add_typer(cli_merge.app, name="merge")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
@@ -72,7 +73,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="importance, linguistic, layers, codelength, robustness, memorization, summary, or all."
+            metavar="NAME",
+            help="importance, linguistic, layers, codelength, robustness, mergeability, memorization, summary, or all (of texts).",
         ),
     ],
     files: Annotated[
@@ -128,6 +130,10 @@ def study(
     sampled: Annotated[
         bool, typer.Option("--sampled", help="memorization: fluent canaries are the model's own continuations.")
     ] = False,
+    tokens_per_sequence: Annotated[
+        int, typer.Option("--tokens-per-sequence", help="mergeability: forced merges per sequence and layer.")
+    ] = 16,
+    window: Annotated[int, typer.Option("--window", help="mergeability: tokens that stay raw.")] = 8,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per sequence.")] = 128,
     out: Annotated[Path, typer.Option("--out", help="Folder for the study; with all, one folder for each in it.")] = Path(
         "basin-lens-study"
@@ -137,6 +143,7 @@ def study(
     """Run a study: a declared question, tables, figures, and one offline report with its verdict.
 
     Without files or --dataset, the built-in passages are read (8 documents: few). `study all` measures once and runs every study of texts.
+    `study mergeability` reads every sequence again for each token it merges: slow, and no part of `all`.
     `study memorization` plants its own texts: it trains a copy of the model, kept beside the study in OUT-models, from where an interrupted
     training goes on. FILEs are then more texts that the model may know by heart.
 
@@ -145,10 +152,12 @@ def study(
               basin-lens study layers --dataset wikitext --config wikitext-103-raw-v1 --split test --max-sequences 60
               basin-lens study layers prompts.jsonl --contrast span:IO,S --cluster template --exclude template --bank reference
               basin-lens study all --dataset nltk:treebank --max-sequences 60 --out studies/
+              basin-lens study mergeability --dataset nltk:treebank --max-sequences 24 --layers 3,10,20,26
               basin-lens study memorization --preset quick --out memorization/
               basin-lens study summary studies/importance studies/layers --out summary/
     """
     from basin_lens import studies
+    from basin_lens.studies import mergeability
     from basin_lens.studies.base import refuse_folder
     from basin_lens.studies.linguistic import refusals
     from basin_lens.studies.measured import check_names, refuse_options
@@ -163,6 +172,7 @@ def study(
             "--layers": layers, "--bank": bank, "--contrast": contrast, "--second-model": second_model, "--sentiment": sentiment,
             "--context": context != "patched", "--exclude": exclude != "sequence", "--cluster": cluster != "document", "--tagger": tagger != "auto",
             "--max-length": max_length != 128, "--unrelated": design == "canaries" and unrelated,
+            "--tokens-per-sequence": tokens_per_sequence != 16, "--window": window != 8,
         }  # fmt: skip
         unused = [option for option, given in idle.items() if given]
         if unused:
@@ -179,7 +189,11 @@ def study(
     passages = _passages(files, dataset, config, split, max_sequences)
     check = refusals(tagger, "mean", sentiment) if "linguistic" in names else None
     refuse_options(passages, context=context, unit=cluster, sentiment=sentiment, tagger=tagger)
+    merging = {"tokens_per_sequence": tokens_per_sequence, "window": window}
+    mergeability.check_settings(**merging)
     loaded = _load(model)
+    if name == "mergeability":
+        check = mergeability.refusals(loaded, unit=cluster, **merging)
     other = _load(second_model) if second_model is not None else None
     how: Any = context  # refused above if it is none
     measured = studies.measure(
@@ -189,6 +203,7 @@ def study(
     own: dict[str, dict[str, Any]] = {
         "linguistic": {"tagger": tagger, "sentiment": sentiment},
         "robustness": {"second_model": other},
+        "mergeability": {**merging, "seed": seed},
     }
     for one in names:
         made = getattr(studies, f"study_{one}")(loaded, measured, **own.get(one, {}))

@@ -1,5 +1,6 @@
 """Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,23 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from basin_lens import model as door
 from basin_lens.errors import MergeError, StoreError
-from basin_lens.merging.assign import assign
+from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass
 
 _FORMAT = "basin_lens token merger 1"
-_WEIGHTS, _RECORD = "merger.safetensors", "merger.json"
-_CALIBRATION_STEPS = 14
+_WEIGHTS, _RECORD = "merger", "merger.json"
 
 
 class TokenMerger(nn.Module):
@@ -56,11 +55,11 @@ class TokenMerger(nn.Module):
         preserve_share: share of tokens above it.
         contrastive_weight: in training, of the hinge on the cosine between clusters of one sequence.
         margin: cosine from which it acts.
-        recent: tokens that stay raw behind the current one, itself counted.
+        recent: tokens that stay raw behind the current one, itself counted; of no effect with `simulate`.
         floor: lowest threshold.
         temperature: of the soft mask that training goes by.
-        simulate: overwrite the states of merged tokens with their representative's instead, in a stream that keeps its length: saves no
-            memory.
+        simulate: overwrite the states of merged tokens with their representative's instead, as soon as they come, in a stream that keeps its
+            length: saves no memory.
         seed: of random merging.
 
     Raises:
@@ -79,13 +78,27 @@ class TokenMerger(nn.Module):
         [10, 20]
     """
 
+    center: Tensor
+    levels: Tensor
+    norm_cutoff: Tensor
+    surprisal_cutoff: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
+    offset: Tensor
+    head: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+    gate: nn.Parameter | None
+    slope: nn.Parameter | None
+
     def __init__(self, layers: list[int] | tuple[int, ...], **options: Any) -> None:
         super().__init__()
         try:
-            self.options = Options(layers=tuple(layers), **options)
+            self.options = Options(layers=tuple(sorted(layers)), **options)
         except TypeError as error:
             raise MergeError(f"expected options of TokenMerger, got another: {error}. See its docstring.") from error
         self.base: str | None = None  # fingerprint of the model that it was prepared for
+        self.base_changes = False  # while the base model is trained
         self.calibrated = False
         self.facts: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -100,6 +113,8 @@ class TokenMerger(nn.Module):
         Raises:
             MergeError: another model than before, layers or points it does not have, or attention that does not obey its pattern.
         """
+        if self.base_changes and self.base is not None:
+            return self
         door.check_model(model)
         name = door.fingerprint(model)
         if self.base == name:
@@ -158,7 +173,8 @@ class TokenMerger(nn.Module):
                 factor = o.strictness(layer, n)
                 # Half as eager: half-way to 1; half again as eager: as much below.
                 level = o.threshold if o.threshold >= 1 or not o.learned else 1 - (1 - o.threshold) * factor
-                self.set_level(index, max(level, o.floor) if o.learned else level * factor)
+                # Of other rules the level is a share of the tokens, but a score has no factor.
+                self.set_level(index, max(level, o.floor) if o.learned else level if o.scored else min(level * factor, 1.0))
         return self
 
     def set_level(self, index: int, level: float) -> None:
@@ -188,7 +204,9 @@ class TokenMerger(nn.Module):
             return centered[..., :0], norms
         compared = centered if self.head is None else centered @ self.head[index].to(states.dtype).T
         unit = compared / compared.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        return unit.half().to(states.dtype), norms
+        rounded = unit.half().to(states.dtype)
+        # The gradient goes past the rounding, which would lose what float16 cannot hold.
+        return unit + (rounded - unit).detach() if unit.requires_grad else rounded, norms
 
     def shrink_residual(self, index: int, change: Float[Tensor, "*rows flat"]) -> Float[Tensor, "*rows q"]:
         """What a cluster keeps of the difference between a member's values and its leader's."""
@@ -228,27 +246,48 @@ class TokenMerger(nn.Module):
             soft: read by the soft mask, not the hard decision: no model that can be run with a compressed cache; to test gradients.
 
         Raises:
-            MergeError: a target without `calibrate`, something missing, another model, or passes with a cache.
+            MergeError: a target or preserved tokens without `calibrate`, something missing, another model, or passes with a cache.
+
+        Example:
+            >>> import basin_lens as bl
+            >>> model = bl.load_model()
+            >>> tokens = model.to_tokens("The lamp hums, and the lamp hums in the wind.")
+            >>> merger = bl.merging.TokenMerger(layers=[20], rule="stride", threshold=0.5, recent=4)
+            >>> with merger.attached(model):
+            ...     shape = model(tokens).shape
+            >>> shape[1] == tokens.shape[1]
+            True
         """
-        o = self.prepare(model).options
-        if o.threshold is None and o.rule != "all" and not self.calibrated:
-            raise MergeError(
-                "expected a calibrated merger, for it has a target, got one without. Call calibrate(model, texts) first."
-            )
+        o = self.ready(model).options
         if (o.preserve == "surprisal") != (surprisal is not None):
             raise MergeError("expected surprisal with preserve='surprisal', and only then. Give it, or use preserve='norm'.")
-        if (o.rule == "score") != (scores is not None) or (scores is not None and set(o.layers) - set(scores)):
-            raise MergeError("expected scores of every layer with the rule 'score', and only then. Give scores={layer: tensor}.")
-        if o.rule == "bipartite" and context is None:
-            raise MergeError("expected the protocol 'context' with the rule 'bipartite', which sees the future. Give context=.")
-        if self.pass_ is not None:
-            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
-        self.pass_ = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
+        if o.rule != "score" and scores is not None:
+            raise MergeError(f"expected scores with the rule 'score' only, got them with {o.rule!r}. Leave them out.")
+        made = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
+        made.check_given()
+        self.pass_ = made
         try:
             with door.measuring(model, gradients=torch.is_grad_enabled()), door.reading(model, self.pass_.readers()):
                 yield self
         finally:
             self.pass_ = None
+
+    def ready(self, model: Any) -> "TokenMerger":
+        """Whether it can run, told by not raising.
+
+        Raises:
+            MergeError: not calibrated, attached, or made for another model.
+        """
+        o = self.prepare(model).options
+        aimed = o.threshold is None and o.rule != "all"
+        if (aimed or o.preserve != "none") and not self.calibrated:
+            raise MergeError(
+                f"expected a calibrated merger, for it has {'a target' if aimed else 'tokens to preserve'}, got one that is not. "
+                "Call calibrate(model, tokens) first."
+            )
+        if self.pass_ is not None:
+            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
+        return self
 
     def calibrate(
         self, model: Any, tokens: Int[Tensor, "batch pos"], *, surprisal: Float[Tensor, "batch pos"] | None = None, context: int | None = None,
@@ -256,7 +295,8 @@ class TokenMerger(nn.Module):
     ) -> "TokenMerger":  # fmt: skip
         """Center the states, find principal directions, quantiles, and the thresholds that meet the target, on these tokens.
 
-        Texts that nothing is tested on. Layers are set in turn, each below those already merging; two passes.
+        Texts that nothing is tested on. Layers are set in turn, each above those already merging, in one pass more (a few for `target_bytes`).
+        A target is met within a token or two, or refused; the rule "random" meets it on average, and with `context` as near as that allows.
 
         Args:
             model: a hooked model.
@@ -266,62 +306,44 @@ class TokenMerger(nn.Module):
             scores: see `attached`.
             valid: real tokens.
 
+        Returns:
+            itself.
+
         Raises:
-            MergeError: a target that cannot be met.
+            MergeError: a target that cannot be met, too few tokens, something missing, or attached.
+
+        Example:
+            >>> import basin_lens as bl
+            >>> model = bl.load_model()
+            >>> tokens = model.to_tokens("The lamp hums, and the lamp hums, and the lamp hums in the wind.")
+            >>> merger = bl.merging.TokenMerger(layers=[10, 20], target_rate=0.25, recent=4).calibrate(model, tokens)
+            >>> bool((merger.levels < 1).all())
+            True
         """
-        self.prepare(model)
-        o = self.options
-        gathered = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=False)
+        o = self.prepare(model).options
+        aimed = o.target_rate is not None or o.target_bytes is not None
+        if self.pass_ is not None:
+            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
+        if o.preserve == "surprisal" and surprisal is None:
+            raise MergeError("expected surprisal with preserve='surprisal', got none. Give it to calibrate.")
+        given: dict[str, Any] = {"valid": valid, "surprisal": surprisal, "scores": scores, "context": context}
+        gathered = Pass(self, **given, soft=False)
+        gathered.check_given(needed=aimed)
         with door.measuring(model):
             door.forward_pass(model, tokens, gathered.gatherers())
             gathered.settle(surprisal)
-            rates = None
-            if o.target_rate is not None:
-                rates = o.rates(o.target_rate, self.n_layers)
-            if o.target_bytes is not None:
-                rates = o.rates(self._rate_for(o.target_bytes, tokens.shape[1]), self.n_layers)
-            if rates is not None:
-                tuned = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=False, rates=rates)
+
+            def run(rates: dict[int, float]) -> list[dict[str, Any]]:
+                tuned = Pass(self, **given, soft=False, rates=rates)
                 door.forward_pass(model, tokens, tuned.readers())
+                return tuned.noted
+
+            if aimed:
+                length = tokens.shape[1] if valid is None else round(float(valid.sum(1).float().mean()))
+                meet_target(self, run, length, context)
         self.calibrated = True
         self.facts["calibration"] = {"tokens": int(tokens.numel()), "length": int(tokens.shape[1])}
         return self
-
-    def _rate_for(self, share: float, length: int) -> float:
-        """Mean share of the tokens to merge that leaves this share of the cache."""
-        full = length * self.row_bytes
-        left = share * self.n_layers * full - (self.n_layers - len(self.options.layers)) * full
-        waiting = min(self.options.recent, length)
-        clustered = length - waiting - 1
-        most = self.bytes_for(length, clustered, waiting, length)
-        # Every cluster costs its row and its descriptor; a merged token saves both.
-        each = self.bytes_for(1, 1, 0, length) - self.bytes_for(0, 0, 0, length)
-        rate = (most - left / len(self.options.layers)) / each / length
-        if not 0 <= rate <= clustered / length:
-            raise MergeError(
-                f"expected a share of the cache that merging in {len(self.options.layers)} of {self.n_layers} layers can leave, got {share}. "
-                "Merge in more layers, or ask for more."
-            )
-        return rate
-
-    def bytes_for(self, rows: int, clusters: int, waiting: int, length: int = 0) -> int:
-        """Bytes that one sequence needs in one layer.
-
-        Args:
-            rows: keys and values, each with its place (4 bytes).
-            clusters: of them, those that tokens may join: leader and size (8 bytes), descriptor (float16), residual (float32).
-            waiting: tokens in the recent window: descriptors (float16).
-            length: of the sequence, for attention rows (float32).
-        """
-        o = self.options
-        width = 0 if not o.compares else (self.center.shape[1] if self.head is None else self.head.shape[1])
-        described = (min(clusters, 1) if o.rule == "adjacent" else clusters) + waiting
-        kept = clusters * (0 if self.down is None else 4 * self.down.shape[1])
-        attention = (clusters + waiting) * 4 * length if o.attention_weight else 0
-        # What the adaptive threshold remembers: sum and last of the descriptors.
-        carry = width * 10 if o.adaptive else 0
-        index = 0 if o.drop and not o.compares else 8
-        return rows * (self.row_bytes + 4) + clusters * index + described * width * 2 + kept + attention + carry
 
     # ---- what happened ---------------------------------------------------------------------------------------------------------------
 
@@ -335,8 +357,9 @@ class TokenMerger(nn.Module):
 
         Columns: `pass`, `layer`, `sequences`, `tokens`, `eligible` (tokens that could have been merged), `merged`, `rate` (merged / tokens),
         `clusters`, `largest` (tokens in the largest cluster), `rows` (keys and values left at the end of the sequences), `bytes` and
-        `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging), `level` (mean threshold, or the rule's level),
-        `similarity` (mean cosine of merged tokens with their representative), `state_error` (squared distance of merged states from their
+        `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging), `level` (mean
+        threshold, or the rule's level),
+        `similarity` (mean cosine of merged tokens with their leader), `state_error` (squared distance of merged states from their
         leader's over that from the mean state).
         """
         return pd.DataFrame(self._records)
@@ -350,6 +373,12 @@ class TokenMerger(nn.Module):
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Parameters as safetensors, options and provenance as JSON.
 
+        Args:
+            folder: made if missing; a merger that is there stays whole until the new one is.
+
+        Returns:
+            the folder.
+
         Raises:
             MergeError: not prepared. StoreError: the folder cannot be written.
         """
@@ -358,18 +387,22 @@ class TokenMerger(nn.Module):
                 "expected a merger prepared for a model, got one that saw none. Call prepare(model) or calibrate first."
             )
         target = Path(folder)
-        held = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        held = save({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()})
+        weights = f"{_WEIGHTS}-{hashlib.blake2b(held, digest_size=8).hexdigest()}.safetensors"
         record = {
-            "format": _FORMAT, "options": self.options.plain(), "base": self.base, "calibrated": self.calibrated, "facts": self.facts,
+            "format": _FORMAT, "weights": weights, "options": self.options.plain(), "base": self.base, "calibrated": self.calibrated,
+            "facts": self.facts,
         }  # fmt: skip
         try:
             target.mkdir(parents=True, exist_ok=True)
-            save_file(held, target / f".{_WEIGHTS}")
-            (target / f".{_RECORD}").write_text(json.dumps(record, indent=1), encoding="utf-8")
-            # The record goes last: without it, the folder is no merger.
-            os.replace(target / f".{_WEIGHTS}", target / _WEIGHTS)
-            os.replace(target / f".{_RECORD}", target / _RECORD)
-        except (OSError, SafetensorError) as error:
+            # The record goes last: it names its weights, so that until then the folder is the old merger.
+            for name, content in ((weights, held), (_RECORD, json.dumps(record, indent=1).encode())):
+                (target / f".{name}").write_bytes(content)
+                os.replace(target / f".{name}", target / name)
+            for old in target.glob(f"*{_WEIGHTS}-*.safetensors"):
+                if old.name != weights:
+                    old.unlink()
+        except OSError as error:
             raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
         return target
 
@@ -377,49 +410,36 @@ class TokenMerger(nn.Module):
     def load(cls, folder: str | os.PathLike[str], model: Any) -> "TokenMerger":
         """The merger of `save`, for the model it was made for.
 
+        Args:
+            folder: where it was saved.
+            model: its base.
+
+        Returns:
+            the merger, which computes what the saved one did.
+
         Raises:
-            StoreError: nothing there, or damaged. MergeError: another model.
+            StoreError: nothing there, damaged, or of another version. MergeError: another model.
         """
         path = Path(folder)
         try:
             record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-            held = load_file(path / _WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise StoreError(f"expected {_RECORD} and {_WEIGHTS} in {str(path)!r}, got: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise StoreError(f"expected {_RECORD} in {str(path)!r}, got: {error}.") from error
         if not isinstance(record, dict) or record.get("format") != _FORMAT:
             raise StoreError(
                 f"expected {_FORMAT!r} in {str(path / _RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
             )
-        if record["base"] != door.fingerprint(model):
+        if "base" in record and record["base"] != door.fingerprint(model):
             raise MergeError(
                 f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "
                 f"({door.fingerprint(model)}). Load that model."
             )
-        merger = cls(**record["options"]).prepare(model)
         try:
+            held = load_file(path / Path(record["weights"]).name)
+            merger = cls(**record["options"]).prepare(model)
             merger.load_state_dict(held)
-        except RuntimeError as error:
-            raise StoreError(
-                f"expected the merger's parameters in {str(path / _WEIGHTS)!r}, got: {str(error).splitlines()[0]}"
-            ) from error
-        merger.calibrated, merger.facts = bool(record["calibrated"]), dict(record["facts"])
+            merger.calibrated, merger.facts = bool(record["calibrated"]), dict(record["facts"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise StoreError(f"expected a merger in {str(path)!r}, got a damaged one: {type(error).__name__}: {reason}") from error
         return merger
-
-
-def find_level(
-    merger: TokenMerger, wanted: int, descriptors: Float[np.ndarray, "batch pos width"], eligible: Bool[np.ndarray, "batch pos"],
-    arguments: dict[str, Any],
-) -> float:  # fmt: skip
-    """The level at which about `wanted` tokens of this layer join: by halving for thresholds, else by its meaning."""
-    o = merger.options
-    count = max(1, int(eligible.sum()))
-    if o.rule in ("random", "stride", "bipartite"):
-        return min(1.0, wanted / count)
-    if o.rule in ("score", "key_norm"):
-        return float(np.quantile(arguments["scores"][eligible], max(0.0, 1 - wanted / count)))
-    low, high = o.floor, 1.0
-    for _ in range(_CALIBRATION_STEPS):
-        middle = (low + high) / 2
-        found = assign(descriptors, np.full(eligible.shape, middle), eligible, **arguments)
-        low, high = (middle, high) if int(found.joined.sum()) > wanted else (low, middle)
-    return high if high < 1 else low

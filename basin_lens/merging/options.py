@@ -1,5 +1,6 @@
 """What a `TokenMerger` can be asked for."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,12 @@ class Options:
         if self.rule != "all" and len(given) != 1:
             raise MergeError(f"expected one of threshold, target_rate and target_bytes, got {given or 'none'}. Give one.")
         layers = self.layers
+        for name in ("recent", "residual_width", "projection", "seed"):
+            self._need(isinstance(getattr(self, name), int | None), name, "a whole number")
+        self._need(all(isinstance(layer, int) for layer in layers), "layers", "distinct numbers from 0 on")
+        self._need(self.seed >= 0, "seed", "0 or more")
+        self._need(0 <= self.contrastive_weight < math.inf, "contrastive_weight", "a number from 0 on")
+        self._need(-1 <= self.margin <= 1, "margin", "a cosine from -1 to 1")
         self._need(bool(layers) and len(set(layers)) == len(layers) and min(layers) >= 0, "layers", "distinct numbers from 0 on")
         for name in ("target_rate", "target_bytes", "preserve_share"):
             value = getattr(self, name)
@@ -70,7 +77,8 @@ class Options:
             (self.residual == "gated", self.representative == "mean"), (self.residual == "gated", self.drop),
             (self.simulate, self.drop), (self.simulate, self.residual == "gated"), (self.simulate, self.attention_weight > 0),
             (self.rule == "all", not self.drop), (self.rule == "key_norm", not self.drop),
-            (self.adaptive, self.rule not in LEARNED), (self.attention_weight > 0, self.rule not in ("cosine", "score")),
+            (self.contrastive_weight > 0, not self.compares), (self.simulate, self.rule == "bipartite"),
+            (self.progressive, self.scored and self.threshold is not None), (self.adaptive, self.rule not in LEARNED), (self.attention_weight > 0, self.rule not in ("cosine", "score")),
         ):  # fmt: skip
             if one and other:
                 raise MergeError(f"expected options that go together, got {self}. See the docstring of TokenMerger.")
@@ -85,6 +93,11 @@ class Options:
         return self.rule in ("cosine", "adjacent", "bipartite") or (self.rule == "score" and not self.drop)
 
     @property
+    def scored(self) -> bool:
+        """Whether tokens are chosen by a score, not by what they are compared with."""
+        return self.rule in ("score", "key_norm")
+
+    @property
     def learned(self) -> bool:
         """Whether the level is a threshold that can be learned."""
         return self.rule in LEARNED
@@ -95,23 +108,30 @@ class Options:
             return 1.0
         return next(factor for depth, factor in _STRICT if layer / n_layers < depth)
 
-    def rates(self, rate: float, n_layers: int) -> dict[int, float]:
-        """Share of the tokens to merge in each layer, `rate` on average.
+    def rates(self, rate: float, n_layers: int, most: float = 1.0, *, strict: bool = True) -> dict[int, float]:
+        """Share of the tokens to merge in each layer, `rate` on average, none above `most`; not `strict`: as near as that allows.
 
         Raises:
             MergeError: not reachable.
         """
+        if not 0 <= rate <= most and strict:
+            raise MergeError(
+                f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to {most:.3f} "
+                f"that can be. "
+                "Ask for less, merge in more layers, or shorten the recent window."
+            )
+        rate = min(max(rate, 0.0), most)
         factors = {layer: self.strictness(layer, n_layers) for layer in self.layers}
         mean = sum(factors.values()) / len(factors)
-        rates = {layer: min(1.0, rate * factor / mean) for layer, factor in factors.items()}
+        rates = {layer: min(most, rate * factor / mean) for layer, factor in factors.items()}
         # What a layer at its limit cannot take, the others must.
         for _ in range(20):
             missing = rate * len(rates) - sum(rates.values())
-            open_ = [layer for layer, value in rates.items() if value < 1]
+            open_ = [layer for layer, value in rates.items() if value < most]
             if missing < 1e-9 or not open_:
                 break
             for layer in open_:
-                rates[layer] = min(1.0, rates[layer] + missing / len(open_))
+                rates[layer] = min(most, rates[layer] + missing / len(open_))
         return rates
 
     def plain(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, 
 | and beyond the usual confounds | `partial_correlation`, `mixed_model`, `residuals` (then any test) |
 | two groups of texts, or of tokens in the same texts | `compare_groups` |
 | a dose that each text has one of | `unit_slope` |
+| a mean and its interval, group by group | `mean_interval` |
 | texts alike in something, such as the loss | `match_units` |
 | before and after, two runs on the same texts | `before_after`, on `basin_lens.compare` |
 | detection, better than the loss, added to the loss | `detect`, `added_value` |
@@ -30,6 +31,7 @@ from basin_lens.stats.flags import red_flags
 from basin_lens.stats.groups import before_after, compare_groups
 from basin_lens.stats.guide import guide_tests
 from basin_lens.stats.matching import match_units
+from basin_lens.stats.means import mean_interval
 from basin_lens.stats.mixed import mixed_model
 from basin_lens.stats.quartiles import quartile_table
 from basin_lens.stats.reliability import reliability_bound
@@ -49,6 +51,7 @@ __all__ = [
     "guide_tests",
     "halves",
     "match_units",
+    "mean_interval",
     "mixed_model",
     "partial_correlation",
     "quartile_table",

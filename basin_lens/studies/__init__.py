@@ -12,7 +12,9 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 | `study_layers` | how do scores move over depth, and where do they beat their controls? |
 | `study_codelength` | does it go with how many bits the model needs for a token, or for the next one? |
 | `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
+| `study_mergeability` | does geometry predict which tokens the model can merge? (slow) |
 | `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
+| `study_merging` | what does causal token merging cost at equal bytes, trained and not? (`basin-lens merge test`) |
 | `summarize` | all of them as one family, beside what the original guide would have said |
 """
 
@@ -23,6 +25,8 @@ from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic
 from basin_lens.studies.measured import STUDIES, Contrast, Measured, measure
 from basin_lens.studies.memorization import describe, plan_of, study_memorization
+from basin_lens.studies.mergeability import study_mergeability
+from basin_lens.studies.merged import study_merging
 from basin_lens.studies.planted import PRESETS, Plan
 from basin_lens.studies.robustness import study_robustness
 from basin_lens.studies.summary import summarize
@@ -42,6 +46,8 @@ __all__ = [
     "study_layers",
     "study_linguistic",
     "study_memorization",
+    "study_mergeability",
+    "study_merging",
     "study_robustness",
     "summarize",
 ]

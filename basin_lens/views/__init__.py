@@ -8,6 +8,7 @@ from basin_lens.views.detection import dose_curve, roc
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
 from basin_lens.views.joint import distributions, joint_density, scatter
 from basin_lens.views.layers import layer_curve, position_map, result_curve
+from basin_lens.views.merges import merge_view, pareto, training_curves
 from basin_lens.views.pages import Section, study_page
 from basin_lens.views.report import Report, make_report
 from basin_lens.views.tokens import TokenView, layer_view, token_view
@@ -24,6 +25,8 @@ __all__ = [
     "layer_curve",
     "layer_view",
     "make_report",
+    "merge_view",
+    "pareto",
     "position_map",
     "quartile_bars",
     "result_curve",
@@ -33,4 +36,5 @@ __all__ = [
     "study_page",
     "tag_intervals",
     "token_view",
+    "training_curves",
 ]

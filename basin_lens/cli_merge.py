@@ -1,0 +1,247 @@
+"""The command line of token merging: `basin-lens merge train | test | generate`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from basin_lens.errors import MergeError
+
+app = typer.Typer(
+    help="Causal token merging: train where a model may merge, test it beside baselines, write with a compressed cache.",
+    no_args_is_help=True,
+)
+
+# Steps, window length, windows to train on, held out, to calibrate and to test on.
+PRESETS = {"quick": (40, 128, 96, 8, 12, 16), "full": (400, 256, 1000, 24, 24, 64)}
+
+Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
+Data = Annotated[list[Path] | None, typer.Option("--data", help="Text files, or .jsonl with text and doc; more may follow.")]
+More = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More of --data.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="In place of files: built-in, nltk:brown, ..., or a data set's name.")
+]
+Preset = Annotated[str, typer.Option("--preset", help="quick (minutes) or full (hours): steps, window length, number of windows.")]
+Layers = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,5,10 or 0-9; all if left out.")]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens per window; from the preset if left out.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+
+
+@app.command("train")
+def train(
+    files: More = None,
+    data: Data = None,
+    dataset: Dataset = None,
+    model: Model = "smollm2-135m",
+    preset: Preset = "quick",
+    layers: Layers = None,
+    target_rate: Annotated[float | None, typer.Option("--target-rate", help="Share of the tokens to merge, on average.")] = None,
+    target_bytes: Annotated[float | None, typer.Option("--target-bytes", help="Share of the cache to be left.")] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Cosine to begin from, in place of a target.")] = None,
+    progressive: Annotated[bool, typer.Option("--progressive", help="Merge less in early layers, more in late ones.")] = False,
+    adaptive: Annotated[bool, typer.Option("--adaptive/--fixed", help="Thresholds that move with what came before.")] = True,
+    projection: Annotated[int, typer.Option("--projection", help="Numbers that a token is compared by.")] = 32,
+    attention_weight: Annotated[float, typer.Option("--attention-weight", help="Share of attention rows in the similarity.")] = 0.0,
+    representative: Annotated[str, typer.Option("--representative", help="leader or mean.")] = "leader",
+    residual: Annotated[str, typer.Option("--residual", help="none or gated.")] = "none",
+    residual_width: Annotated[int, typer.Option("--residual-width", help="Numbers that a cluster's residual is kept in.")] = 8,
+    preserve: Annotated[str, typer.Option("--preserve", help="none or norm: tokens that are never merged.")] = "none",
+    contrastive_weight: Annotated[float, typer.Option("--contrastive-weight", help="Of the hinge between clusters.")] = 0.0,
+    recent: Annotated[int, typer.Option("--recent", help="Tokens that stay raw behind the current one.")] = 8,
+    steps: Annotated[int | None, typer.Option("--steps", help="From the preset if left out.")] = None,
+    train_base: Annotated[
+        bool, typer.Option("--train-base", help="Train a copy of the base model, too; its drift is reported.")
+    ] = False,
+    length: Length = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the merger; an interrupted training goes on from it.")] = Path(
+        "merger"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Train thresholds, what moves them, and the projection by the language model's own loss; the base model is frozen.
+
+    Without files or --dataset, the built-in passages are read: enough to try, not to publish.
+
+    Examples: basin-lens merge train --data book.txt --progressive --target-rate 0.5 --out run/
+              basin-lens merge train --dataset nltk:brown --target-bytes 0.5 --out run/
+    """
+    from basin_lens.merging import TokenMerger, Training, train_merger, windows_of
+
+    n_steps, n_length, n_train, n_held, *_ = _preset(preset)
+    if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
+        target_rate = 0.5
+    texts = _texts(data, files, dataset)
+    _writable(out)
+    loaded = _load(model)
+    chosen = _layers(layers, loaded)
+    merger = TokenMerger(
+        chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
+        projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
+        residual_width=residual_width, preserve=preserve, contrastive_weight=contrastive_weight, recent=recent, seed=seed,
+    )  # fmt: skip
+    windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
+    held, own = windows.apart(n_held / len(windows))
+    training = Training(steps=steps or n_steps, train_base=train_base, seed=seed)
+    typer.echo(
+        f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
+    )
+    merger.calibrate(loaded, own.tokens[: max(4, n_held)])
+    made = train_merger(merger, loaded, own, held, training=training, folder=out)
+    last = made.history.iloc[-1]
+    typer.echo(
+        f"last step: excess {last.excess:+.3f} nats per token, {last.rate:.2f} of the tokens merged (target {last.target:.2f})"
+    )
+    if train_base:
+        typer.echo(f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}")
+    typer.echo(f"wrote {out}")
+
+
+@app.command("test")
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What train wrote; - for no training: baselines alone.")],
+    files: More = None,
+    data: Data = None,
+    dataset: Dataset = None,
+    model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
+    preset: Preset = "quick",
+    budgets: Annotated[str, typer.Option("--budgets", help="Shares of the full cache to be left.")] = "0.75,0.5",
+    seeds: Annotated[int, typer.Option("--seeds", help="Of random merging.")] = 5,
+    layers: Layers = None,
+    length: Length = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables, figures and report.")] = Path("merging"),
+    seed: Seed = 0,
+) -> None:
+    """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
+
+    Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
+              basin-lens merge test run/ --dataset nltk:treebank
+    """
+    import pandas as pd
+
+    from basin_lens import studies
+    from basin_lens.merging import Setting, TokenMerger, windows_of
+    from basin_lens.merging.train import LOG
+    from basin_lens.studies.base import refuse_folder
+
+    _, n_length, _, _, n_calibration, n_test = _preset(preset)
+    refuse_folder(out, "merging")
+    shares = _shares(budgets)
+    texts = _texts(data, files, dataset)
+    loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
+    merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
+    seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
+    size = length or (int(merger.facts["training"]["length"]) if merger is not None and seen else n_length)
+    windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
+    if shared := seen & set(windows.digests()):
+        raise MergeError(
+            f"expected texts that the merger was not trained on, got {len(shared)} windows of its training. Give other texts."
+        )
+    calibration, held_out = windows.apart(n_calibration / len(windows))
+    chosen = merger.options.layers if merger is not None else tuple(_layers(layers, loaded))
+    options: dict[str, Any] = (
+        {} if merger is None else {"recent": merger.options.recent, "projection": merger.options.projection or 32}
+    )
+    history = None
+    if merger is not None and (run / LOG).is_file():
+        history = pd.read_json(run / LOG, lines=True)
+    made = studies.study_merging(
+        loaded, calibration, held_out, Setting(chosen, shares, seeds=seeds, **options), merger=merger, history=history, seed=seed
+    )
+    made.save(out)
+    typer.echo("\n".join(made.verdict))
+    typer.echo(f"wrote {out / 'report.html'}")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What train wrote.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")] = 0.0,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Share of the cache to be left, set on the prompt's model and built-in texts.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Write with a compressed key/value cache, and say how large it is.
+
+    Example: basin-lens merge generate run/ --prompt "The lamp hums in the wind, and" --tokens 80
+    """
+    import torch
+
+    from basin_lens.merging import TokenMerger, fit_budget, windows_of
+    from basin_lens.merging import generate as write
+    from basin_lens.model import start_token, tokenizer_of, uses_bos
+    from basin_lens.texts import reference_passages
+
+    loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
+    merger = TokenMerger.load(run, loaded)
+    ids = tokenizer_of(loaded)(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise MergeError("expected a prompt of one token or more, got none. Give --prompt.")
+    begun = [start_token(loaded), *ids] if uses_bos(loaded) else list(ids)
+    if budget is not None:
+        fit_budget(merger, loaded, windows_of(loaded, list(reference_passages()), 128, most=8), budget)
+    written, table = write(merger, loaded, torch.tensor([begun]), tokens, temperature=temperature, seed=seed, progress=True)
+    typer.echo(prompt + tokenizer_of(loaded).decode(written[0].tolist()))
+    held, full = int(table["bytes"].sum()), int(table["full_bytes"].sum())
+    rows, whole = int(table["rows"].sum()), int(table["full_rows"].sum())
+    typer.echo(f"\ncache: {held:,} of {full:,} bytes ({held / full:.2f}), {rows:,} of {whole:,} rows in {len(table)} layers")
+
+
+def _preset(name: str) -> tuple[int, int, int, int, int, int]:
+    if name not in PRESETS:
+        raise MergeError(f"expected preset {' or '.join(PRESETS)}, got {name!r}.")
+    return PRESETS[name]
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise MergeError(f"expected shares such as 0.75,0.5, got {text!r}.") from error
+
+
+def _texts(data: list[Path] | None, more: list[Path] | None, dataset: str | None) -> list[Any]:
+    from basin_lens.texts import read_dataset, read_texts, reference_passages
+
+    files = [*(data or []), *(more or [])]
+    if files and dataset is not None:
+        raise MergeError("expected files or --dataset, got both.")
+    if files:
+        return [passage for file in files for passage in read_texts(file)]
+    return list(reference_passages()) if dataset is None else read_dataset(dataset)
+
+
+def _layers(text: str | None, model: Any) -> list[int]:
+    from basin_lens.model import n_layers
+
+    if text is None:
+        return list(range(n_layers(model)))
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    except ValueError as error:
+        raise MergeError(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
+    return found
+
+
+def _writable(folder: Path) -> None:
+    """Before any long work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MergeError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
+    if not os.access(folder, os.W_OK):
+        raise MergeError(f"expected a folder that can be written, got {str(folder)!r}. Choose another.")
+
+
+def _load(name: str) -> Any:
+    from basin_lens.model import load_model
+
+    typer.echo(f"loading {name}", err=True)
+    return load_model(name)

@@ -1,0 +1,298 @@
+"""A merger beside the baselines, at equal bytes, on the same windows; and what perplexity hides."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from basin_lens import model as door
+from basin_lens.capture.passes import token_losses
+from basin_lens.errors import MergeError
+from basin_lens.merging.cache import generate
+from basin_lens.merging.hook import TokenMerger
+from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass
+
+# What every policy is, in one line.
+POLICIES = {
+    "trained": "the trained merger, all thresholds moved together to the budget",
+    "cosine": "the same without training: principal directions, thresholds by calibration",
+    "mean": "as cosine, the representative is the running mean",
+    "adjacent": "only with the cluster opened last",
+    "random": "with a random earlier cluster",
+    "stride": "evenly spaced tokens open clusters, the others join the last one",
+    "recent": "first token and a recent window, the rest dropped (StreamingLLM)",
+    "key norm": "keys of large norm dropped",
+    "drop": "as cosine, but what would join is dropped",
+}
+SEEDED = ("random",)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a policy is tried: `layers` that merge, `projection` width, `recent` window, and the budgets as shares of the full cache."""
+
+    layers: tuple[int, ...]
+    budgets: tuple[float, ...] = (0.75, 0.5)
+    projection: int = 32
+    recent: int = 8
+    seeds: int = 5
+    policies: tuple[str, ...] = tuple(POLICIES)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.policies) - set(POLICIES)
+        if unknown or not self.budgets or not all(0 < b < 1 for b in self.budgets) or self.seeds < 1:
+            raise MergeError(f"expected policies of {', '.join(POLICIES)}, budgets between 0 and 1 and a seed or more, got {self}.")
+
+
+def _make(policy: str, budget: float, seed: int, setting: Setting, merger: TokenMerger | None) -> TokenMerger:
+    common: dict[str, Any] = {"recent": setting.recent, "target_bytes": budget, "seed": seed}
+    compared = common | {"projection": setting.projection}
+    if policy == "trained":
+        assert merger is not None
+        return merger
+    kinds: dict[str, dict[str, Any]] = {
+        "cosine": compared, "mean": compared | {"representative": "mean"}, "adjacent": compared | {"rule": "adjacent"},
+        "random": common | {"rule": "random"}, "stride": common | {"rule": "stride"}, "key norm": common | {"rule": "key_norm", "drop": True},
+        "drop": compared | {"drop": True},
+    }  # fmt: skip
+    return TokenMerger(list(setting.layers), **kinds[policy])
+
+
+def _recent(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
+    """First token plus the window that leaves this share; an absolute number of tokens, set for this length."""
+    probe = TokenMerger(list(setting.layers), rule="all", drop=True).prepare(model)
+    whole = probe.n_layers * length * probe.row_bytes
+    left = budget * whole - (probe.n_layers - len(setting.layers)) * length * probe.row_bytes
+    rows = int(left / len(setting.layers) / (probe.row_bytes + 4))
+    if rows < 2:
+        raise MergeError(
+            f"expected a budget that leaves two rows in each merged layer, got {budget}. Ask for more, or merge in more layers."
+        )
+    return TokenMerger(list(setting.layers), rule="all", drop=True, recent=min(length, rows - 1))
+
+
+def compare_policies(
+    model: Any,
+    calibration: Windows,
+    held_out: Windows,
+    setting: Setting,
+    *,
+    merger: TokenMerger | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Excess loss of every policy at every budget.
+
+    Each is set to the budget on the calibration windows, and tested on the held-out ones.
+
+    Args:
+        model: a hooked model.
+        calibration: windows of the same length that nothing is tested on.
+        held_out: windows to test on.
+        setting: which policies, where, and how much of the cache.
+        merger: a trained one, for the policy "trained"; without it that is left out.
+        progress: show a bar.
+
+    Returns:
+        the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`,
+        `seconds` and `plain_seconds` (of the passes, per token, measured once), `flops` (`flops_share`).
+
+    Raises:
+        MergeError: windows of different lengths, documents in both, or a budget out of reach.
+    """
+    length = held_out.tokens.shape[1]
+    if calibration.tokens.shape[1] != length:
+        raise MergeError(f"expected windows of one length, got {calibration.tokens.shape[1]} and {length}.")
+    if shared := set(calibration.doc) & set(held_out.doc):
+        raise MergeError(f"expected documents of their own to test on, got {sorted(shared)[:3]} in both. Hold whole documents out.")
+    plain = plain_pass(model, held_out)
+    begun = time.perf_counter()
+    with door.measuring(model):
+        for rows in batches(held_out):
+            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})
+    base = (time.perf_counter() - begun) / held_out.tokens.numel()
+    parts = []
+    plan = [c for c in _cases(setting) if c[0] != "trained" or merger is not None]
+    begun_raw = None if merger is None else merger.raw.detach().clone()
+    for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=not progress):
+        recent = policy == "recent"
+        made = _recent(model, budget, length, setting) if recent else _make(policy, budget, seed, setting, merger)
+        if policy == "trained":
+            fit_budget(made, model, calibration, budget)
+        elif policy != "recent":
+            made.calibrate(model, calibration.tokens.to(door.device_of(model)))
+        begun = time.perf_counter()
+        rows_ = excess(made, model, held_out, plain)
+        spent = (time.perf_counter() - begun) / held_out.tokens.numel()
+        parts.append(
+            rows_.assign(
+                policy=policy,
+                budget=budget,
+                seed=seed,
+                seconds=spent,
+                plain_seconds=base,
+                flops=flops_share(made, model, rows_, length),
+            )
+        )
+        if policy == "trained" and begun_raw is not None:
+            with torch.no_grad():
+                made.raw.copy_(begun_raw)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _cases(setting: Setting) -> Iterator[tuple[str, float, int]]:
+    for budget in setting.budgets:
+        for policy in setting.policies:
+            for seed in range(setting.seeds if policy in SEEDED else 1):
+                yield policy, budget, seed
+
+
+def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int) -> float:
+    """Arithmetic of one more token behind `length` others, clustering counted, over that of the plain model.
+
+    Two per parameter outside the embedding, and four per head dimension and row read; comparing costs two per number of each descriptor.
+    """
+    cfg: Any = model.cfg
+    weights = 2 * sum(p.numel() for name, p in door.parameters_of(model).items() if "embed" not in name)
+    attention = 4 * int(cfg.n_heads) * int(cfg.d_head) * length * merger.n_layers
+    kept = 1 - float(rows["rate"].mean())
+    merged = attention * (1 - len(merger.options.layers) / merger.n_layers * (1 - kept))
+    width = 0 if not merger.options.compares else merger.center.shape[1] if merger.head is None else merger.head.shape[1]
+    project = 0 if merger.head is None else 2 * merger.head[0].numel()
+    clustering = len(merger.options.layers) * (2 * width * kept * length + project)
+    return (weights + merged + clustering) / (weights + attention)
+
+
+def context_protocol(
+    model: Any, calibration: Windows, held_out: Windows, setting: Setting, *, merger: TokenMerger | None = None
+) -> pd.DataFrame:
+    """The protocol "context": the first half of each window is merged at once, only what follows is scored.
+
+    Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides.
+    """
+    length = held_out.tokens.shape[1]
+    half = length // 2
+    plain = plain_pass(model, held_out)
+    parts = []
+    for budget in setting.budgets:
+        made: dict[str, TokenMerger] = {}
+        # Of the first half, only: the second stays.
+        rate = min(0.49, 1 - budget)
+        common: dict[str, Any] = {"recent": setting.recent, "target_rate": rate, "projection": setting.projection}
+        made["bipartite"] = TokenMerger(list(setting.layers), rule="bipartite", representative="mean", **common)
+        made["cosine"] = TokenMerger(list(setting.layers), **common)
+        made["random"] = TokenMerger(list(setting.layers), rule="random", recent=setting.recent, target_rate=rate)
+        for policy, each in made.items():
+            each.calibrate(model, calibration.tokens.to(door.device_of(model)), context=half)
+            rows = excess(each, model, held_out, plain, context=half)
+            parts.append(rows.assign(policy=policy, budget=budget, context=half))
+        if merger is not None:
+            parts.append(
+                excess(merger, model, held_out, plain, context=half).assign(policy="trained", budget=float("nan"), context=half)
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def induction_probe(
+    model: Any, made: dict[str, TokenMerger], *, length: int = 48, sequences: int = 8, seed: int = 0
+) -> pd.DataFrame:
+    """Random tokens, then the same tokens again: can the second run still be copied from the first? Perplexity hardly sees it.
+
+    Returns:
+        a row per policy and sequence: `policy`, `sequence`, `loss` (nats per token of the second run), `plain_loss`, `excess`,
+        `accuracy` (share of the second
+        run's tokens that are the most likely one), `plain_accuracy`, `bytes_share`.
+    """
+    draw = torch.Generator(device="cpu").manual_seed(seed)
+    half = torch.randint(10, door.vocabulary_size(model), (sequences, length), generator=draw)
+    tokens = torch.cat([half[:, :1], half, half], 1).to(door.device_of(model))
+    tokens[:, 0] = door.start_token(model)
+
+    def second(logits: Tensor) -> tuple[Tensor, Tensor]:
+        losses = token_losses(logits, tokens)[:, length + 1 :]
+        right = (logits[:, length + 1 : -1].argmax(-1) == tokens[:, length + 2 :]).float()
+        return losses.mean(1), right.mean(1)
+
+    with door.measuring(model):
+        plain = second(door.forward_pass(model, tokens, {}))
+    rows: list[dict[str, Any]] = []
+    for policy, merger in made.items():
+        merger.forget()
+        with merger.attached(model), torch.no_grad():
+            loss, right = second(door.forward_pass(model, tokens, {}))
+        held = merger.statistics()
+        share = float(held["bytes"].sum() / held["full_bytes"].sum())
+        rows += [
+            {"policy": policy, "sequence": i, "loss": float(loss[i]), "plain_loss": float(plain[0][i]), "excess": float(loss[i] - plain[0][i]),
+             "accuracy": float(right[i]), "plain_accuracy": float(plain[1][i]), "bytes_share": share}
+            for i in range(sequences)
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def generation_quality(
+    merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, progress: bool = False
+) -> pd.DataFrame:
+    """Text written greedily with the compressed cache, beside the plain model's from the same prompts.
+
+    Returns:
+        a row per prompt and `cache` ("full", "compressed"): `text` ids as `tokens`, `base_loss` (nats per token: the plain model's loss on what was
+        written), `repetition` (share of its 4-token runs that were there before), `bytes_share` (of the full cache at the end).
+
+    Raises:
+        ModelError: a model whose cache cannot be rewritten.
+    """
+    written, table = generate(merger, model, prompts, length, progress=progress)
+    plain = door.continuations(model, prompts, length)
+    share = float(table["bytes"].sum() / table["full_bytes"].sum())
+    rows: list[dict[str, Any]] = []
+    for cache, text, held in (("full", plain, 1.0), ("compressed", written, share)):
+        whole = torch.cat([prompts.cpu(), text], 1).to(door.device_of(model))
+        with door.measuring(model):
+            losses = token_losses(door.forward_pass(model, whole, {}), whole)[:, prompts.shape[1] - 1 :]
+        rows += [
+            {"prompt": i, "cache": cache, "tokens": text[i].tolist(), "base_loss": float(losses[i].mean()),
+             "repetition": repetition(text[i].tolist()), "bytes_share": held}
+            for i in range(len(text))
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def repetition(tokens: Sequence[int], run: int = 4) -> float:
+    """Share of the runs of so many tokens that came before in the same text; NaN for a text shorter than two runs."""
+    runs = [tuple(tokens[i : i + run]) for i in range(len(tokens) - run + 1)]
+    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else float("nan")
+
+
+def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
+    """Who merged into whom: a row per merged layer, sequence and token.
+
+    Columns: `layer`, `seq`, `pos`, `token_id`, `leader` (place of the cluster's first token; its own place if it opened one or stayed
+    raw), `merged`,
+    `cluster_size` (tokens in its cluster at the end), `merged_layers` (share of the merged layers in which the token is merged).
+    """
+    merger.forget()
+    with merger.attached(model), torch.no_grad():
+        door.forward_pass(model, tokens.to(door.device_of(model)), {})
+        assert merger.pass_ is not None
+        found = dict(merger.pass_.assigned)
+    merger.forget()
+    parts = []
+    length = tokens.shape[1]
+    for layer, a in found.items():
+        joined = (a.joined & (a.since < length)).cpu().numpy()
+        leader = np.where(joined & (a.leader.cpu().numpy() >= 0), a.leader.cpu().numpy(), np.arange(length))
+        sizes = np.stack([np.bincount(row, minlength=length)[row] for row in leader])
+        seq, pos = np.indices(joined.shape)
+        parts.append(pd.DataFrame({
+            "layer": layer, "seq": seq.ravel(), "pos": pos.ravel(), "token_id": tokens.cpu().numpy().ravel(), "leader": leader.ravel(),
+            "merged": joined.ravel(), "cluster_size": sizes.ravel(),
+        }))  # fmt: skip
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(merged_layers=table.groupby(["seq", "pos"])["merged"].transform("mean"))

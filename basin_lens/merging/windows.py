@@ -1,0 +1,227 @@
+"""Texts as token windows of one length, and what a merger costs on them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from basin_lens import model as door
+from basin_lens.capture.passes import token_losses
+from basin_lens.errors import MergeError
+from basin_lens.merging.hook import TokenMerger
+from basin_lens.texts import read_passages, tokenize
+
+TOKENS_PER_PASS = 1024
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of equal length. `doc`: the document of each."""
+
+    tokens: Int[Tensor, "batch pos"]
+    doc: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.doc)
+
+    def take(self, rows: list[int]) -> "Windows":
+        """Some of them."""
+        return Windows(self.tokens[rows], tuple(self.doc[r] for r in rows))
+
+    def digests(self) -> list[str]:
+        """A hash of each window's tokens, by which it is known again."""
+        return [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in self.tokens.tolist()]
+
+    def apart(self, share: float) -> tuple["Windows", "Windows"]:
+        """About this share of them, whole documents, from the first on; and the rest.
+
+        Raises:
+            MergeError: fewer than two documents.
+        """
+        docs = list(dict.fromkeys(self.doc))
+        if len(docs) < 2:
+            raise MergeError(f"expected windows of two documents or more to hold some out, got {len(docs)}. Give more texts.")
+        count = {doc: self.doc.count(doc) for doc in docs}
+        first: list[str] = []
+        for doc in docs[:-1]:
+            if first and sum(count[d] for d in first) >= share * len(self):
+                break
+            first.append(doc)
+        rows = [i for i, doc in enumerate(self.doc) if doc in first]
+        return self.take(rows), self.take([i for i in range(len(self)) if i not in set(rows)])
+
+
+def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -> Windows:
+    """Cut texts into windows of exactly `length` tokens (BOS counted, if the model uses one); what is left at a text's end is not used.
+
+    Args:
+        model: a hooked model with a tokenizer.
+        data: texts as for `analyze`.
+        length: tokens per window.
+        most: at most so many, taken from the documents in turn.
+
+    Raises:
+        TextError: no tokens. MergeError: no text is that long, or the model's context is shorter.
+    """
+    if not 4 <= length <= door.n_context(model):
+        raise MergeError(f"expected windows of 4 to {door.n_context(model)} tokens (the model's context), got {length}.")
+    passages = read_passages(data)
+    found = [s for s in tokenize(model, passages, max_length=length) if len(s.tokens) == length]
+    if not found:
+        raise MergeError(
+            f"expected a text of {length} tokens or more, got {len(passages)} shorter ones. Give longer texts or a smaller length."
+        )
+    docs = [str(passages[s.passage].doc) if passages[s.passage].doc is not None else str(s.passage) for s in found]
+    order = list(range(len(found)))
+    if most is not None and most < len(found):
+        turn: dict[str, int] = {}
+        key = []
+        for doc in docs:
+            turn[doc] = turn.get(doc, -1) + 1
+            key.append(turn[doc])
+        order = sorted(sorted(order, key=lambda i: (key[i], i))[:most])
+    return Windows(torch.tensor([found[i].tokens for i in order]), tuple(docs[i] for i in order))
+
+
+def batches(windows: Windows) -> Iterator[slice]:
+    """Rows of about 1,000 tokens."""
+    size = max(1, TOKENS_PER_PASS // windows.tokens.shape[1])
+    for start in range(0, len(windows), size):
+        yield slice(start, min(start + size, len(windows)))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the plain model says of some windows: losses, most likely tokens; log probabilities pass by pass, in float16."""
+
+    losses: Float[Tensor, "batch predicted"]
+    best: Int[Tensor, "batch pos"]
+    logits: tuple[Tensor, ...]
+
+
+def plain_pass(model: Any, windows: Windows, *, keep: bool = True) -> Plain:
+    """Losses (nats) and, with `keep`, the logits of the model without merging; 2 bytes x vocabulary per token of memory."""
+    losses, best, logits = [], [], []
+    with door.measuring(model):
+        for rows in batches(windows):
+            tokens = windows.tokens[rows].to(door.device_of(model))
+            made = door.forward_pass(model, tokens, {})
+            losses.append(token_losses(made, tokens))
+            best.append(made.argmax(-1))
+            if keep:
+                logits.append(made.log_softmax(-1).half())
+    return Plain(torch.cat(losses), torch.cat(best), tuple(logits))
+
+
+def excess(
+    merger: TokenMerger, model: Any, windows: Windows, plain: Plain, *, context: int | None = None,
+    scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """What merging costs, window by window, on the same tokens.
+
+    Args:
+        merger: calibrated or trained.
+        model: a hooked model.
+        windows: texts that the merger was neither calibrated nor trained on.
+        plain: of the same windows, with logits.
+        context: the protocol of that name: only tokens behind that place count.
+        scores: see `TokenMerger.attached`.
+
+    Returns:
+        a row per window: `doc`, `window`, `excess` (nats per token: mean of -log p merged less plain), `excess_easy` and `excess_hard`
+        (halves of the
+        tokens by the plain model's surprisal), `kl` (nats per token, plain to merged), `agreement` (share of equal most likely tokens),
+        `bytes_share` (of the
+        full cache at the window's end, all layers), `rate` (merged / tokens, mean over merged layers), `same_id` (share of merges between
+        identical token ids; NaN without merges or for rules that drop).
+    """
+    rows: list[dict[str, Any]] = []
+    for part, kept in zip(batches(windows), plain.logits, strict=True):
+        tokens = windows.tokens[part].to(door.device_of(model))
+        before = plain.losses[part]
+        given = None if scores is None else {layer: value[part] for layer, value in scores.items()}
+        surprisal = torch.nn.functional.pad(before, (1, 0)) if merger.options.preserve == "surprisal" else None
+        merger.forget()
+        with merger.attached(model, context=context, scores=given, surprisal=surprisal), torch.no_grad():
+            logits = door.forward_pass(model, tokens, {})
+            same = _same_ids(merger, tokens)
+        after = token_losses(logits, tokens)
+        said = logits.log_softmax(-1)
+        was = kept.float()
+        kl = (was.exp() * (was - said)).sum(-1)[:, :-1]
+        agree = (plain.best[part] == logits.argmax(-1))[:, :-1].float()
+        held = merger.statistics()
+        left = share_left(merger, held)
+        first = 0 if context is None else context - 1
+        hard = before > before[:, first:].median(dim=1, keepdim=True).values
+        for b in range(len(tokens)):
+            change = (after - before)[b, first:]
+            rows.append({
+                "doc": windows.doc[part.start + b], "window": part.start + b, "excess": float(change.mean()),
+                "excess_easy": float(change[~hard[b, first:]].mean()), "excess_hard": float(change[hard[b, first:]].mean()),
+                "kl": float(kl[b, first:].mean()), "agreement": float(agree[b, first:].mean()), "bytes_share": left,
+                "rate": float(held["rate"].mean()), "same_id": same,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def share_left(merger: TokenMerger, statistics: pd.DataFrame) -> float:
+    """Bytes of the cache, all layers, over those of the full cache."""
+    full = float(statistics["full_bytes"].mean())
+    plain = merger.n_layers - len(merger.options.layers)
+    return (float(statistics.groupby("layer")["bytes"].mean().sum()) + plain * full) / (merger.n_layers * full)
+
+
+def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
+    assert merger.pass_ is not None
+    same = count = 0
+    for found in merger.pass_.assigned.values():
+        chosen: Bool[Tensor, "batch pos"] = found.joined & (found.leader >= 0)
+        same += int((tokens.gather(1, found.leader.clamp(min=0)) == tokens)[chosen].sum())
+        count += int(chosen.sum())
+    return same / count if count else float("nan")
+
+
+def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.005) -> float:
+    """Move all thresholds together until `share` of the cache is left on these windows; what layers differ by is kept.
+
+    Texts that nothing is tested on.
+
+    Returns:
+        the share that was reached.
+
+    Raises:
+        MergeError: no threshold reaches it, or the rule has none.
+    """
+    if not merger.options.learned:
+        raise MergeError(f"expected thresholds to move, got rule {merger.options.rule!r}. Calibrate with target_bytes instead.")
+    begun = merger.raw.detach().clone()
+    low, high = -12.0, 12.0
+    reached = float("nan")
+    for _ in range(12):
+        middle = (low + high) / 2
+        with torch.no_grad():
+            merger.raw.copy_(begun + middle)
+        merger.forget()
+        with merger.attached(model), torch.no_grad():
+            for rows in batches(windows):
+                door.forward_pass(model, windows.tokens[rows].to(door.device_of(model)), {})
+        reached = share_left(merger, merger.statistics())
+        merger.forget()
+        if abs(reached - share) <= tolerance:
+            return reached
+        low, high = (middle, high) if reached < share else (low, middle)
+    if abs(reached - share) > 0.02:
+        with torch.no_grad():
+            merger.raw.copy_(begun)
+        raise MergeError(
+            f"expected thresholds that leave {share:.2f} of the cache, got {reached:.2f} at best. Merge in more layers, lower the floor, "
+            f"or ask for more."
+        )
+    return reached

@@ -1,0 +1,346 @@
+"""Token merging beside its baselines: what is saved, what it costs, and whether training was worth it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from basin_lens import merging, stats
+from basin_lens import model as door
+from basin_lens.merging import Setting, TokenMerger, Windows
+from basin_lens.merging.windows import batches
+from basin_lens.studies import base
+from basin_lens.texts import token_strings
+from basin_lens.views import Section, merge_view, pareto, training_curves
+
+RIVALS = ("random", "stride")
+# One window is shown; the map of all would be a book.
+_SHOWN_TOKENS = 160
+
+HYPOTHESIS = (
+    "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal merging costs "
+    "less loss than "
+    "random causal merging and than merging at a uniform stride, on documents that it was neither trained nor calibrated on. Tested at "
+    "each budget by "
+    "flipping the signs of whole documents' differences, as one family (Holm). Intervals that do not overlap are reported beside."
+)
+
+
+def study_merging(
+    model: Any,
+    calibration: Windows,
+    held_out: Windows,
+    setting: Setting,
+    *,
+    merger: TokenMerger | None = None,
+    history: pd.DataFrame | None = None,
+    prompt: int = 32,
+    written: int = 48,
+    prompts: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> base.Study:
+    """Set a merger beside all baselines at equal bytes, and look at what perplexity hides.
+
+    Args:
+        model: a hooked model.
+        calibration: windows that set every policy to its budget.
+        held_out: windows of other documents, to test on.
+        setting: policies, layers, budgets.
+        merger: a trained merger; without it the untrained one ("cosine") stands in the declared test.
+        history: of its training.
+        prompt: tokens of each held-out window that generation starts from.
+        written: tokens written.
+        prompts: how many windows are written from; 0: none.
+        seed: of tests and probe.
+        progress: show progress.
+
+    Returns:
+        a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context` (the
+        protocol of that
+        name), `induction`, `generation`, `map`, `layers` (statistics by layer), `training`.
+
+    Raises:
+        MergeError: windows that do not fit, budgets out of reach.
+
+    Source: Xiao et al. 2024 (StreamingLLM), Bolya et al. 2023 (token merging), Devoto et al. 2024 (key norms).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=8)
+        >>> setting = bl.merging.Setting((20, 21), budgets=(0.97,), seeds=1, policies=("cosine", "random", "stride"))
+        >>> study = bl.studies.study_merging(model, *windows.apart(0.3), setting, prompts=0, progress=False)
+        >>> study.name
+        'merging'
+    """
+    ours = "trained" if merger is not None else "cosine"
+    with base.steps("study merging", 5, progress) as step:
+        step("policies at equal bytes")
+        found = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
+        step("context protocol")
+        context = merging.context_protocol(model, calibration, held_out, setting, merger=merger)
+        step("induction")
+        least = min(setting.budgets)
+        made = _probed(model, calibration, setting, merger, least)
+        induction = merging.induction_probe(model, made, seed=seed)
+        step("generation and map")
+        generation = _generated(model, held_out, made[ours], prompt, written, prompts)
+        shown = held_out.tokens[:1, :_SHOWN_TOKENS]
+        mapped = merging.merge_map(made[ours], model, shown)
+        text = token_strings(model, shown.unique().tolist())
+        mapped["token"] = [text[int(i)] for i in mapped["token_id"]]
+        layers = _by_layer(model, made[ours], held_out)
+        step("tests")
+        findings = base.settle("merging", [
+            _test(found, ours, rival, budget, seed) for budget in setting.budgets for rival in RIVALS if rival in setting.policies
+        ])  # fmt: skip
+    curve = _curve(found, seed)
+    decision = base.decide(findings, None)
+    held: dict[str, pd.DataFrame] = {
+        "pareto": curve, "windows": found, "context": _context(context, seed), "induction": induction, "map": mapped, "layers": layers,
+    }  # fmt: skip
+    if generation is not None:
+        held["generation"] = generation.assign(tokens=generation["tokens"].map(lambda ids: " ".join(map(str, ids))))
+    if history is not None:
+        held["training"] = history
+    sections, figures = _sections(held, mapped, generation, history, ours, least)
+    facts = {
+        "model": door.provenance(model), "setting": asdict(setting), "merger": None if merger is None else merger.options.plain() | merger.facts,
+        "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out),
+                    "held_out_documents": sorted(set(held_out.doc))}, "seed": seed,
+    }  # fmt: skip
+    return base.Study(
+        name="merging",
+        title="Causal token merging: what it saves and what it costs",
+        about=tuple(_about(model, calibration, held_out, setting, merger)),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(_verdict(decision, findings, curve, induction, ours)),
+        findings=findings,
+        flags=None,
+        not_tested=(
+            "Other models, languages, lengths and tasks; retrieval over long contexts.",
+            "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what they could be.",
+            "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
+            "A second seed of training.",
+        ),
+        sections=tuple(sections),
+        tables=held,
+        figures=figures,
+        provenance={"merging": facts},
+    )
+
+
+def _probed(
+    model: Any, calibration: Windows, setting: Setting, merger: TokenMerger | None, budget: float
+) -> dict[str, TokenMerger]:
+    """Mergers at the smallest budget: ours, and two to compare."""
+    common = {"target_bytes": budget, "recent": setting.recent}
+    made = {
+        "cosine": TokenMerger(list(setting.layers), projection=setting.projection, **common),
+        "random": TokenMerger(list(setting.layers), rule="random", **common),
+        "stride": TokenMerger(list(setting.layers), rule="stride", **common),
+    }
+    for each in made.values():
+        each.calibrate(model, calibration.tokens.to(door.device_of(model)))
+    if merger is not None:
+        merging.fit_budget(merger, model, calibration, budget)
+        made = {"trained": merger, **made}
+    return made
+
+
+def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int) -> pd.DataFrame | None:
+    """None where the model's cache cannot be rewritten, or nothing was asked for."""
+    if not prompts or door.kind_of(model) == "hooked" or merger.options.preserve == "surprisal":
+        return None
+    begun = held_out.tokens[:prompts, : min(prompt, held_out.tokens.shape[1])]
+    made = merging.generation_quality(merger, model, begun, written)
+    return made.assign(
+        text=[_text(model, ids) for ids in made["tokens"]], begun=[_text(model, begun[i].tolist()) for i in made["prompt"]]
+    )
+
+
+def _text(model: Any, ids: list[int]) -> str:
+    return str(door.tokenizer_of(model).decode(ids, skip_special_tokens=True))
+
+
+def _by_layer(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
+    merger.forget()
+    with merger.attached(model), door.measuring(model):
+        for rows in batches(held_out):
+            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})
+    table = merger.statistics()
+    merger.forget()
+    sums = table.groupby("layer")[["tokens", "eligible", "merged", "clusters", "rows", "bytes", "full_bytes"]].sum()
+    means = table.groupby("layer")[["level", "similarity", "state_error"]].mean()
+    joined = sums.join(means).reset_index()
+    return joined.assign(rate=joined["merged"] / joined["tokens"], bytes_share=joined["bytes"] / joined["full_bytes"])
+
+
+def _curve(found: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """A row per policy and budget; seeds of one policy are averaged window by window first."""
+    keys = ["policy", "budget"]
+    numbers = [
+        "excess",
+        "excess_easy",
+        "excess_hard",
+        "kl",
+        "agreement",
+        "bytes_share",
+        "rate",
+        "same_id",
+        "flops",
+        "seconds",
+        "plain_seconds",
+    ]
+    per_window = found.groupby([*keys, "doc", "window"], sort=False)[numbers].mean().reset_index()
+    curve = stats.mean_interval(per_window, "excess", keys, seed=seed)
+    rest = per_window.groupby(keys, sort=False)[[n for n in numbers if n != "excess"]].mean().reset_index()
+    return (
+        curve.merge(rest, on=keys)
+        .assign(time=lambda t: t["seconds"] / t["plain_seconds"])
+        .drop(columns=["seconds", "plain_seconds"])
+    )
+
+
+def _context(found: pd.DataFrame, seed: int) -> pd.DataFrame:
+    known = found.assign(budget=found["budget"].fillna(-1.0))
+    curve = stats.mean_interval(known, "excess", ["policy", "budget"], seed=seed)
+    rest = known.groupby(["policy", "budget"], sort=False)[["bytes_share", "rate"]].mean().reset_index()
+    return curve.merge(rest, on=["policy", "budget"]).assign(budget=lambda t: t["budget"].where(t["budget"] > 0))
+
+
+def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) -> pd.DataFrame:
+    """Excess of ours less the rival's, document by document."""
+    part = found[np.isclose(found["budget"], budget)]
+    mean = (
+        part[part["policy"].isin([ours, rival])]
+        .groupby(["policy", "doc", "window"])["excess"]
+        .mean()
+        .unstack("policy")
+        .reset_index()
+    )
+    table = pd.DataFrame({"doc": mean["doc"], "seq": mean["window"], "difference": mean[ours] - mean[rival]})
+    test = partial(stats.before_after, unit="document", correction="none", seed=seed)
+    tested = base.one_sided(lambda t: base.attempt(lambda x, s, **_: test(x, s), t, "difference", unit="document"), more=False)(
+        table
+    )
+    shares = {name: float(part.loc[part["policy"] == name, "bytes_share"].mean()) for name in (ours, rival)}
+    (row,) = base.rows(tested)
+    note = f"bytes left: {shares[ours]:.3f} and {shares[rival]:.3f} of the full cache; excess in nats per token"
+    return tested.assign(
+        finding=f"{ours} merging costs less than {rival} at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
+        p_floor=base.p_floor(row), note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
+    )  # fmt: skip
+
+
+def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None) -> list[str]:
+    n = door.n_layers(model)
+    said = "trained" if merger is not None else "not trained"
+    return [
+        f"{door.full_name(model)}: merging in {len(setting.layers)} of {n} layers, {said}; the base model is as it was.",
+        f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {len(set(held_out.doc))} "
+        f"other documents "
+        "to test on. Streaming protocol: every position's loss counts, nothing reads its future.",
+        "Bytes are those of the cache at a window's end: keys and values that are left, their places (4 bytes a row), leaders and sizes "
+        "(8 bytes a cluster), "
+        f"descriptors for comparison ({setting.projection} numbers in float16), over the full cache.",
+        "Intervals: bootstrap over documents.",
+    ]
+
+
+def _overlap(curve: pd.DataFrame, ours: str, rival: str, budget: float) -> bool | None:
+    at = curve[np.isclose(curve["budget"], budget)].set_index("policy")
+    if ours not in at.index or rival not in at.index or at.loc[[ours, rival], ["low", "high"]].isna().any(axis=None):
+        return None
+    return bool(at.loc[ours, "high"] >= at.loc[rival, "low"])
+
+
+def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str) -> list[str]:
+    said = [base.opening(
+        decision, f"At equal bytes, {ours} merging costs less than random and uniform-stride merging.",
+        f"At equal bytes, {ours} merging was not shown to cost less than random and uniform-stride merging.",
+    )]  # fmt: skip
+    said += [base.sentence(row, "nats per token") for row in base.rows(findings)]
+    for budget in sorted(curve["budget"].unique(), reverse=True):
+        at = curve[curve["budget"] == budget].sort_values("estimate")
+        order = ", ".join(f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in base.rows(at))
+        parts = [f"At {budget:g} of the cache, from the cheapest on, excess nats per token: {order}."]
+        for rival in RIVALS:
+            met = _overlap(curve, ours, rival, budget)
+            if met is not None:
+                parts.append(f"The intervals of {ours} and {rival} {'overlap' if met else 'do not overlap'}.")
+        if at.iloc[0]["policy"] != ours and ours in set(at["policy"]):
+            parts.append(f"{at.iloc[0]['policy']} is cheaper than {ours} here.")
+        said.append(" ".join(parts))
+    mean = induction.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean()
+    said.append(
+        "Copying random tokens seen before, share right: "
+        + ", ".join(f"{name} {row.accuracy:.2f}" for name, row in mean.iterrows())
+        + f"; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
+    )
+    return said
+
+
+def _sections(
+    held: Mapping[str, pd.DataFrame], mapped: pd.DataFrame, generation: pd.DataFrame | None, history: pd.DataFrame | None, ours: str,
+    least: float,
+) -> tuple[list[Section], dict[str, Figure]]:  # fmt: skip
+    curve = held["pareto"]
+    figures = {"pareto": pareto(curve, first=ours)}
+    sections = [
+        Section(
+            "Excess loss against bytes",
+            [f"{name}: {text}." for name, text in merging.POLICIES.items() if name in set(curve["policy"])],
+            figure=figures["pareto"],
+            caption="Mean over held-out documents of the paired excess loss (merged less plain, same tokens), 95 % bootstrap interval "
+            "over documents.",
+            table=curve,
+            note="excess_easy and excess_hard: tokens below and above the window's median surprisal. kl: plain to merged, nats per token. "
+            "agreement: share of equal "
+            "most likely tokens. flops: of one more token at the window's end, over the plain model. time: of whole passes over the plain "
+            "model's, here.",
+        ),
+        Section(
+            "Protocol 'context'",
+            "The first half of each window is merged at once, only the second half is scored. Bipartite token merging sees the whole "
+            "context before it "
+            "decides; it has no place in the streaming protocol.",
+            table=held["context"],
+            note="budget: 1 - budget of all tokens are merged, all of them in the first half.",
+        ),
+        Section(
+            f"Copying (induction) at {least:g} of the cache",
+            "Random tokens, then the same again. Perplexity on prose hardly notices when this is lost.",
+            table=held["induction"]
+            .groupby("policy", sort=False)[["loss", "plain_loss", "excess", "accuracy", "plain_accuracy", "bytes_share"]]
+            .mean()
+            .reset_index(),
+            note="bytes_share: on these sequences, which are harder to merge than prose.",
+        ),
+        Section("By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows.", table=held["layers"]),
+    ]
+    layer = int(held["layers"].sort_values("merged")["layer"].iloc[-1])
+    sections.append(Section(
+        "Who merged into whom", f"The layer that merges most ({layer}), the first held-out window.", view=merge_view(mapped, layer),
+    ))  # fmt: skip
+    if generation is not None:
+        numbers = generation.groupby("cache", sort=False)[["base_loss", "repetition", "bytes_share"]].mean().reset_index()
+        samples = generation[["prompt", "cache", "begun", "text"]]
+        sections += [
+            Section(
+                "Text written with the compressed cache", "Greedy continuations of held-out texts, with the full and with the compressed cache.",
+                table=numbers, note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs that came before.",
+            ),
+            Section("Side by side", "", table=samples),
+        ]  # fmt: skip
+    if history is not None:
+        figures["training"] = training_curves(history)
+        sections.append(Section("Training", "", figure=figures["training"], caption="Losses of the batch of each step."))
+    return sections, figures

@@ -1,0 +1,149 @@
+"""Token merging as pictures: what it costs against what it saves, how training went, who merged into whom."""
+
+import html
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from basin_lens.errors import TableError
+from basin_lens.views import marks
+from basin_lens.views.tokens import TokenView
+
+_MARKS = "oDs^vPX<>*hd"
+_HUES = 12
+
+
+def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Excess loss against bytes kept") -> Figure:
+    """Cost against memory: a line per policy, 95 % intervals as bars.
+
+    Args:
+        results: `policy`, `bytes_share` (of the full cache), `estimate`, `low`, `high` (excess nats per token).
+        first: the policy that is set off.
+        title: heading.
+
+    Raises:
+        TableError: a column is missing, or nothing to draw.
+
+    Example:
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> rows = pd.DataFrame({"policy": ["trained"], "bytes_share": [0.5], "estimate": [0.1], "low": [0.05], "high": [0.2]})
+        >>> type(bl.views.pareto(rows)).__name__
+        'Figure'
+    """
+    needed = ("policy", "bytes_share", "estimate", "low", "high")
+    if missing := [name for name in needed if name not in results]:
+        raise TableError(f"expected columns {', '.join(needed)}, got none of {missing}.")
+    if results.empty:
+        raise TableError("expected a policy to draw, got none.")
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = sorted(results["policy"].unique(), key=lambda name: (name != first, name))
+    positive = bool((results["estimate"] > 0).all()) and results["estimate"].max() > 20 * results["estimate"].min()
+    for place, name in enumerate(names):
+        part = results[results["policy"] == name].sort_values("bytes_share")
+        own = name == first
+        # Side by side at equal bytes, or intervals would hide each other.
+        shift = (place - len(names) / 2) * 0.0025
+        low = (part["estimate"] - part["low"]).clip(lower=0).fillna(0)
+        high = (part["high"] - part["estimate"]).clip(lower=0).fillna(0)
+        axes.errorbar(
+            part["bytes_share"] + shift, part["estimate"], yerr=[low, high], fmt=_MARKS[place % len(_MARKS)] + "-", capsize=2,
+            color=marks.COLORS[place % len(marks.COLORS)], linewidth=2.2 if own else 1, markersize=6 if own else 4,
+            label=marks.plain(name), zorder=3 if own else 2,
+        )  # fmt: skip
+    axes.axhline(0, color="#888", linewidth=0.8)
+    if positive:
+        axes.set_yscale("log")
+    axes.set_xlabel("bytes of the cache left / bytes of the full cache, indices and descriptors counted")
+    axes.set_ylabel("excess loss, nats per token" + (" (log scale)" if positive else ""))
+    axes.set_title(marks.plain(title, 90), loc="left", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Threshold, merge rate, losses and parachute of a training, step by step.
+
+    Args:
+        history: of `basin_lens.merging.train_merger`.
+
+    Raises:
+        TableError: a column is missing, or no step.
+    """
+    needed = ("step", "loss", "plain_loss", "excess", "rate", "target", "level", "offset", "event")
+    if missing := [name for name in needed if name not in history]:
+        raise TableError(f"expected columns {', '.join(needed)}, got none of {missing}.")
+    if history.empty:
+        raise TableError("expected a step to draw, got none.")
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    step = history["step"]
+    panels[0].plot(step, history["loss"], color=marks.COLORS[0], label="merged")
+    panels[0].plot(step, history["plain_loss"], color="#888", linestyle="--", label="plain model, same batch")
+    panels[0].set_ylabel("loss, nats per token")
+    panels[1].plot(step, history["excess"], color=marks.COLORS[0], label="batch")
+    if "held_out_excess" in history and history["held_out_excess"].notna().any():
+        seen = history.dropna(subset=["held_out_excess"])
+        panels[1].plot(seen["step"], seen["held_out_excess"], "D", color=marks.COLORS[1], label="held out")
+    panels[1].axhline(0, color="#888", linewidth=0.8)
+    panels[1].set_ylabel("excess, nats per token")
+    panels[2].plot(step, history["rate"], color=marks.COLORS[0], label="merged / tokens")
+    panels[2].plot(step, history["target"], color="#888", linestyle="--", label="target (one-sided)")
+    panels[2].set_ylabel("merge rate, mean over layers")
+    panels[3].plot(step, history["level"], color=marks.COLORS[0], label="threshold, mean over layers and tokens")
+    panels[3].plot(step, history["offset"], color=marks.COLORS[1], label="parachute: part of the way to 1")
+    for name, mark in (("back off", "v"), ("relax", "^")):
+        at = history[history["event"] == name]
+        if len(at):
+            panels[3].plot(at["step"], at["offset"], mark, color="#444", label=f"event: {name}")
+    panels[3].set_ylabel("cosine / share")
+    for axes in panels:
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[2:]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequence[str] | None = None) -> TokenView:
+    """Who merged into whom: tokens of one cluster in one color, merged ones underlined; on hover, the leader and the cluster's size.
+
+    Args:
+        table: `basin_lens.merging.merge_map`, with a column `token` (text) or `tokens` given.
+        layer: the merged layer to show.
+        seq: the sequence.
+        tokens: the sequence's token texts.
+
+    Raises:
+        TableError: no such layer or sequence, or no texts.
+    """
+    rows = table[(table["layer"] == layer) & (table["seq"] == seq)].sort_values("pos")
+    if rows.empty:
+        raise TableError(f"expected a merged layer and a sequence of the map, got layer {layer}, sequence {seq}.")
+    if tokens is None and "token" not in rows:
+        raise TableError("expected token texts, got none. Give tokens=, or a column token.")
+    texts = list(tokens) if tokens is not None else rows["token"].astype(str).tolist()
+    clusters = {leader: i for i, leader in enumerate(rows.loc[rows["cluster_size"] > 1, "leader"].unique())}
+    parts = []
+    for row, text in zip(rows.itertuples(), texts, strict=True):
+        said = f"place {row.pos}: "
+        if row.merged:
+            said += f"merged into {texts[int(row.leader)]!r} at place {row.leader}; cluster of {row.cluster_size} tokens"
+        elif row.cluster_size > 1:
+            said += f"leader of a cluster of {row.cluster_size} tokens"
+        else:
+            said += "a row of its own"
+        number = clusters.get(row.leader)
+        style = "" if number is None else f"background:hsl({number % _HUES * 360 // _HUES} 70% {88 - 8 * (number // _HUES % 3)}%);"
+        style += "text-decoration:underline;" if row.merged else "font-weight:600;" if number is not None else ""
+        shown = html.escape(text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") or "∅")
+        parts.append(f'<span title="{html.escape(said, quote=True)}" style="{style}white-space:pre-wrap">{shown}</span>')
+    caption = (
+        f"Layer {layer}: {int(rows['merged'].sum())} of {len(rows)} tokens merged. One color per cluster (colors repeat), the leader bold, members "
+        "underlined; hover for who and where."
+    )
+    body = f'<p class="token-caption">{html.escape(caption)}</p><p style="line-height:1.7">{"".join(parts)}</p>'
+    return TokenView(body, "", "", f"Merges, layer {layer}")

@@ -1,0 +1,299 @@
+"""Training a merger, setting it beside baselines, and the commands."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import basin_lens as bl
+from basin_lens import merging
+from basin_lens import model as door
+from basin_lens.cli import app
+from basin_lens.errors import MergeError, StoreError
+from basin_lens.merging import Parachute, Setting, TokenMerger, Training, Windows, train_merger
+from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, random_tokens
+
+SHORT = {"steps": 4, "batch_size": 2, "evaluate_every": 2, "checkpoint_every": 2}
+
+
+def windows(count: int = 12, length: int = 24, seed: int = 3) -> Windows:
+    return Windows(random_tokens(count, length, seed), tuple(f"doc {i // 2}" for i in range(count)))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_bridge("llama")
+
+
+def made_merger(model, **changes) -> TokenMerger:
+    options = {"target_rate": 0.4, "adaptive": True, "projection": 6, "recent": 2} | changes
+    return TokenMerger([0, 1, 2], **options).calibrate(model, windows(seed=5).tokens)
+
+
+def parameters(merger) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in merger.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"residual": "gated", "residual_width": 3}, {"contrastive_weight": 0.5, "margin": 0.0}, {"progressive": True}]
+)
+def test_training_changes_what_it_should_and_nothing_else(tiny, changes):
+    merger = made_merger(tiny, **changes)
+    before, weights = parameters(merger), {n: p.detach().clone() for n, p in door.parameters_of(tiny).items()}
+    needed = {n: p.requires_grad for n, p in door.parameters_of(tiny).items()}
+    made = train_merger(merger, tiny, windows(), windows(6, seed=8), training=Training(**SHORT), progress=False)
+    assert all(not torch.equal(value, before[name]) for name, value in merger.named_parameters())
+    assert all(torch.equal(p, weights[n]) for n, p in door.parameters_of(tiny).items())
+    assert needed == {n: p.requires_grad for n, p in door.parameters_of(tiny).items()}
+    assert made.history["step"].tolist() == [1, 2, 3, 4] and made.history["held_out_excess"].notna().tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert np.allclose(made.history["excess"], made.history["loss"] - made.history["plain_loss"])
+    assert made.drift == 0.0 and made.model is tiny
+
+
+def test_the_rate_is_held_up_to_its_target_from_below_only(tiny):
+    eager = train_merger(
+        made_merger(tiny),
+        tiny,
+        windows(),
+        training=Training(steps=12, batch_size=4, rate_weight=500.0, evaluate_every=0),
+        progress=False,
+    )
+    assert eager.history["rate"].iloc[-1] > 0.33
+    merger = made_merger(tiny)
+    run = merging.train._Run(merger, tiny, windows(), Training(**SHORT))
+    run.target = 0.0
+    assert run.take()["rate"] > 0  # above the target, and not punished
+    assert run.target == 0.0
+
+
+def test_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+    whole = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "whole", progress=False)
+    real, seen = merging.train._Run.take, []
+
+    def stop(self):
+        seen.append(1)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(merging.train._Run, "take", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "cut", progress=False)
+    monkeypatch.undo()
+    assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
+    again = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "cut", progress=False)
+    for name, value in whole.merger.named_parameters():
+        assert torch.equal(value, dict(again.merger.named_parameters())[name]), name
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 4
+    loaded = TokenMerger.load(tmp_path / "cut", tiny)
+    assert torch.equal(loaded.raw, whole.merger.raw) and loaded.facts["training"]["seen"] == windows().digests()
+
+
+def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path):
+    run = merging.train._Run(made_merger(tiny), tiny, windows(), Training(**SHORT))
+    run.keep(tmp_path)
+    with pytest.raises(StoreError, match="another"):
+        train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT | {"seed": 1}), folder=tmp_path, progress=False)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"no")
+    with pytest.raises(StoreError, match="Delete"):
+        train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch):
+    monkeypatch.setattr(merging.train, "token_losses", lambda logits, tokens: logits[:, 1:, 0] * float("nan"))
+    with pytest.raises(MergeError, match="finite"):
+        train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), progress=False)
+    assert all(p.requires_grad for p in door.parameters_of(tiny).values())
+
+
+def test_training_the_base_reports_its_drift_and_leaves_the_base(tiny, tmp_path):
+    weights = {n: p.detach().clone() for n, p in door.parameters_of(tiny).items()}
+    training = Training(**SHORT, train_base=True, base_rate=1e-3)
+    made = train_merger(made_merger(tiny), tiny, windows(), windows(6, seed=8), training=training, folder=tmp_path, progress=False)
+    assert made.drift != 0 and all(torch.equal(p, weights[n]) for n, p in door.parameters_of(tiny).items())
+    assert made.merger.base == door.fingerprint(made.model) != door.fingerprint(tiny)
+    again = door.put_tuned(tiny, tmp_path / "base")
+    assert TokenMerger.load(tmp_path, again).base == door.fingerprint(again)
+    with pytest.raises(MergeError, match="made for"):
+        TokenMerger.load(tmp_path, tiny)
+
+
+def test_parachute():
+    chute = Parachute(spike=0.5, part=0.2, wait=1)
+    assert [chute.see(0.1) for _ in range(3)] == [None] * 3
+    assert chute.see(1.0) == "back off" and chute.offset == pytest.approx(0.2)
+    assert chute.see(1.0) is None  # rests
+    assert chute.see(1.0) == "back off" and chute.offset == pytest.approx(0.36)
+    chute.see(0.1)
+    assert chute.see(0.1) == "relax" and chute.offset == pytest.approx(0.26)
+    for _ in range(20):
+        chute.see(0.1)
+    assert chute.offset == 0 and chute.mean < 0.3
+    # An offset moves thresholds towards 1, and so merges less.
+    model = make_bridge("llama")
+    merger = made_merger(model)
+    rates = []
+    for offset in (0.0, 0.5, 0.9):
+        merger.offset.fill_(offset)
+        merger.forget()
+        with merger.attached(model), torch.no_grad():
+            door.forward_pass(model, windows().tokens, {})
+        rates.append(merger.statistics()["rate"].mean())
+    assert rates[0] > rates[1] > rates[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: TokenMerger([0], target_rate=0.3), "calibrated"),
+        (lambda m: TokenMerger([0], target_rate=0.3, rule="random").calibrate(m, windows().tokens), "learned"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny, change, words):
+    with pytest.raises(MergeError, match=words):
+        train_merger(change(tiny), tiny, windows(), progress=False)
+    with pytest.raises(MergeError, match="batch"):
+        train_merger(made_merger(tiny), tiny, windows(2), progress=False)
+    with pytest.raises(MergeError, match="rates above 0"):
+        Training(learning_rate=0.0)
+
+
+def test_windows(llama):
+    made = merging.windows_of(llama, [bl.Passage(t * 3, doc=str(i)) for i, t in enumerate(TEXTS)], 16, most=8)
+    assert made.tokens.shape == (8, 16) and len(set(made.doc)) == 6
+    first, rest = made.apart(0.4)
+    assert not set(first.doc) & set(rest.doc) and len(first) + len(rest) == 8
+    assert len(set(made.digests())) == 8
+    with pytest.raises(MergeError, match="longer texts"):
+        merging.windows_of(llama, ["The ferry."], 32)
+    with pytest.raises(MergeError, match="context"):
+        merging.windows_of(llama, TEXTS, 1000)
+    with pytest.raises(MergeError, match="two documents"):
+        made.take([0]).apart(0.5)
+
+
+def test_excess_is_the_paired_loss_and_nothing_where_nothing_merges(tiny):
+    held = windows(4)
+    plain = merging.plain_pass(tiny, held)
+    off = merging.excess(TokenMerger([0, 1], threshold=1.0).prepare(tiny), tiny, held, plain)
+    assert (off["excess"] == 0).all() and (off["agreement"] == 1).all() and off["kl"].abs().max() < 1e-2
+    merger = made_merger(tiny)
+    found = merging.excess(merger, tiny, held, plain)
+    with merger.attached(tiny), torch.no_grad():
+        logits = door.forward_pass(tiny, held.tokens, {})
+    losses = -logits[:, :-1].log_softmax(-1).gather(2, held.tokens[:, 1:, None])[..., 0]
+    assert np.allclose(found["excess"], (losses - plain.losses).mean(1), atol=1e-5)
+    assert np.allclose(found["excess"], (found["excess_easy"] * 12 + found["excess_hard"] * 11) / 23, atol=1e-5)
+    assert (found["kl"] > 0).all() and found["bytes_share"].between(0.3, 1).all()
+
+
+def test_fit_budget_moves_all_thresholds_together(tiny):
+    merger = made_merger(tiny)
+    before = merger.raw.detach().clone()
+    reached = merging.fit_budget(merger, tiny, windows(), 0.8, tolerance=0.02)
+    assert abs(reached - 0.8) <= 0.02
+    moved = merger.raw - before
+    assert torch.allclose(moved, moved[0].expand_as(moved), atol=1e-5)
+    with pytest.raises(MergeError, match="at best"):
+        merging.fit_budget(merger, tiny, windows(), 0.01)
+
+
+def test_policies_meet_their_budget(tiny):
+    setting = Setting((0, 1, 2), budgets=(0.8,), projection=6, recent=2, seeds=2)
+    merger = made_merger(tiny)
+    raw = merger.raw.detach().clone()
+    found = merging.compare_policies(
+        tiny, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting, merger=merger, progress=False
+    )
+    assert set(found["policy"]) == set(merging.POLICIES) and found.loc[found["policy"] == "random", "seed"].nunique() == 2
+    assert torch.equal(merger.raw, raw)
+    shares = found.groupby("policy")["bytes_share"].mean()
+    assert ((shares - 0.8).abs() < 0.06).all(), shares
+    assert found["excess"].notna().all() and (found["flops"] > 0).all()
+    with pytest.raises(MergeError, match="in both"):
+        merging.compare_policies(tiny, windows(), windows(), setting, progress=False)
+
+
+def test_induction_repetition_and_map(tiny):
+    merger = made_merger(tiny)
+    probe = merging.induction_probe(tiny, {"ours": merger, "off": TokenMerger([0], threshold=1.0)}, length=12, sequences=3)
+    assert (probe.loc[probe["policy"] == "off", "excess"].abs() < 1e-6).all() and len(probe) == 6
+    assert merging.compare.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    table = merging.merge_map(merger, tiny, windows(2).tokens)
+    assert len(table) == 3 * 2 * 24
+    merged = table[table["merged"]]
+    assert (merged["leader"] < merged["pos"]).all() and (
+        table.loc[~table["merged"], "leader"] == table.loc[~table["merged"], "pos"]
+    ).all()
+    sizes = table.groupby(["layer", "seq", "leader"])["pos"].transform("size")
+    assert (sizes == table["cluster_size"]).all()
+    page = bl.views.merge_view(table, 1, tokens=["<b>"] * 24).html
+    assert "<b>" not in page and "&lt;b&gt;" in page and page.count("<span") == 24
+
+
+def test_the_study_writes_its_folder(llama, tmp_path):
+    data = [bl.Passage(t * 6, doc=str(i)) for i, t in enumerate(TEXTS * 2)]
+    made = merging.windows_of(llama, [bl.Passage(p.text, doc=str(i)) for i, p in enumerate(data)], 32, most=20)
+    calibration, held_out = made.apart(0.3)
+    merger = TokenMerger([0, 1, 2], target_rate=0.3, projection=6, recent=4).calibrate(llama, calibration.tokens)
+    trained = train_merger(merger, llama, calibration, training=Training(**SHORT), progress=False)
+    setting = Setting((0, 1, 2), budgets=(0.85,), projection=6, recent=4, seeds=2)
+    study = bl.studies.study_merging(
+        llama,
+        calibration,
+        held_out,
+        setting,
+        merger=merger,
+        history=trained.history,
+        prompt=8,
+        written=6,
+        prompts=2,
+        progress=False,
+    )
+    folder = study.save(tmp_path / "out")
+    assert {f.name for f in (folder / "figures").iterdir()} >= {"pareto.png", "training.png"}
+    assert set(study.tables) == {"pareto", "windows", "context", "induction", "generation", "map", "layers", "training"}
+    assert len(study.findings) == 2 and study.decision in ("yes", "no", "in part", "undecided")
+    assert pd.read_csv(folder / "tables" / "pareto.csv")["policy"].nunique() == len(merging.POLICIES)
+    assert "overlap" in " ".join(study.verdict)
+
+
+@hooked_lane
+def test_hooked_transformer_trains_and_compares():
+    model = make_hooked()
+    merger = made_merger(model)
+    train_merger(merger, model, windows(), training=Training(**SHORT), progress=False)
+    found = merging.compare_policies(
+        model, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), Setting((0, 1, 2), budgets=(0.8,), projection=6, recent=2, seeds=1),
+        merger=merger, progress=False,
+    )  # fmt: skip
+    assert found["excess"].notna().all()
+
+
+def test_commands_refuse_before_any_work(tmp_path):
+    run = CliRunner()
+    for words, said in (
+        (["merge", "train", "--preset", "huge"], "preset"),
+        (["merge", "test", "-", "--budgets", "half"], "shares"),
+        (["merge", "train", "--data", str(tmp_path / "none.txt"), "--dataset", "built-in"], "both"),
+    ):
+        found = run.invoke(app, words)
+        assert found.exit_code != 0 and isinstance(found.exception, MergeError) and said in str(found.exception)
+
+
+def test_the_log_is_json_lines(tiny, tmp_path):
+    train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(
+        {"loss", "rate", "level", "offset", "event"} <= set(line) for line in lines
+    )
+    assert not (tmp_path / "checkpoint.safetensors").exists()
