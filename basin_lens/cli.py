@@ -189,7 +189,7 @@ def study(
     passages = _passages(files, dataset, config, split, max_sequences)
     check = refusals(tagger, "mean", sentiment) if "linguistic" in names else None
     refuse_options(passages, context=context, unit=cluster, sentiment=sentiment, tagger=tagger)
-    merging = {"tokens_per_sequence": tokens_per_sequence, "window": window}
+    merging: dict[str, Any] = {"tokens_per_sequence": tokens_per_sequence, "window": window}
     mergeability.check_settings(**merging)
     loaded = _load(model)
     if name == "mergeability":

@@ -43,6 +43,7 @@ from basin_lens.transport import CONTEXTS, Context
 # The scores that every study looks at, the headline first.
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
 STUDIES = ("importance", "linguistic", "layers", "codelength", "robustness")
+ALONE = ("mergeability",)  # measured like the others, but too slow to be part of "all"
 TAGGERS = ("auto", "gold", "nltk", "spacy")
 _CONTROLLED = 2048  # tokens per layer on which the controls of the headline are measured
 FEWEST_UNITS = 6  # the statistics refuse fewer
@@ -172,7 +173,7 @@ def measure(
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
-        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`.
+        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"`, which needs no scores of its own.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more); `"all"`.
         k, context, exclude: of the compression scores; see `Compression`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
@@ -251,15 +252,16 @@ def measure(
 
 
 def check_names(*names: str) -> list[str]:
-    """Names of studies that measure something; `"all"` stands for all of them.
+    """Names of studies that measure something; `"all"` stands for all of them but the slow ones.
 
     Raises:
         StudyError: none, or an unknown one.
     """
     if names == ("all",):
         return list(STUDIES)
-    if not names or any(name not in STUDIES for name in names):
-        raise StudyError(f"expected studies among {list(STUDIES)}, or all, got {list(names)}.")
+    known = [*STUDIES, *ALONE]
+    if not names or any(name not in known for name in names):
+        raise StudyError(f"expected studies among {known}, or all, got {list(names)}.")
     return list(names)
 
 
