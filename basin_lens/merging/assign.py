@@ -28,7 +28,7 @@ class Clusters:
     Args:
         rule: one of `RULES`, but for "bipartite".
         width: numbers per descriptor.
-        room: clusters to set memory aside for; it grows by one at a time beyond.
+        room: clusters to set memory aside for, also for what makes comparing fast; 0: only what is needed is held, grown one by one.
         mean: the representative is the running mean of the members, not the first of them.
         seed: of the rule "random"; the draw depends on the token's place only, not on what else is in the batch.
     """
@@ -36,15 +36,16 @@ class Clusters:
     def __init__(self, rule: str, width: int, *, room: int = 0, mean: bool = False, seed: tuple[int, ...] = (0,)) -> None:
         self.rule, self.mean, self.seed = rule, mean, seed
         self.count, self.offered = 0, 0
-        self.descriptors = np.zeros((room, width), np.float16)
-        self._units = np.zeros((room, width))
+        # The rule "adjacent" compares with the last cluster only, so it keeps no other's descriptor.
+        self.descriptors = np.zeros((min(room, 1) if rule == "adjacent" else room, width), np.float16)
+        self._units = np.zeros(self.descriptors.shape) if room else None
         self.leaders = np.zeros(room, np.int32)
         self.sizes = np.zeros(room, np.int32)
 
     @property
     def nbytes(self) -> int:
         """Memory that has to be kept to go on: descriptors, leaders' places and sizes, in bytes."""
-        return self.count * (self.descriptors.shape[1] * 2 + 8)
+        return self._compared * self.descriptors.shape[1] * 2 + self.count * 8
 
     def offer(
         self, place: int, descriptor: Float[np.ndarray, " width"], level: float, *, score: float = 0.0,
@@ -71,7 +72,7 @@ class Clusters:
         if joins:
             self.sizes[best] += 1
             if self.mean:
-                held = self.descriptors[best].astype(float)
+                held = self.descriptors[self._row(best)].astype(float)
                 self._put(best, held + (descriptor.astype(float) - held) / self.sizes[best])
             return int(self.leaders[best]), True
         leader = int(self.leaders[best]) if best >= 0 else -1
@@ -84,14 +85,28 @@ class Clusters:
             # By one only: what generation holds is what it needs.
             for name in ("descriptors", "_units", "leaders", "sizes"):
                 held = getattr(self, name)
+                if held is None or (self.rule == "adjacent" and held.ndim == 2 and len(held)):
+                    continue
                 setattr(self, name, np.concatenate([held, np.zeros((1, *held.shape[1:]), held.dtype)]))
         self.leaders[self.count], self.sizes[self.count] = place, 1
         self._put(self.count, descriptor)
         self.count += 1
 
     def _put(self, index: int, descriptor: Float[np.ndarray, " width"]) -> None:
-        self.descriptors[index] = descriptor
-        self._units[index] = _unit(self.descriptors[index])
+        row = self._row(index)
+        self.descriptors[row] = descriptor
+        if self._units is not None:
+            self._units[row] = _unit(self.descriptors[row])
+
+    @property
+    def _compared(self) -> int:
+        return min(self.count, 1) if self.rule == "adjacent" else self.count
+
+    def _row(self, index: int) -> int:
+        return 0 if self.rule == "adjacent" else index
+
+    def _known(self) -> Float[np.ndarray, "clusters width"]:
+        return _unit(self.descriptors[: self._compared]) if self._units is None else self._units[: self._compared]
 
     def _best(
         self, place: int, unit: Float[np.ndarray, " width"], level: float, score: float,
@@ -109,17 +124,17 @@ class Clusters:
             draw = np.random.default_rng((*self.seed, place))
             return int(draw.integers(n)), bool(draw.random() < level)
         if self.rule == "adjacent":
-            return n - 1, bool(self._units[n - 1] @ unit >= level)
-        similarity = self._units[:n] @ unit
+            return n - 1, bool(self._known()[0] @ unit >= level)
+        similarity = self._known() @ unit
         if likeness is not None:
             similarity = (1 - weight) * similarity + weight * likeness
         best = int(similarity.argmax())
         return best, bool(score > level) if self.rule == "score" else bool(similarity[best] >= level)
 
 
-def _unit(descriptor: Float[np.ndarray, " width"]) -> Float[np.ndarray, " width"]:
-    wide = descriptor.astype(float)
-    return wide / max(float(np.sqrt(wide @ wide)), 1e-12)
+def _unit(descriptors: Float[np.ndarray, "*rows width"]) -> Float[np.ndarray, "*rows width"]:
+    wide = descriptors.astype(float)
+    return wide / np.maximum(np.sqrt(np.einsum("...i,...i->...", wide, wide)), 1e-12)[..., None]
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,7 @@ def assign(
         levels: threshold of each token, or whatever the rule calls its level.
         eligible: which tokens may be offered.
         rule: one of `RULES`.
-        recent: length of the window that stays raw, at least 1.
+        recent: length of the window that stays raw; 0 (a token is offered as soon as it comes) for `simulate` only.
         context: see above; None for the streaming protocol.
         mean: see `Clusters`.
         seed: of the rule "random".
@@ -237,7 +252,7 @@ def _bipartite(
     leader, joined = np.full(len(places), -1), np.zeros(len(places), bool)
     if len(places) < 2:
         return leader, joined
-    units = np.stack([_unit(d) for d in descriptors])
+    units = _unit(descriptors)
     similarity = units[1::2] @ units[::2].T
     leader[1::2] = places[::2][similarity.argmax(1)]
     taken = round(float(levels[0]) * len(places))

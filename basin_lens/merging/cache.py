@@ -18,6 +18,7 @@ from basin_lens import model as door
 from basin_lens.errors import MergeError
 from basin_lens.merging.assign import Clusters, row_likeness, row_read
 from basin_lens.merging.hook import TokenMerger
+from basin_lens.merging.merge import normalized
 from basin_lens.merging.passes import context_statistics
 
 
@@ -123,12 +124,7 @@ class _Sequence:
         arrays = [row for row in (*self.rows, *(w.row for w in self.waiting)) if row is not None]
         arrays += [w.descriptor for w in self.waiting]
         held = sum(t.numel() * t.element_size() for t in tensors) + sum(a.nbytes for a in arrays)
-        if self.merger is None:
-            return held
-        index = self.clusters.nbytes
-        if self.merger.options.drop and not self.merger.options.compares:
-            index -= self.clusters.count * 8
-        return held + self.places.nbytes + index
+        return held if self.merger is None else held + self.places.nbytes + self.clusters.nbytes
 
 
 class _Layer:
@@ -144,7 +140,7 @@ class _Layer:
     def nbytes(self) -> int:
         carry = 0
         if self.merger is not None and self.merger.options.adaptive and self._carry is not None:
-            carry = sum(t.numel() * (8 if i else 2) for i, t in enumerate(reversed(self._carry[1:])))
+            carry = sum(t.numel() * t.element_size() for t in self._carry[1:])
         return sum(s.nbytes for s in self.sequences) + carry
 
     def enter(self, states: Float[Tensor, "batch 1 d"]) -> None:
@@ -184,7 +180,7 @@ class _Layer:
         read = pattern
         if bool((factors != 1).any()):
             mixed = factors[:, None, None] * pattern
-            read = mixed / mixed.sum(3, keepdim=True)
+            read = normalized(mixed, pattern)
         if self.merger.options.attention_weight:
             for b, sequence in enumerate(self.sequences):
                 if sequence.waiting and sequence.waiting[-1].place == self.length - 1:
@@ -215,18 +211,34 @@ class Stream:
 def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
     """One token after another with a compressed cache; the same logits as `TokenMerger.attached` gives for whole sequences.
 
+    Args:
+        merger: calibrated or trained.
+        model: a bridge.
+        batch: sequences; each has its own clusters.
+
+    Returns:
+        a `Stream`, for the block.
+
     Raises:
         ModelError: a HookedTransformer, or another model whose cache cannot be rewritten.
         MergeError: options that need a plain pass (`preserve="surprisal"`), scores, or that save no memory (`simulate`).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> merger = bl.merging.TokenMerger(layers=[20], rule="stride", threshold=0.5, recent=4)
+        >>> with bl.merging.streaming(merger, model, 1) as stream:
+        ...     for token in model.to_tokens("The lamp hums, and the lamp hums.")[0, :9]:
+        ...         logits = stream.step(token[None])
+        >>> stream.rows()[20] < stream.rows()[0] == 9
+        True
     """
-    o = merger.prepare(model).options
+    o = merger.ready(model).options
     if o.simulate or o.preserve == "surprisal" or o.rule in ("score", "key_norm", "bipartite"):
         raise MergeError(
             f"expected a merger that can run token by token, got rule {o.rule!r}, preserve {o.preserve!r}, simulate {o.simulate}: simulation saves "
             "no memory, surprisal needs the plain model's pass, and scores are given for whole sequences. Use rule='cosine', preserve='norm'."
         )
-    if o.threshold is None and o.rule != "all" and not merger.calibrated:
-        raise MergeError("expected a calibrated merger, for it has a target, got one without. Call calibrate(model, texts) first.")
     number = {layer: index for index, layer in enumerate(o.layers)}
     layers = tuple(
         _Layer(merger if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(door.n_layers(model))
@@ -236,7 +248,13 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
         readers[door.point_name("resid_pre", layer)] = layers[layer].enter
         readers[door.point_name("pattern", layer)] = layers[layer].attend
     with door.measuring(model), door.own_rows(model, layers) as step, door.reading(model, readers):
-        yield Stream(step, layers)
+
+        def checked(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+            if len(tokens) != batch:
+                raise MergeError(f"expected a token for each of {batch} sequences, got {len(tokens)}.")
+            return step(tokens)
+
+        yield Stream(checked, layers)
 
 
 def generate(
@@ -259,7 +277,16 @@ def generate(
         `full_rows`, `full_bytes`, all sequences together.
 
     Raises:
-        ModelError: longer than the model's context, or no bridge. MergeError: see `streaming`.
+        ModelError: no bridge. MergeError: longer than the model's context, a temperature below 0; see `streaming`.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> merger = bl.merging.TokenMerger(layers=[20], rule="stride", threshold=0.5, recent=4)
+        >>> prompt = model.to_tokens("The lamp hums, and the lamp")
+        >>> written, table = bl.merging.generate(merger, model, prompt, 8)
+        >>> written.shape[1], bool(table.bytes[20] < table.full_bytes[20])
+        (8, True)
     """
     batch, begun = prompts.shape
     if begun < 1 or length < 1 or begun + length > door.n_context(model):
@@ -267,6 +294,8 @@ def generate(
             f"expected a prompt and a continuation within the model's context of {door.n_context(model)} tokens, got {begun} + {length}. "
             "Ask for less."
         )
+    if not 0 <= temperature < float("inf"):
+        raise MergeError(f"expected a temperature from 0 on, got {temperature}.")
     draw = torch.Generator(device="cpu").manual_seed(seed)
     written: list[Tensor] = []
     with streaming(merger, model, batch) as stream:

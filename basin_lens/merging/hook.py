@@ -425,11 +425,11 @@ class TokenMerger(nn.Module):
             record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StoreError(f"expected {_RECORD} in {str(path)!r}, got: {error}.") from error
-        if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        if not isinstance(record, dict) or record.get("format") != _FORMAT or "base" not in record:
             raise StoreError(
                 f"expected {_FORMAT!r} in {str(path / _RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
             )
-        if "base" in record and record["base"] != door.fingerprint(model):
+        if record["base"] != door.fingerprint(model):
             raise MergeError(
                 f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "
                 f"({door.fingerprint(model)}). Load that model."

@@ -68,8 +68,19 @@ def read_pattern(
     else:
         mixed = weights[:, None] * pattern
     changed = (weights != 1).any(2)[:, None, :, None]
-    # Queries that see no cluster keep the plain numbers, bit by bit.
-    return torch.where(changed, mixed / mixed.sum(3, keepdim=True), pattern), weights
+    read = normalized(mixed, pattern)
+    # Queries that see no cluster keep the plain numbers, bit by bit; the gradient still says what merging would have done there.
+    still = read + (pattern - read).detach() if weights.requires_grad else pattern
+    return torch.where(changed, read, still).to(pattern.dtype), weights
+
+
+def normalized(
+    mixed: Float[Tensor, "batch head query key"], pattern: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch head query key"]:
+    """Changed attention mass over its new sum; what the plain rows lack of 1 is an attention sink's (GPT-OSS), and stays its."""
+    lost = 1 - pattern.sum(3, keepdim=True)
+    # Rounding is no sink.
+    return mixed / (mixed.sum(3, keepdim=True) + torch.where(lost > torch.finfo(pattern.dtype).eps ** 0.5, lost, 0))
 
 
 def running_means(assigned: Assigned, descriptors: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:

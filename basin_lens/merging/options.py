@@ -78,7 +78,8 @@ class Options:
             (self.simulate, self.drop), (self.simulate, self.residual == "gated"), (self.simulate, self.attention_weight > 0),
             (self.rule == "all", not self.drop), (self.rule == "key_norm", not self.drop),
             (self.contrastive_weight > 0, not self.compares), (self.simulate, self.rule == "bipartite"),
-            (self.progressive, self.scored and self.threshold is not None), (self.adaptive, self.rule not in LEARNED), (self.attention_weight > 0, self.rule not in ("cosine", "score")),
+            (self.simulate, self.target_bytes is not None), (self.progressive, self.scored and self.threshold is not None),
+            (self.adaptive, self.rule not in LEARNED), (self.attention_weight > 0, self.rule not in ("cosine", "score")),
         ):  # fmt: skip
             if one and other:
                 raise MergeError(f"expected options that go together, got {self}. See the docstring of TokenMerger.")

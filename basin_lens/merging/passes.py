@@ -13,6 +13,7 @@ from basin_lens import model as door
 from basin_lens.errors import MergeError
 from basin_lens.merging import merge
 from basin_lens.merging.assign import Assigned, assign
+from basin_lens.merging.budget import bytes_for, find_level
 
 if TYPE_CHECKING:
     from basin_lens.merging.hook import TokenMerger
@@ -39,7 +40,26 @@ class Pass:
         self.levels: dict[int, Float[Tensor, "batch pos"]] = {}
         self.units: dict[int, Float[Tensor, "batch pos width"]] = {}
         self._held: dict[str, Tensor] = {}
-        self._gathered: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.noted: list[dict[str, Any]] = []
+        # In a stream that keeps its length, a token that waited would know how many come after it.
+        self.recent = 0 if merger.options.simulate else merger.options.recent
+
+    def check_given(self, *, needed: bool = True) -> None:
+        """Scores, context and padding that fit the options; not `needed`: scores and context may be left out."""
+        o, scores, context, valid = self.merger.options, self.scores, self.context, self.valid
+        if needed and o.rule == "score" and (scores is None or set(o.layers) - set(scores)):
+            got = "none" if scores is None else f"those of {sorted(scores)}"
+            raise MergeError(
+                f"expected scores of layers {list(o.layers)} with the rule 'score', got {got}. Give scores={{layer: tensor}}."
+            )
+        if needed and o.rule == "bipartite" and context is None:
+            raise MergeError(
+                "expected the protocol 'context' with the rule 'bipartite', which sees the future, got none. Give context=."
+            )
+        if context is not None and context < 1:
+            raise MergeError(f"expected a context of 1 token or more, got {context}.")
+        if valid is not None and not bool((valid[:, 1:] <= valid[:, :-1]).all()):
+            raise MergeError("expected padding on the right only, got a real token behind padding. Pad on the right.")
 
     # ---- hooks -----------------------------------------------------------------------------------------------------------------------
 
@@ -76,9 +96,9 @@ class Pass:
         mean = o.representative == "mean"
         instead = merge.running_means(assigned, states) if mean else merge.leader_rows(states, assigned.leader)
         self._note(index, layer, states)
-        # A hard 0 keeps the numbers bit by bit.
-        mixed = states + share[:, :, None].to(states.dtype) * (instead - states)
-        return torch.where((share != 0)[:, :, None], mixed, states)
+        if not share.requires_grad and not self.soft:
+            return torch.where(assigned.joined[:, :, None], instead, states)
+        return states + share[:, :, None].to(states.dtype) * (instead - states)
 
     def _attend(self, index: int, layer: int, pattern: Float[Tensor, "batch head query key"]) -> Tensor:
         if pattern.shape[2] != pattern.shape[3]:
@@ -93,8 +113,13 @@ class Pass:
         if not bool(assigned.joined.any()) and not share.requires_grad and not self.soft:
             self.weights[layer] = torch.ones_like(pattern[:, 0])
             return pattern
+        # Not in half precision, which cannot count to 300.
         read, weights = merge.read_pattern(
-            pattern, assigned, share.to(pattern.dtype), mean=o.representative == "mean" or o.rule == "bipartite", drop=o.drop
+            pattern,
+            assigned,
+            share.to(torch.promote_types(pattern.dtype, torch.float32)),
+            mean=o.representative == "mean" or o.rule == "bipartite",
+            drop=o.drop,
         )
         self.weights[layer] = weights
         self._held["pattern"] = read
@@ -109,7 +134,7 @@ class Pass:
         assigned = self.assigned[layer]
         change = merger.expand_residual(index, merger.shrink_residual(index, values - merge.leader_rows(values, assigned.leader)))
         added = merge.spread_residual(
-            pattern, self.weights[layer], assigned, self.share[layer].to(pattern.dtype),
+            pattern, self.weights[layer].to(pattern.dtype), assigned, self.share[layer].to(pattern.dtype),
             change.reshape(*values.shape[:2], merger.kv, merger.d_head),
         )  # fmt: skip
         return mixed + added.reshape(mixed.shape)
@@ -117,23 +142,28 @@ class Pass:
     # ---- decisions -------------------------------------------------------------------------------------------------------------------
 
     def _check_shape(self, states: Tensor) -> None:
-        for name, given in (("valid", self.valid), ("surprisal", self.surprisal)):
+        scores = {f"scores[{layer}]": given for layer, given in (self.scores or {}).items()}
+        for name, given in {"valid": self.valid, "surprisal": self.surprisal, **scores}.items():
             if given is not None and given.shape != states.shape[:2]:
                 raise MergeError(f"expected {name} of shape {tuple(states.shape[:2])}, as the pass is, got {tuple(given.shape)}.")
 
     def eligible(self, index: int, norms: Float[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Tokens that may be merged: real, and not preserved."""
+        """Tokens that may be merged: real, behind position 0, not preserved, and offered before their own sequence ends."""
         merger = self.merger
         found = torch.ones_like(norms, dtype=torch.bool) if self.valid is None else self.valid.to(norms.device).clone()
         if merger.options.preserve == "norm":
             found &= norms <= merger.norm_cutoff[index]
         if self.surprisal is not None:
             found &= self.surprisal.to(norms.device) <= merger.surprisal_cutoff
-        return found
+        length = norms.shape[1]
+        ends = (
+            torch.full(norms.shape[:1], length, device=norms.device) if self.valid is None else self.valid.sum(1).to(norms.device)
+        )
+        last = ends - self.recent if self.context is None else torch.where(ends >= self.context, self.context, 0)
+        places = torch.arange(length, device=norms.device)
+        return found & (places >= 1) & (places < last[:, None])
 
     def _decide(self, index: int, layer: int, pattern: Float[Tensor, "batch head query key"] | None) -> None:
-        from basin_lens.merging.hook import find_level
-
         merger, o = self.merger, self.merger.options
         units, levels = self.units[layer], self.levels[layer]
         device = units.device
@@ -141,15 +171,13 @@ class Pass:
         descriptors = units.detach().cpu().half().numpy()
         rows = pattern.detach().double().cpu().numpy() if pattern is not None and o.attention_weight else None
         arguments: dict[str, Any] = {
-            "rule": "score" if o.rule == "key_norm" else o.rule, "recent": o.recent, "context": self.context, "drop": o.drop,
+            "rule": "score" if o.rule == "key_norm" else o.rule, "recent": self.recent, "context": self.context, "drop": o.drop,
             "mean": o.representative == "mean", "seed": (o.seed, layer), "scores": self._scores(layer), "pattern": rows,
             "weight": o.attention_weight,
         }  # fmt: skip
         if self.rates is not None:
             tokens = eligible.size if self.valid is None else int(self.valid.sum())
-            offered = _offered(eligible, o.recent, self.context)
-            wanted = min(round(self.rates[layer] * tokens), int(offered.sum()))
-            merger.set_level(index, find_level(merger, wanted, descriptors, offered, arguments))
+            merger.set_level(index, find_level(merger, round(self.rates[layer] * tokens), descriptors, eligible, arguments))
             features, _ = context_statistics(units.detach(), self._held["norms"], None)
             levels = self.levels[layer] = merger.level_of(index, features)
         found = assign(descriptors, levels.detach().double().cpu().numpy(), eligible, **arguments)
@@ -158,7 +186,8 @@ class Pass:
         if o.learned and (self.soft or (torch.is_grad_enabled() and any(p.requires_grad for p in merger.parameters()))):
             mean = o.representative == "mean"
             other = merge.running_means(found, units) if mean else merge.leader_rows(units, found.leader)
-            cosine = torch.nn.functional.cosine_similarity(units.float(), other.float(), dim=-1)
+            precise = torch.promote_types(units.dtype, torch.float32)
+            cosine = torch.nn.functional.cosine_similarity(units.to(precise), other.to(precise), dim=-1)
             if rows is not None:
                 cosine = (1 - o.attention_weight) * cosine + o.attention_weight * self._likeness(found, rows)
             self.share[layer] = merge.share_of(found, cosine, levels, o.temperature, soft=self.soft)
@@ -189,32 +218,37 @@ class Pass:
 
     def _note(self, index: int, layer: int, states: Float[Tensor, "batch pos d"]) -> None:
         merger, o, found = self.merger, self.merger.options, self.assigned[layer]
-        joined = found.joined & (found.since < found.joined.shape[1] + (self.context is not None))
+        joined = found.joined
         batch, length = joined.shape
         valid = torch.ones_like(joined) if self.valid is None else self.valid.to(joined.device)
-        eligible = torch.from_numpy(_offered(self.eligible(index, self._held["norms"]).cpu().numpy(), o.recent, self.context))
-        merged, offered = joined.sum(1), eligible.to(joined.device).sum(1)
-        lengths = valid.sum(1)
+        eligible = self.eligible(index, self._held["norms"])
+        merged, offered, lengths = joined.sum(1), eligible.sum(1), valid.sum(1)
         clusters = offered - merged
-        waiting = (lengths - 1 - offered).clamp(min=0, max=o.recent)
+        waiting = (lengths - 1).clamp(min=0, max=self.recent)
+        # An attention row is as long as its token's past; kept of leaders, and of tokens that wait.
+        places = torch.arange(1, length + 1, device=joined.device)
+        ends = lengths[:, None]
+        rows = (((eligible & ~joined) | (valid & (places > 1) & (places > ends - self.recent))) * places).sum(1)
         kept = [
-            merger.bytes_for(int(n - m), int(c), int(w), int(n)) for n, m, c, w in zip(lengths, merged, clusters, waiting, strict=True)
-        ]  # fmt: skip
+            bytes_for(merger, int(n - m), int(c), int(w), numbers=int(r), closed=self.context is not None)
+            for n, m, c, w, r in zip(lengths, merged, clusters, waiting, rows, strict=True)
+        ]
         full = int(lengths.sum()) * merger.row_bytes
         if o.simulate:
             kept = [int(n) * merger.row_bytes for n in lengths]
         sizes = torch.zeros(batch, length, dtype=torch.long, device=joined.device).scatter_add_(
             1, found.leader.clamp(min=0), (joined & (found.leader >= 0)).long()
         )
-        merger.record(
-            [{
+        self.noted.append(
+            {
                 "layer": layer, "sequences": batch, "tokens": int(lengths.sum()), "eligible": int(offered.sum()), "merged": int(merged.sum()),
                 "rate": float(merged.sum() / lengths.sum()), "clusters": int(clusters.sum()), "largest": int(sizes.max()) + 1,
                 "rows": int((lengths - (0 if o.simulate else merged)).sum()), "bytes": sum(kept), "full_bytes": full,
                 "level": float(self.levels[layer].detach().mean()), **self._errors(layer, found, states.detach()),
-            }],
-            first=index == 0,
+            }
         )  # fmt: skip
+        if self.rates is None:
+            merger.record(self.noted[-1:], first=index == 0)
 
     def _errors(self, layer: int, found: Assigned, states: Tensor) -> dict[str, float]:
         chosen = found.joined & (found.leader >= 0)
@@ -247,6 +281,9 @@ class Pass:
         real[:, 0] = False  # the attention sink is far from everything
         merger, o = self.merger, self.merger.options
         rows = states[real].float()
+        least = max(2, 0 if merger.head is None else merger.head.shape[1])
+        if len(rows) < least:
+            raise MergeError(f"expected {least} tokens or more behind position 0 to calibrate on, got {len(rows)}. Give more text.")
         merger.center[index] = rows.mean(0)
         if merger.head is not None:
             # Principal directions: what a cosine in few numbers keeps most of.
@@ -262,19 +299,10 @@ class Pass:
         """The quantile of surprisal."""
         o = self.merger.options
         if o.preserve == "surprisal":
-            if surprisal is None:
-                raise MergeError("expected surprisal with preserve='surprisal', got none. Give it to calibrate.")
+            assert surprisal is not None
             real = torch.ones_like(surprisal, dtype=torch.bool) if self.valid is None else self.valid.clone()
             real[:, 0] = False
             self.merger.surprisal_cutoff.fill_(float(surprisal[real].quantile(1 - o.preserve_share)))
-
-
-def _offered(eligible: Bool[np.ndarray, "batch pos"], recent: int, context: int | None) -> Bool[np.ndarray, "batch pos"]:
-    """Those of the eligible tokens that the protocol offers to the clusters."""
-    found = eligible.copy()
-    found[:, 0] = False
-    found[:, max(1, eligible.shape[1] - recent if context is None else context) :] = False
-    return found
 
 
 def context_statistics(

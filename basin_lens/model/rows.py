@@ -66,7 +66,8 @@ def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[T
         a function: tokens -> logits of the next ones.
 
     Raises:
-        ModelError: a HookedTransformer (which counts places by the rows of its cache), or a bridge without a transformers cache.
+        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache, or attention with
+            a bias that cannot be cut.
     """
     if kind_of(model) == "hooked" or hf_config(model) is None or not keeps_cache(model):
         raise ModelError(
@@ -87,7 +88,17 @@ def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[T
             wide = value.expand(len(columns), -1, -1, -1)
             return wide.gather(3, columns.clamp(min=0)[:, None, None].expand(-1, wide.shape[1], 1, -1))
 
-        return tuple(map(masked, args)), {name: masked(value) for name, value in kwargs.items()}
+        kwargs = {name: masked(value) for name, value in kwargs.items()}
+        if isinstance(kwargs.get("position_bias"), Tensor):
+            raise ModelError(
+                "expected attention whose bias can be cut to the rows kept, got one of MPT's kind. Run whole sequences."
+            )
+        if isinstance(kwargs.get("alibi"), Tensor):
+            # Bloom's and Falcon's bias by place, [batch * heads, 1, places].
+            wide = kwargs["alibi"].reshape(len(columns), -1, 1, length)
+            left = wide.gather(3, columns.clamp(min=0)[:, None, None].expand(-1, wide.shape[1], 1, -1))
+            kwargs["alibi"] = left.reshape(-1, 1, left.shape[3])
+        return tuple(map(masked, args)), kwargs
 
     def step(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         return model(tokens[:, None], return_type="logits", past_key_values=kept, use_cache=True)[:, -1].float()
