@@ -4,7 +4,7 @@
     texts/     model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
                                   analysis/ conducts all of this: read it first; controls/ destroys structure
 
-    memorize/ plants texts in a model and finds them; codec/ packs text with a model; studies/ compose all of it
+    memorize/ plants texts in a model and finds them; codec/ packs text with a model; merging/ merges tokens inside it; studies/ compose all
 
 Importing the package imports neither torch nor pandas: names are looked up when they are first used.
 """

@@ -152,7 +152,8 @@ def real_model():
 @pytest.fixture(scope="module")
 def all_threads():
     """For work on the real model."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # else another worker has the other core
+        torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
 

@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch):
-    monkeypatch.setattr(merging.train, "token_losses", lambda logits, tokens: logits[:, 1:, 0] * float("nan"))
+    monkeypatch.setattr(merging.train, "token_losses", lambda logits, _: logits[:, 1:, 0] * float("nan"))
     with pytest.raises(MergeError, match="finite"):
         train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), progress=False)
     assert all(p.requires_grad for p in door.parameters_of(tiny).values())
@@ -154,7 +154,7 @@ def test_parachute():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: TokenMerger([0], target_rate=0.3), "calibrated"),
+        (lambda _: TokenMerger([0], target_rate=0.3), "calibrated"),
         (lambda m: TokenMerger([0], target_rate=0.3, rule="random").calibrate(m, windows().tokens), "learned"),
     ],
 )
@@ -297,3 +297,31 @@ def test_the_log_is_json_lines(tiny, tmp_path):
         {"loss", "rate", "level", "offset", "event"} <= set(line) for line in lines
     )
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_mean_interval_is_over_documents():
+    rng = np.random.default_rng(0)
+    docs = rng.normal(1.0, 1.0, 40)
+    table = pd.DataFrame({"doc": np.repeat(range(40), 5), "policy": "a", "excess": np.repeat(docs, 5)})
+    (row,) = bl.stats.mean_interval(table, "excess", "policy").to_dict("records")
+    assert row["estimate"] == pytest.approx(docs.mean()) and row["n_units"] == 40 and row["n_rows"] == 200
+    # As wide as the documents allow, not as the 200 rows would.
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * docs.std(ddof=1) / np.sqrt(40), rel=0.2)
+    one = bl.stats.mean_interval(table[table["doc"] == 0], "excess", ["policy"])
+    assert one["low"].isna().all() and one["n_units"].tolist() == [1]
+    with pytest.raises(bl.errors.TableError, match="columns"):
+        bl.stats.mean_interval(table, "cost", "policy")
+
+
+def test_figures_refuse_what_they_cannot_draw():
+    rows = pd.DataFrame(
+        {"policy": ["trained", "random"], "bytes_share": 0.5, "estimate": [0.1, 3.0], "low": [0.0, 2.0], "high": [0.2, 4.0]}
+    )
+    axes = bl.views.pareto(rows).axes[0]
+    assert axes.get_yscale() == "log" and "bytes" in axes.get_xlabel() and "nats per token" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trained", "random"]
+    for draw, table in ((bl.views.pareto, rows.drop(columns="low")), (bl.views.pareto, rows[:0]), (bl.views.training_curves, rows)):
+        with pytest.raises(bl.errors.TableError):
+            draw(table)
+    with pytest.raises(bl.errors.TableError, match="layer"):
+        bl.views.merge_view(pd.DataFrame({"layer": [0], "seq": [0], "pos": [0]}), 7)

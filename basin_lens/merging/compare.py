@@ -105,6 +105,16 @@ def compare_policies(
 
     Raises:
         MergeError: windows of different lengths, documents in both, or a budget out of reach.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> setting = bl.merging.Setting((20, 21), budgets=(0.98,), policies=("stride",))
+        >>> found = bl.merging.compare_policies(model, *windows.apart(0.5), setting, progress=False)
+        >>> found.policy.unique().tolist()
+        ['stride']
     """
     length = held_out.tokens.shape[1]
     if calibration.tokens.shape[1] != length:
@@ -175,6 +185,16 @@ def context_protocol(
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 
     Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> setting = bl.merging.Setting((20,), budgets=(0.8,))
+        >>> found = bl.merging.context_protocol(model, *windows.apart(0.5), setting)
+        >>> found.policy.unique().tolist()
+        ['bipartite', 'cosine', 'random']
     """
     length = held_out.tokens.shape[1]
     half = length // 2
@@ -208,6 +228,13 @@ def induction_probe(
         a row per policy and sequence: `policy`, `sequence`, `loss` (nats per token of the second run), `plain_loss`, `excess`,
         `accuracy` (share of the second
         run's tokens that are the most likely one), `plain_accuracy`, `bytes_share`.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> merger = bl.merging.TokenMerger([20], rule="stride", threshold=0.5)
+        >>> len(bl.merging.induction_probe(model, {"stride": merger}, length=16, sequences=2))
+        2
     """
     draw = torch.Generator(device="cpu").manual_seed(seed)
     half = torch.randint(10, door.vocabulary_size(model), (sequences, length), generator=draw)
@@ -247,6 +274,15 @@ def generation_quality(
 
     Raises:
         ModelError: a model whose cache cannot be rewritten.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> merger = bl.merging.TokenMerger([20], rule="stride", threshold=0.5)
+        >>> bl.merging.generation_quality(merger, model, windows.tokens[:1, :12], 8).cache.tolist()
+        ['full', 'compressed']
     """
     written, table = generate(merger, model, prompts, length, progress=progress)
     plain = door.continuations(model, prompts, length)
@@ -276,6 +312,16 @@ def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"])
     Columns: `layer`, `seq`, `pos`, `token_id`, `leader` (place of the cluster's first token; its own place if it opened one or stayed
     raw), `merged`,
     `cluster_size` (tokens in its cluster at the end), `merged_layers` (share of the merged layers in which the token is merged).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> merger = bl.merging.TokenMerger([20], rule="stride", threshold=0.5)
+        >>> table = bl.merging.merge_map(merger, model, windows.tokens[:1])
+        >>> bool((table.leader[table.merged] < table.pos[table.merged]).all())
+        True
     """
     merger.forget()
     with merger.attached(model), torch.no_grad():

@@ -68,6 +68,14 @@ def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -
 
     Raises:
         TextError: no tokens. MergeError: no text is that long, or the model's context is shorter.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> tuple(windows.tokens.shape)
+        (4, 32)
     """
     if not 4 <= length <= door.n_context(model):
         raise MergeError(f"expected windows of 4 to {door.n_context(model)} tokens (the model's context), got {length}.")
@@ -106,7 +114,16 @@ class Plain:
 
 
 def plain_pass(model: Any, windows: Windows, *, keep: bool = True) -> Plain:
-    """Losses (nats) and, with `keep`, the logits of the model without merging; 2 bytes x vocabulary per token of memory."""
+    """Losses (nats) and, with `keep`, the logits of the model without merging; 2 bytes x vocabulary per token of memory.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> tuple(bl.merging.plain_pass(model, windows, keep=False).losses.shape)
+        (4, 31)
+    """
     losses, best, logits = [], [], []
     with door.measuring(model):
         for rows in batches(windows):
@@ -140,6 +157,16 @@ def excess(
         `bytes_share` (of the
         full cache at the window's end, all layers), `rate` (merged / tokens, mean over merged layers), `same_id` (share of merges between
         identical token ids; NaN without merges or for rules that drop).
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> merger = bl.merging.TokenMerger([20], threshold=0.5).calibrate(model, windows.tokens)
+        >>> found = bl.merging.excess(merger, model, windows, bl.merging.plain_pass(model, windows))
+        >>> len(found), bool((found.bytes_share < 1).all())
+        (4, True)
     """
     rows: list[dict[str, Any]] = []
     for part, kept in zip(batches(windows), plain.logits, strict=True):
@@ -198,6 +225,15 @@ def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, 
 
     Raises:
         MergeError: no threshold reaches it, or the rule has none.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
+        >>> merger = bl.merging.TokenMerger([20, 21], threshold=0.5).calibrate(model, windows.tokens)
+        >>> abs(bl.merging.fit_budget(merger, model, windows, 0.98) - 0.98) < 0.02
+        True
     """
     if not merger.options.learned:
         raise MergeError(f"expected thresholds to move, got rule {merger.options.rule!r}. Calibrate with target_bytes instead.")

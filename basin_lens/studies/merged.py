@@ -336,7 +336,8 @@ def _sections(
         sections += [
             Section(
                 "Text written with the compressed cache", "Greedy continuations of held-out texts, with the full and with the compressed cache.",
-                table=numbers, note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs that came before.",
+                table=numbers,
+                note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs that came before.",
             ),
             Section("Side by side", "", table=samples),
         ]  # fmt: skip

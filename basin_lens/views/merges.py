@@ -72,6 +72,13 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
     Raises:
         TableError: a column is missing, or no step.
+
+    Example:
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> row = {"loss": 3.1, "plain_loss": 3.0, "excess": 0.1, "rate": 0.4, "target": 0.5, "level": 0.7, "offset": 0.0}
+        >>> type(bl.views.training_curves(pd.DataFrame([{"step": 1, "event": None} | row]))).__name__
+        'Figure'
     """
     needed = ("step", "loss", "plain_loss", "excess", "rate", "target", "level", "offset", "event")
     if missing := [name for name in needed if name not in history]:
@@ -119,6 +126,14 @@ def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequenc
 
     Raises:
         TableError: no such layer or sequence, or no texts.
+
+    Example:
+        >>> import pandas as pd
+        >>> import basin_lens as bl
+        >>> table = pd.DataFrame({"layer": 5, "seq": 0, "pos": [0, 1, 2], "leader": [0, 1, 1], "merged": [False, False, True],
+        ...                       "cluster_size": [1, 2, 2]})
+        >>> "merged into" in bl.views.merge_view(table, 5, tokens=["The", " lamp", " lamp"]).html
+        True
     """
     rows = table[(table["layer"] == layer) & (table["seq"] == seq)].sort_values("pos")
     if rows.empty:
