@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from basin_lens.errors import StudyError
 from basin_lens.stats.auroc import labeled, one_label_each, percentiles, resampled_metrics, unit_weights
@@ -160,9 +161,11 @@ def _predicted(
 ) -> Float[np.ndarray, " cases"]:
     """Probabilities of True for cases of units that were not fitted."""
     answer = np.full(len(truth), np.nan)
-    for fitted, held in folds:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / _PENALTY, tol=1e-8, max_iter=1000))
-        answer[held] = model.fit(values[fitted], truth[fitted]).predict_proba(values[held])[:, 1]
+    # Threads are of no use to fits this small, and wait for each other without end where the cores are not theirs alone.
+    with threadpool_limits(1):
+        for fitted, held in folds:
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / _PENALTY, tol=1e-8, max_iter=1000))
+            answer[held] = model.fit(values[fitted], truth[fitted]).predict_proba(values[held])[:, 1]
     return answer
 
 
