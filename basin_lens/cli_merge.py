@@ -173,7 +173,7 @@ def generate(
 
     from basin_lens.merging import TokenMerger, fit_budget, windows_of
     from basin_lens.merging import generate as write
-    from basin_lens.model import start_token, tokenizer_of, uses_bos
+    from basin_lens.model import tokenizer_of, uses_bos
     from basin_lens.texts import reference_passages
 
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
@@ -181,7 +181,8 @@ def generate(
     ids = tokenizer_of(loaded)(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise MergeError("expected a prompt of one token or more, got none. Give --prompt.")
-    begun = [start_token(loaded), *ids] if uses_bos(loaded) else list(ids)
+    first = uses_bos(loaded, None)
+    begun = list(ids) if first is None else [first, *ids]
     if budget is not None:
         fit_budget(merger, loaded, windows_of(loaded, list(reference_passages()), 128, most=8), budget)
     written, table = write(merger, loaded, torch.tensor([begun]), tokens, temperature=temperature, seed=seed, progress=True)

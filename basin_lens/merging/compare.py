@@ -184,7 +184,8 @@ def context_protocol(
 ) -> pd.DataFrame:
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 
-    Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides.
+    Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides. A budget is the share
+    of the first half's rows that is left. A trained merger keeps its own thresholds (budget NaN).
 
     Example:
         >>> import basin_lens as bl
@@ -202,8 +203,8 @@ def context_protocol(
     parts = []
     for budget in setting.budgets:
         made: dict[str, TokenMerger] = {}
-        # Of the first half, only: the second stays.
-        rate = min(0.49, 1 - budget)
+        # Of the first half only, and no more than bipartite merging can: every other token.
+        rate = min(0.48, 1 - budget) * half / length
         common: dict[str, Any] = {"recent": setting.recent, "target_rate": rate, "projection": setting.projection}
         made["bipartite"] = TokenMerger(list(setting.layers), rule="bipartite", representative="mean", **common)
         made["cosine"] = TokenMerger(list(setting.layers), **common)

@@ -226,7 +226,10 @@ class _Run:
             parameter.requires_grad_(True)
         slow = [p for p in (merger.raw, merger.slope) if p is not None]
         own = [p for p in merger.parameters() if not any(p is s for s in slow)]
-        groups = [{"params": slow, "lr": training.threshold_rate}, {"params": own, "lr": training.learning_rate}]
+        groups: list[dict[str, Any]] = [
+            {"params": slow, "lr": training.threshold_rate},
+            {"params": own, "lr": training.learning_rate},
+        ]
         self.base = door.parameters_of(self.model) if training.train_base else {}
         merger.base_changes = training.train_base
         if self.base:
@@ -280,10 +283,10 @@ class _Run:
                 with merger.attached(self.model):
                     loss = token_losses(door.forward_pass(self.model, tokens, {}), tokens).mean()
                     assert merger.pass_ is not None
-                    rate = torch.stack([share.mean() for share in merger.pass_.share.values()]).mean()
+                    merged = torch.stack([share.mean() for share in merger.pass_.share.values()]).mean()
                     hinge = self._contrast()
                 total = (
-                    loss + t.rate_weight * (self.target - rate).clamp(min=0).square() + merger.options.contrastive_weight * hinge
+                    loss + t.rate_weight * (self.target - merged).clamp(min=0).square() + merger.options.contrastive_weight * hinge
                 )
                 if not math.isfinite(float(total.detach())):
                     raise MergeError(
@@ -291,7 +294,7 @@ class _Run:
                         "checkpoint stays. Lower the learning rates."
                     )
                 (total / t.accumulate).backward()
-            for name, value in zip(sums, (float(loss.detach()), plain, float(rate.detach()), float(hinge.detach())), strict=True):
+            for name, value in zip(sums, (float(loss.detach()), plain, float(merged.detach()), float(hinge.detach())), strict=True):
                 sums[name] += value / t.accumulate
         torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], t.clip)
         self.optimizer.step()
@@ -330,7 +333,8 @@ class _Run:
     # ---- on disk ---------------------------------------------------------------------------------------------------------------------
 
     def _named(self) -> dict[str, Tensor]:
-        return {f"merger.{n}": p for n, p in self.merger.named_parameters()} | {f"base.{n}": p for n, p in self.base.items()}
+        own: dict[str, Tensor] = {f"merger.{n}": p for n, p in self.merger.named_parameters()}
+        return own | {f"base.{n}": p for n, p in self.base.items()}
 
     def keep(self, folder: Path) -> None:
         """The state before the next step, in one file that replaces the last one when it is whole."""

@@ -256,10 +256,11 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
 
 
 def _overlap(curve: pd.DataFrame, ours: str, rival: str, budget: float) -> bool | None:
-    at = curve[np.isclose(curve["budget"], budget)].set_index("policy")
-    if ours not in at.index or rival not in at.index or at.loc[[ours, rival], ["low", "high"]].isna().any(axis=None):
+    at = curve[np.isclose(curve["budget"], budget)]
+    high, low = (at.loc[at["policy"] == name, end].to_numpy(float) for name, end in ((ours, "high"), (rival, "low")))
+    if not (np.isfinite(high).any() and np.isfinite(low).any()):
         return None
-    return bool(at.loc[ours, "high"] >= at.loc[rival, "low"])
+    return bool(high[0] >= low[0])
 
 
 def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str) -> list[str]:
@@ -313,7 +314,8 @@ def _sections(
             "context before it "
             "decides; it has no place in the streaming protocol.",
             table=held["context"],
-            note="budget: 1 - budget of all tokens are merged, all of them in the first half.",
+            note="budget: share of the first half's rows that is left, at least 0.52: bipartite merging can merge half of them at most. "
+            "trained: at its own thresholds.",
         ),
         Section(
             f"Copying (induction) at {least:g} of the cache",

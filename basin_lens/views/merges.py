@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -143,7 +144,8 @@ def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequenc
     texts = list(tokens) if tokens is not None else rows["token"].astype(str).tolist()
     clusters = {leader: i for i, leader in enumerate(rows.loc[rows["cluster_size"] > 1, "leader"].unique())}
     parts = []
-    for row, text in zip(rows.itertuples(), texts, strict=True):
+    lines: list[Any] = list(rows.itertuples())
+    for row, text in zip(lines, texts, strict=True):
         said = f"place {row.pos}: "
         if row.merged:
             said += f"merged into {texts[int(row.leader)]!r} at place {row.leader}; cluster of {row.cluster_size} tokens"
