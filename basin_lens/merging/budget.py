@@ -78,7 +78,7 @@ def meet_target(
             return
         share = sum(row["bytes"] / row["full_bytes"] for row in noted) / len(o.layers)
         off = 1 - len(o.layers) / merger.n_layers * (1 - share) - o.target_bytes
-        if abs(off) <= (0.005 if attempt < 3 else 0.02):
+        if abs(off) <= (0.01 if attempt < 3 else 0.02):
             return
         rate += off / slope
     raise MergeError(
@@ -115,7 +115,7 @@ def find_level(
                 f"{eligible.size} can be merged at most. Ask for less, or lower the floor."
             )
         nearest = min(nearest, (abs(off), level(middle)))
-        if not off:
+        if abs(off) <= wanted // 100:  # a hundredth is nearer than other texts will be
             break
         low, high = (middle, high) if off > 0 else (low, middle)
     return nearest[1]

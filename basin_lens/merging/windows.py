@@ -215,7 +215,7 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
     return same / count if count else float("nan")
 
 
-def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.005) -> float:
+def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.01) -> float:
     """Move all thresholds together until `share` of the cache is left on these windows; what layers differ by is kept.
 
     Texts that nothing is tested on.
@@ -238,26 +238,37 @@ def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, 
     if not merger.options.learned:
         raise MergeError(f"expected thresholds to move, got rule {merger.options.rule!r}. Calibrate with target_bytes instead.")
     begun = merger.raw.detach().clone()
-    low, high = -12.0, 12.0
-    reached = float("nan")
-    for _ in range(12):
-        middle = (low + high) / 2
+
+    def reached(shift: float) -> float:
         with torch.no_grad():
-            merger.raw.copy_(begun + middle)
+            merger.raw.copy_(begun + shift)
         merger.forget()
         with merger.attached(model), torch.no_grad():
             for rows in batches(windows):
                 door.forward_pass(model, windows.tokens[rows].to(door.device_of(model)), {})
-        reached = share_left(merger, merger.statistics())
+        found = share_left(merger, merger.statistics())
         merger.forget()
-        if abs(reached - share) <= tolerance:
-            return reached
-        low, high = (middle, high) if reached < share else (low, middle)
-    if abs(reached - share) > 0.02:
+        return found
+
+    # Outwards in growing steps, then by halves: budgets are seldom far.
+    shift, found = 0.0, reached(0.0)
+    side = 1.0 if found < share else -1.0
+    near, step = 0.0, 0.5
+    while abs(found - share) > tolerance and (share - found) * side > 0 and step <= 8:
+        near, shift = shift, side * step
+        found, step = reached(shift), 2 * step
+    far = shift
+    for _ in range(8):
+        if abs(found - share) <= tolerance:
+            return found
+        shift = (near + far) / 2
+        found = reached(shift)
+        near, far = (shift, far) if (share - found) * side > 0 else (near, shift)
+    if abs(found - share) > 0.02:
         with torch.no_grad():
             merger.raw.copy_(begun)
         raise MergeError(
-            f"expected thresholds that leave {share:.2f} of the cache, got {reached:.2f} at best. Merge in more layers, lower the floor, "
-            f"or ask for more."
+            f"expected thresholds that leave {share:.2f} of the cache, got {found:.2f} at best. Merge in more layers, lower the floor, or ask "
+            "for more."
         )
-    return reached
+    return found
