@@ -151,9 +151,8 @@ def codec_bench(
     total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(tables))
     total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
     drawn = io.BytesIO()
-    size_bars(total, title=f"Bits per byte, headers counted; {len(files)} files, model {model}").savefig(
-        drawn, format="png", dpi=150
-    )
+    title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}, model {model}"
+    size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
     _write(drawn.getvalue(), targets[1], force)
     for row in table.to_dict("records"):
         gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"

@@ -3,16 +3,22 @@
 import hashlib
 import io
 import random
+import re
 import struct
 import sys
+import tracemalloc
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -51,7 +57,7 @@ def tiny(request, tokenizer):
 def blob(llama) -> bytes:
     """A file that the model wrote, of several chunks."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(codec.text, "_LEAST_CHUNK", 1)
+        patched.setattr(codec.text, "CHUNK_TOKENS", 1)
         return coded(codec.TextCodec(llama, streams=2, context=40), TEXT[:330])
 
 
@@ -66,6 +72,18 @@ def resealed(blob: bytes, at: int, new: bytes) -> bytes:
     (size,) = struct.unpack_from("<I", blob, 8)
     head = blob[:at] + new + blob[at + len(new) : size - 4]
     return head + zlib.crc32(head).to_bytes(4, "little") + blob[size:]
+
+
+@contextmanager
+def memory_below(size: int) -> Iterator[None]:
+    """What Python objects, arrays and zlib's and zstd's output take in the block stays below `size` bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < size, f"{taken} bytes"
 
 
 # -- from logits to whole numbers ------------------------------------------------------------------------------------------------------
@@ -158,6 +176,7 @@ def test_range_coder_takes_rows_at_once_or_one_by_one():
 
 
 @given(st.lists(st.integers(0, 55), min_size=1, max_size=200))
+@settings(deadline=None)
 def test_huffman_is_optimal_and_turns_back(symbols):
     given_ = np.array(symbols, np.int64)
     data = entropy.huffman_encode(given_)
@@ -232,15 +251,51 @@ def check_steps(model):
     assert (first - full).abs().max() < 1e-3
 
 
-def test_threads_and_mode_are_put_back(llama):
-    before = torch.get_num_threads()
+def test_threads_are_those_of_the_file_and_put_back(llama, monkeypatch):
+    before, used, step = torch.get_num_threads(), set(), lockstep._step
     with pytest.raises(ZeroDivisionError), door.thread_count(before + 1):
         1 / (torch.get_num_threads() - before - 1)
     assert torch.get_num_threads() == before
     data = coded(codec.TextCodec(llama, threads=2), TEXT[:60])
     assert codec.read(data).setting.threads == 2
-    assert codec.TextCodec(llama).decode(data).decode() == TEXT[:60]
-    assert torch.get_num_threads() == before
+
+    def watched(*given, **how):
+        used.add(torch.get_num_threads())
+        return step(*given, **how)
+
+    monkeypatch.setattr(lockstep, "_step", watched)
+    try:
+        for outside in (1, 3):  # neither is the file's
+            torch.set_num_threads(outside)
+            assert codec.TextCodec(llama).decode(data).decode() == TEXT[:60]
+            with pytest.raises(WrongEnvironmentError):
+                codec.TextCodec(llama).decode(resealed(data, 76, bytes(8)))
+            assert torch.get_num_threads() == outside
+    finally:
+        torch.set_num_threads(before)
+    assert used == {2}
+
+
+@pytest.mark.parametrize("window", [1, 5, 20, 33])
+def test_the_probe_runs_to_the_last_place_and_sees_a_change_there(llama, monkeypatch, window):
+    step, places = lockstep._step, []
+
+    def watched(stepper, *given, **how):
+        places.append(stepper.position)
+        return step(stepper, *given, **how)
+
+    def changed(stepper, *given, **how):
+        last = stepper.position == window - 1
+        logits = step(stepper, *given, **how)
+        return np.nextafter(logits, np.float32(99)) if last else logits
+
+    found = []
+    for how in (watched, step, changed):
+        monkeypatch.setattr(lockstep, "_step", how)
+        with door.stepping(llama, 2, window) as stepper:
+            found.append(lockstep.probe(stepper, lockstep.token_coder("ranks", "entropy", stepper.vocab)))
+    assert places == sorted(set(places)) and (places[0], places[-1]) == (0, window - 1)
+    assert found[0] == found[1] != found[2]
 
 
 # -- round trips -------------------------------------------------------------------------------------------------------------------------
@@ -279,11 +334,27 @@ def test_odd_bytes_come_back(tiny, data):
             assert coder.decode(coded(coder, data.decode())) == data
 
 
+@pytest.mark.parametrize("streams", [1, 16, 64])
+def test_one_stream_and_many(llama, streams):
+    coder = codec.TextCodec(llama, streams=streams, context=7)
+    assert [coder.streams_for(n) for n in (0, 1, 511, 512, 10**9)] == [1, 1, 1, min(2, streams), streams]
+    made = coded(coder, TEXT * 2)
+    assert codec.read(made).setting.streams == streams
+    assert coder.decode(made).decode() == TEXT * 2
+
+
 def test_ten_megabytes_of_noise_are_stored(llama):
     data = random.Random(0).randbytes(10 << 20)
     made = codec.TextCodec(llama).encode(data)
     assert codec.read(made).why == "not UTF-8"
     assert codec.read(made).restored() == data
+
+
+def test_a_text_too_long_for_the_model_is_stored(llama, monkeypatch):
+    monkeypatch.setattr(codec.text, "_LONGEST", 1000)
+    made = codec.TextCodec(llama).encode("word " * 201)
+    assert codec.read(made).why == "too long for the model"
+    assert codec.read(made).restored() == b"word " * 201
 
 
 @hooked_lane
@@ -402,6 +473,8 @@ def test_each_damage_has_its_error(llama, blob):
         (resealed(blob, 84, struct.pack("<H", 0)), CorruptFileError, "streams between"),
         (resealed(blob, 86, struct.pack("<I", 2**31)), CorruptFileError, "window between"),
         (resealed(blob, 90, struct.pack("<H", 60_000)), CorruptFileError, "threads between"),
+        (resealed(blob, 105, struct.pack("<H", 4097)), CorruptFileError, "windows between"),
+        (resealed(blob, 105, struct.pack("<H", 60)), CorruptFileError, "4096 tokens"),
         (resealed(blob, 5, b"\3"), CorruptFileError, "limits"),
         (resealed(blob, 20, bytes(32)), CorruptFileError, "SHA-256"),
         (resealed(blob, 52, bytes(16)), WrongModelError, "expected the model that wrote the file"),
@@ -425,9 +498,60 @@ def test_forged_chunks_give_an_error_and_no_text(llama, blob):
     moved = replace(found, tokens=(found.tokens[0] - 1, found.tokens[1] + 1, *found.tokens[2:]))
     with pytest.raises(CorruptFileError, match="whole windows"):
         coder.decode(moved.to_bytes())
-    bomb = container.store(b"a" * 5000, "not told")
-    with pytest.raises(CorruptFileError, match="length"):
-        replace(bomb, length=4000).restored()
+
+
+@pytest.mark.parametrize(("method", "backend"), METHODS, ids=lambda name: name)
+def test_forged_chunks_with_right_checksums_never_give_another_text(llama, method, backend):
+    coder, rng, text = codec.TextCodec(llama, method, backend, context=20), random.Random(0), TEXT[:90]
+    found = codec.read(coded(coder, text))
+    (chunk,) = found.chunks
+    forged = [b"", b"\xff" * 40, bytes(40), chunk[: len(chunk) // 2], chunk * 2]
+    forged += [rng.randbytes(rng.randrange(80)) for _ in range(20)]
+    for number in range(30):
+        at = rng.randrange(len(chunk))
+        forged += [chunk[:at] + bytes([chunk[at] ^ 1 << number % 8]) + chunk[at + 1 :]]
+    refused = 0
+    for payload in forged:
+        try:
+            again = coder.decode(replace(found, chunks=(payload,)).to_bytes())
+        except CodecError:
+            refused += 1
+        else:  # bits that no code uses
+            assert again == text.encode()
+    assert refused >= 40
+
+
+def test_nothing_may_follow_a_zstd_frame():
+    stored = container.store(b"a" * 5000, "not told")
+    with pytest.raises(CorruptFileError, match="zstd frame"):
+        replace(stored, chunks=(*stored.chunks, b"more"), tokens=(0, 0)).restored()
+
+
+def test_zlib_and_zstd_bombs_take_no_memory(llama):
+    coder, size = codec.TextCodec(llama, "ranks", "zlib", context=20), 64 << 20
+    zeros = bytes(size)
+    found = codec.read(coded(coder, TEXT[:90]))
+    bomb = replace(found, chunks=(zlib.compress(zeros),)).to_bytes()
+    stored = container.store(zeros, "not told")
+    assert stored.restored() == zeros and len(stored.chunks[0]) < 9000
+    writer = zstandard.ZstdCompressor().compressobj()
+    unsized = writer.compress(zeros) + writer.flush()
+    (frame,) = stored.chunks
+    at = frame.index(struct.pack("<I", size), 4)  # where the frame tells its length
+    lying = frame[:at] + struct.pack("<I", 5000) + frame[at + 4 :]
+    assert zstandard.get_frame_parameters(lying).content_size == 5000
+    huge = frame[:at] + struct.pack("<I", 1 << 30) + frame[at + 4 :]
+    for forged, words in [
+        (replace(stored, length=5000), "length"),  # the frame is longer than the header says
+        (replace(stored, length=5000, chunks=(unsized,)), "length"),  # the frame does not say
+        (replace(stored, length=5000, chunks=(lying,)), "zstd frame"),  # what is in the frame is longer than both say
+        (replace(stored, length=1 << 30, chunks=(huge,)), "length"),  # so few bytes cannot hold that much
+    ]:
+        file = forged.to_bytes()
+        with memory_below(1 << 20), pytest.raises(CorruptFileError, match=words):
+            codec.read(file).restored()
+    with memory_below(1 << 20), pytest.raises(CorruptFileError, match="numbers"):
+        coder.decode(bomb)
 
 
 def test_another_model_is_refused_before_anything_is_computed(tokenizer, blob, monkeypatch):
@@ -534,6 +658,18 @@ def test_commands_go_there_and_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("loaded")
+def test_decompress_writes_nothing_under_another_model(tmp_path, monkeypatch, tokenizer, blob):
+    packed, out = tmp_path / "book.blz", tmp_path / "book"
+    packed.write_bytes(blob)
+    with monkeypatch.context() as patched:
+        patched.setattr(cli_codec, "_load", lambda _: make_bridge("llama", seed=1, tokenizer=tokenizer))
+        code, _, err = call(patched, "decompress", str(packed))
+        assert code == 1 and "expected the model that wrote the file" in err and not out.exists()
+    assert call(monkeypatch, "decompress", str(packed))[0] == 0
+    assert out.read_bytes() == TEXT[:330].encode()
+
+
+@pytest.mark.usefixtures("loaded")
 def test_commands_never_overwrite_and_fail_in_one_line(tmp_path, monkeypatch):
     book, packed = tmp_path / "book.txt", tmp_path / "book.txt.blz"
     book.write_bytes(b"text")
@@ -606,6 +742,28 @@ def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
     for again in (("codec-view", str(text), "--out", str(page)), ("codec-bench", str(text), "--out", str(folder))):
         code, _, err = call(monkeypatch, *again)
         assert code == 1 and "--force" in err
+
+
+def test_the_page_shows_what_has_no_shape():
+    row = {"rank": 0, "probability": 0.5, "bits": 1.0, "top": ["\u202e<b>"], "top_probability": [0.5]}
+    tokens = ("\u202e", "\u00a0\u200b", " \t\x07\x7f", "\u00e9")
+    made = bl.views.code_page(pd.DataFrame([row | {"token": token} for token in tokens])).html
+    for shown in (r"\u202e", r"\xa0</i><i>\u200b", "\u00b7</i><wbr><i>\u21e5\t</i><i>\u2407</i><i>\\x7f"):
+        assert f"<i>{shown}</i></span>" in made
+    assert ">\u00e9</span>" in made
+    assert not {"\u202e", "\u00a0", "\u200b", "\x07", "\x7f"} & set(made) and "<b>" not in made
+
+
+def test_drawings_keep_their_words_apart_and_name_their_units():
+    row = {"token": "a", "probability": 0.5, "bits": 1.0, "top": ["a"], "top_probability": [0.5]}
+    table = pd.DataFrame([row | {"rank": rank} for rank in (0, 1, 700, 40_000)])
+    growth = pd.DataFrame({"original": [0, 900], "model": [0.0, 300.0], "gzip": [0, 302], "xz": [0, 302]})
+    made = bl.views.code_page(table, growth=growth).html
+    found = {name: float(y) for y, name in re.findall(r'<text x="545" y="([\d.]+)" font-size="12">(\w+) ', made)}
+    heights = sorted(found.values())
+    assert len(heights) == 3 and min(np.diff(heights)) > 13.9 and heights[-1] < 252
+    for word in ("302 bytes compressed", "900 bytes of text", "share of tokens", ">rank<", ">0<", ">512+<", ">2\u00b9\u2075+<"):
+        assert word in made
 
 
 def test_growth_ends_at_the_whole_text(llama):

@@ -34,7 +34,8 @@
 
 In direct and ranks, the tokens are cut into streams of equal length, the first ones longer by one where it does not divide; all streams
 advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of some windows
-of all streams, the last chunk what is left. Raw and zstd have one chunk, and none for an empty original.
+of all streams, no more windows than make 4,096 tokens (and at least one), the last chunk what is left: a decoder needs the memory of one
+chunk, whatever the header declares. Raw and zstd have one chunk, and none for an empty original.
 """
 
 import hashlib
@@ -60,8 +61,9 @@ MOST_BYTES = 1 << 30  # of the original
 MOST_STREAMS = 256
 MOST_WINDOW = 1 << 20
 MOST_THREADS = 256
-MOST_WINDOWS = 1 << 15  # in a chunk
 MOST_CHUNKS = 1 << 20
+CHUNK_TOKENS = 4096  # a chunk ends with the window that brings it there: shorter ones would cost their 12 bytes too often
+_MOST_GROWTH = 1 << 15  # of zstd: a block of 4 bytes gives at most 128 KiB
 
 _FIXED = struct.Struct("<4sBBBBIQ32s")
 _MODEL = struct.Struct("<16s8s8sHIHBIQHH")
@@ -92,12 +94,17 @@ class Setting:
     def __post_init__(self) -> None:
         for name, value, most in (
             ("streams", self.streams, MOST_STREAMS), ("window", self.window, MOST_WINDOW), ("threads", self.threads, MOST_THREADS),
-            ("tokens", self.tokens, MOST_BYTES), ("windows", self.windows, MOST_WINDOWS),
+            ("tokens", self.tokens, MOST_BYTES), ("windows", self.windows, CHUNK_TOKENS),
         ):  # fmt: skip
             if not 1 <= value <= most:
                 raise CodecError(
                     f"expected {name} between 1 and {most}, got {value}. Choose another number, or get the file again."
                 )
+        if (self.windows - 1) * self.streams * self.window >= CHUNK_TOKENS:
+            raise CodecError(
+                f"expected chunks that end with the window that makes {CHUNK_TOKENS} tokens, got {self.windows} windows of {self.window} tokens "
+                f"in {self.streams} streams. Get the file again."
+            )
 
     @property
     def steps(self) -> int:
@@ -167,9 +174,11 @@ class Container:
         data = b"".join(self.chunks)
         if self.method == "zstd":
             try:
-                if zstandard.get_frame_parameters(data).content_size != self.length:
+                # Memory for the length is set aside at once: only where so many bytes of zstd can hold it.
+                declared = zstandard.get_frame_parameters(data).content_size
+                if declared != self.length or declared > len(data) * _MOST_GROWTH:
                     raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
-                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=self.length)
+                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=self.length, allow_extra_data=False)
             except zstandard.ZstdError as error:
                 raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
         return self.checked(data)

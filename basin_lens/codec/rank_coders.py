@@ -138,8 +138,8 @@ class ZipfRanks(_Whole):
 
     def decode(self, data: bytes, count: int) -> Int[np.ndarray, " count"]:
         size = 2 * _PARAMETERS.itemsize
-        parameters = np.frombuffer(data[:size], _PARAMETERS)
-        if len(parameters) != 2 or not (np.isfinite(parameters).all() and 0 < parameters[0] <= 64 and 0 <= parameters[1] <= 1e6):
+        parameters = np.frombuffer(data[:size] if len(data) >= size else b"", _PARAMETERS)
+        if not len(parameters) or not (np.isfinite(parameters).all() and 0 < parameters[0] <= 64 and 0 <= parameters[1] <= 1e6):
             raise CorruptFileError(f"expected the two parameters of a power law, got {parameters.tolist()}. Get the file again.")
         return RangeDecoder(data[size:]).get_many(count, quantize(zipf(parameters, self.vocab)))
 

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.codec.container import DTYPES, METHODS, MOST_STREAMS, MOST_WINDOWS, Container, Setting, read, store
+from basin_lens.codec.container import CHUNK_TOKENS, DTYPES, METHODS, MOST_STREAMS, Container, Setting, read, store
 from basin_lens.codec.lockstep import chunk_tokens, decode_tokens, encode_tokens, probe, stream_lengths, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate, read_pass
@@ -21,7 +21,6 @@ from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentErro
 from basin_lens.texts.tokens import token_strings
 
 _LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
-_LEAST_CHUNK = 4096  # tokens: each chunk costs some 16 bytes
 _MOST_CACHE = 8 << 30  # bytes of keys and values
 _LONGEST = 64 << 20  # bytes of a text; at some hundred tokens per second that is days
 _PACKAGES = ("torch", "transformer-lens", "transformers", "tokenizers", "numpy", "constriction")
@@ -241,7 +240,7 @@ class TextCodec:
         streams = self.streams_for(len(tokens))
         steps = -(-len(tokens) // streams)
         threads = self.threads or torch.get_num_threads()
-        windows = min(MOST_WINDOWS, -(-_LEAST_CHUNK // (streams * self.context)))
+        windows = -(-CHUNK_TOKENS // (streams * self.context))
         start = door.start_token(self.model)
         coder = token_coder(self.method, self.backend, door.vocabulary_size(self.model))
         with self.stepping(streams, min(self.context, steps), threads) as stepper:

@@ -1,6 +1,7 @@
 """Texts as a codec sees them: tokens by bits and by rank on an offline page, and sizes beside other compressors."""
 
 import html
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ _NEEDED = ("token", "rank", "probability", "bits", "top", "top_probability")
 _BITS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # upper edges of the color steps: doubling, as on a log scale
 _RANKS = (0, 1, 3, 9, 31, 99, 999)
 _SHADES = ("#ffffff", "#fff3d6", "#ffe1a8", "#fdc87a", "#f7a456", "#ea7b41", "#d1512f", "#a62a1f")  # darker: more bits
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SPACES = {" ": "·", "\n": "⏎\n", "\t": "⇥\t", "\r": "␍"}
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
 body{{font-family:system-ui,sans-serif;margin:2rem auto;max-width:56rem;padding:0 1rem;color:#1b1b1b;background:#fff}}
-h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}.note,figcaption,table{{color:#444;font-size:.9rem}}
+h1,td{{overflow-wrap:anywhere}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}.note,figcaption,table{{color:#444;font-size:.9rem}}
 .text{{white-space:pre-wrap;font-family:ui-monospace,monospace;line-height:1.9;overflow-wrap:anywhere}}
 .text span{{border-radius:2px;padding:.1em 0;border-bottom:1px solid #ddd}}.text span:focus,.text span:hover{{outline:2px solid #0072B2}}
 .text i{{color:#767676;font-style:normal}}.dark i{{color:inherit;opacity:.75}}
@@ -146,8 +148,11 @@ def _token(row: Mapping[Hashable, Any]) -> str:
 
 def _character(character: str) -> str:
     if character in _SPACES:
-        return f"<i>{_SPACES[character]}</i>"
-    return f"<i>{chr(0x2400 + ord(character))}</i>" if character < " " else html.escape(character)
+        return f"<i>{_SPACES[character]}</i>{'<wbr>' * (character == ' ')}"  # lines break between words, as they would at a space
+    if character < " ":
+        return f"<i>{chr(0x2400 + ord(character))}</i>"
+    # What has no width or turns the direction of writing would hide, or reorder the text beside it.
+    return html.escape(character) if character.isprintable() else f"<i>{ascii(character)[1:-1]}</i>"
 
 
 def _key(edges: Sequence[float | int], sign: str) -> str:
@@ -161,36 +166,50 @@ def _key(edges: Sequence[float | int], sign: str) -> str:
 def _lines(growth: pd.DataFrame) -> str:
     coders = [name for name in growth if name != "original"]
     right, top = float(growth["original"].max()) or 1.0, float(growth[coders].to_numpy().max()) or 1.0
-    parts = []
-    for index, name in enumerate(coders):
+    parts = [_word(40, 12, f"{top:,.0f} bytes compressed")]
+    ends = _apart([230 - 210 * float(growth[name].iloc[-1]) / top for name in coders])
+    for index, (name, end) in enumerate(zip(coders, ends, strict=True)):
         points = " ".join(
             f"{40 + 500 * x / right:.1f},{230 - 210 * y / top:.1f}" for x, y in zip(growth["original"], growth[name], strict=True)
         )
         color, dashes = marks.COLORS[index % len(marks.COLORS)], ("none", "6 3", "2 3")[index % 3]
-        end = 230 - 210 * float(growth[name].iloc[-1]) / top
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-                     f'<text x="545" y="{end + 4:.1f}" font-size="12">{html.escape(str(name))} {growth[name].iloc[-1]:.0f}</text>')  # fmt: skip
-    return _drawing(
-        "sizes along the text", [*parts, f'<text x="540" y="248" font-size="11" text-anchor="end">{right:.0f} bytes of text</text>']
-    )
+                     f'<text x="545" y="{end + 4:.1f}" font-size="12">{html.escape(str(name))} {growth[name].iloc[-1]:,.0f}</text>')  # fmt: skip
+    return _drawing("sizes along the text", [*parts, _word(540, 248, f"{right:,.0f} bytes of text", "end")])
+
+
+def _apart(places: Sequence[float], least: float = 14.0) -> list[float]:
+    """Heights of labels in the same order from above, no two closer than `least`; the highest stays where it is."""
+    moved, above = list(places), -float("inf")
+    for index in sorted(range(len(moved)), key=moved.__getitem__):
+        moved[index] = above = max(moved[index], above + least)
+    return moved
+
+
+def _word(x: float | int, y: float | int, text: str, anchor: str = "start") -> str:
+    halo = 'paint-order="stroke" stroke="#fff" stroke-width="3"'  # readable over a line
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="10" text-anchor="{anchor}" {halo}>{text}</text>'
 
 
 def _histogram(ranks: np.ndarray, zipf: np.ndarray | None) -> str:
     most = max(int(ranks.max()), 1)
     edges = np.unique([0, *(2**power for power in range(most.bit_length() + 1))])
     shares = np.histogram(ranks, [*edges[:-1], edges[-1]])[0] / len(ranks)
-    wide, parts, line = 500 / len(shares), [], []
+    law = [] if zipf is None else [float(zipf[low:high].sum()) for low, high in itertools.pairwise(edges)]
+    wide, full = 500 / len(shares), max(*shares, *law)
+    bars, words, line = [], [_word(40, 12, "share of tokens"), _word(545, 244, "rank")], []
     for index, share in enumerate(shares):
         low, high = int(edges[index]), int(edges[index + 1]) - 1
-        x = 40 + wide * index
-        parts.append(f'<rect x="{x + 2:.1f}" y="{230 - 210 * share:.1f}" width="{wide - 4:.1f}" height="{210 * share:.1f}" fill="{marks.COLORS[0]}"/>'
-                     f'<text x="{x + wide / 2:.1f}" y="244" font-size="10" text-anchor="middle">{low if low == high else f"{low}+"}</text>'
-                     f'<text x="{x + wide / 2:.1f}" y="{226 - 210 * share:.1f}" font-size="10" text-anchor="middle">{share:.1%}</text>')  # fmt: skip
-        if zipf is not None:
-            line.append(f"{x + wide / 2:.1f},{230 - 210 * float(zipf[low : high + 1].sum()):.1f}")
+        x, top = 40 + wide * index, 230 - 200 * share / full
+        name = str(low) if low == high else f"{low}+" if low < 1024 else f"2{str(low.bit_length() - 1).translate(_RAISED)}+"
+        bars.append(
+            f'<rect x="{x + 2:.1f}" y="{top:.1f}" width="{wide - 4:.1f}" height="{230 - top:.1f}" fill="{marks.COLORS[0]}"/>'
+        )
+        words += [_word(x + wide / 2, 244, name, "middle"), _word(x + wide / 2, top - 4, f"{share:.1%}", "middle")]
+        line += [f"{x + wide / 2:.1f},{230 - 200 * part / full:.1f}" for part in law[index : index + 1]]
     if line:
-        parts.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{marks.COLORS[1]}" stroke-width="2"/>')
-    return _drawing("shares of ranks", parts)
+        bars.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{marks.COLORS[1]}" stroke-width="2"/>')
+    return _drawing("shares of ranks", [*bars, *words])
 
 
 def _drawing(what: str, parts: Sequence[str]) -> str:
