@@ -350,6 +350,20 @@ def test_ten_megabytes_of_noise_are_stored(llama):
     assert codec.read(made).restored() == data
 
 
+def test_long_texts_are_tokenized_in_pieces_unless_the_tokenizer_minds(llama, monkeypatch):
+    text = "one line\r\nanother, \u00e9\U0001f600\n" + "x" * 70 + "\nend"
+    whole = codec.TextCodec(llama)._tokens(text.encode())
+    monkeypatch.setattr(codec.text, "_LONGEST_PIECE", 20)
+    pieces = codec.text._pieces(text)
+    assert "".join(pieces) == text and max(map(len, pieces)) == 20 and pieces[:2] == ["one line\r\n", "another, \u00e9\U0001f600\n"]
+    coder, given, tokens_of = codec.TextCodec(llama), [], codec.TextCodec._tokens_of
+    monkeypatch.setattr(codec.TextCodec, "_tokens_of", lambda self, piece: given.append(piece) or tokens_of(self, piece))
+    assert coder.decode(coded(coder, text)) == text.encode() and given == pieces
+    # One that opens every text with a token of its own, which its decoder hides only once.
+    monkeypatch.setattr(codec.TextCodec, "_tokens_of", lambda self, piece: tokens_of(self, piece if piece == text else f" {piece}"))
+    assert coder._tokens(text.encode()).tolist() == whole.tolist()
+
+
 def test_a_text_too_long_for_the_model_is_stored(llama, monkeypatch):
     monkeypatch.setattr(codec.text, "_LONGEST", 1000)
     made = codec.TextCodec(llama).encode("word " * 201)

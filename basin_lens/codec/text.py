@@ -23,6 +23,7 @@ from basin_lens.texts.tokens import token_strings
 _LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
 _MOST_CACHE = 8 << 30  # bytes of keys and values
 _LONGEST = 64 << 20  # bytes of a text; at some hundred tokens per second that is days
+_LONGEST_PIECE = 1 << 20  # characters that the tokenizer sees at once
 _PACKAGES = ("torch", "transformer-lens", "transformers", "tokenizers", "numpy", "constriction")
 
 
@@ -300,11 +301,15 @@ class TextCodec:
             text = plain.decode("utf-8")
         except UnicodeDecodeError:
             return "not UTF-8"
-        ids = door.tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = np.array(ids, np.int64)
-        if not ids or max(ids) >= door.vocabulary_size(self.model) or self.text_of(tokens) != plain:
-            return "the tokenizer does not give the text back"
-        return tokens
+        # In pieces first; a tokenizer that puts a space before every text gives back the whole alone.
+        for pieces in (_pieces(text), [text]):
+            tokens = np.concatenate([self._tokens_of(piece) for piece in pieces])
+            if len(tokens) and tokens.max() < door.vocabulary_size(self.model) and self.text_of(tokens) == plain:
+                return tokens
+        return "the tokenizer does not give the text back"
+
+    def _tokens_of(self, text: str) -> Int[np.ndarray, " n"]:
+        return np.array(door.tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
     def _fingerprint(self) -> bytes:
         return bytes.fromhex(door.fingerprint(self.model))
@@ -314,6 +319,16 @@ class TextCodec:
         if name not in DTYPES:
             raise CodecError(f"expected a model of dtype {', '.join(DTYPES)}, got {name}. Load it as float32.")
         return name
+
+
+def _pieces(text: str) -> list[str]:
+    """A long text cut after line ends: a tokenizer takes some 150 times the memory of what it is given."""
+    pieces = []
+    while len(text) > _LONGEST_PIECE:
+        end = text.rfind("\n", 0, _LONGEST_PIECE) + 1 or _LONGEST_PIECE
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
 
 
 def _as_bytes(data: bytes | str) -> bytes:
