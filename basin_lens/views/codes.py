@@ -28,14 +28,15 @@ h1,td{{overflow-wrap:anywhere}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin
 .text{{white-space:pre-wrap;font-family:ui-monospace,monospace;line-height:1.9;overflow-wrap:anywhere}}
 .text span{{border-radius:2px;padding:.1em 0;border-bottom:1px solid #ddd}}.text span:focus,.text span:hover{{outline:2px solid #0072B2}}
 .text i{{color:#767676;font-style:normal}}.dark i{{color:inherit;opacity:.75}}
-.key span{{padding:.1rem .5rem;border:1px solid #ccc}}
+.key{{line-height:1.9}}.key span{{padding:.1rem .5rem;border:1px solid #ccc}}
 td{{padding:.1rem .8rem .1rem 0}}
 svg{{max-width:100%;height:auto}}{shades}</style></head><body>
 <h1>{title}</h1>{summary}
 <h2>Where the bits go</h2><input type="radio" name="by" id="by-bits" checked><label for="by-bits">by bits</label>
 <input type="radio" name="by" id="by-rank"><label for="by-rank">by rank</label>
 <p class="key by-bits">bits: {key_bits}</p><p class="key by-rank">rank (0: the first choice): {key_rank}</p>
-<p class="note">Rest on a token for its bits, probability, rank and what the model expected. Spaces are shown as · and line ends as ⏎.</p>
+<p class="note">Rest on a token for its bits, probability, rank and what the model expected. Spaces are shown as · and line ends as ⏎;
+� is a part of a character.</p>
 <div class="text">{tokens}</div>{parts}
 <p class="note">By one full pass over the text. The weights of the model are not counted; famous text was probably seen in training.</p>
 </body></html>"""
@@ -156,7 +157,7 @@ def _character(character: str) -> str:
 
 
 def _key(edges: Sequence[float | int], sign: str) -> str:
-    names = [*(f"{sign}{edge:g}" for edge in edges), f"&gt; {edges[-1]:g}"]
+    names = [*(f"{sign if edge else ''}{edge:g}" for edge in edges), f"&gt; {edges[-1]:g}"]
     return " ".join(
         f'<span style="background:{shade};color:{"#fff" if step >= 6 else "#1b1b1b"}">{name}</span>'
         for step, (shade, name) in enumerate(zip(_SHADES, names, strict=True))
