@@ -12,6 +12,7 @@ With --sweep, sizes only, by `TextCodec.estimate` (sum -log2 p) and the header t
 context and over lengths of its beginning, then the first 20,000 bytes of every FILE; each beside general compressors. The last line is JSON.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -93,13 +94,14 @@ def measured(codec, data: bytes, streams: int) -> dict:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds (Linux)."""
+    """Bytes of memory that this process holds, less what it has freed (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def step_memory(model, streams: int, window: int) -> int:
-    """Bytes that the streams take with their windows full: keys and values, and what one step leaves."""
+    """Bytes that the streams hold with their windows full: keys and values."""
     before = resident()
     with stepping(model, streams, window) as stepper:
         stepper.step(torch.zeros(streams, dtype=torch.long))
