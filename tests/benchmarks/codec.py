@@ -130,7 +130,7 @@ def sweep(files: list[str]) -> None:
         if rows is texts or len(data) > wanted - 4:
             rows.append({"file": file} | measured(codec, data, codec.streams_for(len(codec.prepared(data)[1]))))
             print(f"{file}, {len(data)} bytes: {rows[-1]['bits_per_byte']:.3f} bits per byte", flush=True)
-    for rows in (grid, sizes, texts):
+    for rows in filter(None, (grid, sizes, texts)):
         print(pd.DataFrame(rows).to_string(index=False))
     print(json.dumps({
         "benchmark": "codec-sweep", "device": platform.machine(), "threads": torch.get_num_threads(), "model": "smollm2-135m", "grid": grid,
