@@ -39,15 +39,16 @@ def setting_of(model, tokens, layers=(1,), window=WINDOW):
 
 
 def losses_by_hand(model, tokens, pattern_of=None, layer=1):
-    """-log p of each token, one sequence, with the attention pattern of one layer changed."""
+    """-log p of each token, and all log-probabilities: one sequence, the attention pattern of one layer changed."""
     changes = {} if pattern_of is None else {door.point_name("pattern", layer): pattern_of}
     with torch.no_grad(), door.measuring(model):
         logits = door.forward_pass(model, tokens[None], changes)[0]
-    return -torch.log_softmax(logits[:-1].double(), -1).gather(1, tokens[1:, None])[:, 0]
+    predicted = torch.log_softmax(logits.double(), -1)
+    return -predicted[:-1].gather(1, tokens[1:, None])[:, 0], predicted
 
 
 def by_hand(model, tokens, place, center, layer=1):
-    """Cost, leader and cosine of one merge, from its definition."""
+    """Rise of each loss, leader, cosine and divergence of one merge, from their definitions."""
     read = []
     with torch.no_grad(), door.measuring(model):
         door.forward_pass(model, tokens[None], {door.point_name("resid_pre", layer): lambda t: read.append(t[0].clone())})
@@ -64,8 +65,14 @@ def by_hand(model, tokens, place, center, layer=1):
             pattern[0, :, query] = row / row.sum(-1, keepdim=True)
         return pattern
 
-    rise = losses_by_hand(model, tokens, changed, layer) - losses_by_hand(model, tokens)
-    return rise, leader, float(cosines.max())
+    after, before = losses_by_hand(model, tokens, changed, layer), losses_by_hand(model, tokens)
+    p, q = (found[place + WINDOW : -1] for found in (before[1], after[1]))
+    return (
+        after[0] - before[0],
+        leader,
+        float(cosines.max()),
+        float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)),
+    )
 
 
 def center_of(model, tokens, layer=1):
@@ -82,10 +89,11 @@ def check_costs(model):
     assert found.table[["seq", "pos"]].to_numpy().tolist() == [[0, 2], [0, 9], [0, 13], [1, 5]]
     center = center_of(model, tokens)
     for row in found.table.itertuples():
-        rise, leader, cosine = by_hand(model, tokens[row.seq], row.pos, center)
+        rise, leader, cosine, change = by_hand(model, tokens[row.seq], row.pos, center)
         # Only what comes behind the window changes, and that is all the cost is made of.
         assert rise[: row.pos + WINDOW].abs().max() < 1e-5
         assert row.merge_cost == pytest.approx(float(rise[row.pos + WINDOW :].sum()), abs=1e-4)
+        assert row.merge_change == pytest.approx(change, rel=1e-2, abs=1e-6) and change > 0
         assert (row.leader_pos, row.losses_behind) == (leader, 30 - row.pos - WINDOW - 1)
         assert row.merge_similarity == pytest.approx(cosine, abs=2e-3)  # descriptors are kept in float16
     assert found.table.merge_cost.abs().max() > 1e-3
@@ -112,8 +120,11 @@ def test_padding_and_company_do_not_change_a_cost(llama):
     whole = merge_costs.forced_costs(setting, {0: [7, 20], 1: [6, 9]}).table
     alone = merge_costs.forced_costs(setting, {1: [6, 9]}).table
     part = whole[whole.seq == 1].reset_index(drop=True)
-    assert part.drop(columns=["merge_cost", "merge_similarity"]).equals(alone.drop(columns=["merge_cost", "merge_similarity"]))
-    assert np.allclose(part.merge_cost, alone.merge_cost, atol=1e-4) and np.allclose(part.merge_similarity, alone.merge_similarity)
+    assert part[["layer", "seq", "pos", "leader_pos", "losses_behind"]].equals(
+        alone[["layer", "seq", "pos", "leader_pos", "losses_behind"]]
+    )
+    for name in ("merge_cost", "merge_change", "merge_similarity"):
+        assert np.allclose(part[name], alone[name], atol=1e-4)
 
 
 def test_a_few_rows_at_a_time(monkeypatch):
@@ -164,7 +175,7 @@ def test_policies_meet_the_budget_and_tokens_without_a_score_stay(llama, measure
     for (share, policy), merged in means.items():
         # The levels were set on these very sequences; the rule "random" meets them on average over places.
         assert merged == pytest.approx(share, abs=0.2 if policy == "random" else 0.03), (share, policy)
-    assert losses.merge_excess.notna().all()
+    assert losses.merge_excess.notna().all() and (losses.n_tokens == LENGTH - 1).all()
     tokens, valid = merge_costs._batch(setting, [0])
     merger = merge_costs._calibrated(setting, "score", 0.5, grid, 0)
     with merger.attached(llama, valid=valid, scores=merge_costs._rows(grid, [0], tokens)):
@@ -179,14 +190,15 @@ def test_policies_meet_the_budget_and_tokens_without_a_score_stay(llama, measure
 # -- planted costs ------------------------------------------------------------------------------------------------------------------
 
 
-def planted_costs(score):
-    """A cost function that knows the score of each token, by layer, sequence and place."""
+def planted_costs(score, other):
+    """A cost function that knows the score of each token, by layer, sequence and place; the change is another."""
 
     def forced(setting, places):
         rng = np.random.default_rng(0)
         rows = [(layer, seq, pos) for layer in setting.layers for seq in places for pos in places[seq]]
         table = pd.DataFrame(rows, columns=["layer", "seq", "pos"])
         table["merge_cost"] = [score[row] for row in rows] + rng.normal(size=len(rows)) * 0.3
+        table["merge_change"] = [other[row] for row in rows]
         for name in ("merge_similarity", "leader_pos", "losses_behind"):
             table[name] = rng.normal(size=len(rows))
         return merge_costs.Costs(table.assign(leader_is_same_token=0.0), 0.0)
@@ -200,7 +212,7 @@ def planted_losses(gain):
     def losses(_setting, tested, _table, *, shares, **_):
         rng = np.random.default_rng(1)
         rows = [(policy, share, 0, seq) for share in shares for policy in merge_costs.POLICIES for seq in tested]
-        made = pd.DataFrame(rows, columns=["policy", "share", "draw", "seq"]).assign(merged_share=shares[0])
+        made = pd.DataFrame(rows, columns=["policy", "share", "draw", "seq"]).assign(merged_share=shares[0], n_tokens=40)
         better = gain * (made.policy == "high compression")
         return made.assign(merge_excess=1 - better + rng.normal(size=len(rows)) * 0.05)
 
@@ -211,8 +223,11 @@ def planted_study(llama, measured, monkeypatch, *, shuffled=False, gain=0.5):
     held = plant(measured, compression=noise(measured.table, 3))
     values = held.table.compression.to_numpy(float)
     values = np.random.default_rng(4).permutation(values) if shuffled else values
-    keys = held.table[["layer", "seq", "pos"]].itertuples(index=False, name=None)
-    monkeypatch.setattr(mergeability, "forced_costs", planted_costs(dict(zip(keys, standard(values), strict=True))))
+    keys = list(held.table[["layer", "seq", "pos"]].itertuples(index=False, name=None))
+    # Not the norm itself: nothing would be left of it once it is controlled for.
+    moved = standard(held.table.state_norm.to_numpy(float)) + 0.5 * noise(held.table, 5)
+    cost, change = (dict(zip(keys, of, strict=True)) for of in (standard(values), moved))
+    monkeypatch.setattr(mergeability, "forced_costs", planted_costs(cost, change))
     monkeypatch.setattr(mergeability, "policy_losses", planted_losses(gain))
     return S.study_mergeability(llama, held, **QUICK)
 
@@ -226,7 +241,10 @@ def test_a_cost_that_goes_with_compression_is_found(llama, measured, monkeypatch
     found = study.tables["partial_correlation"]
     assert set(found.control_set) == set(mergeability.CONTROL_SETS)
     assert set(found[found.control_set == "standard"].score) == set(mergeability.SCORES)
-    assert not (found[(found.score != "compression")].p_corrected <= 0.01).any()
+    kept = found[found.p_corrected <= 0.01]
+    assert set(zip(kept.score, kept.against, strict=True)) == {("compression", "merge_cost"), ("state_norm", "merge_change")}
+    cost, change = study.verdict[5:7]
+    assert "there stay compression (+" in cost and "norm" not in cost and "there stay state_norm (+" in change
     assert "merge_similarity" in found[(found.control_set != "standard") & (found.score == "compression")].controls.iloc[0]
     policies = study.tables["policies"]
     assert len(policies) == 5 + 4 + 3
@@ -241,6 +259,7 @@ def test_a_cost_that_is_chance_is_not_found(llama, measured, monkeypatch):
     study = planted_study(llama, measured, monkeypatch, shuffled=True, gain=0)
     assert not study.findings.holds.any()
     assert study.decision == "no" and study.verdict[0].startswith("No.")
+    assert "nothing stays" in study.verdict[5]
 
 
 def test_a_policy_that_is_worse_than_chance_does_not_hold(llama, measured, monkeypatch):
@@ -290,7 +309,7 @@ def test_command_writes_the_study(llama, documents, monkeypatch, capsys, tmp_pat
     report = (out / "report.html").read_text()
     for said in ("a model that merges as it reads has neither", "forced merges", "random choice", "nats"):
         assert said in report
-    assert len(list((out / "figures").glob("*.png"))) == 7
+    assert len(list((out / "figures").glob("*.png"))) == 8
     assert {"compression", "merge_cost"} <= {*costs}
 
 
@@ -359,7 +378,7 @@ def test_example_of_the_docstring():
 
 def test_sequences_as_units_and_a_label(llama, monkeypatch):
     """One document of many sequences; then a label."""
-    monkeypatch.setattr(mergeability, "forced_costs", planted_costs(Always()))
+    monkeypatch.setattr(mergeability, "forced_costs", planted_costs(Always(), Always()))
     monkeypatch.setattr(mergeability, "policy_losses", planted_losses(0.5))
     texts = [made_text(36, seed, "one", labels={"author": f"a{seed % 12}"}) for seed in range(14)]
     for unit in ("sequence", "author"):
@@ -369,5 +388,7 @@ def test_sequences_as_units_and_a_label(llama, monkeypatch):
 
 
 class Always(dict):
+    """A number for every token."""
+
     def __missing__(self, key):
-        return 0.0
+        return float(hash(key) % 97)

@@ -52,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Costs:
-    """`table`: a row per layer and forced merge. `rounding`: the largest cost in nats of a row in which nothing was merged."""
+    """`table`: a row per layer and forced merge. `rounding`: the largest change in nats of a loss where nothing was merged."""
 
     table: pd.DataFrame
     rounding: float
@@ -103,15 +103,17 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
 
     merge_cost = sum of the losses of all later tokens with this merge, less the same sum of the plain pass, in nats
 
-    Rows of one batch are copies of sequences with a merge of their own each. Only queries that come `window` or more tokens behind the
-    merged one read it through its leader, so only the losses of what they predict count; padding never does.
+    merge_change = sum over the same predictions of KL(plain || with this merge), in nats: how much it changes, for better or worse
+
+    Rows of one batch are copies of sequences with a merge of their own each, and one copy without. Only queries that come `window` or more
+    tokens behind the merged one read it through its leader, so only what they predict counts; padding never does.
 
     Args:
         setting: see there.
         places: of each sequence.
 
     Returns:
-        a table with `layer, seq, pos, merge_cost, merge_similarity` (cosine with the leader, of the centered states that enter the
+        a table with `layer, seq, pos, merge_cost, merge_change, merge_similarity` (cosine with the leader, of the centered states that enter the
         layer), `leader_pos`, `leader_is_same_token` (1 or 0), `losses_behind` (how many losses the cost sums over).
     """
     capture, layers = setting.capture, setting.layers
@@ -120,26 +122,23 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
     tokens, valid = _batch(setting, setting.calibration)
     centers.calibrate(setting.model, tokens, valid=valid)
     lines, rounding = [], 0.0
-    jobs = [(seq, place) for seq in sorted(places) for place in (NOTHING, *places[seq])]
-    count = len(layers) * (len(jobs) - len(places)) + len(places)
-    with tqdm(total=count, desc="forced merges", unit="merge", disable=not setting.progress) as bar:
+    jobs = [(seq, place) for seq in sorted(places) for place in places[seq]]
+    with tqdm(total=len(layers) * len(jobs), desc="forced merges", unit="merge", disable=not setting.progress) as bar:
         for index, layer in enumerate(layers):
             merger = _forcing([layer], setting.window).prepare(setting.model)
             merger.center.copy_(centers.center[index : index + 1])
-            mine = [job for job in jobs if index == 0 or job[1] != NOTHING]
-            for part in in_passes([len(capture.sequences[seq].tokens) for seq, _ in mine]):
-                chosen = [mine[at] for at in part]
-                for (seq, place), found in zip(chosen, _forced(setting, merger, layer, chosen), strict=True):
-                    ids = capture.sequences[seq].tokens
-                    first = place + setting.window + 1  # the token that the first query to read the cluster predicts
-                    cost = float((found.losses[first : len(ids)] - plain[seq][first:]).sum())
-                    if place == NOTHING:
-                        rounding = max(rounding, abs(cost))
+            for part in in_passes([len(capture.sequences[seq].tokens) for seq, _ in jobs]):
+                alike = [(seq, NOTHING) for seq in dict.fromkeys(jobs[at][0] for at in part)]
+                for found in _forced(setting, merger, layer, [*alike, *(jobs[at] for at in part)]):
+                    ids, first = capture.sequences[found.seq].tokens, found.first
+                    rise = found.losses[1 : len(ids)] - plain[found.seq][1:]
+                    if found.place == NOTHING:
+                        rounding = max(rounding, float(np.abs(rise).max()))
                         continue
                     lines.append({
-                        "layer": layer, "seq": seq, "pos": place, "merge_cost": cost, "merge_similarity": found.similarity,
-                        "leader_pos": found.leader, "leader_is_same_token": float(ids[found.leader] == ids[place]),
-                        "losses_behind": len(ids) - first,
+                        "layer": layer, "seq": found.seq, "pos": found.place, "merge_cost": float(rise[first - 1 :].sum()),
+                        "merge_change": found.change, "merge_similarity": found.similarity, "leader_pos": found.leader,
+                        "leader_is_same_token": float(ids[found.leader] == ids[found.place]), "losses_behind": len(ids) - first,
                     })  # fmt: skip
                 bar.update(len(part))
     return Costs(pd.DataFrame(lines).sort_values(["layer", "seq", "pos"], ignore_index=True), rounding)
@@ -147,7 +146,13 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
 
 @dataclass(frozen=True)
 class _Forced:
+    """One row. `first`: the token that the first query to read the cluster predicts."""
+
+    seq: int
+    place: int
+    first: int
     losses: Float[np.ndarray, " pos"]
+    change: float
     leader: int
     similarity: float
 
@@ -158,19 +163,33 @@ def _forcing(layers: list[int], window: int) -> TokenMerger:
 
 
 def _forced(setting: Setting, merger: TokenMerger, layer: int, jobs: Sequence[tuple[int, int]]) -> list[_Forced]:
-    """One pass: each row's losses when its one token is merged, and with which."""
+    """One pass: each row's losses when its one token is merged, and with which; a row without a merge for each sequence is among them."""
     tokens, valid = _batch(setting, [seq for seq, _ in jobs])
     rows = torch.arange(len(jobs), device=tokens.device)
     places = torch.tensor([place for _, place in jobs], device=tokens.device)
     scores = torch.zeros(tokens.shape, device=tokens.device)
     scores[rows, places] = (places != NOTHING).float()
     with merger.attached(setting.model, valid=valid, scores={layer: scores}):
-        losses = losses_of(setting.model, tokens, valid)
+        logits = _logits(setting.model, tokens)
         assert merger.pass_ is not None
         leaders, units = merger.pass_.assigned[layer].leader[rows, places], merger.pass_.units[layer].double()
     merger.forget()  # a row of statistics per pass is of no use here
     cosine = torch.nn.functional.cosine_similarity(units[rows, places], units[rows, leaders.clamp(min=0)], dim=-1)
-    return [_Forced(*one) for one in zip(losses, leaders.tolist(), cosine.tolist(), strict=True)]
+    losses = _losses(logits, tokens, valid)
+    bare = {seq: row for row, (seq, place) in enumerate(jobs) if place == NOTHING}
+    found = []
+    for row, (seq, place) in enumerate(jobs):
+        first = place + setting.window + 1
+        there = slice(first - 1, int(valid[row].sum()) - 1)
+        change = 0.0 if place == NOTHING else _divergence(logits[bare[seq], there], logits[row, there])
+        found.append(_Forced(seq, place, first, losses[row], change, int(leaders[row]), float(cosine[row])))
+    return found
+
+
+def _divergence(plain: Float[Tensor, "pos vocab"], other: Float[Tensor, "pos vocab"]) -> float:
+    """Sum of KL(plain || other) over positions, nats. In double: what two nearly equal distributions differ by is small."""
+    p, q = (logits.double().log_softmax(-1) for logits in (plain, other))
+    return float((p.exp() * (p - q)).sum())
 
 
 # ---- many tokens at once ------------------------------------------------------------------------------------------------------------
@@ -201,8 +220,8 @@ def policy_losses(
         n_random: draws of the random policies.
 
     Returns:
-        one row per policy, share, draw and sequence: `merge_excess` (mean loss with merging less without, nats per token), `merged_share` (of
-        the tokens that could be, mean over layers).
+        one row per policy, share, draw and sequence: `merge_excess` (mean loss with merging less without, nats per token, over `n_tokens`),
+        `merged_share` (of the tokens that could be, mean over layers).
     """
     grids = {
         "low surprisal": {layer: np.where(grid == UNSCORED, UNSCORED, -grid) for layer, grid in score_grid(
@@ -258,7 +277,7 @@ def _merged(
             length = len(setting.capture.sequences[seq].tokens)
             able = slice(1, length - setting.window)
             yield {
-                "seq": seq, "merge_excess": float((losses[row, 1:length] - plain[seq][1:]).mean()),
+                "seq": seq, "n_tokens": length - 1, "merge_excess": float((losses[row, 1:length] - plain[seq][1:]).mean()),
                 "merged_share": float(joined[:, row, able].mean()),
             }  # fmt: skip
 
@@ -286,12 +305,21 @@ def plain_losses(setting: Setting, sequences: Sequence[int]) -> dict[int, Float[
 
 def losses_of(model: Any, tokens: Int[Tensor, "batch pos"], valid: Bool[Tensor, "batch pos"]) -> Float[np.ndarray, "batch pos"]:
     """-log p of each token given those before it, nats; NaN at position 0 and for padding."""
+    return _losses(_logits(model, tokens), tokens, valid)
+
+
+def _logits(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
     with door.measuring(model):
-        logits = door.forward_pass(model, tokens, {})
-        losses = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
-        for row in range(len(tokens)):  # a sequence at a time: the vocabulary is wide
-            losses[row, 1:] = token_losses(logits[row][None], tokens[row][None])[0].double()
-        losses[~valid] = torch.nan
+        return door.forward_pass(model, tokens, {})
+
+
+def _losses(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], valid: Bool[Tensor, "batch pos"]
+) -> Float[np.ndarray, "batch pos"]:
+    losses = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
+    for row in range(len(tokens)):  # a sequence at a time: the vocabulary is wide
+        losses[row, 1:] = token_losses(logits[row][None], tokens[row][None])[0].double()
+    losses[~valid] = torch.nan
     return losses.cpu().numpy()
 
 

@@ -27,6 +27,7 @@ from basin_lens.studies.merge_costs import (
 )
 from basin_lens.studies.mergeability_report import (
     BASELINE,
+    CHANGE,
     COST,
     EXCESS,
     HYPOTHESIS,
@@ -42,7 +43,8 @@ CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.C
 # Six or seven controls take their share of a sequence's tokens; red flags need 16.
 FEWEST_PLACES = 16
 FEWEST_SCORED = 6
-UNITS = {COST: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
+QUARTERS = ("compression", SIMILARITY, "surprisal", "radius")
+UNITS = {COST: "nats", CHANGE: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
 
 
 def study_mergeability(
@@ -59,9 +61,10 @@ def study_mergeability(
 ) -> base.Study:
     """Ask whether compression, or anything cheaper, tells which tokens can be merged.
 
-    Token by token: the loss that later tokens gain when one token alone is merged in one layer alone, against the scores of that layer. Then all
-    at once: the same share of the tokens merged in all layers, chosen by cosine, low surprisal, high compression, or chance. Slow: a copy of the
-    sequence is read for every merge, so 20 sequences of 128 tokens take 320 such copies for each layer (about 40,000 tokens).
+    Token by token: what later tokens lose when one token alone is merged in one layer alone, against the scores of that layer; and, as
+    exploration, how much their predictions change, for better or worse. Then all at once: the same share of the tokens merged in all layers,
+    chosen by cosine, low surprisal, high compression, or chance. Slow: a copy of the sequence is read for every merge, so 20 sequences of 128
+    tokens take 320 such copies for each layer (about 40,000 tokens).
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer` whose attention obeys its pattern.
@@ -77,9 +80,9 @@ def study_mergeability(
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `costs` (a row per forced merge), `partial_correlation` (every score and layer against the cost, with the standard
-        controls and with the cosine too), `quartiles` (the cost in the quarters of each score), `policies` (excess loss of each, and less each
-        of the random ones), and `contrast` if one was asked for.
+        a `Study` with tables `costs` (a row per forced merge), `partial_correlation` (every score and layer against the cost and the change, with
+        the standard controls and with the cosine too), `quartiles` (the cost in the quarters of a score), `policies` (excess loss of
+        each, and less each of the random ones), and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents with long enough sequences, or settings that do not fit. MergeError: a model in which nothing can be
@@ -208,7 +211,7 @@ def _study(
     step("figures")
     layer = int(findings["layer"].iloc[0]) if pd.notna(findings["layer"].iloc[0]) else measured.layers[-1]
     quartiles = stats.correct(pd.concat([
-        stats.quartile_table(drawn, COST, by, layers=[layer], unit=measured.unit) for by in SCORES[:3]
+        stats.quartile_table(drawn, COST, by, layers=[layer], unit=measured.unit) for by in QUARTERS
     ], ignore_index=True), "bh")  # fmt: skip
     quartiles.attrs = dict(drawn.attrs)
     sections, figures = sections_of(whole, drawn, found, quartiles, policies, layer)
@@ -257,7 +260,7 @@ def _with_costs(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
 def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     """Columns of the table `costs`."""
-    names = [*tables.KEYS, measured.unit, *SCORES, "compression_other_token", "same_token_share", COST, "losses_behind", "leader_pos",
+    names = [*tables.KEYS, measured.unit, *SCORES, "compression_other_token", "same_token_share", COST, CHANGE, "losses_behind", "leader_pos",
              "leader_is_same_token"]  # fmt: skip
     return drawn[[name for name in dict.fromkeys(names) if name in drawn]]
 
@@ -268,21 +271,26 @@ def _options(measured: Measured) -> dict[str, Any]:
 
 
 def _correlations(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
-    """Every score and layer, with both sets of controls, as one family."""
-    parts = []
-    for name, controls in CONTROL_SETS.items():
-        for score in SCORES:
-            if score != SIMILARITY or SIMILARITY not in controls:
-                one = base.attempt(stats.partial_correlation, drawn, score, COST, controls=controls, **_options(measured))
-                parts.append(one.assign(control_set=name, against=COST))
-    found = stats.correct(pd.concat(parts, ignore_index=True), "bh")
+    """Every score and layer, with both sets of controls: one family for the cost, one for the change."""
+    families = []
+    for against in (COST, CHANGE):
+        parts = []
+        for name, controls in CONTROL_SETS.items():
+            for score in SCORES:
+                if score != SIMILARITY or SIMILARITY not in controls:
+                    one = base.attempt(stats.partial_correlation, drawn, score, against, controls=controls, **_options(measured))
+                    parts.append(one.assign(control_set=name, against=against))
+        families.append(stats.correct(pd.concat(parts, ignore_index=True), "bh"))
+    found = pd.concat(families, ignore_index=True)
     found.attrs = dict(drawn.attrs)
     return found
 
 
 def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Excess loss of each policy, and less that of each random one; and the declared test, as a row."""
-    held = losses.groupby(["share", "policy", "seq"], sort=False)[[EXCESS, "merged_share"]].mean()  # draws of chance as one
+    held = losses.groupby(["share", "policy", "seq"], sort=False)[
+        [EXCESS, "merged_share", "n_tokens"]
+    ].mean()  # draws of chance as one
     capture = measured.capture
     parts, declared = [], []
     for share in sorted(losses["share"].unique()):
@@ -298,6 +306,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
                 row = _mean(facts.assign(**{EXCESS: values.to_numpy(float)}), measured)
                 merged = float(wide["merged_share"][policy].mean())
                 effect = "mean" if versus is None else "mean difference"
+                row["n_tokens"] = int(wide["n_tokens"][policy].sum())
                 parts.append(row.assign(effect=effect, policy=policy, share=share, versus=versus, merged_share=merged))
                 if (policy, versus) == ("high compression", BASELINE):
                     declared.append(row.assign(effect="mean difference", share=share))
