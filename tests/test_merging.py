@@ -17,7 +17,7 @@ from basin_lens import merging
 from basin_lens import model as door
 from basin_lens.errors import MergeError, ModelError, StoreError
 from basin_lens.merging import Assigned, Clusters, TokenMerger, merge, passes
-from basin_lens.merging.assign import assign
+from basin_lens.merging.assign import assign, cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
 
 FAMILIES = ("llama", "gpt2", "gemma2")
@@ -89,6 +89,19 @@ def gpt2():
     return door.in_dtype(make_bridge("gpt2"), torch.float64)
 
 
+def test_two_mergers_share_no_layer(tiny):
+    one, two, apart = (TokenMerger(layers, threshold=0.5, recent=2) for layers in ([0, 1], [1, 2], [2]))
+    tokens = random_tokens(1, LENGTH)
+    alone = merged_logits(one, tiny, tokens)
+    with one.attached(tiny):
+        with pytest.raises(MergeError, match=r"attached in \[1\]"), two.attached(tiny):
+            pass
+        with apart.attached(tiny):
+            door.forward_pass(tiny, tokens, {})
+    assert torch.equal(merged_logits(one, tiny, tokens), alone)
+    merged_logits(two, tiny, tokens)
+
+
 # ---- causality -------------------------------------------------------------------------------------------------------
 
 
@@ -129,8 +142,10 @@ def test_nothing_knows_its_future(tiny, kind, changes, soft):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_nothing_knows_its_future_in_another_family(gpt2, soft):
-    found = leaks(make_merger(gpt2, "leader"), gpt2, random_tokens(2, LENGTH), soft=soft)
+@pytest.mark.parametrize(("family", "threshold"), [("gpt2", 0.3), ("gpt2", 0.7), ("gemma2", 0.3), ("gemma2", 0.6)])
+def test_nothing_knows_its_future_in_other_families(family, threshold, soft):
+    model = door.in_dtype(make_bridge(family), torch.float64)
+    found = leaks(make_merger(model, "leader", threshold=threshold), model, random_tokens(2, LENGTH), soft=soft)
     assert found["prefix"] < 1e-5 and found["changed"] == 0 and found["gradient"] == 0, found
 
 
@@ -375,6 +390,23 @@ def test_clusters_as_plain_python_makes_them(rule, mean, level, recent, context)
             assert stepping.sizes[: stepping.count].tolist() == [c["size"] for c in clusters]
             kept = min(1, len(clusters)) if rule == "adjacent" else len(clusters)
             assert stepping.nbytes == kept * 10 + len(clusters) * 8
+
+
+@pytest.mark.parametrize("rule", ["cosine", "adjacent", "score"])
+@pytest.mark.parametrize("width", [1, 3, 32, 576])
+def test_all_at_once_is_one_by_one_to_the_last_bit(rule, width):
+    """Also where a level is some pair's cosine itself, and where descriptors are equal."""
+    draw = np.random.default_rng(width)
+    for trial in range(20):
+        rows = draw.normal(size=(20, width))[draw.integers(0, 20, 40)] + draw.choice([0, 0.1]) * draw.normal(size=(40, width))
+        descriptors = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+        levels = cosines(descriptors, descriptors).ravel()[draw.integers(0, 1600, 40)] if trial % 2 else draw.uniform(-0.5, 1.1, 40)
+        scores = draw.normal(size=40)
+        found = assign(descriptors[None], levels[None], np.ones((1, 40), bool), rule=rule, recent=0, scores=scores[None])
+        for room in (0, 40):
+            stepping = Clusters(rule, width, room=room)
+            made = [stepping.offer(p, descriptors[p], levels[p], score=scores[p]) for p in range(1, 40)]
+            assert made == list(zip(found.leader[0, 1:].tolist(), found.joined[0, 1:].tolist(), strict=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,6 +1,7 @@
 """Which token joins which cluster: decided once per token, from what came before it, never revised."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,15 @@ RULES = {
     "bipartite": "token merging of vision models: every other token of a context may join one of the rest; needs the whole context",
 }
 
+# Where a token is compared with tokens, not with what became of them, so that all can be compared at once.
+FIXED = ("cosine", "adjacent", "score")
+
 
 class Clusters:
     """The clusters of one sequence in one layer, as they stand after the tokens offered so far.
 
-    One step for both ways of running: training offers all tokens of a sequence in turn, generation one at each step, and both get the
-    same answers. A cluster is compared through its representative's descriptor, kept in float16, by which alone it is known.
+    Training offers all tokens of a sequence in turn, generation one at each step, and both get the same answers. A cluster is compared
+    through its representative's descriptor, kept in float16, by which alone it is known.
 
     Args:
         rule: one of `RULES`, but for "bipartite".
@@ -38,7 +42,7 @@ class Clusters:
         self.count, self.offered = 0, 0
         # The rule "adjacent" compares with the last cluster only, so it keeps no other's descriptor.
         self.descriptors = np.zeros((min(room, 1) if rule == "adjacent" else room, width), np.float16)
-        self._units = np.zeros(self.descriptors.shape) if room else None
+        self._wide = np.zeros(self.descriptors.shape) if room else None
         self.leaders = np.zeros(room, np.int32)
         self.sizes = np.zeros(room, np.int32)
 
@@ -65,8 +69,7 @@ class Clusters:
             leader's place of the cluster that it would join best (-1: there is none), and whether it joined.
         """
         self.offered += 1
-        unit = _unit(descriptor)
-        best, joins = self._best(place, unit, level, score, likeness, weight)
+        best, joins = self._best(place, descriptor, level, score, likeness, weight)
         if joins and best < 0:
             return -1, True
         if joins:
@@ -83,7 +86,7 @@ class Clusters:
         """A cluster of one token."""
         if self.count == len(self.sizes):
             # By one only: what generation holds is what it needs.
-            for name in ("descriptors", "_units", "leaders", "sizes"):
+            for name in ("descriptors", "_wide", "leaders", "sizes"):
                 held = getattr(self, name)
                 if held is None or (self.rule == "adjacent" and held.ndim == 2 and len(held)):
                     continue
@@ -95,8 +98,8 @@ class Clusters:
     def _put(self, index: int, descriptor: Float[np.ndarray, " width"]) -> None:
         row = self._row(index)
         self.descriptors[row] = descriptor
-        if self._units is not None:
-            self._units[row] = _unit(self.descriptors[row])
+        if self._wide is not None:
+            self._wide[row] = self.descriptors[row]
 
     @property
     def _compared(self) -> int:
@@ -105,11 +108,12 @@ class Clusters:
     def _row(self, index: int) -> int:
         return 0 if self.rule == "adjacent" else index
 
-    def _known(self) -> Float[np.ndarray, "clusters width"]:
-        return _unit(self.descriptors[: self._compared]) if self._units is None else self._units[: self._compared]
+    def _cosines(self, descriptor: Float[np.ndarray, " width"]) -> Float[np.ndarray, " clusters"]:
+        known = (self.descriptors if self._wide is None else self._wide)[: self._compared]
+        return cosines(descriptor[None], known)[0]
 
     def _best(
-        self, place: int, unit: Float[np.ndarray, " width"], level: float, score: float,
+        self, place: int, descriptor: Float[np.ndarray, " width"], level: float, score: float,
         likeness: Float[np.ndarray, " clusters"] | None, weight: float,
     ) -> tuple[int, bool]:  # fmt: skip
         n = self.count
@@ -124,17 +128,24 @@ class Clusters:
             draw = np.random.default_rng((*self.seed, place))
             return int(draw.integers(n)), bool(draw.random() < level)
         if self.rule == "adjacent":
-            return n - 1, bool(self._known()[0] @ unit >= level)
-        similarity = self._known() @ unit
+            return n - 1, bool(self._cosines(descriptor)[0] >= level)
+        similarity = self._cosines(descriptor)
         if likeness is not None:
             similarity = (1 - weight) * similarity + weight * likeness
         best = int(similarity.argmax())
         return best, bool(score > level) if self.rule == "score" else bool(similarity[best] >= level)
 
 
-def _unit(descriptors: Float[np.ndarray, "*rows width"]) -> Float[np.ndarray, "*rows width"]:
-    wide = descriptors.astype(float)
-    return wide / np.maximum(np.sqrt(np.einsum("...i,...i->...", wide, wide)), 1e-12)[..., None]
+def cosines(some: Float[np.ndarray, "n width"], others: Float[np.ndarray, "m width"]) -> Float[np.ndarray, "n m"]:
+    """Cosine of float16 descriptors, the same to the last bit one by one as all at once.
+
+    Numbers of float16 are multiples of 2^-24, so their products are multiples of 2^-48, and in float64 a sum of them is exact, in whatever
+    order, while it stays below 32: descriptors are no longer than 1.
+    """
+    # By torch: a second pool of threads, numpy's, would stand in the way of the model's.
+    one, two = (torch.from_numpy(np.asarray(rows, float)) for rows in (some, others))
+    norms = [(rows * rows).sum(1).sqrt() for rows in (one, two)]
+    return ((one @ two.T) / (norms[0][:, None] * norms[1]).clamp(min=1e-12)).numpy()
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ def assign(
     pattern: Float[np.ndarray, "batch head query key"] | None = None,
     weight: float = 0.0,
     drop: bool = False,
+    similarity: Sequence[Float[np.ndarray, "pos pos"]] | None = None,
 ) -> Assigned:
     """Offer every token to the clusters before it, sequence by sequence.
 
@@ -183,6 +195,7 @@ def assign(
         pattern: attention of the plain layer; needed if `weight` is above 0.
         weight: share of the attention rows in the similarity.
         drop: what joins is forgotten instead of read through its cluster.
+        similarity: `cosines` of each sequence's descriptors with themselves, if they are known.
     """
     batch, length = eligible.shape
     leader, since = np.full((batch, length), -1), np.full((batch, length), length)
@@ -194,18 +207,57 @@ def assign(
         if rule == "bipartite":
             leader[row, places], joined[row, places] = _bipartite(descriptors[row, places], places, levels[row, places])
             continue
+        if rule in FIXED and not mean and not (pattern is not None and weight):
+            known = (
+                cosines(descriptors[row, places], descriptors[row, places])
+                if similarity is None
+                else similarity[row][np.ix_(places, places)]
+            )
+            found, joined[row, places] = _led(rule, known, levels[row, places], None if scores is None else scores[row, places])
+            leader[row, places] = np.where(found < 0, -1, places[found])
+            continue
         clusters = Clusters(rule, descriptors.shape[2], room=len(places), mean=mean, seed=seed)
         rows = _Rows(pattern[row], drop) if pattern is not None and weight else None
         for place in places.tolist():
             likeness = None if rows is None else rows.likeness(place, int(since[row, place]), clusters)
-            found, joins = clusters.offer(
+            best, joins = clusters.offer(
                 place, descriptors[row, place], float(levels[row, place]), likeness=likeness, weight=weight,
                 score=0.0 if scores is None else float(scores[row, place]),
             )  # fmt: skip
-            leader[row, place], joined[row, place] = found, joins
+            leader[row, place], joined[row, place] = best, joins
             if rows is not None and joins:
-                rows.join(place, found)
+                rows.join(place, best)
     return Assigned(*(torch.from_numpy(array) for array in (leader, joined, since)))
+
+
+def _led(
+    rule: str, known: Float[np.ndarray, "tokens tokens"], levels: Float[np.ndarray, " tokens"], scores: Float[np.ndarray, " tokens"] | None
+) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:  # fmt: skip
+    """`Clusters.offer` for all tokens of a sequence, whose leaders never change: a leader tells all that come after it how near it is.
+
+    That is a step of numpy for each cluster, not one for each token and all clusters before it.
+    """
+    count = len(levels)
+    leader, joined = np.full(count, -1), np.zeros(count, bool)
+    nearest = np.full(count, -np.inf)
+    last, limits = -1, levels.tolist()
+    for place in range(count):
+        if last >= 0:
+            if limits[place] >= 1 and rule != "score":
+                leader[place] = last
+            elif rule == "adjacent":
+                leader[place], joined[place] = last, known[place, last] >= limits[place]
+            else:
+                joined[place] = (
+                    nearest[place] >= limits[place] if scores is None or rule != "score" else scores[place] > limits[place]
+                )
+        if not joined[place]:
+            last = place
+            if rule != "adjacent":
+                nearer = place + 1 + np.flatnonzero(known[place, place + 1 :] > nearest[place + 1 :])
+                nearest[nearer] = known[place, nearer]
+                leader[nearer] = place
+    return leader, joined
 
 
 class _Rows:
@@ -252,8 +304,7 @@ def _bipartite(
     leader, joined = np.full(len(places), -1), np.zeros(len(places), bool)
     if len(places) < 2:
         return leader, joined
-    units = _unit(descriptors)
-    similarity = units[1::2] @ units[::2].T
+    similarity = cosines(descriptors[1::2], descriptors[::2])
     leader[1::2] = places[::2][similarity.argmax(1)]
     taken = round(float(levels[0]) * len(places))
     joined[1 + 2 * np.argsort(-similarity.max(1), kind="stable")[:taken]] = True

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.assign import assign
+from basin_lens.merging.assign import assign, cosines
 
 if TYPE_CHECKING:
     from basin_lens.merging.hook import TokenMerger
@@ -104,10 +104,12 @@ def find_level(
             return float(np.quantile(scores, strict)) if count else 0.0
         return 1 - strict if o.rule == "stride" else o.floor + (1 - o.floor) * strict
 
+    # What is compared does not depend on the level.
+    similarity = [cosines(rows, rows) for rows in descriptors] if o.compares else None
     low, high, nearest = 0.0, 1.0, (math.inf, 1.0)
     for step in range(_CALIBRATION_STEPS + 1):
         middle = (low + high) / 2 if step else 0.0
-        found = assign(descriptors, np.full(eligible.shape, level(middle)), eligible, **arguments)
+        found = assign(descriptors, np.full(eligible.shape, level(middle)), eligible, similarity=similarity, **arguments)
         off = int(found.joined.sum()) - wanted
         if not step and off < -max(2, wanted // 50) and arguments["context"] is None:
             raise MergeError(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from basin_lens.merging.passes import N_FEATURES, Pass
 
 _FORMAT = "basin_lens token merger 1"
 _WEIGHTS, _RECORD = "merger", "merger.json"
+# Layers in which a merger is attached now: a second one there would read what the first made of the pattern.
+_ATTACHED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 class TokenMerger(nn.Module):
@@ -201,7 +204,7 @@ class TokenMerger(nn.Module):
         centered = states - self.center[index].to(states.dtype)
         norms = centered.detach().norm(dim=-1)
         if not self.options.compares:
-            return centered[..., :0], norms
+            return centered.new_zeros(*centered.shape[:-1], 0), norms  # a view would keep all of it
         compared = centered if self.head is None else centered @ self.head[index].to(states.dtype).T
         unit = compared / compared.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         rounded = unit.half().to(states.dtype)
@@ -265,12 +268,19 @@ class TokenMerger(nn.Module):
             raise MergeError(f"expected scores with the rule 'score' only, got them with {o.rule!r}. Leave them out.")
         made = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
         made.check_given()
+        taken = _ATTACHED.setdefault(model, set())
+        if both := taken & set(o.layers):
+            raise MergeError(
+                f"expected layers without a merger, got one attached in {sorted(both)}. Leave its block first, or choose others."
+            )
         self.pass_ = made
+        taken |= set(o.layers)
         try:
             with door.measuring(model, gradients=torch.is_grad_enabled()), door.reading(model, self.pass_.readers()):
                 yield self
         finally:
             self.pass_ = None
+            taken -= set(o.layers)
 
     def ready(self, model: Any) -> "TokenMerger":
         """Whether it can run, told by not raising.

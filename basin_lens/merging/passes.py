@@ -254,17 +254,14 @@ class Pass:
         chosen = found.joined & (found.leader >= 0)
         if not bool(chosen.any()):
             return {"similarity": float("nan"), "state_error": float("nan")}
-        units = self.units[layer].detach()
-        with torch.no_grad():
-            cosine = (
-                torch.nn.functional.cosine_similarity(units, merge.leader_rows(units, found.leader), dim=-1)
-                if units.shape[2]
-                else torch.full(chosen.shape, torch.nan, device=chosen.device)
-            )
-            wide = states.float()
-            away = (wide - merge.leader_rows(wide, found.leader)).square().sum(2)[chosen].sum()
-            spread = (wide[chosen] - wide[chosen].mean(0)).square().sum()
-        return {"similarity": float(cosine[chosen].mean()), "state_error": float(away / spread.clamp(min=1e-12))}
+        units, row = self.units[layer].detach(), chosen.nonzero()[:, 0]
+        leader = found.leader[chosen]
+        cosine = torch.nn.functional.cosine_similarity(units[chosen], units[row, leader], dim=-1)
+        members = states[chosen].float()
+        away = (members - states[row, leader].float()).square().sum()
+        spread = members.var(0, correction=0).sum() * len(members)
+        similarity = float(cosine.mean()) if units.shape[2] else float("nan")
+        return {"similarity": similarity, "state_error": float(away / spread.clamp(min=1e-12))}
 
     # ---- calibration -----------------------------------------------------------------------------------------------------------------
 
