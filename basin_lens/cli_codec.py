@@ -124,16 +124,19 @@ def codec_info(
 def codec_bench(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files (UTF-8).")],
     out: Annotated[Path, typer.Option("--out", help="Folder for codec-bench.csv and codec-bench.png.")] = Path("basin-lens-bench"),
-    model: Model = "smollm2-135m",
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="As elsewhere (smollm2-135m); once more for another beside it.")
+    ] = None,
     streams: Annotated[int, typer.Option("--streams", help="Most streams that advance together.")] = 16,
     context: Annotated[int, typer.Option("--context", help="Tokens after which a stream starts anew.")] = 512,
     force: Force = False,
 ) -> None:
     """Every back end beside gzip, bzip2, xz, zstd, brotli and PPMd: a table, a CSV file and a figure (of all files together).
 
-    Each file is read by the model four times. The weights are not counted; famous text was probably seen in training.
+    Each file is read by each model four times. The weights are not counted; famous text was probably seen in training.
 
-    Example: basin-lens codec-bench chapter.txt --out bench/
+    Examples: basin-lens codec-bench chapter.txt --out bench/
+              basin-lens codec-bench chapter.txt --model smollm2-135m --model EleutherAI/pythia-160m
     """
     import pandas as pd
 
@@ -143,23 +146,33 @@ def codec_bench(
     texts = [(file, _read(file)) for file in files]
     out.mkdir(parents=True, exist_ok=True)
     targets = [_target(str(out / f"codec-bench.{kind}"), force) for kind in ("csv", "png")]
-    loaded = _load(model)
-    tables = [bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file) for file, data in texts]
+    names = list(dict.fromkeys(models or ["smollm2-135m"]))
+    tables = []
+    for name in names:
+        loaded = _load(name)
+        for file, data in texts:
+            made = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file)
+            own = made["kind"] == "model"
+            # The general compressors know no model: once is enough.
+            tables.append(made.assign(model=own.map({True: name, False: ""}))[own | (name == names[0])])
     table = pd.concat(tables, ignore_index=True)
+    if len(names) > 1:
+        table["coder"] = table["coder"] + table["model"].map(lambda name: f" ({name})" if name else "")
     _write(table.to_csv(index=False).encode(), targets[0], force)
     sizes = ["original_bytes", "bytes", "header_bytes"]
-    total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(tables))
+    total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(files))
     total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
     drawn = io.BytesIO()
-    title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}, model {model}"
+    title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}; {', '.join(names)}"
     size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
     _write(drawn.getvalue(), targets[1], force)
+    wide = max(18, int(table["coder"].str.len().max()))
     for row in table.to_dict("records"):
         gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
         size = (
             row["note"] if pd.isna(row["bytes"]) else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
         )
-        typer.echo(f"{row['file']}  {row['coder']:<18} {size}")
+        typer.echo(f"{row['file']}  {row['coder']:<{wide}} {size}")
 
 
 def codec_view(

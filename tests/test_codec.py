@@ -753,6 +753,12 @@ def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
     code, said, _ = call(monkeypatch, "codec-bench", str(text), str(text), "--out", str(folder))
     assert code == 0 and said.count(b"xz -9e") == 2
     assert sorted(path.name for path in folder.iterdir()) == ["codec-bench.csv", "codec-bench.png"]
+    several = ("--model", "one", "--model", "other", "--out", str(tmp_path / "both"))
+    assert call(monkeypatch, "codec-bench", str(text), *several)[0] == 0
+    both = pd.read_csv(tmp_path / "both" / "codec-bench.csv").set_index("coder")
+    assert both.model["direct (one)"] == "one" and both.model["direct (other)"] == "other"
+    assert both.bytes["direct (one)"] == both.bytes["direct (other)"]  # the same model here
+    assert both.index.is_unique and pd.isna(both.model["xz -9e"])
     for again in (("codec-view", str(text), "--out", str(page)), ("codec-bench", str(text), "--out", str(folder))):
         code, _, err = call(monkeypatch, *again)
         assert code == 1 and "--force" in err

@@ -8,8 +8,9 @@ Sizes: every back end and every general compressor on the first BYTES (20,000) o
 each), against the plain forward pass of as many tokens, 16 x 64 and 2 x 512. Ratios are of the same run: these machines are noisy. The last
 line is JSON. The weights are not counted; famous text was probably seen in training.
 
-With --sweep, sizes only, by `TextCodec.estimate` (sum -log2 p) and the header that a file of so many tokens has: the first FILE over streams x
-context and over lengths of its beginning, then the first 20,000 bytes of every FILE; each beside general compressors. The last line is JSON.
+With --sweep, sizes by `TextCodec.estimate` (sum -log2 p) and the header that a file of so many tokens has: the first FILE over streams x context
+(with the speed of decoding, measured as above, beside the plain forward pass of that window) and over lengths of its beginning, then the
+first 20,000 bytes of every FILE; each beside general compressors. The last line is JSON.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ STREAMS, PLACES, ROUNDS = 64, 8, 3
 
 BYTES = 20_000
 CHUNK_BYTES = 12  # in the header, for each chunk
-SWEPT_STREAMS, SWEPT_CONTEXTS, SWEPT_BYTES = (1, 4, 16, 64), (64, 128, 512, 2048), (1_000, 5_000, 20_000, 100_000)
+SWEPT_STREAMS, SWEPT_CONTEXTS, SWEPT_BYTES = (1, 4, 16, 64), (64, 128, 512, 2048), (1_000, 5_000, 20_000, 100_000, 1_000_000)
 GENERAL = ("PPMd -o16", "brotli -11", "zstd -19", "xz -9e", "gzip -9")
 
 
@@ -54,21 +55,21 @@ def plain_rate(model, window: int) -> float:
         return tokens.numel() / statistics.median(seconds(lambda: door.forward_pass(model, tokens, {})) for _ in range(ROUNDS))
 
 
-def decoding_rate(model, window: int) -> float:
+def decoding_rate(model, window: int, streams: int = STREAMS) -> float:
     """Tokens per second of decoding, mean over places of the window."""
-    tokens = torch.randint(0, 40_000, (STREAMS,))
+    tokens = torch.randint(0, 40_000, (streams,))
     spent = []
-    with stepping(model, STREAMS, window) as stepper:
+    with stepping(model, streams, window) as stepper:
         logits = stepper.step(tokens).numpy()
         coder = DirectCoder()
         for place in np.linspace(2, window - 1, PLACES).astype(int).tolist():
             # The true tokens do not matter to the time: what was coded is what is decoded.
             writer = DirectCoder()
-            writer.put(logits, np.arange(STREAMS))
-            coder.open(writer.finish(), STREAMS)
+            writer.put(logits, np.arange(streams))
+            coder.open(writer.finish(), streams)
             stepper.pretend(max(place, stepper.position))
             spent.append(seconds(lambda logits=logits: coder.get(logits)) + seconds(lambda: stepper.step(tokens)))
-    return STREAMS / statistics.mean(spent[1:])
+    return streams / statistics.mean(spent[1:])
 
 
 def beginning(file: str, size: int) -> bytes:
@@ -109,6 +110,13 @@ def step_memory(model, streams: int, window: int) -> int:
         return resident() - before
 
 
+def speeds(model, streams: int, window: int) -> dict:
+    """Tokens per second of decoding and of the plain forward pass, medians of rounds that take turns."""
+    pairs = [(decoding_rate(model, window, streams), plain_rate(model, window)) for _ in range(ROUNDS)]
+    decoding, plain = (round(statistics.median(rates), 1) for rates in zip(*pairs, strict=True))
+    return {"decode_tokens_per_second": decoding, "plain_tokens_per_second": plain}
+
+
 def sweep(files: list[str]) -> None:
     model = bl.load_model()
     first = beginning(files[0], BYTES)
@@ -120,10 +128,12 @@ def sweep(files: list[str]) -> None:
             # A window longer than its stream is the stream.
             key = streams, min(context, math.ceil(len(tokens) / streams))
             if key not in seen:
-                memory = {"memory_mib": round(step_memory(model, *key) / 2**20)}
-                seen[key] = measured(bl.codec.TextCodec(model, context=context), first, streams) | memory
+                seen[key] = measured(bl.codec.TextCodec(model, context=context), first, streams) | {
+                    "memory_mib": round(step_memory(model, *key) / 2**20)
+                } | speeds(model, *key)  # fmt: skip
             grid.append(seen[key] | {"context": context})
-            print(f"{streams:>2} streams, context {context:>4}: {grid[-1]['payload_bits_per_byte']:.3f} bits per byte", flush=True)
+            print(f"{streams:>2} streams, context {context:>4}: {grid[-1]['payload_bits_per_byte']:.3f} bits per byte, "
+                  f"{grid[-1]['decode_tokens_per_second']:.0f} tokens/s decoded", flush=True)  # fmt: skip
     codec = bl.codec.TextCodec(model)
     for file, wanted, rows in [*((files[0], size, sizes) for size in SWEPT_BYTES), *((file, BYTES, texts) for file in files)]:
         data = beginning(file, wanted)
