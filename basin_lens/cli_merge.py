@@ -14,7 +14,7 @@ app = typer.Typer(
 )
 
 # Steps, window length, windows to train on, held out, to calibrate and to test on.
-PRESETS = {"quick": (40, 128, 96, 8, 12, 16), "full": (400, 256, 1000, 24, 24, 64)}
+PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
 Data = Annotated[list[Path] | None, typer.Option("--data", help="Text files, or .jsonl with text and doc; more may follow.")]

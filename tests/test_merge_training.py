@@ -218,9 +218,37 @@ def test_policies_meet_their_budget(tiny):
     assert torch.equal(merger.raw, raw)
     shares = found.groupby("policy")["bytes_share"].mean()
     assert ((shares - 0.8).abs() < 0.06).all(), shares
+    # What does not look at the text gets the bytes that the trained merger left on it.
+    for policy in ("random", "stride"):
+        assert shares[policy] == pytest.approx(shares["trained"], abs=0.015), shares
     assert found["excess"].notna().all() and (found["flops"] > 0).all()
+    # Clusters are read by weights on the full pattern: more memory than plain, in a whole pass.
+    assert (found["peak_bytes"] > found["plain_peak_bytes"]).all() and found["plain_peak_bytes"].nunique() == 1
     with pytest.raises(MergeError, match="in both"):
         merging.compare_policies(tiny, windows(), windows(), setting, progress=False)
+
+
+def test_baselines_have_no_floor_below_which_a_budget_is_out_of_reach(tiny):
+    setting = Setting((0, 1, 2), budgets=(0.45,), projection=6, recent=2, policies=("adjacent",))
+    tokens = windows(8).tokens
+    with pytest.raises(MergeError, match="lower the floor"):
+        TokenMerger([0, 1, 2], rule="adjacent", projection=6, recent=2, target_bytes=0.45).calibrate(
+            tiny, windows(8, seed=5).tokens
+        )
+    found = merging.compare_policies(tiny, windows(8, seed=5), Windows(tokens, tuple("abcdefgh")), setting, progress=False)
+    assert found["bytes_share"].mean() == pytest.approx(0.45, abs=0.06)
+
+
+def test_in_the_context_protocol_the_trained_merger_is_moved_to_the_bytes_of_the_others(tiny):
+    merger = made_merger(tiny)
+    raw = merger.raw.detach().clone()
+    setting = Setting((0, 1, 2), budgets=(0.8, 0.6), projection=6, recent=2)
+    found = merging.context_protocol(
+        tiny, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting, merger=merger
+    )
+    assert torch.equal(merger.raw, raw) and (found.groupby(["policy", "budget"]).size() == 8).all()
+    shares = found.groupby(["budget", "policy"])["bytes_share"].mean().unstack()
+    assert (shares["trained"] - shares["random"]).abs().max() < 0.06, shares
 
 
 def test_induction_repetition_and_map(tiny):
@@ -317,8 +345,9 @@ def test_mean_interval_is_over_documents():
 
 def test_figures_refuse_what_they_cannot_draw():
     rows = pd.DataFrame(
-        {"policy": ["trained", "random"], "bytes_share": 0.5, "estimate": [0.1, 3.0], "low": [0.0, 2.0], "high": [0.2, 4.0]}
+        {"policy": ["trained", "random"], "bytes_share": 0.5, "estimate": [0.1, 3.0], "low": [0.05, 2.0], "high": [0.2, 4.0]}
     )
+    assert bl.views.pareto(rows.assign(low=[0.0, 2.0])).axes[0].get_yscale() == "linear"  # a logarithm has no place for 0
     axes = bl.views.pareto(rows).axes[0]
     assert axes.get_yscale() == "log" and "bytes" in axes.get_xlabel() and "nats per token" in axes.get_ylabel()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["trained", "random"]

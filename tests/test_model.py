@@ -23,6 +23,35 @@ from tests.conftest import (
     random_tokens,
 )
 
+# -- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_that_of_the_tensors_alive():
+    before = torch.ones(1000)
+    with torch.inference_mode(), door.counting_memory() as memory:
+        kept = torch.cat([before, before])  # 8,000 bytes
+        before.add_(1)  # nothing new
+        kept[:500].view(50, 10).mul_(2)  # views
+        assert (memory.now, memory.peak) == (8000, 8000)
+        more = [kept * n for n in range(3)]
+        assert memory.now == 32000
+        del more
+        passing = (kept + 1).sum()
+    assert (memory.now, memory.peak) == (8004, 32000) and passing > 0
+    del kept, passing
+    assert memory.now == 0
+
+
+def test_memory_of_a_pass_is_the_same_each_time_and_grows_with_its_length():
+    model = make_bridge("llama")
+    peaks = []
+    for length in (8, 8, 16):
+        with door.measuring(model), door.counting_memory() as memory:
+            door.forward_pass(model, random_tokens(2, length), {})
+        peaks.append(memory.peak)
+    assert peaks[0] == peaks[1] < peaks[2] and memory.now == 0
+
+
 # -- what it is -----------------------------------------------------------------------------------------------------------------
 
 

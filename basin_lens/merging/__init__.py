@@ -14,6 +14,7 @@ from basin_lens.merging.compare import (
     generation_quality,
     induction_probe,
     merge_map,
+    recent_window,
 )
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.options import Options
@@ -43,6 +44,7 @@ __all__ = [
     "induction_probe",
     "merge_map",
     "plain_pass",
+    "recent_window",
     "share_left",
     "streaming",
     "train_merger",

@@ -236,7 +236,8 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
     o = merger.ready(model).options
     if o.simulate or o.preserve == "surprisal" or o.rule in ("score", "key_norm", "bipartite"):
         raise MergeError(
-            f"expected a merger that can run token by token, got rule {o.rule!r}, preserve {o.preserve!r}, simulate {o.simulate}: simulation saves "
+            f"expected a merger that can run token by token, got rule {o.rule!r}, preserve {o.preserve!r}, simulate {o.simulate}: "
+            f"simulation saves "
             "no memory, surprisal needs the plain model's pass, and scores are given for whole sequences. Use rule='cosine', preserve='norm'."
         )
     number = {layer: index for index, layer in enumerate(o.layers)}

@@ -32,6 +32,8 @@ POLICIES = {
     "drop": "as cosine, but what would join is dropped",
 }
 SEEDED = ("random",)
+# What these merge does not depend on the text, so that they can be given exactly the bytes that another policy left on it.
+BLIND = ("random", "stride", "recent")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Setting:
 
 def _make(policy: str, budget: float, seed: int, setting: Setting, merger: TokenMerger | None) -> TokenMerger:
     common: dict[str, Any] = {"recent": setting.recent, "target_bytes": budget, "seed": seed}
-    compared = common | {"projection": setting.projection}
+    # No floor: it is there for training, and would put budgets out of a baseline's reach.
+    compared = common | {"projection": setting.projection, "floor": -1.0}
     if policy == "trained":
         assert merger is not None
         return merger
@@ -65,8 +68,11 @@ def _make(policy: str, budget: float, seed: int, setting: Setting, merger: Token
     return TokenMerger(list(setting.layers), **kinds[policy])
 
 
-def _recent(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
-    """First token plus the window that leaves this share; an absolute number of tokens, set for this length."""
+def recent_window(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
+    """First token plus the recent window that leaves `budget` of the cache, the rest dropped (StreamingLLM).
+
+    The window is a number of tokens, right for sequences of `length`.
+    """
     probe = TokenMerger(list(setting.layers), rule="all", drop=True).prepare(model)
     whole = probe.n_layers * length * probe.row_bytes
     left = budget * whole - (probe.n_layers - len(setting.layers)) * length * probe.row_bytes
@@ -89,7 +95,9 @@ def compare_policies(
 ) -> pd.DataFrame:
     """Excess loss of every policy at every budget.
 
-    Each is set to the budget on the calibration windows, and tested on the held-out ones.
+    Each is set to the budget on the calibration windows, and tested on the held-out ones. There, other texts leave a little more or less.
+    The policies that do not look at the text (random, stride, recent) are therefore given the bytes that the first of the others (the trained
+    merger, if there is one) left on the held-out windows: equal bytes on the same texts.
 
     Args:
         model: a hooked model.
@@ -101,7 +109,8 @@ def compare_policies(
 
     Returns:
         the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`,
-        `seconds` and `plain_seconds` (of the passes, per token, measured once), `flops` (`flops_share`).
+        `seconds` and `plain_seconds` (of the passes, per token, measured once), `peak_bytes` and `plain_peak_bytes` (tensors made in one pass of
+        the first windows, at most at one time), `flops` (`flops_share`).
 
     Raises:
         MergeError: windows of different lengths, documents in both, or a budget out of reach.
@@ -127,12 +136,17 @@ def compare_policies(
         for rows in batches(held_out):
             door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})
     base = (time.perf_counter() - begun) / held_out.tokens.numel()
+    plain_peak = _peak(None, model, held_out)
     parts = []
-    plan = [c for c in _cases(setting) if c[0] != "trained" or merger is not None]
+    # The trained one first: if a budget is out of its reach, that is said before hours went by. The blind ones last.
+    order = {"trained": 0} | dict.fromkeys(BLIND, 2)
+    plan = sorted((c for c in _cases(setting) if c[0] != "trained" or merger is not None), key=lambda c: order.get(c[0], 1))
     begun_raw = None if merger is None else merger.raw.detach().clone()
+    left: dict[float, float] = {}
     for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=not progress):
         recent = policy == "recent"
-        made = _recent(model, budget, length, setting) if recent else _make(policy, budget, seed, setting, merger)
+        aim = min(left.get(budget, budget), 0.999) if policy in BLIND else budget
+        made = recent_window(model, aim, length, setting) if recent else _make(policy, aim, seed, setting, merger)
         if policy == "trained":
             fit_budget(made, model, calibration, budget)
         elif policy != "recent":
@@ -140,6 +154,8 @@ def compare_policies(
         begun = time.perf_counter()
         rows_ = excess(made, model, held_out, plain)
         spent = (time.perf_counter() - begun) / held_out.tokens.numel()
+        if policy not in BLIND:
+            left.setdefault(budget, float(rows_["bytes_share"].mean()))
         parts.append(
             rows_.assign(
                 policy=policy,
@@ -147,6 +163,8 @@ def compare_policies(
                 seed=seed,
                 seconds=spent,
                 plain_seconds=base,
+                peak_bytes=_peak(made, model, held_out),
+                plain_peak_bytes=plain_peak,
                 flops=flops_share(made, model, rows_, length),
             )
         )
@@ -161,6 +179,19 @@ def _cases(setting: Setting) -> Iterator[tuple[str, float, int]]:
         for policy in setting.policies:
             for seed in range(setting.seeds if policy in SEEDED else 1):
                 yield policy, budget, seed
+
+
+def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
+    """Bytes of the tensors that one pass over the first windows makes, at most at one time."""
+    tokens = windows.tokens[next(batches(windows))].to(door.device_of(model))
+    if merger is None:
+        with door.measuring(model), door.counting_memory() as memory:
+            door.forward_pass(model, tokens, {})
+        return memory.peak
+    with merger.attached(model), torch.no_grad(), door.counting_memory() as memory:
+        door.forward_pass(model, tokens, {})
+    merger.forget()
+    return memory.peak
 
 
 def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int) -> float:
@@ -185,7 +216,8 @@ def context_protocol(
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 
     Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides. A budget is the share
-    of the first half's rows that is left. A trained merger keeps its own thresholds (budget NaN).
+    of the first half's rows that is left; a trained merger is moved to the bytes that random merging leaves then, and is missing where that is
+    out of its reach.
 
     Example:
         >>> import basin_lens as bl
@@ -207,16 +239,24 @@ def context_protocol(
         rate = min(0.48, 1 - budget) * half / length
         common: dict[str, Any] = {"recent": setting.recent, "target_rate": rate, "projection": setting.projection}
         made["bipartite"] = TokenMerger(list(setting.layers), rule="bipartite", representative="mean", **common)
-        made["cosine"] = TokenMerger(list(setting.layers), **common)
+        made["cosine"] = TokenMerger(list(setting.layers), floor=-1.0, **common)
         made["random"] = TokenMerger(list(setting.layers), rule="random", recent=setting.recent, target_rate=rate)
         for policy, each in made.items():
             each.calibrate(model, calibration.tokens.to(door.device_of(model)), context=half)
             rows = excess(each, model, held_out, plain, context=half)
             parts.append(rows.assign(policy=policy, budget=budget, context=half))
-        if merger is not None:
-            parts.append(
-                excess(merger, model, held_out, plain, context=half).assign(policy="trained", budget=float("nan"), context=half)
-            )
+        if merger is None:
+            continue
+        own, share = merger.raw.detach().clone(), float(rows["bytes_share"].mean())
+        try:
+            fit_budget(merger, model, calibration, share, context=half)
+            rows = excess(merger, model, held_out, plain, context=half)
+            parts.append(rows.assign(policy="trained", budget=budget, context=half))
+        except MergeError:
+            continue
+        finally:
+            with torch.no_grad():
+                merger.raw.copy_(own)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -271,7 +311,8 @@ def generation_quality(
 
     Returns:
         a row per prompt and `cache` ("full", "compressed"): `text` ids as `tokens`, `base_loss` (nats per token: the plain model's loss on what was
-        written), `repetition` (share of its 4-token runs that were there before), `bytes_share` (of the full cache at the end).
+        written), `repetition` (share of its 4-token runs that were there before), `bytes_share` (of the full cache at the end),
+        `peak_bytes` (tensors made while writing, at most at one time, all prompts together).
 
     Raises:
         ModelError: a model whose cache cannot be rewritten.
@@ -285,17 +326,19 @@ def generation_quality(
         >>> bl.merging.generation_quality(merger, model, windows.tokens[:1, :12], 8).cache.tolist()
         ['full', 'compressed']
     """
-    written, table = generate(merger, model, prompts, length, progress=progress)
-    plain = door.continuations(model, prompts, length)
+    with door.counting_memory() as memory:
+        written, table = generate(merger, model, prompts, length, progress=progress)
+    with door.counting_memory() as plain_memory:
+        plain = door.continuations(model, prompts, length)
     share = float(table["bytes"].sum() / table["full_bytes"].sum())
     rows: list[dict[str, Any]] = []
-    for cache, text, held in (("full", plain, 1.0), ("compressed", written, share)):
+    for cache, text, held, peak in (("full", plain, 1.0, plain_memory.peak), ("compressed", written, share, memory.peak)):
         whole = torch.cat([prompts.cpu(), text], 1).to(door.device_of(model))
         with door.measuring(model):
             losses = token_losses(door.forward_pass(model, whole, {}), whole)[:, prompts.shape[1] - 1 :]
         rows += [
             {"prompt": i, "cache": cache, "tokens": text[i].tolist(), "base_loss": float(losses[i].mean()),
-             "repetition": repetition(text[i].tolist()), "bytes_share": held}
+             "repetition": repetition(text[i].tolist()), "bytes_share": held, "peak_bytes": peak}
             for i in range(len(text))
         ]  # fmt: skip
     return pd.DataFrame(rows)

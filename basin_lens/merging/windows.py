@@ -215,10 +215,12 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
     return same / count if count else float("nan")
 
 
-def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.01) -> float:
+def fit_budget(
+    merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.01, context: int | None = None
+) -> float:
     """Move all thresholds together until `share` of the cache is left on these windows; what layers differ by is kept.
 
-    Texts that nothing is tested on.
+    Texts that nothing is tested on. `context`: the protocol of that name, see `TokenMerger.attached`.
 
     Returns:
         the share that was reached.
@@ -243,7 +245,7 @@ def fit_budget(merger: TokenMerger, model: Any, windows: Windows, share: float, 
         with torch.no_grad():
             merger.raw.copy_(begun + shift)
         merger.forget()
-        with merger.attached(model), torch.no_grad():
+        with merger.attached(model, context=context), torch.no_grad():
             for rows in batches(windows):
                 door.forward_pass(model, windows.tokens[rows].to(door.device_of(model)), {})
         found = share_left(merger, merger.statistics())

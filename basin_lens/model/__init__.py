@@ -48,6 +48,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
@@ -57,6 +58,7 @@ from basin_lens.model.weights import output_weight
 __all__ = [
     "BlockCall",
     "FrozenPrefix",
+    "Memory",
     "PaddedPrefix",
     "RowStore",
     "Stepper",
@@ -67,6 +69,7 @@ __all__ = [
     "check_model",
     "continuations",
     "copy_of",
+    "counting_memory",
     "device_of",
     "embedded_file",
     "feed_forward",

@@ -41,7 +41,9 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axes = figure.subplots()
     names = sorted(results["policy"].unique(), key=lambda name: (name != first, name))
-    positive = bool((results["estimate"] > 0).all()) and results["estimate"].max() > 20 * results["estimate"].min()
+    # A logarithm has no place for an interval that holds 0.
+    lowest = results[["estimate", "low"]].min(axis=None)
+    positive = bool(lowest > 0) and results["estimate"].max() > 20 * results["estimate"].min()
     for place, name in enumerate(names):
         part = results[results["policy"] == name].sort_values("bytes_share")
         own = name == first
