@@ -210,6 +210,7 @@ def _curve(found: pd.DataFrame, seed: int) -> pd.DataFrame:
         curve.merge(rest, on=keys)
         .assign(time=lambda t: t["seconds"] / t["plain_seconds"], memory=lambda t: t["peak_bytes"] / t["plain_peak_bytes"])
         .drop(columns=["seconds", "plain_seconds", "peak_bytes", "plain_peak_bytes"])
+        .sort_values(["budget", "estimate"], ascending=[False, True], ignore_index=True)
     )
 
 
@@ -330,7 +331,7 @@ def _sections(
             .groupby("policy", sort=False)[["loss", "plain_loss", "excess", "accuracy", "plain_accuracy", "bytes_share"]]
             .mean()
             .reset_index(),
-            note="bytes_share: on these sequences, which are harder to merge than prose.",
+            note="bytes_share: on these sequences, which merge otherwise than prose.",
         ),
         Section("By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows.", table=held["layers"]),
     ]

@@ -42,7 +42,7 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
     axes = figure.subplots()
     names = sorted(results["policy"].unique(), key=lambda name: (name != first, name))
     # A logarithm has no place for an interval that holds 0.
-    lowest = results[["estimate", "low"]].min(axis=None)
+    lowest = float(results[["estimate", "low"]].to_numpy(float).min())
     positive = bool(lowest > 0) and results["estimate"].max() > 20 * results["estimate"].min()
     for place, name in enumerate(names):
         part = results[results["policy"] == name].sort_values("bytes_share")
@@ -52,7 +52,8 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
         low = (part["estimate"] - part["low"]).clip(lower=0).fillna(0)
         high = (part["high"] - part["estimate"]).clip(lower=0).fillna(0)
         axes.errorbar(
-            part["bytes_share"] + shift, part["estimate"], yerr=[low, high], fmt=_MARKS[place % len(_MARKS)] + "-", capsize=2,
+            part["bytes_share"] + shift, part["estimate"], yerr=[low, high], fmt=_MARKS[place % len(_MARKS)], capsize=2,
+            linestyle="-" if place < len(marks.COLORS) else "--",
             color=marks.COLORS[place % len(marks.COLORS)], linewidth=2.2 if own else 1, markersize=6 if own else 4,
             label=marks.plain(name), zorder=3 if own else 2,
         )  # fmt: skip
