@@ -60,6 +60,8 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
     axes.axhline(0, color="#888", linewidth=0.8)
     if positive:
         axes.set_yscale("log")
+    # One budget alone would be drawn as if its thousandths mattered.
+    axes.set_xlim(results["bytes_share"].min() - 0.05, results["bytes_share"].max() + 0.05)
     axes.set_xlabel("bytes of the cache left / bytes of the full cache, indices and descriptors counted")
     axes.set_ylabel("excess loss, nats per token" + (" (log scale)" if positive else ""))
     axes.set_title(marks.plain(title, 90), loc="left", fontsize=10)
