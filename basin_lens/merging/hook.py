@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +20,10 @@ from basin_lens import model as door
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
-from basin_lens.merging.passes import N_FEATURES, Pass
+from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
 
 _FORMAT = "basin_lens token merger 1"
 _WEIGHTS, _RECORD = "merger", "merger.json"
-# Layers in which a merger is attached now: a second one there would read what the first made of the pattern.
-_ATTACHED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 class TokenMerger(nn.Module):
@@ -268,19 +265,16 @@ class TokenMerger(nn.Module):
             raise MergeError(f"expected scores with the rule 'score' only, got them with {o.rule!r}. Leave them out.")
         made = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
         made.check_given()
-        taken = _ATTACHED.setdefault(model, set())
-        if both := taken & set(o.layers):
-            raise MergeError(
-                f"expected layers without a merger, got one attached in {sorted(both)}. Leave its block first, or choose others."
-            )
-        self.pass_ = made
-        taken |= set(o.layers)
-        try:
-            with door.measuring(model, gradients=torch.is_grad_enabled()), door.reading(model, self.pass_.readers()):
+        with (
+            alone_in(model, o.layers),
+            door.measuring(model, gradients=torch.is_grad_enabled()),
+            door.reading(model, made.readers()),
+        ):
+            self.pass_ = made
+            try:
                 yield self
-        finally:
-            self.pass_ = None
-            taken -= set(o.layers)
+            finally:
+                self.pass_ = None
 
     def ready(self, model: Any) -> "TokenMerger":
         """Whether it can run, told by not raising.

@@ -1,6 +1,8 @@
 """One run of a model with a merger attached: what is read at each layer's points, and what is put in its place."""
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,22 @@ if TYPE_CHECKING:
 
 N_FEATURES = 4
 Carry = tuple[int, Tensor, Tensor]
+_ATTACHED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def alone_in(model: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Refuse a second merger in a layer: it would take for the plain pattern what the first made of it."""
+    taken = _ATTACHED.setdefault(model, set())
+    if both := taken & set(layers):
+        raise MergeError(
+            f"expected layers without a merger, got one attached in {sorted(both)}. Leave its block first, or choose others."
+        )
+    taken |= set(layers)
+    try:
+        yield
+    finally:
+        taken -= set(layers)
 
 
 class Pass:
