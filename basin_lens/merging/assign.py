@@ -247,10 +247,10 @@ def _led(
                 leader[place] = last
             elif rule == "adjacent":
                 leader[place], joined[place] = last, known[place, last] >= limits[place]
+            elif rule == "score":
+                joined[place] = (0.0 if scores is None else scores[place]) > limits[place]
             else:
-                joined[place] = (
-                    nearest[place] >= limits[place] if scores is None or rule != "score" else scores[place] > limits[place]
-                )
+                joined[place] = nearest[place] >= limits[place]
         if not joined[place]:
             last = place
             if rule != "adjacent":

@@ -19,7 +19,7 @@ from basin_lens.errors import MergeError
 from basin_lens.merging.assign import Clusters, row_likeness, row_read
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.merge import normalized
-from basin_lens.merging.passes import context_statistics
+from basin_lens.merging.passes import alone_in, context_statistics
 
 
 @dataclass
@@ -248,7 +248,7 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
     for layer in o.layers:
         readers[door.point_name("resid_pre", layer)] = layers[layer].enter
         readers[door.point_name("pattern", layer)] = layers[layer].attend
-    with door.measuring(model), door.own_rows(model, layers) as step, door.reading(model, readers):
+    with alone_in(model, o.layers), door.measuring(model), door.own_rows(model, layers) as step, door.reading(model, readers):
 
         def checked(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
             if len(tokens) != batch:

@@ -17,7 +17,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.cache import generate
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass
+from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass, surprisal_for
 
 # What every policy is, in one line.
 POLICIES = {
@@ -32,7 +32,7 @@ POLICIES = {
     "drop": "as cosine, but what would join is dropped",
 }
 SEEDED = ("random",)
-# What these merge does not depend on the text, so that they can be given exactly the bytes that another policy left on it.
+# What these merge does not depend on the text, so that they can be given the bytes that another policy left on it.
 BLIND = ("random", "stride", "recent")
 
 
@@ -97,7 +97,7 @@ def compare_policies(
 
     Each is set to the budget on the calibration windows, and tested on the held-out ones. There, other texts leave a little more or less.
     The policies that do not look at the text (random, stride, recent) are therefore given the bytes that the first of the others (the trained
-    merger, if there is one) left on the held-out windows: equal bytes on the same texts.
+    merger, if there is one, else cosine) left on the held-out windows: equal bytes on the same texts, to 0.01 of the cache.
 
     Args:
         model: a hooked model.
@@ -139,8 +139,8 @@ def compare_policies(
     plain_peak = _peak(None, model, held_out)
     parts = []
     # The trained one first: if a budget is out of its reach, that is said before hours went by. The blind ones last.
-    order = {"trained": 0} | dict.fromkeys(BLIND, 2)
-    plan = sorted((c for c in _cases(setting) if c[0] != "trained" or merger is not None), key=lambda c: order.get(c[0], 1))
+    order = {"trained": 0, "cosine": 1} | dict.fromkeys(BLIND, 3)
+    plan = sorted((c for c in _cases(setting) if c[0] != "trained" or merger is not None), key=lambda c: order.get(c[0], 2))
     begun_raw = None if merger is None else merger.raw.detach().clone()
     left: dict[float, float] = {}
     for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=not progress):
@@ -188,7 +188,8 @@ def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
         with door.measuring(model), door.counting_memory() as memory:
             door.forward_pass(model, tokens, {})
         return memory.peak
-    with merger.attached(model), torch.no_grad(), door.counting_memory() as memory:
+    surprisal = surprisal_for(merger, model, tokens)
+    with merger.attached(model, surprisal=surprisal), torch.no_grad(), door.counting_memory() as memory:
         door.forward_pass(model, tokens, {})
     merger.forget()
     return memory.peak
@@ -216,8 +217,11 @@ def context_protocol(
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 
     Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides. A budget is the share
-    of the first half's rows that is left; a trained merger is moved to the bytes that random merging leaves then, and is missing where that is
-    out of its reach.
+    of the first half's rows that is left; a trained merger is moved, on the calibration windows, to the bytes that random merging leaves,
+    and is missing where that is out of its reach.
+
+    Raises:
+        MergeError: a merger without thresholds, or windows that do not fit.
 
     Example:
         >>> import basin_lens as bl
@@ -231,6 +235,8 @@ def context_protocol(
     """
     length = held_out.tokens.shape[1]
     half = length // 2
+    if merger is not None and not merger.options.learned:
+        raise MergeError(f"expected a merger whose thresholds can be moved, got rule {merger.options.rule!r}. Leave it out.")
     plain = plain_pass(model, held_out)
     parts = []
     for budget in setting.budgets:
@@ -328,8 +334,10 @@ def generation_quality(
     """
     with door.counting_memory() as memory:
         written, table = generate(merger, model, prompts, length, progress=progress)
+    # The same steps over a cache that is never compressed: one pass over the prompt would take memory for all of its logits at once.
     with door.counting_memory() as plain_memory:
-        plain = door.continuations(model, prompts, length)
+        generate(TokenMerger([0], threshold=1.0), model, prompts, length)
+    plain = door.continuations(model, prompts, length)
     share = float(table["bytes"].sum() / table["full_bytes"].sum())
     rows: list[dict[str, Any]] = []
     for cache, text, held, peak in (("full", plain, 1.0, plain_memory.peak), ("compressed", written, share, memory.peak)):

@@ -246,7 +246,7 @@ class TokenMerger(nn.Module):
             soft: read by the soft mask, not the hard decision: no model that can be run with a compressed cache; to test gradients.
 
         Raises:
-            MergeError: a target or preserved tokens without `calibrate`, something missing, another model, or passes with a cache.
+            MergeError: not calibrated for what it needs that for, something missing, another model, a layer with a merger, or a cache.
 
         Example:
             >>> import basin_lens as bl
@@ -333,7 +333,7 @@ class TokenMerger(nn.Module):
         given: dict[str, Any] = {"valid": valid, "surprisal": surprisal, "scores": scores, "context": context}
         gathered = Pass(self, **given, soft=False)
         gathered.check_given(needed=aimed)
-        with door.measuring(model):
+        with alone_in(model, o.layers), door.measuring(model):
             door.forward_pass(model, tokens, gathered.gatherers())
             gathered.settle(surprisal)
 

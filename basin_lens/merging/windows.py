@@ -215,6 +215,14 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
     return same / count if count else float("nan")
 
 
+def surprisal_for(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"] | None:
+    """What `TokenMerger.attached` needs to preserve surprising tokens, by a plain pass; None if it preserves none."""
+    if merger.options.preserve != "surprisal":
+        return None
+    with door.measuring(model):
+        return torch.nn.functional.pad(token_losses(door.forward_pass(model, tokens, {}), tokens), (1, 0))
+
+
 def fit_budget(
     merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.01, context: int | None = None
 ) -> float:
@@ -245,9 +253,11 @@ def fit_budget(
         with torch.no_grad():
             merger.raw.copy_(begun + shift)
         merger.forget()
-        with merger.attached(model, context=context), torch.no_grad():
-            for rows in batches(windows):
-                door.forward_pass(model, windows.tokens[rows].to(door.device_of(model)), {})
+        for rows in batches(windows):
+            tokens = windows.tokens[rows].to(door.device_of(model))
+            surprisal = surprisal_for(merger, model, tokens)
+            with merger.attached(model, context=context, surprisal=surprisal), torch.no_grad():
+                door.forward_pass(model, tokens, {})
         found = share_left(merger, merger.statistics())
         merger.forget()
         return found

@@ -189,7 +189,7 @@ def _forced(setting: Setting, merger: TokenMerger, layer: int, jobs: Sequence[tu
 def _divergence(plain: Float[Tensor, "pos vocab"], other: Float[Tensor, "pos vocab"]) -> float:
     """Sum of KL(plain || other) over positions, nats. In double: what two nearly equal distributions differ by is small."""
     p, q = (logits.double().log_softmax(-1) for logits in (plain, other))
-    return float((p.exp() * (p - q)).sum())
+    return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
 # ---- many tokens at once ------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def about_merges(drawn: pd.DataFrame, setting: Setting, costs: Costs, losses: pd
     return [
         f"{len(drawn):,} forced merges: {len(drawn) // drawn['layer'].nunique():,} tokens of {drawn['seq'].nunique()} sequences, each alone in "
         f"each layer alone, into its most similar earlier token, read by queries {setting.window} or more tokens behind. Merging nothing "
-        f"instead changes the summed loss by at most {costs.rounding:.1g} nats (rounding).{short}",
+        f"instead changes no single loss by more than {costs.rounding:.1g} nats (rounding).{short}",
         "The scores of layer n are those of the state that enters block n: the same state is compared when layer n merges. States are "
         "centered by "
         f"the mean over {len(setting.calibration)} sequences.",

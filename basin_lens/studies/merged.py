@@ -88,8 +88,11 @@ def study_merging(
         context = merging.context_protocol(model, calibration, held_out, setting, merger=merger)
         step("induction")
         least = min(setting.budgets)
-        made = _probed(model, calibration, setting, merger, least)
-        induction = merging.induction_probe(model, made, length=_COPIED, seed=seed)
+        probes = []
+        for budget in sorted(setting.budgets, reverse=True):  # the smallest last: what follows is looked at there
+            made = _probed(model, calibration, setting, merger, budget)
+            probes.append(merging.induction_probe(model, made, length=_COPIED, seed=seed).assign(budget=budget))
+        induction = pd.concat(probes, ignore_index=True)
         step("generation and map")
         generation = _generated(model, held_out, made[ours], prompt, written, prompts)
         shown = held_out.tokens[:1, :_SHOWN_TOKENS]
@@ -141,7 +144,7 @@ def study_merging(
 def _probed(
     model: Any, calibration: Windows, setting: Setting, merger: TokenMerger | None, budget: float
 ) -> dict[str, TokenMerger]:
-    """Mergers at the smallest budget: ours, and some to compare."""
+    """Mergers at a budget of prose: ours, and some to compare."""
     common = {"target_bytes": budget, "recent": setting.recent}
     made = {
         "cosine": TokenMerger(list(setting.layers), projection=setting.projection, floor=-1.0, **common),
@@ -239,7 +242,7 @@ def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) 
     (row,) = base.rows(tested)
     note = f"bytes left: {shares[ours]:.3f} and {shares[rival]:.3f} of the full cache; excess in nats per token"
     return tested.assign(
-        finding=f"{ours} merging costs less than {rival} at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
+        finding=f"{ours} merging costs less than {rival}, aimed at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
         p_floor=base.p_floor(row), note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
     )  # fmt: skip
 
@@ -256,7 +259,7 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
         "(8 bytes a cluster), "
         f"descriptors for comparison ({setting.projection} numbers in float16), over the full cache.",
         "Levels are set on other texts, so the held-out windows leave a little more or less than the budget; policies that do not look at the "
-        "text (random, stride, recent) are given just the bytes that the merger in question left there.",
+        "text (random, stride, recent) are given the bytes that the merger in question left there, to 0.01 of the cache.",
         "Intervals: bootstrap over documents.",
     ]
 
@@ -277,8 +280,12 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFram
     said += [base.sentence(row, "nats per token") for row in base.rows(findings)]
     for budget in sorted(curve["budget"].unique(), reverse=True):
         at = curve[curve["budget"] == budget].sort_values("estimate")
-        order = ", ".join(f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in base.rows(at))
-        parts = [f"At {budget:g} of the cache, from the cheapest on, excess nats per token: {order}."]
+        order = ", ".join(
+            f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f}; {r.bytes_share:.2f})" for r in base.rows(at)
+        )
+        parts = [
+            f"Aimed at {budget:g} of the cache, from the cheapest on, excess nats per token (95 % interval; share of the cache left): {order}."
+        ]
         for rival in RIVALS:
             met = _overlap(curve, ours, rival, budget)
             if met is not None:
@@ -286,12 +293,14 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFram
         if at.iloc[0]["policy"] != ours and ours in set(at["policy"]):
             parts.append(f"{at.iloc[0]['policy']} is cheaper than {ours} here.")
         said.append(" ".join(parts))
-    mean = induction.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean()
-    said.append(
-        "Copying random tokens seen before, share right: "
-        + ", ".join(f"{name} {row.accuracy:.2f}" for name, row in mean.iterrows())
-        + f"; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
-    )
+    for budget in induction["budget"].unique():
+        part = induction[induction["budget"] == budget]
+        mean = part.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean().reset_index()
+        copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in base.rows(mean))
+        said.append(
+            f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the cache left): "
+            f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}. A recent window copies what it reaches, and nothing else."
+        )
     return said
 
 
@@ -325,13 +334,16 @@ def _sections(
             "trained: moved to the bytes of random; missing where it cannot be.",
         ),
         Section(
-            f"Copying (induction) at {least:g} of the cache",
+            "Copying (induction)",
             "Random tokens, then the same again. Perplexity on prose hardly notices when this is lost.",
             table=held["induction"]
-            .groupby("policy", sort=False)[["loss", "plain_loss", "excess", "accuracy", "plain_accuracy", "bytes_share"]]
+            .groupby(["budget", "policy"], sort=False)[
+                ["loss", "plain_loss", "excess", "accuracy", "plain_accuracy", "bytes_share"]
+            ]
             .mean()
             .reset_index(),
-            note="bytes_share: on these sequences, which merge otherwise than prose.",
+            note="bytes_share: on these sequences, which merge otherwise than prose, on which levels were set. "
+            f"What is copied stands {_COPIED} places before: a recent window that reaches it copies, a shorter one cannot.",
         ),
         Section("By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows.", table=held["layers"]),
     ]
