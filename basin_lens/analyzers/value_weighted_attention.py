@@ -46,7 +46,7 @@ class ValueWeightedAttention(TokenAnalyzer):
     sink: bool = True
     per_head: PerHead = False
     name: str | None = None
-    needs: ClassVar[frozenset[str]] = frozenset({"pattern", "attn.hook_v", "output_weight"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pattern", "v", "output_weight"})
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -59,7 +59,7 @@ class ValueWeightedAttention(TokenAnalyzer):
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
         weight = batch.values["output_weight"]
         heads, size, _ = weight.shape
-        values = batch.values["attn.hook_v"].flatten(2).unflatten(2, (-1, size))
+        values = batch.values["v"].flatten(2).unflatten(2, (-1, size))
         shared = heads // values.shape[2]
         # A head at a time: all of them at once would be as large as the logits.
         norms = [(values[:, :, head // shared] @ weight[head]).norm(dim=-1) for head in range(heads)]

@@ -126,13 +126,13 @@ class TokenMerger(nn.Module):
         o, n = self.options, door.n_layers(model)
         if max(o.layers) >= n:
             raise MergeError(f"expected layers below {n}, got {max(o.layers)}.")
-        points = {"resid_pre", "pattern"} | ({"attn.hook_v", "attn.hook_z"} if o.residual == "gated" else set())
-        points |= {"attn.hook_k"} if o.rule == "key_norm" else set()
+        points = {"resid_pre", "pattern"} | ({"v", "z"} if o.residual == "gated" else set())
+        points |= {"k"} if o.rule == "key_norm" else set()
         if missing := door.missing_points(model, points, list(o.layers)):
             raise MergeError(f"expected the hook points of merging, got a model without {missing[0]}.")
         if not door.obeys_pattern(model, o.layers[0]):
             raise MergeError(
-                f"expected attention that reads what hook_pattern returns, got {door.full_name(model)}, which goes past it. Use another model."
+                f"expected attention that reads the pattern that a hook returns, got {door.full_name(model)}, which goes past it. Use another model."
             )
         width, count, device = door.width(model), len(o.layers), door.device_of(model)
         kv, d_head = door.kv_shape(model)

@@ -90,10 +90,10 @@ class Pass:
             if not o.simulate:
                 made[door.point_name("pattern", layer)] = partial(self._attend, index, layer)
             if o.rule == "key_norm":
-                made[door.point_name("attn.hook_k", layer)] = partial(self._keep, "keys")
+                made[door.point_name("k", layer)] = partial(self._keep, "keys")
             if o.residual == "gated":
-                made[door.point_name("attn.hook_v", layer)] = partial(self._keep, "values")
-                made[door.point_name("attn.hook_z", layer)] = partial(self._correct, index, layer)
+                made[door.point_name("v", layer)] = partial(self._keep, "values")
+                made[door.point_name("z", layer)] = partial(self._correct, index, layer)
         return made
 
     def _keep(self, name: str, tensor: Tensor) -> None:

@@ -14,7 +14,7 @@ from basin_lens.model.identity import hf_config, kind_of, n_layers
 
 _SHORT = {
     "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
-    "pattern": "attn.hook_pattern",
+    "pattern": "attn.hook_pattern", "k": "attn.hook_k", "v": "attn.hook_v", "z": "attn.hook_z",
 }  # fmt: skip
 # A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
 _CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
@@ -23,7 +23,7 @@ _measured: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def point_name(point: str, layer: int) -> str:
-    """Full hook name of `point` in block `layer`: `"resid_pre"`, `"pattern"`, or any name below the block."""
+    """Full hook name of `point` in block `layer`: `"resid_pre"`, `"pattern"`, `"v"`, or any name below the block."""
     return f"blocks.{layer}.{_SHORT.get(point, point)}"
 
 
