@@ -46,7 +46,7 @@ def train(
     representative: Annotated[str, typer.Option("--representative", help="leader or mean.")] = "leader",
     residual: Annotated[str, typer.Option("--residual", help="none or gated.")] = "none",
     residual_width: Annotated[int, typer.Option("--residual-width", help="Numbers that a cluster's residual is kept in.")] = 8,
-    preserve: Annotated[str, typer.Option("--preserve", help="none or norm: tokens that are never merged.")] = "none",
+    preserve: Annotated[str, typer.Option("--preserve", help="none, norm, or surprisal (not with generate): tokens that are never merged.")] = "none",
     contrastive_weight: Annotated[float, typer.Option("--contrastive-weight", help="Of the hinge between clusters.")] = 0.0,
     recent: Annotated[int, typer.Option("--recent", help="Tokens that stay raw behind the current one.")] = 8,
     steps: Annotated[int | None, typer.Option("--steps", help="From the preset if left out.")] = None,
@@ -66,7 +66,8 @@ def train(
     Examples: basin-lens merge train --data book.txt --progressive --target-rate 0.5 --out run/
               basin-lens merge train --dataset nltk:brown --target-bytes 0.5 --out run/
     """
-    from basin_lens.merging import TokenMerger, Training, train_merger, windows_of
+    from basin_lens.merging import TokenMerger, Training, surprisal_for, train_merger, windows_of
+    from basin_lens.model import device_of
 
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
     if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
@@ -86,7 +87,8 @@ def train(
     typer.echo(
         f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
     )
-    merger.calibrate(loaded, own.tokens[: max(4, n_held)])
+    first = own.tokens[: max(4, n_held)].to(device_of(loaded))
+    merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
     made = train_merger(merger, loaded, own, held, training=training, folder=out)
     last = made.history.iloc[-1]
     typer.echo(

@@ -228,6 +228,22 @@ def test_policies_meet_their_budget(tiny):
         merging.compare_policies(tiny, windows(), windows(), setting, progress=False)
 
 
+def test_what_was_compared_is_handed_over_as_it_was_set(tiny):
+    setting = Setting((0, 1, 2), budgets=(0.85, 0.7), projection=6, recent=2, seeds=2, policies=("trained", "cosine", "random"))
+    merger, kept = made_merger(tiny), {}
+    raw, held_out = merger.raw.detach().clone(), Windows(windows(8).tokens, tuple("abcdefgh"))
+    found = merging.compare_policies(
+        tiny, windows(8, seed=5), held_out, setting, merger=merger, kept=kept, progress=False
+    )  # fmt: skip
+    assert set(kept) == {(p, b) for p in setting.policies for b in setting.budgets}
+    assert torch.equal(merger.raw, raw)  # while those handed over stay where they were moved
+    plain = merging.plain_pass(tiny, held_out)
+    for (policy, budget), made in kept.items():
+        was = found[(found["policy"] == policy) & (found["budget"] == budget) & (found["seed"] == 0)]
+        again = merging.excess(made, tiny, held_out, plain)
+        assert np.array_equal(was["excess"], again["excess"]) and np.array_equal(was["bytes_share"], again["bytes_share"])
+
+
 def test_baselines_have_no_floor_below_which_a_budget_is_out_of_reach(tiny):
     setting = Setting((0, 1, 2), budgets=(0.45,), projection=6, recent=2, policies=("adjacent",))
     tokens = windows(8).tokens
@@ -294,6 +310,33 @@ def test_the_study_writes_its_folder(llama, tmp_path):
     assert len(study.findings) == 2 and study.decision in ("yes", "no", "in part", "undecided")
     assert pd.read_csv(folder / "tables" / "pareto.csv")["policy"].nunique() == len(policies)
     assert "overlap" in " ".join(study.verdict)
+
+
+def test_surprising_tokens_are_preserved_from_training_to_report(llama, tmp_path):
+    data = merging.windows_of(llama, [bl.Passage(t * 6, doc=str(i)) for i, t in enumerate(TEXTS * 2)], 32, most=20)
+    calibration, held_out = data.apart(0.3)
+    merger = TokenMerger([0, 1, 2], target_rate=0.3, projection=6, recent=4, preserve="surprisal", preserve_share=0.2)
+    given = merging.surprisal_for(merger, llama, calibration.tokens)
+    assert given.shape == calibration.tokens.shape and (given[:, 0] == 0).all() and (given[:, 1:] > 0).all()
+    merger.calibrate(llama, calibration.tokens, surprisal=given)
+    trained = train_merger(merger, llama, calibration, held_out, training=Training(**SHORT), progress=False)
+    setting = Setting((0, 1, 2), budgets=(0.85,), projection=6, recent=4, seeds=1, policies=("trained", "random"))
+    study = bl.studies.study_merging(llama, calibration, held_out, setting, merger=merger, history=trained.history, progress=False)
+    # Generation goes token by token and has no plain model's pass beside it.
+    assert "generation" not in study.tables and set(study.tables["induction"]["policy"]) == {"trained", "random"}
+    taken = study.tables["map"]
+    surprisal = merging.surprisal_for(merger, llama, held_out.tokens[:1])[0].numpy()
+    assert taken["merged"].any()
+    assert (surprisal[taken.loc[taken["merged"], "pos"]] <= float(merger.surprisal_cutoff)).all()
+
+
+def test_a_study_without_its_declared_policy_is_refused_before_any_work(tiny, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(door, "forward_pass", lambda *_: calls.append(1))
+    setting = Setting((0, 1, 2), budgets=(0.85,), projection=6, recent=2, seeds=1, policies=("random", "stride"))
+    with pytest.raises(MergeError, match="'cosine'"):
+        bl.studies.study_merging(tiny, windows(8, seed=5), windows(8), setting, progress=False)
+    assert not calls
 
 
 @hooked_lane

@@ -19,7 +19,7 @@ from basin_lens.merging.compare import (
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.options import Options
 from basin_lens.merging.train import Parachute, Trained, Training, train_merger
-from basin_lens.merging.windows import Plain, Windows, excess, fit_budget, plain_pass, share_left, windows_of
+from basin_lens.merging.windows import Plain, Windows, excess, fit_budget, plain_pass, share_left, surprisal_for, windows_of
 
 __all__ = [
     "POLICIES",
@@ -47,6 +47,7 @@ __all__ = [
     "recent_window",
     "share_left",
     "streaming",
+    "surprisal_for",
     "train_merger",
     "windows_of",
 ]

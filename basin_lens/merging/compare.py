@@ -1,5 +1,6 @@
 """A merger beside the baselines, at equal bytes, on the same windows; and what perplexity hides."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def compare_policies(
     setting: Setting,
     *,
     merger: TokenMerger | None = None,
+    kept: dict[tuple[str, float], TokenMerger] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Excess loss of every policy at every budget.
@@ -104,7 +106,8 @@ def compare_policies(
         calibration: windows of the same length that nothing is tested on.
         held_out: windows to test on.
         setting: which policies, where, and how much of the cache.
-        merger: a trained one, for the policy "trained"; without it that is left out.
+        merger: a trained one, for the policy "trained"; without it that is left out. It is left as it was.
+        kept: filled with what was compared, by policy and budget (first seed), to look further at the same mergers.
         progress: show a bar.
 
     Returns:
@@ -144,9 +147,8 @@ def compare_policies(
     begun_raw = None if merger is None else merger.raw.detach().clone()
     left: dict[float, float] = {}
     for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=not progress):
-        recent = policy == "recent"
         aim = min(left.get(budget, budget), 0.999) if policy in BLIND else budget
-        made = recent_window(model, aim, length, setting) if recent else _make(policy, aim, seed, setting, merger)
+        made = recent_window(model, aim, length, setting) if policy == "recent" else _make(policy, aim, seed, setting, merger)
         if policy == "trained":
             fit_budget(made, model, calibration, budget)
         elif policy != "recent":
@@ -168,6 +170,8 @@ def compare_policies(
                 flops=flops_share(made, model, rows_, length),
             )
         )
+        if kept is not None:
+            kept.setdefault((policy, budget), copy.deepcopy(made) if policy == "trained" else made)
         if policy == "trained" and begun_raw is not None:
             with torch.no_grad():
                 made.raw.copy_(begun_raw)
@@ -298,7 +302,7 @@ def induction_probe(
     rows: list[dict[str, Any]] = []
     for policy, merger in made.items():
         merger.forget()
-        with merger.attached(model), torch.no_grad():
+        with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
             loss, right = second(door.forward_pass(model, tokens, {}))
         held = merger.statistics()
         share = float(held["bytes"].sum() / held["full_bytes"].sum())
@@ -376,8 +380,9 @@ def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"])
         True
     """
     merger.forget()
-    with merger.attached(model), torch.no_grad():
-        door.forward_pass(model, tokens.to(door.device_of(model)), {})
+    tokens = tokens.to(door.device_of(model))
+    with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
+        door.forward_pass(model, tokens, {})
         assert merger.pass_ is not None
         found = dict(merger.pass_.assigned)
     merger.forget()

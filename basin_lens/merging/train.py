@@ -22,7 +22,7 @@ from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.windows import Windows, excess, plain_pass
+from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, surprisal_for
 
 _CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -253,7 +253,8 @@ class _Run:
             return o.target_rate
         tokens = self.windows.tokens[: self.training.batch_size].to(door.device_of(self.model))
         self.merger.forget()
-        with self.merger.attached(self.model), torch.no_grad():
+        surprisal = surprisal_for(self.merger, self.model, tokens)
+        with self.merger.attached(self.model, surprisal=surprisal), torch.no_grad():
             door.forward_pass(self.model, tokens, {})
         found = float(self.merger.statistics()["rate"].mean())
         self.merger.forget()
@@ -278,9 +279,11 @@ class _Run:
         for part in range(t.accumulate):
             tokens = self.windows.tokens[self._rows(self.step * t.accumulate + part)].to(door.device_of(self.model))
             with door.measuring(self.model):
-                plain = float(token_losses(door.forward_pass(self.model, tokens, {}), tokens).mean())
+                losses = token_losses(door.forward_pass(self.model, tokens, {}), tokens)
+            plain = float(losses.mean())
+            surprisal = as_surprisal(losses) if merger.options.preserve == "surprisal" else None
             with torch.enable_grad(), self._only_ours():
-                with merger.attached(self.model):
+                with merger.attached(self.model, surprisal=surprisal):
                     loss = token_losses(door.forward_pass(self.model, tokens, {}), tokens).mean()
                     assert merger.pass_ is not None
                     merged = torch.stack([share.mean() for share in merger.pass_.share.values()]).mean()

@@ -173,7 +173,7 @@ def excess(
         tokens = windows.tokens[part].to(door.device_of(model))
         before = plain.losses[part]
         given = None if scores is None else {layer: value[part] for layer, value in scores.items()}
-        surprisal = torch.nn.functional.pad(before, (1, 0)) if merger.options.preserve == "surprisal" else None
+        surprisal = as_surprisal(before) if merger.options.preserve == "surprisal" else None
         merger.forget()
         with merger.attached(model, context=context, scores=given, surprisal=surprisal), torch.no_grad():
             logits = door.forward_pass(model, tokens, {})
@@ -216,11 +216,26 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
 
 
 def surprisal_for(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"] | None:
-    """What `TokenMerger.attached` needs to preserve surprising tokens, by a plain pass; None if it preserves none."""
+    """What `TokenMerger.attached` and `calibrate` need to preserve surprising tokens, nats, by a plain pass; None if it preserves none.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> tokens = model.to_tokens("The lamp hums, and the lamp hums in the wind.")
+        >>> merger = bl.merging.TokenMerger([20], threshold=0.5, recent=4, preserve="surprisal")
+        >>> given = bl.merging.surprisal_for(merger, model, tokens)
+        >>> merger.calibrate(model, tokens, surprisal=given).calibrated
+        True
+    """
     if merger.options.preserve != "surprisal":
         return None
     with door.measuring(model):
-        return torch.nn.functional.pad(token_losses(door.forward_pass(model, tokens, {}), tokens), (1, 0))
+        return as_surprisal(token_losses(door.forward_pass(model, tokens, {}), tokens))
+
+
+def as_surprisal(losses: Float[Tensor, "batch predicted"]) -> Float[Tensor, "batch pos"]:
+    """Each token's own loss in its place; 0 for the first, which nothing predicts."""
+    return torch.nn.functional.pad(losses, (1, 0))
 
 
 def fit_budget(

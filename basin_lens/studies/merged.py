@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from basin_lens import merging, stats
 from basin_lens import model as door
+from basin_lens.errors import MergeError
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.merging.windows import batches
+from basin_lens.merging.windows import batches, surprisal_for
 from basin_lens.studies import base
 from basin_lens.texts import token_strings
 from basin_lens.views import Section, merge_view, pareto, training_curves
@@ -21,6 +22,7 @@ RIVALS = ("random", "stride")
 # One window is shown; the map of all would be a book.
 _SHOWN_TOKENS = 160
 _COPIED = 48  # tokens that the induction probe repeats
+_PROBED = ("cosine", "random", "stride")  # beside ours and the recent window
 
 HYPOTHESIS = (
     "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal merging costs "
@@ -66,7 +68,7 @@ def study_merging(
         name), `induction`, `generation`, `map`, `layers` (statistics by layer), `training`.
 
     Raises:
-        MergeError: windows that do not fit, budgets out of reach.
+        MergeError: windows that do not fit, budgets out of reach, or the policy in the declared test left out.
 
     Source: Xiao et al. 2024 (StreamingLLM), Bolya et al. 2023 (token merging), Devoto et al. 2024 (key norms).
 
@@ -81,16 +83,23 @@ def study_merging(
         'merging'
     """
     ours = "trained" if merger is not None else "cosine"
+    if ours not in setting.policies:
+        raise MergeError(f"expected the policy {ours!r}, which the declared test is about, got {', '.join(setting.policies)}. Add it.")
     with base.steps("study merging", 5, progress) as step:
         step("policies at equal bytes")
-        found = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
+        compared: dict[tuple[str, float], TokenMerger] = {}
+        found = merging.compare_policies(
+            model, calibration, held_out, setting, merger=merger, kept=compared, progress=progress
+        )
         step("context protocol")
         context = merging.context_protocol(model, calibration, held_out, setting, merger=merger)
         step("induction")
         least = min(setting.budgets)
         probes = []
         for budget in sorted(setting.budgets, reverse=True):  # the smallest last: what follows is looked at there
-            made = _probed(model, calibration, setting, merger, budget)
+            made = {policy: compared[policy, budget] for policy in (ours, *_PROBED) if (policy, budget) in compared}
+            if "recent" in setting.policies:  # a window is a number of tokens: the right one for these sequences
+                made["recent"] = merging.recent_window(model, budget, 2 * _COPIED + 1, setting)
             probes.append(merging.induction_probe(model, made, length=_COPIED, seed=seed).assign(budget=budget))
         induction = pd.concat(probes, ignore_index=True)
         step("generation and map")
@@ -141,25 +150,6 @@ def study_merging(
     )
 
 
-def _probed(
-    model: Any, calibration: Windows, setting: Setting, merger: TokenMerger | None, budget: float
-) -> dict[str, TokenMerger]:
-    """Mergers at a budget of prose: ours, and some to compare."""
-    common = {"target_bytes": budget, "recent": setting.recent}
-    made = {
-        "cosine": TokenMerger(list(setting.layers), projection=setting.projection, floor=-1.0, **common),
-        "random": TokenMerger(list(setting.layers), rule="random", **common),
-        "stride": TokenMerger(list(setting.layers), rule="stride", **common),
-    }
-    for each in made.values():
-        each.calibrate(model, calibration.tokens.to(door.device_of(model)))
-    made["recent"] = merging.recent_window(model, budget, 2 * _COPIED + 1, setting)
-    if merger is not None:
-        merging.fit_budget(merger, model, calibration, budget)
-        made = {"trained": merger, **made}
-    return made
-
-
 def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int) -> pd.DataFrame | None:
     """None where the model's cache cannot be rewritten, or nothing was asked for."""
     if not prompts or door.kind_of(model) == "hooked" or merger.options.preserve == "surprisal":
@@ -177,9 +167,10 @@ def _text(model: Any, ids: list[int]) -> str:
 
 def _by_layer(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
     merger.forget()
-    with merger.attached(model), door.measuring(model):
-        for rows in batches(held_out):
-            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})
+    for rows in batches(held_out):
+        tokens = held_out.tokens[rows].to(door.device_of(model))
+        with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), door.measuring(model):
+            door.forward_pass(model, tokens, {})
     table = merger.statistics()
     merger.forget()
     sums = table.groupby("layer")[["tokens", "eligible", "merged", "clusters", "rows", "bytes", "full_bytes"]].sum()
