@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 
 # Steps, window length, windows to train on, held out, to calibrate and to test on.
+# Fewer cannot be halved into intervals worth anything.
+_FEW_DOCUMENTS = 12
 PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
@@ -46,10 +48,20 @@ def train(
     representative: Annotated[str, typer.Option("--representative", help="leader or mean.")] = "leader",
     residual: Annotated[str, typer.Option("--residual", help="none or gated.")] = "none",
     residual_width: Annotated[int, typer.Option("--residual-width", help="Numbers that a cluster's residual is kept in.")] = 8,
-    preserve: Annotated[str, typer.Option("--preserve", help="none, norm, or surprisal (not with generate): tokens that are never merged.")] = "none",
+    preserve: Annotated[
+        str, typer.Option("--preserve", help="none, norm, or surprisal (takes the plain model beside, so no generate).")
+    ] = "none",
+    preserve_share: Annotated[float, typer.Option("--preserve-share", help="Share of the tokens that is preserved.")] = 0.05,
     contrastive_weight: Annotated[float, typer.Option("--contrastive-weight", help="Of the hinge between clusters.")] = 0.0,
+    margin: Annotated[float, typer.Option("--margin", help="Cosine between clusters from which the hinge acts.")] = 0.5,
+    floor: Annotated[float, typer.Option("--floor", help="Lowest threshold.")] = 0.0,
     recent: Annotated[int, typer.Option("--recent", help="Tokens that stay raw behind the current one.")] = 8,
     steps: Annotated[int | None, typer.Option("--steps", help="From the preset if left out.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per pass.")] = 4,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Passes per step.")] = 1,
+    evaluate_every: Annotated[int, typer.Option("--evaluate-every", help="Steps between looks at held-out windows; 0: none.")] = 20,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of projection and residual.")] = 1e-3,
+    threshold_rate: Annotated[float, typer.Option("--threshold-rate", help="Learning rate of the thresholds.")] = 0.05,
     train_base: Annotated[
         bool, typer.Option("--train-base", help="Train a copy of the base model, too; its drift is reported.")
     ] = False,
@@ -68,22 +80,27 @@ def train(
     """
     from basin_lens.merging import TokenMerger, Training, surprisal_for, train_merger, windows_of
     from basin_lens.model import device_of
+    from basin_lens.views import training_curves
 
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
     if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
         target_rate = 0.5
     texts = _texts(data, files, dataset)
+    training = Training(
+        steps=steps or n_steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every, learning_rate=learning_rate,
+        threshold_rate=threshold_rate, train_base=train_base, seed=seed,
+    )  # fmt: skip
     _writable(out)
     loaded = _load(model)
     chosen = _layers(layers, loaded)
     merger = TokenMerger(
         chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
         projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
-        residual_width=residual_width, preserve=preserve, contrastive_weight=contrastive_weight, recent=recent, seed=seed,
+        residual_width=residual_width, preserve=preserve, preserve_share=preserve_share, contrastive_weight=contrastive_weight,
+        margin=margin, floor=floor, recent=recent, seed=seed,
     )  # fmt: skip
     windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
-    held, own = windows.apart(n_held / len(windows))
-    training = Training(steps=steps or n_steps, train_base=train_base, seed=seed)
+    held, own = _documents(windows, 2).apart(n_held / len(windows))
     typer.echo(
         f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
     )
@@ -96,6 +113,7 @@ def train(
     )
     if train_base:
         typer.echo(f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}")
+    training_curves(made.history).savefig(out / "training.png", dpi=150)
     typer.echo(f"wrote {out}")
 
 
@@ -116,6 +134,8 @@ def compare(
 ) -> None:
     """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
 
+    What the merger was trained on is left out, and said. With fewer than 12 documents every window counts as one, and the report says so.
+
     Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
               basin-lens merge test run/ --dataset nltk:treebank
     """
@@ -134,12 +154,13 @@ def compare(
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
     seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
     size = length or (int(merger.facts["training"]["length"]) if merger is not None and seen else n_length)
+    texts = _unseen(texts, set() if merger is None else set(merger.facts.get("training", {}).get("seen_texts", [])))
     windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
     if shared := seen & set(windows.digests()):
         raise MergeError(
             f"expected texts that the merger was not trained on, got {len(shared)} windows of its training. Give other texts."
         )
-    calibration, held_out = windows.apart(n_calibration / len(windows))
+    calibration, held_out = _documents(windows, _FEW_DOCUMENTS).apart(n_calibration / len(windows))
     chosen = merger.options.layers if merger is not None else tuple(_layers(layers, loaded))
     options: dict[str, Any] = (
         {} if merger is None else {"recent": merger.options.recent, "projection": merger.options.projection or 32}
@@ -218,6 +239,27 @@ def _texts(data: list[Path] | None, more: list[Path] | None, dataset: str | None
     return list(reference_passages()) if dataset is None else read_dataset(dataset)
 
 
+def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
+    """Without the texts of the merger's training, which is said."""
+    from basin_lens.merging.windows import text_digest
+
+    rest = [passage for passage in texts if text_digest(passage.text) not in seen]
+    if not rest:
+        raise MergeError(f"expected texts that the merger was not trained on, got {len(texts)} of its training. Give other texts.")
+    if len(rest) < len(texts):
+        typer.echo(f"left out {len(texts) - len(rest)} texts that the merger was trained on", err=True)
+    return rest
+
+
+def _documents(windows: Any, fewest: int) -> Any:
+    """Windows of so many documents; of fewer, every window counts as one, which is said."""
+    count = len(set(windows.doc))
+    if count >= fewest:
+        return windows
+    typer.echo(f"{count} documents are few: every window of {windows.tokens.shape[1]} tokens counts as one", err=True)
+    return windows.in_pieces()
+
+
 def _layers(text: str | None, model: Any) -> list[int]:
     from basin_lens.model import n_layers
 
@@ -234,7 +276,11 @@ def _layers(text: str | None, model: Any) -> list[int]:
 
 
 def _writable(folder: Path) -> None:
-    """Before any long work."""
+    """Before any long work: a folder that can be written and holds no finished merger."""
+    if (folder / "merger.json").exists():
+        raise MergeError(
+            f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose another, or delete it."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

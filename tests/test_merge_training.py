@@ -213,7 +213,7 @@ def test_policies_meet_their_budget(tiny):
     raw = merger.raw.detach().clone()
     found = merging.compare_policies(
         tiny, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting, merger=merger, progress=False
-    )
+    ).windows
     assert set(found["policy"]) == set(merging.POLICIES) and found.loc[found["policy"] == "random", "seed"].nunique() == 2
     assert torch.equal(merger.raw, raw)
     shares = found.groupby("policy")["bytes_share"].mean()
@@ -230,12 +230,16 @@ def test_policies_meet_their_budget(tiny):
 
 def test_what_was_compared_is_handed_over_as_it_was_set(tiny):
     setting = Setting((0, 1, 2), budgets=(0.85, 0.7), projection=6, recent=2, seeds=2, policies=("trained", "cosine", "random"))
-    merger, kept = made_merger(tiny), {}
+    merger = made_merger(tiny)
     raw, held_out = merger.raw.detach().clone(), Windows(windows(8).tokens, tuple("abcdefgh"))
-    found = merging.compare_policies(
-        tiny, windows(8, seed=5), held_out, setting, merger=merger, kept=kept, progress=False
-    )  # fmt: skip
+    compared = merging.compare_policies(tiny, windows(8, seed=5), held_out, setting, merger=merger, progress=False)
+    found, kept, layers = compared.windows, compared.mergers, compared.layers
     assert set(kept) == {(p, b) for p in setting.policies for b in setting.budgets}
+    assert len(layers) == 3 * 2 * (1 + 1 + 2) and (layers["tokens"] == 8 * 24).all()
+    # All layers merge here, so that the layers' bytes are those of the windows.
+    mean = layers.groupby(["policy", "budget", "seed"])[["bytes_share", "rate"]].mean()
+    assert np.allclose(mean, found.groupby(["policy", "budget", "seed"])[["bytes_share", "rate"]].mean())
+    assert np.allclose(layers["tokens_kept"], 1 - layers["rate"])
     assert torch.equal(merger.raw, raw)  # while those handed over stay where they were moved
     plain = merging.plain_pass(tiny, held_out)
     for (policy, budget), made in kept.items():
@@ -251,7 +255,8 @@ def test_baselines_have_no_floor_below_which_a_budget_is_out_of_reach(tiny):
         TokenMerger([0, 1, 2], rule="adjacent", projection=6, recent=2, target_bytes=0.45).calibrate(
             tiny, windows(8, seed=5).tokens
         )
-    found = merging.compare_policies(tiny, windows(8, seed=5), Windows(tokens, tuple("abcdefgh")), setting, progress=False)
+    made = merging.compare_policies(tiny, windows(8, seed=5), Windows(tokens, tuple("abcdefgh")), setting, progress=False)
+    found = made.windows
     assert found["bytes_share"].mean() == pytest.approx(0.45, abs=0.06)
 
 
@@ -312,7 +317,7 @@ def test_the_study_writes_its_folder(llama, tmp_path):
     assert "overlap" in " ".join(study.verdict)
 
 
-def test_surprising_tokens_are_preserved_from_training_to_report(llama, tmp_path):
+def test_surprising_tokens_are_preserved_from_training_to_report(llama):
     data = merging.windows_of(llama, [bl.Passage(t * 6, doc=str(i)) for i, t in enumerate(TEXTS * 2)], 32, most=20)
     calibration, held_out = data.apart(0.3)
     merger = TokenMerger([0, 1, 2], target_rate=0.3, projection=6, recent=4, preserve="surprisal", preserve_share=0.2)
@@ -328,6 +333,85 @@ def test_surprising_tokens_are_preserved_from_training_to_report(llama, tmp_path
     surprisal = merging.surprisal_for(merger, llama, held_out.tokens[:1])[0].numpy()
     assert taken["merged"].any()
     assert (surprisal[taken.loc[taken["merged"], "pos"]] <= float(merger.surprisal_cutoff)).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "met"), [(0.3, 0.4, False), (0.15, 0.25, True), (0.0, 0.05, False), (0.0, 0.4, True), (float("nan"), 0.4, None)]
+)
+def test_intervals_overlap_or_lie_apart_on_either_side(low, high, met):
+    curve = pd.DataFrame({"policy": ["trained", "random"], "budget": 0.5, "low": [low, 0.1], "high": [high, 0.2]})
+    assert bl.studies.merged._overlap(curve, "trained", "random", 0.5) is met
+
+
+@pytest.mark.parametrize("representative", ["leader", "mean"])
+def test_the_error_of_merged_states_by_hand(tiny, representative):
+    merger = TokenMerger([1], rule="stride", threshold=0.5, recent=2, representative=representative)
+    states, tokens = {}, windows(3).tokens
+    with merger.attached(tiny), torch.no_grad():
+        door.forward_pass(tiny, tokens, {door.point_name("resid_pre", 1): lambda t: states.update(entering=t.clone())})
+        found = merger.pass_.assigned[1]
+    held, away, offered = states["entering"].double(), [], []
+    for b in range(3):
+        for t in range(1, 24 - 2):  # position 0 and the recent window stay
+            offered.append(held[b, t])
+            if found.joined[b, t]:
+                leader = int(found.leader[b, t])
+                cluster = [leader, *(i for i in range(24) if found.joined[b, i] and int(found.leader[b, i]) == leader)]
+                standing = held[b, leader] if representative == "leader" else held[b, cluster].mean(0)
+                away.append(float((held[b, t] - standing).square().sum()))
+    offered = torch.stack(offered)
+    spread = float((offered - offered.mean(0)).square().sum(1).mean())
+    assert len(away) > 10 and merger.statistics()["eligible"].iloc[0] == len(offered)
+    assert merger.statistics()["state_error"].iloc[0] == pytest.approx(np.mean(away) / spread, rel=1e-4)
+
+
+def test_few_texts_are_cut_into_windows_that_count_as_documents():
+    made = Windows(random_tokens(5, 24), ("a", "a", "b", "a", "b"), ("x", "x", "y", "x", "y"))
+    pieces = made.in_pieces()
+    assert pieces.pieces and not made.pieces and pieces.source == made.source and torch.equal(pieces.tokens, made.tokens)
+    assert pieces.doc == ("a, window 1 of 3", "a, window 2 of 3", "b, window 1 of 2", "a, window 3 of 3", "b, window 2 of 2")
+    first, rest = pieces.apart(0.4)
+    assert len(first) == 2 and first.pieces and rest.source == ("y", "x", "y")
+
+
+def test_a_trained_base_is_watched_against_itself(tiny):
+    """A base that learns must not hide what merging costs, and an unmeasured drift is no drift of 0."""
+    merger = TokenMerger([0, 1, 2], threshold=1.0, projection=6, recent=2).calibrate(tiny, windows(seed=5).tokens)
+    training = Training(**SHORT | {"train_base": True, "base_rate": 1e-2, "rate_weight": 1e-9})
+    made = train_merger(merger, tiny, windows(), windows(6, seed=8), training=training, progress=False)
+    assert abs(made.drift) > 1e-3 and made.merger.facts["training"]["drift"] == made.drift
+    seen = made.history["held_out_excess"].dropna()
+    assert len(seen) == 2 and (seen.abs() < 1e-5).all()  # nothing merges: whatever the base learned, merging costs nothing
+    untold = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT | {"train_base": True}), progress=False)
+    assert np.isnan(untold.drift) and untold.merger.facts["training"]["drift"] is None
+
+
+def test_an_interrupted_training_of_the_base_leaves_a_merger_of_its_model(tiny, monkeypatch):
+    merger = made_merger(tiny)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging.train._Run, "take", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_merger(merger, tiny, windows(), training=Training(**SHORT | {"train_base": True}), progress=False)
+    with pytest.raises(MergeError, match="made for"):
+        merger.prepare(make_bridge("llama", seed=9))
+
+
+def test_shares_of_the_cache_count_all_layers_everywhere(tiny):
+    merger = TokenMerger([1], target_rate=0.4, adaptive=True, projection=6, recent=2).calibrate(tiny, windows(seed=5).tokens)
+    n = door.n_layers(tiny)
+    with merger.attached(tiny), torch.no_grad():
+        door.forward_pass(tiny, windows(2).tokens, {})
+    own = merger.statistics()
+    layer = float(own["bytes"].sum() / own["full_bytes"].sum())
+    assert merging.share_left(merger, own) == pytest.approx((n - 1 + layer) / n)
+    tokens = windows(2).tokens
+    probe = merging.induction_probe(tiny, {"one": merger}, length=12, sequences=2)
+    assert layer < 0.9 and (probe["bytes_share"] > (n - 1) / n).all()
+    made = train_merger(merger, tiny, windows(), Windows(tokens, ("x", "y")), training=Training(**SHORT), progress=False)
+    assert (made.history["bytes_share"] > (n - 1) / n).all()
 
 
 def test_a_study_without_its_declared_policy_is_refused_before_any_work(tiny, monkeypatch):
@@ -348,7 +432,7 @@ def test_hooked_transformer_trains_and_compares():
     found = merging.compare_policies(
         model, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting,
         merger=merger, progress=False,
-    )  # fmt: skip
+    ).windows  # fmt: skip
     assert found["excess"].notna().all()
 
 

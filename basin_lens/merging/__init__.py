@@ -8,7 +8,9 @@ from basin_lens.merging.assign import RULES, Assigned, Clusters
 from basin_lens.merging.cache import Stream, generate, streaming
 from basin_lens.merging.compare import (
     POLICIES,
+    Compared,
     Setting,
+    by_layer,
     compare_policies,
     context_protocol,
     generation_quality,
@@ -26,6 +28,7 @@ __all__ = [
     "RULES",
     "Assigned",
     "Clusters",
+    "Compared",
     "Options",
     "Parachute",
     "Plain",
@@ -35,6 +38,7 @@ __all__ = [
     "Trained",
     "Training",
     "Windows",
+    "by_layer",
     "compare_policies",
     "context_protocol",
     "excess",

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.cache import generate
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass, surprisal_for
+from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass, share_left, surprisal_for
 
 # What every policy is, in one line.
 POLICIES = {
@@ -69,6 +69,21 @@ def _make(policy: str, budget: float, seed: int, setting: Setting, merger: Token
     return TokenMerger(list(setting.layers), **kinds[policy])
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What `compare_policies` found.
+
+    Attributes:
+        windows: a row per policy, budget, seed and held-out window.
+        layers: a row per policy, budget, seed and merged layer: what is left of the tokens and of the cache, on the held-out windows.
+        mergers: what was compared, as it was set, by policy and budget (the first seed).
+    """
+
+    windows: pd.DataFrame
+    layers: pd.DataFrame
+    mergers: Mapping[tuple[str, float], TokenMerger]
+
+
 def recent_window(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
     """First token plus the recent window that leaves `budget` of the cache, the rest dropped (StreamingLLM).
 
@@ -92,9 +107,8 @@ def compare_policies(
     setting: Setting,
     *,
     merger: TokenMerger | None = None,
-    kept: dict[tuple[str, float], TokenMerger] | None = None,
     progress: bool = True,
-) -> pd.DataFrame:
+) -> Compared:
     """Excess loss of every policy at every budget.
 
     Each is set to the budget on the calibration windows, and tested on the held-out ones. There, other texts leave a little more or less.
@@ -107,13 +121,12 @@ def compare_policies(
         held_out: windows to test on.
         setting: which policies, where, and how much of the cache.
         merger: a trained one, for the policy "trained"; without it that is left out. It is left as it was.
-        kept: filled with what was compared, by policy and budget (first seed), to look further at the same mergers.
         progress: show a bar.
 
     Returns:
-        the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`,
-        `seconds` and `plain_seconds` (of the passes, per token, measured once), `peak_bytes` and `plain_peak_bytes` (tensors made in one pass of
-        the first windows, at most at one time), `flops` (`flops_share`).
+        a `Compared`. `windows`: the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`, `plain_seconds` (of the
+        pass without merging, per token, measured once), `peak_bytes` and `plain_peak_bytes` (tensors made in one pass of the first windows,
+        at most at one time), `flops` (`flops_share`). `layers`: the columns of `by_layer`.
 
     Raises:
         MergeError: windows of different lengths, documents in both, or a budget out of reach.
@@ -125,7 +138,7 @@ def compare_policies(
         >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
         >>> setting = bl.merging.Setting((20, 21), budgets=(0.98,), policies=("stride",))
         >>> found = bl.merging.compare_policies(model, *windows.apart(0.5), setting, progress=False)
-        >>> found.policy.unique().tolist()
+        >>> found.windows.policy.unique().tolist()
         ['stride']
     """
     length = held_out.tokens.shape[1]
@@ -137,10 +150,11 @@ def compare_policies(
     begun = time.perf_counter()
     with door.measuring(model):
         for rows in batches(held_out):
-            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})
+            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})[0, 0, 0].item()
     base = (time.perf_counter() - begun) / held_out.tokens.numel()
     plain_peak = _peak(None, model, held_out)
-    parts = []
+    parts, layers = [], []
+    mergers: dict[tuple[str, float], TokenMerger] = {}
     # The trained one first: if a budget is out of its reach, that is said before hours went by. The blind ones last.
     order = {"trained": 0, "cosine": 1} | dict.fromkeys(BLIND, 3)
     plan = sorted((c for c in _cases(setting) if c[0] != "trained" or merger is not None), key=lambda c: order.get(c[0], 2))
@@ -153,9 +167,8 @@ def compare_policies(
             fit_budget(made, model, calibration, budget)
         elif policy != "recent":
             made.calibrate(model, calibration.tokens.to(door.device_of(model)))
-        begun = time.perf_counter()
         rows_ = excess(made, model, held_out, plain)
-        spent = (time.perf_counter() - begun) / held_out.tokens.numel()
+        layers.append(by_layer(made.statistics()).assign(policy=policy, budget=budget, seed=seed))
         if policy not in BLIND:
             left.setdefault(budget, float(rows_["bytes_share"].mean()))
         parts.append(
@@ -163,19 +176,32 @@ def compare_policies(
                 policy=policy,
                 budget=budget,
                 seed=seed,
-                seconds=spent,
                 plain_seconds=base,
                 peak_bytes=_peak(made, model, held_out),
                 plain_peak_bytes=plain_peak,
                 flops=flops_share(made, model, rows_, length),
             )
         )
-        if kept is not None:
-            kept.setdefault((policy, budget), copy.deepcopy(made) if policy == "trained" else made)
+        mergers.setdefault((policy, budget), copy.deepcopy(made) if policy == "trained" else made)
         if policy == "trained" and begun_raw is not None:
             with torch.no_grad():
                 made.raw.copy_(begun_raw)
-    return pd.concat(parts, ignore_index=True)
+    return Compared(pd.concat(parts, ignore_index=True), pd.concat(layers, ignore_index=True), mergers)
+
+
+def by_layer(statistics: pd.DataFrame) -> pd.DataFrame:
+    """Statistics of several passes as a row per merged layer.
+
+    `rate` (merged / tokens), `tokens_kept` (rows left / tokens), `bytes_share` (of that layer's full cache), and sums and means of what
+    `TokenMerger.statistics` tells.
+    """
+    sums = statistics.groupby("layer")[["tokens", "eligible", "merged", "clusters", "rows", "bytes", "full_bytes"]].sum()
+    means = statistics.groupby("layer")[["level", "similarity", "state_error"]].mean()
+    joined = sums.join(means).reset_index()
+    return joined.assign(
+        rate=joined["merged"] / joined["tokens"], tokens_kept=joined["rows"] / joined["tokens"],
+        bytes_share=joined["bytes"] / joined["full_bytes"],
+    )  # fmt: skip
 
 
 def _cases(setting: Setting) -> Iterator[tuple[str, float, int]]:
@@ -202,17 +228,25 @@ def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
 def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int) -> float:
     """Arithmetic of one more token behind `length` others, clustering counted, over that of the plain model.
 
-    Two per parameter outside the embedding, and four per head dimension and row read; comparing costs two per number of each descriptor.
+    Two per parameter of the blocks and per weight of the output matrix (looking up embeddings costs nothing), and four per head dimension and row
+    read. Comparing costs two per number of each descriptor compared with, attention rows among them; a residual is expanded where it is
+    read; tokens preserved by surprisal need the plain model's pass beside.
     """
-    cfg: Any = model.cfg
-    weights = 2 * sum(p.numel() for name, p in door.parameters_of(model).items() if "embed" not in name)
+    cfg, o, vocabulary = model.cfg, merger.options, door.vocabulary_size(model)
+    tables = ("embed", "wte", "wpe", "lm_head")
+    blocks = sum(
+        p.numel() for name, p in door.parameters_of(model).items() if vocabulary not in p.shape and not any(t in name for t in tables)
+    )  # fmt: skip
+    weights = 2 * (blocks + vocabulary * door.width(model))
     attention = 4 * int(cfg.n_heads) * int(cfg.d_head) * length * merger.n_layers
     kept = 1 - float(rows["rate"].mean())
-    merged = attention * (1 - len(merger.options.layers) / merger.n_layers * (1 - kept))
-    width = 0 if not merger.options.compares else merger.center.shape[1] if merger.head is None else merger.head.shape[1]
+    merged = attention * (1 - len(o.layers) / merger.n_layers * (1 - kept))
+    width = 0 if not o.compares else merger.center.shape[1] if merger.head is None else merger.head.shape[1]
+    compared = (1 if o.rule == "adjacent" else kept * length) * (2 * width + (length if o.attention_weight else 0))
     project = 0 if merger.head is None else 2 * merger.head[0].numel()
-    clustering = len(merger.options.layers) * (2 * width * kept * length + project)
-    return (weights + merged + clustering) / (weights + attention)
+    expand = 0 if merger.up is None else 2 * merger.up[0].numel() * kept * length
+    plain = weights + attention
+    return (weights + merged + len(o.layers) * (compared + project + expand)) / plain + (o.preserve == "surprisal")
 
 
 def context_protocol(
@@ -304,8 +338,7 @@ def induction_probe(
         merger.forget()
         with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
             loss, right = second(door.forward_pass(model, tokens, {}))
-        held = merger.statistics()
-        share = float(held["bytes"].sum() / held["full_bytes"].sum())
+        share = share_left(merger, merger.statistics())
         rows += [
             {"policy": policy, "sequence": i, "loss": float(loss[i]), "plain_loss": float(plain[0][i]), "excess": float(loss[i] - plain[0][i]),
              "accuracy": float(right[i]), "plain_accuracy": float(plain[1][i]), "bytes_share": share}

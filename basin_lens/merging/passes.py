@@ -262,24 +262,34 @@ class Pass:
                 "layer": layer, "sequences": batch, "tokens": int(lengths.sum()), "eligible": int(offered.sum()), "merged": int(merged.sum()),
                 "rate": float(merged.sum() / lengths.sum()), "clusters": int(clusters.sum()), "largest": int(sizes.max()) + 1,
                 "rows": int((lengths - (0 if o.simulate else merged)).sum()), "bytes": sum(kept), "full_bytes": full,
-                "level": float(self.levels[layer].detach().mean()), **self._errors(layer, found, states.detach()),
+                "level": float(self.levels[layer].detach().mean()), **self._errors(layer, found, states.detach(), eligible),
             }
         )  # fmt: skip
         if self.rates is None:
             merger.record(self.noted[-1:], first=index == 0)
 
-    def _errors(self, layer: int, found: Assigned, states: Tensor) -> dict[str, float]:
+    def _errors(
+        self, layer: int, found: Assigned, states: Float[Tensor, "batch pos d"], eligible: Bool[Tensor, "batch pos"]
+    ) -> dict[str, float]:  # fmt: skip
         chosen = found.joined & (found.leader >= 0)
         if not bool(chosen.any()):
             return {"similarity": float("nan"), "state_error": float("nan")}
         units, row = self.units[layer].detach(), chosen.nonzero()[:, 0]
         leader = found.leader[chosen]
         cosine = torch.nn.functional.cosine_similarity(units[chosen], units[row, leader], dim=-1)
-        members = states[chosen].float()
-        away = (members - states[row, leader].float()).square().sum()
-        spread = members.var(0, correction=0).sum() * len(members)
+        wide = states.float()
+        standing = wide
+        if self.merger.options.representative == "mean":
+            own = torch.arange(wide.shape[1], device=wide.device).expand(chosen.shape)
+            home = torch.where(chosen, found.leader, own)
+            sums = torch.zeros_like(wide).scatter_add_(1, home[..., None].expand_as(wide), wide)
+            sizes = torch.zeros(chosen.shape, device=wide.device).scatter_add_(1, home, torch.ones_like(home, dtype=torch.float32))
+            standing = sums / sizes.clamp(min=1)[..., None]
+        away = (wide[chosen] - standing[row, leader]).square().sum(1).mean()
+        offered = wide[eligible]
+        spread = (offered - offered.mean(0)).square().sum(1).mean()
         similarity = float(cosine.mean()) if units.shape[2] else float("nan")
-        return {"similarity": similarity, "state_error": float(away / spread.clamp(min=1e-12))}
+        return {"similarity": similarity, "state_error": float(away / spread) if float(spread) > 0 else float("nan")}
 
     # ---- calibration -----------------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, surprisal_for
+from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
 
 _CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -106,7 +106,8 @@ class Parachute:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained merger. `model`: the base, or its trained copy. `history`: a row per step; `drift`: of the base on plain text, nats per token."""
+    """A trained merger. `model`: the base, or its trained copy. `history`: a row per step; `drift`: by how much the base's loss without merging
+    rose on the held-out windows, nats per token; 0 for a frozen base, NaN without held-out windows."""
 
     merger: TokenMerger
     model: Any
@@ -143,7 +144,8 @@ def train_merger(
     Returns:
         a `Trained`. `history` columns: `step`, `loss` and `plain_loss` (nats per token), `excess`, `rate` and `target` (merged / tokens,
         mean over layers),
-        `contrastive`, `level` (mean threshold), `offset` and `event` (parachute), `bytes_share`, `held_out_excess` (where evaluated).
+        `contrastive`, `level` (mean threshold), `offset` and `event` (parachute), `bytes_share` (of the full cache, all layers),
+        `held_out_excess` and `held_out_bytes_share` (where evaluated; merged less plain of the model as it then is).
 
     Raises:
         MergeError: nothing to learn, not calibrated, or a loss that is not finite (the last checkpoint stays). StoreError: the folder holds
@@ -175,41 +177,48 @@ def train_merger(
     run = _Run(merger, model, windows, training)
     if folder is not None:
         run.resume(Path(folder))
-    before = plain_pass(model, held_out) if held_out is not None and training.evaluate_every else None
-    with tqdm(total=training.steps, initial=run.step, desc="training the merger", unit="step", disable=not progress) as bar:
-        while run.step < training.steps:
-            if folder is not None and run.step % training.checkpoint_every == 0 and run.step:
-                run.keep(Path(folder))
-            record = run.take()
-            due = training.evaluate_every and (run.step % training.evaluate_every == 0 or run.step == training.steps)
-            if due and held_out is not None and before is not None:
-                seen = excess(merger, run.model, held_out, before)
-                record |= {
-                    "held_out_excess": float(seen["excess"].mean()),
-                    "held_out_bytes_share": float(seen["bytes_share"].mean()),
-                }
-            run.history.append(record)
-            if folder is not None:
-                _append(Path(folder), record)
-            bar.set_postfix_str(f"excess {record['excess']:+.3f}, rate {record['rate']:.2f}")
-            bar.update()
+    # Of the model that is run: a base that is trained moves, and its gain must not hide what merging costs.
+    watched = held_out is not None and bool(training.evaluate_every)
+    before = plain_pass(model, held_out) if held_out is not None and watched and not training.train_base else None
+    try:
+        with tqdm(total=training.steps, initial=run.step, desc="training the merger", unit="step", disable=not progress) as bar:
+            while run.step < training.steps:
+                if folder is not None and run.step % training.checkpoint_every == 0 and run.step:
+                    run.keep(Path(folder))
+                record = run.take()
+                due = watched and (run.step % training.evaluate_every == 0 or run.step == training.steps)
+                if due and held_out is not None:
+                    seen = excess(merger, run.model, held_out, before or plain_pass(run.model, held_out))
+                    record |= {
+                        "held_out_excess": float(seen["excess"].mean()),
+                        "held_out_bytes_share": float(seen["bytes_share"].mean()),
+                    }
+                run.history.append(record)
+                if folder is not None:
+                    _append(Path(folder), record)
+                bar.set_postfix_str(f"excess {record['excess']:+.3f}, rate {record['rate']:.2f}")
+                bar.update()
+    finally:
+        merger.base_changes = False  # interrupted or done: from here on another model is another model
     merger.forget()
-    drift = 0.0
+    drift = math.nan if training.train_base else 0.0
     if training.train_base and held_out is not None:
         drift = float((plain_pass(run.model, held_out, keep=False).losses - plain_pass(model, held_out, keep=False).losses).mean())
     if training.train_base:
-        merger.base, merger.base_changes = door.fingerprint(run.model), False
+        merger.base = door.fingerprint(run.model)
     merger.facts["training"] = asdict(training) | {
         "windows": len(windows),
         "length": int(windows.tokens.shape[1]),
         "key": run.key,
         "seen": windows.digests(),
+        "seen_texts": sorted(set(windows.source)),
+        "drift": None if math.isnan(drift) else drift,
     }
     for parameter in merger.parameters():
         parameter.requires_grad_(False)
     if folder is not None:
         if training.train_base:
-            door.save_tuned(run.model, Path(folder) / "base", model, {"drift": drift})
+            door.save_tuned(run.model, Path(folder) / "base", model, {"drift": merger.facts["training"]["drift"]})
         merger.save(folder)
         (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
     return Trained(merger, run.model, pd.DataFrame(run.history), drift)
@@ -308,7 +317,7 @@ class _Run:
         self.step += 1
         return {
             "step": self.step, **sums, "excess": cost, "target": self.target, "level": float(held["level"].mean()),
-            "bytes_share": float(held["bytes"].sum() / held["full_bytes"].sum()), "offset": self.parachute.offset, "event": event,
+            "bytes_share": share_left(merger, held), "offset": self.parachute.offset, "event": event,
             "excess_mean": self.parachute.mean,
         }  # fmt: skip
 
@@ -316,7 +325,7 @@ class _Run:
         return _Frozen(self.frozen)
 
     def _contrast(self) -> Float[Tensor, ""]:
-        """Hinge on the cosine between clusters of one sequence, mean over pairs above the margin."""
+        """Hinge on the cosine between clusters of one sequence, mean over pairs; a cluster is its leader, or its mean if that represents it."""
         merger = self.merger
         total = torch.zeros((), device=door.device_of(self.model))
         if not merger.options.contrastive_weight:
@@ -329,6 +338,11 @@ class _Run:
             pairs = (
                 leads[:, :, None] & leads[:, None, :] & torch.ones(length, length, dtype=torch.bool, device=units.device).tril(-1)
             )
+            if merger.options.representative == "mean":
+                own = torch.arange(length, device=units.device).expand(found.joined.shape)
+                home = torch.where(found.joined & (found.leader >= 0), found.leader, own)
+                units = torch.zeros_like(units).scatter_add(1, home[..., None].expand_as(units), units)
+                units = units / units.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             over = (units @ units.transpose(1, 2) - merger.options.margin).clamp(min=0)
             total = total + (over * pairs).sum() / pairs.sum().clamp(min=1)
         return total / len(merger.pass_.units)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +23,36 @@ TOKENS_PER_PASS = 1024
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of equal length. `doc`: the document of each."""
+    """Token windows of equal length.
+
+    `doc`: the document of each. `source`: a hash of the whole document's text, if it is known. `pieces`: whether `doc` are pieces of
+    documents.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     doc: tuple[str, ...]
+    source: tuple[str, ...] = ()
+    pieces: bool = False
 
     def __len__(self) -> int:
         return len(self.doc)
 
     def take(self, rows: list[int]) -> "Windows":
         """Some of them."""
-        return Windows(self.tokens[rows], tuple(self.doc[r] for r in rows))
+        source = tuple(self.source[r] for r in rows) if self.source else ()
+        return Windows(self.tokens[rows], tuple(self.doc[r] for r in rows), source, self.pieces)
+
+    def in_pieces(self) -> "Windows":
+        """Every window as a document of its own, for texts that are too few: less independent than documents are, and to be said."""
+        count: dict[str, int] = {}
+        for doc in self.doc:
+            count[doc] = count.get(doc, 0) + 1
+        turn = dict.fromkeys(count, 0)
+        names = []
+        for doc in self.doc:
+            turn[doc] += 1
+            names.append(f"{doc}, window {turn[doc]} of {count[doc]}")
+        return Windows(self.tokens, tuple(names), self.source, True)
 
     def digests(self) -> list[str]:
         """A hash of each window's tokens, by which it is known again."""
@@ -86,6 +106,7 @@ def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -
             f"expected a text of {length} tokens or more, got {len(passages)} shorter ones. Give longer texts or a smaller length."
         )
     docs = [str(passages[s.passage].doc) if passages[s.passage].doc is not None else str(s.passage) for s in found]
+    source = [text_digest(passages[s.passage].text) for s in found]
     order = list(range(len(found)))
     if most is not None and most < len(found):
         turn: dict[str, int] = {}
@@ -94,7 +115,14 @@ def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -
             turn[doc] = turn.get(doc, -1) + 1
             key.append(turn[doc])
         order = sorted(sorted(order, key=lambda i: (key[i], i))[:most])
-    return Windows(torch.tensor([found[i].tokens for i in order]), tuple(docs[i] for i in order))
+    return Windows(
+        torch.tensor([found[i].tokens for i in order]), tuple(docs[i] for i in order), tuple(source[i] for i in order)
+    )  # fmt: skip
+
+
+def text_digest(text: str) -> str:
+    """By which a whole text is known again."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def batches(windows: Windows) -> Iterator[slice]:
@@ -151,12 +179,12 @@ def excess(
         scores: see `TokenMerger.attached`.
 
     Returns:
-        a row per window: `doc`, `window`, `excess` (nats per token: mean of -log p merged less plain), `excess_easy` and `excess_hard`
-        (halves of the
-        tokens by the plain model's surprisal), `kl` (nats per token, plain to merged), `agreement` (share of equal most likely tokens),
-        `bytes_share` (of the
-        full cache at the window's end, all layers), `rate` (merged / tokens, mean over merged layers), `same_id` (share of merges between
-        identical token ids; NaN without merges or for rules that drop).
+        a row per window: `doc`, `window`, `excess` (nats per token: mean of -log p merged less plain), `excess_easy` and `excess_hard` (halves of
+        the tokens by the plain model's surprisal), `kl` (nats per token, plain to merged), `agreement` (share of equal most likely
+        tokens), `seconds` (of the merged pass, per token), `bytes_share` (of the full cache at the window's end, all layers), `rate`
+        (merged / tokens, mean over merged layers), `same_id` (share of merges between
+        identical token ids; NaN without merges or for rules that drop). Time, bytes, rate and same ids are those of the pass that the window was
+        in, a few windows together. `merger.statistics()` then holds all passes.
 
     Example:
         >>> import basin_lens as bl
@@ -169,14 +197,17 @@ def excess(
         (4, True)
     """
     rows: list[dict[str, Any]] = []
+    merger.forget()
     for part, kept in zip(batches(windows), plain.logits, strict=True):
         tokens = windows.tokens[part].to(door.device_of(model))
         before = plain.losses[part]
         given = None if scores is None else {layer: value[part] for layer, value in scores.items()}
         surprisal = as_surprisal(before) if merger.options.preserve == "surprisal" else None
-        merger.forget()
         with merger.attached(model, context=context, scores=given, surprisal=surprisal), torch.no_grad():
+            begun = time.perf_counter()
             logits = door.forward_pass(model, tokens, {})
+            logits[0, 0, 0].item()  # waits for the device
+            spent = (time.perf_counter() - begun) / tokens.numel()
             same = _same_ids(merger, tokens)
         after = token_losses(logits, tokens)
         said = logits.log_softmax(-1)
@@ -184,13 +215,14 @@ def excess(
         kl = (was.exp() * (was - said)).sum(-1)[:, :-1]
         agree = (plain.best[part] == logits.argmax(-1))[:, :-1].float()
         held = merger.statistics()
+        held = held[held["pass"] == held["pass"].max()]
         left = share_left(merger, held)
         first = 0 if context is None else context - 1
         hard = before > before[:, first:].median(dim=1, keepdim=True).values
         for b in range(len(tokens)):
             change = (after - before)[b, first:]
             rows.append({
-                "doc": windows.doc[part.start + b], "window": part.start + b, "excess": float(change.mean()),
+                "doc": windows.doc[part.start + b], "window": part.start + b, "excess": float(change.mean()), "seconds": spent,
                 "excess_easy": float(change[~hard[b, first:]].mean()), "excess_hard": float(change[hard[b, first:]].mean()),
                 "kl": float(kl[b, first:].mean()), "agreement": float(agree[b, first:].mean()), "bytes_share": left,
                 "rate": float(held["rate"].mean()), "same_id": same,

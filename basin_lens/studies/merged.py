@@ -13,7 +13,6 @@ from basin_lens import merging, stats
 from basin_lens import model as door
 from basin_lens.errors import MergeError
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.merging.windows import batches, surprisal_for
 from basin_lens.studies import base
 from basin_lens.texts import token_strings
 from basin_lens.views import Section, merge_view, pareto, training_curves
@@ -65,7 +64,7 @@ def study_merging(
     Returns:
         a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context` (the
         protocol of that
-        name), `induction`, `generation`, `map`, `layers` (statistics by layer), `training`.
+        name), `induction`, `generation`, `map`, `layers` (of every policy and budget), `training`.
 
     Raises:
         MergeError: windows that do not fit, budgets out of reach, or the policy in the declared test left out.
@@ -84,22 +83,23 @@ def study_merging(
     """
     ours = "trained" if merger is not None else "cosine"
     if ours not in setting.policies:
-        raise MergeError(f"expected the policy {ours!r}, which the declared test is about, got {', '.join(setting.policies)}. Add it.")
+        raise MergeError(
+            f"expected the policy {ours!r}, which the declared test is about, got {', '.join(setting.policies)}. Add it."
+        )
     with base.steps("study merging", 5, progress) as step:
         step("policies at equal bytes")
-        compared: dict[tuple[str, float], TokenMerger] = {}
-        found = merging.compare_policies(
-            model, calibration, held_out, setting, merger=merger, kept=compared, progress=progress
-        )
+        compared = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
+        found, mergers = compared.windows, compared.mergers
         step("context protocol")
         context = merging.context_protocol(model, calibration, held_out, setting, merger=merger)
         step("induction")
         least = min(setting.budgets)
-        probes = []
+        probes, reach = [], {}
         for budget in sorted(setting.budgets, reverse=True):  # the smallest last: what follows is looked at there
-            made = {policy: compared[policy, budget] for policy in (ours, *_PROBED) if (policy, budget) in compared}
+            made = {policy: mergers[policy, budget] for policy in (ours, *_PROBED) if (policy, budget) in mergers}
             if "recent" in setting.policies:  # a window is a number of tokens: the right one for these sequences
                 made["recent"] = merging.recent_window(model, budget, 2 * _COPIED + 1, setting)
+                reach[budget] = made["recent"].options.recent
             probes.append(merging.induction_probe(model, made, length=_COPIED, seed=seed).assign(budget=budget))
         induction = pd.concat(probes, ignore_index=True)
         step("generation and map")
@@ -108,7 +108,7 @@ def study_merging(
         mapped = merging.merge_map(made[ours], model, shown)
         text = token_strings(model, shown.unique().tolist())
         mapped["token"] = [text[int(i)] for i in mapped["token_id"]]
-        layers = _by_layer(model, made[ours], held_out)
+        layers = compared.layers
         step("tests")
         findings = base.settle("merging", [
             _test(found, ours, rival, budget, seed) for budget in setting.budgets for rival in RIVALS if rival in setting.policies
@@ -123,6 +123,7 @@ def study_merging(
     if history is not None:
         held["training"] = history
     sections, figures = _sections(held, mapped, generation, history, ours, least)
+    untold = _untold(model, merger, prompts) if generation is None else []
     facts = {
         "model": door.provenance(model), "setting": asdict(setting), "merger": None if merger is None else merger.options.plain() | merger.facts,
         "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out),
@@ -134,7 +135,7 @@ def study_merging(
         about=tuple(_about(model, calibration, held_out, setting, merger)),
         hypothesis=HYPOTHESIS,
         decision=decision,
-        verdict=tuple(_verdict(decision, findings, curve, induction, ours)),
+        verdict=tuple(_verdict(decision, findings, curve, induction, ours, reach)),
         findings=findings,
         flags=None,
         not_tested=(
@@ -142,6 +143,7 @@ def study_merging(
             "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what they could be.",
             "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
             "A second seed of training.",
+            *untold,
         ),
         sections=tuple(sections),
         tables=held,
@@ -151,7 +153,7 @@ def study_merging(
 
 
 def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int) -> pd.DataFrame | None:
-    """None where the model's cache cannot be rewritten, or nothing was asked for."""
+    """None where the model's cache cannot be rewritten, or nothing was asked for: `_untold` says which."""
     if not prompts or door.kind_of(model) == "hooked" or merger.options.preserve == "surprisal":
         return None
     begun = held_out.tokens[:prompts, : min(prompt, held_out.tokens.shape[1])]
@@ -161,22 +163,18 @@ def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, 
     )
 
 
+def _untold(model: Any, merger: TokenMerger | None, prompts: int) -> list[str]:
+    """Why no text was written with the compressed cache."""
+    why = "none was asked for"
+    if prompts and door.kind_of(model) == "hooked":
+        why = "a HookedTransformer's cache cannot be rewritten; use a TransformerBridge"
+    elif prompts and merger is not None:
+        why = "tokens preserved by surprisal need the plain model's pass, and so its full cache, beside"
+    return [f"Text written with the compressed cache: {why}."]
+
+
 def _text(model: Any, ids: list[int]) -> str:
     return str(door.tokenizer_of(model).decode(ids, skip_special_tokens=True))
-
-
-def _by_layer(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
-    merger.forget()
-    for rows in batches(held_out):
-        tokens = held_out.tokens[rows].to(door.device_of(model))
-        with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), door.measuring(model):
-            door.forward_pass(model, tokens, {})
-    table = merger.statistics()
-    merger.forget()
-    sums = table.groupby("layer")[["tokens", "eligible", "merged", "clusters", "rows", "bytes", "full_bytes"]].sum()
-    means = table.groupby("layer")[["level", "similarity", "state_error"]].mean()
-    joined = sums.join(means).reset_index()
-    return joined.assign(rate=joined["merged"] / joined["tokens"], bytes_share=joined["bytes"] / joined["full_bytes"])
 
 
 def _curve(found: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -241,8 +239,29 @@ def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) 
 def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None) -> list[str]:
     n = door.n_layers(model)
     said = "trained" if merger is not None else "not trained"
+    training = {} if merger is None else merger.facts.get("training", {})
+    base_said = "the base model is as it was"
+    if training.get("train_base"):
+        drift = training.get("drift")
+        base_said = "the base model was trained with it (" + (
+            "its drift was not measured)"
+            if drift is None
+            else f"its loss without merging rose by {drift:+.4f} nats per token on texts held out)"
+        )
+    more = []
+    if held_out.pieces:
+        more.append(
+            "Texts are few: every window counts as a document of its own. Windows of one text are less independent than texts, so that intervals "
+            "are too narrow and p-values too small by an amount that these data cannot tell."
+        )
+    if merger is not None and merger.options.preserve == "surprisal":
+        more.append(
+            "Tokens are preserved by the plain model's surprisal, which takes its pass and its full cache beside: bytes, memory and time count "
+            "the merged pass alone, flops both. This says which tokens matter; it is no cache that can be deployed."
+        )
     return [
-        f"{door.full_name(model)}: merging in {len(setting.layers)} of {n} layers, {said}; the base model is as it was.",
+        f"{door.full_name(model)}: merging in {len(setting.layers)} of {n} layers, {said}; {base_said}.",
+        *more,
         f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {len(set(held_out.doc))} "
         f"other documents "
         "to test on. Streaming protocol: every position's loss counts, nothing reads its future.",
@@ -258,12 +277,16 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
 def _overlap(curve: pd.DataFrame, ours: str, rival: str, budget: float) -> bool | None:
     at = curve[np.isclose(curve["budget"], budget)]
     high, low = (at.loc[at["policy"] == name, end].to_numpy(float) for name, end in ((ours, "high"), (rival, "low")))
-    if not (np.isfinite(high).any() and np.isfinite(low).any()):
+    least, most = (at.loc[at["policy"] == name, end].to_numpy(float) for name, end in ((ours, "low"), (rival, "high")))
+    if not all(np.isfinite(end).any() for end in (high, low, least, most)):
         return None
-    return bool(high[0] >= low[0])
+    return bool(high[0] >= low[0] and most[0] >= least[0])
 
 
-def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str) -> list[str]:
+def _verdict(
+    decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str,
+    reach: Mapping[float, int],
+) -> list[str]:  # fmt: skip
     said = [base.opening(
         decision, f"At equal bytes, {ours} merging costs less than random and uniform-stride merging.",
         f"At equal bytes, {ours} merging was not shown to cost less than random and uniform-stride merging.",
@@ -283,6 +306,7 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFram
                 parts.append(f"The intervals of {ours} and {rival} {'overlap' if met else 'do not overlap'}.")
         if at.iloc[0]["policy"] != ours and ours in set(at["policy"]):
             parts.append(f"{at.iloc[0]['policy']} is cheaper than {ours} here.")
+        parts.append(_why(at.set_index("policy"), ours))
         said.append(" ".join(parts))
     for budget in induction["budget"].unique():
         part = induction[induction["budget"] == budget]
@@ -290,16 +314,28 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFram
         copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in base.rows(mean))
         said.append(
             f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the cache left): "
-            f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}. A recent window copies what it reaches, and nothing else."
+            f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
+            + (f" The recent window reaches {reach[budget]} places back." if budget in reach else "")
         )
     return said
+
+
+def _why(at: pd.DataFrame, ours: str) -> str:
+    """What the excess is made of, by which a loss to a baseline can be understood."""
+    parts = []
+    for name in (ours, *(rival for rival in RIVALS if rival in at.index)):
+        row = at.loc[name]
+        same: str = "" if pd.isna(row["same_id"]) else f"{100 * row['same_id']:.0f} % of its merges are of equal tokens, "
+        parts.append(f"{name}: {same}excess {row['excess_easy']:+.3f} on easy and {row['excess_hard']:+.3f} on hard tokens")
+    return f"Where it comes from: {'; '.join(parts)}."
 
 
 def _sections(
     held: Mapping[str, pd.DataFrame], mapped: pd.DataFrame, generation: pd.DataFrame | None, history: pd.DataFrame | None, ours: str,
     least: float,
 ) -> tuple[list[Section], dict[str, Figure]]:  # fmt: skip
-    curve = held["pareto"]
+    curve, layers = held["pareto"], held["layers"]
+    at = layers[(layers["policy"] == ours) & np.isclose(layers["budget"], least) & (layers["seed"] == layers["seed"].min())]
     figures = {"pareto": pareto(curve, first=ours)}
     sections = [
         Section(
@@ -336,9 +372,14 @@ def _sections(
             note="bytes_share: on these sequences, which merge otherwise than prose, on which levels were set. "
             f"What is copied stands {_COPIED} places before: a recent window that reaches it copies, a shorter one cannot.",
         ),
-        Section("By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows.", table=held["layers"]),
-    ]
-    layer = int(held["layers"].sort_values("merged")["layer"].iloc[-1])
+        Section(
+            "By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows; every policy and budget in tables/layers.csv.",
+            table=at.drop(columns=["policy", "budget", "seed"]),
+            note="tokens_kept: rows left over tokens. state_error: mean squared distance of merged tokens' states from what stands for them, over "
+            "that of all mergeable tokens from their mean.",
+        ),
+    ]  # fmt: skip
+    layer = int(at.sort_values("merged")["layer"].iloc[-1])
     sections.append(Section(
         "Who merged into whom", f"The layer that merges most ({layer}), the first held-out window.", view=merge_view(mapped, layer),
     ))  # fmt: skip
