@@ -16,6 +16,7 @@ app = typer.Typer(
 # Steps, window length, windows to train on, held out, to calibrate and to test on.
 # Fewer cannot be halved into intervals worth anything.
 _FEW_DOCUMENTS = 12
+_ROWS_PER_WINDOW = 20
 PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
@@ -24,6 +25,10 @@ More = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Mo
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="In place of files: built-in, nltk:brown, ..., or a data set's name.")
 ]
+Config = Annotated[
+    str | None, typer.Option("--config", help="Of the data set, such as wikitext-103-raw-v1, or news of nltk:brown.")
+]
+Split = Annotated[str, typer.Option("--split", help="Of a streamed data set.")]
 Preset = Annotated[str, typer.Option("--preset", help="quick (minutes) or full (hours): steps, window length, number of windows.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,5,10 or 0-9; all if left out.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens per window; from the preset if left out.")]
@@ -35,6 +40,8 @@ def train(
     files: More = None,
     data: Data = None,
     dataset: Dataset = None,
+    config: Config = None,
+    split: Split = "train",
     model: Model = "smollm2-135m",
     preset: Preset = "quick",
     layers: Layers = None,
@@ -85,7 +92,7 @@ def train(
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
     if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
         target_rate = 0.5
-    texts = _texts(data, files, dataset)
+    texts = _texts(data, files, dataset, config, split, n_train + n_held)
     training = Training(
         steps=steps or n_steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every, learning_rate=learning_rate,
         threshold_rate=threshold_rate, train_base=train_base, seed=seed,
@@ -123,6 +130,8 @@ def compare(
     files: More = None,
     data: Data = None,
     dataset: Dataset = None,
+    config: Config = None,
+    split: Split = "test",
     model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
     preset: Preset = "quick",
     budgets: Annotated[str, typer.Option("--budgets", help="Shares of the full cache to be left.")] = "0.75,0.5",
@@ -149,7 +158,7 @@ def compare(
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
     refuse_folder(out, "merging")
     shares = _shares(budgets)
-    texts = _texts(data, files, dataset)
+    texts = _texts(data, files, dataset, config, split, n_calibration + n_test)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
     seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
@@ -228,7 +237,10 @@ def _shares(text: str) -> tuple[float, ...]:
         raise MergeError(f"expected shares such as 0.75,0.5, got {text!r}.") from error
 
 
-def _texts(data: list[Path] | None, more: list[Path] | None, dataset: str | None) -> list[Any]:
+def _texts(
+    data: list[Path] | None, more: list[Path] | None, dataset: str | None, config: str | None, split: str, windows: int
+) -> list[Any]:  # fmt: skip
+    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many windows."""
     from basin_lens.texts import read_dataset, read_texts, reference_passages
 
     files = [*(data or []), *(more or [])]
@@ -236,7 +248,11 @@ def _texts(data: list[Path] | None, more: list[Path] | None, dataset: str | None
         raise MergeError("expected files or --dataset, got both.")
     if files:
         return [passage for file in files for passage in read_texts(file)]
-    return list(reference_passages()) if dataset is None else read_dataset(dataset)
+    if dataset is None:
+        return list(reference_passages())
+    # Such a data set can be endless, and its rows shorter than a window.
+    most = None if dataset == "built-in" or dataset.startswith("nltk:") else _ROWS_PER_WINDOW * windows
+    return list(read_dataset(dataset, config=config, split=split, max_passages=most))
 
 
 def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
