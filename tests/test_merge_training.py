@@ -350,7 +350,7 @@ def test_the_error_of_merged_states_by_hand(tiny, representative):
     with merger.attached(tiny), torch.no_grad():
         door.forward_pass(tiny, tokens, {door.point_name("resid_pre", 1): lambda t: states.update(entering=t.clone())})
         found = merger.pass_.assigned[1]
-    held, away, offered = states["entering"].double(), [], []
+    held, away, offered, merged = states["entering"].double(), [], [], []
     for b in range(3):
         for t in range(1, 24 - 2):  # position 0 and the recent window stay
             offered.append(held[b, t])
@@ -359,10 +359,10 @@ def test_the_error_of_merged_states_by_hand(tiny, representative):
                 cluster = [leader, *(i for i in range(24) if found.joined[b, i] and int(found.leader[b, i]) == leader)]
                 standing = held[b, leader] if representative == "leader" else held[b, cluster].mean(0)
                 away.append(float((held[b, t] - standing).square().sum()))
-    offered = torch.stack(offered)
-    spread = float((offered - offered.mean(0)).square().sum(1).mean())
+                merged.append(held[b, t])
+    spread = float((torch.stack(merged) - torch.stack(offered).mean(0)).square().sum())
     assert len(away) > 10 and merger.statistics()["eligible"].iloc[0] == len(offered)
-    assert merger.statistics()["state_error"].iloc[0] == pytest.approx(np.mean(away) / spread, rel=1e-4)
+    assert merger.statistics()["state_error"].iloc[0] == pytest.approx(sum(away) / spread, rel=1e-4)
 
 
 def test_few_texts_are_cut_into_windows_that_count_as_documents():

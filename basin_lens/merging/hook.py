@@ -363,8 +363,8 @@ class TokenMerger(nn.Module):
         `clusters`, `largest` (tokens in the largest cluster), `rows` (keys and values left at the end of the sequences), `bytes` and
         `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging), `level` (mean
         threshold, or the rule's level),
-        `similarity` (mean cosine of merged tokens with their leader), `state_error` (mean squared distance of merged tokens' states from what
-        stands for them, the leader's state or the cluster's mean, over that of mergeable tokens' states from their mean; 1: no better than that).
+        `similarity` (mean cosine of merged tokens with their leader), `state_error` (squared distance of merged tokens' states from what stands
+        for them, the leader's state or the cluster's mean, over that from the mean of all mergeable tokens; 1: no better than that mean).
         """
         return pd.DataFrame(self._records)
 

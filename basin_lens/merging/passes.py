@@ -285,9 +285,9 @@ class Pass:
             sums = torch.zeros_like(wide).scatter_add_(1, home[..., None].expand_as(wide), wide)
             sizes = torch.zeros(chosen.shape, device=wide.device).scatter_add_(1, home, torch.ones_like(home, dtype=torch.float32))
             standing = sums / sizes.clamp(min=1)[..., None]
-        away = (wide[chosen] - standing[row, leader]).square().sum(1).mean()
-        offered = wide[eligible]
-        spread = (offered - offered.mean(0)).square().sum(1).mean()
+        away = (wide[chosen] - standing[row, leader]).square().sum()
+        # Of the same tokens: a few massive ones among the others would make any error look small.
+        spread = (wide[chosen] - wide[eligible].mean(0)).square().sum()
         similarity = float(cosine.mean()) if units.shape[2] else float("nan")
         return {"similarity": similarity, "state_error": float(away / spread) if float(spread) > 0 else float("nan")}
 

@@ -191,7 +191,7 @@ def excess(
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
         >>> windows = bl.merging.windows_of(model, list(reference_passages()), 32, most=4)
-        >>> merger = bl.merging.TokenMerger([20], threshold=0.5).calibrate(model, windows.tokens)
+        >>> merger = bl.merging.TokenMerger([20], target_rate=0.3, projection=16).calibrate(model, windows.tokens)
         >>> found = bl.merging.excess(merger, model, windows, bl.merging.plain_pass(model, windows))
         >>> len(found), bool((found.bytes_share < 1).all())
         (4, True)

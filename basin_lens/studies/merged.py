@@ -375,8 +375,8 @@ def _sections(
         Section(
             "By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows; every policy and budget in tables/layers.csv.",
             table=at.drop(columns=["policy", "budget", "seed"]),
-            note="tokens_kept: rows left over tokens. state_error: mean squared distance of merged tokens' states from what stands for them, over "
-            "that of all mergeable tokens from their mean.",
+            note="tokens_kept: rows left over tokens. state_error: squared distance of merged tokens' states from what stands for them, over "
+            "that from the mean of all mergeable tokens.",
         ),
     ]  # fmt: skip
     layer = int(at.sort_values("merged")["layer"].iloc[-1])

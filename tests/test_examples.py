@@ -1,0 +1,29 @@
+"""Every example in a docstring gives what it says."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import basin_lens
+
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
+
+
+def _examples() -> list[doctest.DocTest]:
+    found: list[doctest.DocTest] = []
+    for module in pkgutil.walk_packages(basin_lens.__path__, "basin_lens."):
+        if not module.name.endswith("__main__"):
+            found += [test for test in doctest.DocTestFinder().find(importlib.import_module(module.name)) if test.examples]
+    return found
+
+
+@pytest.mark.parametrize("example", _examples(), ids=lambda test: test.name.removeprefix("basin_lens."))
+def test_example(example, real_model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for place in ("basin_lens.load_model", "basin_lens.model.load_model"):
+        monkeypatch.setattr(place, lambda *_, **__: real_model)
+    said: list[str] = []
+    example.globs = {}  # what a reader has, not what the module has
+    assert doctest.DocTestRunner().run(example, out=said.append).failed == 0, "".join(said)
