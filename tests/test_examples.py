@@ -2,11 +2,15 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 
 import pytest
 
 import basin_lens
+
+# Minutes each on two cores: run with BASIN_LENS_ALL_EXAMPLES=1.
+LONG = ("codec.benchmark.bench",)
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
 
@@ -21,6 +25,8 @@ def _examples() -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize("example", _examples(), ids=lambda test: test.name.removeprefix("basin_lens."))
 def test_example(example, real_model, monkeypatch, tmp_path):
+    if example.name.removeprefix("basin_lens.") in LONG and "BASIN_LENS_ALL_EXAMPLES" not in os.environ:
+        pytest.skip("takes minutes; set BASIN_LENS_ALL_EXAMPLES=1")
     monkeypatch.chdir(tmp_path)
     for place in ("basin_lens.load_model", "basin_lens.model.load_model"):
         monkeypatch.setattr(place, lambda *_, **__: real_model)
