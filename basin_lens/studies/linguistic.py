@@ -26,7 +26,7 @@ HYPOTHESIS = (
     "texts would show it), at fixed word frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
     "Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, on the other "
     "half; with the share of neighbors of the same tag, among those that are another word, having its center over depth "
-    "(layers above 0) before that of the same document (syntax early, topic late), they are one family (Holm)."
+    "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm)."
 )
 
 
@@ -219,21 +219,32 @@ _PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
 def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?
 
-    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test.
+    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where a share is
+    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest of three.
     """
     one, other = "same_tag_other_word_excess", "same_document_excess"
     shares = base.inner(shares)
     keys = ["doc", "seq"] + [name for name in (measured.unit,) if name in shares.columns]
-    by_sequence = shares.groupby([*keys, "layer"])[[one, other]].mean().clip(lower=0)
+    excess = shares.groupby([*keys, "layer"])[[one, other]].mean()
+    by_sequence = excess.clip(lower=0)
     layers = by_sequence.index.get_level_values("layer").to_numpy(float)
     weighted = by_sequence.mul(layers, axis=0).groupby(level=keys).sum() / by_sequence.groupby(level=keys).sum().replace(0, np.nan)
-    table = (weighted[one] - weighted[other]).rename("difference").reset_index()
+    table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
     table["run"] = shares["run"].iloc[0]
     table.attrs = dict(shares.attrs)
     usable = table.dropna(subset=["difference"])
     usable.attrs = dict(shares.attrs)
-    test = base.one_sided(partial(stats.before_after, unit=measured.unit, seed=measured.seed), more=False)
-    found = base.attempt(lambda part, *_, **__: test(part), usable, "difference", unit=measured.unit)
+    one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
+
+    def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
+        earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(part)
+        above = base.one_sided(partial(one_sample, on=[one, other]))(part)
+        return earlier.assign(
+            p=np.max([*earlier["p"], *above["p"]]),
+            note="p: the largest of those of an earlier center and of either share above chance",
+        )
+
+    found = base.attempt(test, usable, "difference", unit=measured.unit)
     found["effect"] = "center over depth, same tag (of another word) less same document"
     return found.assign(
         finding="same-tag neighbors (other words) come earlier than same-document neighbors", question=_EARLIER, score="neighbors",
