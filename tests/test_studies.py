@@ -1026,6 +1026,20 @@ def test_the_fewest_documents(llama, study):
     assert made.findings.note.str.contains("too few units to halve|not tested").any()
 
 
+@pytest.mark.parametrize("effect", [0.0, 3.0])
+def test_parts_of_speech_in_the_fewest_documents(llama, effect):
+    """Sign flips of 6 units reach 2 / 64, too much for a family; min F' has no such bound and is as large as the effect."""
+    held = S.measure(llama, short_texts(6, n_words=40), studies=["linguistic"], layers=[0, 1], max_length=60, **QUIET)
+    tokens, _ = words.tagged_tokens(held, "auto")
+    values = effect * tokens["tag"].isin(words.FUNCTION) + noise(tokens, 3, 0.5)
+    made = S.study_linguistic(llama, plant(held, compression=values), progress=False)
+    rows = made.findings.set_index("question")
+    assert rows.note[:3].str.contains("too few units to halve").all() and "not tested" in rows.note.iloc[3]
+    assert rows.within_reach.tolist() == [False, False, True, False]
+    assert rows.holds.tolist() == [False, False, effect > 0, False]
+    assert made.decision.startswith("in part" if effect else "no")
+
+
 @pytest.mark.parametrize("documents", [8, 14])
 def test_texts_without_content_words(llama, documents):
     only = short_texts(documents, n_words=20, tags={"DET": 1.0})

@@ -115,7 +115,10 @@ def residuals(
     within: bool = True,
     smooth: bool = True,
 ) -> pd.DataFrame:
-    """Replace scores by what the controls do not explain, layer by layer; any test can follow.
+    """Replace scores by what the controls do not explain, layer by layer; any test of no effect can follow.
+
+    What is compared with them, such as groups of tokens, goes with the controls too: of its effect, their share is gone with theirs. Of how large
+    an effect is at fixed controls, `compare_groups(controls=)` and `partial_correlation` tell, which take them out of both.
 
     Args:
         table: from `analyze`, of one run.
