@@ -115,7 +115,10 @@ def residuals(
     within: bool = True,
     smooth: bool = True,
 ) -> pd.DataFrame:
-    """Replace scores by what the controls do not explain, layer by layer; any test can follow.
+    """Replace scores by what the controls do not explain, layer by layer; any test of no effect can follow.
+
+    What is compared with them, such as groups of tokens, goes with the controls too: of its effect, their share is gone with theirs. Of how large
+    an effect is at fixed controls, `compare_groups(controls=)` and `partial_correlation` tell, which take them out of both.
 
     Args:
         table: from `analyze`, of one run.
@@ -161,23 +164,32 @@ def residuals(
             if not len(rows.sequence):
                 continue
             codes = rows.sequence if within else np.zeros(len(rows.sequence), int)
-            level = _level(codes, rows.values[score])
-            columns = [rows.values[c] for c in there]
-            bent = smooth_parts(columns) if smooth else None
-            if bent is not None:
-                columns += list(bent.T)
-            held = np.stack([column - _level(codes, column) for column in columns], 1)
-            # Against the column's own size: what is left of a constant after taking its mean is rounding.
-            size = np.array([np.abs(column).max() for column in columns])
-            held = held[:, held.std(0) > 1e-9 * size]
-            target = rows.values[score] - level
-            if held.shape[1]:
-                held = held / held.std(0)
-                target = target - held @ np.linalg.lstsq(held, target, rcond=None)[0]
-            made[rows.values["_row"].astype(int)] = target + level
+            values = rows.values[score]
+            left = unexplained(values[:, None], [rows.values[c] for c in there], codes, smooth=smooth)[:, 0]
+            made[rows.values["_row"].astype(int)] = left + level(codes, values)
         answer[score] = made
     answer.attrs["controls"] = used
     return answer
+
+
+def unexplained(
+    columns: Float[np.ndarray, "tokens columns"],
+    controls: Sequence[Float[np.ndarray, " tokens"]],
+    codes: Int[np.ndarray, " tokens"],
+    *,
+    smooth: bool = True,
+) -> Float[np.ndarray, "tokens columns"]:
+    """What the controls, straight and smooth, leave of the columns within groups of rows, by one least-squares fit over all rows."""
+    bent = smooth_parts(controls) if smooth else None
+    terms = [*controls, *([] if bent is None else bent.T)]
+    held = np.stack([term - level(codes, term) for term in terms], 1)
+    # Against the term's own size: what is left of a constant after taking its mean is rounding.
+    held = held[:, held.std(0) > 1e-9 * np.array([np.abs(term).max() for term in terms])]
+    rest = columns - np.stack([level(codes, column) for column in columns.T], 1)
+    if held.shape[1]:
+        held = held / held.std(0)
+        rest = rest - held @ np.linalg.lstsq(held, rest, rcond=None)[0]
+    return np.asarray(rest)
 
 
 def smooth_parts(controls: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, "tokens terms"] | None:
@@ -196,12 +208,12 @@ def without_smooth_parts(
     columns: Float[np.ndarray, "tokens columns"], terms: Float[np.ndarray, "tokens terms"], sequence: Int[np.ndarray, " tokens"]
 ) -> Float[np.ndarray, "tokens columns"]:
     """What the terms do not explain of the columns within sequences, by one least-squares fit over all of them."""
-    inside = terms - np.stack([_level(sequence, term) for term in terms.T], 1)
-    held = columns - np.stack([_level(sequence, column) for column in columns.T], 1)
+    inside = terms - np.stack([level(sequence, term) for term in terms.T], 1)
+    held = columns - np.stack([level(sequence, column) for column in columns.T], 1)
     return np.asarray(held - inside @ np.linalg.lstsq(inside, held, rcond=1e-9)[0])
 
 
-def _level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+def level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Mean of each row's group."""
     there, means = group_means(codes, values)
     return means[np.searchsorted(there, codes)]

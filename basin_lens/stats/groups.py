@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import chosen, residuals
+from basin_lens.stats.controls import chosen, level, unexplained
 from basin_lens.stats.results import (
     Correction,
     assemble,
@@ -25,6 +25,8 @@ from basin_lens.stats.results import (
 from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split
 
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
+# A unit counts where the controls leave at least this share of the variation of the groups: else they explain the groups there, but for rounding.
+_LEAST = 1e-3
 
 
 def compare_groups(
@@ -54,9 +56,10 @@ def compare_groups(
         group: label column; rows without a label are passed over.
         groups: two of its values, (first, second); None: its only two, True before False, else in order.
         paired: whether both groups are compared within each sequence.
-        controls: standard controls (those that the table lacks are passed over) or columns of the table. Unpaired: regression on the controls'
-            unit means, residuals permuted. Paired: taken out within sequences first (`residuals`); what group and
-            controls explain alike then counts as the controls'.
+        controls: standard controls (those that the table lacks are passed over) or columns of the table; the answer is the difference where
+            they are equal. Unpaired: regression on the controls' unit means, residuals permuted. Paired: regression of the score on the group,
+            the controls, straight and smooth (as for `residuals`), and the sequences, over the tokens of both groups; the signs of
+            the units' parts of the slope are flipped.
         frequency: as for `add_controls`.
         layers: which; None: all.
         unit: what is independent: `"sequence"`, `"document"` or a label.
@@ -66,16 +69,18 @@ def compare_groups(
 
     Returns:
         one row per (layer, score): mean difference first - second, in the score's unit, with Student's 95 % interval over units (Welch's if
-        unpaired) and the permutation p; `hedges_g` and `cliff_delta` with intervals, `n_first`, `n_second` (units). Unpaired, Hedges g is
-        the standardized difference and Cliff's delta P(first > second) - P(first < second); paired, g is the mean difference over the
-        standard deviation of differences, and delta the share of units above 0 less that below. Their intervals are without controls. Intervals
-        that cannot be had, as Cliff's of groups that do not overlap, are NaN.
+        unpaired, cluster-robust if paired with controls) and the permutation p; `hedges_g` and `cliff_delta` with intervals, `n_first`,
+        `n_second` (units). Unpaired, Hedges g is the standardized difference and Cliff's delta P(first > second) - P(first < second), both
+        without controls; paired, g is the mean difference over the standard deviation of differences (its error times the root of the number of
+        units), and delta the share of units above 0 less that below. Intervals that cannot be had, as Cliff's of groups that do not overlap,
+        are NaN.
 
     Raises:
-        TableError: several runs, missing columns, not two groups, constant columns. StudyError: fewer than 4 units in a group (6 pairs), or
-            unpaired groups that share a unit.
+        TableError: several runs, missing columns, not two groups, constant columns, or none of the controls (paired). StudyError: fewer than 4
+            units in a group (6 pairs), or unpaired groups that share a unit.
 
-    Source: Chung and Romano 2013 (permutation of Welch's t, scipy); Freedman and Lane 1983 (with controls); Hedges 1981, Cliff 1993 (statsmodels).
+    Source: Chung and Romano 2013 (permutation of Welch's t, scipy); Freedman and Lane 1983 (with controls); paired with controls: Frisch and Waugh
+        1933 (slope), Hemerik, Goeman and Finos 2020 (flipped scores), Bell and McCaffrey 2002 (interval); Hedges 1981, Cliff 1993 (statsmodels).
 
     Example:
         >>> import numpy as np
@@ -89,35 +94,32 @@ def compare_groups(
         True
     """
     names = names_of(scores)
-    controlled = len(controls) > 0
-    if paired and controlled:
-        _, there, note = chosen(table, controls, names, frequency)
-        table, controls = residuals(table, names, controls=there, frequency=frequency), ()
-    else:
-        there, note = [], ""
     lines, columns = [], []
     label: dict[int, bool] = {}
     for score in names:
-        if len(controls):
-            with_them, there, note = chosen(table, controls, [score], frequency)
-        else:
-            with_them = table
-        kept = () if paired else there
-        for every in split(with_them, [score, *kept], layers=layers, unit=unit, labels=[group]):
+        with_them, there, note = chosen(table, controls, [score], frequency)
+        if paired and len(controls) and not there:
+            raise TableError(f"expected a table with at least one control, got none ({note}). Measure them, or name columns.")
+        for every in split(with_them, [score, *there], layers=layers, unit=unit, labels=[group]):
             first, second, wording = two_groups(every, group, groups)
-            rows = every.where(first | second).finite(score, *kept)
+            rows = every.where(first | second).finite(score, *there)
             is_first = np.array(rows.labels[group] == first_value(every, group, groups), bool)
             given = {"group": wording, "controls": ", ".join(there), **dict.fromkeys(_SIZES, np.nan)}
             test = "sign-flip permutation of paired differences" if paired else "permutation of labels (Welch t)"
+            if paired and there:
+                test = "sign-flip permutation of paired differences given the controls"
             if constant(rows.values[score]):
                 lines.append(constant_line(rows, score, unit, test, "mean difference", score, **given))
                 columns.append((np.empty(0, int), np.empty(0)))
                 continue
+            said = [note] if note else []
             if paired:
-                codes, values = _differences(rows, score, is_first)
-                enough(len(codes), FEWEST, f"units ({unit}) with both {wording.replace(' - ', ' and ')}")
-                found = _paired(values, n_resamples, seed)
-                rows = rows.where(np.isin(rows.unit, codes))
+                rows, is_first = _shared(rows, is_first)
+                enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with both {wording.replace(' - ', ' and ')}")
+                codes, values, shares, why = _slopes(rows, score, is_first, there) if there else _differences(rows, score, is_first)
+                found = _paired(values, n_resamples, seed, shares)
+                rows = rows.where(np.isin(rows.unit, codes)) if len(codes) else rows
+                said += [why] if why else []
             else:
                 codes, values = rows.unit_means(score)
                 chosen_units = _labels_of(rows, codes, is_first, unit, group)
@@ -129,15 +131,16 @@ def compare_groups(
                     test = "permutation of residuals (Freedman-Lane)"
                     means = np.stack([rows.unit_means(c)[1] for c in there], 1)
                     found |= _controlled(values, chosen_units, means, n_resamples, seed)
-            lines.append(line(rows, score, unit, test, "mean difference", **given | found | ({"note": note} if note else {})))
+            said += [found.pop("note")] if "note" in found else []
+            lines.append(line(rows, score, unit, test, "mean difference", **given | found, note="; ".join(said)))
             columns.append((codes, values))
     refuse_constant(lines, names)
-    if not controlled:
+    if not len(controls):
         for one in lines:
             del one["controls"]
     adjusted = None
     if correction == "max-t":
-        if len(controls):
+        if len(controls) and not paired:
             raise StudyError("expected max-t without controls, got both. Test bl.stats.residuals(...), or choose bh or holm.")
         matrix, codes = side_by_side(columns)
         if paired:
@@ -251,14 +254,44 @@ def _labels_of(rows: Rows, codes: np.ndarray, is_first: np.ndarray, unit: str, g
     return share == 1
 
 
-def _differences(rows: Rows, score: str, is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the units with both groups in a sequence, and the mean over such sequences of the difference of means."""
-    shared = np.isin(rows.sequence, np.intersect1d(rows.sequence[is_first], rows.sequence[~is_first]))
-    if not shared.any():
-        return np.empty(0, int), np.empty(0)
-    one, other = rows.where(shared & is_first), rows.where(shared & ~is_first)
-    codes, first = one.unit_means(score)
-    return codes, first - other.unit_means(score)[1]
+def _shared(rows: Rows, is_first: np.ndarray) -> tuple[Rows, np.ndarray]:
+    """The rows of the sequences that hold both groups."""
+    both = np.isin(rows.sequence, np.intersect1d(rows.sequence[is_first], rows.sequence[~is_first]))
+    return rows.where(both), is_first[both]
+
+
+_Paired = tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"], Float[np.ndarray, " units"] | None, str]
+
+
+def _differences(rows: Rows, score: str, is_first: np.ndarray) -> _Paired:
+    """Codes of the units, and the mean over a unit's sequences of the difference of means; every unit has an equal share."""
+    codes, first = rows.where(is_first).unit_means(score)
+    return codes, first - rows.where(~is_first).unit_means(score)[1], None, ""
+
+
+def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str]) -> _Paired:
+    """Codes of the units, their parts of the slope of score on group given the controls (its mean), and their shares in it.
+
+    The controls are taken out of both score y and group g (1: first, 0: second), over the same rows: taken out of the score alone, they would
+    take what the group has in common with them too, and leave (1 - R2) of the difference. Then the slope in all rows, sum(gy) / sum(gg), is
+    that of the regression on group, controls and sequences at once. It is the mean of the units' own slopes, each weighed by its sum(gg): by how
+    much it says. Equal weights would give the answer to the units of which the controls leave next to nothing, where a slope is noise over
+    almost 0. Without any difference, a unit's sum(gy) is as often above 0 as below, whatever its weight: signs can be flipped.
+    """
+    held = np.stack([rows.values[score], is_first.astype(float)], 1)
+    y, g = unexplained(held, [rows.values[c] for c in controls], rows.sequence).T
+    codes, at = np.unique(rows.unit, return_inverse=True)
+    products, squares = np.bincount(at, weights=g * y), np.bincount(at, weights=g * g)
+    before = held - np.stack([level(rows.sequence, column) for column in held.T], 1)
+    full = y @ y < 1e-12 * (before[:, 0] @ before[:, 0])
+    kept = squares > _LEAST * np.bincount(at, weights=before[:, 1] ** 2)
+    if full or not kept.any():
+        return np.empty(0, int), np.empty(0), np.empty(0), "the controls explain the groups or the score in full"
+    enough(int(kept.sum()), FEWEST, "units in which the controls do not explain the groups in full")
+    total = squares[kept].sum()
+    left_out = int((~kept).sum())
+    why = f"left out: {left_out} units in which the controls explain the groups in full" if left_out else ""
+    return codes[kept], kept.sum() * products[kept] / total, squares[kept] / total, why
 
 
 def _mean(x: np.ndarray, axis: int = -1) -> Any:
@@ -270,26 +303,40 @@ def _welch(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
         return (x.mean(axis) - y.mean(axis)) / np.sqrt(x.var(axis, ddof=1) / x.shape[axis] + y.var(axis, ddof=1) / y.shape[axis])
 
 
-def _paired(values: Float[np.ndarray, " units"], n_resamples: int, seed: int) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        **interval_and_p(values),
-        **dict.fromkeys(_SIZES, np.nan),
-        "n_first": len(values),
-        "n_second": len(values),
-    }
+def _paired(
+    values: Float[np.ndarray, " units"], n_resamples: int, seed: int, shares: Float[np.ndarray, " units"] | None = None
+) -> dict[str, Any]:
+    """The mean of the units' values, each with a share in it (see `_slopes`); None: equal shares, and Student's interval."""
+    n = len(values)
+    answer: dict[str, Any] = {**interval_and_p(values), **dict.fromkeys(_SIZES, np.nan), "n_first": n, "n_second": n}
+    if not n:
+        return answer
     if constant_values(values):
         return answer | {"note": "the difference is the same in every unit"}
     test = stats.permutation_test((values,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
-    n = len(values)
-    g = values.mean() / values.std(ddof=1) * (1 - 3 / (4 * n - 5))
-    error = np.sqrt(1 / n + g**2 / (2 * n))
+    error, degrees = cluster_error(values, np.full(n, 1 / n) if shares is None else shares)
+    wide = stats.t.ppf(0.975, degrees) * error
+    g = answer["estimate"] / (error * np.sqrt(n)) * (1 - 3 / (4 * n - 5))
+    wide_g = stats.norm.ppf(0.975) * np.sqrt(1 / n + g**2 / (2 * n))
     signs = interval_and_p(np.sign(values))
-    wide = stats.norm.ppf(0.975)
     return answer | {
-        "p": float(test.pvalue), "hedges_g": g, "hedges_g_low": g - wide * error, "hedges_g_high": g + wide * error,
+        "low": answer["estimate"] - wide, "high": answer["estimate"] + wide, "p": float(test.pvalue),
+        "hedges_g": g, "hedges_g_low": g - wide_g, "hedges_g_high": g + wide_g,
         "cliff_delta": signs["estimate"], "cliff_delta_low": max(-1.0, signs["low"]) if signs["low"] == signs["low"] else np.nan,
         "cliff_delta_high": min(1.0, signs["high"]) if signs["high"] == signs["high"] else np.nan,
     }  # fmt: skip
+
+
+def cluster_error(values: Float[np.ndarray, " units"], shares: Float[np.ndarray, " units"]) -> tuple[float, float]:
+    """Standard error of a mean of units with these shares in it, and its degrees of freedom (Bell and McCaffrey 2002).
+
+    The plain cluster-robust error is too small where few units have most of the weight: here each unit's residual is blown up by its share,
+    and the degrees of freedom are those of the shares. With equal shares: the standard deviation over the root of n, and n - 1.
+    """
+    rest = values / len(values) - values.mean() * shares
+    cross = np.outer(shares, shares) / np.sqrt(np.outer(1 - shares, 1 - shares))
+    np.fill_diagonal(cross, shares)
+    return float(np.sqrt((rest**2 / (1 - shares)).sum())), float(1 / (cross**2).sum())
 
 
 def _unpaired(

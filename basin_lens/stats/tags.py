@@ -8,7 +8,7 @@ import pandas as pd
 import statsmodels.api as sm
 from jaxtyping import Float, Int
 from scipy import stats
-from statsmodels.stats.oneway import confint_effectsize_oneway
+from statsmodels.stats.oneway import anova_oneway, confint_effectsize_oneway
 
 from basin_lens import tables
 from basin_lens.errors import TableError
@@ -19,7 +19,7 @@ from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, gro
 
 _TESTS = {
     "sequence": "permutation of tags within sequences",
-    "mixed": "mixed model on unit x tag means, F test",
+    "mixed": "min F' over units (mixed model) and token types",
     "type": "permutation of tags among token types (Welch F)",
 }
 
@@ -43,12 +43,17 @@ def tag_effect(
     """Does a score differ between kinds of tokens? Three tests, which ask for three kinds of generality.
 
     - `sequence`: tags permuted among the tokens (or words) of each sequence. Only says that these tokens differ by tag.
-    - `mixed`: means by unit and tag (each token type once), random level for each unit: that new texts would show it.
-    - `type`: means by token type, tags permuted among types: that other words of these tags would show it. A tag of few words, each with a
-      score of its own, passes the first two and fails here: believe a finding that passes all three.
+    - `mixed`: that new texts and other words at once would show it. min F' = F1 F2 / (F1 + F2), of F1 of means by unit and tag (each token
+      type once; random level for each unit) and F2 of means by token type (Welch). Careful where neither words nor texts have differences of
+      their own: there it rejects less often than it may.
+    - `type`: means by token type, tags permuted among types: that other words of these tags would show it, in these texts.
+
+    A tag of few words, each with a score of its own, passes `sequence` alone; where every text has differences between tags of its own, which mean
+    nothing in others, `mixed` alone does not find them. Believe a finding that passes all three.
 
     omega squared = (SS_tag - df_tag MS_rest) / (SS_total + MS_rest), the share of the variance that is between tags; of scores less their
-    sequence mean, of unit x tag means, or of type means. At no effect it is about 0, and can be below.
+    sequence mean, or of type means; for `mixed` as min F' and its degrees of freedom a, b give it: a (F' - 1) / (a F' + b + 1). At no effect
+    it is about 0, and can be below.
 
     Args:
         table: from `analyze`, of one run, with a tag for each token.
@@ -57,8 +62,9 @@ def tag_effect(
         tests: which; `mixed` and `type` need `token_id`.
         word: column that numbers the words of a sequence; tokens of one word are then averaged, and words take the place of tokens (and
             the first token's id that of a word's type). None: every token by itself, right only if words are single tokens.
-        controls: standard controls (those that the table lacks are passed over) or columns of the table, taken out within sequences first. What
-            tag and controls explain alike then counts as the controls': a careful reading.
+        controls: standard controls (those that the table lacks are passed over) or columns of the table, taken out of the score
+            within sequences first (`residuals`). Everything then is of what they leave of the score: what tag and controls explain alike counts as
+            the controls', so an effect can be lost, and a difference between tags is smaller than at fixed controls (`compare_groups` gives that).
         frequency: as for `add_controls`.
         layers, unit, correction: as for `compare_groups`; no max-t.
         fewest: tags with fewer tokens (or words), or in fewer than 6 units, or of fewer than 4 types, are left out; the note names them.
@@ -105,7 +111,7 @@ def tag_effect(
         for every in split(held, [score, *types], layers=layers, unit=unit, labels=[tag]):
             rows = every.where(~pd.isna(every.labels[tag])).finite(score)
             enough(rows.counts()["n_units"], FEWEST, f"units ({unit})")
-            rows, dropped = _frequent(rows, tag, fewest, "type" in tests)
+            rows, dropped = _frequent(rows, tag, fewest, bool(types))
             given: dict[str, Any] = {"tag": tag, "controls": ", ".join(there)}
             if constant(every.finite(score).values[score]):
                 lines += [constant_line(rows, score, unit, _TESTS[t], "omega squared", score, **given, n_tags=0) for t in tests]
@@ -121,7 +127,7 @@ def tag_effect(
                 "note": "; ".join(x for x in (note, f"too rare: {', '.join(dropped)}" if dropped else "") if x),
             }
             for name in tests:
-                found = {"sequence": _by_sequence, "mixed": _by_unit, "type": _by_type}[name](rows, score, codes, n_resamples, seed)
+                found = {"sequence": _by_sequence, "mixed": _min_f, "type": _by_type}[name](rows, score, codes, n_resamples, seed)
                 lines.append(line(rows, score, unit, _TESTS[name], "omega squared", **given) | found)
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
@@ -141,7 +147,8 @@ def tag_means(
     """How each kind of token stands: its mean, and how far it is from the mean of its own text.
 
     Args:
-        table, scores, tag, controls, frequency, layers, unit, correction: as for `tag_effect`.
+        table, scores, tag, controls, frequency, layers, unit, correction: as for `tag_effect`. With controls, means and deviations are of what
+            they leave of the score, as there.
 
     Returns:
         one row per (layer, score, tag): `estimate` is the mean over units of (tag mean - sequence mean), in the score's unit, with Student's
@@ -265,31 +272,53 @@ def _by_sequence(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, se
     return {"estimate": estimate, "low": low, "high": high, "p": reached / (n_resamples + 1)}
 
 
-def _by_unit(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+def _min_f(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    """Tags against both texts and words (Clark 1973).
+
+    The model with random levels of units and of token types at once is not fitted: with types crossed with units, statsmodels' MixedLM works on one
+    dense matrix of all tokens. min F' needs the two simple analyses alone, and is at most the F of that model.
+    """
     del n_resamples, seed  # nothing is drawn
-    frame = pd.DataFrame({"unit": rows.unit, "tag": codes, "type": rows.values["token_id"], "y": rows.values[score]})
-    cells = frame.groupby(["unit", "tag", "type"])["y"].mean().groupby(level=["unit", "tag"]).mean().reset_index()
-    kinds, tags = np.unique(cells["tag"], return_inverse=True)
-    units, y = cells["unit"].to_numpy(), cells["y"].to_numpy()
-    y = (y - y.mean()) / (y.std() or 1.0)
-    x = np.eye(len(kinds))[tags]
-    y, x = freed(y, x, units, level_ratio(y, x, units))
-    fit = sm.OLS(y, x).fit()
-    freedom, rest = len(kinds) - 1, len(y) - len(np.unique(units)) - len(kinds) + 1
-    contrasts = np.eye(len(kinds))[1:] - np.eye(len(kinds))[0]
-    f = float(np.squeeze(fit.f_test(contrasts).fvalue))
+    tags = int(codes.max())
+    (one, rest_one), (two, rest_two) = _f_of_units(rows, score, codes), _f_of_types(rows, score, codes)
+    f = one * two / (one + two)
+    rest = (one + two) ** 2 / (one**2 / rest_two + two**2 / rest_one)
     with np.errstate(divide="ignore"):  # statsmodels takes 1 / 0 where the interval begins at no effect
-        bounds = confint_effectsize_oneway(f, (freedom, rest), nobs=len(y)).ci_omega2
-    return {
-        "estimate": freedom * (f - 1) / (freedom * (f - 1) + len(y)), "low": float(bounds[0]), "high": float(bounds[1]),
-        "p": float(stats.f.sf(f, freedom, rest)),
+        bounds = confint_effectsize_oneway(f, (tags, rest), nobs=tags + rest + 1).ci_omega2
+    estimate = tags * (f - 1) / (tags * f + rest + 1)
+    return {  # the interval of an F' near 0 is empty
+        "estimate": estimate, "low": min(estimate, float(bounds[0])), "high": max(estimate, float(bounds[1])),
+        "p": float(stats.f.sf(f, tags, rest)),
     }  # fmt: skip
 
 
-def _by_type(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+def _f_of_units(rows: Rows, score: str, codes: np.ndarray) -> tuple[float, float]:
+    """F of tags, and its degrees of freedom, on means by unit and tag (each token type once), with a random level for each unit."""
+    frame = pd.DataFrame({"unit": rows.unit, "tag": codes, "type": rows.values["token_id"], "y": rows.values[score]})
+    cells = frame.groupby(["unit", "tag", "type"])["y"].mean().groupby(level=["unit", "tag"]).mean().reset_index()
+    units, y = cells["unit"].to_numpy(), cells["y"].to_numpy()
+    y = (y - y.mean()) / (y.std() or 1.0)
+    x = np.eye(int(codes.max()) + 1)[cells["tag"].to_numpy()]
+    y, x = freed(y, x, units, level_ratio(y, x, units))
+    contrasts = np.eye(x.shape[1])[1:] - np.eye(x.shape[1])[0]
+    return float(np.squeeze(sm.OLS(y, x).fit().f_test(contrasts).fvalue)), float(len(y) - len(np.unique(units)) - len(contrasts))
+
+
+def _type_means(rows: Rows, score: str, codes: np.ndarray) -> tuple[Float[np.ndarray, " types"], Int[np.ndarray, " types"]]:
+    """Means by token type and tag of scores less their sequence mean, and the tags."""
     frame = pd.DataFrame({"type": rows.values["token_id"], "tag": codes, "y": _centered(rows, score)})
     cells = frame.groupby(["type", "tag"])["y"].mean().reset_index()
-    y, tags = cells["y"].to_numpy(), cells["tag"].to_numpy()
+    return cells["y"].to_numpy(), cells["tag"].to_numpy()
+
+
+def _f_of_types(rows: Rows, score: str, codes: np.ndarray) -> tuple[float, float]:
+    """Welch's F of tags, and its degrees of freedom, on means by token type: means of rare words vary more than of frequent ones."""
+    found = anova_oneway(*_type_means(rows, score, codes), use_var="unequal")
+    return float(found.statistic), float(found.df_denom)
+
+
+def _by_type(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    y, tags = _type_means(rows, score, codes)
     y = y - y.mean()
     width, n = int(tags.max()) + 1, len(y)
     items = np.arange(n)

@@ -22,10 +22,11 @@ from basin_lens.views import Section, distributions, result_curve, tag_intervals
 
 HYPOTHESIS = (
     "Declared before looking: within a text, compression differs between function words and content words, and between "
-    "nouns and verbs (either direction), at fixed word frequency, position, norm, neighborhood radius, share of equal "
-    "tokens and surprisal. Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the "
-    "documents, on the other half; with the share of neighbors of the same tag peaking at an earlier layer than that "
-    "of the same document (syntax early, topic late), they are one family (Holm)."
+    "nouns and verbs (either direction), and parts of speech differ over texts and words at once (so that other words and other "
+    "texts would show it), at fixed word frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
+    "Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, on the other "
+    "half; with the share of neighbors of the same tag, among those that are another word, having its center over depth "
+    "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm)."
 )
 
 
@@ -41,8 +42,8 @@ def study_linguistic(
 ) -> base.Study:
     """Compare parts of speech in every score, and look at who the neighbors are.
 
-    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Tests permute whole documents (or the tags
-    within a sequence); part-of-speech effects are tested over texts and over word types.
+    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Groups of words are compared over whole
+    documents; part-of-speech effects are tested within texts, over texts and words at once, and over word types.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
@@ -143,6 +144,8 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
         rows.append(
             base.declared(words, test, measured, f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}", " - ".join(sides))
         )
+    by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
+    rows.append(base.declared(words, by_tag, measured, "parts of speech differ over texts and words", "tag"))
     if shares is not None:
         rows.append(_earlier(shares, measured))
     findings = base.settle("linguistic", rows)
@@ -157,12 +160,13 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
     findings = base.beside_guide(findings, guide)
 
     step("red flags")
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (" - ".join(sides), {"group": column, "groups": sides, "paired": True}) for column, sides in _PAIRS
+    ]
     flags = pd.concat(
         [
-            base.red_flags(words, "compression", group=column, groups=sides, paired=True, **shared).assign(
-                question=" - ".join(sides)
-            )
-            for column, sides in _PAIRS
+            base.red_flags(words, "compression", **one, **shared).assign(question=question)
+            for question, one in [*asked, ("tag", {"tag": "tag", "n_resamples": 499})]
         ],
         ignore_index=True,
     )
@@ -213,22 +217,39 @@ _PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
 
 
 def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
-    """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?"""
+    """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?
+
+    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where a share is
+    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest of three.
+    """
+    one, other = "same_tag_other_word_excess", "same_document_excess"
+    shares = base.inner(shares)
     keys = ["doc", "seq"] + [name for name in (measured.unit,) if name in shares.columns]
-    by_sequence = shares.groupby([*keys, "layer"])[["same_tag_excess", "same_document_excess"]].mean().clip(lower=0)
+    excess = shares.groupby([*keys, "layer"])[[one, other]].mean()
+    by_sequence = excess.clip(lower=0)
     layers = by_sequence.index.get_level_values("layer").to_numpy(float)
     weighted = by_sequence.mul(layers, axis=0).groupby(level=keys).sum() / by_sequence.groupby(level=keys).sum().replace(0, np.nan)
-    table = (weighted["same_tag_excess"] - weighted["same_document_excess"]).rename("difference").reset_index()
+    table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
     table["run"] = shares["run"].iloc[0]
     table.attrs = dict(shares.attrs)
     usable = table.dropna(subset=["difference"])
     usable.attrs = dict(shares.attrs)
-    test = base.one_sided(partial(stats.before_after, unit=measured.unit, seed=measured.seed), more=False)
-    found = base.attempt(lambda part, *_, **__: test(part), usable, "difference", unit=measured.unit)
-    found["effect"] = "center over depth, same tag less same document [layers]"
+    one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
+
+    def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
+        earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(part)
+        above = base.one_sided(partial(one_sample, on=[one, other]))(part)
+        return earlier.assign(
+            p=np.max([*earlier["p"], *above["p"]]),
+            note="p: the largest of those of an earlier center and of either share above chance",
+        )
+
+    found = base.attempt(test, usable, "difference", unit=measured.unit)
+    found["effect"] = "center over depth, same tag (of another word) less same document"
     return found.assign(
-        finding="same-tag neighbors come earlier than same-document neighbors", question=_EARLIER, score="neighbors"
-    )
+        finding="same-tag neighbors (other words) come earlier than same-document neighbors", question=_EARLIER, score="neighbors",
+        effect_unit="layers",
+    )  # fmt: skip
 
 
 # -- what a reader sees -------------------------------------------------------------------------------------------------------------
@@ -251,7 +272,7 @@ def _sections(
         Section(
             "Function and content words, nouns and verbs",
             "Differences within sequences, without controls and at fixed frequency, position, norm, radius, share of "
-            "equal tokens and surprisal. What a difference shares with the controls counts as theirs.",
+            "equal tokens and surprisal (regression on group, controls and sequences at once).",
             figure=figures["function-content-by-layer"],
             caption="Mean difference in compression with 95 % intervals over documents (layer 0 in the table); filled: p "
             "at most 0.05 after Benjamini-Hochberg over all scores, layers, both comparisons and both control sets.",
@@ -259,15 +280,17 @@ def _sections(
         ),
         Section(
             f"Each tag, layer {layer}",
-            "How far each part of speech stands from the mean of its own text, before and after the controls.",
+            "How far each part of speech stands from the mean of its own text, in the score and in what the controls leave of it. "
+            "The second is a careful reading: what tag and controls explain alike counts as the controls'.",
             figure=figures["tag-means"],
             caption="Mean over documents with 95 % intervals.",
             table=shown(means[means["layer"] == layer], "score", "tag", "control_set", "mean", "mean_low", "mean_high"),
         ),
         Section(
             "How much of the score is between tags",
-            "Omega squared by three tests: tags permuted within sequences (these words), over texts, and over word "
-            "types. A tag of few words can pass the first two: believe what passes all three.",
+            "Omega squared by three tests: tags permuted within sequences (these words in these texts), over texts and words "
+            "at once (min F'), and over word types (in these texts). Believe what passes all three. With controls, of what "
+            "they leave of the score.",
             figure=figures["tag-effect-by-layer"],
             caption="Omega squared with 95 % intervals; 0: none.",
             table=shown(effect, "layer", "test", "control_set", "unit", "n_tags"),
@@ -288,7 +311,8 @@ def _shares_section(curves: pd.DataFrame) -> Section:
     return Section(
         "Who the neighbors are",
         "Share of a token's neighbors that have its tag, its word, or its document, less what chance gives among all "
-        "tokens of other sequences. Neighbors of the same sequence are never counted.",
+        "tokens that may be its neighbors; and of those neighbors that are another word, the share that has its tag. "
+        "Neighbors of the same sequence are never counted.",
         figure=result_curve(curves, by="score"),
         caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by max-|t| over all layers and shares.",
         table=shown(curves, "layer", "score", "share", "chance", "n_documents"),

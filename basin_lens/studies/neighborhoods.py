@@ -7,34 +7,43 @@ from basin_lens import stats
 from basin_lens.studies import base
 from basin_lens.studies.measured import Measured
 
-SHARES = ("same_tag", "same_word", "same_document")
+SHARES = ("same_tag", "same_tag_other_word", "same_word", "same_document")
 
 
 def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
     """Per token: shares of its neighbors with its tag, its word, its document, less chance; and their means by layer.
 
-    Chance is the share among all tokens of the bank outside the token's sequence. None where the bank's words are not known.
+    `same_tag_other_word`: of the neighbors that are another word, those of the same tag; a word has its own tag nearly always, so the share of
+    the same tag is high wherever that of the same word is. NaN where no neighbor is another word. Chance is the same share among all tokens
+    of the bank that may be neighbors of this one. None where the bank's words are not known.
     """
     kept = measured.neighbors
     if kept is None or not kept.own:
         return None, None
     first = tokens[tokens["layer"] == measured.layers[0]]
-    codes = {
-        "same_tag": pd.factorize(first["tag"])[0], "same_word": pd.factorize(first["word_text"])[0], "same_document": pd.factorize(first[
-            "doc"])[0],
-    }  # fmt: skip
     group, later = _groups(first, measured.settings["exclude"]), first["pos"].to_numpy() > 0
+    tag, word, doc = (pd.factorize(first[name])[0] for name in ("tag", "word_text", "doc"))
+    chances = {
+        "same_tag": _chance(tag, group, later), "same_tag_other_word": _chance_of_other_words(tag, word, group, later),
+        "same_word": _chance(word, group, later), "same_document": _chance(doc, group, later),
+    }  # fmt: skip
     table = tokens[["run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end", "tag"]].copy()
-    for name, code in codes.items():
-        chance = _chance(code, group, later)
-        columns = []
-        for rows in kept.rows:
-            there = (rows[:, -1] >= 0) & (code >= 0)
+    made: dict[str, list[np.ndarray]] = {name: [] for name in SHARES}
+    for rows in kept.rows:
+        there = rows[:, -1] >= 0
+        other = (word[rows] >= 0) & (word[rows] != word[:, None])
+        for name, code, among in (
+            ("same_tag", tag, np.ones_like(other)), ("same_tag_other_word", np.where(word < 0, -1, tag), other),
+            ("same_word", word, np.ones_like(other)), ("same_document", doc, np.ones_like(other)),
+        ):  # fmt: skip
+            usable = there & (code >= 0) & among.any(1)
             share = np.full(len(first), np.nan)
-            share[there] = (code[rows[there]] == code[there, None]).mean(1)
-            columns.append(share)
-        table[name] = np.concatenate(columns)
-        table[f"{name}_chance"] = np.tile(chance, len(columns))
+            share[usable] = ((code[rows] == code[:, None]) & among)[usable].sum(1) / among[usable].sum(1)
+            made[name].append(share)
+    for name in SHARES:
+        table[name] = np.concatenate(made[name])
+        # Beside a share only, so that their means are over the same tokens.
+        table[f"{name}_chance"] = np.where(table[name].notna(), np.tile(chances[name], len(kept.rows)), np.nan)
         table[f"{name}_excess"] = table[name] - table[f"{name}_chance"]
     for label in (measured.unit,):
         if label in tokens.columns and label not in table.columns:
@@ -62,14 +71,29 @@ def _groups(rows: pd.DataFrame, exclude: str) -> np.ndarray:
 
 def _chance(code: np.ndarray, group: np.ndarray, eligible: np.ndarray) -> np.ndarray:
     """Share of eligible tokens outside the token's own group that have its code; NaN for a token without one."""
-    group = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
-    known = eligible & (code >= 0)
-    width, count = int(code.max()) + 1, int(group.max()) + 1
-    total = np.bincount(code[known], minlength=width)
-    pairs, inverse = np.unique(group * width + np.maximum(code, 0), return_inverse=True)
-    inside = np.bincount(inverse, weights=known, minlength=len(pairs))[inverse]
-    outside = eligible.sum() - np.bincount(group, weights=eligible, minlength=count)[group]
+    return _share(code, _outside(code, group, eligible), _outside(np.zeros_like(code), group, eligible))
+
+
+def _chance_of_other_words(tag: np.ndarray, word: np.ndarray, group: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """Share of eligible tokens of another word outside the token's own group that have its tag; NaN for a token without a word or tag."""
+    named = eligible & (word >= 0)
+    same_of_both = np.where((tag < 0) | (word < 0), -1, tag * (int(word.max()) + 1) + word)
+    of_tag = _outside(tag, group, named) - _outside(same_of_both, group, named)
+    return _share(same_of_both, of_tag, _outside(np.zeros_like(tag), group, named) - _outside(word, group, named))
+
+
+def _share(code: np.ndarray, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     answer = np.full(len(code), np.nan)
-    there = (code >= 0) & (outside > 0)
-    answer[there] = (total[code[there]] - inside[there]) / outside[there]
+    there = (code >= 0) & (whole > 0)
+    answer[there] = part[there] / whole[there]
     return answer
+
+
+def _outside(code: np.ndarray, group: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """How many eligible tokens outside the token's own group have its code; 0 for a token without one (-1)."""
+    group = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
+    counted = (eligible & (code >= 0)).astype(float)
+    _, by_code = np.unique(code, return_inverse=True)
+    _, by_both = np.unique(np.stack([code, group]), axis=1, return_inverse=True)
+    found = np.bincount(by_code, weights=counted)[by_code] - np.bincount(by_both.ravel(), weights=counted)[by_both.ravel()]
+    return np.asarray(found)
