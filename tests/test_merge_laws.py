@@ -518,8 +518,8 @@ def test_hard_gradients_mostly_point_where_the_soft_loss_goes(llama64):
 @pytest.mark.usefixtures("all_threads")
 def test_the_real_model_merges_in_steps_what_it_merges_in_one_pass(real_model, monkeypatch):
     """In float32, where sums in another order differ in their last digits. Claimed: of the decisions on 100 tokens in 30 layers, 99 % or
-    more are the same (leader and joined), and so are the rows left but for as many; log-probabilities differ by under 0.01 nats in the
-    mean, and the most likely token is the same at 98 % of the places or more."""
+    more are the same (leader and joined), and so are the rows left but for as many; log-probabilities differ by under 0.001 nats in the
+    mean, and the most likely token is the same at 98 % of the places or more. Measured once: all 2,730 decisions, 4e-6 nats, all places."""
     held = merging.windows_of(real_model, list(reference_passages()), 100, most=4)
     merger = TokenMerger(list(range(30)), target_rate=0.4, projection=32, recent=8).calibrate(real_model, held.tokens[1:])
     tokens = held.tokens[:1]
@@ -549,5 +549,5 @@ def test_the_real_model_merges_in_steps_what_it_merges_in_one_pass(real_model, m
     assert np.abs(rows - merger.statistics()["rows"].to_numpy()).sum() <= 0.01 * len(same)
     change = (steps.log_softmax(-1) - full.log_softmax(-1)).abs()
     # By the full pass's own chances: what no one would say is no matter.
-    assert (full.softmax(-1) * change).sum(-1).mean() < 0.01
+    assert (full.softmax(-1) * change).sum(-1).mean() < 0.001
     assert (steps.argmax(-1) == full.argmax(-1)).float().mean() >= 0.98
