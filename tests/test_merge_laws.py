@@ -282,6 +282,15 @@ def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, m
     assert history["held_out_excess"].notna().tolist() == [False, True] * 3
 
 
+def test_the_merger_is_left_with_the_offset_that_the_history_ends_with(tiny, monkeypatch):
+    """Also where the last step's batch was the spike."""
+    monkeypatch.setattr(train, "Parachute", partial(Parachute, spike=1e-3, wait=1))
+    training = Training(steps=2, batch_size=2, evaluate_every=0)
+    made = train_merger(learner(tiny, adaptive=True), tiny, windows(), training=training, progress=False)
+    assert made.history["event"].tolist()[-1] == "back off"
+    assert made.merger.offset.item() == pytest.approx(made.history["offset"].iloc[-1])
+
+
 def test_a_trained_base_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     training = Training(**{**vars(WHOLE), "train_base": True, "base_rate": 1e-3})
     go = lambda folder: train_merger(  # noqa: E731
