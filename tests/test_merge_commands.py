@@ -1,0 +1,331 @@
+"""`basin-lens merge train | test | generate` from end to end, on a tiny model in a folder, as a user's own would be."""
+
+import json
+import random
+import re
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from basin_lens import cli_merge, merging, studies
+from basin_lens import model as door
+from basin_lens.cli import app
+from basin_lens.errors import MergeError, StoreError
+from basin_lens.merging import TokenMerger, train
+from basin_lens.texts import read_texts
+from tests.conftest import TEXTS, make_hf, make_tokenizer
+
+SMALL = ("--length", "32", "--projection", "6", "--recent", "4", "--target-rate", "0.3", "--steps", "3")
+QUICK = ("--budgets", "0.85", "--seeds", "1")
+PROMPT = "The ferry had stopped running in October, and the lamp had a voice of its own, and the lamp had"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A model as Hugging Face keeps it. Its context has room for a prompt and what is written, its cache for descriptors beside it."""
+    path, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
+    make_hf("llama", vocab_size=len(tokenizer), num_key_value_heads=4, max_position_embeddings=256).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def written(path, seed: int, count: int, words: int = 45) -> str:
+    """JSON lines of `count` documents, whose words come in another order for each seed."""
+    draw, known = random.Random(seed), " ".join(TEXTS).split()
+    with path.open("w", encoding="utf-8") as out:
+        for i in range(count):
+            out.write(json.dumps({"text": " ".join(draw.choices(known, k=words)), "doc": f"{seed}-{i}"}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts")
+    return {
+        name: written(path / f"{name}.jsonl", seed, count) for seed, (name, count) in enumerate({"train": 8, "other": 5}.items())
+    }
+
+
+def merge(*words: str):
+    """The command; what it raised is raised."""
+    found = CliRunner().invoke(app, ["merge", *words])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    assert found.exit_code == 0, found.output
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(folder, texts, tmp_path_factory):
+    """A trained merger, and what was said."""
+    out = tmp_path_factory.mktemp("run")
+    said = merge("train", "--data", texts["train"], "--model", folder, *SMALL, "--out", str(out)).output
+    return out, said
+
+
+@pytest.fixture(scope="module")
+def based(folder, texts, tmp_path_factory):
+    """One whose base was trained, too."""
+    out = tmp_path_factory.mktemp("based")
+    return out, merge("train", texts["train"], "--model", folder, *SMALL, "--train-base", "--out", str(out)).output
+
+
+def forbidden(*_, **__):
+    raise AssertionError("ran")
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_merger_and_its_log(run, folder, texts):
+    out, said = run
+    model = door.load_model(folder)
+    merger = TokenMerger.load(out, model)
+    options, facts = merger.options, merger.facts["training"]
+    assert (options.layers, options.target_rate, options.projection, options.recent) == ((0, 1, 2), 0.3, 6, 4)
+    assert options.adaptive and facts["steps"] == 3 and facts["length"] == 32 and not facts["train_base"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert (
+        [line["step"] for line in log] == [1, 2, 3] and {line["target"] for line in log} == {0.3} and "held_out_excess" in log[-1]
+    )
+    # What was trained on is known by its windows, all but those held out.
+    windows = merging.windows_of(model, read_texts(texts["train"]), 32)
+    assert set(facts["seen"]) < set(windows.digests()) and len(facts["seen"]) == facts["windows"]
+    held = len(windows) - facts["windows"]
+    assert f"{facts['windows']} windows of 32 tokens to train on, {held} held out; 3 steps" in said
+    assert f"excess {log[-1]['excess']:+.3f} nats per token, {log[-1]['rate']:.2f} of the tokens merged (target 0.30)" in said
+    assert {path.suffix for path in out.iterdir()} == {".json", ".jsonl", ".safetensors"} and f"wrote {out}" in said
+    assert not (out / "base").exists() and "drift" not in said
+
+
+def test_train_reads_a_data_set_by_name_and_layers(folder, tmp_path):
+    out = tmp_path / "run"
+    merge(
+        "train", "--dataset", "built-in", "--model", folder, *SMALL, "--layers", "0,2", "--fixed", "--seed", "3", "--out", str(out)
+    )
+    options = TokenMerger.load(out, door.load_model(folder)).options
+    assert options.layers == (0, 2) and not options.adaptive and options.seed == 3
+    with pytest.raises(MergeError, match="got both"):
+        merge("train", "--dataset", "built-in", "--data", "some.txt", "--model", folder, "--out", str(out))
+
+
+def test_train_again_gives_the_same(run, folder, texts, tmp_path):
+    """From the same command; a file may come as an argument."""
+    merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path))
+    (one,), (two,) = (list(out.glob("merger-*.safetensors")) for out in (run[0], tmp_path))
+    assert one.name == two.name  # named by what is in it
+    assert (tmp_path / "log.jsonl").read_text() == (run[0] / "log.jsonl").read_text()
+
+
+def test_train_goes_on_after_an_interruption(run, folder, texts, tmp_path, monkeypatch):
+    real, seen = train._Run.take, []
+    # Every step a checkpoint, for there are three.
+    monkeypatch.setattr(merging, "Training", lambda **given: train.Training(**given, checkpoint_every=1))
+
+    def stop(self):
+        seen.append(self.step)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(train._Run, "take", stop)
+    words = ["merge", "train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, words).exit_code != 0
+    assert (tmp_path / "checkpoint.safetensors").is_file() and not (tmp_path / "merger.json").exists()
+    merge(*words[1:])
+    assert seen == [0, 1, 2, 2] and not (tmp_path / "checkpoint.safetensors").exists()
+    assert (tmp_path / "log.jsonl").read_text() == (run[0] / "log.jsonl").read_text()
+
+
+def test_train_refuses_a_folder_with_another_training_and_leaves_it(folder, texts, tmp_path, monkeypatch):
+    model = door.load_model(folder)
+    windows = merging.windows_of(model, read_texts(texts["train"]), 32)
+    other = TokenMerger([0], target_rate=0.2, recent=4).calibrate(model, windows.tokens)
+    train._Run(other, model, windows, train.Training(seed=5)).keep(tmp_path)
+    (tmp_path / "log.jsonl").write_text("the other's\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train._Run, "take", forbidden)
+    with pytest.raises(StoreError, match="another"):
+        merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_train_refuses_a_file_for_a_folder_before_any_work(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_merge, "_load", forbidden)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MergeError, match="can be written"):
+        merge("train", texts["train"], *SMALL, "--out", str(tmp_path / "file"))
+
+
+def test_a_trained_base_is_picked_up(based, run, folder, texts, tmp_path, monkeypatch):
+    out, said = based
+    drift = float(re.search(r"drift ([+-][\d.]+) nats", said)[1])
+    assert drift != 0 and str(out / "base") in said
+    # Without --model: the merger belongs to its own base, and to no other.
+    asked = merge("generate", str(out), "--prompt", PROMPT, "--tokens", "4")
+    assert str(out / "base") in asked.stderr
+    with pytest.raises(MergeError, match="made for"):
+        merge("generate", str(out), "--prompt", PROMPT, "--tokens", "4", "--model", folder)
+    with pytest.raises(MergeError, match="made for"):
+        merge("generate", str(run[0]), "--prompt", PROMPT, "--tokens", "4", "--model", str(out / "base"))
+
+    class ReachedError(Exception):
+        pass
+
+    def study(model, *_, merger, **__):
+        assert (
+            door.fingerprint(model)
+            == merger.base
+            == door.fingerprint(door.load_model(out / "base"))
+            != TokenMerger.load(run[0], plain).base
+        )
+        raise ReachedError
+
+    plain = door.load_model(folder)
+    monkeypatch.setattr(studies, "study_merging", study)
+    with pytest.raises(ReachedError):
+        merge("test", str(out), texts["other"], *QUICK, "--out", str(tmp_path / "report"))
+
+
+def test_a_base_left_by_an_earlier_training_is_not_picked_up(folder, texts, tmp_path, monkeypatch):
+    """Train with the base, then without it, to the same folder: the second merger was made for the model as it was."""
+    common = ("--model", folder, *SMALL, "--out", str(tmp_path))
+    merge("train", texts["train"], *common, "--train-base")
+    merge("train", texts["train"], *common)
+    assert TokenMerger.load(tmp_path, door.load_model(folder)).facts["training"]["train_base"] is False
+    asked = []
+    monkeypatch.setattr(cli_merge, "_load", lambda name: asked.append(name) or door.load_model(folder))
+    merge("generate", str(tmp_path), "--prompt", PROMPT, "--tokens", "4")
+    assert asked == ["smollm2-135m"]
+
+
+# ---- test ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_report(monkeypatch):
+    """Less text written for the report than a user would get, for time."""
+    monkeypatch.setattr(studies, "study_merging", partial(studies.study_merging, prompt=8, written=4, prompts=2))
+
+
+def report(out):
+    held = json.loads((out / "results.json").read_text())
+    assert held["study"] == "merging" and (out / "report.html").is_file() and (out / "figures" / "pareto.png").is_file()
+    return held, pd.read_csv(out / "tables" / "pareto.csv")
+
+
+@pytest.mark.usefixtures("short_report")
+def test_test_sets_a_run_beside_the_baselines_on_other_texts(run, folder, texts, tmp_path):
+    before = {path.name: path.read_bytes() for path in run[0].iterdir()}
+    out = tmp_path / "out"
+    said = merge("test", str(run[0]), "--data", texts["other"], "--model", folder, *QUICK, "--out", str(out)).output
+    held, pareto = report(out)
+    assert held["verdict"][0] in said and str(out / "report.html") in said
+    assert set(pareto["policy"]) == set(merging.POLICIES) and (pareto["budget"] == 0.85).all()
+    assert pareto.loc[pareto["policy"] == "trained", "bytes_share"].item() == pytest.approx(0.85, abs=0.1)
+    facts = held["provenance"]["merging"]
+    assert facts["windows"]["length"] == 32 and facts["setting"]["seeds"] == 1  # as long as in training
+    assert (facts["setting"]["projection"], facts["setting"]["recent"], facts["setting"]["layers"]) == (6, 4, [0, 1, 2])
+    assert facts["merger"]["training"]["steps"] == 3
+    # Its training is shown, and it is left as it was.
+    log = [json.loads(line)["loss"] for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    assert pd.read_csv(out / "tables" / "training.csv")["loss"].tolist() == pytest.approx(log) and "generation" in held["tables"]
+    assert {path.name: path.read_bytes() for path in run[0].iterdir()} == before
+
+
+@pytest.mark.usefixtures("short_report")
+def test_test_without_a_run_compares_the_baselines(folder, texts, tmp_path, monkeypatch):
+    out, policies = tmp_path / "out", ("trained", "cosine", "random", "recent")  # all of them are compared above
+    monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=policies))
+    merge("test", "-", texts["other"], "--model", folder, "--layers", "0-1", "--length", "40", *QUICK, "--out", str(out))
+    held, pareto = report(out)
+    assert set(pareto["policy"]) == {"cosine", "random", "recent"}
+    facts = held["provenance"]["merging"]
+    assert facts["merger"] is None and facts["windows"]["length"] == 40 and facts["setting"]["layers"] == [0, 1]
+    assert "training" not in held["tables"]
+
+
+@pytest.mark.parametrize("length", [(), ("--length", "24")])
+def test_texts_of_the_training_are_refused(run, folder, texts, tmp_path, monkeypatch, length):
+    """Also where they are cut into windows of another length: it is the text that was trained on."""
+    monkeypatch.setattr(studies, "study_merging", forbidden)
+    with pytest.raises(MergeError, match="was not trained on"):
+        merge("test", str(run[0]), texts["other"], texts["train"], "--model", folder, *length, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_refused_before_any_work(run, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_merge, "_load", forbidden)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"'notes.txt' in it"):
+        merge("test", str(run[0]), texts["other"], "--out", str(tmp_path))
+    # The merger's own folder is no place for a report either.
+    with pytest.raises(StoreError, match="empty folder"):
+        merge("test", str(run[0]), texts["other"], "--out", str(run[0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def cache_of(said: str) -> tuple[int, int, float]:
+    held, full, share = re.search(r"cache: ([\d,]+) of ([\d,]+) bytes \(([\d.]+)\)", said).groups()
+    return int(held.replace(",", "")), int(full.replace(",", "")), float(share)
+
+
+def test_generate_writes_what_the_package_writes_and_says_how_large_its_cache_is(run, folder):
+    said = merge("generate", str(run[0]), "--prompt", PROMPT, "--tokens", "12", "--model", folder).output
+    model = door.load_model(folder)
+    tokenizer = door.tokenizer_of(model)
+    first = door.uses_bos(model, None)
+    begun = [*([] if first is None else [first]), *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]
+    tokens, table = merging.generate(TokenMerger.load(run[0], model), model, torch.tensor([begun]), 12)
+    assert PROMPT + tokenizer.decode(tokens[0].tolist()) in said
+    held, full, share = cache_of(said)
+    assert (
+        (held, full) == (table["bytes"].sum(), table["full_bytes"].sum())
+        and held < full
+        and share == pytest.approx(held / full, abs=0.006)
+    )
+    assert f"{table.rows.sum():,} of {table.full_rows.sum():,} rows in 3 layers" in said
+
+
+def test_generate_keeps_to_a_budget(run, folder):
+    before = {path.name: path.read_bytes() for path in run[0].iterdir()}
+    words = ("generate", str(run[0]), "--prompt", f"{PROMPT} {PROMPT}", "--tokens", "8", "--model", folder)
+    shares = [cache_of(merge(*words, "--budget", budget).output)[2] for budget in ("0.9", "0.6")]
+    # It was set on other texts, and longer ones, so the prompt's own share is near it only.
+    assert shares[1] < shares[0] - 0.15 and abs(shares[1] - 0.6) < 0.15, shares
+    assert {path.name: path.read_bytes() for path in run[0].iterdir()} == before
+    with pytest.raises(MergeError, match="at best"):
+        merge(*words, "--budget", "0.001")
+
+
+def test_generate_draws_by_its_seed_and_refuses_an_empty_prompt(run, folder):
+    def said(seed: str) -> str:
+        words = ("--prompt", PROMPT, "--tokens", "8", "--temperature", "1", "--seed", seed, "--model", folder)
+        return merge("generate", str(run[0]), *words).stdout
+
+    assert said("1") == said("1") != said("2")
+    with pytest.raises(MergeError, match="prompt of one token"):
+        merge("generate", str(run[0]), "--prompt", "", "--model", folder)
+
+
+# ---- surprising tokens -----------------------------------------------------------------------------------------------
+
+
+def test_surprising_tokens_are_preserved_by_train_and_test_and_refused_by_generate(folder, texts, tmp_path, monkeypatch):
+    out, made = tmp_path / "run", tmp_path / "report"
+    merge("train", texts["train"], "--model", folder, *SMALL, "--preserve", "surprisal", "--out", str(out))
+    merger = TokenMerger.load(out, door.load_model(folder))
+    assert merger.options.preserve == "surprisal" and 0 < float(merger.surprisal_cutoff) < float("inf")
+    monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
+    merge("test", str(out), texts["other"], "--model", folder, *QUICK, "--out", str(made))
+    held, pareto = report(made)
+    assert "trained" in set(pareto["policy"]) and "generation" not in held["tables"]
+    for budget in ((), ("--budget", "0.8")):
+        with pytest.raises(MergeError, match=r"token by token.*'surprisal'.*preserve='norm'"):
+            merge("generate", str(out), "--prompt", PROMPT, "--tokens", "4", "--model", folder, *budget)
