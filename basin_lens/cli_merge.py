@@ -94,8 +94,8 @@ def train(
         target_rate = 0.5
     texts = _texts(data, files, dataset, config, split, n_train + n_held)
     training = Training(
-        steps=steps or n_steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every, learning_rate=learning_rate,
-        threshold_rate=threshold_rate, train_base=train_base, seed=seed,
+        steps=n_steps if steps is None else steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every,
+        learning_rate=learning_rate, threshold_rate=threshold_rate, train_base=train_base, seed=seed,
     )  # fmt: skip
     _writable(out)
     loaded = _load(model)
@@ -159,6 +159,8 @@ def compare(
     refuse_folder(out, "merging")
     shares = _shares(budgets)
     texts = _texts(data, files, dataset, config, split, n_calibration + n_test)
+    if str(run) != "-":
+        _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
     seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
@@ -205,9 +207,10 @@ def generate(
 
     from basin_lens.merging import TokenMerger, fit_budget, windows_of
     from basin_lens.merging import generate as write
-    from basin_lens.model import tokenizer_of, uses_bos
+    from basin_lens.model import n_context, tokenizer_of, uses_bos
     from basin_lens.texts import reference_passages
 
+    _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = TokenMerger.load(run, loaded)
     ids = tokenizer_of(loaded)(prompt, add_special_tokens=False)["input_ids"]
@@ -216,7 +219,7 @@ def generate(
     first = uses_bos(loaded, None)
     begun = list(ids) if first is None else [first, *ids]
     if budget is not None:
-        fit_budget(merger, loaded, windows_of(loaded, list(reference_passages()), 128, most=8), budget)
+        fit_budget(merger, loaded, windows_of(loaded, list(reference_passages()), min(128, n_context(loaded)), most=8), budget)
     written, table = write(merger, loaded, torch.tensor([begun]), tokens, temperature=temperature, seed=seed, progress=True)
     typer.echo(prompt + tokenizer_of(loaded).decode(written[0].tolist()))
     held, full = int(table["bytes"].sum()), int(table["full_bytes"].sum())
@@ -289,6 +292,14 @@ def _layers(text: str | None, model: Any) -> list[int]:
     except ValueError as error:
         raise MergeError(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
     return found
+
+
+def _trained(run: Path) -> None:
+    """Before any long work."""
+    if not (run / "merger.json").is_file():
+        raise MergeError(
+            f"expected a folder that merge train wrote, with merger.json, got {str(run)!r}. Train first, or name another."
+        )
 
 
 def _writable(folder: Path) -> None:

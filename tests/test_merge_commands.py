@@ -97,7 +97,7 @@ def test_train_writes_a_merger_and_its_log(run, folder, texts):
     held = len(windows) - facts["windows"]
     assert f"{facts['windows']} windows of 32 tokens to train on, {held} held out; 3 steps" in said
     assert f"excess {log[-1]['excess']:+.3f} nats per token, {log[-1]['rate']:.2f} of the tokens merged (target 0.30)" in said
-    assert {path.suffix for path in out.iterdir()} == {".json", ".jsonl", ".safetensors"} and f"wrote {out}" in said
+    assert {path.suffix for path in out.iterdir()} == {".json", ".jsonl", ".safetensors", ".png"} and f"wrote {out}" in said
     assert not (out / "base").exists() and "drift" not in said
 
 
@@ -190,16 +190,20 @@ def test_a_trained_base_is_picked_up(based, run, folder, texts, tmp_path, monkey
         merge("test", str(out), texts["other"], *QUICK, "--out", str(tmp_path / "report"))
 
 
-def test_a_base_left_by_an_earlier_training_is_not_picked_up(folder, texts, tmp_path, monkeypatch):
-    """Train with the base, then without it, to the same folder: the second merger was made for the model as it was."""
-    common = ("--model", folder, *SMALL, "--out", str(tmp_path))
-    merge("train", texts["train"], *common, "--train-base")
-    merge("train", texts["train"], *common)
-    assert TokenMerger.load(tmp_path, door.load_model(folder)).facts["training"]["train_base"] is False
-    asked = []
-    monkeypatch.setattr(cli_merge, "_load", lambda name: asked.append(name) or door.load_model(folder))
-    merge("generate", str(tmp_path), "--prompt", PROMPT, "--tokens", "4")
-    assert asked == ["smollm2-135m"]
+def test_a_finished_merger_is_not_overwritten(based, folder, texts, monkeypatch):
+    """Nor could its base be taken for that of another."""
+    before = {path.name: path.read_bytes() for path in based[0].iterdir() if path.is_file()}
+    monkeypatch.setattr(cli_merge, "_load", forbidden)
+    with pytest.raises(MergeError, match="finished merger"):
+        merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(based[0]))
+    assert {path.name: path.read_bytes() for path in based[0].iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("words", [("test",), ("generate", "--prompt", "The")], ids=lambda words: words[0])
+def test_a_folder_without_a_merger_is_refused_before_any_work(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_merge, "_load", forbidden)
+    with pytest.raises(MergeError, match=r"merger\.json"):
+        merge(words[0], str(tmp_path), *words[1:])
 
 
 # ---- test ------------------------------------------------------------------------------------------------------------
@@ -248,12 +252,47 @@ def test_test_without_a_run_compares_the_baselines(folder, texts, tmp_path, monk
     assert "training" not in held["tables"]
 
 
+def test_one_file_is_enough_and_its_windows_are_said_to_be_no_texts(folder, tmp_path, monkeypatch):
+    book, other = tmp_path / "book.txt", tmp_path / "other.txt"
+    for path, seed in ((book, 3), (other, 4)):
+        words = " ".join(TEXTS).split()
+        path.write_text(" ".join(random.Random(seed).choices(words, k=600)))
+    out, made = tmp_path / "run", tmp_path / "report"
+    said = merge("train", "--data", str(book), "--model", folder, *SMALL, "--out", str(out))
+    assert "1 documents are few" in said.stderr
+    monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
+    monkeypatch.setattr(studies, "study_merging", partial(studies.study_merging, prompts=0))
+    merge("test", str(out), "--data", str(other), "--model", folder, *QUICK, "--out", str(made))
+    held, pareto = report(made)
+    assert "every window counts as a document of its own" in " ".join(held["about"])
+    assert pareto["low"].notna().all() and "none was asked for" in " ".join(held["not_tested"])
+
+
+@pytest.mark.usefixtures("short_report")
+def test_texts_of_the_training_are_left_out_and_said(run, folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
+    out = tmp_path / "out"
+    said = merge("test", str(run[0]), texts["train"], texts["other"], "--model", folder, *QUICK, "--out", str(out))
+    trained = [p.doc for p in read_texts(texts["train"]) if p.text in texts_of_training(run, folder, texts)]
+    assert f"left out {len(trained)} texts that the merger was trained on" in said.stderr
+    held, _ = report(out)
+    tested = {name.split(",")[0] for name in held["provenance"]["merging"]["windows"]["held_out_documents"]}
+    assert trained and tested and not tested & set(trained)
+
+
+def texts_of_training(run, folder, texts) -> set[str]:
+    facts = TokenMerger.load(run[0], door.load_model(folder)).facts["training"]
+    return {p.text for p in read_texts(texts["train"]) if merging.windows.text_digest(p.text) in facts["seen_texts"]}
+
+
 @pytest.mark.parametrize("length", [(), ("--length", "24")])
 def test_texts_of_the_training_are_refused(run, folder, texts, tmp_path, monkeypatch, length):
     """Also where they are cut into windows of another length: it is the text that was trained on."""
     monkeypatch.setattr(studies, "study_merging", forbidden)
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_of_training(run, folder, texts)))
     with pytest.raises(MergeError, match="was not trained on"):
-        merge("test", str(run[0]), texts["other"], texts["train"], "--model", folder, *length, "--out", str(tmp_path / "out"))
+        merge("test", str(run[0]), str(seen), "--model", folder, *length, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -58,22 +58,6 @@ def test_training_changes_what_it_should_and_nothing_else(tiny, changes):
     assert made.drift == 0.0 and made.model is tiny
 
 
-def test_the_rate_is_held_up_to_its_target_from_below_only(tiny):
-    eager = train_merger(
-        made_merger(tiny),
-        tiny,
-        windows(),
-        training=Training(steps=12, batch_size=4, rate_weight=500.0, evaluate_every=0),
-        progress=False,
-    )
-    assert eager.history["rate"].iloc[-1] > 0.33
-    merger = made_merger(tiny)
-    run = merging.train._Run(merger, tiny, windows(), Training(**SHORT))
-    run.target = 0.0
-    assert run.take()["rate"] > 0  # above the target, and not punished
-    assert run.target == 0.0
-
-
 def test_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     whole = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "whole", progress=False)
     real, seen = merging.train._Run.take, []

@@ -139,7 +139,7 @@ class _Layer:
     @property
     def nbytes(self) -> int:
         carry = 0
-        if self.merger is not None and self.merger.options.adaptive and self._carry is not None:
+        if self._carry is not None:
             carry = sum(t.numel() * t.element_size() for t in self._carry[1:])
         return sum(s.nbytes for s in self.sequences) + carry
 
@@ -147,7 +147,8 @@ class _Layer:
         """The current token's state: settle the one that leaves the window."""
         assert self.merger is not None
         units, norms = self.merger.describe(self.index, states)
-        features, self._carry = context_statistics(units, norms, self._carry)
+        features, carry = context_statistics(units, norms, self._carry)
+        self._carry = carry if self.merger.options.adaptive else None  # only an adaptive threshold asks for it
         levels = self.merger.level_of(self.index, features)
         o = self.merger.options
         for b, sequence in enumerate(self.sequences):

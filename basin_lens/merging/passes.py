@@ -350,4 +350,5 @@ def context_statistics(
     places = torch.arange(start, start + length, device=units.device).float().log1p().expand(batch, length)
     cosine = torch.nn.functional.cosine_similarity
     made = torch.stack([places, norms.float(), cosine(wide, before, dim=-1), cosine(wide, sums[:, :-1], dim=-1)], 2)
-    return made, (start + length, sums[:, -1], wide[:, -1])
+    # Copies: a view would keep all rows.
+    return made, (start + length, sums[:, -1].clone(), wide[:, -1].clone())

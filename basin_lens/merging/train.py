@@ -313,6 +313,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         cost = sums["loss"] - sums["plain_loss"]
         event = self.parachute.see(cost)
+        merger.offset.fill_(self.parachute.offset)
         held = merger.statistics()
         self.step += 1
         return {
