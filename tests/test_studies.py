@@ -1341,7 +1341,8 @@ def test_a_setting_that_no_p_could_pass_is_not_lost():
         (row,) = base.rows(told(table.assign(p=[0.001, 0.01, p, 0.5]))[2])
         assert (row.settings, row.survives, row.not_testable) == (2, survives, "none")
     # Nothing that could be tested: no yes by default.
-    decision, _, _, settled = told(table.assign(n_units=4))
+    decision, verdict, _, settled = told(table.assign(n_units=4))
+    assert "testable under no other setting, for too few units" in verdict[1] and "lost under" not in verdict[1]
     assert decision == "undecided" and not settled.holds.any()
 
 

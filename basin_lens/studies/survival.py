@@ -73,8 +73,11 @@ def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame
     answer["holds"] = answer["holds"].to_numpy(bool) & (whole & could & ~survival["in_random_twin"].eq(True)).to_numpy(bool)
     answer["within_reach"] = answer["within_reach"].to_numpy(bool) & could.to_numpy(bool)
     answer["note"] = [
-        f"{_survived(row)}; {_in_twin(row)}{f'; {row.how}' if row.how else ''}" for row in base.rows(survival)
-    ]  # fmt: skip
+        "; ".join(
+            x for x in (_survived(row) if row.holds_as_run else "nothing to lose under other settings", _in_twin(row), row.how) if x
+        )
+        for row in base.rows(survival)
+    ]
     return answer
 
 
@@ -146,6 +149,8 @@ def untestable(survival: pd.DataFrame) -> Sequence[str]:
 
 
 def _survived(row: Any) -> str:
+    if not row.settings and row.not_testable != "none":
+        return "testable under no other setting, for too few units"
     few = f", not testable under: {row.not_testable}" if row.not_testable != "none" else ""
     return f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under}{few})"
 
