@@ -168,6 +168,118 @@ def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_pa
     ] * 2
 
 
+@pytest.fixture(scope="module")
+def spoken(folder) -> str:
+    """Sixteen documents in JSON lines, of words that have kinds."""
+    words = ["the", "of", "she", "and", "lamp", "voice", "rain", "piano", "stopped", "climbed", "took", "cold", "slow", "in"]
+    path = folder.parent / "spoken.jsonl"
+    lines = [json.dumps({"text": " ".join(random.Random(n).choices(words, k=26)), "doc": f"d{n}"}) for n in range(16)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def second(folder) -> str:
+    """Another tiny model on disk, of other depth and width."""
+    path = folder.parent / "second"
+    tokenizer = make_tokenizer()
+    make_hf("gpt2", seed=3, vocab_size=len(tokenizer), n_layer=4).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Coarse pictures, and no collecting of all garbage in every Holm correction of statsmodels: half of the time that these runs take."""
+    from matplotlib.figure import Figure
+
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: real(figure, *given, **options | {"dpi": 20}))
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
+TINY = ("--layers", "1", "--k", "5", "--max-length", "40")
+
+
+def studied(out: Path, name: str) -> dict:
+    """What a study left in its folder, every file of it there."""
+    held = json.loads((out / "results.json").read_text())
+    assert held["study"] == name
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{n}.{k}" for n in held["figures"] for k in ("png", "pdf")}
+    for table in held["tables"]:
+        assert len(pd.read_csv(out / "tables" / f"{table}.csv"))
+    report = (out / "report.html").read_text()
+    for row in held["findings"]:
+        # How each was tested stands in the verdict, whatever came out.
+        told = [line for line in held["verdict"] if line.startswith(row["finding"])]
+        assert len(told) == 1 or name == "summary", (row["finding"], held["verdict"])
+        assert (
+            row["p"] is None
+            or "layer chosen on" in told[0].lower()
+            or "p corrected for them (holm)" in told[0].lower()
+            or "layers" in row["effect"]
+        )
+    assert held["verdict"][0][:40] in report
+    return held
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_importance_for_real(folder, documents, tmp_path, capsys):
+    """Eight documents: none are set aside, and the report says so."""
+    out = tmp_path / "importance"
+    call_ = ("study", "importance", *documents, "--model", str(folder), *TINY, "--max-sequences", "8", "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = studied(out, "importance")
+    assert {"ranking", "agreement", "partial_correlation", "quartiles", "findings"} <= set(held["tables"])
+    assert said.lower().count("too few units to halve (8)") == 2 and "With fewer than 16 units" in held["hypothesis"]
+    ranking = pd.read_csv(out / "tables" / "ranking.csv")
+    assert ranking["given_position"].notna().any() and ranking["how"].str.contains("which flatters").all()
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
+    """Another number format and a second model, as asked for by default and by an option."""
+    out = tmp_path / "robustness"
+    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", second, "--out", str(out))
+    code, _, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = studied(out, "robustness")
+    settings = pd.read_csv(out / "tables" / "settings.csv")
+    asked = [row["question"] for row in held["findings"]]
+    assert asked[:4] == ["random", "surprisal", "gradient_norm_scaled", "attention_received"]
+    for kind in ("dtype", "model", "twin"):
+        rows = settings[settings["kind"] == kind]
+        assert rows["question"].tolist() == asked and rows.loc[rows["question"].isin(asked[:4]), "p"].notna().all(), kind
+    assert settings.loc[settings["kind"] == "dtype", "setting"].unique().tolist() == ["bfloat16"]
+    assert set(settings.loc[settings["kind"] == "model", "layer"]) == {round(1 / 2 * 3)}  # the layer at the same depth of four
+    survival = pd.read_csv(out / "tables" / "survival.csv").set_index("finding")
+    assert survival["in_random_twin"][:4].notna().all()
+    assert (survival["settings"] > 15).all()
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_all_for_real(folder, documents, tmp_path, capsys):
+    """Every study of texts on one measurement, none replaced."""
+    from basin_lens import studies
+
+    out = tmp_path / "all"
+    call_ = ("study", "all", *documents, "--model", str(folder), *TINY, "--max-sequences", "8", "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    if code and "nltk" in err.lower():
+        pytest.skip("needs NLTK's tagger")
+    assert code == 0, err
+    held = {name: studied(out / name, name) for name in (*studies.STUDIES, "summary")}
+    rows = [row for name in studies.STUDIES for row in held[name]["findings"]]
+    assert [row["finding"] for row in held["summary"]["findings"]] == [row["finding"] for row in rows]
+    tested = sum(row["p"] is not None for row in rows)
+    assert {row["n_tests"] for row in held["summary"]["findings"]} == {tested}
+    assert said.count("report.html") == 6
+    for row in held["summary"]["findings"]:
+        if row["study"] != "robustness" and row["p"] is not None and (row["p_floor"] or 0) * tested <= 0.05:
+            assert row["within_reach"]
+
+
 def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
     lines = []
     for number in range(18):

@@ -1,11 +1,12 @@
 """What a study gives back, and how it is kept: tables, figures, one report."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,19 +18,28 @@ from tqdm.auto import tqdm
 
 from basin_lens import stats, tables
 from basin_lens.errors import StoreError, StudyError, TableError
+from basin_lens.studies.kept import records, refuse_folder
 from basin_lens.studies.measured import FEWEST_DOCUMENTS, Measured
 from basin_lens.views import Report, Section, study_page
+from basin_lens.views.marks import unit_of
 
 Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red flags", "no", "undecided"]
 ALPHA = 0.05
 # With fewer units, half of them could not reach 0.05 in a family of four tests: sign flips of 8 units give 2 / 2^8 at the least.
 FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
+# Belongs to every hypothesis that is tested by `declared`.
+IF_FEW = (
+    f"With fewer than {FEWEST_TO_SPLIT} units, or too few of those that a test can use, none are set aside to choose the layer: every layer is "
+    "tested, and the smallest p is corrected for all of them (Holm)."
+)
+# Effects in the unit of the score; correlations, areas and standardized slopes are pure numbers.
+IN_UNITS = ("mean", "mean difference")
 LAYER_FREE = ("surprisal", "agreement", "surprisal_change", "agreement_change")
 # Columns of one finding, as the summary shows them.
 FINDING = (
     "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
-        "estimate", "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "within_reach", "guide_test", "guide_statistic",
-        "guide_r", "guide_p", "guide_reading", "note",
+        "effect_unit", "estimate", "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "p_floor", "within_reach",
+        "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading", "note",
 )  # fmt: skip
 
 
@@ -128,58 +138,6 @@ class Study:
         }  # fmt: skip
 
 
-def refuse_folder(target: Path, name: str) -> None:
-    """Refuse a folder that holds anything but an earlier run of this study. To be called before any long work, too.
-
-    Raises:
-        StoreError: see there.
-    """
-    target = target.resolve()
-    if not target.exists():
-        return
-    if target == Path.cwd():
-        raise StoreError(f"expected a folder for the study, got {str(target)!r}, in which you stand. Name one in it.")
-    try:
-        held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-        before = read_results(target) if "results.json" in held else None
-    except OSError as error:
-        raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error
-    if before is not None and before["study"] == name:
-        held -= {"results.json", "report.html", "tables/tokens.parquet"}
-        held -= {f"tables/{table}{end}" for table in before.get("tables", []) for end in (".parquet", ".csv")}
-        held -= {f"figures/{figure}{end}" for figure in before.get("figures", []) for end in (".png", ".pdf")}
-    if held:
-        raise StoreError(f"expected an empty folder or an earlier {name} study, got {str(target)!r} with {min(held)!r} in it.")
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """What `Study.save` wrote to `results.json`.
-
-    Raises:
-        StoreError: no such file, or not a study's.
-    """
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"expected a study's folder with results.json, got {str(folder)!r}: {error}. Run the study first."
-        ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("study"), str):
-        raise StoreError(f"expected a study's results.json in {str(folder)!r}, got another file of that name. Run the study first.")
-    return found
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain JSON, every digit kept; what is missing is null."""
-    return [{str(name): _plain(value) for name, value in row.items()} for row in table.astype(object).to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    if value is None or value is pd.NA or (isinstance(value, float | np.floating) and not np.isfinite(value)):
-        return None
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def about(measured: Measured) -> list[str]:
     """What was measured on what, in sentences."""
     capture, chosen = measured.capture, measured.settings
@@ -207,25 +165,19 @@ def provenance(measured: Measured) -> dict[str, Any]:
     return {run: {**facts, "study": measured.settings} for run, facts in tables.provenance(measured.table).items()}
 
 
-class Steps:
-    """Progress over the named steps of a study."""
-
-    def __init__(self, name: str, count: int, progress: bool) -> None:
-        self.bar = tqdm(total=count, desc=name, unit="step", disable=not progress)
-
-    def __call__(self, what: str) -> None:
-        self.bar.set_postfix_str(what)
-        self.bar.update()
+Steps = Callable[[str], None]
 
 
 @contextmanager
 def steps(name: str, count: int, progress: bool) -> Iterator[Steps]:
-    """Steps to be called as they begin."""
-    made = Steps(name, count, progress)
-    try:
-        yield made
-    finally:
-        made.bar.close()
+    """Progress over the named steps of a study: to be called as each begins."""
+    with tqdm(total=count, desc=name, unit="step", disable=not progress) as bar:
+
+        def step(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        yield step
 
 
 def unit_keys(unit: str) -> list[str]:
@@ -263,17 +215,21 @@ def declared(
     """A declared test as one row: the layer is chosen on half of the units and tested on the others.
 
     Too few units to halve them: every layer is tested, and the one with the smallest p is shown with p corrected for all of them (Holm).
-    Layer 0 is no choice where there are others: a state that enters it is its token alone, so what is found there is of token types.
-    `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound.
+    The note says which of both was done, and why. Layer 0 is no choice where there are others: a state that enters it is its token alone, so
+    what is found there is of token types.
+    `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound. `effect_unit`: of the estimate,
+    from the table's provenance, if it is in the score's unit; empty if it is a pure number or the unit is not known.
     """
     table = inner(table)
-    found = None
+    found, why = None, f"too few units to halve ({measured.n_units})"
     if measured.n_units >= FEWEST_TO_SPLIT:
         # Enough units in all, but perhaps not of those that the test can use.
-        with suppress(StudyError):
-            found = stats.best_layer(
-                table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed
-            )[:1]  # fmt: skip
+        try:
+            found = stats.best_layer(table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed)[:1]
+        except StudyError as error:
+            why = f"{measured.n_units} units not halved, for a half would be too few for the test ({str(error).rstrip('.')})"
+        else:
+            why = f"{measured.n_units} units not halved, for the layer that one half chose could not be tested on the other"
     if found is not None and len(found):
         (row,) = rows(found)
         said = (
@@ -285,12 +241,20 @@ def declared(
         every = stats.correct(attempt(lambda part, *_, **__: test(part), table, score, unit=measured.unit), "holm")
         found = every.sort_values("p")[:1].copy()
         found["p"] = found["p_corrected"]
-        said = f"too few units to halve ({measured.n_units}): the best of {len(every)} tests, p corrected for them (Holm)"
+        said = f"{why}: the best of {len(every)} tests, p corrected for them (Holm)"
         (row,) = rows(found)
         floor = min(1.0, p_floor(row) * len(every))
     note = "" if pd.isna(row.note) else str(row.note)
+    unit = getattr(row, "effect_unit", None)
+    if not isinstance(unit, str):
+        unit = unit_of(table, score) if getattr(row, "effect", "") in IN_UNITS else ""
     return found.reset_index(drop=True).assign(
-        finding=finding, question=question, score=score, p_floor=floor, note="; ".join(x for x in (said, note) if x)
+        finding=finding,
+        question=question,
+        score=score,
+        p_floor=floor,
+        effect_unit=unit,
+        note="; ".join(x for x in (said, note) if x),
     )
 
 
@@ -303,10 +267,24 @@ def inner(table: pd.DataFrame) -> pd.DataFrame:
     return part
 
 
+def with_columns(table: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The table with columns of a study's own described in its provenance, whence figures and findings take units."""
+    answer = table.copy()
+    held = table.attrs.get("provenance", {})
+    described = {run: {**facts, "columns": {**facts["columns"], **columns}} for run, facts in held.items()}
+    answer.attrs = {**table.attrs, "provenance": described}
+    return answer
+
+
 def p_floor(row: Any) -> float:
     """The smallest p of a permutation of so many units; 0 for tests without such a bound."""
     sides = 1 if "one-sided" in row.test else 2
-    return sides / 2.0 ** int(row.n_units) if "sign-flip" in row.test and row.n_units else 0.0
+    if "sign-flip" in row.test and row.n_units:
+        return sides / 2.0 ** int(row.n_units)
+    first, second = (getattr(row, name, float("nan")) for name in ("n_first", "n_second"))
+    if "permutation of labels" in row.test and first > 0 and second > 0:
+        return min(1.0, sides / math.comb(int(first) + int(second), int(first)))
+    return 0.0
 
 
 def attempt(
@@ -338,21 +316,32 @@ def attempt_each(
 
 
 def settle(study: str, tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05.
-
-    `within_reach`: whether any data of so many units could have had a corrected p of at most 0.05; what is not, is no evidence of absence.
-    """
+    """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05. `within_reach`: see there."""
     family = pd.DataFrame([row for test in tests for row in test.to_dict("records")])
     for name in (*_NUMBERS, "p_floor"):
         family[name] = family[name].astype(float) if name in family else float("nan")
     family["layer"] = family["layer"].astype("Int64")
     family = stats.correct(family, "holm")
     family["study"], family["holds"] = study, family["p_corrected"] <= ALPHA
-    family["within_reach"] = family["p"].notna() & (family["p_floor"].fillna(0.0) * family["n_tests"] <= ALPHA)
+    family["within_reach"] = within_reach(family)
     for name in FINDING:
         if name not in family:
             family[name] = pd.Series([None] * len(family), dtype=object)
     return family[list(FINDING)]
+
+
+def within_reach(family: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether some data of a test's units would have had a corrected p (Holm) of at most 0.05, the other tests as they are.
+
+    What is out of reach is no evidence of absence. `p_floor`: the smallest p of each test; NaN: no bound.
+    """
+    p, floor = family["p"].to_numpy(float), family["p_floor"].fillna(0.0).to_numpy(float)
+    reached = np.isfinite(p)
+    for at in np.flatnonzero(reached):
+        others = np.delete(p, at)
+        first = np.append(np.sort(others[others <= floor[at]]), floor[at])
+        reached[at] = (first * (reached.size - np.isnan(p).sum() - np.arange(len(first)))).max() <= ALPHA
+    return pd.Series(reached, index=family.index)
 
 
 _GUIDE = ("guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading")
@@ -406,20 +395,31 @@ def opening(decision: Decision, yes: str, no: str) -> str:
 
 
 def sentence(row: Any, unit: str = "") -> str:
-    """One finding in words, with its figures."""
-    measure = f" {unit}" if unit else ""
+    """One finding in words, with its figures and its note. `unit`: of the estimate; if not given, what the column `effect_unit` says."""
+    told = unit or getattr(row, "effect_unit", None)
+    measure = f" {told}" if isinstance(told, str) and told else ""
     layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
     if pd.isna(row.p):
         return f"{row.finding}: could not be tested ({row.note})."
     p = f"corrected p {in_words(row.p_corrected)}"
     interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
-    holds = "holds" if row.holds else "does not hold" if row.within_reach else "undecided, too few units for any p to reach 0.05"
-    # A study may ask for more than significance.
-    why = f" Significant, but {str(row.note).split(';')[0]}." if row.p_corrected <= ALPHA and not row.holds else ""
+    out = "undecided, too few units for any p to reach 0.05" if row.p_floor * row.n_tests > ALPHA else "undecided"
+    holds = "holds" if row.holds else "does not hold" if row.within_reach else out
+    # A study may ask for more than significance; then the note begins with what is lacking.
+    denied = bool(row.p_corrected <= ALPHA and not row.holds)
+    note = as_sentence(row.note, "Significant, but " if denied else "")
     return (
         f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
-        f"units, {int(row.n_documents)} documents.{why}"
+        f"units, {int(row.n_documents)} documents.{note and ' '}{note}"
     )
+
+
+def as_sentence(note: Any, opening: str = "") -> str:
+    """A note as a sentence of its own; nothing if there is none."""
+    if not isinstance(note, str) or not note:
+        return ""
+    said = f"{opening}{note.rstrip('.')}."
+    return said[0].upper() + said[1:]
 
 
 def in_words(p: float) -> str:
@@ -428,9 +428,9 @@ def in_words(p: float) -> str:
 
 
 def red_flags(table: pd.DataFrame, score: str, *args: Any, **options: Any) -> pd.DataFrame:
-    """`stats.red_flags`; where they cannot be computed on this table, one row that says why."""
+    """`stats.red_flags` at the layers that a declared test may choose; where they cannot be computed, one row that says why."""
     try:
-        return stats.red_flags(table, score, *args, **options)
+        return stats.red_flags(inner(table), score, *args, **options)
     except (StudyError, TableError) as error:
         line = {"flag": "could not be checked", "score": score, "layer": pd.NA, "raised": pd.NA, "why": f"not checked: {error}"}
         return pd.DataFrame([line]).astype({"layer": "Int64", "raised": "boolean"})

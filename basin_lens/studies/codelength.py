@@ -11,7 +11,7 @@ from basin_lens import stats
 from basin_lens.studies import base
 from basin_lens.studies.contrasts import contrast_section
 from basin_lens.studies.measured import SCORES, Measured, ready
-from basin_lens.studies.shown import shown
+from basin_lens.studies.shown import ALL_SHOWN, shown
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"
@@ -22,7 +22,7 @@ HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token frequency, position, "
     "norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at the same and the token's own surprisal "
     "(either direction). Code length is -log2 p of the token given those before it, what direct coding spends on it. Each is tested at the layer "
-    "(not 0) chosen on half of the documents, on the other half, as one family (Holm)."
+    f"(not 0) chosen on half of the documents, on the other half, as one family (Holm). {base.IF_FEW}"
 )
 
 
@@ -65,7 +65,7 @@ def with_code_lengths(table: pd.DataFrame) -> pd.DataFrame:
     ordered = answer.sort_values(["layer", "seq", "pos"])
     answer[NEXT] = ordered.groupby(["layer", "seq"])[OWN].shift(-1)
     answer.attrs = dict(table.attrs)
-    return answer
+    return base.with_columns(answer, {name: {"unit": "bits", "low": 0.0, "high": None} for name in (OWN, NEXT)})
 
 
 def _study(measured: Measured, step: base.Steps) -> base.Study:
@@ -146,12 +146,12 @@ def _sections(
             f"Scores in the quarters of the next token's code length, layer {layer}",
             "No control is applied here.",
             figure=figures["quartiles"],
-            caption="Mean over documents with 95 % intervals; above each panel, the highest quarter less the lowest.",
+            caption=f"Mean over documents with 95 % intervals; above each panel, the highest quarter less the lowest. {ALL_SHOWN}",
         ),
         Section(
             f"The next token's code length and compression, token by token, layer {layer}",
             figure=figures["scatter"],
-            caption="Ranks within sequences; line by least squares, band from a bootstrap of documents.",
+            caption=f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
         ),
         Section(
             "One text", f"The first sequence at layer {layer}.",

@@ -5,10 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
+from basin_lens.errors import StudyError
 from basin_lens.studies import base
 from basin_lens.studies.contrasts import contrast_section
 from basin_lens.studies.measured import FEWEST_UNITS, SCORES, Measured, ready
+from basin_lens.studies.shown import ALL_SHOWN
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measures of importance, by column; those with a sign are taken by size.
@@ -28,7 +30,7 @@ HYPOTHESIS = (
     "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
     "Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
     "best with erasure. Both are tested at the layer (not 0, where a state is its token alone) chosen on half of the "
-    "documents, on the other half, as one family (Holm)."
+    f"documents, on the other half, as one family (Holm). {base.IF_FEW}"
 )
 
 
@@ -83,7 +85,7 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     agreement = stats.within_sequence_correlation(known, there, TRUTH, **shared)
     beyond = stats.partial_correlation(known, there, TRUTH, controls=["position"], min_tokens=FEWEST_SCORED, **shared)
     agreement = pd.concat([agreement, beyond], ignore_index=True)
-    ranking = _ranking(known, there, measured)
+    ranking = _ranking(known, there, beyond, measured)
     best = str(ranking["score"].iloc[0])
 
     step("partial correlations")
@@ -125,14 +127,14 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     step("figures")
     decision = base.decide(findings, flags)
     sections, figures = _sections(table, ranking, partial, quartiles, mixed, best, layer)
-    tables = {"ranking": ranking, "agreement": agreement, "partial_correlation": partial, "quartiles": quartiles, "guide": guide}
+    held = {"ranking": ranking, "agreement": agreement, "partial_correlation": partial, "quartiles": quartiles, "guide": guide}
     if mixed is not None:
-        tables["mixed_model"] = mixed
+        held["mixed_model"] = mixed
     step("contrast")
     if measured.contrast is not None:
         section, found, figure = contrast_section(table, [*SCORES, TRUTH, *there], measured)
         sections.append(section)
-        tables["contrast"], figures["contrast-by-layer"] = found, figure
+        held["contrast"], figures["contrast-by-layer"] = found, figure
     return base.Study(
         name="importance",
         title="Does compression go with token importance?",
@@ -144,7 +146,7 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
         flags=flags,
         not_tested=_not_tested(measured, unranked),
         sections=tuple(sections),
-        tables=tables,
+        tables=held,
         figures=figures,
         provenance=base.provenance(measured),
         tokens=measured.table,
@@ -153,30 +155,41 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Signed attributions by size: how much, not in which direction."""
-    answer = table.copy()
+    answer, known, sizes = table.copy(), tables.scores(table), {}
     for name in ("gradient_times_activation", "integrated_gradients"):
         if name in table.columns and table[name].notna().any():
             answer[f"{name}_size"] = table[name].abs()
-    return answer
+            sizes[f"{name}_size"] = {**known[name], "low": 0.0}
+    return base.with_columns(answer, sizes)
 
 
-def _ranking(known: pd.DataFrame, measures: list[str], measured: Measured) -> pd.DataFrame:
-    """One row per measure, the best agreement first, each at the layer that other documents chose."""
+def _ranking(known: pd.DataFrame, measures: list[str], beyond: pd.DataFrame, measured: Measured) -> pd.DataFrame:
+    """One row per measure, the best agreement first, each at the layer that other documents chose for the most positive agreement.
 
+    `given_position`, with its interval: the agreement at that layer at fixed position, over all documents (from `beyond`).
+    """
     rows = []
     for name in measures:
         part = known[known[name].notna()]
-        test = partial(stats.within_sequence_correlation, scores=name, against=TRUTH, unit=measured.unit, seed=measured.seed)
+        plain = partial(stats.within_sequence_correlation, scores=name, against=TRUTH, unit=measured.unit, seed=measured.seed)
+        # A measure that says the opposite of erasure is no good one, however sure that is.
+        test = base.one_sided(plain)
         units = base.n_units(part, measured)
+        found, how = None, f"too few documents to halve ({units}): the best layer of all, which flatters"
         if units >= base.FEWEST_TO_SPLIT:
-            found = stats.best_layer(part, test, unit=measured.unit, seed=measured.seed)
-            how = "layer chosen on half of the documents, reported on the others"
-        else:
+            try:
+                found = stats.best_layer(part, test, unit=measured.unit, seed=measured.seed)
+                how = "layer chosen on half of the documents, reported on the others"
+            except StudyError as error:
+                how = f"half of the documents would be too few ({error}): the best layer of all, which flatters"
+        if found is None or found.empty:
             every = test(part)
             found = every.loc[[every["estimate"].idxmax()]] if every["estimate"].notna().any() else every[:1]
-            how = f"too few documents to halve ({units}): the best layer of all, which flatters"
         rows.append(found.assign(how=how))
     ranking = stats.correct(pd.concat(rows, ignore_index=True), "bh")
+    names = {"estimate": "given_position", "low": "given_position_low", "high": "given_position_high"}
+    fixed = beyond[["score", "layer", *names]].rename(columns=names)
+    ranking = ranking.merge(fixed, on=["score", "layer"], how="left", validate="one_to_one")
     return ranking.sort_values("estimate", ascending=False, ignore_index=True)
 
 
@@ -225,10 +238,27 @@ def _sections(
         "importance-ranking",
         "Which cheap measure of importance to believe",
         "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It "
-        "costs a pass per token. Here is how well each cheaper measure agrees with it among the tokens of one text.",
+        "costs a pass per token. Here is how well each cheaper measure agrees with it among the tokens of one text. Early tokens are attended to "
+        "by more that follow, so both may go with position alone: given_position is the agreement at fixed position, over all documents.",
         forest(ranking, "score", title="Agreement with erasure"),
-        "Mean Spearman correlation with erasure within sequences, 95 % interval over documents.",
-        ranking[["score", "layer", "estimate", "low", "high", "p_corrected", "n_documents", "n_tokens", "how"]],
+        "Mean Spearman correlation with erasure within sequences, 95 % interval over documents; p of agreement above 0 (one-sided), corrected by "
+        "Benjamini-Hochberg over the measures.",
+        ranking[
+            [
+                "score",
+                "layer",
+                "estimate",
+                "low",
+                "high",
+                "p_corrected",
+                "given_position",
+                "given_position_low",
+                "given_position_high",
+                "n_documents",
+                "n_tokens",
+                "how",
+            ]
+        ],
     )
     chosen = partial[partial["against"].isin([TRUTH, best]) & (partial["score"] == "compression")]
     add(
@@ -262,7 +292,7 @@ def _sections(
         f"Scores in the quartiles of {best}, layer {layer}",
         f"Tokens of each sequence in four parts by {best}. No control is applied here: position and frequency are still in it.",
         quartile_bars(quartiles),
-        "Mean over documents with 95 % intervals; above each panel, the highest quartile less the lowest.",
+        f"Mean over documents with 95 % intervals; above each panel, the highest quartile less the lowest. {ALL_SHOWN}",
     )
     y = "compression"
     add(
@@ -271,21 +301,21 @@ def _sections(
         "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what "
         "most of these correlations are.",
         scatter(table, best, y, layer, x_scale="rank", y_scale="rank"),
-        "Ranks within sequences; line by least squares, band from a bootstrap of documents.",
+        f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
     )
     add(
         "joint-density",
         f"Joint density of {best} and compression, layer {layer}",
         "",
         joint_density(table, best, y, layer),
-        "Number of tokens, with both margins.",
+        f"Number of tokens, with both margins. {ALL_SHOWN}",
     )
     if mixed is not None:
         sections.append(
             Section(
                 "What explains compression",
                 "A mixed model of compression on importance and the controls at once, a random level for each "
-                "sequence. Standardized coefficients; the larger, the more of the score it carries.",
+                f"sequence. Standardized coefficients; the larger, the more of the score it carries. {ALL_SHOWN}",
                 table=mixed[["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
             )
         )
@@ -305,9 +335,15 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, ranking: pd.DataFr
     )
     first = ranking.iloc[0]
     told = [opening, *(base.sentence(row) for row in base.rows(findings))]
+    fixed = (
+        f"; at fixed position, over all documents, {first['given_position']:+.2f} "
+        f"({first['given_position_low']:+.2f} to {first['given_position_high']:+.2f})"
+        if pd.notna(first["given_position"])
+        else ""
+    )
     told.append(
         f"The measure that agrees best with erasure is {best} at layer {first['layer']}: mean Spearman correlation "
-        f"{first['estimate']:+.2f} (95 % interval {first['low']:+.2f} to {first['high']:+.2f})."
+        f"{first['estimate']:+.2f} (95 % interval {first['low']:+.2f} to {first['high']:+.2f}){fixed}; {first['how']}."
     )
     for wording in ("with surprisal", "without surprisal"):
         mine = partial[(partial["control_set"] == wording) & (partial["score"] == "compression") & (partial["against"] == best)]

@@ -22,7 +22,7 @@ HYPOTHESIS = (
     "Declared before looking: the neighborhoods of nearest neighbors are compressed more than sets of as many random "
     "points (compression above compression_random) at some layer, and more than equally tight neighborhoods of other "
     "tokens (compression_radius_matched) at some layer. Tested over documents, the layer (not 0, where a state is its "
-    "token alone) chosen on half of them and tested on the others, as one family (Holm)."
+    f"token alone) chosen on half of them and tested on the others, as one family (Holm). {base.IF_FEW}"
 )
 
 
@@ -62,7 +62,9 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     table = measured.table.copy()
     for name, control in zip(ABOVE, CONTROLS, strict=True):
         table[name] = table["compression"] - table[control]
-    scores = [name for name, fact in tables.scores(measured.table).items() if fact["analyzer"] not in _NOT_SCORES]
+    known = tables.scores(measured.table)
+    table = base.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
+    scores = [name for name, fact in known.items() if fact["analyzer"] not in _NOT_SCORES]
     summary = tables.layer_summary(table, [*scores, *ABOVE])
 
     step("controls")
@@ -215,7 +217,7 @@ def _verdict(
         "Nearest neighbors are compressed more than the controls at some layer.",
         "Nearest neighbors are not compressed more than the controls here.",
     )
-    told = [opening, *(base.sentence(row, "nats") for row in base.rows(findings))]
+    told = [opening, *(base.sentence(row) for row in base.rows(findings))]
     if decision == "no" and (findings["estimate"] < 0).all():
         told.append("The differences run the other way: the nearest neighbors are compressed less than the controls (see below).")
     for name, control in zip(ABOVE, CONTROLS, strict=True):

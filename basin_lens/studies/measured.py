@@ -46,6 +46,13 @@ STUDIES = ("importance", "linguistic", "layers", "codelength", "robustness")
 ALONE = ("mergeability",)  # measured like the others, but too slow to be part of "all"
 TAGGERS = ("auto", "gold", "nltk", "spacy")
 _CONTROLLED = 2048  # tokens per layer on which the controls of the headline are measured
+# Measures of importance that cost no more than the pass that reads the texts and its gradient; and all but integrated gradients.
+QUICK_IMPORTANCE: tuple[Analyzer, ...] = (AttentionReceived(), GradientNorm())
+IMPORTANCE: tuple[Analyzer, ...] = (
+    AttentionReceived(), AttentionReceived(sink=False), AttentionReceived(normalize=False), AttentionRollout(),
+    AttentionRollout(sink=False), ValueWeightedAttention(), GradientNorm(), GradientNorm(target="last_logit"),
+    GradientTimesActivation(), Erasure(),
+)  # fmt: skip
 FEWEST_UNITS = 6  # the statistics refuse fewer
 FEWEST_DOCUMENTS = 16  # with fewer, documents cannot be halved into some that choose and some that test
 FEWEST_TOKENS = 12  # shorter ones have too few scored tokens for a correlation; prompts of a template can be that short
@@ -364,13 +371,9 @@ def _analyzers(studies: Sequence[str], k: int, context: Context, exclude: str) -
         RawCompression(**common), Neighborhood(**common), Surprisal(), StateNorm(),
     ]  # fmt: skip
     if "importance" in studies:
-        answer += [
-            AttentionReceived(), AttentionReceived(sink=False), AttentionReceived(normalize=False), AttentionRollout(),
-            AttentionRollout(sink=False), ValueWeightedAttention(), GradientNorm(), GradientNorm(target="last_logit"),
-            GradientTimesActivation(), Erasure(),
-        ]  # fmt: skip
+        answer += IMPORTANCE
     elif "robustness" in studies:
-        answer.append(GradientNorm())
+        answer += QUICK_IMPORTANCE
     if "layers" in studies or "robustness" in studies:
         # A sample is enough for means over documents, and each control costs as much as the score.
         answer += controls_of([headline], queries=_CONTROLLED)

@@ -1,21 +1,24 @@
 """Which findings survive other settings: k, metric, context, bank, positions, number format, halves of the documents, another model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from basin_lens import model as door
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.controls import random_twin
 from basin_lens.errors import BasinLensError, StudyError, TextError
 from basin_lens.studies import base
 from basin_lens.studies.contrasts import is_paired
-from basin_lens.studies.measured import Measured, ready, spaced_layers
-from basin_lens.studies.settings import Setting, banks, other_model, parts, queries, scores
+from basin_lens.studies.measured import QUICK_IMPORTANCE, Measured, ready, spaced_layers
+from basin_lens.studies.settings import Setting, banks, other_model, parts, queries, scores, with_frequency
+from basin_lens.studies.survival import corrected, flags_of, survival_of, untestable, verdict_of, with_survival
 from basin_lens.studies.words import CONTENT, FUNCTION, tagged_tokens, word_table
 from basin_lens.views import Section, forest
 
@@ -23,18 +26,20 @@ TWIN = "random twin of the model"
 
 HYPOTHESIS = (
     "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
-    "Holm over findings) keeps its sign and a p of at most 0.05 (Holm over settings) under every other setting, and is "
-    "absent from the random twin of the model."
+    "Holm over findings) keeps its sign and a p of at most 0.05 (Holm over settings) under every other setting that "
+    "leaves enough units for such a p, and is absent from the random twin of the model; what could not be checked "
+    f"there does not count as holding. {base.IF_FEW}"
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement about the column `compression` of a table, and its test at one layer."""
+    """A statement about the column `compression` of a table, and its test at one layer. `subject`: findings that are shown together."""
 
     name: str
     question: str
     test: Callable[[pd.DataFrame], pd.DataFrame]
+    subject: str
     layer: int = -1
 
 
@@ -42,7 +47,7 @@ def study_robustness(
     model: Any,
     data: Any,
     *,
-    importance: str = "gradient_norm_scaled",
+    importance: str | Sequence[str] = ("gradient_norm_scaled", "attention_received"),
     second_model: Any = None,
     dtype: torch.dtype | None = torch.bfloat16,
     progress: bool = True,
@@ -50,15 +55,18 @@ def study_robustness(
 ) -> base.Study:
     """Test the main findings again under other settings: one table says which survive.
 
-    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with a measure of
-    importance, beyond the controls; function words differ from content words; and the contrast asked for. Each at the layer
-    that half of the documents chose among three; tokens of one sequence of each document are tested, in the whole bank.
+    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with measures of
+    importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast asked for. Each at the
+    layer that half of the documents chose among three (with fewer than 16: all three are tested, p corrected for them); tokens of one
+    sequence of each document are tested, in the whole bank.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: texts as for `analyze`, or a `Measured` for the study `"robustness"`.
-        importance: which measure of importance: `"gradient_norm"`, `"gradient_norm_scaled"`, or any column measured.
-        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read.
+        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or any
+            column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
+        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it and the
+            other number format read the very tokens of the run, token ids too.
         dtype: other number format, on a copy of the model (twice the memory); None: not tried.
         progress: show progress bars.
         **options: of `basin_lens.studies.measure`, with texts.
@@ -82,17 +90,19 @@ def study_robustness(
     """
     if second_model is not None:
         door.check_model(second_model)
-    given = set(data.table.columns) if isinstance(data, Measured) else {"gradient_norm", "gradient_norm_scaled"}
-    if importance not in given:
+    measures = [importance] if isinstance(importance, str) else list(importance)
+    given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
+    if not measures or len(set(measures)) < len(measures) or not set(measures) <= given:
         raise StudyError(
-            f"expected a measured column as importance, got {importance!r}. Choose gradient_norm or gradient_norm_scaled."
+            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, gradient_norm_scaled and "
+            "attention_received."
         )
     measured = ready(model, data, "robustness", progress, options)
     with base.steps("study robustness", 7, progress) as step:
-        return _study(model, measured, importance, second_model, dtype, step)
+        return _study(model, measured, measures, second_model, dtype, step)
 
 
-def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: Any, step: base.Steps) -> base.Study:
+def _study(model: Any, measured: Measured, importance: list[str], second: Any, dtype: Any, step: base.Steps) -> base.Study:
     step("findings at the run's own settings")
     untested: list[str] = []
     table, tagged = _tagged(measured, untested)
@@ -101,8 +111,7 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
         measured.layers if len(measured.layers) < 5 else [measured.layers[i] for i in spaced_layers(len(measured.layers), 5)][1:-1]
     )
     scored = np.tile(queries(measured.capture), len(measured.layers))
-    # By this model's token ids: another model's tables count their own tokens.
-    table = table.assign(log_frequency=np.log(table["token_id"].map(dict(measured.frequency)).to_numpy(float)))
+    table = with_frequency(table, measured)
     table = table[scored & table["layer"].isin(few)]
     table.attrs = dict(measured.table.attrs)
     findings = _findings(measured, importance, tagged)
@@ -117,76 +126,39 @@ def _study(model: Any, measured: Measured, importance: str, second: Any, dtype: 
     tried += scores(model, measured, table, layers, untested)
     step("banks")
     tried += banks(model, measured, table, layers, untested)
+    shared: tuple[Any, ...] = (measured, layers, importance, untested)
     step("number format")
     if dtype is None or next(model.parameters()).dtype == dtype:
         untested.append(
             "Other number formats: none was asked for." if dtype is None else f"Number format {dtype}: the model has it already."
         )
     else:
-        tried += other_model(door.in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype", measured, layers, untested)
+        tried += other_model(lambda: door.in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype", *shared)
     step("other models")
-    tried += other_model(random_twin(model, seed=measured.seed), TWIN, "twin", measured, layers, untested)
+    tried += other_model(lambda: random_twin(model, seed=measured.seed), TWIN, "twin", *shared)
     if second is None:
         untested.append("A second trained model: none was given (second_model=).")
     else:
-        tried += other_model(second, door.full_name(second), "model", measured, layers, untested)
+        tried += other_model(lambda: second, door.full_name(second), "model", *shared)
     step("tests under every setting")
     found = [_tested(finding, setting) for finding in findings for setting in tried]
 
     step("figures")
-    settings = _corrected(pd.concat(found, ignore_index=True))
-    survival = _survival(settings, settled)
-    settled = _with_survival(settled, survival)
-    figures = {
-        f"robustness-{finding.question}": forest(
-            settings[settings["finding"] == finding.name], "setting", by="kind", title=f"{finding.name}, layer {finding.layer}"
-        )
-        for finding in findings
-    }
+    settings = corrected(pd.concat(found, ignore_index=True))
+    survival = survival_of(settings, settled)
+    settled = with_survival(settled, survival)
     decision = base.decide(settled, None)
-    sections = [
-        Section(
-            "Which findings survive",
-            "A finding survives a setting if its sign stays and p is at most 0.05, Holm over the settings. The random "
-            "twin has learned nothing: there, no finding should appear.",
-            table=survival,
-        )
-    ]
-    for finding, figure in zip(findings, figures.values(), strict=True):
-        mine = settings[settings["finding"] == finding.name]
-        sections.append(
-            Section(
-                f"{finding.name} (layer {finding.layer})",
-                figure=figure,
-                caption=f"95 % intervals over {measured.unit}s; filled: p at most 0.05, Holm over settings.",
-                table=mine[
-                    [
-                        "setting",
-                        "kind",
-                        "layer",
-                        "estimate",
-                        "low",
-                        "high",
-                        "p",
-                        "p_corrected",
-                        "survives",
-                        "n_units",
-                        "n_tokens",
-                        "note",
-                    ]
-                ],
-            )
-        )
+    sections, figures = _sections(findings, settings, survival, measured)
     return base.Study(
         name="robustness",
         title="Which findings survive other settings?",
         about=tuple(base.about(measured)),
         hypothesis=HYPOTHESIS,
         decision=decision,
-        verdict=tuple(_verdict(decision, settled, survival)),
+        verdict=tuple(verdict_of(decision, settled, survival)),
         findings=settled,
-        flags=_flags(survival),
-        not_tested=tuple(_not_tested(measured, untested)),
+        flags=flags_of(survival),
+        not_tested=tuple(_not_tested(measured, untested, survival)),
         sections=tuple(sections),
         tables={"settings": settings, "survival": survival},
         figures=figures,
@@ -205,11 +177,11 @@ def _tagged(measured: Measured, untested: list[str]) -> tuple[pd.DataFrame, bool
             raise TextError("token ids were given, not texts.")
         return tagged_tokens(measured, "auto")[0], True
     except TextError as error:
-        untested.append(f"Function against content words: {error}")
+        untested.append(f"Function against content words, and nouns against verbs: {error}")
         return measured.table, False
 
 
-def _findings(measured: Measured, importance: str, tagged: bool) -> list[Finding]:
+def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> list[Finding]:
     options: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
 
     def above(part: pd.DataFrame) -> pd.DataFrame:
@@ -220,14 +192,15 @@ def _findings(measured: Measured, importance: str, tagged: bool) -> list[Finding
     def goes_with(other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
         return lambda part: stats.partial_correlation(part, "compression", other, **options)
 
-    def function_words(part: pd.DataFrame) -> pd.DataFrame:
+    def words_of_kinds(part: pd.DataFrame, first: Sequence[str], second: Sequence[str]) -> pd.DataFrame:
+        tables.require(part, "word", "tag")
         words = word_table(part, "mean")
-        words["kind"] = words["tag"].map({**dict.fromkeys(FUNCTION, "function"), **dict.fromkeys(CONTENT, "content")})
+        words["kind"] = words["tag"].map({**dict.fromkeys(first, "first"), **dict.fromkeys(second, "second")})
         return stats.compare_groups(
             words,
             "compression",
             "kind",
-            groups=("function", "content"),
+            groups=("first", "second"),
             paired=True,
             controls=stats.CONTROLS,
             n_resamples=4999,
@@ -235,12 +208,17 @@ def _findings(measured: Measured, importance: str, tagged: bool) -> list[Finding
         )
 
     answer = [
-        Finding("differs from random neighbors", "random", above),
-        Finding("goes with surprisal", "surprisal", goes_with("surprisal")),
-        Finding(f"goes with {importance}", importance, goes_with(importance)),
+        Finding("differs from random neighbors", "random", above, "random"),
+        Finding("goes with surprisal", "surprisal", goes_with("surprisal"), "surprisal"),
+        *(Finding(f"goes with {name}", name, goes_with(name), "importance") for name in importance),
     ]
     if tagged:
-        answer.append(Finding("function words differ from content words", "function-content", function_words))
+        for name, question, first, second in (
+            ("function words differ from content words", "function-content", FUNCTION, CONTENT),
+            ("nouns differ from verbs", "noun-verb", ("NOUN",), ("VERB",)),
+        ):
+            test = partial(words_of_kinds, first=first, second=second)
+            answer.append(Finding(name, question, test, "words"))
     if measured.contrast is not None:
         sides = (measured.contrast.first, measured.contrast.second)
         paired = is_paired(measured.table)
@@ -248,7 +226,7 @@ def _findings(measured: Measured, importance: str, tagged: bool) -> list[Finding
         def contrasted(part: pd.DataFrame) -> pd.DataFrame:
             return stats.compare_groups(part, "compression", "contrast", groups=sides, paired=paired, n_resamples=4999, **options)
 
-        answer.append(Finding(f"contrast {measured.contrast.title}", "contrast", contrasted))
+        answer.append(Finding(f"contrast {measured.contrast.title}", "contrast", contrasted, "contrast"))
     return answer
 
 
@@ -266,104 +244,51 @@ def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
     return found.assign(finding=finding.name, question=finding.question, setting=setting.name, kind=setting.kind)
 
 
-# -- what survives ------------------------------------------------------------------------------------------------------------------
+# -- what a reader sees -------------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ["setting", "kind", "layer", "estimate", "low", "high", "p", "p_corrected", "survives", "n_units", "n_tokens", "note"]
 
 
-def _corrected(settings: pd.DataFrame) -> pd.DataFrame:
-    """Holm over the settings of each finding, the twin in a family of its own; whether sign and significance stay."""
-    parts = []
-    for name in settings["finding"].unique():
-        mine = settings[settings["finding"] == name]
-        twin = mine["kind"] == "twin"
-        done = (
-            pd.concat([stats.correct(mine[~twin], "holm"), stats.correct(mine[twin], "holm")])
-            if twin.any()
-            else stats.correct(mine, "holm")
+def _sections(
+    findings: list[Finding], settings: pd.DataFrame, survival: pd.DataFrame, measured: Measured
+) -> tuple[list[Section], dict[str, Figure]]:
+    sections = [
+        Section(
+            "Which findings survive",
+            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting if its sign stays "
+            "and p is at most 0.05, Holm over the settings; where too few units are left for any p "
+            "to reach that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding should appear, "
+            "and what could not be checked there does not count as holding. seed_compression is another score, which changes several things at "
+            "once: it is shown and does not count.",
+            table=survival,
         )
-        own = done.loc[done["setting"] == "as run", "estimate"].iloc[0]
-        same = np.sign(done["estimate"] - done["null"].fillna(0)) == np.sign(own)
-        done["survives"] = (same & (done["p_corrected"] <= base.ALPHA)).astype("boolean")
-        done.loc[done["p"].isna(), "survives"] = pd.NA
-        parts.append(done)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _survival(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
-    """One row per finding: does it hold, in how many settings does it stay, where does it not, and is it there in the twin."""
-    lines = []
-    for row in base.rows(settled):
-        mine = settings[(settings["finding"] == row.finding) & (settings["setting"] != "as run")]
-        twin = mine[mine["kind"] == "twin"]
-        rest = mine[(mine["kind"] != "twin") & mine["survives"].notna()]
-        lost = rest[~rest["survives"].astype(bool)]["setting"].tolist()
-        lines.append({
-            "finding": row.finding, "layer": row.layer, "holds_on_held_out_half": bool(row.holds), "estimate": row.estimate,
-                "p_corrected": row.p_corrected,
-            "settings": len(rest), "survives": len(rest) - len(lost), "lost_under": "; ".join(lost) or "none",
-            "in_random_twin": bool(twin["survives"].fillna(False).any()) if len(twin) and twin["survives"].notna().any() else None,
-            "not_tested": int(mine["survives"].isna().sum()),
-        })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def _with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame:
-    """A finding holds if it holds on the held-out half, under every setting, and not in the twin."""
-    answer = settled.copy()
-    whole = (survival["survives"] == survival["settings"]) & ~survival["in_random_twin"].fillna(False).astype(bool)
-    answer["holds"] = answer["holds"].to_numpy(bool) & whole.to_numpy(bool)
-    answer["note"] = [
-        f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under})"
-        f"{', also in the random twin' if row.in_random_twin else ''}; {note}"
-        for row, note in zip(base.rows(survival), answer["note"], strict=True)
     ]
-    return answer
-
-
-def _flags(survival: pd.DataFrame) -> pd.DataFrame:
-    """A flag per finding for settings that lose it, and one if the twin shows it."""
-    lines: list[dict[str, Any]] = []
-    for row in base.rows(survival):
-        lost: Any = pd.NA
-        why = f"not checked: {row.finding} does not hold"
-        if row.holds_on_held_out_half:
-            lost = row.survives < row.settings
-            why = f"{row.finding}: survives {row.survives} of {row.settings}; lost under: {row.lost_under}"
-        common = {"score": "compression", "layer": row.layer, "question": row.finding}
-        lines.append({"flag": "lost under another setting", **common, "raised": lost, "why": why})
-        there: Any = pd.NA if row.in_random_twin is None else row.in_random_twin
-        why = (
-            "not checked" if row.in_random_twin is None else "also in a model that has learned nothing" if there else "absent there"
+    figures = {}
+    for subject in dict.fromkeys(finding.subject for finding in findings):
+        held = [finding for finding in findings if finding.subject == subject]
+        rows = settings[settings["finding"].isin([finding.name for finding in held])]
+        rows.attrs = dict(measured.table.attrs)
+        title = "; ".join(f"{finding.name}, layer {finding.layer}" for finding in held)
+        several = len(held) > 1
+        figures[f"robustness-{subject}"] = figure = forest(rows, "setting", by="finding" if several else "kind", title=title)
+        sections.append(
+            Section(
+                "; ".join(f"{finding.name} (layer {finding.layer})" for finding in held),
+                figure=figure,
+                caption=f"95 % intervals over {measured.unit}s; filled: p at most 0.05, Holm over settings.",
+                table=rows[[*(("finding",) if several else ()), *_COLUMNS]],
+            )
         )
-        lines.append({"flag": "appears in the random twin", **common, "raised": there, "why": why})
-    return pd.DataFrame(lines).astype({"layer": "Int64", "raised": "boolean"})
+    return sections, figures
 
 
-def _verdict(decision: base.Decision, settled: pd.DataFrame, survival: pd.DataFrame) -> list[str]:
-    count = (
-        f"{int(settled['holds'].sum())} of {len(settled)} findings hold under every setting and are absent from the random twin."
-    )
-    told = [base.opening(decision, "Every finding survives every setting and is absent from the random twin.", count)]
-    if decision.startswith("in part"):
-        told.append(count)
-    for row, last in zip(base.rows(settled), base.rows(survival), strict=True):
-        base_line = "holds on the held-out half" if last.holds_on_held_out_half else "does not hold on the held-out half"
-        twin = "not checked in the random twin" if last.in_random_twin is None else (
-            "ALSO IN THE RANDOM TWIN" if last.in_random_twin else "absent from the random twin"
-        )  # fmt: skip
-        survived = f"survives {last.survives} of {last.settings} settings, lost under: {last.lost_under}; {twin}"
-        # What is not there cannot be lost.
-        rest = survived if last.holds_on_held_out_half else f"so there is nothing to lose; {twin}"
-        told.append(
-            f"{row.finding} (layer {last.layer}): {base_line} ({row.effect} {row.estimate:+.3f}, corrected p "
-            f"{base.in_words(row.p_corrected)}); {rest}."
-        )
-    return told
-
-
-def _not_tested(measured: Measured, untested: list[str]) -> list[str]:
+def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame) -> list[str]:
     return [
         *untested,
+        *untestable(survival),
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods (radius-matched "
+        "control), code length of the next token, tags and documents of the neighbors.",
         "Each finding at other layers than its own, and in more than one sequence of a document.",
-        "Settings in combination: each was changed alone.",
+        "Settings in combination: each setting that counts was changed alone.",
         f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
     ]

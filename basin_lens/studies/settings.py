@@ -1,6 +1,6 @@
 """The settings under which the robustness study tests its findings again: each changes one thing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +11,19 @@ from jaxtyping import Bool
 from basin_lens import model as door
 from basin_lens import stats
 from basin_lens.analysis import analyze
-from basin_lens.analyzers import Compression, GradientNorm, Neighborhood, SeedCompression, StateNorm, Surprisal
+from basin_lens.analyzers import Compression, Neighborhood, SeedCompression, StateNorm, Surprisal
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.studies import base
-from basin_lens.studies.measured import Measured, choose_sequences
-from basin_lens.studies.words import with_words
-from basin_lens.texts import Passage, TaggedPassage, words_of
+from basin_lens.studies.measured import IMPORTANCE, Measured, choose_sequences
+from basin_lens.studies.survival import SCORE
+from basin_lens.studies.words import with_words, words_by_passage
+from basin_lens.texts import Passage, TaggedPassage
 
 KS = (5, 10, 15, 30, 50)
 FIRST_POSITIONS = 8
+_SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
 
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
     """Some of the tokens: without the first positions, and each half of the units."""
-    yield Setting(f"positions from {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
+    # Of the tokens tested only: all stay neighbors of others.
+    yield Setting(f"tested tokens from position {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
     if measured.n_units >= base.FEWEST_TO_SPLIT:
         half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
         yield Setting("one half of the documents", "halves", _rows(table, half))
@@ -87,10 +90,14 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
     # A random set is random whatever the metric and k: only another context needs its own.
     controlled = [a for _, kind, a in wanted if kind == "context"]
     analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
+    untested.append(
+        "Position 0 alone among the neighbors: no score takes it in by itself. seed_compression does, with the token itself, its own text and "
+        "another formula, so it is shown and does not count as a setting."
+    )
     if measured.bank is None:
         analyzers.append(SeedCompression(k=own["k"]))
     else:
-        untested.append("Position 0 and the token itself among the neighbors: needs the texts as their own bank.")
+        untested.append("seed_compression: needs the texts as their own bank.")
     made = analyze(
         model, measured.capture, analyzers, layers=layers, bank=measured.bank, queries=queries(measured.capture), seed=measured.seed,
         progress=False,
@@ -102,9 +109,12 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
             new["compression_random"] = f"{column}_random"
         yield Setting(name, kind, _with(table, made, new))
     if measured.bank is None:
-        # Another score on purpose: it is the one that takes position 0 in.
-        name = "seed_compression (position 0, itself and its own text among the neighbors)"
-        yield Setting(name, "positions", _with(table, made, {"compression": "seed_compression"}).assign(compression_random=np.nan))
+        # Not a setting of the finding, which changes one thing: the original guide's score, for comparison.
+        yield Setting(
+            "seed_compression, another score",
+            SCORE,
+            _with(table, made, {"compression": "seed_compression"}).assign(compression_random=np.nan),
+        )
 
 
 def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -148,35 +158,76 @@ def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int]
         yield Setting(name, "bank", other)
 
 
-def other_model(model: Any, name: str, kind: str, measured: Measured, layers: list[int], untested: list[str]) -> Iterator[Setting]:
-    """The same texts read by another model, which finds its own neighbors; layers at the same relative depth."""
-    passages = passages_of(measured.capture)
-    if passages is None:
-        untested.append(f"{name}: token ids were given, not texts.")
-        return
-    count, own = door.n_layers(model), measured.capture.model["layers"]
-    at = {layer: layer if count == own else round(layer / max(1, own - 1) * (count - 1)) for layer in layers}
-    chosen = measured.settings
+def other_model(
+    build: Callable[[], Any],
+    name: str,
+    kind: str,
+    measured: Measured,
+    layers: list[int],
+    importance: Sequence[str],
+    untested: list[str],
+) -> Iterator[Setting]:
+    """The same texts read by another model, which finds its own neighbors; layers at the same relative depth.
+
+    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do. Another one
+    reads the texts.
+    """
+    own, chosen = measured.capture, measured.settings
+    same = kind in _SAME_TOKENS
     common: dict[str, Any] = {"k": chosen["k"], "exclude": chosen["exclude"]}
     headline = Compression(**common, context=chosen["context"])
     control = next(c for c in controls_of([headline]) if c.choice == "random")
-    analyzers: list[Any] = [headline, control, Neighborhood(**common), Surprisal(), StateNorm(), GradientNorm()]
-    bank = measured.bank if isinstance(measured.bank, str) else None
+    analyzers: list[Any] = [headline, control, Neighborhood(**common), Surprisal(), StateNorm()]
+    analyzers += [a for a in IMPORTANCE if any(column.name in importance for column in a.columns)]
     # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
     length = 4 * chosen["max_length"]
+
+    def planned(capture: Capture) -> Capture:
+        if same:
+            return same_tokens(capture, model, wanted)
+        passages = passages_of(capture)
+        if passages is None:
+            raise TextError("token ids were given, not texts.")
+        return Capture.plan(model, passages, layers=wanted, max_length=length)
+
     try:
-        capture = Capture.plan(model, passages, layers=sorted(set(at.values())), max_length=length)
+        model = build()
+        count, depth = door.n_layers(model), own.model["layers"]
+        at = {layer: layer if count == depth else round(layer / max(1, depth - 1) * (count - 1)) for layer in layers}
+        wanted = tuple(sorted(set(at.values())))
+        bank = measured.bank
+        if isinstance(bank, Capture):
+            bank = planned(bank).read(model, progress=False)
+        capture = planned(own)
         made = analyze(model, capture, analyzers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False)
+        if measured.contrast is not None:
+            made["contrast"] = measured.contrast.values(made)
     except BasinLensError as error:
         untested.append(f"{name}: {error}")
         return
-    if measured.contrast is not None:
-        made["contrast"] = measured.contrast.values(made)
-    try:
-        made = with_words(made, dict(enumerate(words_of(passages))))
-    except TextError as error:
-        untested.append(f"{name}, function against content words: {error}")
+    if same:
+        made = with_frequency(made, measured)
+    if capture.passages is not None:
+        try:
+            made = with_words(made, words_by_passage(capture, "auto")[0])
+        except TextError as error:
+            untested.append(f"{name}, kinds of words: {error}")
     yield Setting(name, kind, made, at)
+
+
+def same_tokens(capture: Capture, model: Any, layers: tuple[int, ...]) -> Capture:
+    """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; nothing read yet."""
+    source = "tokens" if capture.passages is None else "texts"
+    held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
+    return Capture(
+        capture.sequences, capture.passages, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), layers,
+        door.provenance(model), held,
+    )  # fmt: skip
+
+
+def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
+    """The table with the run's token frequencies, by token id. Tables of another tokenizer count their own tokens."""
+    return table.assign(log_frequency=np.log(table["token_id"].map(dict(measured.frequency)).to_numpy(float)))
 
 
 def passages_of(capture: Capture) -> list[Passage] | None:

@@ -1,7 +1,8 @@
 """All studies side by side: what was declared, what came out, and what the original guide would have said."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import pandas as pd
 from basin_lens import stats
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
+from basin_lens.studies.kept import read_results
 from basin_lens.views import Section, forest
+from basin_lens.views.marks import plain
 
 HYPOTHESIS = (
     "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), "
     "which is stricter than each study's own."
 )
 _SHOWN = (
-    "study", "finding", "layer", "effect", "estimate", "low", "high", "p", "p_corrected", "holds", "n_units", "n_documents",
-        "n_tokens", "test",
+    "study", "finding", "layer", "effect", "effect_unit", "estimate", "low", "high", "p", "p_corrected", "holds",
+        "within_reach", "n_units", "n_documents", "n_tokens", "test",
     "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading",
 )  # fmt: skip
 
@@ -47,17 +50,19 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
     """
     if not studies:
         raise StudyError("expected at least one study, got none. Run one first.")
-    held = [study.as_json() if isinstance(study, base.Study) else base.read_results(Path(study)) for study in studies]
+    held = [study.as_json() if isinstance(study, base.Study) else read_results(Path(study)) for study in studies]
     names = [one["study"] for one in held]
     if len(set(names)) < len(names) or "summary" in names:
         raise StudyError(f"expected different studies, and no summary among them, got {names}.")
     rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(base.FINDING))
-    for name in ("estimate", "low", "high", "null", "p", "p_corrected", "guide_statistic", "guide_r", "guide_p"):
+    for name in ("estimate", "low", "high", "null", "p", "p_corrected", "p_floor", "guide_statistic", "guide_r", "guide_p"):
         rows[name] = rows[name].astype(float)
     rows["layer"] = rows["layer"].astype("Int64")
     own = rows["holds"].fillna(False).astype(bool)
-    rows["within_reach"] = rows["within_reach"].fillna(False).astype(bool)
+    reachable = rows["within_reach"].fillna(False).astype(bool)
     findings = stats.correct(rows, "holm")
+    # The larger family has its price here too.
+    findings["within_reach"] = reachable & base.within_reach(findings)
     # A study may ask for more than significance (a direction, survival under every setting).
     findings["holds"] = own & (findings["p_corrected"] <= base.ALPHA)
     about = pd.DataFrame([
@@ -77,20 +82,12 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
             table=findings[list(_SHOWN)],
         ),
     ]
-    for name, title, chosen in (
-        ("summary-correlations", "Correlations", findings["effect"].fillna("").str.contains("rho")),
-        ("summary-differences", "Differences", ~findings["effect"].fillna("").str.contains("rho")),
-    ):
-        part = findings[chosen & findings["estimate"].notna()]
-        if len(part):
-            figures[name] = forest(part.assign(case=part["study"] + ": " + part["finding"]), "case", by="study", title=title)
-            sections.append(
-                Section(
-                    title,
-                    figure=figures[name],
-                    caption="95 % intervals over documents; filled: p at most 0.05, Holm over all studies.",
-                )
-            )
+    for name, title, part in _kinds(findings):
+        label = part["study"] + ": " + part["finding"]
+        figures[name] = figure = forest(part.assign(case=label), "case", by="study", title=title)
+        figure.axes[0].set_xlabel(_axis(part))
+        caption = "95 % intervals over units; filled: p at most 0.05, Holm over all studies."
+        sections.append(Section(title, figure=figure, caption=caption))
     flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
     if len(flags):
         flags = flags.astype({"raised": "boolean", "layer": "Int64"})
@@ -111,6 +108,30 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         figures=figures,
         provenance={one["study"]: one["provenance"] for one in held},
     )
+
+
+def _kinds(findings: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Findings that can share an axis: correlations, and all others by their unit; by their effect where no unit is known."""
+    effect = findings["effect"].fillna("").astype(str)
+    rho, there = effect.str.contains("rho"), findings["estimate"].notna()
+    if (rho & there).any():
+        yield "summary-correlations", "Correlations", findings[rho & there]
+    unit = findings["effect_unit"].fillna("").astype(str)
+    kind = unit.where(unit != "", effect)
+    for one in dict.fromkeys(kind[~rho & there]):
+        chosen = there & ~rho & (kind == one)
+        title = f"Differences in {one}" if (unit[chosen] != "").all() else f"{one[:1].upper()}{one[1:]}"
+        short = "-".join(re.findall(r"[a-z0-9]+", one.lower()))[:60]
+        yield f"summary-differences-{short}", title, findings[chosen]
+
+
+def _axis(part: pd.DataFrame) -> str:
+    """What the estimates of one figure are, with their unit."""
+    effects = list(dict.fromkeys(part["effect"]))
+    units = [unit for unit in dict.fromkeys(part["effect_unit"].dropna()) if unit]
+    label = " / ".join(effects) if len(effects) <= 2 else "estimate"
+    # An effect may spell its unit itself.
+    return plain(label + "".join(f" [{unit}]" for unit in units if f"[{unit}]" not in label), 110)
 
 
 def _raised(one: dict[str, Any]) -> int:
