@@ -1194,7 +1194,7 @@ def test_parts_of_speech_in_the_fewest_documents(llama, effect):
     assert made.decision.startswith("in part" if effect else "no")
 
 
-@pytest.mark.parametrize("documents", [8, 14])
+@pytest.mark.parametrize("documents", [8, 18])
 def test_texts_without_content_words(llama, documents):
     only = short_texts(documents, n_words=20, tags={"DET": 1.0})
     made = S.study_linguistic(llama, only, layers=[0, 1], max_length=30, **QUIET)

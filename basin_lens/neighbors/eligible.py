@@ -157,6 +157,7 @@ def count_candidates(
 
     Example:
         >>> import torch
+        >>> from basin_lens.neighbors import Points, count_candidates
         >>> points = Points(torch.eye(4), torch.arange(4), torch.zeros(4).long(), torch.tensor([0, 0, 1, -1]), torch.ones(4).bool())
         >>> count_candidates(points, points).tolist()
         [2, 2, 3, 3]

@@ -46,6 +46,7 @@ def find(
 
     Example:
         >>> import torch
+        >>> from basin_lens.neighbors import Points, find
         >>> states = torch.tensor([[0.0], [1.0], [3.0]])
         >>> points = Points(states, torch.arange(3), torch.zeros(3).long(), torch.full((3,), -1), torch.ones(3).bool())
         >>> find(points, points, 1).rows.squeeze(1).tolist()

@@ -226,7 +226,7 @@ def declared(
         # Enough units in all, but perhaps not of those that the test can use.
         try:
             found = stats.best_layer(table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed)[:1]
-        except StudyError as error:
+        except (StudyError, TableError) as error:  # too few units, or a half without one of the groups
             why = f"{measured.n_units} units not halved, for a half would be too few for the test ({str(error).rstrip('.')})"
         else:
             why = f"{measured.n_units} units not halved, for the layer that one half chose could not be tested on the other"

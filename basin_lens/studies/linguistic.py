@@ -26,7 +26,8 @@ HYPOTHESIS = (
     "texts would show it), at fixed word frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
     "Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, on the other "
     "half; with the share of neighbors of the same tag, among those that are another word, having its center over depth "
-    "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm)."
+    "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm). "
+    + base.IF_FEW
 )
 
 

@@ -232,7 +232,7 @@ def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) 
     note = f"bytes left: {shares[ours]:.3f} and {shares[rival]:.3f} of the full cache; excess in nats per token"
     return tested.assign(
         finding=f"{ours} merging costs less than {rival}, aimed at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
-        p_floor=base.p_floor(row), note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
+        p_floor=base.p_floor(row), effect_unit="nats per token", note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
     )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def _verdict(
         decision, f"At equal bytes, {ours} merging costs less than random and uniform-stride merging.",
         f"At equal bytes, {ours} merging was not shown to cost less than random and uniform-stride merging.",
     )]  # fmt: skip
-    said += [base.sentence(row, "nats per token") for row in base.rows(findings)]
+    said += [base.sentence(row) for row in base.rows(findings)]
     for budget in sorted(curve["budget"].unique(), reverse=True):
         at = curve[curve["budget"] == budget].sort_values("estimate")
         order = ", ".join(
