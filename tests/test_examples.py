@@ -8,11 +8,16 @@ import pkgutil
 import pytest
 
 import basin_lens
+from tests.conftest import has_hooked_transformer
 
 # Minutes each on two cores: run with BASIN_LENS_ALL_EXAMPLES=1.
-LONG = ("codec.benchmark.bench",)
+LONG = ("codec.benchmark.bench", "codec.text.TextCodec")
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.usefixtures("all_threads"),
+    pytest.mark.skipif(has_hooked_transformer(), reason="the same examples in both lanes: run with TransformerLens 4"),
+]
 
 
 def _examples() -> list[doctest.DocTest]:
