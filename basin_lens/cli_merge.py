@@ -14,8 +14,9 @@ app = typer.Typer(
 )
 
 # Steps, window length, windows to train on, held out, to calibrate and to test on.
-# Fewer cannot be halved into intervals worth anything.
-_FEW_DOCUMENTS = 12
+# With fewer to test on, no sign flips of whole documents could pass Holm over two budgets and two rivals.
+_FEW_DOCUMENTS = 8
+_MOST_HELD = 0.4  # of the windows, to set budgets or to watch a training by
 _ROWS_PER_WINDOW = 20
 PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
@@ -107,7 +108,7 @@ def train(
         margin=margin, floor=floor, recent=recent, seed=seed,
     )  # fmt: skip
     windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
-    held, own = _documents(windows, 2).apart(n_held / len(windows))
+    held, own = _apart(windows, n_held)
     typer.echo(
         f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
     )
@@ -143,7 +144,7 @@ def compare(
 ) -> None:
     """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
 
-    What the merger was trained on is left out, and said. With fewer than 12 documents every window counts as one, and the report says so.
+    What the merger was trained on is left out, and said. Of fewer than 8 documents to test on, every window counts as one, and the report says so.
 
     Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
               basin-lens merge test run/ --dataset nltk:treebank
@@ -165,13 +166,21 @@ def compare(
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
     seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
     size = length or (int(merger.facts["training"]["length"]) if merger is not None and seen else n_length)
-    texts = _unseen(texts, set() if merger is None else set(merger.facts.get("training", {}).get("seen_texts", [])))
+    known = {} if merger is None else merger.facts.get("training", {})
+    if seen and "seen_texts" not in known:
+        typer.echo(
+            "the merger does not say which texts it was trained on, its windows alone: look to it that these are others", err=True
+        )
+    texts = _unseen(texts, set(known.get("seen_texts", [])))
     windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
     if shared := seen & set(windows.digests()):
         raise MergeError(
             f"expected texts that the merger was not trained on, got {len(shared)} windows of its training. Give other texts."
         )
-    calibration, held_out = _documents(windows, _FEW_DOCUMENTS).apart(n_calibration / len(windows))
+    calibration, held_out = _apart(windows, n_calibration)
+    if (count := len(set(held_out.doc))) < _FEW_DOCUMENTS and not held_out.pieces:
+        typer.echo(f"{count} documents to test on are few: every window of {size} tokens counts as one", err=True)
+        held_out = held_out.in_pieces()
     chosen = merger.options.layers if merger is not None else tuple(_layers(layers, loaded))
     options: dict[str, Any] = (
         {} if merger is None else {"recent": merger.options.recent, "projection": merger.options.projection or 32}
@@ -270,13 +279,12 @@ def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
     return rest
 
 
-def _documents(windows: Any, fewest: int) -> Any:
-    """Windows of so many documents; of fewer, every window counts as one, which is said."""
-    count = len(set(windows.doc))
-    if count >= fewest:
-        return windows
-    typer.echo(f"{count} documents are few: every window of {windows.tokens.shape[1]} tokens counts as one", err=True)
-    return windows.in_pieces()
+def _apart(windows: Any, wanted: int) -> Any:
+    """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others, which is said."""
+    if len(set(windows.doc)) < 2:
+        typer.echo("one text: its first windows are set apart from the others", err=True)
+        windows = windows.in_pieces()
+    return windows.apart(min(wanted / len(windows), _MOST_HELD))
 
 
 def _layers(text: str | None, model: Any) -> list[int]:

@@ -259,13 +259,29 @@ def test_one_file_is_enough_and_its_windows_are_said_to_be_no_texts(folder, tmp_
         path.write_text(" ".join(random.Random(seed).choices(words, k=600)))
     out, made = tmp_path / "run", tmp_path / "report"
     said = merge("train", "--data", str(book), "--model", folder, *SMALL, "--out", str(out))
-    assert "1 documents are few" in said.stderr
+    assert "one text: its first windows are set apart" in said.stderr
     monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
     monkeypatch.setattr(studies, "study_merging", partial(studies.study_merging, prompts=0))
     merge("test", str(out), "--data", str(other), "--model", folder, *QUICK, "--out", str(made))
     held, pareto = report(made)
-    assert "every window counts as a document of its own" in " ".join(held["about"])
+    about = " ".join(held["about"])
+    assert "every window counts as a document of its own" in about and "earlier windows of the same text" in about
     assert pareto["low"].notna().all() and "none was asked for" in " ".join(held["not_tested"])
+
+
+def test_budgets_are_set_on_other_texts_than_the_test_also_if_texts_are_few(folder, texts, tmp_path, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def study(_, calibration, held_out, *__, **___):
+        assert not calibration.pieces and held_out.pieces and not set(calibration.source) & set(held_out.source)
+        # At most 0.4 of them set budgets, whatever the preset wants.
+        assert len(calibration) <= 0.4 * (len(calibration) + len(held_out)) + 3
+        raise ReachedError
+
+    monkeypatch.setattr(studies, "study_merging", study)
+    with pytest.raises(ReachedError):
+        merge("test", "-", texts["other"], "--model", folder, "--length", "32", *QUICK, "--out", str(tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("short_report")

@@ -212,6 +212,7 @@ def train_merger(
         "key": run.key,
         "seen": windows.digests(),
         "seen_texts": sorted(set(windows.source)),
+        "pieces": windows.pieces,
         "drift": None if math.isnan(drift) else drift,
     }
     for parameter in merger.parameters():

@@ -287,7 +287,13 @@ def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str
     kept = squares > _LEAST * np.bincount(at, weights=before[:, 1] ** 2)
     if full or not kept.any():
         return np.empty(0, int), np.empty(0), np.empty(0), "the controls explain the groups or the score in full"
-    enough(int(kept.sum()), FEWEST, "units in which the controls do not explain the groups in full")
+    if kept.sum() < FEWEST:
+        return (
+            np.empty(0, int),
+            np.empty(0),
+            np.empty(0),
+            f"only {int(kept.sum())} units in which the controls do not explain the groups in full",
+        )
     total = squares[kept].sum()
     left_out = int((~kept).sum())
     why = f"left out: {left_out} units in which the controls explain the groups in full" if left_out else ""
@@ -334,9 +340,10 @@ def cluster_error(values: Float[np.ndarray, " units"], shares: Float[np.ndarray,
     and the degrees of freedom are those of the shares. With equal shares: the standard deviation over the root of n, and n - 1.
     """
     rest = values / len(values) - values.mean() * shares
-    cross = np.outer(shares, shares) / np.sqrt(np.outer(1 - shares, 1 - shares))
-    np.fill_diagonal(cross, shares)
-    return float(np.sqrt((rest**2 / (1 - shares)).sum())), float(1 / (cross**2).sum())
+    a = shares**2 / (1 - shares)
+    # Of the matrix with shares on the diagonal and the roots of a_i a_j beside it, the sum of squares.
+    squares = (shares**2).sum() + a.sum() ** 2 - (a**2).sum()
+    return float(np.sqrt((rest**2 / (1 - shares)).sum())), float(1 / squares)
 
 
 def _unpaired(

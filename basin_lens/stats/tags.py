@@ -281,6 +281,9 @@ def _min_f(rows: Rows, score: str, codes: np.ndarray, n_resamples: int, seed: in
     del n_resamples, seed  # nothing is drawn
     tags = int(codes.max())
     (one, rest_one), (two, rest_two) = _f_of_units(rows, score, codes), _f_of_types(rows, score, codes)
+    if not np.isfinite([one, two]).all():
+        lone = dict.fromkeys(("estimate", "low", "high", "p"), float("nan"))
+        return lone | {"note": "not tested: the words of a tag do not differ in their means"}
     f = one * two / (one + two)
     rest = (one + two) ** 2 / (one**2 / rest_two + two**2 / rest_one)
     with np.errstate(divide="ignore"):  # statsmodels takes 1 / 0 where the interval begins at no effect
@@ -313,7 +316,11 @@ def _type_means(rows: Rows, score: str, codes: np.ndarray) -> tuple[Float[np.nda
 
 def _f_of_types(rows: Rows, score: str, codes: np.ndarray) -> tuple[float, float]:
     """Welch's F of tags, and its degrees of freedom, on means by token type: means of rare words vary more than of frequent ones."""
-    found = anova_oneway(*_type_means(rows, score, codes), use_var="unequal")
+    y, tags = _type_means(rows, score, codes)
+    spread = pd.Series(y).groupby(tags).var()
+    if not (spread > 1e-12 * y.var()).all():
+        return float("nan"), float("nan")  # a tag whose words all have one score would have all the weight
+    found = anova_oneway(y, tags, use_var="unequal")
     return float(found.statistic), float(found.df_denom)
 
 

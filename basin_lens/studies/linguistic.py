@@ -222,6 +222,7 @@ def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
 
     Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where a share is
     that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest of three.
+    Above chance is asked of all sequences, also of those that have no center because a share is nowhere above it.
     """
     one, other = "same_tag_other_word_excess", "same_document_excess"
     shares = base.inner(shares)
@@ -233,19 +234,23 @@ def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
     table["run"] = shares["run"].iloc[0]
     table.attrs = dict(shares.attrs)
-    usable = table.dropna(subset=["difference"])
-    usable.attrs = dict(shares.attrs)
+    known = table.dropna(subset=[one, other])
+    known.attrs = dict(shares.attrs)
     one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
 
     def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
-        earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(part)
         above = base.one_sided(partial(one_sample, on=[one, other]))(part)
+        usable = part.dropna(subset=["difference"])
+        usable.attrs = dict(part.attrs)
+        earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(usable)
+        without = len(part) - len(usable)
         return earlier.assign(
-            p=np.max([*earlier["p"], *above["p"]]),
-            note="p: the largest of those of an earlier center and of either share above chance",
-        )
+            p=np.max([*earlier["p"], *above["p"]]), p_floor=[base.p_floor(row) for row in base.rows(earlier)],
+            note="p: the largest of those of an earlier center and of either share above chance"
+            + (f"; {without} sequences have no center: a share is nowhere above chance" if without else ""),
+        )  # fmt: skip
 
-    found = base.attempt(test, usable, "difference", unit=measured.unit)
+    found = base.attempt(test, known, "difference", unit=measured.unit)
     found["effect"] = "center over depth, same tag (of another word) less same document"
     return found.assign(
         finding="same-tag neighbors (other words) come earlier than same-document neighbors", question=_EARLIER, score="neighbors",

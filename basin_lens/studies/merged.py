@@ -242,28 +242,27 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
     training = {} if merger is None else merger.facts.get("training", {})
     base_said = "the base model is as it was"
     if training.get("train_base"):
-        drift = training.get("drift")
-        base_said = "the base model was trained with it (" + (
-            "its drift was not measured)"
-            if drift is None
-            else f"its loss without merging rose by {drift:+.4f} nats per token on texts held out)"
-        )
+        drift, where = training.get("drift"), "windows of the same text" if training.get("pieces") else "texts"
+        unknown = "its drift was not measured" if "drift" in training else "the merger does not tell its drift"
+        told = unknown if drift is None else f"its loss without merging rose by {drift:+.4f} nats per token on {where} held out"
+        base_said = f"the base model was trained with it ({told})"
     more = []
     if held_out.pieces:
         more.append(
             "Texts are few: every window counts as a document of its own. Windows of one text are less independent than texts, so that intervals "
             "are too narrow and p-values too small by an amount that these data cannot tell."
+            + (" Budgets were set on earlier windows of the same text, not on other documents." if calibration.pieces else "")
         )
     if merger is not None and merger.options.preserve == "surprisal":
         more.append(
             "Tokens are preserved by the plain model's surprisal, which takes its pass and its full cache beside: bytes, memory and time count "
             "the merged pass alone, flops both. This says which tokens matter; it is no cache that can be deployed."
         )
+    tested = f"{len(set(held_out.source)) or 'few'} texts" if held_out.pieces else f"{len(set(held_out.doc))} other documents"
     return [
         f"{door.full_name(model)}: merging in {len(setting.layers)} of {n} layers, {said}; {base_said}.",
         *more,
-        f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {len(set(held_out.doc))} "
-        f"other documents "
+        f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {tested} "
         "to test on. Streaming protocol: every position's loss counts, nothing reads its future.",
         "Bytes are those of the cache at a window's end: keys and values that are left, their places (4 bytes a row), leaders and sizes "
         "(8 bytes a cluster), "

@@ -92,10 +92,10 @@ def study_robustness(
         door.check_model(second_model)
     measures = [importance] if isinstance(importance, str) else list(importance)
     given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
-    if not measures or len(set(measures)) < len(measures) or not set(measures) <= given:
+    if not measures or len(set(measures)) < len(measures) or not set(measures) <= given - {"compression", "surprisal"}:
         raise StudyError(
             f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, gradient_norm_scaled and "
-            "attention_received."
+            "attention_received (surprisal is a finding already)."
         )
     measured = ready(model, data, "robustness", progress, options)
     with base.steps("study robustness", 7, progress) as step:

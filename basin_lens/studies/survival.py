@@ -151,6 +151,8 @@ def untestable(survival: pd.DataFrame) -> Sequence[str]:
 def _survived(row: Any) -> str:
     if not row.settings and row.not_testable != "none":
         return "testable under no other setting, for too few units"
+    if not row.settings:
+        return "no other setting could be tested"
     few = f", not testable under: {row.not_testable}" if row.not_testable != "none" else ""
     return f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under}{few})"
 
