@@ -207,6 +207,7 @@ def test_hooked_transformer_equals_bridge_on_the_same_weights(tmp_path):
         *OWN,
         A.AttentionReceived(per_head=4, name="by"),
         A.ValueWeightedAttention(per_head=4, name="by"),
+        A.AttentionRollout(per_head=4, name="by"),
     ]
     both = [measured(bl.load_model(tmp_path, kind=kind), TEXTS, *chosen)[0] for kind in ("bridge", "hooked")]
     for name, values in both[0].items():
@@ -244,6 +245,33 @@ def test_rollout_is_the_matrix_product(name, sink):
                 attention /= attention.sum(1, keepdims=True)
             rolled = (attention + np.eye(13)) / 2 @ rolled
             assert values[layer].reshape(3, 13)[seq] == near(loop_received(rolled, sink=sink))
+
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_rollout_by_head_takes_the_last_step_alone(sink):
+    model, tokens = make_bridge("llama"), random_tokens(2, 13)
+    values, _ = measured(model, tokens, A.AttentionRollout(per_head=4, sink=sink))
+    column = "attention_rollout" + ("" if sink else "_without_sink")
+    for seq, ids in enumerate(tokens.tolist()):
+        below = np.eye(13)
+        for layer in LAYERS:
+            pattern = cached(model, ids, "attn.hook_pattern", layer).numpy()
+            steps = []
+            for attention in (*pattern, pattern.mean(0)):
+                held = attention.copy()
+                if not sink:
+                    held[:, 0] = 0
+                    held[0, 0] = 1
+                    held /= held.sum(1, keepdims=True)
+                steps.append((held + np.eye(13)) / 2 @ below)
+            got = [values[f"{column}_head{head}"][layer].reshape(2, 13)[seq] for head in range(4)]
+            for head in range(4):
+                assert got[head] == near(loop_received(steps[head], sink=sink))
+            whole = values[column][layer].reshape(2, 13)[seq]
+            assert whole == near(loop_received(steps[-1], sink=sink))
+            if sink:
+                assert np.mean(got, 0) == near(whole)
+            below = steps[-1]
 
 
 def test_rollout_at_some_layers_reads_all_below(llama):
@@ -347,7 +375,7 @@ def test_mean_of_heads():
     assert table.value_weighted_attention_head2.notna().any()
 
 
-@pytest.mark.parametrize("analyzer", [A.AttentionReceived, A.ValueWeightedAttention])
+@pytest.mark.parametrize("analyzer", [A.AttentionReceived, A.AttentionRollout, A.ValueWeightedAttention])
 @pytest.mark.parametrize("wrong", [3, 9, (0, 4), True, (), (1, 1), (-1,), -2])
 def test_wrong_heads_are_refused(llama, analyzer, wrong):
     with pytest.raises(CaptureError, match="per_head"):

@@ -35,7 +35,7 @@ VARIANTS = [
     A.SymmetricContraction(k=4, metric="cosine"), A.AngularContraction(k=4, context="mlp"), A.EffectiveRankChange(k=5),
     A.NeighborOverlap(k=30), A.LocalDimension(k=4), A.LocalDimension(k=9, metric="cosine", curve=(3, 9)),
     A.JacobianGain(k=4, queries=6, context="attn"), A.CentroidEffect(k=4, queries=6, same_token="exclude"),
-    A.AttentionReceived(per_head=4, sink=False), A.AttentionRollout(sink=False), A.ValueWeightedAttention(per_head=(2, 0)),
+    A.AttentionReceived(per_head=4, sink=False), A.AttentionRollout(sink=False, per_head=4), A.ValueWeightedAttention(per_head=(2, 0)),
     A.ValueWeightedAttention(normalize=False, sink=False), A.GradientNorm(target="last_logit"), A.GradientTimesActivation(target=11),
     A.IntegratedGradients(steps=6, layer=None, target="last_logit"), A.Erasure(positions=3, seed=5),
 ]  # fmt: skip
