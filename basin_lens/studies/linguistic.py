@@ -246,7 +246,7 @@ def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
         without = len(part) - len(usable)
         return earlier.assign(
             p=np.max([*earlier["p"], *above["p"]]), p_floor=[base.p_floor(row) for row in base.rows(earlier)],
-            note="p: the largest of those of an earlier center and of either share above chance"
+            note="the largest p of three: an earlier center, and either share above chance"
             + (f"; {without} sequences have no center: a share is nowhere above chance" if without else ""),
         )  # fmt: skip
 
