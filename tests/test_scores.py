@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.analyzers import Cloud, CloudAnalyzer, Column, TokenBatch
+from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import future_loss
 from basin_lens.errors import NeighborError
 from basin_lens.texts import reference_passages
@@ -201,14 +202,14 @@ class Oracle:
                 items.append({"seq": s, "tokens": sequence.tokens, "pos": pos, "token": token, "doc": doc, **labels, "key": key})
         return items
 
-    def neighbors(self, row, k, *, exclude="sequence", same_token="any", metric="l2"):
+    def neighbors(self, row, k, *, exclude="sequence", same_token="any", position_0=False, metric="l2"):
         """Bank rows, nearest first, and distances; None if there are fewer than k."""
         own = self.items[row]
         name = {"sequence": "tokens", "document": "doc"}.get(exclude, exclude)
         chosen = {}
         for other, item in enumerate(self.bank_items):
             same = item["token"] == own["token"]
-            if item["pos"] == 0 or item["key"] == own["key"] or (name != "self" and item[name] == own[name]):
+            if (item["pos"] == 0 and not position_0) or item["key"] == own["key"] or (name != "self" and item[name] == own[name]):
                 continue
             if {"any": True, "only": same, "exclude": not same}[same_token]:
                 chosen.setdefault(item["key"], other)
@@ -551,6 +552,7 @@ class LabelOracle(Oracle):
     [
         {"exclude": "self"}, {"exclude": "sequence"}, {"exclude": "document"}, {"exclude": "template"}, {"same_token": "only"},
         {"same_token": "exclude"}, {"same_token": "exclude", "exclude": "self"}, {"metric": "cosine"},
+        {"position_0": True}, {"position_0": True, "exclude": "self", "same_token": "exclude"},
     ],
     ids=str,
 )  # fmt: skip
@@ -573,6 +575,51 @@ def test_neighbors_are_the_oracles(llama, labeled, options):
             assert column(table, "hubness", layer)[scored].tolist() == counts[scored].tolist()
         expected = np.log(variance(oracle.pre[rows]) / variance(oracle.post[rows]))
         assert column(table, "contraction", layer)[scored] == near(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("context", ["patched", "native"])
+def test_position_0_is_let_in_as_neighbor_and_as_random_point_alone(llama, capture, context):
+    """As the oracle has it; G, which is of the layer, stays as it was, and so does what is scored."""
+    k = 6
+    scores = [A.Compression(k=k, context=context, position_0=p, name=f"c{p}") for p in (False, True)]
+    plain = [A.Contraction(k=k, context=context, position_0=p, name=f"r{p}") for p in (False, True)]
+    table = run(llama, capture, *scores, *plain, *controls_of(scores))
+    assert table.cTrue.notna().tolist() == table.cFalse.notna().tolist() == (table.pos > 0).tolist()
+    for layer in LAYERS:
+        oracle = Oracle(llama, capture, layer)
+        found = {row: oracle.neighbors(row, k, position_0=True)[0] for row in np.flatnonzero(capture.row_pos.numpy() > 0)}
+        with_first = [row for row, rows in found.items() if (capture.row_pos.numpy()[rows] == 0).any()]
+        assert with_first and len(with_first) < len(found)
+        at = table[table.layer == layer].reset_index(drop=True)
+        changed = np.flatnonzero((at.rTrue - at.rFalse).abs() > 1e-6).tolist()
+        # A first token pushes another neighbor out, so where there is one the score is another; but bare embeddings of one token are equal.
+        assert set(changed) <= set(with_first) and (changed == with_first or layer == 0) and changed
+        for row in with_first[:3]:
+            expected = math.log(variance(oracle.pre[found[row]]) / variance(oracle.images(row, found[row], context)))
+            assert at.rTrue[row] == near(expected, abs=1e-3)
+        inner = at[at.pos > 0]
+        g = [inner[f"r{p}"] - inner[f"c{p}"] for p in (False, True)]
+        assert g[1].to_numpy() == near(g[0].to_numpy(), abs=1e-5)
+        assert 0 < (inner.cTrue_random - inner.cFalse_random).abs().gt(1e-6).mean() < 1
+
+
+def test_position_0_is_shown_and_counted_where_it_is_let_in(llama, capture):
+    oracle = Oracle(llama, capture, 1)
+    inner = np.flatnonzero(capture.row_pos.numpy() > 0).tolist()
+    row = next(r for r in inner if (capture.row_pos[oracle.neighbors(r, 6, position_0=True)[0]] == 0).any())
+    seq, pos = int(capture.row_seq[row]), int(capture.row_pos[row])
+    shown = bl.neighborhood(llama, capture, layer=1, seq=seq, pos=pos, k=6, position_0=True)
+    rows = [capture.row_of(s, p) for s, p in zip(shown.seq, shown.pos, strict=True)]
+    assert rows == oracle.neighbors(row, 6, position_0=True)[0].tolist()
+    assert (shown.pos == 0).any()
+    assert (bl.neighborhood(llama, capture, layer=1, seq=seq, pos=pos, k=6).pos > 0).all()
+    with pytest.raises(NeighborError, match="never a query"):
+        bl.neighborhood(llama, capture, layer=1, seq=seq, pos=0, k=6, position_0=True)
+    most = int((capture.row_pos > 0).sum())
+    with pytest.raises(NeighborError, match=rf"bank's {most} points \(position 0 left out\)"):
+        run(llama, capture, A.Compression(k=most + 1))
+    with pytest.raises(NeighborError, match=f"bank's {capture.n_rows} points, got"):
+        run(llama, capture, A.Compression(k=capture.n_rows + 1, position_0=True))
 
 
 def test_cosine_only_chooses(llama, capture):

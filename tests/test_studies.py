@@ -17,6 +17,7 @@ from scipy import stats
 
 import basin_lens as bl
 from basin_lens import tables
+from basin_lens.analyzers.control import controls_of
 from basin_lens.errors import BasinLensError, CaptureError, ModelError, NeighborError, StoreError, StudyError, TextError
 from basin_lens.studies import (
     Contrast,
@@ -1323,14 +1324,13 @@ def test_survival_is_counted(sturdy):
 def test_settings_that_change_one_thing(sturdy):
     _, study = sturdy
     kinds = set(study.tables["settings"].kind)
-    assert kinds == {"own", "positions", "halves", "k", "metric", "neighbors", "context", "score", "bank", "twin"}
+    assert kinds == {"own", "positions", "halves", "k", "metric", "neighbors", "position 0", "context", "score", "bank", "twin"}
     names = set(study.tables["settings"].setting)
     assert {"k = 10", "k = 15", "k = 30", "k = 50", "cosine neighbors", "half of the bank", "built-in passages as bank"} <= names
     assert "k = 5" not in names and "context patched" not in names
     said = " ".join(study.not_tested)
     for line in (
         "second trained model",
-        "Position 0 alone among the neighbors",
         "radius-matched",
         "agreement with erasure",
         "each setting that counts",
@@ -1342,6 +1342,21 @@ def test_settings_that_change_one_thing(sturdy):
     twin = study.tables["settings"].query("kind == 'twin'").set_index("question")
     assert twin.p.drop(["function-content", "noun-verb"]).notna().all()
     assert study.findings.effect_unit.tolist() == ["nats", "", "", "", "nats", "nats"]
+
+
+def test_position_0_is_a_setting_of_its_own(llama, sturdy):
+    """Nothing but position 0 changes: the finding again, from a run with it among nearest and random points."""
+    held, study = sturdy
+    row = study.tables["settings"].query("kind == 'position 0' and question == 'random'").iloc[0]
+    score = bl.analyzers.Compression(k=held.settings["k"], context="patched", position_0=True)
+    random = [c for c in controls_of([score]) if c.choice == "random"]
+    first = [held.capture.docs.index(doc) for doc in dict.fromkeys(held.capture.docs)]
+    asked = np.isin(held.capture.row_seq.numpy(), first)
+    tested = bl.analyze(llama, held.capture, [score, *random], layers=[1], queries=asked, seed=held.seed, progress=False)
+    beyond = (tested.compression - tested.compression_random).groupby(tested.seq).mean()
+    assert row.estimate == pytest.approx(beyond.mean(), abs=1e-5)
+    own = study.tables["settings"].query("setting == 'context native' and question == 'random'").iloc[0]
+    assert row.estimate != own.estimate and row.n_units == 20
 
 
 def test_corrected_by_hand():

@@ -201,6 +201,7 @@ def neighborhood(
     metric: str = "l2",
     exclude: str = "sequence",
     same_token: str = "any",
+    position_0: bool = False,
     bank: Any = None,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -211,7 +212,7 @@ def neighborhood(
         capture: holds the token.
         layer: block index.
         seq, pos: the token: sequence and position in it.
-        k, context, metric, exclude, same_token: as for `Compression`.
+        k, context, metric, exclude, same_token, position_0: as for `Compression`.
         bank: as for `analyze`.
         progress: show a bar if the reference bank must be read first.
 
@@ -232,8 +233,8 @@ def neighborhood(
     capture.check_model_is(model)
     row = capture.row_of(seq, pos)
     if pos == 0:
-        raise NeighborError("expected a position from 1 on, got 0: the first token is neither query nor neighbor.")
-    options: Any = {"context": context, "metric": metric, "exclude": exclude, "same_token": same_token}
+        raise NeighborError("expected a position from 1 on, got 0: the first token is never a query.")
+    options: Any = {"context": context, "metric": metric, "exclude": exclude, "same_token": same_token, "position_0": position_0}
     analyzer = Compression(k=k, **options)
     analyzer.check()
     asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")

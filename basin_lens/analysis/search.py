@@ -25,11 +25,12 @@ class Search:
     metric: Any
     exclude: str
     same_token: Any
+    position_0: bool
     choice: Any
 
     @classmethod
     def of(cls, analyzer: CloudAnalyzer) -> "Search":
-        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.choice)
+        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.position_0, analyzer.choice)
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,28 @@ class Searches:
 
     def _refuse_hopeless(self, search: Search, k: int) -> None:
         """Before any work: a k above the bank, or no token with k candidates outside its own group."""
-        pool = self.bank.row_pos > 0
-        points = int(pool.sum()) if search.exclude != "nothing" else self.bank.n_rows
+        pool = self._pool(search)
+        points = int(pool.sum())
         if k > points:
+            left_out = "" if bool(pool.all()) else " (position 0 left out)"
             raise NeighborError(
-                f"expected k of at most the bank's {points} points (position 0 left out), got {k}. "
+                f"expected k of at most the bank's {points} points{left_out}, got {k}. "
                 'Lower k, add texts, or pass bank="reference".'
             )
         own, other = (group.cpu() for group in self.groups[search.exclude])
         if search.exclude != "nothing" and not bool((self.asked & (self.capture.row_pos > 0)).any()):
-            raise NeighborError("expected queries beyond position 0, got none: the first token is neither query nor neighbor.")
+            raise NeighborError("expected queries beyond position 0, got none: the first token is never a query.")
         for group in own[self.asked & (self.capture.row_pos > 0)].unique().tolist():
             left = pool & (other != group) if group >= 0 else pool
             if len(self.keys[1].cpu()[left].unique()) >= k:
                 return
         if search.exclude != "nothing":
             raise NeighborError(_nothing_to_score(search, k))
+
+    def _pool(self, search: Search) -> Bool[Tensor, " bank"]:
+        """Rows of the bank that may be neighbors: without position 0, unless it was asked for or everything counts."""
+        whole = search.position_0 or search.exclude == "nothing"
+        return (self.bank.row_pos > 0) | whole
 
     def find(
         self,
@@ -121,9 +128,8 @@ class Searches:
         at = torch.nonzero(asked).squeeze(1).to(self.device)
         own, other = self.groups[search.exclude]
         keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
-        pool = torch.ones_like(self.bank.row_pos, dtype=torch.bool) if everything else self.bank.row_pos > 0
         queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
-        bank = Points(bank_states, keys[1], self.tokens[1], other, pool.to(self.device))
+        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(search).to(self.device))
         options: Any = {"same_token": search.same_token, "distinct": not everything}
         if layer in self.frozen:
             found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)

@@ -185,6 +185,7 @@ class CloudAnalyzer(Analyzer):
     metric: Metric = "l2"
     exclude: str = "sequence"
     same_token: SameToken = "any"
+    position_0: bool = False
     choice: Choice = "nearest"
 
     @property
@@ -212,6 +213,8 @@ class CloudAnalyzer(Analyzer):
                 raise NeighborError(f"expected {option} in {allowed} for {kind}, got {getattr(self, option)!r}.")
         if not isinstance(self.exclude, str):
             raise NeighborError(f'expected exclude "self", "sequence", "document" or a label name, got {self.exclude!r}.')
+        if not isinstance(self.position_0, bool):
+            raise NeighborError(f"expected position_0 True or False for {kind}, got {self.position_0!r}.")
         if not isinstance(self.blocks, int) or self.blocks < 1:
             raise NeighborError(f"expected blocks of at least 1 for {kind}, got {self.blocks!r}.")
         if self.blocks > 1 and self.context in ("attn", "mlp"):
@@ -230,6 +233,7 @@ class CloudScore(CloudAnalyzer):
     metric: Metric = "l2"
     exclude: str = "sequence"
     same_token: SameToken = "any"
+    position_0: bool = False
     choice: Choice = "nearest"
     name: str | None = None
 

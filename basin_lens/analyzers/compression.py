@@ -29,6 +29,8 @@ class Compression(CloudScore):
         metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
         exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.
         same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
+        position_0: whether tokens at position 0 may be neighbors (and random points of the controls): mostly attention sinks, whose states can
+            be 1,000 times the others. Never queries, and never in G.
         choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of an unrelated token whose
             neighborhood is just as tight).
         name: column name.

@@ -33,6 +33,7 @@ class Control(CloudAnalyzer):
     metric: Metric
     exclude: str
     same_token: SameToken
+    position_0: bool
     queries: int | None = None
 
     @property
@@ -66,6 +67,7 @@ def controls_of(analyzers: Sequence[Analyzer], *, queries: int | None = None) ->
             metric=a.metric,
             exclude=a.exclude,
             same_token=a.same_token,
+            position_0=a.position_0,
             queries=queries,
         )
         for a in analyzers

@@ -44,6 +44,7 @@ class SeedCompression(CloudScore):
     metric: Metric = field(default="l2", init=False)
     exclude: str = field(default="nothing", init=False)
     same_token: SameToken = field(default="any", init=False)
+    position_0: bool = field(default=True, init=False)
     choice: Choice = field(default="nearest", init=False)
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves", "final_norm"})
 

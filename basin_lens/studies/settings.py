@@ -80,6 +80,7 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
         wanted.append(
             ("no neighbors of the document", "neighbors", Compression(**common | {"exclude": "document"}, name="outside"))
         )
+    wanted.append(("position 0 among the neighbors", "position 0", Compression(**common, position_0=True, name="first_too")))
     halves = not door.missing_points(model, {"resid_mid"}, layers)
     if not halves:
         untested.append("Contexts attn and mlp: parallel blocks have no state between their halves.")
@@ -87,13 +88,9 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
         if context != own["context"]:
             wanted.append((f"context {context}", "context", Compression(**common | {"context": context}, name=context)))
     analyzers: list[Any] = [analyzer for _, _, analyzer in wanted]
-    # A random set is random whatever the metric and k: only another context needs its own.
-    controlled = [a for _, kind, a in wanted if kind == "context"]
+    # A random set is random whatever the metric and k: only another context, or another choice of points, needs its own.
+    controlled = [a for _, kind, a in wanted if kind in ("context", "position 0")]
     analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
-    untested.append(
-        "Position 0 alone among the neighbors: no score takes it in by itself. seed_compression does, with the token itself, its own text and "
-        "another formula, so it is shown and does not count as a setting."
-    )
     if measured.bank is None:
         analyzers.append(SeedCompression(k=own["k"]))
     else:
