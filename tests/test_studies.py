@@ -1348,15 +1348,14 @@ def test_position_0_is_a_setting_of_its_own(llama, sturdy):
     """Nothing but position 0 changes: the finding again, from a run with it among nearest and random points."""
     held, study = sturdy
     row = study.tables["settings"].query("kind == 'position 0' and question == 'random'").iloc[0]
-    score = bl.analyzers.Compression(k=held.settings["k"], context="patched", position_0=True)
-    random = [c for c in controls_of([score]) if c.choice == "random"]
+    scores = [bl.analyzers.Compression(k=held.settings["k"], position_0=p, name=f"c{p}") for p in (False, True)]
+    random = [c for c in controls_of(scores) if c.choice == "random"]
     first = [held.capture.docs.index(doc) for doc in dict.fromkeys(held.capture.docs)]
     asked = np.isin(held.capture.row_seq.numpy(), first)
-    tested = bl.analyze(llama, held.capture, [score, *random], layers=[1], queries=asked, seed=held.seed, progress=False)
-    beyond = (tested.compression - tested.compression_random).groupby(tested.seq).mean()
-    assert row.estimate == pytest.approx(beyond.mean(), abs=1e-5)
-    own = study.tables["settings"].query("setting == 'context native' and question == 'random'").iloc[0]
-    assert row.estimate != own.estimate and row.n_units == 20
+    tested = bl.analyze(llama, held.capture, [*scores, *random], layers=[1], queries=asked, seed=held.seed, progress=False)
+    without, with_it = ((tested[f"c{p}"] - tested[f"c{p}_random"]).groupby(tested.seq).mean().mean() for p in (False, True))
+    assert row.estimate == pytest.approx(with_it, abs=1e-5) and row.n_units == 20
+    assert abs(with_it - without) > 1e-3
 
 
 def test_corrected_by_hand():

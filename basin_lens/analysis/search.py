@@ -104,9 +104,8 @@ class Searches:
             raise NeighborError(_nothing_to_score(search, k))
 
     def _pool(self, search: Search) -> Bool[Tensor, " bank"]:
-        """Rows of the bank that may be neighbors: without position 0, unless it was asked for or everything counts."""
-        whole = search.position_0 or search.exclude == "nothing"
-        return (self.bank.row_pos > 0) | whole
+        """Rows of the bank that may be neighbors: without position 0, unless it was asked for."""
+        return (self.bank.row_pos > 0) | search.position_0
 
     def find(
         self,
