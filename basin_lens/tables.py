@@ -1,6 +1,7 @@
 """Tidy tables: one row per (layer, token), column names, provenance, and files that keep both."""
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -12,10 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from basin_lens import records
 from basin_lens.errors import StoreError, TableError
 
 KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
-_METADATA = b"basin_lens.provenance"
+_METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
+_KIND = records.Kind("a table saved by basin_lens", "basin_lens table 1", "Make the table again.")
 
 
 def build(
@@ -216,10 +219,13 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     bare.attrs = {}
     arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
     facts = json.dumps(provenance(table)).encode()
-    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), _METADATA: facts})
+    sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            pyarrow.parquet.write_table(arrow, Path(folder) / "table")
+            # Page checksums are for other readers: the seal is of every byte.
+            pyarrow.parquet.write_table(arrow, Path(folder) / "table", write_page_checksum=True)
+            records.seal_file(Path(folder) / "table")
             os.replace(Path(folder) / "table", target)
     except OSError as error:
         raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
@@ -241,21 +247,20 @@ def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a table that `save` wrote.
+    """Read a table that `save` wrote, as it was written.
 
     Raises:
-        StoreError: no such file, or a file without provenance.
+        StoreError: no such file, one that was changed since, or one without provenance or digest (of another program, or an earlier version).
     """
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        arrow = pyarrow.parquet.read_table(Path(path))
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise StoreError(f"expected a table saved by basin_lens at {str(path)!r}, got: {error}.") from error
-    facts = (arrow.schema.metadata or {}).get(_METADATA)
-    if facts is None:
-        raise StoreError(f"expected a table saved by basin_lens at {str(path)!r}, got a parquet file without its provenance.")
-    table = arrow.to_pandas()
-    table.attrs["provenance"] = json.loads(facts)
+    with _KIND.reading(path):
+        content = io.BytesIO(Path(path).read_bytes())
+        _KIND.check_sealed(content, path)
+        content.seek(0)
+        arrow = pyarrow.parquet.read_table(content)
+        facts = json.loads((arrow.schema.metadata or {})[_METADATA])
+        records.fields(facts, dict.fromkeys(facts, dict))
+        table = arrow.to_pandas()
+    table.attrs["provenance"] = facts
     return table

@@ -673,7 +673,7 @@ def test_store_is_on_disk(llama, tmp_path):
     stored.save(tmp_path / "copy")
     for file in files:
         file.unlink()
-    with pytest.raises(CaptureError, match="capture"):
+    with pytest.raises(StoreError, match="without its file states-00000"):
         stored.resid_pre(0)
     assert bool(bl.Capture.load(tmp_path / "copy").resid_pre(0).isfinite().all())
 

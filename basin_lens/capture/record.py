@@ -18,10 +18,10 @@ from basin_lens.capture.caches import align, borders_in, other_readings, right_p
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
     NewFolder,
+    check_shards,
     copy_borders,
-    passage_from_json,
     read_border,
-    read_record,
+    read_capture,
     write_borders,
     write_record,
 )
@@ -67,6 +67,7 @@ class Capture(TokenRows):
     _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _store: Path | None = None
+    _shards: dict[str, Any] = field(default_factory=dict, repr=False)  # files of the store, each with its digest
 
     def __repr__(self) -> str:
         layers = f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
@@ -151,7 +152,7 @@ class Capture(TokenRows):
             with NewFolder(store) as folder:
                 self._store = folder
                 self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
-                self._write_record(folder)
+                self._write_record(folder, self._shards)
             self._store = Path(store)
         return self
 
@@ -269,9 +270,8 @@ class Capture(TokenRows):
 
     def _border(self, border: int) -> Tensor:
         if self._store is not None:
-            states = read_border(self._store, border, self.n_rows)
-            if states is not None:
-                return states
+            if {border, border - 1} & set(self.layers):
+                return read_border(self._store, self._shards, border, (self.n_rows, self.model["width"]))
         elif border in self._states:
             return self._states[border]
         raise CaptureError(
@@ -385,7 +385,7 @@ class Capture(TokenRows):
                     for border, states in kept.items():
                         self._states[border][rows] = states
                 elif kept:
-                    write_borders(self._store, index, rows, kept)
+                    self._shards |= write_borders(self._store, index, rows, kept)
                 bar.update(len(rows))
 
     def _refuse_nonfinite(self, rows: Tensor, border: int, states: Tensor) -> None:
@@ -404,47 +404,43 @@ class Capture(TokenRows):
         """Write the capture to a new folder: safetensors and JSON, all of it or nothing.
 
         Raises:
-            StoreError: the folder exists or cannot be written.
+            StoreError: the folder exists or cannot be written, or states on disk are not as they were written. CaptureError: nothing read yet.
         """
+        if not self.is_read:
+            raise CaptureError("expected a capture that the model has read, got one that is only planned. Call read(model) first.")
         with NewFolder(path) as folder:
+            shards = self._shards
             if self._store is not None:
-                copy_borders(self._store, folder)
+                copy_borders(self._store, folder, shards)
             else:
-                write_borders(folder, 0, torch.arange(self.n_rows, device="cpu"), self._states)
-            self._write_record(folder)
+                shards = write_borders(folder, 0, torch.arange(self.n_rows, device="cpu"), self._states)
+            self._write_record(folder, shards)
 
-    def _write_record(self, folder: Path) -> None:
-        values = {f"column|{key}|{name}": v for key, columns in self.columns.items() for name, v in columns.items()}
-        values |= {f"reading|{name}": value for name, value in self._readings.items()}
+    def check_store(self) -> None:
+        """Prove all that is kept on disk, which else happens file by file when it is first read.
+
+        Raises:
+            StoreError: a file that is missing or was changed.
+        """
+        if self._store is not None:
+            check_shards(self._store, self._shards)
+
+    def _write_record(self, folder: Path, shards: Mapping[str, Any]) -> None:
         record = {
             "sequences": [asdict(s) for s in self.sequences],
             "passages": None if self.passages is None else [asdict(p) for p in self.passages],
             "docs": self.docs, "labels": self.labels, "strings": list(self.strings.items()), "layers": self.layers, "model": self.model,
             "settings": self.settings,
         }  # fmt: skip
-        write_record(folder, record, values)
+        write_record(folder, record, self.columns, self._readings, shards)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Capture":
         """Read a capture that `save` or `store=` wrote; states stay on disk until asked for.
 
+        All but the states is checked against its digest here, each file of states when it is first read (a second for 1 to 2 GB).
+
         Raises:
-            StoreError: no capture there, or one of an unknown format.
+            StoreError: no capture there, one that is not as it was written, or one of an earlier version.
         """
-        record, values = read_record(Path(path))
-        capture = cls(
-            sequences=[
-                TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
-            ],
-            passages=None if record["passages"] is None else [passage_from_json(p) for p in record["passages"]],
-            docs=record["docs"], labels=record["labels"], strings={int(token): text for token, text in record["strings"]},
-            layers=tuple(record["layers"]), model=record["model"], settings=record["settings"], _store=Path(path),
-        )  # fmt: skip
-        for name, value in values.items():
-            kind, rest = name.split("|", 1)
-            if kind == "reading":
-                capture._readings[rest] = value
-            else:
-                key, column = rest.rsplit("|", 1)
-                capture.columns.setdefault(key, {})[column] = value
-        return capture
+        return cls(**read_capture(Path(path)))

@@ -1,16 +1,22 @@
 """The built-in passages as a bank of neighbors."""
 
 import hashlib
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 from basin_lens import model as door
 from basin_lens.capture.record import Capture
-from basin_lens.errors import StoreError
+from basin_lens.errors import CaptureError, StoreError
 from basin_lens.texts import longest_sequence, reference_passages
 
 
 def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: bool = True) -> Capture:
     """The built-in passages under this model: read once, then kept in the user's cache folder by fingerprint.
+
+    What is kept is proven whole when it is taken (half a second for 1 GB of states); a damaged bank is said to be so, and read anew.
 
     Raises:
         StoreError: the cache folder cannot be written.
@@ -21,10 +27,46 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
     names = [door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
     identity = hashlib.blake2b("\x00".join(names).encode(), digest_size=16).hexdigest()
     folder = door.cache_folder() / "reference" / identity
-    if not (folder / "capture.json").is_file():
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
+    if folder.exists():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            return _kept(folder, model)
+        except (StoreError, CaptureError) as error:
+            warnings.warn(
+                f"The reference bank in the cache is damaged or of an earlier version, and is read anew: {error}", stacklevel=2
+            )
+            _discard(folder)
+    try:
+        return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, store=folder, progress=progress)
+    except StoreError:
+        if not folder.exists():
+            raise
+        return _kept(folder, model)  # another process made it meanwhile
+
+
+def _kept(folder: Path, model: Any) -> Capture:
+    """The bank in a folder, all of it proven.
+
+    Raises:
+        StoreError: damaged. CaptureError: of another model.
+    """
+    capture = Capture.load(folder)
+    capture.check_model_is(model)
+    capture.check_store()
+    return capture
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder away in one step, so that no process sees half of it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".damaged-") as scratch:
+            folder.rename(Path(scratch) / folder.name)
+    except FileNotFoundError:
+        return  # another process did
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
             raise StoreError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
-        Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, store=folder, progress=progress)
-    return Capture.load(folder)

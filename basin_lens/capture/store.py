@@ -1,6 +1,5 @@
-"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all."""
+"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not at all."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,13 +11,22 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from basin_lens import records
 from basin_lens.errors import StoreError
-from basin_lens.texts import Passage, TaggedPassage, Word
+from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
 
-_FORMAT = 1
+_KIND = records.Kind("a saved capture", "basin_lens capture 2", "Capture the texts again.")
+_RECORD, _VALUES = "capture.json", "values.safetensors"
+_FIELDS: dict[str, Any] = {
+    "sequences": [dict], "passages": (list, None), "docs": [str], "labels": [dict], "strings": [list], "layers": [int], "model": dict,
+    "settings": dict,
+}  # fmt: skip
+
+# Size and SHA-256 of each file of states, by name.
+Shards = Mapping[str, Mapping[str, Any]]
 
 
 class NewFolder:
@@ -61,69 +69,170 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_borders(folder: Path, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]) -> None:
-    """Write the states of some rows at several block borders, one file per batch."""
+def write_borders(
+    folder: Path, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]
+) -> dict[str, Mapping[str, Any]]:
+    """Write the states of some rows at several block borders, one file per batch; the file, to be listed in the record."""
     tensors = {f"border.{border}": states.contiguous() for border, states in borders.items()}
+    path = folder / f"states-{index:05d}.safetensors"
     with _writing(folder):
-        save_file({"rows": rows, **tensors}, folder / f"states-{index:05d}.safetensors")
+        save_file({"rows": rows, **tensors}, path)
+        return {path.name: records.digest(path)}
 
 
-def copy_borders(source: Path, target: Path) -> None:
-    """Copy all states to another folder."""
-    with _writing(target):
-        for shard in source.glob("states-*.safetensors"):
-            shutil.copy2(shard, target)
+def copy_borders(source: Path, target: Path, shards: Shards) -> None:
+    """Copy all states to another folder.
+
+    Raises:
+        StoreError: a file that is not as it was written.
+    """
+    for name, facts in shards.items():
+        path = _KIND.check(source, name, facts)
+        with _writing(target):
+            shutil.copy2(path, target)
 
 
-def read_border(folder: Path, border: int, n_rows: int) -> Float[Tensor, "rows d"] | None:
-    """States at one border in row order, or None if the folder does not hold it."""
-    states: Tensor | None = None
-    for shard in sorted(folder.glob("states-*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            if f"border.{border}" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                return None
-            values = file.get_tensor(f"border.{border}")
-            states = torch.empty(n_rows, values.shape[1], dtype=torch.float32, device="cpu") if states is None else states
-            states[file.get_tensor("rows")] = values
+def check_shards(folder: Path, shards: Shards) -> None:
+    """Read all states and refuse what is not as it was written.
+
+    Raises:
+        StoreError: see there.
+    """
+    for name, facts in shards.items():
+        _KIND.check(folder, name, facts)
+
+
+def read_border(folder: Path, shards: Shards, border: int, shape: tuple[int, int]) -> Float[Tensor, "rows d"]:
+    """States at one border in row order; each file is proven whole when it is first read.
+
+    Raises:
+        StoreError: a file that is not as it was written, or files that do not hold every row exactly once.
+    """
+    n_rows, width = shape
+    seen = torch.zeros(n_rows, dtype=torch.int64, device="cpu")
+    states = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
+    for name, facts in shards.items():
+        with _KIND.reading(folder), safe_open(_KIND.check(folder, name, facts), framework="pt") as file:
+            rows, values = file.get_tensor("rows"), file.get_tensor(f"border.{border}")
+            _check_tensor("rows", rows, torch.int64, (len(rows),))
+            _check_tensor(f"border.{border}", values, torch.float32, (len(rows), width))
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n_rows:
+                raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} of {n_rows} in {name}")
+            seen += torch.bincount(rows, minlength=n_rows)
+            states[rows] = values
+    if bool((seen != 1).any()):
+        row = int((seen != 1).nonzero()[0])
+        raise _KIND.refusal(folder, f"states that hold row {row} {int(seen[row])} times ({int((seen != 1).sum())} rows not once)")
     return states
 
 
-def write_record(folder: Path, record: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+def write_record(
+    folder: Path,
+    record: Mapping[str, Any],
+    columns: Mapping[str, Mapping[str, Tensor]],
+    readings: Mapping[str, Tensor],
+    shards: Shards,
+) -> None:
     """Write everything but the states.
 
     Raises:
         StoreError: a label that JSON cannot hold.
     """
-    try:
-        text = json.dumps({"format": _FORMAT, **record})
-    except TypeError as error:
-        raise StoreError(f"expected labels that JSON can hold (text, numbers, booleans), got: {error}.") from error
+    values = {f"column|{key}|{name}": value for key, held in columns.items() for name, value in held.items()}
+    values |= {f"reading|{name}": value for name, value in readings.items()}
+    files = dict(shards)
     with _writing(folder):
         if values:
-            save_file({name: value.contiguous() for name, value in values.items()}, folder / "values.safetensors")
-        (folder / "capture.json").write_text(text, encoding="utf-8")
+            save_file({name: value.contiguous() for name, value in values.items()}, folder / _VALUES)
+            files[_VALUES] = records.digest(folder / _VALUES)
+        try:
+            content = _KIND.record(record, files)
+        except TypeError as error:
+            raise StoreError(f"expected labels that JSON can hold (text, numbers, booleans), got: {error}.") from error
+        (folder / _RECORD).write_bytes(content)
 
 
-def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_record` wrote.
+def read_capture(folder: Path) -> dict[str, Any]:
+    """The fields of a `Capture`, whose files of states are proven when they are read.
 
     Raises:
-        StoreError: no capture there, or one of an unknown format.
+        StoreError: no capture there, a damaged one, or one of an earlier version.
     """
-    try:
-        record = json.loads((folder / "capture.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"expected a saved capture (a folder with capture.json) at {str(folder)!r}, got: {error}.") from error
-    if record.pop("format", None) != _FORMAT:
-        raise StoreError(f"expected capture format {_FORMAT} at {str(folder)!r}, got another. Use the version that wrote it.")
-    values = {}
-    if (folder / "values.safetensors").is_file():
-        with safe_open(folder / "values.safetensors", framework="pt") as file:
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    return record, values
+    record = _KIND.read(folder / _RECORD, _FIELDS)
+    shards = record.pop("files")
+    facts = shards.pop(_VALUES, None)
+    with _KIND.reading(folder):
+        for name, shard in shards.items():
+            _KIND.check(folder, name, shard, content=False)
+        others = {path.name for path in folder.glob("*.safetensors")} - {*shards, _VALUES if facts else ""}
+        if others or not shards:
+            raise ValueError(
+                f"the file {min(others)}, which its record does not list" if others else "no file of states in the record"
+            )
+        values = {} if facts is None else load_file(_KIND.check(folder, _VALUES, facts))
+        _check_record(record, values)
+        return {
+            **record,
+            "sequences": [
+                TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
+            ],
+            "passages": None if record["passages"] is None else [_passage(p) for p in record["passages"]],
+            "strings": dict(record["strings"]), "layers": tuple(record["layers"]), "columns": _columns(values),
+            "_readings": {name.split("|", 1)[1]: value for name, value in values.items() if name.startswith("reading|")},
+            "_store": folder, "_shards": shards,
+        }  # fmt: skip
 
 
-def passage_from_json(record: dict[str, Any]) -> Passage:
+def _columns(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    columns: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        if name.startswith("column|"):
+            key, column = name.split("|", 1)[1].rsplit("|", 1)
+            columns.setdefault(key, {})[column] = value
+    return columns
+
+
+def _check_record(record: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Whether the parts of a record go together.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not.
+    """
+    model, sequences = record["model"], record["sequences"]
+    records.fields(model, {"name": str, "fingerprint": str, "layers": int, "width": int})
+    records.fields(record["settings"], {"source": str, "max_length": int})
+    for sequence in sequences:
+        records.fields(sequence, {"tokens": [int], "passage": int, "starts": [int], "ends": [int]})
+        if not len(sequence["tokens"]) == len(sequence["starts"]) == len(sequence["ends"]) > 0:
+            raise ValueError("a sequence whose tokens and offsets differ in number")
+        if record["passages"] is not None and not 0 <= sequence["passage"] < len(record["passages"]):
+            raise ValueError(f"a sequence of passage {sequence['passage']}, which is not there")
+    if not len(sequences) == len(record["docs"]) == len(record["labels"]) > 0:
+        raise ValueError(f"{len(sequences)} sequences, {len(record['docs'])} documents, {len(record['labels'])} labels")
+    if not all(isinstance(token, int) and isinstance(text, str) for token, text in record["strings"]):
+        raise ValueError("texts of tokens that are none")
+    if missing := {token for s in sequences for token in s["tokens"]} - dict(record["strings"]).keys():
+        raise ValueError(f"no text of the token {min(missing)}")
+    layers = record["layers"]
+    if not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) < model["layers"]:
+        raise ValueError(f"layers {layers} of {model['layers']}")
+    n_rows = sum(len(s["tokens"]) for s in sequences)
+    for name, value in values.items():
+        kind, rest = name.split("|", 1)
+        if kind == "column" and "|" in rest:
+            _check_tensor(name, value, torch.float32, (value.shape[0], n_rows))
+            if value.shape[0] not in (1, model["layers"]):
+                raise ValueError(f"{name} of {value.shape[0]} layers")
+        elif kind != "reading" or value.ndim < 2 or len(value) != len(sequences) or "reading|valid" not in values:
+            raise ValueError(f"the values {name} of shape {tuple(value.shape)}")
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if value.dtype != dtype or tuple(value.shape) != shape:
+        raise ValueError(f"{name} as {value.dtype} {tuple(value.shape)}, not {dtype} {shape}")
+
+
+def _passage(record: dict[str, Any]) -> Passage:
     """A passage, with its gold words if it has some, from JSON that has no tuples."""
     spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
     if "words" not in record:

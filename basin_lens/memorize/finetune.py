@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
+from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
 from basin_lens.texts import read_passages, tokenize
 
 _CHECKPOINT = "checkpoint.safetensors"
+_KIND = records.Kind("a checkpoint", "basin_lens tuning 1", "Delete it to begin anew.")
 # A backward pass costs two forward ones, and AdamW on 135 M parameters about as much as a quarter of a step of 512 tokens.
 _FORWARDS_PER_STEP = 3.5
 
@@ -317,10 +319,14 @@ class _Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 held[f"{key}.{index}"] = value.detach().cpu().contiguous()
         # Safetensors keeps strings beside the tensors.
-        facts = {"training": self.key, "step": str(self.step), "history": json.dumps(_plain(self.history))}
+        facts = {
+            "training": self.key, "step": str(self.step), "history": json.dumps(_plain(self.history)), "format": _KIND.format,
+            "seal": records.OPEN_SEAL,
+        }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(held, folder / f".{_CHECKPOINT}", facts)
+            records.seal_file(folder / f".{_CHECKPOINT}")
             os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
         except (OSError, SafetensorError) as error:
             raise StoreError(
@@ -336,26 +342,24 @@ class _Run:
         path = folder / _CHECKPOINT
         if not path.exists():
             return
-        try:
-            with safe_open(path, framework="pt") as held:
-                facts = held.metadata() or {}
-                if facts.get("training") != self.key:
-                    raise StoreError(
-                        f"expected a checkpoint of this training ({self.key}), got {str(path)!r} of another ({facts.get('training')}): "
-                        "other texts, doses, recipe or base model. Choose another folder, or delete it."
-                    )
-                names = set(held.keys())
-                with torch.no_grad():
-                    for index, (name, parameter) in enumerate(self.parameters.items()):
-                        parameter.copy_(held.get_tensor(f"weight.{name}"))
-                        parts = {
-                            key: held.get_tensor(f"{key}.{index}")
-                            for key in ("step", "exp_avg", "exp_avg_sq")
-                            if f"{key}.{index}" in names
-                        }
-                        # AdamW's own counter stays on the CPU unless it is fused.
-                        self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in parts.items()}
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"expected a checkpoint in {str(path)!r}, got: {error}. Delete it to begin anew.") from error
-        self.step = int(facts["step"])
-        self.history = _numbers(json.loads(facts["history"]))
+        with _KIND.tensors(path) as (held, facts):
+            if facts.get("training") != self.key:
+                raise StoreError(
+                    f"expected a checkpoint of this training ({self.key}), got {str(path)!r} of another ({facts.get('training')}): "
+                    "other texts, doses, recipe or base model. Choose another folder, or delete it."
+                )
+            step, history = int(facts["step"]), _numbers(json.loads(facts["history"]))
+            if [record["step"] for record in history] != list(range(step)):
+                raise ValueError(f"a history of {len(history)} steps at step {step}")
+            names = set(held.keys())
+            with torch.no_grad():
+                for index, (name, parameter) in enumerate(self.parameters.items()):
+                    parameter.copy_(held.get_tensor(f"weight.{name}"))
+                    parts = {
+                        key: held.get_tensor(f"{key}.{index}")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"{key}.{index}" in names
+                    }
+                    # AdamW's own counter stays on the CPU unless it is fused.
+                    self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in parts.items()}
+        self.step, self.history = step, history

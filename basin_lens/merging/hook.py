@@ -1,7 +1,6 @@
 """Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,17 +11,18 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from basin_lens import model as door
+from basin_lens import records
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
 
-_FORMAT = "basin_lens token merger 1"
+_KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
+_FIELDS = {"options": dict, "base": str, "calibrated": bool, "facts": dict}
 _WEIGHTS, _RECORD = "merger", "merger.json"
 
 
@@ -393,14 +393,12 @@ class TokenMerger(nn.Module):
         target = Path(folder)
         held = save({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()})
         weights = f"{_WEIGHTS}-{hashlib.blake2b(held, digest_size=8).hexdigest()}.safetensors"
-        record = {
-            "format": _FORMAT, "weights": weights, "options": self.options.plain(), "base": self.base, "calibrated": self.calibrated,
-            "facts": self.facts,
-        }  # fmt: skip
+        facts = {"options": self.options.plain(), "base": self.base, "calibrated": self.calibrated, "facts": self.facts}
+        record = _KIND.record(facts, {weights: records.digest(held)}, indent=1)
         try:
             target.mkdir(parents=True, exist_ok=True)
             # The record goes last: it names its weights, so that until then the folder is the old merger.
-            for name, content in ((weights, held), (_RECORD, json.dumps(record, indent=1).encode())):
+            for name, content in ((weights, held), (_RECORD, record)):
                 (target / f".{name}").write_bytes(content)
                 os.replace(target / f".{name}", target / name)
             for old in target.glob(f"*{_WEIGHTS}-*.safetensors"):
@@ -422,28 +420,19 @@ class TokenMerger(nn.Module):
             the merger, which computes what the saved one did.
 
         Raises:
-            StoreError: nothing there, damaged, or of another version. MergeError: another model.
+            StoreError: nothing there, not as it was saved, or of another version. MergeError: another model.
         """
         path = Path(folder)
-        try:
-            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"expected {_RECORD} in {str(path)!r}, got: {error}.") from error
-        if not isinstance(record, dict) or record.get("format") != _FORMAT or "base" not in record:
-            raise StoreError(
-                f"expected {_FORMAT!r} in {str(path / _RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
-            )
+        record = _KIND.read(path / _RECORD, _FIELDS)
         if record["base"] != door.fingerprint(model):
             raise MergeError(
                 f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "
                 f"({door.fingerprint(model)}). Load that model."
             )
-        try:
-            held = load_file(path / Path(record["weights"]).name)
+        with _KIND.reading(path):
+            ((weights, listed),) = record["files"].items()
+            held = load_file(_KIND.check(path, weights, listed))
             merger = cls(**record["options"]).prepare(model)
             merger.load_state_dict(held)
-            merger.calibrated, merger.facts = bool(record["calibrated"]), dict(record["facts"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise StoreError(f"expected a merger in {str(path)!r}, got a damaged one: {type(error).__name__}: {reason}") from error
+            merger.calibrated, merger.facts = record["calibrated"], record["facts"]
         return merger

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,20 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
+from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
 
 _CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+_KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
 
 
 @dataclass(frozen=True)
@@ -364,11 +366,12 @@ class _Run:
                 held[f"{key}/{name}"] = value.detach().cpu().contiguous()
         facts = {
             "training": self.key, "step": str(self.step), "target": repr(self.target), "history": json.dumps(self.history),
-            "parachute": json.dumps(asdict(self.parachute)),
+            "parachute": json.dumps(asdict(self.parachute)), "format": _KIND.format, "seal": records.OPEN_SEAL,
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(held, folder / f".{_CHECKPOINT}", facts)
+            records.seal_file(folder / f".{_CHECKPOINT}")
             os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
@@ -381,31 +384,38 @@ class _Run:
         """
         path = folder / _CHECKPOINT
         if path.exists():
-            try:
-                with safe_open(path, framework="pt") as held:
-                    facts = held.metadata() or {}
-                    if facts.get("training") != self.key:
-                        raise StoreError(
-                            f"expected a checkpoint of this training ({self.key}), got {str(path)!r} of another "
-                            f"({facts.get('training')}): other texts, "
-                            "options or base model. Choose another folder, or delete it."
-                        )
-                    names = set(held.keys())
-                    with torch.no_grad():
-                        for name, parameter in self._named().items():
-                            parameter.copy_(held.get_tensor(f"value/{name}"))
-                            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in names]
-                            if keys:
-                                self.optimizer.state[parameter] = {
-                                    k: held.get_tensor(f"{k}/{name}").to(parameter.device) for k in keys
-                                }
-                                self.optimizer.state[parameter]["step"] = held.get_tensor(f"step/{name}")
-            except (OSError, SafetensorError) as error:
-                raise StoreError(f"expected a checkpoint in {str(path)!r}, got: {error}. Delete it to begin anew.") from error
-            self.step, self.target = int(facts["step"]), float(facts["target"])
-            self.history = json.loads(facts["history"])
-            self.parachute = Parachute(**json.loads(facts["parachute"]))
+            with _KIND.tensors(path) as (held, facts):
+                if facts.get("training") != self.key:
+                    raise StoreError(
+                        f"expected a checkpoint of this training ({self.key}), got {str(path)!r} of another "
+                        f"({facts.get('training')}): other texts, options or base model. Choose another folder, or delete it."
+                    )
+                self._take_up(held, facts)
         _rewrite(folder, self.history)
+
+    def _take_up(self, held: Any, facts: Mapping[str, str]) -> None:
+        """Go on from a checkpoint that is open; nothing is changed by one that does not fit.
+
+        Raises:
+            ValueError, KeyError, TypeError, SafetensorError: it does not.
+        """
+        names, named = set(held.keys()), self._named()
+        step, target, history = int(facts["step"]), float(facts["target"]), json.loads(facts["history"])
+        parachute = Parachute(**json.loads(facts["parachute"]))
+        if len(history) != step or [row["step"] for row in history] != list(range(1, step + 1)):
+            raise ValueError(f"a history of {len(history)} steps at step {step}")
+        keys = {name: [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in names] for name in named}
+        for name, parameter in named.items():
+            for key in ("value", *(k for k in keys[name] if k != "step")):
+                if tuple(held.get_slice(f"{key}/{name}").get_shape()) != tuple(parameter.shape):
+                    raise ValueError(f"{key} of {name} in another shape")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(held.get_tensor(f"value/{name}"))
+                if keys[name]:
+                    self.optimizer.state[parameter] = {k: held.get_tensor(f"{k}/{name}").to(parameter.device) for k in keys[name]}
+                    self.optimizer.state[parameter]["step"] = held.get_tensor(f"step/{name}")
+        self.step, self.target, self.history, self.parachute = step, target, history, parachute
 
 
 class _Frozen:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from basin_lens import records
 from basin_lens.errors import ModelError, StoreError
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 
-_FORMAT = "basin_lens tuned model 1"
+_KIND = records.Kind("a tuned model", "basin_lens tuned model 2", "Tune the model again.", ModelError)
+_FIELDS = {"name": str, "fingerprint": str, "kind": str, "dtype": str, "base": dict, "facts": dict}
+_BASE = {"name": str, "fingerprint": str, "source": (dict, None)}
 _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
 
 
@@ -70,7 +72,7 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     """
     target = Path(folder)
     record = {
-        "format": _FORMAT, "name": full_name(model), "fingerprint": fingerprint(model), "kind": kind_of(model),
+        "name": full_name(model), "fingerprint": fingerprint(model), "kind": kind_of(model),
         "dtype": str(next(iter(parameters_of(model).values())).dtype).removeprefix("torch."),
         "base": {"name": full_name(base), "fingerprint": fingerprint(base), "source": source_of(base)}, "facts": dict(facts),
     }  # fmt: skip
@@ -78,47 +80,68 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     try:
         target.mkdir(parents=True, exist_ok=True)
         # The record is written last: without it, the folder is no model.
-        for name, write in (
-            (_WEIGHTS, lambda path: save_file(weights, path)),
-            (_FACTS, lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8")),
-        ):
-            write(target / f".{name}")
-            os.replace(target / f".{name}", target / name)
+        save_file(weights, target / f".{_WEIGHTS}")
+        content = _KIND.record(record, {_WEIGHTS: records.digest(target / f".{_WEIGHTS}")}, indent=1)
+        os.replace(target / f".{_WEIGHTS}", target / _WEIGHTS)
+        (target / f".{_FACTS}").write_bytes(content)
+        os.replace(target / f".{_FACTS}", target / _FACTS)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
     return target
 
 
 def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record of a tuned model: `name`, `fingerprint`, `kind`, `dtype`, `base`, `facts`.
+    """The record of a tuned model: `name`, `fingerprint`, `kind`, `dtype`, `base`, `facts`, `files`; its weights are proven to be its own.
 
     Raises:
-        ModelError: no such record, or another format.
+        ModelError: no such record, another version's, or a folder that is not as it was saved.
     """
-    path = Path(folder) / _FACTS
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"expected a tuned model's folder with {_FACTS}, got {str(folder)!r}: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise ModelError(f"expected {_FORMAT!r} in {str(path)!r}, got {str(record)[:60]!r}. Was it written by another version?")
+    path = Path(folder)
+    record = _KIND.read(path / _FACTS, _FIELDS)
+    with _KIND.reading(path):
+        records.fields(record["base"], _BASE)
+        if record["base"]["source"] is not None:
+            records.fields(record["base"]["source"], {"name_or_path": str, "kind": str})
+        if not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
+            raise ValueError(f"the number format {record['dtype']!r}")
+        _KIND.check(path, _WEIGHTS, record["files"][_WEIGHTS])
     return record
+
+
+def base_source(folder: Path) -> dict[str, str]:
+    """What `load_model` was asked for when it loaded the base of a tuned model, and of its base, if that is a tuned one.
+
+    Raises:
+        ModelError: a base that came from elsewhere, or one that is, in the end, the model itself.
+    """
+    first, seen = None, set()
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        base = tuned_facts(folder)["base"]
+        if base["source"] is None:
+            raise ModelError(
+                f"expected a tuned model whose base load_model can load, got {str(folder)!r}, made from {base['name']!r}, which was "
+                "handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
+            )
+        first = first or base["source"]
+        folder = Path(base["source"]["name_or_path"])
+        if not is_tuned_folder(folder):
+            return first
+    raise _KIND.refusal(folder, "one that is, over its own base, its own base: the folder was replaced by a model made from it")
 
 
 def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
     """A copy of `base` with the weights of a tuned model's folder.
 
     Raises:
-        ModelError: weights of another model, or a function other than the one that was saved.
+        ModelError: weights of another model, a function other than the one that was saved, or a folder that is not as it was saved.
     """
     record = tuned_facts(folder)
-    try:
+    with _KIND.reading(folder):
         weights = load_file(Path(folder) / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"expected {_WEIGHTS} in {str(folder)!r}, got: {error}. Tune the model again.") from error
     model = copy_of(base)
     own = parameters_of(model)
-    if {name: tuple(p.shape) for name, p in own.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
+    if {name: (p.shape, p.dtype) for name, p in own.items()} != {name: (w.shape, w.dtype) for name, w in weights.items()}:
         raise ModelError(
             f"expected weights for {full_name(base)}, got those of {record['name']}, which has other parameters. Load its base model."
         )

@@ -1,6 +1,5 @@
 """What a study gives back, and how it is kept: tables, figures, one report."""
 
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from basin_lens import stats, tables
 from basin_lens.errors import StoreError, StudyError, TableError
-from basin_lens.studies.kept import records, refuse_folder
+from basin_lens.studies.kept import KIND, records, refuse_folder
 from basin_lens.studies.measured import FEWEST_DOCUMENTS, Measured
 from basin_lens.views import Report, Section, study_page
 from basin_lens.views.marks import unit_of
@@ -125,7 +124,7 @@ class Study:
         for name, figure in self.figures.items():
             figure.savefig(folder / "figures" / f"{name}.png", dpi=200)
             figure.savefig(folder / "figures" / f"{name}.pdf")
-        (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1, allow_nan=False), encoding="utf-8")
+        (folder / "results.json").write_bytes(KIND.record(self.as_json(), {}, indent=1, allow_nan=False))
         self.report().save(folder / "report.html")
 
     def as_json(self) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """A study's folder: whose it is, and what was written to it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from basin_lens import records as kept
 from basin_lens.errors import StoreError
+
+KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
+_FIELDS: dict[str, Any] = {
+    "study": str, "title": str, "about": [str], "hypothesis": str, "decision": str, "verdict": [str], "findings": [dict],
+    "red_flags": (list, None), "not_tested": [str], "tables": [str], "figures": [str], "provenance": dict,
+}  # fmt: skip
 
 
 def refuse_folder(target: Path, name: str) -> None:
@@ -28,8 +34,8 @@ def refuse_folder(target: Path, name: str) -> None:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error
     if before is not None and before["study"] == name:
         held -= {"results.json", "report.html", "tables/tokens.parquet"}
-        held -= {f"tables/{table}{end}" for table in before.get("tables", []) for end in (".parquet", ".csv")}
-        held -= {f"figures/{figure}{end}" for figure in before.get("figures", []) for end in (".png", ".pdf")}
+        held -= {f"tables/{table}{end}" for table in before["tables"] for end in (".parquet", ".csv")}
+        held -= {f"figures/{figure}{end}" for figure in before["figures"] for end in (".png", ".pdf")}
     if held:
         raise StoreError(f"expected an empty folder or an earlier {name} study, got {str(target)!r} with {min(held)!r} in it.")
 
@@ -38,16 +44,14 @@ def read_results(folder: Path) -> dict[str, Any]:
     """What `Study.save` wrote to `results.json`.
 
     Raises:
-        StoreError: no such file, or not a study's.
+        StoreError: no such file, not a study's, not as it was written, or of an earlier version.
     """
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"expected a study's folder with results.json, got {str(folder)!r}: {error}. Run the study first."
-        ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("study"), str):
-        raise StoreError(f"expected a study's results.json in {str(folder)!r}, got another file of that name. Run the study first.")
+    found = KIND.read(folder / "results.json", _FIELDS)
+    with KIND.reading(folder):
+        kept.fields({"flags": found["red_flags"] or []}, {"flags": [dict]})
+        if not found["verdict"]:
+            raise ValueError("a study without a verdict")
+    del found["files"]
     return found
 
 
