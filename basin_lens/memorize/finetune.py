@@ -193,7 +193,9 @@ def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
             f"expected a model of this training ({plan['training']}), got {str(folder)!r} of another ({facts.get('training')}): other texts, "
             "doses, recipe or base model. Choose another folder, or delete it."
         )
-    return Tuned(door.put_tuned(model, folder), model, tuple(_numbers(history)), plan)
+    with _KIND.reading(folder):
+        told = tuple(_numbers(history))
+    return Tuned(door.put_tuned(model, folder), model, told, plan)
 
 
 def _plain(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
