@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basin_lens import merging
+from basin_lens import merging, records
 from basin_lens import model as door
 from basin_lens.errors import MergeError, ModelError, StoreError
 from basin_lens.merging import Assigned, Clusters, TokenMerger, merge, passes
@@ -825,21 +826,27 @@ def test_an_interrupted_save_leaves_the_old_one(tiny, tmp_path, monkeypatch):
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]) == 1
 
 
+def sealed_anew(path, text: str) -> None:
+    """As if it had been written so: else its digest alone would tell."""
+    path.write_bytes(records.seal(re.sub("(?<=sha256:)[0-9a-f]{64}", "0" * 64, text).encode()))
+
+
 def rewritten(old: str, new: str):
-    return lambda record: record.write_text(record.read_text().replace(old, new))
+    return lambda record: sealed_anew(record, record.read_text().replace(old, new))
 
 
 def without(key: str):
-    return lambda record: record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != key}))
+    return lambda record: sealed_anew(record, json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != key}))
 
 
 DAMAGES = {
     "no record": ("*.json", lambda path: path.unlink()), "no weights": ("*.safetensors", lambda path: path.unlink()),
     "cut weights": ("*.safetensors", lambda path: path.write_bytes(path.read_bytes()[:90])),
     "no JSON": ("*.json", lambda path: path.write_text("{")), "a list": ("*.json", lambda path: path.write_text("[]")),
-    "newer": ("*.json", rewritten("merger 1", "merger 2")), "bad option": ("*.json", rewritten('"recent": 2', '"recent": -2')),
+    "newer": ("*.json", rewritten("merger 2", "merger 3")), "bad option": ("*.json", rewritten('"recent": 2', '"recent": -2')),
+    "edited": ("*.json", lambda path: path.write_text(path.read_text().replace('"recent": 2', '"recent": 3'))),
     "other shape": ("*.json", rewritten('"projection": 6', '"projection": 5')),
-    **{f"without {key}": ("*.json", without(key)) for key in ("base", "options", "weights", "facts")},
+    **{f"without {key}": ("*.json", without(key)) for key in ("base", "options", "files", "facts", "calibrated")},
 }  # fmt: skip
 
 

@@ -1676,6 +1676,7 @@ def test_results_are_strict_json(saved, deep, important, spoken, sturdy, summary
         raise AssertionError(constant)
 
     held = json.loads((saved / "layers" / "results.json").read_text(), parse_constant=strict)
+    assert held.pop("format") == "basin_lens study 1" and held.pop("seal") and held.pop("files") == {}
     assert held == json.loads(json.dumps(deep.as_json()))
     for study in (deep, important, spoken, sturdy[1], summary):
         made = json.loads(json.dumps(study.as_json(), allow_nan=False))
@@ -1775,7 +1776,7 @@ def test_folders_of_others_are_refused(saved, deep, tmp_path):
 def test_files_beside_an_earlier_study_are_kept(deep, tmp_path, monkeypatch):
     target = tmp_path / "study"
     target.mkdir()
-    (target / "results.json").write_text('{"study": "layers"}')
+    (target / "results.json").write_bytes(base.KIND.record(deep.as_json(), {}))
     (target / "notes.md").write_text("mine")
     monkeypatch.setattr(base.Study, "_write", lambda _self, folder: folder.mkdir())
     with pytest.raises(StoreError, match=r"notes.md"):
