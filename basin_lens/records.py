@@ -145,6 +145,13 @@ class Kind:
             if not whole:
                 raise self.refusal(path, "one that was changed after it was written: its digest is of another content")
 
+    def write_tensors(self, path: Path, tensors: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+        """A sealed safetensors file of its own; `facts` are its metadata."""
+        from safetensors.torch import save_file  # brings torch, which a table does without
+
+        save_file(dict(tensors), path, {**facts, "format": self.format, "seal": OPEN_SEAL})
+        seal_file(path)
+
     @contextmanager
     def tensors(self, path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
         """A sealed safetensors file, open, and its metadata; what fails inside is a refusal.
@@ -156,7 +163,10 @@ class Kind:
             with path.open("rb") as file:
                 self.check_sealed(file, path)
             with safe_open(path, framework="pt") as held:
-                yield held, held.metadata() or {}
+                facts = held.metadata() or {}
+                if facts.get("format") != self.format:
+                    raise self.refusal(path, f"a file of format {_short(facts.get('format'))}, not {self.format!r}")
+                yield held, facts
 
 
 def digest(content: bytes | Path) -> dict[str, Any]:

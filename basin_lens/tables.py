@@ -252,13 +252,13 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         StoreError: no such file, one that was changed since, or one without provenance or digest (of another program, or an earlier version).
     """
+    import pyarrow
     import pyarrow.parquet
 
     with _KIND.reading(path):
-        content = io.BytesIO(Path(path).read_bytes())
-        _KIND.check_sealed(content, path)
-        content.seek(0)
-        arrow = pyarrow.parquet.read_table(content)
+        content = Path(path).read_bytes()
+        _KIND.check_sealed(io.BytesIO(content), path)
+        arrow = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
         facts = json.loads((arrow.schema.metadata or {})[_METADATA])
         records.fields(facts, dict.fromkeys(facts, dict))
         table = arrow.to_pandas()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -321,14 +320,10 @@ class _Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 held[f"{key}.{index}"] = value.detach().cpu().contiguous()
         # Safetensors keeps strings beside the tensors.
-        facts = {
-            "training": self.key, "step": str(self.step), "history": json.dumps(_plain(self.history)), "format": _KIND.format,
-            "seal": records.OPEN_SEAL,
-        }  # fmt: skip
+        facts = {"training": self.key, "step": str(self.step), "history": json.dumps(_plain(self.history))}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(held, folder / f".{_CHECKPOINT}", facts)
-            records.seal_file(folder / f".{_CHECKPOINT}")
+            _KIND.write_tensors(folder / f".{_CHECKPOINT}", held, facts)
             os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
         except (OSError, SafetensorError) as error:
             raise StoreError(

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -366,12 +365,11 @@ class _Run:
                 held[f"{key}/{name}"] = value.detach().cpu().contiguous()
         facts = {
             "training": self.key, "step": str(self.step), "target": repr(self.target), "history": json.dumps(self.history),
-            "parachute": json.dumps(asdict(self.parachute)), "format": _KIND.format, "seal": records.OPEN_SEAL,
+            "parachute": json.dumps(asdict(self.parachute)),
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(held, folder / f".{_CHECKPOINT}", facts)
-            records.seal_file(folder / f".{_CHECKPOINT}")
+            _KIND.write_tensors(folder / f".{_CHECKPOINT}", held, facts)
             os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error

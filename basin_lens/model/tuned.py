@@ -104,8 +104,18 @@ def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
             records.fields(record["base"]["source"], {"name_or_path": str, "kind": str})
         if not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
             raise ValueError(f"the number format {record['dtype']!r}")
-        _KIND.check(path, _WEIGHTS, record["files"][_WEIGHTS])
+        _weights_in(path, record)
     return record
+
+
+def _weights_in(folder: Path, record: Mapping[str, Any]) -> Path:
+    """The one file that the record lists, proven.
+
+    Raises:
+        ModelError, ValueError: it is not as it was saved, or not one.
+    """
+    ((name, facts),) = record["files"].items()
+    return _KIND.check(folder, name, facts)
 
 
 def base_source(folder: Path) -> dict[str, str]:
@@ -138,7 +148,7 @@ def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
     """
     record = tuned_facts(folder)
     with _KIND.reading(folder):
-        weights = load_file(Path(folder) / _WEIGHTS)
+        weights = load_file(_weights_in(Path(folder), record))
     model = copy_of(base)
     own = parameters_of(model)
     if {name: (p.shape, p.dtype) for name, p in own.items()} != {name: (w.shape, w.dtype) for name, w in weights.items()}:
