@@ -224,16 +224,18 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
     place = Path(target)
     if not replace and os.path.lexists(place):
         raise StoreError(f"expected a new folder, got {str(place)!r}, which exists. Choose another name or delete it.")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        holder = scratch(place)
-        folder = holder.__enter__()
-    except OSError as error:
-        raise StoreError(f"expected a folder that can be written, got {str(place)!r}: {error.strerror}. Choose another.") from error
+    if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
+        raise StoreError(f"expected a folder that can be written, got {str(place)!r}, which is a file or a link. Choose another.")
     with contextlib.ExitStack() as stack:
-        stack.push(holder)
-        new = folder / _NEW
-        new.mkdir()
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch(place))
+            new = folder / _NEW
+            new.mkdir()
+        except OSError as error:
+            raise StoreError(
+                f"expected a folder that can be written, got {str(place)!r}: {error.strerror}. Choose another."
+            ) from error
         yield new
         if check is not None:
             check(place)
@@ -281,6 +283,7 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
     if target in held:
         yield target
         return
+    clear_leavings(target.parent)
     made = [part for part in (target, *target.parents) if not part.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)

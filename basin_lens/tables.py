@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens.errors import StoreError, TableError
+from basin_lens.files import write_file
 
 KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
 _METADATA = b"basin_lens.provenance"
@@ -217,12 +217,7 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
     facts = json.dumps(provenance(table)).encode()
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), _METADATA: facts})
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            pyarrow.parquet.write_table(arrow, Path(folder) / "table")
-            os.replace(Path(folder) / "table", target)
-    except OSError as error:
-        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+    write_file(target, lambda path: pyarrow.parquet.write_table(arrow, path))
 
 
 def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
@@ -231,13 +226,7 @@ def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     Raises:
         StoreError: the place cannot be written.
     """
-    target = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            table.to_csv(Path(folder) / "table", index=False)
-            os.replace(Path(folder) / "table", target)
-    except OSError as error:
-        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+    write_file(path, lambda place: table.to_csv(place, index=False, compression=None))
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:

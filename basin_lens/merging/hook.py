@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from basin_lens import model as door
 from basin_lens.errors import MergeError, StoreError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
 
 _FORMAT = "basin_lens token merger 1"
-_WEIGHTS, _RECORD = "merger", "merger.json"
+_WEIGHTS, RECORD = "merger", "merger.json"
 
 
 class TokenMerger(nn.Module):
@@ -398,14 +399,13 @@ class TokenMerger(nn.Module):
             "facts": self.facts,
         }  # fmt: skip
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            # The record goes last: it names its weights, so that until then the folder is the old merger.
-            for name, content in ((weights, held), (_RECORD, json.dumps(record, indent=1).encode())):
-                (target / f".{name}").write_bytes(content)
-                os.replace(target / f".{name}", target / name)
-            for old in target.glob(f"*{_WEIGHTS}-*.safetensors"):
-                if old.name != weights:
-                    old.unlink()
+            with lock_folder(target):
+                # The record goes last: it names its weights, so that until then the folder is the old merger.
+                write_file(target / weights, held)
+                write_file(target / RECORD, json.dumps(record, indent=1))
+                for old in target.glob(f"{_WEIGHTS}-*.safetensors"):
+                    if old.name != weights:
+                        old.unlink()
         except OSError as error:
             raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
         return target
@@ -426,12 +426,12 @@ class TokenMerger(nn.Module):
         """
         path = Path(folder)
         try:
-            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StoreError(f"expected {_RECORD} in {str(path)!r}, got: {error}.") from error
+            raise StoreError(f"expected {RECORD} in {str(path)!r}, got: {error}.") from error
         if not isinstance(record, dict) or record.get("format") != _FORMAT or "base" not in record:
             raise StoreError(
-                f"expected {_FORMAT!r} in {str(path / _RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
+                f"expected {_FORMAT!r} in {str(path / RECORD)!r}, got {str(record)[:60]!r}. Was it written by another version?"
             )
         if record["base"] != door.fingerprint(model):
             raise MergeError(

@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from basin_lens.errors import ModelError, StoreError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 
 _FORMAT = "basin_lens tuned model 1"
 _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
+_OTHER = "weights-2.safetensors"  # beside an earlier model's, until the record names it
 
 
 def copy_of(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -61,7 +63,7 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
 
     Args:
         model: the tuned model.
-        folder: made if it is not there; an earlier tuned model in it is replaced.
+        folder: made if it is not there; an earlier tuned model in it stays whole until the new one is.
         base: the model that it was a copy of.
         facts: plain JSON: how it was tuned.
 
@@ -76,17 +78,26 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     }  # fmt: skip
     weights = {name: value.detach().cpu().contiguous() for name, value in parameters_of(model).items()}
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # The record is written last: without it, the folder is no model.
-        for name, write in (
-            (_WEIGHTS, lambda path: save_file(weights, path)),
-            (_FACTS, lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8")),
-        ):
-            write(target / f".{name}")
-            os.replace(target / f".{name}", target / name)
+        with lock_folder(target):
+            chosen = _OTHER if is_tuned_folder(target) and _weights_of(target).name == _WEIGHTS else _WEIGHTS
+            record["weights"] = chosen
+            # The record is written last: without it, the folder is no model, and until then it is the earlier one.
+            write_file(target / chosen, lambda path: save_file(weights, path))
+            write_file(target / _FACTS, json.dumps(record, indent=1))
+            for name in {_WEIGHTS, _OTHER} - {chosen}:
+                (target / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
     return target
+
+
+def _weights_of(folder: Path) -> Path:
+    """The file that the record names; earlier versions had one name for all."""
+    try:
+        named = json.loads((folder / _FACTS).read_text(encoding="utf-8")).get("weights", _WEIGHTS)
+    except (OSError, ValueError, AttributeError):  # a damaged record: nothing to keep
+        named = _OTHER
+    return folder / (_OTHER if named == _OTHER else _WEIGHTS)
 
 
 def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
     """
     record = tuned_facts(folder)
     try:
-        weights = load_file(Path(folder) / _WEIGHTS)
+        weights = load_file(_weights_of(Path(folder)))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"expected {_WEIGHTS} in {str(folder)!r}, got: {error}. Tune the model again.") from error
     model = copy_of(base)

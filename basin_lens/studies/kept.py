@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens.errors import StoreError
+from basin_lens.files import clear_leavings, is_lock
 
 
 def refuse_folder(target: Path, name: str) -> None:
@@ -17,12 +18,15 @@ def refuse_folder(target: Path, name: str) -> None:
         StoreError: see there.
     """
     target = target.resolve()
+    for folder in (target.parent, target):
+        clear_leavings(folder)
     if not target.exists():
         return
     if target == Path.cwd():
         raise StoreError(f"expected a folder for the study, got {str(target)!r}, in which you stand. Name one in it.")
     try:
         held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        held = {name for name in held if not is_lock(name)}
         before = read_results(target) if "results.json" in held else None
     except OSError as error:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error
