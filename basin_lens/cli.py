@@ -1,12 +1,16 @@
 """The command line: `basin-lens demo | analyze | study | info`, and what `cli_codec.py` and `cli_merge.py` add."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from basin_lens import __version__, cli_codec, cli_merge
+from basin_lens import files as writing
+from basin_lens.cli_signals import EndedError, ends_in_order
 from basin_lens.errors import BasinLensError, StoreError
 
 app = typer.Typer(
@@ -39,8 +43,8 @@ def demo(out: Out = Path("basin-lens-demo"), layers: Layers = None, k: K = 15, s
     """
     from basin_lens.texts import reference_passages
 
-    _prepare(out)
-    _run(_load("smollm2-135m"), list(reference_passages()), out, layers=layers, k=k, seed=seed, max_length=256, bank=None)
+    with _prepared(out):
+        _run(_load("smollm2-135m"), list(reference_passages()), out, layers=layers, k=k, seed=seed, max_length=256, bank=None)
 
 
 @app.command()
@@ -64,8 +68,8 @@ def analyze(
     from basin_lens.texts import read_file
 
     passages = [read_file(file) for file in files]
-    _prepare(out)
-    _run(_load(model), passages, out, layers=layers, k=k, seed=seed, max_length=max_length, bank=bank)
+    with _prepared(out):
+        _run(_load(model), passages, out, layers=layers, k=k, seed=seed, max_length=max_length, bank=bank)
 
 
 @app.command()
@@ -165,7 +169,8 @@ def study(
     files = files or []
     if name == "summary":
         refuse_folder(out, "summary")
-        _told(studies.summarize(list(files)), out)
+        with writing.lock_folder(out):
+            _told(studies.summarize(list(files)), out)
         return
     if name == "memorization":
         idle = {
@@ -185,31 +190,32 @@ def study(
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
         refuse_folder(out / one if name == "all" else out, one)
-    asked, chosen = _contrast(contrast), "all" if layers == "all" else _layers(layers)
-    passages = _passages(files, dataset, config, split, max_sequences)
-    check = refusals(tagger, "mean", sentiment) if "linguistic" in names else None
-    refuse_options(passages, context=context, unit=cluster, sentiment=sentiment, tagger=tagger)
-    merging: dict[str, Any] = {"tokens_per_sequence": tokens_per_sequence, "window": window}
-    mergeability.check_settings(**merging)
-    loaded = _load(model)
-    if name == "mergeability":
-        check = mergeability.refusals(loaded, unit=cluster, **merging)
-    other = _load(second_model) if second_model is not None else None
-    how: Any = context  # refused above if it is none
-    measured = studies.measure(
-        loaded, passages, studies=names, layers=chosen, k=k, context=how, bank=bank, exclude=exclude, unit=cluster, contrast=asked,
-        max_sequences=max_sequences, max_length=max_length, seed=seed, check=check,
-    )  # fmt: skip
-    own: dict[str, dict[str, Any]] = {
-        "linguistic": {"tagger": tagger, "sentiment": sentiment},
-        "robustness": {"second_model": other},
-        "mergeability": {**merging, "seed": seed},
-    }
-    for one in names:
-        made = getattr(studies, f"study_{one}")(loaded, measured, **own.get(one, {}))
-        _told(made, out / one if name == "all" else out)
-    if name == "all":
-        _told(studies.summarize([out / one for one in names]), out / "summary")
+    with writing.lock_folder(out):
+        asked, chosen = _contrast(contrast), "all" if layers == "all" else _layers(layers)
+        passages = _passages(files, dataset, config, split, max_sequences)
+        check = refusals(tagger, "mean", sentiment) if "linguistic" in names else None
+        refuse_options(passages, context=context, unit=cluster, sentiment=sentiment, tagger=tagger)
+        merging: dict[str, Any] = {"tokens_per_sequence": tokens_per_sequence, "window": window}
+        mergeability.check_settings(**merging)
+        loaded = _load(model)
+        if name == "mergeability":
+            check = mergeability.refusals(loaded, unit=cluster, **merging)
+        other = _load(second_model) if second_model is not None else None
+        how: Any = context  # refused above if it is none
+        measured = studies.measure(
+            loaded, passages, studies=names, layers=chosen, k=k, context=how, bank=bank, exclude=exclude, unit=cluster, contrast=asked,
+            max_sequences=max_sequences, max_length=max_length, seed=seed, check=check,
+        )  # fmt: skip
+        own: dict[str, dict[str, Any]] = {
+            "linguistic": {"tagger": tagger, "sentiment": sentiment},
+            "robustness": {"second_model": other},
+            "mergeability": {**merging, "seed": seed},
+        }
+        for one in names:
+            made = getattr(studies, f"study_{one}")(loaded, measured, **own.get(one, {}))
+            _told(made, out / one if name == "all" else out)
+        if name == "all":
+            _told(studies.summarize([out / one for one in names]), out / "summary")
 
 
 def _memorization(
@@ -239,13 +245,15 @@ def _memorization(
         raise StudyError(f"expected design canaries or author, got {design!r}.")
     if design == "author" and not (texts and others):
         raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
-    _writable(folder)
-    loaded = _load(model)
-    for line in studies.describe(loaded, plan):
-        typer.echo(line)
-    kind: Any = design
-    made = studies.study_memorization(loaded, plan, design=kind, texts=texts, unrelated=others, paraphrases=known, folder=folder)
-    _told(made, out)
+    with writing.lock_folder(out), writing.lock_folder(folder):
+        loaded = _load(model)
+        for line in studies.describe(loaded, plan):
+            typer.echo(line)
+        kind: Any = design
+        made = studies.study_memorization(
+            loaded, plan, design=kind, texts=texts, unrelated=others, paraphrases=known, folder=folder
+        )
+        _told(made, out)
 
 
 @app.command()
@@ -271,17 +279,21 @@ def info() -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 1 for an error that we raise on purpose, 130 for an interruption."""
+    """Entry point: one line and exit code 1 for an error that we raise on purpose; 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP."""
     try:
-        # An interruption is raised by some versions of typer and answered with 130 by others.
-        if app(standalone_mode=False) == 130:
-            raise KeyboardInterrupt
+        with ends_in_order():
+            # An interruption is raised by some versions of typer and answered with 130 by others.
+            if app(standalone_mode=False) == 130:
+                raise KeyboardInterrupt
     except BasinLensError as error:
         typer.echo(f"basin-lens: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("basin-lens: interrupted", err=True)
         sys.exit(130)
+    except EndedError as ended:
+        typer.echo(f"basin-lens: ended by {ended}", err=True)
+        sys.exit(128 + ended.number)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
@@ -352,23 +364,18 @@ def _layers(text: str | None) -> list[int] | None:
     return chosen
 
 
-def _writable(folder: Path) -> None:
-    """Make a folder, and refuse one that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".basin-lens"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise StoreError(
-            f"expected an output folder that can be written, got {str(folder)!r}: {error.strerror}. Choose --out."
-        ) from error
+@contextmanager
+def _prepared(out: Path) -> Iterator[None]:
+    """Hold the folder for the results; one that cannot take them is refused before any long work."""
+    if out.resolve() == Path.cwd():
+        raise StoreError(f"expected a folder for the results, got {str(out)!r}, in which you stand. Name one in it with --out.")
+    with writing.lock_folder(out):
+        _refuse_others(out)
+        yield
 
 
-def _prepare(out: Path) -> None:
-    """Refuse a folder that cannot take the results before any long work."""
-    _writable(out)
-    others = sorted(path.name for path in out.iterdir() if path.name not in _FILES)
+def _refuse_others(out: Path) -> None:
+    others = sorted(path.name for path in out.iterdir() if path.name not in _FILES and not writing.is_lock(path.name))
     if others:
         raise StoreError(
             f"expected an empty folder or one of an earlier run, got {str(out)!r} with {others[0]!r} in it. Choose --out."
@@ -393,11 +400,11 @@ def _run(
     )  # fmt: skip
     summary = tables.layer_summary(run.table)
     facts = next(iter(tables.provenance(run.table).values()))
-    tables.save(run.table, out / "table.parquet")
-    tables.save_csv(summary, out / "summary.csv")
-    make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?").save(
-        out / "report.html"
-    )
+    report = make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?")
+    with writing.new_folder(out.resolve(), replace=True, check=_refuse_others) as folder:
+        tables.save(run.table, folder / "table.parquet")
+        tables.save_csv(summary, folder / "summary.csv")
+        report.save(folder / "report.html")
     _print_summary(summary, facts, out)
 
 

@@ -4,14 +4,14 @@ What is said goes to the error stream: the output stream may carry the file.
 """
 
 import io
-import os
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from basin_lens import files as writing
 from basin_lens.errors import CodecError, StoreError
 
 _SUFFIX = ".blz"
@@ -54,11 +54,12 @@ def compress(
     """
     from basin_lens.codec import TextCodec, read
 
-    target = _target(out or ("-" if file == "-" else file + _SUFFIX), force)
+    target = _target(out or ("-" if file == "-" else file + _SUFFIX), force, file)
+    _refuse_terminal(target)
     data = _read(file)
     codec = TextCodec(_load(model), method, backend, streams, context, progress=True)
     blob = codec.encode(data, verify=verify)
-    _write(blob, target, force)
+    _write(blob, target, force, file)
     made = read(blob)
     share = f", {8 * len(blob) / len(data):.3f} bits per byte" if data else ""
     _say(f"{len(data)} -> {len(blob)} bytes{share} (header {len(made.header())}); method {made.method}, back end {made.backend}")
@@ -83,11 +84,13 @@ def decompress(
 
     if out is None and file != "-" and not file.endswith(_SUFFIX):
         raise typer.BadParameter(f"expected a name that ends in {_SUFFIX}, or --out, got {file!r}.")
-    target = _target(out or ("-" if file == "-" else file.removesuffix(_SUFFIX)), force)
+    target = _target(out or ("-" if file == "-" else file.removesuffix(_SUFFIX)), force, file)
     blob = _read(file)
     found = read(blob)
     data = found.restored() if found.setting is None else TextCodec(_load(model), progress=True).decode(blob)
-    _write(data, target, force)
+    if not _is_text(data):
+        _refuse_terminal(target)
+    _write(data, target, force, file)
     _say(f"{len(blob)} -> {len(data)} bytes, SHA-256 as written")
 
 
@@ -144,35 +147,37 @@ def codec_bench(
     from basin_lens.views import size_bars
 
     texts = [(file, _read(file)) for file in files]
-    out.mkdir(parents=True, exist_ok=True)
-    targets = [_target(str(out / f"codec-bench.{kind}"), force) for kind in ("csv", "png")]
-    names = list(dict.fromkeys(models or ["smollm2-135m"]))
-    tables = []
-    for name in names:
-        loaded = _load(name)
-        for file, data in texts:
-            made = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file)
-            own = made["kind"] == "model"
-            # The general compressors know no model: once is enough.
-            tables.append(made.assign(model=own.map({True: name, False: ""}))[own | (name == names[0])])
-    table = pd.concat(tables, ignore_index=True)
-    if len(names) > 1:
-        table["coder"] = table["coder"] + table["model"].map(lambda name: f" ({name})" if name else "")
-    _write(table.to_csv(index=False).encode(), targets[0], force)
-    sizes = ["original_bytes", "bytes", "header_bytes"]
-    total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(files))
-    total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
-    drawn = io.BytesIO()
-    title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}; {', '.join(names)}"
-    size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
-    _write(drawn.getvalue(), targets[1], force)
-    wide = max(18, int(table["coder"].str.len().max()))
-    for row in table.to_dict("records"):
-        gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
-        size = (
-            row["note"] if pd.isna(row["bytes"]) else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
-        )
-        typer.echo(f"{row['file']}  {row['coder']:<{wide}} {size}")
+    with writing.lock_folder(out):
+        targets = [_target(str(out / f"codec-bench.{kind}"), force, *files) for kind in ("csv", "png")]
+        names = list(dict.fromkeys(models or ["smollm2-135m"]))
+        tables = []
+        for name in names:
+            loaded = _load(name)
+            for file, data in texts:
+                made = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file)
+                own = made["kind"] == "model"
+                # The general compressors know no model: once is enough.
+                tables.append(made.assign(model=own.map({True: name, False: ""}))[own | (name == names[0])])
+        table = pd.concat(tables, ignore_index=True)
+        if len(names) > 1:
+            table["coder"] = table["coder"] + table["model"].map(lambda name: f" ({name})" if name else "")
+        sizes = ["original_bytes", "bytes", "header_bytes"]
+        total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(files))
+        total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
+        drawn = io.BytesIO()
+        title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}; {', '.join(names)}"
+        size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
+        _write(drawn.getvalue(), targets[1], force, *files)
+        _write(table.to_csv(index=False).encode(), targets[0], force, *files)  # last: where it is, all is
+        wide = max(18, int(table["coder"].str.len().max()))
+        for row in table.to_dict("records"):
+            gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
+            size = (
+                row["note"]
+                if pd.isna(row["bytes"])
+                else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
+            )
+            typer.echo(f"{row['file']}  {row['coder']:<{wide}} {size}")
 
 
 def codec_view(
@@ -192,7 +197,7 @@ def codec_view(
     from basin_lens.model import full_name, vocabulary_size
     from basin_lens.views import code_page
 
-    target, data = _target(out, force), _read(file)
+    target, data = _target(out, force, file), _read(file)
     loaded = _load(model)
     codec = TextCodec(loaded, context=context)
     table = codec.ranks(data, k=k)
@@ -209,7 +214,7 @@ def codec_view(
     }  # fmt: skip
     page = code_page(table, title=f"What does each token of {file} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
                      zipf=shares / shares.sum())  # fmt: skip
-    _write(page.html.encode("utf-8"), target, force)
+    _write(page.html.encode("utf-8"), target, force, file)
     _say(f"{out}: {total / len(data):.3f} bits per byte, first choice right {(ranks == 0).mean():.1%}")
 
 
@@ -233,28 +238,37 @@ def _read(file: str) -> bytes:
         raise StoreError(f"expected a file that can be read, got {file!r}: {error.strerror}. Check the path.") from error
 
 
-def _target(out: str, force: bool) -> Path | None:
-    """Where to write, refused before any long work if it is there; None for the output stream."""
-    if out == "-":
-        return None
-    target = Path(out)
-    if target.is_dir() or (target.exists() and not force):
+def _target(out: str, force: bool, *inputs: str) -> Path | None:
+    """Where to write, refused before any long work if it is an input, or there without --force; None for the output stream."""
+    target = Path("/dev/stdout" if out == "-" else out)
+    if not force and target.exists() and not writing.is_stream(target):
         raise StoreError(f"expected an output that is not there yet, got {out!r}. Choose --out, or --force to replace a file.")
-    if not target.resolve().parent.is_dir():
-        raise StoreError(f"expected a folder to write into, got {str(target.parent)!r}. Make it first.")
-    return target
+    writing.check_file(target, inputs=_opened(inputs))
+    return None if out == "-" else target
 
 
-def _write(data: bytes, target: Path | None, force: bool) -> None:
-    """The whole file or none."""
+def _opened(inputs: Sequence[str]) -> list[str | int]:
+    """What is read: names, and the number of the input stream."""
+    return [0 if name == "-" else name for name in inputs]
+
+
+def _refuse_terminal(target: Path | None) -> None:
+    if writing.is_terminal("/dev/stdout" if target is None else target):
+        raise StoreError("expected a file or a pipe for bytes that are no text, got a terminal. Choose --out, or pipe them on.")
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return "\0" not in data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def _write(data: bytes, target: Path | None, force: bool, *inputs: str) -> None:
+    """The whole file or none, with the mode of what was read."""
     if target is None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
-    _target(str(target), force)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".basin-lens-") as folder:
-            (Path(folder) / "file").write_bytes(data)
-            os.replace(Path(folder) / "file", target)
-    except OSError as error:
-        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}. Choose --out.") from error
+    _target(str(target), force, *inputs)
+    writing.write_file(target, data, inputs=_opened(inputs), like=_opened(inputs)[0])

@@ -1,11 +1,11 @@
 """The command line of token merging: `basin-lens merge train | test | generate`."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from basin_lens import files as writing
 from basin_lens.errors import MergeError
 
 app = typer.Typer(
@@ -98,31 +98,37 @@ def train(
         steps=n_steps if steps is None else steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every,
         learning_rate=learning_rate, threshold_rate=threshold_rate, train_base=train_base, seed=seed,
     )  # fmt: skip
-    _writable(out)
-    loaded = _load(model)
-    chosen = _layers(layers, loaded)
-    merger = TokenMerger(
-        chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
-        projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
-        residual_width=residual_width, preserve=preserve, preserve_share=preserve_share, contrastive_weight=contrastive_weight,
-        margin=margin, floor=floor, recent=recent, seed=seed,
-    )  # fmt: skip
-    windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
-    held, own = _apart(windows, n_held)
-    typer.echo(
-        f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
-    )
-    first = own.tokens[: max(4, n_held)].to(device_of(loaded))
-    merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
-    made = train_merger(merger, loaded, own, held, training=training, folder=out)
-    last = made.history.iloc[-1]
-    typer.echo(
-        f"last step: excess {last.excess:+.3f} nats per token, {last.rate:.2f} of the tokens merged (target {last.target:.2f})"
-    )
-    if train_base:
-        typer.echo(f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}")
-    training_curves(made.history).savefig(out / "training.png", dpi=150)
-    typer.echo(f"wrote {out}")
+    with writing.lock_folder(out, MergeError):
+        _unfinished(out)
+        loaded = _load(model)
+        chosen = _layers(layers, loaded)
+        merger = TokenMerger(
+            chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
+            projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
+            residual_width=residual_width, preserve=preserve, preserve_share=preserve_share, contrastive_weight=contrastive_weight,
+            margin=margin, floor=floor, recent=recent, seed=seed,
+        )  # fmt: skip
+        windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
+        held, own = _apart(windows, n_held)
+        typer.echo(
+            f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
+        )
+        first = own.tokens[: max(4, n_held)].to(device_of(loaded))
+        merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
+
+        def also(made: Any) -> None:
+            writing.write_file(out / "training.png", lambda path: training_curves(made.history).savefig(path, dpi=150))
+
+        made = train_merger(merger, loaded, own, held, training=training, folder=out, also=also)
+        last = made.history.iloc[-1]
+        typer.echo(
+            f"last step: excess {last.excess:+.3f} nats per token, {last.rate:.2f} of the tokens merged (target {last.target:.2f})"
+        )
+        if train_base:
+            typer.echo(
+                f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}"
+            )
+        typer.echo(f"wrote {out}")
 
 
 @app.command("test")
@@ -153,7 +159,7 @@ def compare(
 
     from basin_lens import studies
     from basin_lens.merging import Setting, TokenMerger, windows_of
-    from basin_lens.merging.train import LOG
+    from basin_lens.merging.logs import LOG
     from basin_lens.studies.base import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
@@ -310,18 +316,15 @@ def _trained(run: Path) -> None:
         )
 
 
-def _writable(folder: Path) -> None:
-    """Before any long work: a folder that can be written and holds no finished merger."""
+def _unfinished(folder: Path) -> None:
+    """Before any long work: a folder that holds no finished merger."""
+    from basin_lens.merging.logs import clear_checkpoint
+
     if (folder / "merger.json").exists():
+        clear_checkpoint(folder)
         raise MergeError(
             f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose another, or delete it."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MergeError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
-    if not os.access(folder, os.W_OK):
-        raise MergeError(f"expected a folder that can be written, got {str(folder)!r}. Choose another.")
 
 
 def _load(name: str) -> Any:

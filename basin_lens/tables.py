@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from scipy import stats
 
 from basin_lens import records
 from basin_lens.errors import StoreError, TableError
+from basin_lens.files import write_file
 
 KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
 _METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
@@ -221,14 +221,13 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     facts = json.dumps(provenance(table)).encode()
     sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            # Page checksums are for other readers: the seal is of every byte.
-            pyarrow.parquet.write_table(arrow, Path(folder) / "table", write_page_checksum=True)
-            records.seal_file(Path(folder) / "table")
-            os.replace(Path(folder) / "table", target)
-    except OSError as error:
-        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+
+    def fill(path: Path) -> None:
+        # Page checksums are for other readers: the seal is of every byte.
+        pyarrow.parquet.write_table(arrow, path, write_page_checksum=True)
+        records.seal_file(path)
+
+    write_file(target, fill)
 
 
 def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
@@ -237,13 +236,7 @@ def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     Raises:
         StoreError: the place cannot be written.
     """
-    target = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            table.to_csv(Path(folder) / "table", index=False)
-            os.replace(Path(folder) / "table", target)
-    except OSError as error:
-        raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+    write_file(path, lambda place: table.to_csv(place, index=False, compression=None))
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:

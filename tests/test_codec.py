@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import random
 import re
 import struct
@@ -722,7 +723,7 @@ def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for where in ((lockstep, "_step"), (cli_codec.os, "replace")):
+    for where in ((lockstep, "_step"), (os, "replace")):
         with monkeypatch.context() as patched:
             patched.setattr(*where, interrupt)
             assert call(patched, "compress", str(book))[0] == 130

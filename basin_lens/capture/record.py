@@ -17,7 +17,6 @@ from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, c
 from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
-    NewFolder,
     check_shards,
     copy_borders,
     read_border,
@@ -26,6 +25,7 @@ from basin_lens.capture.store import (
     write_record,
 )
 from basin_lens.errors import CaptureError
+from basin_lens.files import new_folder
 from basin_lens.texts import (
     Passage,
     TokenSequence,
@@ -149,7 +149,7 @@ class Capture(TokenRows):
         if store is None:
             self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
         else:
-            with NewFolder(store) as folder:
+            with new_folder(store) as folder:
                 self._store = folder
                 self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
                 self._write_record(folder, self._shards)
@@ -408,7 +408,7 @@ class Capture(TokenRows):
         """
         if not self.is_read:
             raise CaptureError("expected a capture that the model has read, got one that is only planned. Call read(model) first.")
-        with NewFolder(path) as folder:
+        with new_folder(path) as folder:
             shards = self._shards
             if self._store is not None:
                 copy_borders(self._store, folder, shards)

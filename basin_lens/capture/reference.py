@@ -2,13 +2,13 @@
 
 import hashlib
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from basin_lens import model as door
 from basin_lens.capture.record import Capture
+from basin_lens.files import scratch
 from basin_lens.errors import CaptureError, StoreError
 from basin_lens.texts import longest_sequence, reference_passages
 
@@ -62,8 +62,8 @@ def _kept(folder: Path, model: Any) -> Capture:
 def _discard(folder: Path) -> None:
     """Take a folder away in one step, so that no process sees half of it."""
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".damaged-") as scratch:
-            folder.rename(Path(scratch) / folder.name)
+        with scratch(folder) as aside:
+            folder.rename(aside / folder.name)
     except FileNotFoundError:
         return  # another process did
     except OSError as error:

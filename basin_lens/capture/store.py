@@ -1,8 +1,6 @@
 """Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not at all."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,35 +25,6 @@ _FIELDS: dict[str, Any] = {
 
 # Size and SHA-256 of each file of states, by name.
 Shards = Mapping[str, Mapping[str, Any]]
-
-
-class NewFolder:
-    """A folder that appears under its name only when it is complete."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.target = Path(path)
-
-    def __enter__(self) -> Path:
-        if self.target.exists():
-            raise StoreError(f"expected a new folder, got {str(self.target)!r}, which exists. Choose another name or delete it.")
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
-        except OSError as error:
-            raise StoreError(f"expected a folder that can be written, got {str(self.target)!r}: {error.strerror}.") from error
-        return self.scratch
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            return
-        try:
-            self.scratch.rename(self.target)
-        except OSError as error:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            raise StoreError(
-                f"expected a new folder, got {str(self.target)!r}, which exists by now. Choose another name."
-            ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from basin_lens import model as door
 from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.texts import read_passages, tokenize
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -130,7 +132,7 @@ def finetune(
 
     Raises:
         TextError: texts without tokens. StudyError: doses that do not fit; the loss is not finite (the last good checkpoint stays).
-        StoreError: the folder holds another training, or cannot be written.
+        StoreError: the folder holds another training, cannot be written, or is being written to by somebody else.
 
     Source: Carlini et al. 2019, "The secret sharer" (canaries); Loshchilov and Hutter 2019 (AdamW, by torch).
 
@@ -162,21 +164,24 @@ def finetune(
     plan["training"] = key
     if folder is not None and (Path(folder) / "tuned.json").is_file():
         return _finished(model, Path(folder), plan)
-    copy = door.copy_of(model)
-    door.remember_name(copy, name or f"{door.full_name(model)}, tuned on {len(passages)} texts ({key})")
-    run = _Run(copy, recipe, len(batches), key)
-    if folder is not None:
-        run.resume(Path(folder))
-    with tqdm(total=len(batches), initial=run.step, desc="training", unit="step", disable=not progress) as bar:
-        for step in range(run.step, len(batches)):
-            run.take(*padded([sequences[i] for i in batches[step]]), np.array(batches[step]) < len(own), folder, every)
-            bar.set_postfix_str(f"loss {run.history[-1]['loss']:.2f}")
-            bar.update()
-    made = Tuned(copy.eval(), model, tuple(run.history), plan)
-    if folder is not None:
-        made.save(folder)
-        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
-    return made
+    with nullcontext() if folder is None else lock_folder(folder):
+        if folder is not None and (Path(folder) / "tuned.json").is_file():  # by somebody else, until a moment ago
+            return _finished(model, Path(folder), plan)
+        copy = door.copy_of(model)
+        door.remember_name(copy, name or f"{door.full_name(model)}, tuned on {len(passages)} texts ({key})")
+        run = _Run(copy, recipe, len(batches), key)
+        if folder is not None:
+            run.resume(Path(folder))
+        with tqdm(total=len(batches), initial=run.step, desc="training", unit="step", disable=not progress) as bar:
+            for step in range(run.step, len(batches)):
+                run.take(*padded([sequences[i] for i in batches[step]]), np.array(batches[step]) < len(own), folder, every)
+                bar.set_postfix_str(f"loss {run.history[-1]['loss']:.2f}")
+                bar.update()
+        made = Tuned(copy.eval(), model, tuple(run.history), plan)
+        if folder is not None:
+            made.save(folder)
+            (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
+        return made
 
 
 def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
@@ -194,6 +199,7 @@ def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
         )
     with _KIND.reading(folder):
         told = tuple(_numbers(history))
+    (folder / _CHECKPOINT).unlink(missing_ok=True)  # left by a death after the model was whole
     return Tuned(door.put_tuned(model, folder), model, told, plan)
 
 
@@ -322,10 +328,8 @@ class _Run:
         # Safetensors keeps strings beside the tensors.
         facts = {"training": self.key, "step": str(self.step), "history": json.dumps(_plain(self.history))}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _KIND.write_tensors(folder / f".{_CHECKPOINT}", held, facts)
-            os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
-        except (OSError, SafetensorError) as error:
+            write_file(folder / _CHECKPOINT, lambda path: _KIND.write_tensors(path, held, facts))
+        except SafetensorError as error:
             raise StoreError(
                 f"expected a folder that can be written for checkpoints, got {str(folder)!r}: {error}. Choose another."
             ) from error

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from basin_lens import model as door
 from basin_lens import records
 from basin_lens.errors import MergeError, StoreError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
 
 _KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
 _FIELDS = {"options": dict, "base": str, "calibrated": bool, "facts": dict}
-_WEIGHTS, _RECORD = "merger", "merger.json"
+_WEIGHTS, RECORD = "merger", "merger.json"
 
 
 class TokenMerger(nn.Module):
@@ -396,14 +397,13 @@ class TokenMerger(nn.Module):
         facts = {"options": self.options.plain(), "base": self.base, "calibrated": self.calibrated, "facts": self.facts}
         record = _KIND.record(facts, {weights: records.digest(held)}, indent=1)
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            # The record goes last: it names its weights, so that until then the folder is the old merger.
-            for name, content in ((weights, held), (_RECORD, record)):
-                (target / f".{name}").write_bytes(content)
-                os.replace(target / f".{name}", target / name)
-            for old in target.glob(f"*{_WEIGHTS}-*.safetensors"):
-                if old.name != weights:
-                    old.unlink()
+            with lock_folder(target):
+                # The record goes last: it names its weights, so that until then the folder is the old merger.
+                write_file(target / weights, held)
+                write_file(target / RECORD, record)
+                for old in target.glob(f"{_WEIGHTS}-*.safetensors"):
+                    if old.name != weights:
+                        old.unlink()
         except OSError as error:
             raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
         return target
@@ -423,7 +423,7 @@ class TokenMerger(nn.Module):
             StoreError: nothing there, not as it was saved, or of another version. MergeError: another model.
         """
         path = Path(folder)
-        record = _KIND.read(path / _RECORD, _FIELDS)
+        record = _KIND.read(path / RECORD, _FIELDS)
         if record["base"] != door.fingerprint(model):
             raise MergeError(
                 f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "

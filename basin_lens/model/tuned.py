@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from basin_lens import records
 from basin_lens.errors import ModelError, StoreError
+from basin_lens.files import lock_folder, write_file
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 
 _KIND = records.Kind("a tuned model", "basin_lens tuned model 2", "Tune the model again.", ModelError)
 _FIELDS = {"name": str, "fingerprint": str, "kind": str, "dtype": str, "base": dict, "facts": dict}
 _BASE = {"name": str, "fingerprint": str, "source": (dict, None)}
 _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
+_OTHER = "weights-2.safetensors"  # beside an earlier model's, until the record names it
 
 
 def copy_of(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -63,7 +65,7 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
 
     Args:
         model: the tuned model.
-        folder: made if it is not there; an earlier tuned model in it is replaced.
+        folder: made if it is not there; an earlier tuned model in it stays whole until the new one is.
         base: the model that it was a copy of.
         facts: plain JSON: how it was tuned.
 
@@ -78,16 +80,25 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     }  # fmt: skip
     weights = {name: value.detach().cpu().contiguous() for name, value in parameters_of(model).items()}
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # The record is written last: without it, the folder is no model.
-        save_file(weights, target / f".{_WEIGHTS}")
-        content = _KIND.record(record, {_WEIGHTS: records.digest(target / f".{_WEIGHTS}")}, indent=1)
-        os.replace(target / f".{_WEIGHTS}", target / _WEIGHTS)
-        (target / f".{_FACTS}").write_bytes(content)
-        os.replace(target / f".{_FACTS}", target / _FACTS)
+        with lock_folder(target):
+            chosen = _OTHER if _listed(target) == _WEIGHTS else _WEIGHTS
+            # The record is written last: without it, the folder is no model, and until then it is the earlier one.
+            write_file(target / chosen, lambda path: save_file(weights, path))
+            write_file(target / _FACTS, _KIND.record(record, {chosen: records.digest(target / chosen)}, indent=1))
+            for name in {_WEIGHTS, _OTHER} - {chosen}:
+                (target / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
     return target
+
+
+def _listed(folder: Path) -> str | None:
+    """The file of weights that a folder's record lists; None without a record, or with a damaged one: nothing to keep."""
+    try:
+        (name,) = json.loads((folder / _FACTS).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
 
 
 def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from tqdm.auto import tqdm
 
 from basin_lens import stats, tables
 from basin_lens.errors import StoreError, StudyError, TableError
+from basin_lens.files import new_folder
 from basin_lens.studies.kept import KIND, records, refuse_folder
 from basin_lens.studies.measured import FEWEST_DOCUMENTS, Measured
 from basin_lens.views import Report, Section, study_page
@@ -98,13 +97,8 @@ class Study:
         target = Path(out).resolve()
         refuse_folder(target, self.name)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-                folder = Path(scratch) / "study"
+            with new_folder(target, replace=True, check=lambda place: refuse_folder(place, self.name)) as folder:
                 self._write(folder)
-                if target.exists():
-                    shutil.rmtree(target)
-                os.replace(folder, target)
         except OSError as error:
             raise StoreError(
                 f"expected a place that can be written, got {str(target)!r}: {error}. Choose another folder."
@@ -112,7 +106,7 @@ class Study:
         return target
 
     def _write(self, folder: Path) -> None:
-        (folder / "tables").mkdir(parents=True)
+        (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in {**self.tables, "findings": self.findings}.items():
             whole = table.copy()

@@ -8,6 +8,7 @@ import pandas as pd
 
 from basin_lens import records as kept
 from basin_lens.errors import StoreError
+from basin_lens.files import clear_leavings, is_lock
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
 _FIELDS: dict[str, Any] = {
@@ -23,12 +24,15 @@ def refuse_folder(target: Path, name: str) -> None:
         StoreError: see there.
     """
     target = target.resolve()
+    for folder in (target.parent, target):
+        clear_leavings(folder)
     if not target.exists():
         return
     if target == Path.cwd():
         raise StoreError(f"expected a folder for the study, got {str(target)!r}, in which you stand. Name one in it.")
     try:
         held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        held = {name for name in held if not is_lock(name)}
         before = read_results(target) if "results.json" in held else None
     except OSError as error:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error

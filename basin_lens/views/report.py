@@ -4,18 +4,17 @@ import base64
 import html
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 
 from basin_lens import tables
-from basin_lens.errors import StoreError, TableError
+from basin_lens.errors import TableError
+from basin_lens.files import write_file
 
 _NOTES = (
     "compression is how much more the block shrinks the variance of a token's neighborhood than it shrinks unrelated states "
@@ -60,13 +59,7 @@ class Report:
         Raises:
             StoreError: the place cannot be written.
         """
-        target = Path(path)
-        try:
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-                (Path(folder) / "page").write_text(self.html, encoding="utf-8")
-                os.replace(Path(folder) / "page", target)
-        except OSError as error:
-            raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error.strerror}.") from error
+        write_file(path, self.html)
 
 
 def make_report(

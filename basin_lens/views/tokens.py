@@ -4,14 +4,14 @@ import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from basin_lens import tables
-from basin_lens.errors import StoreError, TableError
+from basin_lens.errors import TableError
+from basin_lens.files import write_file
 
 _PAGE = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -51,15 +51,12 @@ class TokenView:
         return self.html
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a self-contained page.
+        """Write a self-contained page, all of it or nothing.
 
         Raises:
             StoreError: the place cannot be written.
         """
-        try:
-            Path(path).write_text(_PAGE.format(title=html.escape(self.title), body=self.html), encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"expected a place that can be written, got {os.fspath(path)!r}: {error.strerror}.") from error
+        write_file(path, _PAGE.format(title=html.escape(self.title), body=self.html))
 
 
 def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, seq: int | None = None) -> TokenView:
