@@ -8,8 +8,8 @@ from typing import Any
 
 from basin_lens import model as door
 from basin_lens.capture.record import Capture
-from basin_lens.files import scratch
 from basin_lens.errors import CaptureError, StoreError
+from basin_lens.files import scratch
 from basin_lens.texts import longest_sequence, reference_passages
 
 
