@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
