@@ -253,7 +253,7 @@ def _opened(inputs: Sequence[str]) -> list[str | int]:
 
 
 def _refuse_terminal(target: Path | None) -> None:
-    if writing.is_terminal("/dev/stdout" if target is None else target):
+    if sys.stdout.isatty() if target is None else writing.is_terminal(target):
         raise StoreError("expected a file or a pipe for bytes that are no text, got a terminal. Choose --out, or pipe them on.")
 
 

@@ -913,6 +913,18 @@ def test_reference_holds_the_models_states(llama, folder):  # noqa: ARG001 - set
     assert_same(bank.resid_pre(1)[:rows], expected[1])
 
 
+def test_the_slower_of_two_that_make_the_reference_takes_the_others(llama, folder, monkeypatch):
+    real, made = bl.Capture.from_texts, []
+
+    def twice(*given, **options):
+        made.append(real(*given, **options))
+        return real(*given, **options)
+
+    monkeypatch.setattr(bl.Capture, "from_texts", twice)
+    assert_same_capture(reference_capture(llama, progress=False), made[0])
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_another_model_has_another_reference(llama, tokenizer, folder):
     reference_capture(llama, progress=False)
     other = make_bridge("llama", seed=5, tokenizer=tokenizer)

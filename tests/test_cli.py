@@ -1,16 +1,19 @@
 """The command line: errors of one line, exit codes, whole results or none."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from basin_lens import cli, tables
+from basin_lens import cli, files, tables
 from tests.conftest import TEXTS, make_hf, make_tokenizer
 
 
@@ -374,3 +377,59 @@ def test_info(capsys):
 def test_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "basin_lens.cli", "--help"], capture_output=True, text=True, check=True)
     assert "analyze" in done.stdout
+
+
+# -- folders and endings -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_command_that_is_told_to_end_clears_up(folder, tmp_path, capsys, monkeypatch, number, code):
+    """While it writes its results."""
+    out = tmp_path / "to" / "out"
+    words = ("analyze", str(folder.parent / "text.txt"), "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out))
+    real = tables.save_csv
+
+    def end(*given):
+        os.kill(os.getpid(), number)
+        real(*given)
+
+    monkeypatch.setattr(tables, "save_csv", end)
+    found, _, err = call(*words, capsys=capsys)
+    assert found == code and err.splitlines()[-1] == f"basin-lens: ended by {number.name}" and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == signal.SIG_DFL
+    # As under nohup.
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert call(*words, capsys=capsys)[0] == 0
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(folder, tmp_path, capsys, monkeypatch):
+    text, out, entered, done = str(folder.parent / "text.txt"), tmp_path / "out", threading.Event(), threading.Event()
+
+    def other():
+        with files.lock_folder(out):
+            entered.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("loaded"))
+    try:
+        for command in ("analyze", "study", "merge", "codec-bench"):
+            words = {"study": ["layers"], "merge": ["train"]}.get(command, [])
+            code, _, err = call(command, *words, text, "--out", str(out), capsys=capsys)
+            assert code == 1 and f"process {os.getpid()} on" in err and "Wait for it" in err
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_results_go_to_no_folder_in_which_one_stands(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("analyze", str(folder.parent / "text.txt"), "--model", str(folder), "--out", ".", capsys=capsys)
+    assert code == 1 and "in which you stand" in err and list(tmp_path.iterdir()) == []

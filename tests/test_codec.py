@@ -7,6 +7,7 @@ import random
 import re
 import struct
 import sys
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -642,6 +643,9 @@ class _Stream:
     def flush(self) -> None:
         pass
 
+    def isatty(self) -> bool:
+        return False
+
 
 def call(monkeypatch, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
     out, err = _Stream(), io.StringIO()
@@ -728,6 +732,100 @@ def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
             patched.setattr(*where, interrupt)
             assert call(patched, "compress", str(book))[0] == 130
         assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+def bits(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_secret_file_stays_one_there_and_back(tmp_path, monkeypatch, there):
+    book, packed = tmp_path / "book.txt", tmp_path / "book.txt.blz"
+    book.write_bytes(b"for my eyes alone")
+    book.chmod(0o600)
+    for made in (packed, book):
+        if there:
+            made.touch()
+            made.chmod(0o644 if made is packed else 0o666)
+        assert (
+            call(monkeypatch, "compress" if made is packed else "decompress", str(book if made is packed else packed), "--force")[0]
+            == 0
+        )
+        assert bits(made) == 0o600
+        if made is packed and not there:
+            book.unlink()
+    assert book.read_bytes() == b"for my eyes alone"
+
+
+@pytest.mark.parametrize("command", ["compress", "decompress", "codec-view"])
+def test_the_output_is_never_the_input(tmp_path, monkeypatch, command):
+    """By whatever name, with --force, and before a model is loaded."""
+    monkeypatch.setattr(cli_codec, "_load", lambda _: pytest.fail("loaded"))
+    book = tmp_path / "book.blz"
+    book.write_bytes(container.store(b"text", "not told").to_bytes())
+    os.link(book, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(book)
+    (tmp_path / "to").symlink_to(tmp_path)
+    before = book.read_bytes()
+    for name in ("book.blz", "hard", "soft", "to/book.blz", "to/to/hard"):
+        code, out, err = call(monkeypatch, command, str(book), "--out", str(tmp_path / name), "--force")
+        assert code == 1 and not out and "other than the input" in err and err.count("\n") == 1
+    assert book.read_bytes() == before and (tmp_path / "soft").is_symlink()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_output_goes_through_pipes_and_devices_and_never_through_links(tmp_path, monkeypatch):
+    book, pipe, link, got = tmp_path / "book.txt", tmp_path / "pipe", tmp_path / "link", []
+    book.write_bytes(b"text")
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    assert call(monkeypatch, "compress", str(book), "--out", str(pipe))[0] == 0
+    reader.join(10)
+    assert codec.read(got[0]).restored() == b"text" and pipe.is_fifo()
+    with (tmp_path / "log").open("ab+") as log:  # as the shell's >>
+        log.write(b"first")
+        log.flush()
+        assert call(monkeypatch, "compress", str(book), "--out", f"/dev/fd/{log.fileno()}")[0] == 0
+    assert (tmp_path / "log").read_bytes() == b"first" + got[0]
+    assert call(monkeypatch, "compress", str(book), "--out", "/dev/null")[0] == 0 and Path("/dev/null").is_char_device()
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    for to in ("theirs", "nowhere"):
+        link.symlink_to(to)
+        code, _, err = call(monkeypatch, "compress", str(book), "--out", str(link), "--force")
+        assert code == 1 and "a link to" in err and link.is_symlink()
+        link.unlink()
+    assert (tmp_path / "theirs").read_bytes() == b"theirs" and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_terminal_gets_text_alone(tmp_path, monkeypatch):
+    main, side = os.openpty()
+    name = os.ttyname(side)
+    (tmp_path / "text.txt").write_bytes(b"text")
+    for kind, content in {"text": b"text", "bytes": b"\0\xff"}.items():
+        (tmp_path / f"{kind}.blz").write_bytes(container.store(content, "not told").to_bytes())
+    try:
+        for command, file in [("compress", "text.txt"), ("decompress", "bytes.blz")]:
+            code, _, err = call(monkeypatch, command, str(tmp_path / file), "--out", name)
+            assert code == 1 and "got a terminal" in err
+            with monkeypatch.context() as patched:
+                patched.setattr(_Stream, "isatty", lambda _: True)
+                code, out, err = call(patched, command, str(tmp_path / file), "--out", "-")
+            assert code == 1 and "got a terminal" in err and not out
+        assert call(monkeypatch, "decompress", str(tmp_path / "text.blz"), "--out", name)[0] == 0
+        assert os.read(main, 100) == b"text"
+    finally:
+        os.close(main)
+        os.close(side)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_benchmark_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"\xff")
+    assert call(monkeypatch, "codec-bench", str(tmp_path / "file"), "--out", str(tmp_path / "to" / "bench"))[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # -- benchmark and page ----------------------------------------------------------------------------------------------------------------------

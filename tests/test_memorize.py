@@ -513,6 +513,38 @@ def test_a_training_broken_off_goes_on_as_if_it_had_not(learner, whole, tmp_path
         finetune(learner, TEXTS[:3], 13, folder=tmp_path, **QUIET)
 
 
+def test_a_tuned_model_stays_whole_until_the_next_one_is(learner, tmp_path, monkeypatch):
+    one, two = (finetune(learner, TEXTS[:1], dose, **QUIET) for dose in (1, 2))
+    one.save(tmp_path)
+    old, real = door.fingerprint(one.model), os.replace
+    for good in (0, 1):
+        left = [good]
+
+        def torn(*given, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            real(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", torn)
+            with pytest.raises(StoreError, match="No space left"):
+                two.save(tmp_path)
+        assert door.fingerprint(bl.memorize.load_tuned(tmp_path, learner)) == old
+    for made in (two, one, two):
+        made.save(tmp_path)
+        assert door.fingerprint(bl.memorize.load_tuned(tmp_path, learner)) == door.fingerprint(made.model)
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_finished_training_has_no_checkpoint(learner, tmp_path):
+    """One that a death left is cleared by the next run."""
+    finetune(learner, TEXTS[:1], 2, folder=tmp_path, **QUIET)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"left")
+    finetune(learner, TEXTS[:1], 2, folder=tmp_path, **QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned.json", "weights.safetensors"]
+
+
 def test_long_texts_are_several_sequences_and_no_filler_stays_a_gap(learner, tmp_path):
     made, taken = (finetune(learner, TEXTS[:2], [1, 3], max_length=12, folder=tmp_path, progress=False) for _ in range(2))
     pieces = [len(tokenize(learner, bl.texts.read_passages(text), max_length=12)) for text in TEXTS[:2]]

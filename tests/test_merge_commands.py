@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from functools import partial
 
 import pandas as pd
@@ -384,3 +385,33 @@ def test_surprising_tokens_are_preserved_by_train_and_test_and_refused_by_genera
     for budget in ((), ("--budget", "0.8")):
         with pytest.raises(MergeError, match=r"token by token.*'surprisal'.*preserve='norm'"):
             merge("generate", str(out), "--prompt", PROMPT, "--tokens", "4", "--model", folder, *budget)
+
+
+def test_the_merger_comes_last(folder, texts, tmp_path, monkeypatch):
+    """A folder that says that it is finished has its figure, too."""
+    from basin_lens import views
+
+    words = ["train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "training_curves", forbidden)
+        with pytest.raises(AssertionError, match="ran"):
+            merge(*words)
+    assert not (tmp_path / "run" / "merger.json").exists()
+    merge(*words)
+    assert {"merger.json", "training.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_checkpoint_left_beside_its_merger_goes_and_anothers_stays(run, folder, texts, tmp_path):
+    model = door.load_model(folder)
+    windows = merging.windows_of(model, read_texts(texts["train"]), 32)
+    other = TokenMerger([0], target_rate=0.2, recent=4).calibrate(model, windows.tokens)
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    own = json.loads((out / "merger.json").read_text())["facts"]["training"]["key"]
+    for key in ("another", own):
+        made = train._Run(other, model, windows, train.Training(seed=5))
+        made.key = key
+        made.keep(out)
+        with pytest.raises(MergeError, match="finished merger"):
+            merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(out))
+        assert (out / "checkpoint.safetensors").exists() == (key == "another")
