@@ -141,6 +141,7 @@ def codec_bench(
     import pandas as pd
 
     from basin_lens.codec import bench
+    from basin_lens.tables import csv_text
     from basin_lens.views import size_bars
 
     texts = [(file, _read(file)) for file in files]
@@ -158,7 +159,7 @@ def codec_bench(
     table = pd.concat(tables, ignore_index=True)
     if len(names) > 1:
         table["coder"] = table["coder"] + table["model"].map(lambda name: f" ({name})" if name else "")
-    _write(table.to_csv(index=False).encode(), targets[0], force)
+    _write(csv_text(table).encode(), targets[0], force)
     sizes = ["original_bytes", "bytes", "header_bytes"]
     total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(files))
     total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]

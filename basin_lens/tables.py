@@ -1,5 +1,6 @@
 """Tidy tables: one row per (layer, token), column names, provenance, and files that keep both."""
 
+import csv
 import hashlib
 import json
 import os
@@ -13,8 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens.errors import StoreError, TableError
+from basin_lens.values import KEYS
 
-KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
 _METADATA = b"basin_lens.provenance"
 
 
@@ -205,6 +206,7 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
     Raises:
         StoreError: another suffix, or the place cannot be written.
+        TableError: a column (added by hand) that parquet cannot hold, as text beside numbers.
     """
     import pyarrow
     import pyarrow.parquet
@@ -214,7 +216,12 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         raise StoreError(f"expected a file name ending in .parquet, got {target.name!r}.")
     bare = table.copy()
     bare.attrs = {}
-    arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
+    try:
+        arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
+    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
+        raise TableError(
+            f"expected columns of one kind each (text, numbers, truth values), got: {' '.join(str(error).split())}. Convert the column."
+        ) from error
     facts = json.dumps(provenance(table)).encode()
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), _METADATA: facts})
     try:
@@ -226,18 +233,37 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table as CSV (without provenance), all of it or nothing.
+    r"""Write a table as CSV (without provenance), all of it or nothing.
+
+    Text is quoted, numbers are not, and a missing value is an empty cell: a token that is a line end, `null` or `NA` comes back as it was with the
+    reading call below (name the columns of numbers that may have gaps; without these options, pandas takes such tokens for missing values).
 
     Raises:
         StoreError: the place cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> from basin_lens import tables
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = pd.DataFrame({"token": ["\r", "null", "NA"], "surprisal": [None, 1.5, 2.0]})
+        ...     tables.save_csv(table, f"{folder}/table.csv")
+        ...     back = pd.read_csv(f"{folder}/table.csv", keep_default_na=False, na_values={"surprisal": [""]})
+        >>> back.equals(table)
+        True
     """
     target = Path(path)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            table.to_csv(Path(folder) / "table", index=False)
+            (Path(folder) / "table").write_bytes(csv_text(table).encode())
             os.replace(Path(folder) / "table", target)
     except OSError as error:
         raise StoreError(f"expected a place that can be written, got {str(target)!r}: {error}.") from error
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, all text quoted; see `save_csv` for how to read it."""
+    return str(table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
