@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens.errors import StoreError, TableError
-from basin_lens.values import KEYS
+from basin_lens.values import KEYS, whole_numbers
 
 _METADATA = b"basin_lens.provenance"
 
@@ -107,6 +107,7 @@ def require(table: pd.DataFrame, *columns: str) -> None:
         )
 
 
+@whole_numbers(TableError)
 def at_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
     """The rows of one layer.
 

@@ -1,9 +1,12 @@
 """What comes from outside as a number, a name or a label: made plain, or refused before any work."""
 
 import datetime
+import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, get_args, get_origin
 
 from basin_lens.errors import BasinLensError, TextError
 
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
 else:
     # A whole number as a caller gives it: also numpy's and a 0-d tensor. `whole` makes an int of it.
     Whole = SupportsIndex
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Columns that every table has; labels must have other names.
 KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
@@ -67,6 +73,87 @@ def whole(
         bound = "as a whole number" if least is None else f"of at least {least}"
         raise error(f"expected {name} {bound}, got {value!r}. {cure}")
     return found
+
+
+def takes_whole(annotation: Any) -> bool:
+    """Whether a parameter or field of this annotation is a whole number, or may be one."""
+    return annotation in (int, Whole) or (
+        get_origin(annotation) is not tuple and any(part in (int, Whole) for part in get_args(annotation))
+    )
+
+
+def _takes_many(annotation: Any) -> bool:
+    return any(
+        get_origin(part) is tuple and any(each in (int, Whole) for each in get_args(part))
+        for part in (annotation, *get_args(annotation))
+    )
+
+
+def _as_whole(value: Any, name: str, annotation: Any, error: type[BasinLensError]) -> Any:
+    """The int that was meant; a truth value is refused, and whatever else it is goes on to the door's own check."""
+    if value is None or type(value) is int:
+        return value
+    found = whole_or_none(value)
+    truth = isinstance(value, bool) or (not getattr(value, "ndim", 0) and "bool" in str(getattr(value, "dtype", "")))
+    if found is None and truth and bool not in get_args(annotation):
+        return whole(value, name, error=error)
+    return value if found is None else found
+
+
+def whole_numbers(error: type[BasinLensError] = BasinLensError) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator for functions that a caller opens: whole numbers of numpy and 0-d tensors come in as ints, truth values are refused.
+
+    Args:
+        error: class of the refusal.
+
+    Example:
+        >>> import numpy as np
+        >>> from basin_lens.values import whole_numbers
+        >>> @whole_numbers()
+        ... def draw(seed: int) -> str:
+        ...     return repr(seed)
+        >>> draw(np.int64(3))
+        '3'
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        taken = {name: one.annotation for name, one in signature.parameters.items() if takes_whole(one.annotation)}
+
+        @wraps(function)
+        def door(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            for name in taken.keys() & bound.arguments.keys():
+                bound.arguments[name] = _as_whole(bound.arguments[name], name, taken[name], error)
+            return function(*bound.args, **bound.kwargs)
+
+        return door
+
+    return decorate
+
+
+def whole_fields(record: Any, error: type[BasinLensError] | None = None) -> None:
+    """The same for the fields of a dataclass, frozen or not: called first in its `__post_init__`.
+
+    Fields that are tuples of whole numbers may be lists or arrays of them, too.
+
+    Args:
+        record: the dataclass.
+        error: class of the refusal; None: truth values stay, and the class checks them itself.
+
+    Raises:
+        BasinLensError: of the class asked for: a truth value for a whole number.
+    """
+    for one in fields(record):
+        if not hasattr(record, one.name):  # made later, by the class itself
+            continue
+        value = getattr(record, one.name)
+        if takes_whole(one.type) and not (error is None and isinstance(value, bool)):
+            value = _as_whole(value, one.name, one.type, error or BasinLensError)
+        if _takes_many(one.type) and (isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1):
+            many = [whole_or_none(each) for each in value]
+            value = tuple(value) if None in many else tuple(many)
+        object.__setattr__(record, one.name, value)
 
 
 def unicode(text: str, what: str) -> str:

@@ -25,7 +25,7 @@ from basin_lens.analyzers.control import CONTROLS, controls_of
 from basin_lens.capture import Capture, check_layers, reference_capture
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.neighbors import Backend
-from basin_lens.values import Whole, whole
+from basin_lens.values import Whole, whole, whole_numbers
 
 
 def analyze(
@@ -198,6 +198,7 @@ def score(
     return Analysis(tables.build(rows, labels, wanted, values, provenance), kept)
 
 
+@whole_numbers(CaptureError)
 def neighborhood(
     model: Any,
     capture: Capture,

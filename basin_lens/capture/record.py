@@ -28,7 +28,7 @@ from basin_lens.capture.store import (
 from basin_lens.errors import CaptureError
 from basin_lens.texts import Passage, read_passages
 from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, token_strings, tokenize
-from basin_lens.values import Whole, document, labels_of_all
+from basin_lens.values import Whole, document, labels_of_all, whole_numbers
 
 
 @dataclass(repr=False)
@@ -160,7 +160,7 @@ class Capture(TokenRows):
         cache: Any,
         *,
         attention_mask: Tensor | None = None,
-        docs: Sequence[str] | None = None,
+        docs: Sequence[Any] | None = None,
         labels: Sequence[Mapping[str, Any]] | None = None,
         texts: Sequence[str | Passage] | str | None = None,
     ) -> "Capture":
@@ -255,10 +255,12 @@ class Capture(TokenRows):
 
     # -- states -------------------------------------------------------------------------------------------------------
 
+    @whole_numbers(CaptureError)
     def resid_pre(self, layer: int) -> Float[Tensor, "rows d"]:
         """States entering block `layer`, float32, on the CPU, in row order."""
         return self._border(layer)
 
+    @whole_numbers(CaptureError)
     def resid_post(self, layer: int) -> Float[Tensor, "rows d"]:
         """States leaving block `layer`, float32, on the CPU, in row order."""
         return self._border(layer + 1)
@@ -364,7 +366,7 @@ class Capture(TokenRows):
 
     @torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
     def _fill(
-        self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: int | None, progress: bool, *, keep_states: bool
+        self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: Whole | None, progress: bool, *, keep_states: bool
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         check_points(model, self.layers, analyzers)

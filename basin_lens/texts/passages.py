@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from basin_lens.errors import TextError
-from basin_lens.values import document, is_missing, labels, unicode, whole
+from basin_lens.values import Whole, document, is_missing, labels, unicode, whole
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Passage:
     text: str
     doc: str | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
-    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    spans: Mapping[str, tuple[Whole, Whole]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

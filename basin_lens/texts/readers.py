@@ -259,9 +259,10 @@ def _table(path: Path, delimiter: str) -> list[Passage]:
     before = csv.field_size_limit(max(len(content), csv.field_size_limit()))
     try:
         reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-        lines = []
+        lines, begun = [], 1
         for cells in reader:
-            lines.append((reader.line_num, cells))
+            lines.append((begun, cells))
+            begun = reader.line_num + 1
     except csv.Error as error:
         raise TextError(
             f'{path}, line {reader.line_num}: expected cells in double quotes or without any, got {error}. Write a quote in text as "".'

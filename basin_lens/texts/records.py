@@ -125,7 +125,13 @@ def items_of(data: Any) -> Iterator[tuple[str, Any]]:
         TextError: something that holds no texts.
     """
     kind = type(data).__module__.partition(".")[0]
-    if hasattr(data, "with_format"):
+    if isinstance(data, Mapping):  # also a DatasetDict
+        parts = ", ".join(map(repr, list(data)[:6]))
+        raise TextError(
+            f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__} with {parts}. Choose one of its parts, or pass "
+            "a list of records: [{'text': ...}]."
+        )
+    elif hasattr(data, "with_format"):
         yield from _of_dataset(data)
     elif kind == "pandas" and hasattr(data, "columns"):
         if not data.columns.is_unique:
@@ -141,12 +147,6 @@ def items_of(data: Any) -> Iterator[tuple[str, Any]]:
         raise TextError(f"expected texts in one dimension, got an array of shape {data.shape}. Pass a list of texts.")
     elif isinstance(data, set | frozenset):
         raise TextError("expected texts in an order, got a set, which has none. Pass a list, such as sorted(texts).")
-    elif isinstance(data, Mapping):
-        parts = ", ".join(map(repr, list(data)[:6]))
-        raise TextError(
-            f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__} with {parts}. Choose one of its parts, or pass "
-            "a list of records: [{'text': ...}]."
-        )
     elif not isinstance(data, Iterable) or isinstance(data, bytes | bytearray):
         cure = "Decode it first." if isinstance(data, bytes | bytearray) else "Pass texts."
         raise TextError(f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__}. {cure}")

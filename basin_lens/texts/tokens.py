@@ -130,9 +130,9 @@ def given_ids(model: Any, data: Any, attention_mask: Any = None) -> list[TokenSe
         if attention_mask is not None:
             raise TextError("expected token ids with attention_mask, got texts. Texts are never padded: leave the mask out.")
         return None
-    tokens, valid = _padded(ids, "token ids")
+    tokens, valid = _padded(ids, "token ids as whole numbers")
     if attention_mask is not None:
-        valid &= real_tokens(_padded(attention_mask, "an attention mask")[0], tuple(tokens.shape))
+        valid &= real_tokens(_padded(attention_mask, "an attention mask of 1 (real) and 0 (padding)")[0], tuple(tokens.shape))
     sequences = from_token_ids(model, tokens, valid)
     if attention_mask is None:
         _refuse_padding(model, [s.tokens for s in sequences])
@@ -148,18 +148,16 @@ def _are_ids(data: Any) -> bool:
     return bool(rows) and all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in data)
 
 
-def _padded(given: Any, what: str) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
-    """One tensor of rows of any lengths, and where they are."""
+def _padded(given: Any, what: str) -> tuple[Tensor, Tensor]:
+    """One tensor of rows of any lengths, and where they are (truth values of the same shape)."""
     if isinstance(given, Tensor | np.ndarray):
         tokens = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(_signed(given))
         return tokens, torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
     rows = [list(row) for row in given]
     wrong = next((i for i, row in enumerate(rows) if any(_number(value) is None for value in row)), None)
     if wrong is not None:
-        raise TextError(
-            f"expected {what} as whole numbers, got {rows[wrong][:6]} in sequence {wrong}. Tokenize first, or pass texts."
-        )
-    longest = max(len(row) for row in rows)
+        raise TextError(f"expected {what}, got {rows[wrong][:6]} in sequence {wrong}. Pass what the tokenizer returns.")
+    longest = max(map(len, rows), default=0)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64, device="cpu")
     valid = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
     for index, row in enumerate(rows):
@@ -169,7 +167,8 @@ def _padded(given: Any, what: str) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
 
 
 def _number(value: Any) -> int | None:
-    return int(value) if isinstance(value, bool) else whole_or_none(value)
+    # A mask may be of truth values, or of 0.0 and 1.0.
+    return int(value) if isinstance(value, bool | float) and value in (0, 1) else whole_or_none(value)
 
 
 def _signed(array: np.ndarray) -> np.ndarray:
