@@ -30,6 +30,11 @@ Layers = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,
 K = Annotated[int, typer.Option("--k", help="Neighbors per token.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
 
+TEXTS = (
+    "Text files, each a document (UTF-8, or UTF-16 with its mark); .jsonl, .ndjson, .json, .csv, .tsv, .parquet: each row is a text, with text, "
+    "doc, labels, spans (not in CSV), and other columns as labels."
+)
+
 _FILES = ("table.parquet", "summary.csv", "report.html")
 
 
@@ -49,7 +54,7 @@ def demo(out: Out = Path("basin-lens-demo"), layers: Layers = None, k: K = 15, s
 
 @app.command()
 def analyze(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text files (UTF-8), each a document.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=TEXTS)],
     model: Model = "smollm2-135m",
     layers: Layers = None,
     k: K = 15,
@@ -65,9 +70,9 @@ def analyze(
     Examples: basin-lens analyze book.txt --layers 0-9 --out book/
               basin-lens analyze note.txt --bank reference
     """
-    from basin_lens.texts import read_file
+    from basin_lens.texts import read_passages
 
-    passages = [read_file(file) for file in files]
+    passages = read_passages(files)
     with _prepared(out):
         _run(_load(model), passages, out, layers=layers, k=k, seed=seed, max_length=max_length, bank=bank)
 
@@ -83,9 +88,7 @@ def study(
     ],
     files: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[FILE]...", help="Text files, or .jsonl with text, doc, labels, spans; for summary, study folders."
-        ),
+        typer.Argument(metavar="[FILE]...", help=f"{TEXTS} For summary: study folders."),
     ] = None,
     model: Model = "smollm2-135m",
     dataset: Annotated[
@@ -95,7 +98,9 @@ def study(
         ),
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="Of the data set, such as wikitext-103-raw-v1.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Of the data set.")] = "test",
+    split: Annotated[
+        str | None, typer.Option("--split", help="Of a data set of the Hub or a local folder; test if left out.")
+    ] = None,
     max_sequences: Annotated[
         int | None, typer.Option("--max-sequences", help="At most so many sequences, spread over the documents; all if left out.")
     ] = None,
@@ -185,7 +190,9 @@ def study(
                 f"expected options of study memorization, got {', '.join(unused)}, which it does not use. Leave them out."
             )
         texts = _passages(files, dataset, config, split, max_sequences or 100) if files or dataset is not None else []
-        _memorization(texts, model, preset, design, unrelated or [], paraphrases, sampled, k, out, seed)
+        if not texts and (split is not None or config is not None):
+            raise typer.BadParameter("expected --dataset with --split or --config, got none. Leave them out.")
+        _memorization(texts, files, model, preset, design, unrelated or [], paraphrases, sampled, k, out, seed)
         return
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
@@ -220,6 +227,7 @@ def study(
 
 def _memorization(
     texts: list[Any],
+    files: list[Path],
     model: str,
     preset: str,
     design: str,
@@ -234,13 +242,15 @@ def _memorization(
     from basin_lens import studies
     from basin_lens.errors import StudyError
     from basin_lens.studies.base import refuse_folder
-    from basin_lens.texts import read_texts
+    from basin_lens.texts import read_by_document, read_passages
 
     folder = out.resolve().with_name(out.resolve().name + "-models")
     refuse_folder(out, "memorization")
     plan = studies.plan_of(preset, seed=seed, k=k, sampled=sampled)
-    others = [passage for file in unrelated for passage in read_texts(file)]
-    known = {str(p.doc): p.text for p in read_texts(paraphrases)} if paraphrases is not None else None
+    if unrelated:
+        read_passages([*files, *unrelated])  # refuses a file that is among both
+    others = read_passages(unrelated) if unrelated else []
+    known = read_by_document(paraphrases) if paraphrases is not None else None
     if design not in ("canaries", "author"):
         raise StudyError(f"expected design canaries or author, got {design!r}.")
     if design == "author" and not (texts and others):
@@ -323,14 +333,18 @@ def _contrast(text: str | None) -> Any:
     return Contrast(by, first, second)
 
 
-def _passages(files: list[Path], dataset: str | None, config: str | None, split: str, max_sequences: int | None) -> list[Any]:
+def _passages(
+    files: list[Path], dataset: str | None, config: str | None, split: str | None, max_sequences: int | None
+) -> list[Any]:
     """Texts from files or a named data set, all of it before a model is loaded."""
-    from basin_lens.texts import read_dataset, read_texts
+    from basin_lens.texts import read_dataset, read_passages
 
     if files and dataset is not None:
         raise typer.BadParameter("expected files or --dataset, got both.")
+    if dataset is None and (split is not None or config is not None):
+        raise typer.BadParameter("expected --dataset with --split or --config, got none; files have no splits. Leave them out.")
     if files:
-        return [passage for file in files for passage in read_texts(file)]
+        return read_passages(files)
     name = dataset or "built-in"
     # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over them.
     whole = name == "built-in" or name.startswith("nltk:")

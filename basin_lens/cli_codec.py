@@ -144,6 +144,7 @@ def codec_bench(
     import pandas as pd
 
     from basin_lens.codec import bench
+    from basin_lens.tables import csv_text
     from basin_lens.views import size_bars
 
     texts = [(file, _read(file)) for file in files]
@@ -168,7 +169,7 @@ def codec_bench(
         title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}; {', '.join(names)}"
         size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
         _write(drawn.getvalue(), targets[1], force, *files)
-        _write(table.to_csv(index=False).encode(), targets[0], force, *files)  # last: where it is, all is
+        _write(csv_text(table).encode(), targets[0], force, *files)  # last: where it is, all is
         wide = max(18, int(table["coder"].str.len().max()))
         for row in table.to_dict("records"):
             gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"

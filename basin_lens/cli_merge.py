@@ -21,7 +21,10 @@ _ROWS_PER_WINDOW = 20
 PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Text files, or .jsonl with text and doc; more may follow.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Text files; .jsonl, .json, .csv, .tsv, .parquet: each row a text (text, doc); more may follow."),
+]
 More = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More of --data.")]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="In place of files: built-in, nltk:brown, ..., or a data set's name.")
@@ -29,7 +32,10 @@ Dataset = Annotated[
 Config = Annotated[
     str | None, typer.Option("--config", help="Of the data set, such as wikitext-103-raw-v1, or news of nltk:brown.")
 ]
-Split = Annotated[str, typer.Option("--split", help="Of a streamed data set.")]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", help="Of a data set of the Hub or a local folder; if left out, train to train and test to test."),
+]
 Preset = Annotated[str, typer.Option("--preset", help="quick (minutes) or full (hours): steps, window length, number of windows.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,5,10 or 0-9; all if left out.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens per window; from the preset if left out.")]
@@ -42,7 +48,7 @@ def train(
     data: Data = None,
     dataset: Dataset = None,
     config: Config = None,
-    split: Split = "train",
+    split: Split = None,
     model: Model = "smollm2-135m",
     preset: Preset = "quick",
     layers: Layers = None,
@@ -93,7 +99,7 @@ def train(
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
     if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
         target_rate = 0.5
-    texts = _texts(data, files, dataset, config, split, n_train + n_held)
+    texts = _texts(data, files, dataset, config, split, n_train + n_held, own="train")
     training = Training(
         steps=n_steps if steps is None else steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every,
         learning_rate=learning_rate, threshold_rate=threshold_rate, train_base=train_base, seed=seed,
@@ -138,7 +144,7 @@ def compare(
     data: Data = None,
     dataset: Dataset = None,
     config: Config = None,
-    split: Split = "test",
+    split: Split = None,
     model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
     preset: Preset = "quick",
     budgets: Annotated[str, typer.Option("--budgets", help="Shares of the full cache to be left.")] = "0.75,0.5",
@@ -165,7 +171,7 @@ def compare(
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
     refuse_folder(out, "merging")
     shares = _shares(budgets)
-    texts = _texts(data, files, dataset, config, split, n_calibration + n_test)
+    texts = _texts(data, files, dataset, config, split, n_calibration + n_test, own="test")
     if str(run) != "-":
         _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
@@ -256,21 +262,27 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _texts(
-    data: list[Path] | None, more: list[Path] | None, dataset: str | None, config: str | None, split: str, windows: int
+    data: list[Path] | None, more: list[Path] | None, dataset: str | None, config: str | None, split: str | None, windows: int, *, own: str
 ) -> list[Any]:  # fmt: skip
-    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many windows."""
-    from basin_lens.texts import read_dataset, read_texts, reference_passages
+    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many windows.
+
+    `own`: the split of a data set that has some, where none is named.
+    """
+    from basin_lens.texts import has_splits, read_dataset, read_passages, reference_passages
 
     files = [*(data or []), *(more or [])]
     if files and dataset is not None:
         raise MergeError("expected files or --dataset, got both.")
+    if dataset is None and (split is not None or config is not None):
+        raise MergeError("expected --dataset with --split or --config, got none; files have no splits. Leave them out.")
     if files:
-        return [passage for file in files for passage in read_texts(file)]
+        return read_passages(files)
     if dataset is None:
         return list(reference_passages())
     # Such a data set can be endless, and its rows shorter than a window.
     most = None if dataset == "built-in" or dataset.startswith("nltk:") else _ROWS_PER_WINDOW * windows
-    return list(read_dataset(dataset, config=config, split=split, max_passages=most))
+    chosen = own if split is None and has_splits(dataset) else split
+    return list(read_dataset(dataset, config=config, split=chosen, max_passages=most))
 
 
 def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:

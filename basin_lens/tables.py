@@ -1,5 +1,6 @@
 """Tidy tables: one row per (layer, token), column names, provenance, and files that keep both."""
 
+import csv
 import hashlib
 import io
 import json
@@ -15,8 +16,8 @@ from scipy import stats
 from basin_lens import records
 from basin_lens.errors import StoreError, TableError
 from basin_lens.files import write_file
+from basin_lens.values import KEYS, whole_numbers
 
-KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
 _METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
 _KIND = records.Kind("a table saved by basin_lens", "basin_lens table 1", "Make the table again.")
 
@@ -109,6 +110,7 @@ def require(table: pd.DataFrame, *columns: str) -> None:
         )
 
 
+@whole_numbers(TableError)
 def at_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
     """The rows of one layer.
 
@@ -208,6 +210,7 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
     Raises:
         StoreError: another suffix, or the place cannot be written.
+        TableError: a column (added by hand) that parquet cannot hold, as text beside numbers.
     """
     import pyarrow
     import pyarrow.parquet
@@ -217,7 +220,12 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         raise StoreError(f"expected a file name ending in .parquet, got {target.name!r}.")
     bare = table.copy()
     bare.attrs = {}
-    arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
+    try:
+        arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
+    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
+        raise TableError(
+            f"expected columns of one kind each (text, numbers, truth values), got: {' '.join(str(error).split())}. Convert the column."
+        ) from error
     facts = json.dumps(provenance(table)).encode()
     sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
@@ -231,12 +239,31 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table as CSV (without provenance), all of it or nothing.
+    r"""Write a table as CSV (without provenance), all of it or nothing.
+
+    Text is quoted, numbers are not, and a missing value is an empty cell: a token that is a line end, `null` or `NA` comes back as it was with the
+    reading call below (name the columns of numbers that may have gaps; without these options, pandas takes such tokens for missing values).
 
     Raises:
         StoreError: the place cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> from basin_lens import tables
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = pd.DataFrame({"token": ["\r", "null", "NA"], "surprisal": [None, 1.5, 2.0]})
+        ...     tables.save_csv(table, f"{folder}/table.csv")
+        ...     back = pd.read_csv(f"{folder}/table.csv", keep_default_na=False, na_values={"surprisal": [""]})
+        >>> back.equals(table)
+        True
     """
-    write_file(path, lambda place: table.to_csv(place, index=False, compression=None))
+    write_file(path, csv_text(table))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, all text quoted; see `save_csv` for how to read it."""
+    return str(table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:

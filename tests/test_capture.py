@@ -9,7 +9,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens.capture import reference_capture, subset
-from basin_lens.errors import CaptureError, StoreError
+from basin_lens.errors import CaptureError, StoreError, TextError
 from basin_lens.texts import TaggedPassage, Word, reference_passages, tokenize
 from tests.conftest import TEXTS, TINY, hooked_lane, make_bridge, make_hooked, random_tokens
 
@@ -218,10 +218,12 @@ def test_row_of_no_token(capture, seq, pos):
 
 
 def test_a_padding_like_token_is_a_token(llama):
-    """Validity comes from lengths, never from token ids: the tokenizer's padding id may well be in the text."""
+    """Validity comes from lengths and the mask, never from token ids: the tokenizer's padding id may well be in the text."""
     pad = llama.tokenizer.pad_token_id
     tokens = torch.tensor([[5, pad, pad, 7], [8, 9, pad, pad]])
-    capture = bl.Capture.from_texts(llama, tokens, progress=False)
+    with pytest.raises(TextError, match="sequence 1 that ends with 2 of the padding token"):
+        bl.Capture.from_texts(llama, tokens, progress=False)
+    capture = bl.Capture.from_texts(llama, tokens, attention_mask=torch.ones_like(tokens), progress=False)
     assert bool(capture.valid.all())
     assert_states(capture, own_states(llama, tokens.tolist()))
 
@@ -708,7 +710,8 @@ def test_interrupted_store_leaves_nothing(llama, tmp_path, at_pass, error):
 
 
 def test_labels_that_cannot_be_written_leave_nothing(llama, tmp_path):
-    capture = bl.Capture.from_texts(llama, [bl.Passage(TEXTS[0], labels={"what": object()})], progress=False)
+    capture = bl.Capture.from_texts(llama, TEXTS[:1], progress=False)
+    capture.labels = [{"what": object()}]
     with pytest.raises(StoreError, match="labels that JSON can hold"):
         capture.save(tmp_path / "one")
     assert list(tmp_path.iterdir()) == []

@@ -372,7 +372,10 @@ def test_a_column_names_documents(hub):
 
 def test_no_text_column(hub):
     hub.rows = [{"sentence": "one", "label": 1}]
-    with pytest.raises(TextError, match=r"column 'text', got \['label', 'sentence'\] in 'glue'.*rename_column"):
+    with pytest.raises(
+        TextError,
+        match=r"glue: expected a column 'text'.*got keys \['label', 'sentence'\]\. Did you mean 'sentence'\?.*rename_column",
+    ):
         read_dataset("glue")
 
 
@@ -533,7 +536,7 @@ def test_files_of_several_kinds(tmp_path):
         ({"text": ""}, "at least one character"),
         ('{"text": "broken \\ud800"}', "lone surrogate"),
         ({"text": "x", "doc": ["d"]}, '"doc" to be a name'),
-        ({"text": "x", "labels": {"a": [1]}}, '"labels" as an object of plain values'),
+        ({"text": "x", "labels": {"a": [1]}}, "label 'a' among plain values.*got \\[1\\]"),
         ({"text": "x", "labels": []}, '"labels" as an object of plain values'),
         ({"text": "x", "labels": "a"}, '"labels" as an object of plain values'),
         ({"text": "x", "spans": {"a": [0]}}, r'"spans" as names with \[start, end\]'),

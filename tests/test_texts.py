@@ -252,10 +252,14 @@ def test_several_files_are_several_documents(tmp_path):
     assert len({p.doc for p in passages}) == 2
 
 
-def test_a_path_as_a_string_is_a_text(tmp_path):
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_string_that_names_a_file_is_refused(tmp_path, listed):
     path = tmp_path / "notes.txt"
     path.write_text("inside")
-    assert read_passages(str(path))[0].text == str(path)
+    with pytest.raises(TextError, match=r"name of a file that exists.*notes\.txt.*Pass Path\("):
+        read_passages(["fine", str(path)] if listed else str(path))
+    assert read_passages(bl.Passage(str(path)))[0].text == str(path)
+    assert read_passages(str(tmp_path / "gone.txt"))[0].text == str(tmp_path / "gone.txt")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +323,7 @@ def test_dataset_lines_without_text_are_left_out():
 
 
 def test_dataset_without_text_column():
-    with pytest.raises(TextError, match=r"'text' column.*body.*rename_column"):
+    with pytest.raises(TextError, match=r"column 'text'.*body.*rename_column"):
         read_passages(Dataset.from_dict({"body": ["a"], "id": [1]}))
 
 

@@ -25,6 +25,7 @@ from basin_lens.analyzers.control import CONTROLS, controls_of
 from basin_lens.capture import Capture, check_layers, reference_capture
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.neighbors import Backend
+from basin_lens.values import Whole, whole, whole_numbers
 
 
 def analyze(
@@ -37,17 +38,19 @@ def analyze(
     queries: Any = None,
     controls: bool = False,
     backend: Backend = "auto",
-    seed: int = 0,
-    max_length: int = 128,
-    batch_size: int | None = None,
+    seed: Whole = 0,
+    max_length: Whole = 128,
+    batch_size: Whole | None = None,
     prepend_bos: bool | None = None,
+    attention_mask: Any = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Measure every token of some texts at every layer of a model.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`, in any state.
-        data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, token ids `[batch, pos]`, or a `Capture`.
+        data: a text, a `Passage`, a path, a list of these, a table with a `text` column (`datasets`, pandas, Arrow), token ids
+            (`[batch, pos]`, lists of their own lengths, what a tokenizer returns), or a `Capture`.
         analyzers: what to measure; None: `Compression`, the same over other tokens, `Contraction`, `RawCompression`,
             `Neighborhood`, `Surprisal`, `StateNorm`.
         layers: block indices; None: all (of the capture).
@@ -59,7 +62,7 @@ def analyze(
             elsewhere, the neighbors of another token (`<column>_radius_matched`). Costs two more sets of images.
         backend: how neighbors are searched; see `basin_lens.neighbors.find`. Only `"approximate"` is not exact.
         seed: of every random choice.
-        max_length, batch_size, prepend_bos: see `Capture.from_texts`.
+        max_length, batch_size, prepend_bos, attention_mask: see `Capture.from_texts`.
         progress: show progress bars.
 
     Returns:
@@ -80,7 +83,7 @@ def analyze(
     """
     return score(
         model, data, analyzers, layers=layers, bank=bank, queries=queries, controls=controls, backend=backend, seed=seed, max_length=max_length,
-        batch_size=batch_size, prepend_bos=prepend_bos, progress=progress,
+        batch_size=batch_size, prepend_bos=prepend_bos, attention_mask=attention_mask, progress=progress,
     ).table  # fmt: skip
 
 
@@ -102,10 +105,11 @@ def score(
     queries: Any = None,
     controls: bool = False,
     backend: Backend = "auto",
-    seed: int = 0,
-    max_length: int = 128,
-    batch_size: int | None = None,
+    seed: Whole = 0,
+    max_length: Whole = 128,
+    batch_size: Whole | None = None,
     prepend_bos: bool | None = None,
+    attention_mask: Any = None,
     progress: bool = True,
     keep_neighbors_of: CloudAnalyzer | None = None,
     frozen: KeptNeighbors | None = None,
@@ -115,12 +119,15 @@ def score(
     `frozen`: neighbors of another run on the same texts and layers, taken as they are.
     """
     door.check_model(model)
+    seed = whole(seed, "seed", least=0)
     chosen = _check_analyzers(default_analyzers() if analyzers is None else analyzers)
     if controls:
         chosen += controls_of(chosen)
     clouds = [a for a in chosen if isinstance(a, CloudAnalyzer)]
     singles = [a for a in chosen if isinstance(a, TokenAnalyzer)]
     if isinstance(data, Capture):
+        if attention_mask is not None:
+            raise CaptureError("expected token ids with attention_mask, got a Capture. Give the mask where it is made.")
         capture = data
         capture.check_model_is(model)
         wanted = capture.layers if layers is None else check_layers(model, layers)
@@ -131,7 +138,9 @@ def score(
             )
     else:
         wanted = check_layers(model, layers)
-        capture = Capture.plan(model, data, layers=wanted, max_length=max_length, prepend_bos=prepend_bos)
+        capture = Capture.plan(
+            model, data, layers=wanted, max_length=max_length, prepend_bos=prepend_bos, attention_mask=attention_mask
+        )
     # All that can be refused is refused before the model runs.
     tables.check_names([*{name for label in capture.labels for name in label}, *(c.name for a in chosen for c in a.columns)])
     asked = query_rows(capture, queries, seed)
@@ -189,6 +198,7 @@ def score(
     return Analysis(tables.build(rows, labels, wanted, values, provenance), kept)
 
 
+@whole_numbers(CaptureError)
 def neighborhood(
     model: Any,
     capture: Capture,

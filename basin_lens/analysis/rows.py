@@ -10,6 +10,7 @@ from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
+from basin_lens.values import whole_or_none
 
 
 def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
@@ -18,18 +19,24 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
         return torch.ones(capture.n_rows, dtype=torch.bool, device="cpu")
     if isinstance(queries, str):
         if any(queries in label for label in capture.labels):
-            chosen = torch.tensor([bool(label.get(queries)) for label in capture.labels], device="cpu")[capture.row_seq]
+            held = [label.get(queries) for label in capture.labels]
+            if any(isinstance(value, str) for value in held):  # the text "False" would choose its tokens
+                raise NeighborError(
+                    f"expected a label of True and False to choose queries by, got {queries!r} with text such as "
+                    f"{next(value for value in held if isinstance(value, str))!r}. Write true and false without quotes (as .jsonl has them)."
+                )
+            chosen = torch.tensor([bool(value) for value in held], device="cpu")[capture.row_seq]
         else:
             chosen = torch.tensor([queries in names for names in _spans(capture)], device="cpu")
         if not bool(chosen.any()):
             raise NeighborError(f"expected queries to name a label or span of the texts, got {queries!r}, which marks no token.")
         return chosen
-    if isinstance(queries, int) and not isinstance(queries, bool):
+    if (wanted := whole_or_none(queries)) is not None:
         rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
-        if queries < 1:
-            raise NeighborError(f"expected a positive number of queries, got {queries}.")
+        if wanted < 1:
+            raise NeighborError(f"expected a positive number of queries, got {wanted}.")
         chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
-        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:queries]]] = True
+        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:wanted]]] = True
         return chosen
     given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
     if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size:

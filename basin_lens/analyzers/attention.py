@@ -10,9 +10,10 @@ from torch import Tensor
 from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
+from basin_lens.values import Whole, whole_or_none
 
 # False; the number of the model's heads; or some of its heads. Never True: columns are declared before a model is seen.
-PerHead = int | tuple[int, ...]
+PerHead = Whole | tuple[Whole, ...]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def check_heads(per_head: PerHead) -> None:
     Raises:
         CaptureError: see there.
     """
-    whole = isinstance(per_head, int) and per_head is not True and per_head >= 0
-    some = isinstance(per_head, tuple) and per_head and all(isinstance(h, int) and h >= 0 for h in per_head)
+    whole = per_head is False or ((found := whole_or_none(per_head)) is not None and found >= 0)
+    some = isinstance(per_head, tuple) and per_head and all(whole_or_none(h) is not None and h >= 0 for h in per_head)
     if not (whole or some) or (some and len(set(heads_of(per_head))) < len(heads_of(per_head))):
         raise CaptureError(
             f"expected per_head as the number of heads (model.cfg.n_heads) or a tuple of different heads, got {per_head!r}: columns are "

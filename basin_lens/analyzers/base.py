@@ -20,6 +20,7 @@ from basin_lens.capture import Target, TokenBatch
 from basin_lens.errors import NeighborError
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import CONTEXTS, Context
+from basin_lens.values import Whole, whole_fields, whole_or_none
 
 Choice = Literal["nearest", "random", "radius_matched"]
 CHOICES: tuple[Choice, ...] = ("nearest", "random", "radius_matched")
@@ -157,6 +158,10 @@ class Analyzer(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        """Called by the dataclasses below: whole numbers of numpy and 0-d tensors become ints, so that `key` says the same for them."""
+        whole_fields(self)
+
     @property
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
@@ -181,7 +186,7 @@ class CloudAnalyzer(Analyzer):
 
     k: int
     context: Context = "patched"
-    blocks: int = 1
+    blocks: Whole = 1
     metric: Metric = "l2"
     exclude: str = "sequence"
     same_token: SameToken = "any"
@@ -204,7 +209,7 @@ class CloudAnalyzer(Analyzer):
             NeighborError: an unknown option value, or k below 2.
         """
         kind = type(self).__name__
-        if not isinstance(self.k, int) or self.k < 2:
+        if (whole_or_none(self.k) or 0) < 2:
             raise NeighborError(f"expected k of at least 2 for {kind}, got {self.k!r}.")
         for option, allowed in {
             "context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": ("any", "only", "exclude"), "choice": CHOICES
@@ -215,7 +220,7 @@ class CloudAnalyzer(Analyzer):
             raise NeighborError(f'expected exclude "self", "sequence", "document" or a label name, got {self.exclude!r}.')
         if not isinstance(self.position_0, bool):
             raise NeighborError(f"expected position_0 True or False for {kind}, got {self.position_0!r}.")
-        if not isinstance(self.blocks, int) or self.blocks < 1:
+        if (whole_or_none(self.blocks) or 0) < 1:
             raise NeighborError(f"expected blocks of at least 1 for {kind}, got {self.blocks!r}.")
         if self.blocks > 1 and self.context in ("attn", "mlp"):
             raise NeighborError(f"expected blocks=1 with context {self.context!r} (half a block), got {self.blocks}.")
@@ -227,9 +232,9 @@ class CloudAnalyzer(Analyzer):
 class CloudScore(CloudAnalyzer):
     """A `CloudAnalyzer` with the common options as fields, described at `Compression`. A subclass may give them other defaults."""
 
-    k: int = 15
+    k: Whole = 15
     context: Context = "patched"
-    blocks: int = 1
+    blocks: Whole = 1
     metric: Metric = "l2"
     exclude: str = "sequence"
     same_token: SameToken = "any"

@@ -9,6 +9,7 @@ from torch import Tensor
 from basin_lens.analyzers.base import Cloud, CloudScore, Column, random_directions
 from basin_lens.errors import NeighborError
 from basin_lens.transport import Context
+from basin_lens.values import Whole, whole_or_none
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class CentroidEffect(CloudScore):
     """
 
     context: Context = "native"
-    queries: int = 16
-    seed: int = 0
+    queries: Whole = 16
+    seed: Whole = 0
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "run_on"})
 
     @property
@@ -74,7 +75,7 @@ class CentroidEffect(CloudScore):
                 "model in its own context. Leave the context out."
             )
         for option, least in {"queries": 1, "seed": 0}.items():
-            if not isinstance(getattr(self, option), int) or getattr(self, option) < least:
+            if (found := whole_or_none(getattr(self, option))) is None or found < least:
                 raise NeighborError(f"expected {option} of at least {least} for CentroidEffect, got {getattr(self, option)!r}.")
 
     def measure(self, cloud: Cloud) -> dict[str, Tensor]:

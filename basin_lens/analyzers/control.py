@@ -8,6 +8,7 @@ from torch import Tensor
 from basin_lens.analyzers.base import Analyzer, Choice, Cloud, CloudAnalyzer, Column
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
+from basin_lens.values import Whole
 
 CONTROLS: tuple[Choice, ...] = ("random", "radius_matched")
 
@@ -34,7 +35,7 @@ class Control(CloudAnalyzer):
     exclude: str
     same_token: SameToken
     position_0: bool
-    queries: int | None = None
+    queries: Whole | None = None
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

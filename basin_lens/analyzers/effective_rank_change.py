@@ -9,6 +9,7 @@ from torch import Tensor
 
 from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column
 from basin_lens.errors import NeighborError
+from basin_lens.values import Whole
 
 _ROUNDING = 1e-6  # of 1 / PR in float32: what a cloud that is round to the last digit leaves after the correction
 
@@ -41,7 +42,7 @@ class EffectiveRankChange(CloudScore):
         ['nats', 'dimensions', 'dimensions']
     """
 
-    k: int = 50
+    k: Whole = 50
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property

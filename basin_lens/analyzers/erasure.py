@@ -10,6 +10,7 @@ from torch import Tensor
 from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
+from basin_lens.values import Whole, whole_or_none
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Erasure(TokenAnalyzer):
         'nats per token'
     """
 
-    positions: int | None = 16
-    seed: int = 0
+    positions: Whole | None = 16
+    seed: Whole = 0
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "passes"})
     per_layer: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class Erasure(TokenAnalyzer):
         return (Column(column_name(self, "erasure"), "nats per token"),)
 
     def check(self) -> None:
-        if self.positions is not None and (not isinstance(self.positions, int) or self.positions < 1):
+        if self.positions is not None and (whole_or_none(self.positions) or 0) < 1:
             raise CaptureError(f"expected at least 1 position per sequence for Erasure, or None for all, got {self.positions!r}.")
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:

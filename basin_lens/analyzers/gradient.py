@@ -10,6 +10,7 @@ from torch import Tensor
 from basin_lens.analyzers.base import Column, TokenAnalyzer
 from basin_lens.capture import Target, TokenBatch
 from basin_lens.errors import CaptureError
+from basin_lens.values import whole_or_none
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check_target(target: Any, *, cache: bool = True) -> None:
         CaptureError: see there.
     """
     named = ("future_loss", "last_logit", "cache") if cache else ("future_loss", "last_logit")
-    token = isinstance(target, int) and not isinstance(target, bool) and target >= 0
+    token = whole_or_none(target) is not None and target >= 0
     if not token and target not in named:
         own = ' or "cache"' if cache else ""
         raise CaptureError(f'expected a token id, "last_logit", or the gradient of "future_loss"{own}, got {target!r}.')

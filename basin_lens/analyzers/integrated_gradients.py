@@ -11,6 +11,7 @@ from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
 from basin_lens.analyzers.gradient import check_target, target_ending, target_unit, without_last
 from basin_lens.capture import Passes, Target, TokenBatch
 from basin_lens.errors import CaptureError
+from basin_lens.values import Whole, whole_or_none
 
 COMPLETE = 0.01  # the shares of a sequence's tokens must add up to the change of its target within this part of it
 
@@ -52,9 +53,9 @@ class IntegratedGradients(TokenAnalyzer):
     """
 
     target: Target = "future_loss"
-    steps: int = 16
+    steps: Whole = 16
     baseline: Literal["mean", "zero"] = "mean"
-    layer: int | None = 0
+    layer: Whole | None = 0
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "passes"})
 
@@ -69,11 +70,11 @@ class IntegratedGradients(TokenAnalyzer):
 
     def check(self) -> None:
         check_target(self.target, cache=False)
-        if not isinstance(self.steps, int) or self.steps < 2:
+        if (whole_or_none(self.steps) or 0) < 2:
             raise CaptureError(f"expected at least 2 steps for IntegratedGradients, got {self.steps!r}.")
         if self.baseline not in ("mean", "zero"):
             raise CaptureError(f'expected baseline "mean" or "zero" for IntegratedGradients, got {self.baseline!r}.')
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
+        if self.layer is not None and ((layer := whole_or_none(self.layer)) is None or layer < 0):
             raise CaptureError(f"expected a layer from 0 on, or None for each, for IntegratedGradients, got {self.layer!r}.")
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:

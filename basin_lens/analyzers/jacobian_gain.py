@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column, log_or_nan, random_directions, total_variance
 from basin_lens.errors import NeighborError, TransportError
+from basin_lens.values import Whole, whole_or_none
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class JacobianGain(CloudScore):
         ['jacobian_gain_random', 'jacobian_gain_neighborhood', 'jacobian_contrast']
     """
 
-    directions: int = 8
-    queries: int = 64
-    seed: int = 0
+    directions: Whole = 8
+    queries: Whole = 64
+    seed: Whole = 0
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "block"})
 
     @property
@@ -72,7 +73,7 @@ class JacobianGain(CloudScore):
     def check(self) -> None:
         super().check()
         for option, least in {"directions": 1, "queries": 1, "seed": 0}.items():
-            if not isinstance(getattr(self, option), int) or getattr(self, option) < least:
+            if (found := whole_or_none(getattr(self, option))) is None or found < least:
                 raise NeighborError(f"expected {option} of at least {least} for JacobianGain, got {getattr(self, option)!r}.")
 
     def measure(self, cloud: Cloud) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from basin_lens.analyzers.base import Cloud, CloudScore, Column
 from basin_lens.errors import NeighborError
 from basin_lens.transport import Context
+from basin_lens.values import Whole, whole_or_none
 
 _CURVE = (5, 10, 15, 30)
 
@@ -47,9 +48,9 @@ class LocalDimension(CloudScore):
         ['dimension_mle_k10', 'dimension_mle_k20', 'dimension_two_nn_k10', 'dimension_two_nn_k20']
     """
 
-    k: int = 30
+    k: Whole = 30
     context: Context = "native"
-    curve: tuple[int, ...] | None = None
+    curve: tuple[Whole, ...] | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors"})
 
     @property
@@ -65,7 +66,7 @@ class LocalDimension(CloudScore):
 
     def check(self) -> None:
         super().check()
-        ascending = list(self.sizes) == sorted(set(self.sizes))
+        ascending = list(self.sizes) == sorted(set(self.sizes)) and None not in map(whole_or_none, self.sizes)
         if not (self.sizes and ascending and self.sizes[0] >= 2 and self.sizes[-1] <= self.k):
             raise NeighborError(f"expected a curve of ascending numbers from 2 to k={self.k}, got {self.curve}.")
 

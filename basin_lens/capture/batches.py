@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +12,7 @@ from basin_lens import model as door
 from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target, target_values
 from basin_lens.capture.rows import TokenRows
 from basin_lens.errors import CaptureError
+from basin_lens.values import Whole, whole, whole_or_none
 
 _NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
 
@@ -52,14 +52,14 @@ class TokenMeasure(Protocol):
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
 
 
-def token_batches(rows: TokenRows, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def token_batches(rows: TokenRows, batch_size: Whole | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows, right-padded tokens and validity of batches of sequences of like length.
 
     Raises:
         CaptureError: a batch size below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise CaptureError(f"expected a batch_size of at least 1 sequence, got {batch_size}.")
+    if batch_size is not None:
+        batch_size = whole(batch_size, "batch_size", least=1, error=CaptureError, cure="Leave it out for about 1,000 tokens.")
     lengths = rows.lengths
     order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
     while order:
@@ -208,11 +208,14 @@ def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
     count = door.n_layers(model)
     if layers is None:
         return tuple(range(count))
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    wrong = [layer for layer in given if not isinstance(layer, Integral) or not -count <= int(layer) < count]
-    if wrong or not given or given == [layers]:
+    # A 0-d tensor says that it can be iterated, and cannot.
+    many = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) > 0
+    given = list(layers) if many else [layers]
+    found = [whole_or_none(layer) for layer in given]
+    wrong = [layer for layer, number in zip(given, found, strict=True) if number is None or not -count <= number < count]
+    if wrong or not given or not many:
         raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
-    return tuple(sorted({int(layer) % count for layer in given}))
+    return tuple(sorted({number % count for number in found if number is not None}))
 
 
 def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMeasure]) -> None:

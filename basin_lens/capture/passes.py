@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens import model as door
+from basin_lens.values import Whole
 
 TOKENS_PER_PASS = 1024
 
 # "future_loss", "last_logit", or a token id (its logit). "cache" stands for the user's own backward pass and is never run.
-Target = str | int
+Target = str | Whole
 
 
 def token_losses(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch predicted"]:

@@ -26,15 +26,9 @@ from basin_lens.capture.store import (
 )
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
-from basin_lens.texts import (
-    Passage,
-    TokenSequence,
-    from_token_ids,
-    longest_sequence,
-    read_passages,
-    token_strings,
-    tokenize,
-)
+from basin_lens.texts import Passage, read_passages
+from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, token_strings, tokenize
+from basin_lens.values import Whole, document, labels_of_all, whole_numbers
 
 
 @dataclass(repr=False)
@@ -84,9 +78,10 @@ class Capture(TokenRows):
         *,
         layers: Any = None,
         analyzers: Sequence[TokenMeasure] | None = None,
-        max_length: int = 128,
-        batch_size: int | None = None,
+        max_length: Whole = 128,
+        batch_size: Whole | None = None,
         prepend_bos: bool | None = None,
+        attention_mask: Any = None,
         store: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> "Capture":
@@ -94,13 +89,14 @@ class Capture(TokenRows):
 
         Args:
             model: a `TransformerBridge` or `HookedTransformer`, in any state (train mode, frozen, other device).
-            data: a text, a `Passage`, a path, a list of these, a dataset with a `text` column, or a LongTensor `[batch, pos]`.
+            data: as for `analyze`, but no `Capture`.
             layers: block indices; None: all.
             analyzers: token analyzers to fill during the pass; None: none.
             max_length: longest sequence in tokens, BOS counted (the model's context if that is shorter); longer texts become
                 several sequences.
             batch_size: sequences per pass; None: about 1,000 tokens.
             prepend_bos: None: the model's default.
+            attention_mask: of token ids: 1 for real tokens, 0 for padding on either side, which is left out.
             store: a new folder to keep the states in instead of memory (safetensors, one file per batch).
             progress: show a progress bar.
 
@@ -109,8 +105,8 @@ class Capture(TokenRows):
             CaptureError: unknown layer, NaN or infinite states, a missing hook point.
             StoreError: the folder exists or cannot be written.
         """
-        capture = cls.plan(model, data, layers=layers, max_length=max_length, prepend_bos=prepend_bos)
-        return capture.read(model, analyzers, batch_size=batch_size, store=store, progress=progress)
+        rows: Any = {"layers": layers, "max_length": max_length, "prepend_bos": prepend_bos, "attention_mask": attention_mask}
+        return cls.plan(model, data, **rows).read(model, analyzers, batch_size=batch_size, store=store, progress=progress)
 
     @classmethod
     def plan(
@@ -119,28 +115,28 @@ class Capture(TokenRows):
         data: Any,
         *,
         layers: Any = None,
-        max_length: int = 128,
+        max_length: Whole = 128,
         prepend_bos: bool | None = None,
+        attention_mask: Any = None,
     ) -> "Capture":
         """The rows of a capture, nothing read yet: enough to check a whole request before the model runs. See `read`."""
         door.check_model(model)
         chosen = check_layers(model, layers)
-        if isinstance(data, Tensor):
-            passages, sequences = None, from_token_ids(model, data)
-        else:
+        passages, found = None, given_ids(model, data, attention_mask)
+        if found is None:
             passages = read_passages(data)
-            sequences = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
+            found = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
         bos = door.uses_bos(model, prepend_bos) if passages is not None else None
         longest = longest_sequence(model, max_length)
         settings = {"max_length": longest, "bos": bos, "source": "tokens" if passages is None else "texts"}
-        return cls._empty(model, sequences, passages, chosen, settings)
+        return cls._empty(model, found, passages, chosen, settings)
 
     def read(
         self,
         model: Any,
         analyzers: Sequence[TokenMeasure] | None = None,
         *,
-        batch_size: int | None = None,
+        batch_size: Whole | None = None,
         store: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> "Capture":
@@ -165,7 +161,7 @@ class Capture(TokenRows):
         cache: Any,
         *,
         attention_mask: Tensor | None = None,
-        docs: Sequence[str] | None = None,
+        docs: Sequence[Any] | None = None,
         labels: Sequence[Mapping[str, Any]] | None = None,
         texts: Sequence[str | Passage] | str | None = None,
     ) -> "Capture":
@@ -224,9 +220,9 @@ class Capture(TokenRows):
         settings = {"bos": None, "source": "cache", "max_length": shape[1]}
         capture = cls._empty(model, sequences, passages, layers, settings)
         if docs is not None:
-            capture.docs = [str(doc) for doc in docs]
+            capture.docs = [document(doc) or f"sequence-{i}" for i, doc in enumerate(docs)]
         if labels is not None:
-            capture.labels = [dict(label) for label in labels]
+            capture.labels = labels_of_all(labels)
         needed = sorted({border for layer in layers for border in (layer, layer + 1)})
         for border in needed:
             # Indexing by the mask copies: nothing of the user's cache stays referenced.
@@ -260,10 +256,12 @@ class Capture(TokenRows):
 
     # -- states -------------------------------------------------------------------------------------------------------
 
+    @whole_numbers(CaptureError)
     def resid_pre(self, layer: int) -> Float[Tensor, "rows d"]:
         """States entering block `layer`, float32, on the CPU, in row order."""
         return self._border(layer)
 
+    @whole_numbers(CaptureError)
     def resid_post(self, layer: int) -> Float[Tensor, "rows d"]:
         """States leaving block `layer`, float32, on the CPU, in row order."""
         return self._border(layer + 1)
@@ -368,7 +366,7 @@ class Capture(TokenRows):
 
     @torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
     def _fill(
-        self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: int | None, progress: bool, *, keep_states: bool
+        self, model: Any, analyzers: Sequence[TokenMeasure], batch_size: Whole | None, progress: bool, *, keep_states: bool
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         check_points(model, self.layers, analyzers)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from basin_lens.errors import CaptureError
 from basin_lens.texts import Passage, TokenSequence
+from basin_lens.values import whole_numbers
 
 
 @dataclass
@@ -61,6 +62,7 @@ class TokenRows:
         """Text of each row's token by itself."""
         return [self.strings[token] for token in self.row_token.tolist()]
 
+    @whole_numbers(CaptureError)
     def row_of(self, seq: int, pos: int) -> int:
         """Row of a token.
 

@@ -20,6 +20,7 @@ from basin_lens.codec.lockstep import TokenWriter, encode_tokens, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.text import TextCodec
 from basin_lens.errors import CodecError
+from basin_lens.values import whole_numbers
 
 COLUMNS = (
     "coder", "kind", "original_bytes", "bytes", "header_bytes", "bits_per_byte", "payload_bits_per_byte", "gap_to_ideal", "tokens",
@@ -40,6 +41,7 @@ def general_compressors() -> dict[str, Callable[[bytes], bytes] | str]:
     }
 
 
+@whole_numbers(CodecError)
 def bench(model: Any, data: bytes | str, *, streams: int = 16, context: int = 512, progress: bool = False) -> pd.DataFrame:
     """Every back end and every general compressor on one text.
 
@@ -106,6 +108,7 @@ def bench(model: Any, data: bytes | str, *, streams: int = 16, context: int = 51
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
 
 
+@whole_numbers(CodecError)
 def growth(codec: TextCodec, data: bytes | str, bits: Float[np.ndarray, " tokens"], *, points: int = 40) -> pd.DataFrame:
     """How the size grows along a text.
 

@@ -19,6 +19,7 @@ from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate, read_pass
 from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentError, WrongModelError
 from basin_lens.texts.tokens import token_strings
+from basin_lens.values import whole_numbers
 
 _LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
 _MOST_CACHE = 8 << 30  # bytes of keys and values
@@ -64,6 +65,7 @@ class TextCodec:
         (True, True)
     """
 
+    @whole_numbers(CodecError)
     def __init__(
         self,
         model: Any,
@@ -173,6 +175,7 @@ class TextCodec:
         reading = read_pass(self.model, tokens, streams=min(streams, max(1, len(tokens))), window=self.context)
         return Estimate(reading.bits, len(plain))
 
+    @whole_numbers(CodecError)
     def ranks(self, text: bytes | str, *, k: int = 5) -> pd.DataFrame:
         """Each token's rank, probability and bits by one full pass, and what the model expected in its place.
 

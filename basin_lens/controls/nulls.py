@@ -8,10 +8,12 @@ from tqdm.auto import tqdm
 
 from basin_lens.capture import Capture, border_states, borders, with_states, with_tokens
 from basin_lens.errors import CaptureError
+from basin_lens.values import whole_numbers
 
 _CHUNK_VALUES = 1 << 24  # random weights held at once: 64 MiB in float32
 
 
+@whole_numbers(CaptureError)
 def shuffled_tokens(model: Any, capture: Capture, *, block: int | None = None, seed: int = 0, progress: bool = True) -> Capture:
     """The tokens of each sequence in random order, read again by the model: what word order does.
 
@@ -63,6 +65,7 @@ def shuffled_tokens(model: Any, capture: Capture, *, block: int | None = None, s
     return with_tokens(model, capture, tokens, {"name": "shuffled_tokens", "seed": seed, "block": size}, progress=progress)
 
 
+@whole_numbers(CaptureError)
 def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -> Capture:
     """States drawn from a Gaussian with the capture's own means and covariances: all that second moments say, and no more.
 
@@ -116,6 +119,7 @@ def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -
     return with_states(capture, made, {"name": "gaussian_states", "seed": seed})
 
 
+@whole_numbers(CaptureError)
 def permuted_layers(capture: Capture, *, seed: int = 0) -> Capture:
     """The states of each border dealt out anew among the tokens beyond position 0: the clouds stay, their correspondence goes.
 

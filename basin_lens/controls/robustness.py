@@ -14,10 +14,12 @@ from basin_lens.analysis import analyze
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture, subset
 from basin_lens.errors import CaptureError, NeighborError, TableError
+from basin_lens.values import whole_numbers
 
 _KS = (5, 10, 15, 30, 50)
 
 
+@whole_numbers(TableError)
 def sweep(
     model: Any,
     capture: Any,

@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from basin_lens import tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TableError
+from basin_lens.values import whole_numbers
 
 LOSS_BASELINES = ("log_likelihood", "zlib", "lowercase", "min_k", "min_k_plus", "agreement")
 MIN_K = 0.2
@@ -87,6 +88,7 @@ def lowest_mean(values: Float[np.ndarray, " tokens"], share: float) -> float:
     return float(held[: max(1, int(len(held) * share))].mean()) if len(held) else float("nan")
 
 
+@whole_numbers(StudyError)
 def sequence_states(capture: Capture, layer: int) -> Float[np.ndarray, "sequences d"]:
     """Mean of the states that enter a block over a sequence's tokens from position 1 on."""
     states = capture.resid_pre(layer).double()
@@ -96,6 +98,7 @@ def sequence_states(capture: Capture, layer: int) -> Float[np.ndarray, "sequence
     return sums / (capture.lengths.numpy() - 1)[:, None]
 
 
+@whole_numbers(StudyError)
 def folds(
     label: Bool[np.ndarray, " sequences"], groups: Int[np.ndarray, " sequences"], n_splits: int = 5, seed: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:

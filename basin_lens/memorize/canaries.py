@@ -10,6 +10,7 @@ from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
 from basin_lens.texts import Passage
+from basin_lens.values import whole_numbers
 
 KINDS = ("fluent", "salad", "random")
 DOSES = (1, 4, 16, 64)
@@ -17,6 +18,7 @@ _TRIES = 400
 WINDOW = 40  # characters for each token of a piece: more than any token of running text has
 
 
+@whole_numbers(StudyError)
 def make_canaries(
     model: Any,
     *,
@@ -74,6 +76,7 @@ def make_canaries(
     return passages
 
 
+@whole_numbers(StudyError)
 def fresh_texts(model: Any, kind: str, count: int, length: int, *, seed: int) -> list[str]:
     """More texts of a kind, none of them a pair: to train on something else, or to continue a prefix with.
 

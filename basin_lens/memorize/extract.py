@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
 from basin_lens.texts import read_passages, tokenize
+from basin_lens.values import whole_numbers, whole_or_none
 
 GUIDE_SHARE = 0.8
 # Tokens of all prompts and continuations that are decoded side by side: weights are read once a step, so more is faster.
 DECODED_TOGETHER = 4096
 
 
+@whole_numbers(StudyError)
 def extract(
     model: Any,
     data: Any,
@@ -55,7 +57,7 @@ def extract(
         4
     """
     sequences, docs, passages, bos = _sequences(model, data, max_length)
-    if not (prompt >= 1 if isinstance(prompt, int) else 0 < prompt < 1) or (target is not None and target < 1):
+    if not (prompt >= 1 if whole_or_none(prompt) is not None else 0 < prompt < 1) or (target is not None and target < 1):
         raise StudyError(
             f"expected a prompt of tokens (1 or more) or a fraction between 0 and 1, and a target of 1 or more, got {prompt}, {target}."
         )
@@ -90,6 +92,7 @@ def extract(
     return pd.DataFrame(lines)
 
 
+@whole_numbers(StudyError)
 def guide_labels(model: Any, data: Any, *, max_length: int = 128, progress: bool = True) -> pd.DataFrame:
     """The original guide's labels: prompted with the first third, more than 80 % of the greedy tokens match.
 

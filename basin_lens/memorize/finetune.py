@@ -24,6 +24,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.texts import read_passages, tokenize
+from basin_lens.values import Whole, whole, whole_fields, whole_numbers
 
 _CHECKPOINT = "checkpoint.safetensors"
 _KIND = records.Kind("a checkpoint", "basin_lens tuning 1", "Delete it to begin anew.")
@@ -51,14 +52,15 @@ class Recipe:
     """
 
     learning_rate: float = 5e-5
-    batch_size: int = 8
-    filler: int = 2
-    warmup: int = 10
+    batch_size: Whole = 8
+    filler: Whole = 2
+    warmup: Whole = 10
     weight_decay: float = 0.0
     clip: float = 1.0
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, StudyError)
         if not (self.learning_rate > 0 and self.clip > 0 and 0 <= self.filler < self.batch_size and self.warmup >= 0):
             raise StudyError(
                 f"expected a learning rate and a clip above 0 and fewer filler texts than the batch holds, got {self}. Change the recipe."
@@ -94,6 +96,7 @@ class Tuned:
         return door.save_tuned(self.model, folder, self.base, {**self.facts, "history": _plain(self.history)})
 
 
+@whole_numbers(StudyError)
 @torch.inference_mode(False)  # the caller's would make tensors that no gradient can pass
 def finetune(
     model: Any,
@@ -146,7 +149,7 @@ def finetune(
     recipe = recipe or Recipe()
     door.check_model(model)
     passages = read_passages(data)
-    shown = [doses] * len(passages) if isinstance(doses, int) else list(doses)
+    shown = [doses] * len(passages) if isinstance(doses, int) else [whole(dose, "doses", error=StudyError) for dose in doses]
     if len(shown) != len(passages) or min(shown) < 1:
         raise StudyError(f"expected a dose of at least 1 for each of {len(passages)} texts, got {shown[:8]}.")
     if every < 1:
@@ -252,6 +255,7 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"]
     return tokens, valid
 
 
+@whole_numbers(StudyError)
 def estimate(model: Any, n_tokens: int) -> float:
     """Seconds that training on so many tokens will take, from a timed forward pass (about a second)."""
     tokens = torch.zeros(4, min(64, door.n_context(model)), dtype=torch.int64, device=door.device_of(model))

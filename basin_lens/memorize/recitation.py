@@ -11,11 +11,13 @@ from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.canaries import WINDOW, cut, ids_of
 from basin_lens.texts import Passage
+from basin_lens.values import whole_numbers
 
 CONDITIONS = ("opening", "later", "shuffled", "paraphrase")
 _SKIPPED = 20
 
 
+@whole_numbers(StudyError)
 def recitation_passages(
     model: Any,
     sources: Sequence[Passage],

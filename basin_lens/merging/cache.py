@@ -20,6 +20,7 @@ from basin_lens.merging.assign import Clusters, row_likeness, row_read
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.merge import normalized
 from basin_lens.merging.passes import alone_in, context_statistics
+from basin_lens.values import whole_numbers
 
 
 @dataclass
@@ -259,6 +260,7 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
         yield Stream(checked, layers)
 
 
+@whole_numbers(MergeError)
 def generate(
     merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0,
     progress: bool = False,

@@ -19,6 +19,7 @@ from basin_lens.errors import MergeError
 from basin_lens.merging.cache import generate
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass, share_left, surprisal_for
+from basin_lens.values import Whole, whole_fields, whole_numbers
 
 # What every policy is, in one line.
 POLICIES = {
@@ -43,12 +44,13 @@ class Setting:
 
     layers: tuple[int, ...]
     budgets: tuple[float, ...] = (0.75, 0.5)
-    projection: int = 32
-    recent: int = 8
-    seeds: int = 5
+    projection: Whole = 32
+    recent: Whole = 8
+    seeds: Whole = 5
     policies: tuple[str, ...] = tuple(POLICIES)
 
     def __post_init__(self) -> None:
+        whole_fields(self, MergeError)
         unknown = set(self.policies) - set(POLICIES)
         if unknown or not self.budgets or not all(0 < b < 1 for b in self.budgets) or self.seeds < 1:
             raise MergeError(f"expected policies of {', '.join(POLICIES)}, budgets between 0 and 1 and a seed or more, got {self}.")
@@ -84,6 +86,7 @@ class Compared:
     mergers: Mapping[tuple[str, float], TokenMerger]
 
 
+@whole_numbers(MergeError)
 def recent_window(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
     """First token plus the recent window that leaves `budget` of the cache, the rest dropped (StreamingLLM).
 
@@ -304,6 +307,7 @@ def context_protocol(
     return pd.concat(parts, ignore_index=True)
 
 
+@whole_numbers(MergeError)
 def induction_probe(
     model: Any, made: dict[str, TokenMerger], *, length: int = 48, sequences: int = 8, seed: int = 0
 ) -> pd.DataFrame:
@@ -347,6 +351,7 @@ def induction_probe(
     return pd.DataFrame(rows)
 
 
+@whole_numbers(MergeError)
 def generation_quality(
     merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, progress: bool = False
 ) -> pd.DataFrame:

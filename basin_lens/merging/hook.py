@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
+from basin_lens.values import Whole, whole
 
 _KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
 _FIELDS = {"options": dict, "base": str, "calibrated": bool, "facts": dict}
@@ -92,10 +93,10 @@ class TokenMerger(nn.Module):
     gate: nn.Parameter | None
     slope: nn.Parameter | None
 
-    def __init__(self, layers: list[int] | tuple[int, ...], **options: Any) -> None:
+    def __init__(self, layers: Sequence[Whole], **options: Any) -> None:
         super().__init__()
         try:
-            self.options = Options(layers=tuple(sorted(layers)), **options)
+            self.options = Options(layers=tuple(sorted(whole(n, "layers", error=MergeError) for n in layers)), **options)
         except TypeError as error:
             raise MergeError(f"expected options of TokenMerger, got another: {error}. See its docstring.") from error
         self.base: str | None = None  # fingerprint of the model that it was prepared for

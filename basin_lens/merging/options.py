@@ -6,6 +6,7 @@ from typing import Any
 
 from basin_lens.errors import MergeError
 from basin_lens.merging.assign import RULES
+from basin_lens.values import Whole, whole_fields, whole_or_none
 
 # The latest layers bear most: which share of depth is early, which middle, and how strictly each merges.
 _STRICT = ((0.3, 0.5), (0.7, 1.0), (1.0, 1.5))
@@ -31,20 +32,21 @@ class Options:
     adaptive: bool = False
     progressive: bool = False
     attention_weight: float = 0.0
-    projection: int | None = None
+    projection: Whole | None = None
     residual: str = "none"
-    residual_width: int = 8
+    residual_width: Whole = 8
     preserve: str = "none"
     preserve_share: float = 0.05
     contrastive_weight: float = 0.0
     margin: float = 0.5
-    recent: int = 8
+    recent: Whole = 8
     floor: float = 0.0
     temperature: float = 0.05
     simulate: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, MergeError)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise MergeError(f"expected {name} among {', '.join(known)}, got {getattr(self, name)!r}.")
@@ -53,8 +55,8 @@ class Options:
             raise MergeError(f"expected one of threshold, target_rate and target_bytes, got {given or 'none'}. Give one.")
         layers = self.layers
         for name in ("recent", "residual_width", "projection", "seed"):
-            self._need(isinstance(getattr(self, name), int | None), name, "a whole number")
-        self._need(all(isinstance(layer, int) for layer in layers), "layers", "distinct numbers from 0 on")
+            self._need(getattr(self, name) is None or whole_or_none(getattr(self, name)) is not None, name, "a whole number")
+        self._need(all(whole_or_none(layer) is not None for layer in layers), "layers", "distinct numbers from 0 on")
         self._need(self.seed >= 0, "seed", "0 or more")
         self._need(0 <= self.contrastive_weight < math.inf, "contrastive_weight", "a number from 0 on")
         self._need(-1 <= self.margin <= 1, "margin", "a cosine from -1 to 1")

@@ -26,6 +26,7 @@ from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.logs import CHECKPOINT, append_log, rewrite_log
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
+from basin_lens.values import Whole, whole_fields
 
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
 
@@ -49,20 +50,21 @@ class Training:
         seed: of the order of the windows; nothing else is random.
     """
 
-    steps: int = 60
-    batch_size: int = 4
-    accumulate: int = 1
+    steps: Whole = 60
+    batch_size: Whole = 4
+    accumulate: Whole = 1
     threshold_rate: float = 0.05
     learning_rate: float = 1e-3
     base_rate: float = 1e-5
     rate_weight: float = 50.0
     clip: float = 1.0
-    evaluate_every: int = 20
-    checkpoint_every: int = 20
+    evaluate_every: Whole = 20
+    checkpoint_every: Whole = 20
     train_base: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, MergeError)
         good = min(self.steps, self.batch_size, self.accumulate, self.checkpoint_every) >= 1 and self.evaluate_every >= 0
         if not (good and min(self.threshold_rate, self.learning_rate, self.base_rate, self.rate_weight, self.clip) > 0):
             raise MergeError(f"expected counts of 1 or more and rates above 0, got {self}. Change the training.")

@@ -17,6 +17,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.texts import read_passages, tokenize
+from basin_lens.values import whole_numbers
 
 TOKENS_PER_PASS = 1024
 
@@ -77,6 +78,7 @@ class Windows:
         return self.take(rows), self.take([i for i in range(len(self)) if i not in set(rows)])
 
 
+@whole_numbers(MergeError)
 def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -> Windows:
     """Cut texts into windows of exactly `length` tokens (BOS counted, if the model uses one); what is left at a text's end is not used.
 

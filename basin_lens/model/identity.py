@@ -153,6 +153,15 @@ def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
     return bos
 
 
+def padding_of(model: Any) -> tuple[int, bool, bool] | None:
+    """Id of the token that the tokenizer pads with, and whether it is BOS, and EOS, too; None: no such token."""
+    tokenizer = tokenizer_of(model)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return None
+    return pad, pad == getattr(tokenizer, "bos_token_id", None), pad == getattr(tokenizer, "eos_token_id", None)
+
+
 def remember_name(model: nn.Module, name: str, source: dict[str, str] | None = None) -> None:
     """Keep the full name under which `load_model` found the weights, and what it was asked for."""
     _full_names[model] = name

@@ -8,8 +8,10 @@ import torch
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import check_model, device_of, full_name, hf_config, kind_of, remember_name, weight_processing
 from basin_lens.model.tuned import copy_of
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(ModelError)
 def random_twin(model: Any, *, seed: int = 0) -> Any:
     """The same architecture, settings, tokenizer, dtype and device, with freshly initialized weights.
 

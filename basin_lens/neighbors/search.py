@@ -8,8 +8,10 @@ from basin_lens.neighbors.eligible import Columns, Rules
 from basin_lens.neighbors.exact import SPARE, Product, Side, by_product
 from basin_lens.neighbors.flat import by_faiss, load
 from basin_lens.neighbors.points import Backend, Metric, Neighbors, Points, SameToken
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(NeighborError)
 def find(
     queries: Points,
     bank: Points,

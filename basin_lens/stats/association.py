@@ -8,14 +8,16 @@ import pandas as pd
 import statsmodels.api as sm
 from jaxtyping import Bool, Float
 
-from basin_lens.errors import StudyError
+from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.controls import CONTROLS, chosen, smooth_parts, without_smooth_parts
 from basin_lens.stats.groups import side_by_side
 from basin_lens.stats.reliability import bounds
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line, max_t_signs
 from basin_lens.stats.rows import FEWEST, FEWEST_CLUSTERS, Rows, constant, enough, group_means, names_of, refuse_constant, split
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(TableError)
 def within_sequence_correlation(
     table: pd.DataFrame,
     scores: str | Sequence[str],

@@ -11,10 +11,12 @@ from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import correct
 from basin_lens.stats.rows import FEWEST, check_run, enough
+from basin_lens.values import whole_numbers
 
 _CASE = ("score", "against", "group", "tag", "quartile", "metric", "versus", "term", "test")
 
 
+@whole_numbers(TableError)
 def halves(
     table: pd.DataFrame, *, share: float = 0.5, unit: str = "document", stratify: str | None = None, seed: int = 0
 ) -> "pd.Series[bool]":
@@ -52,6 +54,7 @@ def halves(
     return pd.Series(np.isin(codes, kept), index=table.index)
 
 
+@whole_numbers(TableError)
 def best_layer(
     table: pd.DataFrame,
     test: Callable[[pd.DataFrame], pd.DataFrame],

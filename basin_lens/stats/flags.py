@@ -14,6 +14,7 @@ from basin_lens.stats.groups import before_after, compare_groups
 from basin_lens.stats.results import Correction
 from basin_lens.stats.rows import Rows, asked_layers, group_means, names_of, split
 from basin_lens.stats.tags import tag_effect
+from basin_lens.values import whole_numbers
 
 _SAME = 0.95  # share of equal values from which a score counts as one that does not vary
 _COLUMNS = (
@@ -21,6 +22,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+@whole_numbers(TableError)
 def red_flags(
     table: pd.DataFrame,
     scores: str | Sequence[str],

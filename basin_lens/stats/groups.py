@@ -23,12 +23,14 @@ from basin_lens.stats.results import (
     max_t_signs,
 )
 from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split
+from basin_lens.values import whole_numbers
 
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
 # A unit counts where the controls leave at least this share of the variation of the groups: else they explain the groups there, but for rounding.
 _LEAST = 1e-3
 
 
+@whole_numbers(TableError)
 def compare_groups(
     table: pd.DataFrame,
     scores: str | Sequence[str],
@@ -150,6 +152,7 @@ def compare_groups(
     return assemble(table, lines, correction, adjusted)
 
 
+@whole_numbers(TableError)
 def before_after(
     pairs: pd.DataFrame,
     on: str | Sequence[str] = "difference",

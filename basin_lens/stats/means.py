@@ -7,8 +7,10 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens.errors import StudyError, TableError
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(TableError)
 def mean_interval(
     table: pd.DataFrame, column: str, by: str | Sequence[str], *, unit: str = "doc", n_resamples: int = 9999, seed: int = 0
 ) -> pd.DataFrame:

@@ -9,8 +9,10 @@ import pandas as pd
 from basin_lens.errors import TableError
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
 from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(TableError)
 def quartile_table(
     table: pd.DataFrame,
     scores: str | Sequence[str],

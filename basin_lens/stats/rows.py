@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
+from basin_lens.values import whole_or_none
 
 # With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
 FEWEST = 6
@@ -148,7 +149,8 @@ def asked_layers(table: pd.DataFrame, layers: Any) -> list[int]:
         TableError: the table lacks one.
     """
     there = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else []
-    asked = [layers] if isinstance(layers, int | np.integer) else list(layers)
+    asked = [layers] if whole_or_none(layers) is not None else list(layers)
+    asked = [layer if whole_or_none(layer) is None else whole_or_none(layer) for layer in asked]
     if not asked or any(layer not in there for layer in asked):
         raise TableError(f"expected layers of the table, got {layers!r}; it has {there}.")
     return [layer for layer in there if layer in asked]

@@ -10,8 +10,10 @@ from scipy import stats
 from basin_lens.errors import TableError
 from basin_lens.stats.results import Correction, assemble, constant_line, line
 from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split
+from basin_lens.values import whole_numbers
 
 
+@whole_numbers(TableError)
 def unit_slope(
     table: pd.DataFrame,
     scores: str | Sequence[str],

@@ -16,6 +16,7 @@ from basin_lens.stats.controls import chosen, residuals
 from basin_lens.stats.mixed import freed, level_ratio
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
 from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, group_means, names_of, refuse_constant, split
+from basin_lens.values import whole_numbers
 
 _TESTS = {
     "sequence": "permutation of tags within sequences",
@@ -24,6 +25,7 @@ _TESTS = {
 }
 
 
+@whole_numbers(TableError)
 def tag_effect(
     table: pd.DataFrame,
     scores: str | Sequence[str],

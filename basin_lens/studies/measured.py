@@ -39,6 +39,7 @@ from basin_lens.capture import Capture, check_layers, subset
 from basin_lens.errors import StudyError
 from basin_lens.texts import Passage
 from basin_lens.transport import CONTEXTS, Context
+from basin_lens.values import whole_numbers
 
 # The scores that every study looks at, the headline first.
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
@@ -155,6 +156,7 @@ class Measured:
         return count_units(self.capture, self.unit)
 
 
+@whole_numbers(StudyError)
 def measure(
     model: Any,
     data: Any,

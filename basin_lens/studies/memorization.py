@@ -17,6 +17,7 @@ from basin_lens.studies.planted import PRESETS, Plan, Planted, analysis_seconds,
 from basin_lens.studies.planted_tests import examine
 from basin_lens.studies.recited import prepare, recite
 from basin_lens.texts import Passage
+from basin_lens.values import whole_numbers
 
 Design = Literal["canaries", "author"]
 
@@ -31,6 +32,7 @@ HYPOTHESIS = (
 )
 
 
+@whole_numbers(StudyError)
 def plan_of(preset: str = "quick", *, seed: int = 0, k: int | None = None, sampled: bool = False) -> Plan:
     """The plan of a preset: `"quick"` (16 members, 10 layers) or `"full"` (100 members, all layers).
 

@@ -38,6 +38,7 @@ from basin_lens.studies.mergeability_report import (
     sections_of,
     verdict_of,
 )
+from basin_lens.values import whole, whole_numbers
 
 CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.CONTROLS, SIMILARITY)}
 # Six or seven controls take their share of a sequence's tokens; red flags need 16.
@@ -47,6 +48,7 @@ QUARTERS = ("compression", SIMILARITY, "surprisal", "radius")
 UNITS = {COST: "nats", CHANGE: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
 
 
+@whole_numbers(StudyError)
 def study_mergeability(
     model: Any,
     data: Any,
@@ -123,6 +125,7 @@ def study_mergeability(
         return _study(measured, table, setting, costs, losses, step)
 
 
+@whole_numbers(StudyError)
 def check_settings(
     *, tokens_per_sequence: int = 16, window: int = 8, shares: Sequence[float] = (0.25, 0.5), n_random: int = 3
 ) -> None:
@@ -134,8 +137,7 @@ def check_settings(
     for name, value, least in (
         ("tokens_per_sequence", tokens_per_sequence, FEWEST_PLACES), ("window", window, 1), ("n_random", n_random, 1),
     ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise StudyError(f"expected {name} of at least {least}, got {value!r}.")
+        whole(value, name, least=least, error=StudyError)
     given = [shares] if isinstance(shares, int | float) else list(shares)
     if not given or len(set(given)) < len(given) or not all(0 < share < 1 for share in given):
         raise StudyError(f"expected shares of the tokens to merge, between 0 and 1, each once, got {shares!r}.")

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from basin_lens import merging, stats
 from basin_lens import model as door
-from basin_lens.errors import MergeError
+from basin_lens.errors import MergeError, StudyError
 from basin_lens.merging import Setting, TokenMerger, Windows
 from basin_lens.studies import base
 from basin_lens.texts import token_strings
+from basin_lens.values import whole_numbers
 from basin_lens.views import Section, merge_view, pareto, training_curves
 
 RIVALS = ("random", "stride")
@@ -32,6 +33,7 @@ HYPOTHESIS = (
 )
 
 
+@whole_numbers(StudyError)
 def study_merging(
     model: Any,
     calibration: Windows,

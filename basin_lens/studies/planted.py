@@ -28,6 +28,7 @@ from basin_lens.controls import random_twin
 from basin_lens.errors import StudyError, TextError
 from basin_lens.studies.measured import spaced_layers
 from basin_lens.texts import Passage, reference_passages
+from basin_lens.values import Whole, whole_fields
 
 # Contraction differs from compression by the same number for all texts of a layer: every contrast of the two would be one test made twice.
 SCORES = ("compression", "compression_native")
@@ -60,21 +61,22 @@ class Plan:
         StudyError: a plan that could not be tested.
     """
 
-    per_dose: int = 4
+    per_dose: Whole = 4
     doses: tuple[int, ...] = memorize.DOSES
     kinds: tuple[str, ...] = memorize.KINDS
-    length: int = 64
-    layers: int | None = 10
-    forks: int = 6
-    sources: int = 9
-    others: int = 6
-    other_dose: int = 8
-    k: int = 15
+    length: Whole = 64
+    layers: Whole | None = 10
+    forks: Whole = 6
+    sources: Whole = 9
+    others: Whole = 6
+    other_dose: Whole = 8
+    k: Whole = 15
     sampled: bool = False
     recipe: memorize.Recipe = field(default_factory=memorize.Recipe)
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, StudyError)
         counts = (self.forks, self.sources, self.others, self.other_dose, self.k)
         few = self.per_dose < FEWEST_PER_DOSE or self.per_dose * len(self.doses) < FEWEST_PER_CLASS
         if few or min(counts) < 1 or self.length < 8 or min(self.doses, default=0) < 1 or len(set(self.doses)) < len(self.doses):

@@ -1,6 +1,8 @@
 """Where text comes from; and how it becomes token sequences and words with exact offsets.
 
-- `passages.py`: a text with its document, labels and spans; from strings, files, JSON lines, tables of the `datasets` library
+- `passages.py`: a text with its document, labels and spans
+- `readers.py`: passages from strings, files (one reader per type), tables and data sets
+- `records.py`: how a row or object becomes a passage
 - `datasets.py`: passages by name: built in, of NLTK, of the Hugging Face Hub
 - `corpora.py`: NLTK's corpora as readable text, with their own words and tags where they have them
 - `licences.py`: licence texts of the installed distributions
@@ -9,11 +11,12 @@
 - `taggers.py`: passages -> words
 """
 
-from basin_lens.texts.datasets import read_dataset
+from basin_lens.texts.datasets import has_splits, read_dataset
 from basin_lens.texts.licences import Licences, find_licences
-from basin_lens.texts.passages import Passage, read_file, read_jsonl, read_passages, read_texts, reference_passages
+from basin_lens.texts.passages import Passage, reference_passages
+from basin_lens.texts.readers import read_by_document, read_file, read_jsonl, read_passages, read_texts
 from basin_lens.texts.taggers import words_of
-from basin_lens.texts.tokens import TokenSequence, from_token_ids, longest_sequence, token_strings, tokenize
+from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, real_tokens, token_strings, tokenize
 from basin_lens.texts.words import TAGS, TaggedPassage, Word, word_of_tokens
 
 __all__ = [
@@ -25,12 +28,16 @@ __all__ = [
     "Word",
     "find_licences",
     "from_token_ids",
+    "given_ids",
+    "has_splits",
     "longest_sequence",
+    "read_by_document",
     "read_dataset",
     "read_file",
     "read_jsonl",
     "read_passages",
     "read_texts",
+    "real_tokens",
     "reference_passages",
     "token_strings",
     "tokenize",

@@ -9,16 +9,21 @@ from typing import Any
 
 from basin_lens.errors import TextError
 from basin_lens.texts.corpora import read_corpus
-from basin_lens.texts.passages import Passage, read_texts, reference_passages
+from basin_lens.texts.passages import Passage, reference_passages
+from basin_lens.texts.readers import has_rows, read_texts
+from basin_lens.texts.records import check_keys, is_blank, passage_of
+from basin_lens.values import check_alike, whole
 
 _FULL_NAMES = {"wikitext": "Salesforce/wikitext"}
 _CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+_RENAME = " Load it yourself, rename_column, and pass it."
 _ARTICLE = re.compile(r"^ = [^=].* = $")
 _INSTEAD = "or use texts without a network: files of your own, or the built-in passages (--dataset built-in)"
 
 
-def read_dataset(name: str, *, config: str | None = None, split: str = "test", max_passages: int | None = None) -> list[Passage]:
+def read_dataset(
+    name: str, *, config: str | None = None, split: str | None = None, max_passages: int | None = None
+) -> list[Passage]:
     """Passages of a data set, by name.
 
     | name | passages |
@@ -28,17 +33,18 @@ def read_dataset(name: str, *, config: str | None = None, split: str = "test", m
     | `nltk:genesis`, `nltk:inaugural`, ... | one for each file of a plain-text corpus of NLTK; of genesis only the English files |
     | `wikitext`, or any that ends so | one for each article, all its lines, its document named after the title |
     | a data set of the Hugging Face Hub, or a local folder of one | one for each row with text in its column `text` |
-    | a local file | parquet, CSV or JSON: one for each row; else as `read_texts` |
+    | a local file | as `read_texts`: those of its rows, or the whole file |
 
-    Of the Hub, no more is read than is needed. Documents: the file, the article, the row, or what a column `doc` says. Treebank and Brown
-    are rebuilt from their words as they would be printed: traces left out, spaces and quotes as usual, a stop once after an abbreviation,
-    and once the marks that Brown's coders wrote twice (`? ?`). Brown has the label `category`, and a blank line between paragraphs.
+    Of the Hub, no more is read than is needed. Documents: the file, the article, the row, or what a column `doc` (or `document`) says; other
+    columns with plain values become labels, but for articles. Treebank and Brown are rebuilt from their words as they would be printed:
+    traces left out, spaces and quotes as usual, a stop once after an abbreviation, and once the marks that Brown's coders wrote twice (`? ?`).
+    Brown has the label `category`, and a blank line between paragraphs.
 
     Args:
         name: see above.
         config: configuration of a data set of the Hub (`wikitext`: "wikitext-2-raw-v1" unless given); for NLTK the start of file
             names, or a category: `"french"`, `"news"`.
-        split: of a data set of the Hub or a local folder; others have none.
+        split: of a data set of the Hub or a local folder ("test" unless given); others have none, and none may be given (see `has_splits`).
         max_passages: as many from the start; None: all.
 
     Raises:
@@ -51,22 +57,24 @@ def read_dataset(name: str, *, config: str | None = None, split: str = "test", m
         >>> read_dataset("nltk:brown", config="news", max_passages=1)[0].doc
         'brown/ca01'
     """
-    if max_passages is not None and max_passages < 1:
-        raise TextError(f"expected max_passages of at least 1, got {max_passages}. Leave it out for all.")
+    if max_passages is not None:
+        max_passages = whole(max_passages, "max_passages", least=1, error=TextError, cure="Leave it out for all.")
+    if split is not None and not has_splits(name):
+        raise TextError(f"expected no split for {name!r}, which has none, got split {split!r}. Leave it out.")
     source, _, corpus = name.partition(":")
     if source == "nltk":
         return read_corpus(corpus, files=config, max_passages=max_passages)
     if not name:
         raise TextError("expected the name of a data set, got an empty one. Such as built-in, nltk:treebank or wikitext.")
+    path = _local(name)
+    if config is not None and (name == "built-in" or path.is_file()):
+        raise TextError(f"expected no configuration for {name!r}, which has none, got {config!r}. Leave it out.")
     if name == "built-in":
         return list(reference_passages()[:max_passages])
-    name = _FULL_NAMES.get(name, name)
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix.lower() not in _TABLES:
+    if path.is_file():
         return read_texts(path)[:max_passages]
-    if not path.exists() and (
-        path.is_absolute() or name.startswith((".", "~")) or path.suffix.lower() in (".txt", ".jsonl", *_TABLES)
-    ):
+    name, split = _FULL_NAMES.get(name, name), split or "test"
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix.lower() == ".txt" or has_rows(path)):
         raise TextError(f"expected a data set, got {name!r}, which does not exist. Check the path.")
     with _reading(name, config, split):
         rows = _rows(path if path.exists() else name, config, split)
@@ -74,7 +82,23 @@ def read_dataset(name: str, *, config: str | None = None, split: str = "test", m
         passages = list(islice(found, max_passages))
     if not passages:
         raise TextError(f"expected text in {name!r}, split {split!r}, got empty rows only. Choose another split or data set.")
+    check_alike([passage.labels for passage in passages])
     return passages
+
+
+def has_splits(name: str) -> bool:
+    """Whether a data set of this name has splits: those of the Hub and local folders do; corpora of NLTK, files and the built-in passages have none.
+
+    Example:
+        >>> from basin_lens.texts import has_splits
+        >>> has_splits("wikitext"), has_splits("nltk:brown")
+        (True, False)
+    """
+    return name != "built-in" and not name.startswith("nltk:") and not _local(name).is_file()
+
+
+def _local(name: str) -> Path:
+    return Path(_FULL_NAMES.get(name, name)).expanduser()
 
 
 @contextmanager
@@ -112,18 +136,16 @@ def _said(error: Exception) -> str:
 def _rows(source: str | Path, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
     import datasets
 
-    if isinstance(source, Path) and source.is_file():
-        data = datasets.load_dataset(_TABLES[source.suffix.lower()], data_files=str(source), split="train", streaming=True)
-    elif isinstance(source, Path):
+    if isinstance(source, Path):
         data = datasets.load_dataset(str(source), config, split=split, streaming=True)
     else:
         _reach(source)
         data = datasets.load_dataset(source, config or _CONFIGS.get(source), split=split, streaming=True)
     for row in data:
-        if "text" not in row:
-            raise TextError(
-                f"expected a data set with a column 'text', got {sorted(row)} in {str(source)!r}. Load it yourself, rename_column, and pass it."
-            )
+        try:
+            check_keys(row, _RENAME)
+        except TextError as error:
+            raise TextError(f"{source}: {error}") from error
         yield row
 
 
@@ -147,8 +169,8 @@ def _reach(name: str) -> None:
 def _one_each(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Passage]:
     for index, row in enumerate(rows):
         # Empty rows are separators, not texts.
-        if isinstance(row["text"], str) and row["text"].strip():
-            yield Passage(row["text"], doc=f"{name}/{index}" if row.get("doc") is None else str(row["doc"]))
+        if not is_blank(row["text"]):
+            yield passage_of(row, f"{name}/{index}", f"{name}/{index}")
 
 
 def _articles(rows: Iterable[Mapping[str, Any]]) -> Iterator[Passage]:

@@ -1,15 +1,18 @@
 """How passages become token sequences, with exact character offsets."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from basin_lens import model as door
 from basin_lens.errors import TextError
 from basin_lens.texts.passages import Passage
+from basin_lens.values import Whole, whole_or_none
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,18 @@ class TokenSequence:
     ends: tuple[int, ...]
 
 
-def tokenize(model: Any, passages: list[Passage], *, max_length: int = 128, prepend_bos: bool | None = None) -> list[TokenSequence]:
+def tokenize(
+    model: Any, passages: list[Passage], *, max_length: Whole = 128, prepend_bos: bool | None = None
+) -> list[TokenSequence]:
     """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
 
     The tokenizer is called by itself, because the model's own `to_tokens` may reload it and hides the offsets. Strings that
-    spell a special token become that token, as in the model's own `to_tokens`.
+    spell a special token become that token, as in the model's own `to_tokens`. A tokenizer that says of no token where it stands (all its
+    offsets are empty) gives sequences without offsets (-1).
 
     Raises:
-        TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, or `max_length` is
-            below 2.
+        TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, `max_length` is below 2, a text spells the BOS
+            token that is put before it anyway, a token that the embedding lacks, or spans where the tokenizer gives no offsets.
     """
     tokenizer = door.tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -51,9 +57,11 @@ def tokenize(model: Any, passages: list[Passage], *, max_length: int = 128, prep
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         if len(ids) + (bos is not None) < 2:
             raise TextError(
-                f"expected a text of at least two tokens, got {len(ids) + (bos is not None)} from {passage.text[:40]!r}: position 0 "
-                "is never scored. Use a longer text."
+                f"expected a text of at least two tokens, got {len(ids) + (bos is not None)} from {passage.text[:40]!r} (text {index}): "
+                "position 0 is never scored. Use a longer text."
             )
+        _check_ids(model, passage, index, ids, bos)
+        offsets = _offsets(passage, index, offsets)
         for first in range(0, len(ids), room):
             piece, spans = ids[first : first + room], offsets[first : first + room]
             head = [] if bos is None else [bos]
@@ -67,6 +75,148 @@ def tokenize(model: Any, passages: list[Passage], *, max_length: int = 128, prep
                 )
             )
     return sequences
+
+
+def _check_ids(model: Any, passage: Passage, index: int, ids: Sequence[int], bos: int | None) -> None:
+    if bos is not None and ids[:1] == [bos]:
+        raise TextError(
+            f"expected a text without the BOS token, which is put before it, got text {index} that begins with it: "
+            f"{passage.text[:40]!r}. Take it off, or pass prepend_bos=False."
+        )
+    size = door.vocabulary_size(model)
+    beyond = next((token for token in ids if token >= size), None)
+    if beyond is not None:
+        raise TextError(
+            f"expected tokens below {size} (the model's embedding), got token {beyond} in text {index}, {passage.text[:40]!r}. Tokenizer "
+            "and model do not fit: use the model's own, or resize the embedding."
+        )
+
+
+def _offsets(passage: Passage, index: int, offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Offsets, or (-1, -1) for each token of a tokenizer that has none."""
+    if any(start < end for start, end in offsets):
+        return offsets
+    words: Any = getattr(passage, "words", None)
+    if passage.spans or words:
+        raise TextError(
+            f"expected a tokenizer that says where each token stands, got empty offsets for text {index}, which has spans or words: "
+            f"{passage.text[:40]!r}. Leave spans out, or use another tokenizer."
+        )
+    return [(-1, -1)] * len(offsets)
+
+
+def given_ids(model: Any, data: Any, attention_mask: Any = None) -> list[TokenSequence] | None:
+    """Sequences of the token ids among what was given to be measured, or None if it is texts.
+
+    Args:
+        model: a hooked model.
+        data: ids as a LongTensor or an array `[batch, pos]` or `[pos]`, a list of lists of their own lengths, or what a tokenizer returns (a
+            mapping with `input_ids`, and perhaps `attention_mask`).
+        attention_mask: 1 for real tokens, 0 for padding on either side, in the shape of the ids; None: that of the mapping, or all real.
+
+    Raises:
+        TextError: not token ids, a mask that does not fit, ids without a mask that end or begin in padding, or a mask for texts.
+    """
+    ids: Any = data
+    if isinstance(data, Mapping) and "input_ids" in data:
+        ids, own = data["input_ids"], data.get("attention_mask")
+        if attention_mask is not None and own is not None:
+            raise TextError("expected one attention mask, got one with the ids and attention_mask= beside it. Leave one out.")
+        attention_mask = own if attention_mask is None else attention_mask
+        if isinstance(ids, list | tuple) and ids and whole_or_none(ids[0]) is not None:
+            ids = [ids]
+            attention_mask = attention_mask if attention_mask is None else [attention_mask]
+    elif not _are_ids(data):
+        if attention_mask is not None:
+            raise TextError("expected token ids with attention_mask, got texts. Texts are never padded: leave the mask out.")
+        return None
+    tokens, valid = _padded(ids, "token ids as whole numbers")
+    if attention_mask is not None:
+        valid &= real_tokens(_padded(attention_mask, "an attention mask of 1 (real) and 0 (padding)")[0], tuple(tokens.shape))
+    sequences = from_token_ids(model, tokens, valid)
+    if attention_mask is None:
+        _refuse_padding(model, [s.tokens for s in sequences])
+    return sequences
+
+
+def _are_ids(data: Any) -> bool:
+    if isinstance(data, Tensor):
+        return True
+    if isinstance(data, np.ndarray):
+        return data.dtype.kind in "iufb"
+    rows = isinstance(data, list | tuple) and data
+    return bool(rows) and all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in data)
+
+
+def _padded(given: Any, what: str) -> tuple[Tensor, Tensor]:
+    """One tensor of rows of any lengths, and where they are (truth values of the same shape)."""
+    if isinstance(given, Tensor | np.ndarray):
+        tokens = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(_signed(given))
+        return tokens, torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
+    rows = [list(row) for row in given]
+    wrong = next((i for i, row in enumerate(rows) if any(_number(value) is None for value in row)), None)
+    if wrong is not None:
+        raise TextError(f"expected {what}, got {rows[wrong][:6]} in sequence {wrong}. Pass what the tokenizer returns.")
+    longest = max(map(len, rows), default=0)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64, device="cpu")
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor([_number(value) for value in row], dtype=torch.int64)
+        valid[index, : len(row)] = True
+    return tokens, valid
+
+
+def _number(value: Any) -> int | None:
+    # A mask may be of truth values, or of 0.0 and 1.0.
+    return int(value) if isinstance(value, bool | float) and value in (0, 1) else whole_or_none(value)
+
+
+def _signed(array: np.ndarray) -> np.ndarray:
+    """Types that torch has."""
+    return np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+
+
+def real_tokens(attention_mask: Tensor, shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
+    """An attention mask as truth values: 1 for real tokens, 0 for padding at either end.
+
+    Raises:
+        TextError: another shape than that of the ids, other values than 0 and 1, or padding between real tokens.
+    """
+    if tuple(attention_mask.shape) != shape:
+        raise TextError(
+            f"expected an attention mask of shape {shape}, as the ids, got {tuple(attention_mask.shape)}. Pass that of these ids."
+        )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise TextError("expected an attention mask of 1 (real) and 0 (padding), got other values. Pass the tokenizer's own.")
+    valid = attention_mask.detach().cpu().bool()
+    rows = valid.reshape(-1, shape[-1]) if valid.numel() else valid.reshape(-1, 1)
+    # One run of real tokens: a hole inside would shift the positions that the model used.
+    starts = rows[:, 0].long() + (rows.long().diff(dim=1) == 1).sum(1)
+    if bool((starts > 1).any()):
+        raise TextError(
+            f"expected padding at one end of each sequence, got an attention mask with a hole in sequence {int((starts > 1).int().argmax())}. "
+            "Cut the text there."
+        )
+    return valid
+
+
+def _refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse ids that begin or end in the tokenizer's padding: it would be measured as text."""
+    found = door.padding_of(model)
+    if found is None:
+        return
+    pad, opens, closes = found
+    for side, may, turn in (("begins", opens, 1), ("ends", closes, -1)):
+        runs = [next((n for n, token in enumerate(row[::turn]) if token != pad), len(row)) for row in rows]
+        # One BOS or EOS is no padding, if it is the same in all sequences of one length.
+        uneven = len(set(map(len, rows))) == 1 and len(set(runs)) > 1
+        least = 1 if uneven or not may else 2
+        wrong = next((index for index, run in enumerate(runs) if run >= least), None)
+        if wrong is not None:
+            raise TextError(
+                f"expected token ids without padding, got sequence {wrong} that {side} with {runs[wrong]} of the padding token {pad}. Pass "
+                "attention_mask= (1 for real tokens, 0 for padding; all 1 if these are real), or lists of the real ids alone."
+            )
 
 
 def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> list[TokenSequence]:
@@ -94,22 +244,25 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
     rows = [tuple(row[mask].tolist()) for row, mask in zip(tokens, keep, strict=True)]
     short = next((index for index, row in enumerate(rows) if len(row) < 2), None)
     if not rows or short is not None:
-        raise TextError(f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0}.")
+        raise TextError(
+            f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0} in sequence {short}."
+        )
     longest = max(len(row) for row in rows)
     if longest > door.n_context(model):
         raise TextError(f"expected sequences of at most {door.n_context(model)} tokens (the model's context), got {longest}.")
     return [TokenSequence(row, index, (-1,) * len(row), (-1,) * len(row)) for index, row in enumerate(rows)]
 
 
-def longest_sequence(model: Any, max_length: int) -> int:
+def longest_sequence(model: Any, max_length: Whole) -> int:
     """`max_length`, or the model's context if that is shorter.
 
     Raises:
         TextError: below 2, where no token could be scored.
     """
-    if max_length < 2:
-        raise TextError(f"expected max_length of at least 2 tokens, got {max_length}: position 0 is never scored.")
-    return min(max_length, door.n_context(model))
+    found = whole_or_none(max_length)
+    if found is None or found < 2:
+        raise TextError(f"expected max_length of at least 2 tokens, got {max_length!r}: position 0 is never scored.")
+    return min(found, door.n_context(model))
 
 
 def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:

@@ -10,6 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from basin_lens import tables
 from basin_lens.errors import TableError
+from basin_lens.values import whole_numbers
 from basin_lens.views import marks
 
 _MOST_ROWS = 150
@@ -192,6 +193,7 @@ def _difference(part: pd.DataFrame) -> str:
     return words
 
 
+@whole_numbers(TableError)
 def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alpha: float = 0.05) -> Figure:
     """How far tokens of each kind stand from their text's mean, before and after the controls are taken out.
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from basin_lens import tables
 from basin_lens.errors import TableError
+from basin_lens.values import whole_numbers
 from basin_lens.views import marks
 
 Scale = Literal["linear", "log", "rank"]
@@ -21,6 +22,7 @@ _BEFORE_UNIT = "\x00"  # in the words for an axis: where more words may come
 _FEWEST = 6  # documents, for an interval over them
 
 
+@whole_numbers(TableError)
 def scatter(
     table: pd.DataFrame,
     x: str,
@@ -109,6 +111,7 @@ def scatter(
     return figure
 
 
+@whole_numbers(TableError)
 def joint_density(
     table: pd.DataFrame, x: str, y: str, layer: int, *, x_scale: Scale = "linear", y_scale: Scale = "linear"
 ) -> Figure:
@@ -165,6 +168,7 @@ def joint_density(
     return figure
 
 
+@whole_numbers(TableError)
 def distributions(
     table: pd.DataFrame,
     column: str,

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens.errors import TableError
+from basin_lens.values import whole_numbers
 from basin_lens.views import marks
 from basin_lens.views.tokens import TokenView
 
@@ -121,6 +122,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return figure
 
 
+@whole_numbers(TableError)
 def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequence[str] | None = None) -> TokenView:
     """Who merged into whom: tokens of one cluster in one color, merged ones underlined; on hover, the leader and the cluster's size.
 

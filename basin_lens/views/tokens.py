@@ -12,6 +12,7 @@ from jaxtyping import Float
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.files import write_file
+from basin_lens.values import whole_numbers
 
 _PAGE = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -59,6 +60,7 @@ class TokenView:
         write_file(path, _PAGE.format(title=html.escape(self.title), body=self.html))
 
 
+@whole_numbers(TableError)
 def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, seq: int | None = None) -> TokenView:
     """One sequence's tokens colored by one score at one layer, or by several scores to choose from.
 
@@ -138,6 +140,7 @@ def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], unit
     return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}")
 
 
+@whole_numbers(TableError)
 def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | None = None) -> TokenView:
     """One sequence's tokens colored by any of several scores at any layer, to choose from on the page.
 
