@@ -22,7 +22,7 @@ from basin_lens.analysis.conductor import Conductor, KeptNeighbors
 from basin_lens.analysis.rows import query_rows, row_facts, texts_hash
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, Compression, TokenAnalyzer, default_analyzers
 from basin_lens.analyzers.control import CONTROLS, controls_of
-from basin_lens.capture import Capture, check_layers, reference_capture
+from basin_lens.capture import Capture, check_cache, check_layers, reference_capture
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.neighbors import Backend
 from basin_lens.values import Whole, whole, whole_numbers
@@ -95,6 +95,7 @@ class Analysis:
     neighbors: KeptNeighbors | None
 
 
+@door.full_precision()
 def score(
     model: Any,
     data: Any,
@@ -136,6 +137,7 @@ def score(
                 f"expected layers of the capture {list(capture.layers)}, got {sorted(set(wanted) - set(capture.layers))}. "
                 "Capture again with layers=[...]."
             )
+        check_cache(model, capture, _path(wanted, clouds))
     else:
         wanted = check_layers(model, layers)
         capture = Capture.plan(
@@ -177,6 +179,7 @@ def score(
         left_out |= facts.pop("left_out")
     provenance = {
         "model": capture.model,
+        "precision": "full: autocast and reduced float32 products off",
         "texts": texts_hash(capture),
         "capture": capture.settings,
         "layers": list(wanted),
@@ -199,6 +202,7 @@ def score(
 
 
 @whole_numbers(CaptureError)
+@door.full_precision()
 def neighborhood(
     model: Any,
     capture: Capture,
@@ -250,6 +254,7 @@ def neighborhood(
     asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
     asked[row] = True
     (layer,) = check_layers(model, [layer])
+    check_cache(model, capture, [layer])
     bank = _bank(model, capture, bank, (layer,), [analyzer], progress)
     conductor = Conductor(model, capture, bank, [analyzer], asked, 0, (layer,), "auto")
     kept = conductor.keep(analyzer, 1)
@@ -300,7 +305,13 @@ def _bank(
     bank.check_model_is(model)
     if not set(layers) <= set(bank.layers):
         raise NeighborError(f"expected a bank with layers {list(layers)}, got one with {list(bank.layers)}. Capture them too.")
+    check_cache(model, bank, _path(layers, clouds))
     return bank
+
+
+def _path(layers: Sequence[int], clouds: Sequence[CloudAnalyzer]) -> set[int]:
+    """Layers whose states are read, if some analyzers look through several blocks."""
+    return {layer + step for layer in layers for step in range(max((a.blocks for a in clouds), default=1))}
 
 
 def _finite(bound: float | int) -> float | int | None:

@@ -16,10 +16,11 @@ from basin_lens.analysis.rows import texts_hash
 from basin_lens.analysis.search import Found, Search, Searches
 from basin_lens.analyzers import Cloud, CloudAnalyzer, RunOn, Surroundings, total_variance
 from basin_lens.capture import Capture
-from basin_lens.errors import CaptureError
+from basin_lens.errors import CaptureError, TransportError
 from basin_lens.neighbors import Backend, Neighbors
 from basin_lens.transport import BlockMap, LayerMaps, Probe, query_chunks, rows_per_call
 
+_SELDOM = ("too few blocks left", "not sampled", "zero state, which has no cosine")  # reasons that are named only where they occur
 _SPREAD_QUERIES, _SPREAD_POINTS = 32, 64  # random points behind G_in and G_out, per layer
 
 
@@ -61,6 +62,7 @@ class Conductor:
         if frozen is not None:
             self.searches.frozen = {layer: torch.from_numpy(frozen.rows[index]) for index, layer in enumerate(layers)}
         self.own_states = all(c.settings.get("states_of_model", True) for c in (capture, bank))
+        self._refuse_two_tables()
         probe = Probe(model, int(capture.lengths.max()))
         self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe
         names = [column.name for a in analyzers if "halves" in a.needs for column in a.columns]
@@ -195,7 +197,8 @@ class Conductor:
                 if self._kept is not None and self._kept[0] is a:
                     self._remember(index, cloud, there)
         for a in analyzers:
-            self._count(a, answers, found[_before(a)].near.rows[:, a.k - 1].cpu() >= 0, sampled.get(a.key))
+            without = ~found[_before(a)].directed.cpu() if a.metric == "cosine" else None
+            self._count(a, answers, found[_before(a)].near.rows[:, a.k - 1].cpu() >= 0, sampled.get(a.key), without)
             if "halves" in a.needs:
                 for column in a.columns:
                     self.facts["reliability"][column.name][str(layer)] = _spearman(*halves[column.name])
@@ -309,18 +312,24 @@ class Conductor:
         kept.after[index, there.numpy()] = (cloud.images - cloud.query_image[:, None]).norm(dim=2).cpu().numpy()
 
     def _count(
-        self, a: CloudAnalyzer, answers: Mapping[str, Tensor], complete: Tensor | None, sampled: Tensor | None = None
-    ) -> None:
-        """Why values are missing, each missing value under one reason. `complete` None: there is no block to pass."""
+        self, a: CloudAnalyzer, answers: Mapping[str, Tensor], complete: Tensor | None, sampled: Tensor | None = None,
+        undirected: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Why values are missing, each missing value under one reason. `complete` None: there is no block to pass.
+
+        `undirected`: tokens whose state has no length, and so no cosine with any other.
+        """
         first = (self.capture.row_pos == 0) & (a.exclude != "nothing")
         wanted = self.asked & ~first
         there = torch.ones_like(wanted) if sampled is None else sampled.cpu()
         none = torch.zeros_like(wanted)
+        zero = none if undirected is None or complete is None else wanted & undirected
         reasons = {
             "position 0": first,
             "not asked for": ~self.asked & ~first,
             "too few blocks left": wanted if complete is None else none,
-            "too few neighbors": none if complete is None else wanted & ~complete,
+            "zero state, which has no cosine": zero,
+            "too few neighbors": none if complete is None else wanted & ~complete & ~zero,
             "not sampled": none if complete is None else wanted & complete & ~there,
             "degenerate or undefined": none if complete is None else wanted & complete & there,
         }
@@ -328,9 +337,22 @@ class Conductor:
             missing = answers[column.name].isnan()
             counts = self.facts["left_out"][column.name]
             for reason, where in reasons.items():
-                if reason in ("too few blocks left", "not sampled") and not bool(where.any()):
+                if reason in _SELDOM and not bool(where.any()):
                     continue
                 counts[reason] = counts.get(reason, 0) + int((missing & where).sum())
+
+    def _refuse_two_tables(self) -> None:
+        """A block is called with one rotary table, that of the longest sequence."""
+        halves = any(a.context in ("attn", "mlp") for a in self.analyzers)
+        for name, source in (("capture", self.capture), *([("bank", self.bank)] if halves else [])):
+            lengths = source.lengths.tolist()
+            boundary = door.one_side(self.model, lengths)
+            if boundary is not None and self.own_states:
+                raise TransportError(
+                    f"expected sequences on one side of {boundary} tokens in the {name}, got {min(lengths)} to {max(lengths)}: beyond its original "
+                    f'context, {door.full_name(self.model)} has another rotary table (rope_type "longrope"), and a block is called with one. '
+                    f"Analyze the texts of up to {boundary} tokens and the longer ones apart (max_length={boundary} cuts them)."
+                )
 
     def _refuse_missing_layers(self, layers: Sequence[int]) -> None:
         """A path of several blocks reads the states at each of them."""

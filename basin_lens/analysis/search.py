@@ -14,7 +14,7 @@ from basin_lens.analysis.rows import row_groups
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
-from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, prefix_keys
+from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
 
 
@@ -35,12 +35,16 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """Neighbors by row of the capture, and what they were chosen from: the rows `at` were searched."""
+    """Neighbors by row of the capture, and what they were chosen from: the rows `at` were searched.
+
+    `directed`: rows of the capture whose state has a direction; without one, no cosine is defined.
+    """
 
     near: Neighbors
     at: Int[Tensor, " q"]
     queries: Points
     bank: Points
+    directed: Bool[Tensor, " rows"]
 
 
 class Searches:
@@ -128,7 +132,7 @@ class Searches:
         own, other = self.groups[search.exclude]
         keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
         queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
-        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(search).to(self.device))
+        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(search).to(self.device)).under(search.metric)
         options: Any = {"same_token": search.same_token, "distinct": not everything}
         if layer in self.frozen:
             found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)
@@ -142,7 +146,7 @@ class Searches:
                 found = reach(queries, bank, radius_matched_sets(found, own[at], other), search.metric)
         if search.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
             raise NeighborError(_nothing_to_score(search, k))
-        return Found(self._by_row(at, found), at, queries, bank)
+        return Found(self._by_row(at, found), at, queries, bank, has_direction(states))
 
     def _note_recall(self, layer: int, found: Neighbors) -> None:
         """The lowest recall of the layer's searches."""

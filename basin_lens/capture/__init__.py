@@ -7,6 +7,7 @@ that attention patterns are never held for more than one layer.
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
+from basin_lens.capture.foreign import check_cache, tolerance_of
 from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.record import Capture
 from basin_lens.capture.reference import reference_capture
@@ -19,10 +20,12 @@ __all__ = [
     "TokenMeasure",
     "border_states",
     "borders",
+    "check_cache",
     "check_layers",
     "future_loss",
     "reference_capture",
     "subset",
+    "tolerance_of",
     "with_states",
     "with_tokens",
 ]

@@ -52,8 +52,12 @@ class TokenMeasure(Protocol):
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
 
 
-def token_batches(rows: TokenRows, batch_size: Whole | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def token_batches(
+    rows: TokenRows, batch_size: Whole | None, boundary: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows, right-padded tokens and validity of batches of sequences of like length.
+
+    `boundary`: no batch holds both sequences of more tokens than this and others (see `basin_lens.model.one_side`).
 
     Raises:
         CaptureError: a batch size below 1.
@@ -65,6 +69,8 @@ def token_batches(rows: TokenRows, batch_size: Whole | None) -> Iterator[tuple[T
     while order:
         longest = int(lengths[order[0]])
         size = batch_size or max(1, TOKENS_PER_PASS // longest)
+        if boundary is not None and longest > boundary:
+            size = min(size, sum(int(lengths[i]) > boundary for i in order))
         chosen, order = order[:size], order[size:]
         valid = torch.arange(longest, device="cpu")[None] < lengths[chosen][:, None]
         at = torch.cat([torch.arange(int(lengths[i]), device="cpu") + rows.offsets[i] for i in chosen])

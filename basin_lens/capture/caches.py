@@ -1,16 +1,77 @@
-"""Reading a user's own activation cache."""
+"""Reading a user's own activation cache: whatever holds it, every tensor as it should be on every axis."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from basin_lens import model as door
 from basin_lens.errors import BasinLensError, CaptureError
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
+_MASKED = (
+    -1e3
+)  # an additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding
 
-def borders_in(model: Any, cache: Any, shape: tuple[int, ...]) -> tuple[dict[int, Tensor], list[str]]:
+
+def check_is_cache(cache: Any) -> None:
+    """Refuse what is no mapping of names to tensors.
+
+    Raises:
+        CaptureError: a stack of states, a list, nothing.
+    """
+    if not hasattr(cache, "keys") or not hasattr(cache, "__getitem__"):
+        shape = f" of shape {tuple(cache.shape)}" if isinstance(cache, Tensor | np.ndarray) else ""
+        raise CaptureError(
+            f"expected a cache that names its tensors (ActivationCache, or a dict of hook names), got {type(cache).__name__}{shape}. Pass what "
+            "run_with_cache returned second; a stack (accumulated_resid, apply_ln_to_stack) no longer says which states it holds."
+        )
+
+
+def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
+    """Which tokens are real, from an attention mask as tensor, array or nested list.
+
+    Served are 1 (or True) and 0, and additive masks: 0 for real tokens, -inf or a type's lowest number for padding.
+
+    Raises:
+        CaptureError: another shape, other numbers, a sequence without a token, or padding inside of one.
+    """
+    try:
+        given = mask.detach().cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        numbers = given.double()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise CaptureError(
+            f"expected an attention mask of shape {shape} as tensor, array or list of numbers, got {type(mask).__name__}: {error}."
+        ) from error
+    if tuple(numbers.shape) not in (shape, *([shape[1:]] if shape[0] == 1 else [])):
+        raise CaptureError(f"expected an attention mask of shape {shape}, got {tuple(numbers.shape)}.")
+    numbers = numbers.reshape(shape)
+    if bool(((numbers == 0) | (numbers == 1)).all()):
+        valid = numbers == 1
+    elif bool(((numbers == 0) | (numbers <= _MASKED)).all()):
+        valid = numbers == 0
+    else:
+        other = numbers[(numbers != 0) & (numbers != 1) & ~(numbers <= _MASKED)]
+        got = f"{float(other[0])!r}" if len(other) else "both 1 and -inf"
+        raise CaptureError(
+            f"expected an attention mask of 1 for real tokens and 0 for padding (or 0 and -inf, an additive one), got {got} in it."
+        )
+    if not bool(valid.any(1).all()):
+        raise CaptureError(
+            f"expected a real token in every sequence, got an attention mask that leaves sequence {int((~valid.any(1)).nonzero()[0])} none. "
+            "1 means real and 0 padding, in an additive mask 0 real and -inf padding: one of zeros only says both. Leave it out if all are real."
+        )
+    # One run of real tokens: a hole inside would shift the positions that the model used.
+    starts = valid[:, 0].long() + (valid.long().diff(dim=1) == 1).sum(1)
+    if bool((starts > 1).any()):
+        raise CaptureError("expected padding at one end of each sequence, got an attention mask with a hole.")
+    return valid
+
+
+def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
     """Residual states at each border that the cache holds, `[batch, pos, d]`, and the names of those it does not."""
     count, found, missing = door.n_layers(model), {}, []
     for border in range(count + 1):
@@ -18,37 +79,63 @@ def borders_in(model: Any, cache: Any, shape: tuple[int, ...]) -> tuple[dict[int
         state = door.cache_entry(cache, point, layer)
         if state is None:
             missing.append(door.point_name(point, layer))
-            continue
-        state = _batched(state, 3)
-        if tuple(state.shape) != (*shape, door.width(model)):
-            raise CaptureError(
-                f"expected {door.point_name(point, layer)} of shape {(*shape, door.width(model))} (batch, pos, d_model), got "
-                f"{tuple(state.shape)}. Are tokens, cache and model of the same run?"
-            )
-        found[border] = state
+        else:
+            found[border] = _checked(state, door.point_name(point, layer), (*shape, door.width(model)), "(batch, pos, d_model)")
     return found, missing
 
 
-def other_readings(model: Any, cache: Any, shape: tuple[int, ...], layers: tuple[int, ...]) -> dict[str, Tensor]:
+def other_readings(model: Any, cache: Any, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
+    """Attention patterns and gradients that the cache holds, by name and layer.
+
+    Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed from
+    the last state instead.
+    """
+    heads, places = int(model.cfg.n_heads), shape[1]
     found = {}
-    logits = door.cache_entry(cache, "logits", 0)
-    if logits is not None and logits.shape[-1] >= door.vocabulary_size(model):
-        found["logits"] = _batched(logits, 3)
     for layer in layers:
         pattern = door.cache_entry(cache, "pattern", layer)
         if pattern is not None:
-            found[f"pattern.{layer}"] = _batched(pattern, 4)
+            wanted = (shape[0], heads, places, places)
+            found[f"pattern.{layer}"] = _checked(pattern, door.point_name("pattern", layer), wanted, "(batch, head, query, key)")
         gradient = door.cache_entry(cache, "resid_pre", layer, suffix="_grad")
         if gradient is not None:
-            found[f"gradient.{layer}"] = _batched(gradient, 3)
-    for name, value in found.items():
-        if value.shape[0] != shape[0] or value.shape[-2] != shape[1]:
-            raise CaptureError(f"expected {name} for {shape} tokens, got shape {tuple(value.shape)}.")
+            name = f"{door.point_name('resid_pre', layer)}_grad"
+            found[f"gradient.{layer}"] = _checked(gradient, name, (*shape, door.width(model)), "(batch, pos, d_model)")
     return found
 
 
-def _batched(value: Tensor, dims: int) -> Tensor:
-    return value[None] if value.ndim == dims - 1 else value
+def stored_type(states: Iterable[Tensor]) -> str:
+    """Name of the coarsest number format among these tensors."""
+    coarsest = max({state.dtype for state in states}, key=lambda dtype: torch.finfo(dtype).eps)
+    return str(coarsest).removeprefix("torch.")
+
+
+def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor:
+    """An entry of the cache as a tensor of this very shape; one without batch dimension gets it.
+
+    Raises:
+        CaptureError: no numbers, numbers that are nowhere (meta), or another shape.
+    """
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise CaptureError(
+            f"expected {name} as a tensor or array, got {type(value).__name__}: {error}. Pass the cache of run_with_cache."
+        ) from error
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
+        kind = "a tensor on the meta device, which holds no numbers" if tensor.device.type == "meta" else (
+            f"{tensor.dtype} ({tensor.layout})"
+        )  # fmt: skip
+        raise CaptureError(
+            f"expected {name} as floating-point numbers, got {kind}. Run the model with its weights loaded, and cache again."
+        )
+    tensor = tensor[None] if tensor.ndim == len(shape) - 1 else tensor
+    if tuple(tensor.shape) != shape:
+        raise CaptureError(
+            f"expected {name} of shape {shape} {axes}, got {tuple(tensor.shape)}. Are tokens, cache and model of the same run? Of a cache cut "
+            "with pos_slice, only whole sequences can be read."
+        )
+    return tensor
 
 
 def align(model: Any, passages: list[Passage], sequences: list[TokenSequence]) -> list[TokenSequence]:

@@ -88,6 +88,7 @@ def subset(capture: Capture, sequences: Sequence[int]) -> Capture:
         columns={key: {name: value[:, rows] for name, value in held.items()} for key, held in capture.columns.items()},
         _states={border: border_states(capture, border)[rows] for border in borders(capture)} if capture.is_read else {},
         _readings={name: value[chosen] for name, value in capture._readings.items()},
+        _checked=set(capture._checked),
     )  # fmt: skip
 
 

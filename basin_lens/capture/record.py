@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from basin_lens import model as door
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
-from basin_lens.capture.caches import align, borders_in, other_readings, right_padded
+from basin_lens.capture.caches import align, borders_in, check_is_cache, other_readings, real_tokens, right_padded, stored_type
+from basin_lens.capture.foreign import check_cache
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
     check_shards,
@@ -62,6 +63,7 @@ class Capture(TokenRows):
     _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _store: Path | None = None
     _shards: dict[str, Any] = field(default_factory=dict, repr=False)  # files of the store, each with its digest
+    _checked: set[int] = field(default_factory=set, repr=False)
 
     def __repr__(self) -> str:
         layers = f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
@@ -129,7 +131,9 @@ class Capture(TokenRows):
         bos = door.uses_bos(model, prepend_bos) if passages is not None else None
         longest = longest_sequence(model, max_length)
         settings = {"max_length": longest, "bos": bos, "source": "tokens" if passages is None else "texts"}
-        return cls._empty(model, found, passages, chosen, settings)
+        planned = cls._empty(model, found, passages, chosen, settings)
+        door.check_lengths(model, planned.lengths.tolist())
+        return planned
 
     def read(
         self,
@@ -160,21 +164,23 @@ class Capture(TokenRows):
         tokens: Any,
         cache: Any,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         docs: Sequence[Any] | None = None,
         labels: Sequence[Mapping[str, Any]] | None = None,
         texts: Sequence[str | Passage] | str | None = None,
     ) -> "Capture":
         """A capture from the user's own `run_with_cache`, without another pass.
 
-        Reads the residual states, and logits, attention patterns and gradients (`*_grad`) if the cache has them, as copies.
-        All layers of which both `resid_pre` and `resid_post` can be found are available.
+        Reads the residual states, and attention patterns and gradients (`*_grad`) if the cache has them, as copies; logits are computed
+        from the last state. All layers of which both `resid_pre` and `resid_post` can be found are available. Before anything is
+        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there.
 
         Args:
             model: the model that made the cache.
             tokens: the token ids given to the model, `[batch, pos]` or `[pos]`.
-            cache: an `ActivationCache` or a dict, with or without batch dimension.
-            attention_mask: 1 for real tokens, 0 for padding on either side; None: all real.
+            cache: an `ActivationCache` or a dict of tensors (or arrays) by hook name, with or without batch dimension, in any
+                floating-point type: states in float16 or bfloat16 are held to that type's tolerance.
+            attention_mask: 1 for real tokens, 0 for padding on either side (or an additive mask: 0 and -inf); None: all real.
             docs: document of each sequence; None: a document each.
             labels: labels of each sequence.
             texts: the text of each sequence, to have character offsets in the table.
@@ -191,15 +197,8 @@ class Capture(TokenRows):
             )
         shape = (1, *tokens.shape) if tokens.ndim == 1 else tuple(tokens.shape)
         tokens = tokens.detach().cpu().reshape(shape)
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        if attention_mask is not None:
-            if attention_mask.numel() != tokens.numel():
-                raise CaptureError(f"expected an attention mask of shape {shape}, got {tuple(attention_mask.shape)}.")
-            valid = attention_mask.detach().cpu().reshape(shape).bool()
-            # One run of real tokens: a hole inside would shift the positions that the model used.
-            starts = valid[:, 0].long() + (valid.long().diff(dim=1) == 1).sum(1)
-            if bool((starts > 1).any()):
-                raise CaptureError("expected padding at one end of each sequence, got an attention mask with a hole.")
+        check_is_cache(cache)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else real_tokens(attention_mask, shape)
         borders, missing = borders_in(model, cache, shape)
         layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
         if not layers:
@@ -217,13 +216,15 @@ class Capture(TokenRows):
             raise CaptureError(f"expected one document for each of {len(sequences)} sequences, got {len(docs)}.")
         if labels is not None and len(labels) != len(sequences):
             raise CaptureError(f"expected labels for each of {len(sequences)} sequences, got {len(labels)}.")
-        settings = {"bos": None, "source": "cache", "max_length": shape[1]}
+        needed = sorted({border for layer in layers for border in (layer, layer + 1)})
+        dtype = stored_type(borders[border] for border in needed)
+        settings = {"bos": None, "source": "cache", "max_length": shape[1], "dtype": dtype}
         capture = cls._empty(model, sequences, passages, layers, settings)
+        door.check_lengths(model, capture.lengths.tolist())
         if docs is not None:
             capture.docs = [document(doc) or f"sequence-{i}" for i, doc in enumerate(docs)]
         if labels is not None:
             capture.labels = labels_of_all(labels)
-        needed = sorted({border for layer in layers for border in (layer, layer + 1)})
         for border in needed:
             # Indexing by the mask copies: nothing of the user's cache stays referenced.
             capture._states[border] = borders[border].detach()[valid.to(borders[border].device)].float().cpu()
@@ -302,12 +303,13 @@ class Capture(TokenRows):
             CaptureError: a hook point or a gradient that is not to be had.
         """
         open_ = [a for a in analyzers if a.key not in self.columns]
-        again = []
-        for analyzer in open_:
-            if self._readable(analyzer):
-                self._measure_readings(analyzer)
-            else:
-                again.append(analyzer)
+        readable = [a for a in open_ if self._readable(a)]
+        again = [a for a in open_ if a not in readable]
+        ends = [self.model["layers"] - 1] if any("logits" in a.needs for a in readable) else []
+        check_cache(model, self, {*ends, *(layer for a in open_ for layer in layers_of(a, self.layers))})
+        with door.full_precision():
+            for analyzer in readable:
+                self._measure_readings(model, analyzer)
         if again and not self.settings.get("states_of_model", True):
             made = self.settings["controls"][-1]["name"]
             raise CaptureError(
@@ -323,31 +325,32 @@ class Capture(TokenRows):
             return set(looks) <= set(self.layers)
         if self.settings["source"] != "cache" or analyzer.target not in (None, "cache") or not set(looks) <= set(self.layers):
             return False
-        return all(self._reading(need, layer) is not None for layer in looks for need in analyzer.needs)
+        return all(self._holds(need, layer) for layer in looks for need in analyzer.needs)
 
-    def _reading(self, need: str, layer: int) -> Tensor | None:
-        """A reading in the layout of the rows: `[batch, pos, ...]`, padded on the right."""
-        if need in ("resid_pre", "resid_post"):
-            return self._grid(self._border(layer + (need == "resid_post")))
-        value = self._readings.get(need if need == "logits" else f"{need}.{layer}")
-        if value is None:
-            return None
-        return right_padded(value, self._readings["valid"], int(self.lengths.max()), square=need == "pattern")
+    def _holds(self, need: str, layer: int) -> bool:
+        """Whether a reading is there, or can be had from the states (logits)."""
+        if need == "logits":
+            return self.model["layers"] - 1 in self.layers and bool(self.settings.get("states_of_model", True))
+        return need in ("resid_pre", "resid_post") or f"{need}.{layer}" in self._readings
 
-    def _grid(self, rows: Tensor) -> Tensor:
-        grid = rows.new_zeros((*self.valid.shape, *rows.shape[1:]))
-        grid[self.valid] = rows
-        return grid
-
-    def _measure_readings(self, analyzer: TokenMeasure) -> None:
-        tokens = self._grid(self.row_token)
-        memory: dict[str, Any] = {}
+    def _measure_readings(self, model: Any, analyzer: TokenMeasure) -> None:
+        batches = list(token_batches(self, None))
+        memories: list[dict[str, Any]] = [{} for _ in batches]
         for layer in layers_of(analyzer, self.layers):
-            values = {need: reading for need in analyzer.needs if (reading := self._reading(need, layer)) is not None}
-            batch = TokenBatch(layer, self.model["layers"], tokens, self.valid, values, memory)
-            measured = analyzer.measure(batch)
-            if layer in self.layers:
-                self._keep(torch.arange(self.n_rows, device="cpu"), self.valid, analyzer, layer, measured)
+            # A border may lie on disk: it is read once.
+            borders = {"resid_pre": layer, "resid_post": layer + 1, "logits": self.model["layers"]}
+            states = {need: self._border(borders[need]) for need in analyzer.needs & borders.keys()}
+            for memory, (rows, tokens, valid) in zip(memories, batches, strict=True):
+                values = {need: _grid(held[rows], valid) for need, held in states.items()}
+                if "logits" in values:
+                    values["logits"] = door.logits_of(model, values["logits"]).cpu()
+                seqs = self.row_seq[rows].unique_consecutive()
+                for need in analyzer.needs - borders.keys():
+                    reading, padding = self._readings[f"{need}.{layer}"][seqs], self._readings["valid"][seqs]
+                    values[need] = right_padded(reading, padding, valid.shape[1], square=need == "pattern")
+                measured = analyzer.measure(TokenBatch(layer, self.model["layers"], tokens, valid, values, memory))
+                if layer in self.layers:
+                    self._keep(rows, valid, analyzer, layer, measured)
 
     def _keep(self, rows: Tensor, valid: Tensor, analyzer: TokenMeasure, layer: int, values: Mapping[str, Tensor]) -> None:
         columns = self.columns.setdefault(analyzer.key, {})
@@ -370,7 +373,7 @@ class Capture(TokenRows):
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         check_points(model, self.layers, analyzers)
-        batches = list(token_batches(self, batch_size))
+        batches = list(token_batches(self, batch_size, door.one_side(model, self.lengths.tolist())))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         if keep_states and self._store is None:
             shape = self.n_rows, door.width(model)
@@ -442,3 +445,10 @@ class Capture(TokenRows):
             StoreError: no capture there, one that is not as it was written, or one of an earlier version.
         """
         return cls(**read_capture(Path(path)))
+
+
+def _grid(rows: Tensor, valid: Tensor) -> Tensor:
+    """Rows of some sequences as `[batch, pos, ...]`, padded with zeros."""
+    grid = rows.new_zeros((*valid.shape, *rows.shape[1:]))
+    grid[valid] = rows
+    return grid

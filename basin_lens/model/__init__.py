@@ -10,10 +10,12 @@ from basin_lens.model.blocks import (
     FrozenPrefix,
     PaddedPrefix,
     call_block,
+    embedded,
     feed_forward,
     final_norm,
     is_cache_slot,
     keys_and_values,
+    logits_of,
     record_calls,
     rerun_to_logits,
     rerun_with_state,
@@ -50,6 +52,8 @@ from basin_lens.model.identity import (
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
+from basin_lens.model.numerics import full_precision
+from basin_lens.model.rope import check_lengths, one_side
 from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
@@ -67,17 +71,20 @@ __all__ = [
     "cache_entry",
     "cache_folder",
     "call_block",
+    "check_lengths",
     "check_model",
     "continuations",
     "copy_of",
     "counting_memory",
     "device_of",
+    "embedded",
     "embedded_file",
     "feed_forward",
     "final_norm",
     "fingerprint",
     "forward_pass",
     "full_name",
+    "full_precision",
     "has_absolute_positions",
     "in_dtype",
     "is_cache_slot",
@@ -86,11 +93,13 @@ __all__ = [
     "knocked_out",
     "kv_shape",
     "load_model",
+    "logits_of",
     "measuring",
     "missing_points",
     "n_context",
     "n_layers",
     "obeys_pattern",
+    "one_side",
     "output_weight",
     "own_rows",
     "padding_of",

@@ -272,6 +272,43 @@ def final_norm(model: Any, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*
         return model.ln_final(flat).float().reshape(states.shape)
 
 
+def logits_of(model: Any, states: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocab"]:
+    """Logits of states that leave the last block, by the model's own code: final norm, head, and whatever follows the head.
+
+    What follows (Gemma's soft cap, Cohere's and Granite's scale) has no hook point, so the states are put in the place of one token's in a
+    pass over that token: the blocks run on one token, the head on all states. A model that insists on the shape it began with
+    (GPT-BigCode) makes a whole pass.
+    """
+    last = point_name("resid_post", n_layers(model) - 1)
+    given = states.to(next(model.parameters()).device, next(model.parameters()).dtype)
+
+    def run(rows: Tensor, batch: int, pos: int) -> Tensor:
+        tokens = torch.zeros(batch, pos, dtype=torch.int64, device=rows.device)
+        return forward_pass(model, tokens, {last: lambda _: rows}).float().view(*states.shape[:2], -1)
+
+    with measuring(model):
+        try:
+            return run(given.reshape(-1, 1, given.shape[2]), 1, 1)
+        except RuntimeError as error:  # torch raises it where shapes do not fit
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return run(given, *states.shape[:2])
+
+
+def embedded(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
+    """States that enter block 0, of right-padded tokens. The pass goes no further."""
+
+    def leave(state: Tensor) -> None:
+        raise _Recorded(state)
+
+    try:
+        with measuring(model):
+            forward_pass(model, tokens, {point_name("resid_pre", 0): leave})
+    except _Recorded as seen:
+        return seen.args[0].detach().float()
+    raise TransportError("expected the model to pass the hook_resid_pre of block 0, got one that does not. Use another model.")
+
+
 def _slot(value: Any) -> Any:
     # By type, because the argument's name varies and GPT-2 passes it by position.
     return CACHE_SLOT if any(cls.__name__ == "Cache" for cls in type(value).__mro__) else value

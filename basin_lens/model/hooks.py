@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import hf_config, kind_of, n_layers
+from basin_lens.model.numerics import full_precision
+from basin_lens.model.rope import forget_lengths
 
 _SHORT = {
     "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
@@ -45,8 +47,6 @@ def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Tens
         names += [f"blocks.{layer + 1}.hook_resid_pre", f"blocks.{layer + 1}.hook_in"]
     if point == "resid_pre" and layer > 0:
         names += [f"blocks.{layer - 1}.hook_resid_post", f"blocks.{layer - 1}.hook_out"]
-    if point == "logits":
-        names = ["unembed.hook_out", "hook_unembed"]
     held = set(cache.keys())
     return next((cache[name + suffix] for name in names if name + suffix in held), None)
 
@@ -71,7 +71,7 @@ def reading(model: Any, readers: Mapping[str, Callable[[Tensor], Tensor | None]]
 
 @contextmanager
 def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
-    """The state in which every measurement runs: no dropout, eager attention, gradients on or off; put back after.
+    """The state in which every measurement runs: no dropout, eager attention, full precision, gradients on or off; put back after.
 
     Eager attention because the other kernels neither show their pattern nor take a 4-D mask. Inside another `measuring` of the
     same model only the gradients are switched: walking a model's modules costs more than one packed block call.
@@ -79,7 +79,7 @@ def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
     # A caller's inference_mode must not leak into tensors that we keep or differentiate.
     modes = [torch.inference_mode(False), torch.enable_grad() if gradients else torch.no_grad()]
     if _measured.get(model):
-        with modes[0], modes[1]:
+        with modes[0], modes[1], full_precision():
             yield
         return
     modules = {id(m): m for root in (model, getattr(model, "original_model", None)) if root is not None for m in root.modules()}
@@ -94,7 +94,8 @@ def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
         if switch:
             inner.set_attn_implementation("eager")
         _measured[model] = True
-        with modes[0], modes[1]:
+        forget_lengths(model)
+        with modes[0], modes[1], full_precision():
             yield
     finally:
         _measured.pop(model, None)
@@ -110,7 +111,7 @@ def forward_pass(
     readers: Mapping[str, Callable[[Tensor], Tensor | None]],
     *,
     gradients: bool = False,
-) -> Float[Tensor, "batch pos vocab"]:
+) -> Float[Tensor, "*shape vocab"]:
     """One pass over right-padded tokens, logits out. Right padding is exact for the real positions of a causal model.
 
     Args:

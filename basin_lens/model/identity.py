@@ -18,6 +18,11 @@ _NOT_THE_FUNCTION = {
     "output_hidden_states", "return_dict", "architectures", "use_attn_result", "use_hook_tokens",
 }  # fmt: skip
 
+# Tables that a model computes from its settings: another device may round their last digit otherwise, so a summary of them is hashed.
+_COMPUTED = ("inv_freq", "rotary_sin", "rotary_cos", "embed_positions", "embed_positions.weights")
+# Tables that grow, or change, as texts are read: not part of what the model is.
+_CHANGING = ("cos_cached", "sin_cached", "alibi")
+
 _full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 _sources: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 _fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
@@ -195,25 +200,31 @@ def weight_processing(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of the function that the model computes: parameters as used, settings, weight processing.
+    """Hash of the function that the model computes: parameters and buffers as used, settings, weight processing.
 
-    Costs about a second per gigabyte of weights; kept until a parameter is replaced or changed.
+    Buffers too, because quantized weights are held as buffers. Costs about a second per gigabyte of weights; kept until a parameter or
+    buffer is replaced or changed. Positional tables that the model computes from its settings are hashed to five digits, so that the last
+    digit of another device's sine does not make another model; tables that change while texts are read (a dynamic rotary table) are not.
 
     Returns:
         32 hexadecimal digits.
     """
-    parameters = dict(_parameters(model))
+    parameters, buffers = dict(_parameters(model)), _buffers(model)
     processing = weight_processing(model)
-    state = (tuple((name, *_mark(p)) for name, p in parameters.items()), json.dumps(processing))
+    held = parameters | buffers
+    state = (tuple((name, *_mark(value)) for name, value in held.items()), json.dumps(processing))
     known = _fingerprints.get(model)
     if known is not None and known[0] == state:
         return known[1]
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([kind_of(model), processing, _settings(model)], sort_keys=True, default=str).encode())
-    for name in sorted(parameters):
-        value = parameters[name].detach().cpu().contiguous()
+    for name in sorted(held):
+        value = held[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        if name in buffers and name.endswith(_COMPUTED):
+            digest.update(_summary(value).encode())
+        else:
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
     _fingerprints[model] = (state, digest.hexdigest())
     return digest.hexdigest()
 
@@ -241,6 +252,8 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
     """
     held = parameter.detach()
     version = 0 if parameter.is_inference() else parameter._version
+    if held.dtype == torch.bool or not held.numel():  # masks, as large as the context squared
+        return held.data_ptr(), version, 0
     wide = torch.promote_types(held.dtype, torch.float32)
     others = [[d for d in range(held.ndim) if d != axis] for axis in range(held.ndim)]
     sums = [held.sum(axes, dtype=wide) if axes else held.to(wide) for axes in others or [[]]]
@@ -250,6 +263,31 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
 def _parameters(model: Any) -> Any:
     inner = getattr(model, "original_model", None)
     return (model if inner is None else inner).named_parameters()
+
+
+def _buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the function, persistent or not, each once; without those that change as texts are read."""
+    inner = getattr(model, "original_model", None)
+    root: nn.Module = model if inner is None else inner
+    # Of a rotary table that depends on length, the original one counts.
+    switching = {
+        f"{name}." for name, module in root.named_modules()
+        if any(kind in str(vars(module).get("rope_type", "")) for kind in ("dynamic", "longrope"))
+    }  # fmt: skip
+    return {
+        name: value
+        for name, value in root.named_buffers()
+        if not name.endswith(_CHANGING)
+        and not (name.endswith("inv_freq") and "original" not in name and name[: name.rfind(".") + 1] in switching)
+    }
+
+
+def _summary(table: torch.Tensor) -> str:
+    """A table of positions, to five digits: what rises, what falls, how much, and where."""
+    flat = table.reshape(-1).double()
+    place = torch.arange(1, len(flat) + 1, dtype=torch.float64, device="cpu")
+    sums = flat.clamp_min(0).sum(), flat.clamp_max(0).sum(), flat.square().sum(), (flat.abs() * place).sum()
+    return " ".join(f"{float(value):.4e}" for value in sums)
 
 
 def _settings(model: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 """
 
 from basin_lens.neighbors.eligible import count_candidates
-from basin_lens.neighbors.points import Backend, Metric, Neighbors, Points, SameToken, prefix_keys
+from basin_lens.neighbors.points import Backend, Metric, Neighbors, Points, SameToken, has_direction, prefix_keys
 from basin_lens.neighbors.search import find
 
-__all__ = ["Backend", "Metric", "Neighbors", "Points", "SameToken", "count_candidates", "find", "prefix_keys"]
+__all__ = ["Backend", "Metric", "Neighbors", "Points", "SameToken", "count_candidates", "find", "has_direction", "prefix_keys"]

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from basin_lens.neighbors.points import Neighbors, Points, SameToken
+from basin_lens.neighbors.points import Neighbors, Points, SameToken, has_direction
 from basin_lens.neighbors.search import find
 
 _SPHERE = 8  # dimensions of the random points: few enough to be quick, and on a sphere none is everyone's neighbor
@@ -64,6 +64,8 @@ def radius_matched_sets(
 def reach(queries: Points, bank: Points, rows: Int[Tensor, "queries k"], metric: str) -> Neighbors:
     """Chosen rows as neighbors, nearest first, with their exact distances."""
     missing = rows < 0
+    if metric == "cosine":
+        missing |= ~has_direction(bank.states)[rows.clamp_min(0)] | ~has_direction(queries.states)[:, None]
     distances = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     for part in torch.arange(len(rows), device=rows.device).split(1024):
         points, own = bank.states[rows[part].clamp_min(0)], queries.states[part, None]
@@ -72,4 +74,5 @@ def reach(queries: Points, bank: Points, rows: Int[Tensor, "queries k"], metric:
         else:
             distances[part] = (points - own).norm(dim=2)
     distances, order = distances.masked_fill(missing, torch.inf).sort(dim=1, stable=True)
-    return Neighbors(rows.gather(1, order), distances.masked_fill(distances.isinf(), torch.nan))
+    rows = rows.masked_fill(missing, -1).gather(1, order)
+    return Neighbors(rows, distances.masked_fill(rows < 0, torch.nan))

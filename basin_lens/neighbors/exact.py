@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.neighbors.eligible import Rules
-from basin_lens.neighbors.points import Metric
+from basin_lens.neighbors.points import Metric, has_direction
 
 SPARE = 4  # candidates beyond k: settles nearly every query at the first attempt
 _CHUNK_VALUES = 1 << 25  # scores held at once: 128 MiB in float32
@@ -30,7 +30,9 @@ class Side:
     @classmethod
     def of(cls, states: Float[Tensor, "rows d"], metric: Metric) -> "Side":
         """The states under a metric."""
-        return cls(states, states.norm(dim=1).clamp_min(1e-12) if metric == "cosine" else None)
+        if metric != "cosine":
+            return cls(states, None)
+        return cls(states, torch.where(has_direction(states), states.norm(dim=1), 1))  # a zero state stays one, and is in no pool
 
     def some(self, at: Int[Tensor, " some"]) -> "Side":
         """These rows only."""

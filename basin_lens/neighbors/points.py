@@ -13,6 +13,14 @@ SameToken = Literal["any", "only", "exclude"]
 Backend = Literal["auto", "torch", "faiss", "approximate"]
 
 
+_NO_LENGTH = 1e-18  # of a state: below, the square is no normal float32, and its direction is lost
+
+
+def has_direction(states: Float[Tensor, "rows d"]) -> Bool[Tensor, " rows"]:
+    """Whether a state has a direction; a zero state has none, and so no cosine with any other."""
+    return states.norm(dim=1) > _NO_LENGTH
+
+
 @dataclass(frozen=True)
 class Points:
     """States at one layer, with what the exclusion rules need to know about each row.
@@ -32,12 +40,21 @@ class Points:
         """These rows only."""
         return Points(self.states[at], self.key[at], self.token[at], self.group[at], self.pool[at])
 
+    def under(self, metric: Metric) -> "Points":
+        """The same, with those out of the pool that have no distance to any other under the metric: with cosine, states of length 0."""
+        return Points(self.states, self.key, self.token, self.group, self.pool & self.defined(metric))
+
+    def defined(self, metric: Metric) -> Bool[Tensor, " rows"]:
+        """Which rows have distances under the metric."""
+        return has_direction(self.states) if metric == "cosine" else torch.ones_like(self.pool)
+
 
 @dataclass(frozen=True)
 class Neighbors:
     """The k nearest rows of each query, nearest first, ties to the lower row; -1 and NaN where there are fewer.
 
-    `distances` are Euclidean, recomputed from exact differences; with the cosine metric, 1 - cosine.
+    `distances` are Euclidean, recomputed from exact differences; with the cosine metric, 1 - cosine, which a state of length 0 has with no
+    other: it has no neighbors and is nobody's.
     `recall`: None from an exact search. From the approximate one: the share of the exact k nearest that it found, measured in this
     run on a sample of the queries (NaN if they have no neighbors).
     """

@@ -2,6 +2,8 @@
 
 from typing import get_args
 
+import torch
+
 from basin_lens.errors import NeighborError
 from basin_lens.neighbors.approximate import approximately
 from basin_lens.neighbors.eligible import Columns, Rules
@@ -32,7 +34,7 @@ def find(
         queries: the points to find neighbors of (their `pool` is not read).
         bank: where neighbors are looked for.
         k: how many.
-        metric: Euclidean distance, or 1 - cosine.
+        metric: Euclidean distance, or 1 - cosine (undefined for a state of length 0: it finds nothing and is not found).
         same_token: whether neighbors may, must, or must not have the query's token id.
         distinct: False only for scores that count duplicates and the query itself (`SeedCompression`).
         backend: `"torch"`: exact, on the device of the states. `"faiss"`: exact, candidates from FAISS's flat search on the CPU.
@@ -64,6 +66,10 @@ def find(
         raise NeighborError(f"expected a backend among {', '.join(get_args(Backend))}, got {backend!r}.")
     if backend == "faiss":
         load()
+    bank = bank.under(metric)
+    if not bool(bank.pool.any()):  # every state of the bank has length 0
+        rows = torch.full((len(queries.key), k), -1, dtype=torch.int64, device=queries.states.device)
+        return Neighbors(rows, queries.states.new_full(rows.shape, torch.nan))
     columns = Columns.of(bank, distinct)
     rules = Rules.of(queries, columns, same_token)
     far, near = Side.of(queries.states, metric), Side.of(bank.states, metric)
@@ -74,4 +80,7 @@ def find(
         rows, distances = by_faiss(rules, far, near, product, k)
     else:
         rows, distances = by_product(rules, far, near, product, k, product.bank(near, columns.rows), fetch=k + SPARE)
-    return Neighbors(rows, distances.square() / 2 if metric == "cosine" else distances, recall)
+    if metric == "cosine":
+        undefined = ~queries.defined(metric)[:, None]
+        rows, distances = rows.masked_fill(undefined, -1), (distances.square() / 2).masked_fill(undefined, torch.nan)
+    return Neighbors(rows, distances, recall)

@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from basin_lens import model as door
-from basin_lens.capture import Capture
+from basin_lens.capture import Capture, tolerance_of
 from basin_lens.errors import TransportError
 from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _POINTS = 63  # and the own state: a full group, so that a window counted in columns, or a table of too few, would be found out
 
 
@@ -84,7 +83,7 @@ def check(
         the largest relative error: root mean square over dimensions, divided by that of the layer's states without position 0.
 
     Raises:
-        TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16).
+        TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16), by the coarser type of model and cache.
     """
     layer, device = block.layer, block.states.device
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
@@ -98,7 +97,7 @@ def check(
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
     scale = float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt())
     dtype = next(model.parameters()).dtype
-    tolerance = _TOLERANCE.get(dtype, 1e-5)
+    tolerance = tolerance_of(model, capture)
     worst = 0.0
 
     def compare(what: str, got: Tensor, expected: Tensor, advice: str, kind: type[TransportError] = TransportError) -> None:
@@ -166,7 +165,7 @@ def check_halves(
         got = door.feed_forward(model, layer, probe.call(layer), padded[None])[0, :count]
     kept = order > 0  # position 0's state can be a thousand times the others
     error = float((got - expected)[kept].square().mean(-1).sqrt().max() / expected[kept].square().mean().sqrt())
-    tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 1e-5)
+    tolerance = tolerance_of(model, capture)
     if not error <= tolerance:
         raise TransportError(
             f"expected resid_mid of block {layer} to decide its resid_post within {tolerance:g} of the states' scale, got {error:.3g}. "
