@@ -115,7 +115,7 @@ def _copies(table: pd.DataFrame, sequence: np.ndarray, first: np.ndarray) -> tup
         place = {int(name): code for code, name in enumerate(names)}
         for number, members in enumerate(record["groups"]):
             for order, member in enumerate(members):
-                for name in range(member["first"], member["first"] + member["chunks"]):
+                for name in member["sequences"]:
                     if name in place:
                         group[place[name]], rank[place[name]] = number, order
     else:

@@ -1,15 +1,22 @@
 """One text several times is one observation: copies are found once, counted once, and never on both sides of a split."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import basin_lens as bl
+from basin_lens import merging, studies, tables
 from basin_lens.distinct import documents_once
-from basin_lens.errors import StudyError
+from basin_lens.errors import MergeError, StudyError, TextError
 from basin_lens.stats.added import _cases
 from basin_lens.stats.rows import split
-from basin_lens.texts.copies import COMMON, LONG, groups_of_copies
+from basin_lens.studies import author, planted, recited
+from basin_lens.texts import reference_passages
+from basin_lens.texts.copies import COMMON, LONG, groups_of_copies, made_of_runs, runs_of
+from tests.conftest import TEXTS, random_tokens
 
 S = bl.stats
 IOI = [
@@ -345,3 +352,167 @@ def test_the_flag_says_how_many():
     assert (flags[0].raised, flags[0].value, flags[0].n_documents) == (False, 0, 12)
     assert (flags[1].raised, flags[1].value, flags[1].n_documents) == (True, 0.75, 12)
     assert "36 of 48 texts" in flags[1].why
+
+
+def words(seed, count=40):
+    """A text of these words in an order of its own."""
+    return " ".join(np.random.default_rng(seed).choice(" ".join(TEXTS).split(), count))
+
+
+@pytest.fixture(scope="module")
+def many(llama):
+    """Eight texts and four copies of each, none of them equal to the letter but one; more than one chunk long."""
+    made = []
+    for number in range(8):
+        text = words(number)
+        title = f"{words(50 + number, 3)}\n"
+        changed = text.split()
+        changed[20] = "ferries"
+        for kind, copy in {
+            "text": text, "title": title + text, "mark": "\ufeff" + text, "white": text.replace(" ", "  ", 5) + "\n\n", "word": " ".join(changed),
+            "shifted": text[len(text) // 4 :] + " " + words(90 + number, 8), "again": text,
+        }.items():  # fmt: skip
+            made.append(bl.Passage(copy, doc=f"{kind} {number}", labels={"number": number, "kind": kind}))
+    table = bl.analyze(
+        llama, made, [bl.analyzers.StateNorm(), bl.analyzers.Surprisal()], layers=[0, 1], max_length=48, progress=False
+    )
+    return table
+
+
+def test_copies_are_in_provenance_and_survive_what_tables_do(many, tmp_path):
+    def record(table):
+        (run,) = tables.provenance(table)
+        return tables.provenance(table)[run]["copies"]
+
+    held = record(many)
+    assert (held["texts"], held["distinct"], held["n"], held["share"]) == (56, 8, 13, 0.5)
+    assert [{member["doc"].split()[-1] for member in group} for group in held["groups"]] == [{str(n)} for n in range(8)]
+    assert all(group[0]["doc"].startswith("text") for group in held["groups"])
+    tables.save(many, tmp_path / "table.parquet")
+    for table in (tables.load(tmp_path / "table.parquet"), tables.concat([many]), many[many.layer == 1], many[many.pos > 20]):
+        assert record(table) == held
+        answer = S.within_sequence_correlation(table, "state_norm", "surprisal")
+        assert set(answer.n_units) == set(answer.n_documents) == {8}
+        assert answer.note.str.contains("48 of 56 texts are copies of others and left out").all()
+    # Rows of the copies alone: another one stands for each text.
+    some = many[many.kind.isin(["word", "title"])]
+    assert S.within_sequence_correlation(some, "state_norm", "surprisal").n_units.tolist() == [8, 8]
+
+
+def test_a_table_without_its_record_is_looked_through_itself(many, tmp_path):
+    many.to_parquet(tmp_path / "bare.parquet")
+    bare = pd.read_parquet(tmp_path / "bare.parquet")
+    bare.attrs = {}
+    answer = S.within_sequence_correlation(bare, "state_norm", "surprisal")
+    assert answer.n_units.tolist() == [8, 8]
+    summary = tables.layer_summary(many, ["surprisal"])
+    assert summary.n_documents.tolist() == [8, 8]
+    # Texts put together anew: the record is of others.
+    again = pd.concat(
+        [many, many.assign(doc=many.doc + " again", seq=many.seq + 1000, passage=many.passage + 1000)], ignore_index=True
+    )
+    again.attrs = dict(many.attrs)
+    assert S.within_sequence_correlation(again, "state_norm", "surprisal").n_units.tolist() == [8, 8]
+
+
+def test_the_answer_is_that_of_the_texts(llama, many):
+    alone = [bl.Passage(words(number), doc=f"text {number}") for number in range(8)]
+    table = bl.analyze(
+        llama, alone, [bl.analyzers.StateNorm(), bl.analyzers.Surprisal()], layers=[0, 1], max_length=48, progress=False
+    )
+    expected, found = (S.within_sequence_correlation(t, "state_norm", "surprisal") for t in (table, many))
+    assert found.p.to_numpy() == pytest.approx(expected.p.to_numpy(), rel=1e-4)
+    assert found.estimate.to_numpy() == pytest.approx(expected.estimate.to_numpy(), rel=1e-4)
+
+
+def test_token_ids_a_cache_and_pairs_of_runs_know_copies_too(llama):
+    tokens = torch.cat([random_tokens(8, 40), random_tokens(8, 40)[:4]])
+    options = {"layers": [0, 1], "progress": False}
+    analyzers = [bl.analyzers.StateNorm(), bl.analyzers.Surprisal()]
+    from_ids = bl.analyze(llama, tokens, analyzers, **options)
+    _, cache = llama.run_with_cache(tokens)
+    from_cache = bl.analyze(llama, bl.Capture.from_cache(llama, tokens, cache), analyzers, **options)
+    for table in (from_ids, from_cache):
+        answer = S.within_sequence_correlation(table, "state_norm", "surprisal")
+        assert answer.n_units.tolist() == [8, 8] and answer.note.str.contains("4 of 12 texts").all()
+    pairs = bl.compare(from_ids[from_ids.layer == 0], from_ids[from_ids.layer == 1], on="state_norm")
+    assert S.before_after(pairs).n_units.tolist() == [8]
+
+
+# -- texts that were trained on ---------------------------------------------------------------------------------------------------------
+
+
+def test_windows_that_are_copies_are_left_out_of_what_is_tested(llama):
+    own = merging.windows_of(llama, [words(n, 60) for n in range(6)], 32)
+    other = [words(n, 60) for n in range(20, 24)]
+    held = merging.windows_of(llama, [words(50, 4) + "\n" + words(0, 60), *other], 32)
+    rest, copied = held.without_copies_of(own)
+    assert copied == sum(doc == "text-0" for doc in held.doc) > 0 and set(rest.doc) == {"text-1", "text-2", "text-3", "text-4"}
+    assert own.without_copies_of(rest)[1] == 0
+    twice = merging.windows_of(llama, [*other, words(50, 4) + "\n" + other[0]], 32)
+    assert set(twice.once()[0].doc) == {"text-0", "text-1", "text-2", "text-3"}
+
+    merger = merging.TokenMerger([0, 1], target_rate=0.3, projection=6, recent=4).calibrate(llama, own.tokens)
+    training = merging.Training(steps=1, batch_size=2, evaluate_every=1)
+    merging.train_merger(merger, llama, own, held, training=training, progress=False)
+    facts = merger.facts["training"]
+    assert facts["held_out_copies"] == copied
+    assert merging.windows.without_seen(held, facts)[0].doc == rest.doc
+    with pytest.raises(MergeError, match="expected held-out windows of other texts"):
+        merging.train_merger(merger, llama, own, held.take([0]), training=training, progress=False)
+    setting = merging.Setting((0, 1), budgets=(0.9,), seeds=1, policies=("stride",))
+    with pytest.raises(MergeError, match="copies of calibration windows"):
+        merging.compare_policies(llama, own, replace(held, doc=tuple(f"held {d}" for d in held.doc)), setting, progress=False)
+
+
+def test_runs_are_known_again_by_their_numbers():
+    texts = np.array(random_texts(40, 64))
+    known = np.unique(runs_of(texts))
+    assert len(known) == 40 * 52
+    others = np.array(random_texts(40, 64, seed=1))
+    others[3, 30:] = texts[5, :34]
+    others[4, 40:] = texts[5, :24]
+    assert np.flatnonzero(made_of_runs(others, known)).tolist() == [3]
+    assert made_of_runs(texts, known).all() and not made_of_runs(texts[:, :10], known).any()
+
+
+PLAN = studies.Plan(per_dose=6, doses=(8,), length=32)
+
+
+def test_an_authors_passages_are_no_copies_of_one_another(llama):
+    works = [bl.Passage(" ".join(f"The {w} of {n} men was {w}." for n in range(60)), doc=w) for w in ("lamp", "clock")]
+    alone, twice = (author.author_passages(llama, w, PLAN) for w in (works, [*works, replace(works[0], doc="edition")]))
+    assert [p.text for p in alone] == [p.text for p in twice]
+    said = author.copies_said(llama, [*works, works[0]], [works[1]], PLAN)
+    assert len(said) == 2 and "passages of the works are copies" in said[0] and "unrelated passages" in said[1]
+    with pytest.raises(StudyError, match=r"got 0 without \d+ copies of one another or of the works"):
+        author.unrelated_passages(llama, [works[0]], PLAN, works)
+    with pytest.raises(StudyError, match="copies"):
+        author.author_passages(llama, [bl.Passage("The lamp hums in the wind, and so on. " * 200)], PLAN)
+
+
+def test_texts_held_out_that_are_trained_on_are_refused(llama):
+    labels = [{"member": True}, {"member": False}]
+    made = [
+        bl.Passage(words(1), labels=labels[0]),
+        bl.Passage("A title\n" + words(1), labels=labels[1]),
+        bl.Passage(words(2), labels=labels[1]),
+    ]
+    with pytest.raises(StudyError, match="1 of 2 that are copies of texts to be memorized"):
+        planted.refuse_copies(made, llama)
+    planted.refuse_copies([made[0], made[2]], llama)
+    with pytest.raises(StudyError, match="other than the built-in"):
+        planted.refuse_built_in([bl.Passage("A title\n" + reference_passages()[3].text)], llama)
+
+
+def test_one_licence_of_many_owners_is_recited_once(llama, monkeypatch):
+    def none(*_args, **_options):
+        raise TextError("none here")
+
+    monkeypatch.setattr(recited, "find_licences", none)
+    monkeypatch.setattr(recited, "read_dataset", none)
+    body = words(3, 200)
+    sources = [bl.Passage(f"{body} {owner}", doc=owner) for owner in ("Ann", "Ben")] + [bl.Passage(words(4, 200), doc="other")]
+    made, said = recited.prepare(llama, count=3, length=16, seed=0, files=sources)
+    assert {p.doc for p in made} == {"Ann", "other"}
+    assert "1 sources left out: their openings are copies of others, nearly or in full." in said

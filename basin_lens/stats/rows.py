@@ -136,6 +136,12 @@ def texts_once(table: pd.DataFrame, unit: str = "document", labels: Sequence[str
     return once(table, sequence, document, _units(table, unit, sequence, document), unit, labels)
 
 
+def distinct_units(table: pd.DataFrame, unit: str) -> int:
+    """How many units the rows belong to, copies of a text counted once."""
+    found = texts_once(table, unit)
+    return len(np.unique(found.units[found.keep]))
+
+
 def check_run(table: pd.DataFrame) -> None:
     """Refuse rows of several runs, and pairs of runs whose weights were processed differently.
 

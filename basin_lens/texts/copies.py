@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from basin_lens.texts.passages import Passage
-from basin_lens.texts.tokens import TokenSequence
+from basin_lens.texts.tokens import TokenSequence, token_strings, tokenize
 
 N = 13  # tokens of a run; Brown et al. 2020, appendix C
 SHARE = 0.5  # of the shorter text's tokens; windows that overlap by half reach it, different texts of one corpus stay below 0.1
@@ -75,19 +75,19 @@ def copies_in(sequences: Sequence[TokenSequence], docs: Sequence[str], strings: 
 
     Returns:
         `n`, `share`, `long`, `common`: the rule; `texts` and `distinct`: how many passages, and how many different ones; `sequences`: how many;
-        `groups`: of two or more passages, the first of which stands for all: `passage`, `doc`, `first` (its first sequence), `chunks` (how many
-        sequences it has).
+        `groups`: of two or more passages, the first of which stands for all: `passage`, `doc`, `sequences` (which are of it).
     """
     texts = whole_texts(sequences)
     chunks: dict[int, list[int]] = {}
     for index, s in enumerate(sequences):
         chunks.setdefault(s.passage, []).append(index)
-    groups = [[passage for passage in group if passage in chunks] for group in groups_of_copies(texts, strings)]
+    there = sorted(chunks)
+    groups = [[there[index] for index in group] for group in groups_of_copies([texts[passage] for passage in there], strings)]
     return {
         "n": N, "share": SHARE, "long": LONG, "common": COMMON, "texts": len(chunks), "distinct": len(chunks) - sum(len(g) - 1 for g in groups),
         "sequences": len(sequences),
         "groups": [
-            [{"passage": p, "doc": docs[chunks[p][0]], "first": chunks[p][0], "chunks": len(chunks[p])} for p in group] for group in groups
+            [{"passage": p, "doc": docs[chunks[p][0]], "sequences": chunks[p]} for p in group] for group in groups
         ],
     }  # fmt: skip
 
@@ -107,13 +107,41 @@ def copies_of_others(
     return sorted(index for group in groups if max(group) >= count for index in group if index < count)
 
 
-def passages_copied(model: Any, passages: Sequence[Passage], others: Sequence[Passage]) -> list[int]:
-    """Indices of the passages that are copies of any of the others, by the model's own tokens."""
-    from basin_lens.texts.tokens import token_strings, tokenize
+def copied_passages(model: Any, passages: Sequence[Passage], others: Sequence[Passage]) -> list[int]:
+    """Indices of the passages that are copies of any of the others, by the tokens of a model; see `copies_of_others`."""
+    groups = passage_groups(model, [*passages, *others])
+    count = len(passages)
+    return sorted(index for group in groups if max(group) >= count for index in group if index < count)
 
-    texts = [whole_texts(tokenize(model, list(side), prepend_bos=False)) if len(side) else [] for side in (passages, others)]
-    strings = token_strings(model, (token for side in texts for text in side for token in text))
-    return copies_of_others(texts[0], texts[1], strings)
+
+def passage_groups(model: Any, passages: Sequence[Passage]) -> list[list[int]]:
+    """Groups of passages that are copies of one another, by the tokens of a model; see `groups_of_copies`."""
+    if not passages:
+        return []
+    texts = whole_texts(tokenize(model, list(passages), prepend_bos=False))
+    return groups_of_copies(texts, token_strings(model, (token for text in texts for token in text)))
+
+
+def runs_of(tokens: Int[np.ndarray, "texts tokens"]) -> Int[np.ndarray, "texts runs"]:
+    """A number for each run of `N` tokens of texts of one length, by which it is known again: chance gives two runs one number once in 2^64."""
+    if tokens.shape[1] < N:
+        return np.empty((len(tokens), 0), np.int64)
+    runs = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), N, axis=1)
+    mixed = np.zeros(runs.shape[:2], np.uint64)
+    for place in range(N):
+        # The finalizer of splitmix64 (Steele, Lea and Flood 2014), which lets every bit reach every other.
+        mixed = (mixed ^ runs[:, :, place]) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed.view(np.int64)
+
+
+def made_of_runs(tokens: Int[np.ndarray, "texts tokens"], known: Int[np.ndarray, " runs"]) -> Bool[np.ndarray, " texts"]:
+    """Which texts are copies of what the known runs (of `runs_of`) were taken from."""
+    count = tokens.shape[1]
+    there = np.isin(runs_of(tokens), known)
+    return np.array([_enough(np.flatnonzero(row), count, np.ones(count, bool)) for row in there], bool)
 
 
 def _bare(texts: Sequence[Sequence[int]], strings: Mapping[int, str] | None) -> list[Int[np.ndarray, " tokens"]]:
