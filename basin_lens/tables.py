@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens import records
+from basin_lens.distinct import documents_once
 from basin_lens.errors import StoreError, TableError
 from basin_lens.files import write_file
 from basin_lens.values import KEYS, whole_numbers
@@ -128,7 +129,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
 
     Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
-    with fewer than two documents. `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
+    with fewer than two documents. Of texts that are copies of one another, one counts.
+    `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
     neighbors (only for scores that have one).
 
     Args:
@@ -148,13 +150,18 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     if len(runs) != 1:
         raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
     reliability = provenance(table)[runs[0]].get("reliability", {})
-    by_sequence = table.groupby(["layer", "doc", "seq"], sort=True)[names].mean()
-    by_document = by_sequence.groupby(level=["layer", "doc"]).mean()
+    # One text several times is one document: its copies would narrow the interval.
+    found = documents_once(table)
+    attrs = table.attrs
+    table = table.assign(_document=found.documents)[found.keep]
+    table.attrs = attrs
+    by_sequence = table.groupby(["layer", "_document", "doc", "seq"], sort=True)[names].mean()
+    by_document = by_sequence.groupby(level=["layer", "_document"]).mean()
     lines = []
     for layer, group in table.groupby("layer", sort=True):
         line: dict[str, Any] = {
             "layer": layer,
-            "n_documents": group["doc"].nunique(),
+            "n_documents": group["_document"].nunique(),
             "n_sequences": group["seq"].nunique(),
             "n_tokens": len(group),
         }

@@ -181,6 +181,7 @@ def score(
         "model": capture.model,
         "precision": "full: autocast and reduced float32 products off",
         "texts": texts_hash(capture),
+        "copies": capture.copies,
         "capture": capture.settings,
         "layers": list(wanted),
         "analyzers": [a.key for a in chosen],

@@ -25,7 +25,7 @@ from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.logs import CHECKPOINT, append_log, rewrite_log
-from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
+from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, seen_of, share_left, surprisal_for
 from basin_lens.values import Whole, whole_fields
 
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
@@ -142,7 +142,7 @@ def train_merger(
         merger: calibrated; it is changed.
         model: a hooked model.
         windows: to train on.
-        held_out: to evaluate on.
+        held_out: to evaluate on; windows that are copies of those to train on are left out.
         training: how.
         folder: where the log (JSON lines), checkpoints and the merger are kept; an interrupted training goes on from there with the same result.
         also: called with the result before the merger is written to the folder: for what belongs to it, as a figure. The merger comes last: where
@@ -156,8 +156,8 @@ def train_merger(
         `held_out_excess` and `held_out_bytes_share` (where evaluated; merged less plain of the model as it then is).
 
     Raises:
-        MergeError: nothing to learn, not calibrated, or a loss that is not finite (the last checkpoint stays). StoreError: the folder holds
-        another training, cannot be written, or is being written to by somebody else.
+        MergeError: nothing to learn, not calibrated, nothing held out but copies of what is trained on, or a loss that is not finite (the last
+        checkpoint stays). StoreError: the folder holds another training, cannot be written, or is being written to by somebody else.
 
     Source: Bonnaerens and Dambre 2023 (learned thresholds token merging); Nawrot et al. 2024 (one-sided compression target).
 
@@ -182,10 +182,17 @@ def train_merger(
         raise MergeError(
             f"expected at least a batch of {training.batch_size} windows, got {len(windows)}. Give more text, or a smaller batch."
         )
+    copied = 0
+    if held_out is not None:
+        held_out, copied = held_out.without_copies_of(windows)
+        if not len(held_out):
+            raise MergeError(
+                f"expected held-out windows of other texts, got {copied} that are copies of windows to train on. Hold other texts out."
+            )
     with nullcontext() if folder is None else lock_folder(folder):
         run = _Run(merger, model, windows, training)
         _go(run, held_out, None if folder is None else Path(folder), progress)
-        made = _finished(run, model, held_out)
+        made = _finished(run, model, held_out, copied)
         if also is not None:
             also(made)
         if folder is not None:
@@ -227,7 +234,7 @@ def _go(run: "_Run", held_out: Windows | None, folder: Path | None, progress: bo
     merger.forget()
 
 
-def _finished(run: "_Run", model: Any, held_out: Windows | None) -> Trained:
+def _finished(run: "_Run", model: Any, held_out: Windows | None, copied: int) -> Trained:
     """The merger with what is to be known of its training, its parameters frozen."""
     merger, training, windows = run.merger, run.training, run.windows
     drift = math.nan if training.train_base else 0.0
@@ -241,6 +248,8 @@ def _finished(run: "_Run", model: Any, held_out: Windows | None) -> Trained:
         "key": run.key,
         "seen": windows.digests(),
         "seen_texts": sorted(set(windows.source)),
+        "seen_runs": seen_of(windows),
+        "held_out_copies": copied,
         "pieces": windows.pieces,
         "drift": None if math.isnan(drift) else drift,
     }

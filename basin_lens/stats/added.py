@@ -89,10 +89,13 @@ def added_value(
                 lines.append(constant_line(rows, score, unit, test, "delta log-loss", flat, metric="delta log-loss", **given))
                 continue
             units, truth, values = _cases(rows, positive, [*base, score])
+            # Copies of a text, whatever their labels, are fitted or predicted, never both.
+            folds = rows.fold[np.unique(rows.unit, return_index=True)[1]][np.searchsorted(np.unique(rows.unit), units)]
             enough(len(np.unique(units)), FEWEST_CLUSTERS, f"units ({unit}) for cross-fitting")
             for name, side in (("True", truth), ("False", ~truth)):
                 enough(int(side.sum()), n_splits, f"cases with {label} = {name}, one per fold")
-            found = _added(units, truth, values, n_splits, n_resamples, seed)
+            enough(len(np.unique(folds)), n_splits, "texts that are no copies of one another, one per fold")
+            found = _added(units, folds, truth, values, n_splits, n_resamples, seed)
             lines += [line(rows, score, unit, test, one["metric"], **given | one) for one in found]
     if not lines:
         raise StudyError(f"expected scores other than the baselines, got {names} and {base}.")
@@ -113,9 +116,9 @@ def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np
 
 
 def _added(
-    units: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
+    units: np.ndarray, apart: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, units))
+    folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, apart))
     baselines = values[:, :-1]
     before, after = (_predicted(x, truth, folds) for x in (baselines, values))
     losses = _losses(before, truth) - _losses(after, truth)
