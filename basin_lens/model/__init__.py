@@ -50,7 +50,7 @@ from basin_lens.model.knockout import knocked_out
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
-from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
+from basin_lens.model.stepping import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
@@ -72,6 +72,7 @@ __all__ = [
     "counting_memory",
     "device_of",
     "embedded_file",
+    "end_tokens",
     "feed_forward",
     "final_norm",
     "fingerprint",

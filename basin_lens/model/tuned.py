@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from basin_lens.errors import ModelError, StoreError
+from basin_lens.model.checkpoint import Found, note_unused, some, unused_weights
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 
 _FORMAT = "basin_lens tuned model 1"
@@ -37,6 +38,7 @@ def copy_of(model: Any, dtype: torch.dtype | None = None) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"expected a model that can be copied, got {full_name(model)}: {reason} Load it a second time.") from error
     remember_name(made, full_name(model), source_of(model))
+    note_unused(made, unused_weights(model))
     return made
 
 
@@ -93,16 +95,58 @@ def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The record of a tuned model: `name`, `fingerprint`, `kind`, `dtype`, `base`, `facts`.
 
     Raises:
-        ModelError: no such record, or another format.
+        ModelError: no such record, another format, or one that was changed.
     """
     path = Path(folder) / _FACTS
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"expected a tuned model's folder with {_FACTS}, got {str(folder)!r}: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"expected a tuned model's folder with {_FACTS}, got {str(folder)!r}: {error}. Check the path, or tune the model again."
+        ) from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ModelError(f"expected {_FORMAT!r} in {str(path)!r}, got {str(record)[:60]!r}. Was it written by another version?")
+    if wrong := _wrong_in(record):
+        raise ModelError(
+            f"expected a whole record in {str(path)!r}, got one with another {wrong}: it was changed. Tune the model again."
+        )
     return record
+
+
+def _wrong_in(record: Mapping[str, Any]) -> str | None:
+    """The first field of a record that is not what `save_tuned` writes."""
+    base = record.get("base")
+    source = base.get("source", "none") if isinstance(base, dict) else "none"
+    known = {
+        "name": isinstance(record.get("name"), str),
+        "fingerprint": isinstance(record.get("fingerprint"), str),
+        "kind": record.get("kind") in ("bridge", "hooked"),
+        "dtype": isinstance(found := record.get("dtype"), str) and isinstance(getattr(torch, found, None), torch.dtype),
+        "facts": isinstance(record.get("facts"), dict),
+        "base": isinstance(base, dict) and isinstance(base.get("name"), str) and isinstance(base.get("fingerprint"), str),
+        "source of the base": source is None or (isinstance(source, dict) and isinstance(source.get("name_or_path"), str)),
+    }
+    return next((name for name, right in known.items() if not right), None)
+
+
+def check_chain(folder: Path) -> None:
+    """Refuse a tuned model that is, over its bases, made from itself.
+
+    Raises:
+        ModelError: it is, or one of the records was changed.
+    """
+    seen: list[Path] = []
+    while is_tuned_folder(folder):
+        if folder.resolve() in seen:
+            raise ModelError(
+                f"expected a tuned model that goes back to a model of another kind, got {str(folder)!r}, which is its own base. Tune the "
+                "model again into a folder of its own."
+            )
+        seen.append(folder.resolve())
+        source = tuned_facts(folder)["base"]["source"]
+        if source is None:
+            return
+        folder = Path(source["name_or_path"])
 
 
 def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
@@ -116,14 +160,15 @@ def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
         weights = load_file(Path(folder) / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"expected {_WEIGHTS} in {str(folder)!r}, got: {error}. Tune the model again.") from error
-    model = copy_of(base)
-    own = parameters_of(model)
-    if {name: tuple(p.shape) for name, p in own.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
+    found = Found.compared(*({name: tuple(value.shape) for name, value in held.items()} for held in (weights, parameters_of(base))))
+    if wrong := found.misfit() or (f"one with others: {some(found.unexpected)}." if found.unexpected else ""):
         raise ModelError(
-            f"expected weights for {full_name(base)}, got those of {record['name']}, which has other parameters. Load its base model."
+            f"expected weights for {full_name(base)}, got those of {record['name']}, which has other parameters: "
+            f"{wrong} Load its base model, {record['base']['name']}."
         )
+    model = copy_of(base)
     with torch.inference_mode(False), torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters_of(model).items():
             parameter.copy_(weights[name])
     remember_name(model, record["name"])
     if fingerprint(model) != record["fingerprint"]:
