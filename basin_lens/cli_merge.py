@@ -224,9 +224,10 @@ def generate(
         float | None, typer.Option("--budget", help="Share of the cache to be left, set on the prompt's model and built-in texts.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
+    past_end: Annotated[bool, typer.Option("--past-end", help="Go on behind the end of the text.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Write with a compressed key/value cache, and say how large it is.
+    """Write with a compressed key/value cache, and say how large it is. It stops where the model ends the text.
 
     Example: basin-lens merge generate run/ --prompt "The lamp hums in the wind, and" --tokens 80
     """
@@ -234,7 +235,7 @@ def generate(
 
     from basin_lens.merging import TokenMerger, fit_budget, windows_of
     from basin_lens.merging import generate as write
-    from basin_lens.model import n_context, tokenizer_of, uses_bos
+    from basin_lens.model import end_tokens, n_context, tokenizer_of, uses_bos
     from basin_lens.texts import reference_passages
 
     _trained(run)
@@ -247,11 +248,26 @@ def generate(
     begun = list(ids) if first is None else [first, *ids]
     if budget is not None:
         fit_budget(merger, loaded, windows_of(loaded, list(reference_passages()), min(128, n_context(loaded)), most=8), budget)
-    written, table = write(merger, loaded, torch.tensor([begun]), tokens, temperature=temperature, seed=seed, progress=True)
-    typer.echo(prompt + tokenizer_of(loaded).decode(written[0].tolist()))
+    made, table = write(
+        merger, loaded, torch.tensor([begun]), tokens, temperature=temperature, seed=seed, past_end=past_end, progress=True
+    )
+    written = made[0].tolist()
+    ended = not past_end and written[-1] in end_tokens(loaded)
+    typer.echo(prompt + _behind(tokenizer_of(loaded), ids, written[:-1] if ended else written))
+    if ended:
+        typer.echo(f"the text ends after {len(written) - 1} tokens; --past-end goes on", err=True)
     held, full = int(table["bytes"].sum()), int(table["full_bytes"].sum())
     rows, whole = int(table["rows"].sum()), int(table["full_rows"].sum())
     typer.echo(f"\ncache: {held:,} of {full:,} bytes ({held / full:.2f}), {rows:,} of {whole:,} rows in {len(table)} layers")
+
+
+def _behind(tokenizer: Any, prompt: list[int], written: list[int]) -> str:
+    """What was written, as it reads behind the prompt: by themselves, tokens lose the space before them, or part of a character."""
+    before, whole = (
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (prompt, prompt + written)
+    )
+    # A character that the prompt's last token only began: it is whole now.
+    return str(whole)[len(os.path.commonprefix([before, whole])) :]
 
 
 def _preset(name: str) -> tuple[int, int, int, int, int, int]:

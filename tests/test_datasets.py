@@ -177,6 +177,33 @@ def test_brown_words_and_tags_are_the_corpus_own():
 
 
 @needs("brown", "universal_tagset")
+@pytest.mark.parametrize(
+    ("part", "printed"),
+    [
+        ("ce01", "he was only 4' 10\" tall and weighed an"),
+        ("ce07", 'most of the bars being 1/8" brass in 1/4" and 1/2" widths.'),
+        ("ce07", 'Bar "C" is 2-3/4" long.'),
+        ("ce35", '48" wide by a nominal 30" high (or six'),
+        ("cj03", 'with a clearance of 0.002" on each side'),
+    ],
+)
+def test_brown_prints_feet_and_inches_as_marks_of_measure(part, printed):
+    """The corpus holds 10'' and then '' again, which was printed as a closing quote behind it: 10''"."""
+    (passage,) = read_dataset("nltk:brown", config=part)
+    assert printed in passage.text, passage.text[:2000]
+    assert "''" not in passage.text and '""' not in passage.text
+    assert_words(passage)
+    assert [w.tag for w in passage.words if w.text.endswith('"') and len(w.text) > 1 and w.tag != "NOUN"] == []
+
+
+@needs("brown", "universal_tagset")
+def test_brown_closes_a_quotation_after_a_number():
+    """A number's closing quote is no mark of inches."""
+    (passage,) = read_dataset("nltk:brown", config="ca05")
+    assert 'Socialist Party in 1910".' in passage.text
+
+
+@needs("brown", "universal_tagset")
 def test_brown_paragraphs_are_apart_by_a_blank_line():
     from nltk.corpus import brown
 

@@ -1,6 +1,7 @@
 """The model door: what a model is, its fingerprint, and where models come from."""
 
 import hashlib
+import re
 import sys
 import zipfile
 
@@ -327,6 +328,20 @@ def test_hooked_from_another_family_is_refused(tmp_path):
     saved(tmp_path, "gpt2")
     with pytest.raises(ModelError, match="Llama-like"):
         bl.load_model(tmp_path, kind="hooked")
+
+
+# -- versions that do not go together -----------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_drop_their_cache_say_what_to_install(model, monkeypatch):
+    """TransformerLens 4.3 with transformers 5.24: all cached work is refused with the command that mends it."""
+    for block in model.blocks:
+        monkeypatch.setattr(block.attn, "_update_kv_cache", lambda k, v, **_: (k, v))
+    mends = re.escape("TransformerLens up to 4.3 needs transformers below 5.24: pip install 'transformers<5.24'.")
+    with pytest.raises(ModelError, match=mends), door.stepping(model, 1, 8):
+        pass
+    with pytest.raises(bl.errors.TransportError, match=mends):
+        bl.analyze(model, random_tokens(6, 8), [bl.analyzers.Contraction(k=4)], progress=False)
 
 
 # -- the embedded file ----------------------------------------------------------------------------------------------------------

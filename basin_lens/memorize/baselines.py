@@ -5,6 +5,7 @@ With l_t = log p(x_t | x_<t) of a text's tokens from position 1 on, in nats:
     log_likelihood = mean l_t                                  (the "loss" baseline; Yeom et al. 2018)
     zlib           = mean l_t / bytes of zlib(text)            (Carlini et al. 2021)
     lowercase      = - mean l_t / mean l_t of the text in lower case: -1 where case makes no difference  (Carlini et al. 2021)
+                     of a text cut into several sequences, both of the sequence's own part of it
     reference      = mean l_t - mean l_t of the reference model     (Carlini et al. 2021)
     min_k          = mean of the lowest 20 % of l_t            (Shi et al. 2024)
     min_k_plus     = mean of the lowest 20 % of (l_t - mu_t) / sigma_t    (Zhang et al. 2024; see `StandardizedLikelihood`)
@@ -53,7 +54,8 @@ def likelihood_baselines(
         `passage, doc, seq`, the table's labels, and the columns above (those whose inputs are given).
 
     Raises:
-        TableError: other sequences in the tables, missing columns, a share outside (0, 1].
+        TableError: other sequences in the tables, missing columns, a share outside (0, 1]; texts in several sequences without `start` and
+            `end`, which say what of a text is in which.
 
     Example:
         >>> import pandas as pd
@@ -69,9 +71,13 @@ def likelihood_baselines(
     answer = groups[["passage", "doc", "seq", *_labels(rows)]].first()
     mean = -groups["surprisal"].mean()
     answer["log_likelihood"] = mean
-    answer["zlib"] = mean / [len(zlib.compress(texts[passage].encode("utf-8"))) for passage in answer["passage"]]
+    parts = _parts(rows, answer, texts)
+    answer["zlib"] = mean / [
+        len(zlib.compress(texts[passage][start:end].encode("utf-8")))
+        for passage, (start, end) in zip(answer["passage"], parts, strict=True)
+    ]
     if lowercase is not None:
-        answer["lowercase"] = -mean / -_mean_of(lowercase, answer, "passage", "lower case")
+        answer["lowercase"] = -mean / -_lowercase_mean(lowercase, answer, texts, parts)
     if reference is not None:
         answer["reference"] = mean + _mean_of(reference, answer, "seq", "the reference model")
     answer["min_k"] = groups["surprisal"].apply(lambda x: lowest_mean(-x.to_numpy(float), share))
@@ -161,6 +167,46 @@ def blind_classifier(
 def _one_layer(table: pd.DataFrame) -> pd.DataFrame:
     tables.require(table, "passage", "doc", "seq", "pos", "surprisal")
     return table if "layer" not in table else table[table["layer"] == table["layer"].iloc[0]]
+
+
+def _parts(rows: pd.DataFrame, answer: pd.DataFrame, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Which characters of its passage each sequence of the answer holds: `[start, end)`."""
+    if not {"start", "end"} <= set(rows):
+        rows = rows.assign(start=-1, end=-1)
+    known = rows[rows["start"] >= 0].groupby("seq")[["start", "end"]].agg({"start": "min", "end": "max"})
+    found = known.reindex(answer["seq"])
+    unknown = found["start"].isna().to_numpy()
+    cut = answer["passage"].duplicated(keep=False).to_numpy()
+    if (unknown & cut).any():
+        passage = answer["passage"][unknown & cut].iloc[0]
+        raise TableError(
+            f"expected start and end of the tokens of passage {passage}, which is several sequences, got none: what of its text is in which is "
+            "not known. Keep those columns, or analyze with a max_length that holds whole texts."
+        )
+    whole = [(0, len(texts[passage])) for passage in answer["passage"]]
+    held = zip(found["start"], found["end"], whole, unknown, strict=True)
+    return [all_of_it if lost else (int(start), int(end)) for start, end, all_of_it, lost in held]
+
+
+def _lowercase_mean(
+    lowercase: pd.DataFrame, answer: pd.DataFrame, texts: Sequence[str], parts: Sequence[tuple[int, int]]
+) -> pd.Series:  # fmt: skip
+    """Mean surprisal of the text in lower case: of a passage in several sequences, of the sequence's own characters."""
+    cut = answer["passage"].duplicated(keep=False)
+    if not cut.any():
+        return _mean_of(lowercase, answer, "passage", "lower case")
+    tables.require(lowercase, "start")
+    _mean_of(lowercase, answer, "passage", "lower case")  # refuses other texts
+    rows, made = _one_layer(lowercase), []
+    for passage, (start, end) in zip(answer["passage"], parts, strict=True):
+        if len(texts[passage].lower()) != len(texts[passage]):
+            raise TableError(
+                f"expected a text as long in lower case, got passage {passage}, whose characters move: what of it is in which sequence is not "
+                "known. Analyze with a max_length that holds whole texts."
+            )
+        own = rows[(rows["passage"] == passage) & (rows["start"] >= start) & (rows["start"] < end)]
+        made.append(own["surprisal"].mean())
+    return pd.Series(made, index=answer.index)
 
 
 def _labels(rows: pd.DataFrame) -> list[str]:

@@ -262,26 +262,29 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
 
 @whole_numbers(MergeError)
 def generate(
-    merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0,
-    progress: bool = False,
+    merger: TokenMerger, model: Any, prompts: Int[Tensor, "*batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0,
+    past_end: bool = False, progress: bool = False,
 ) -> tuple[Int[Tensor, "batch length"], pd.DataFrame]:  # fmt: skip
-    """Write `length` tokens behind each prompt over a compressed cache.
+    """Write up to `length` tokens behind each prompt over a compressed cache.
 
     Args:
         merger: calibrated or trained.
         model: a bridge.
-        prompts: token ids without padding; they go through one by one, as everything after them.
-        length: tokens to write.
+        prompts: token ids without padding, `[batch, pos]` or `[pos]`; they go through one by one, as everything after them.
+        length: most tokens to write.
         temperature: 0: the most likely token each time; else of the softmax they are drawn from.
         seed: of the draw.
+        past_end: go on behind the end of a text; else a sequence ends with its end-of-text token (`model.end_tokens`), which fills its row
+            while others are being written, and all is over when every sequence has ended.
         progress: show a bar.
 
     Returns:
-        the tokens, and a table: per layer `rows`, `bytes` (held at the end: keys, values, indices, sizes, descriptors, residuals),
-        `full_rows`, `full_bytes`, all sequences together.
+        the tokens, at most `length` of each, and a table: per layer `rows`, `bytes` (held at the end: keys, values, indices, sizes,
+        descriptors, residuals), `full_rows`, `full_bytes`, all sequences together.
 
     Raises:
-        ModelError: no bridge. MergeError: longer than the model's context, a temperature below 0; see `streaming`.
+        ModelError: no bridge. MergeError: no token ids of the model, longer than its context, a temperature below 0, logits that are no numbers;
+            see `streaming`.
 
     Example:
         >>> import basin_lens as bl
@@ -292,33 +295,67 @@ def generate(
         >>> written.shape[1], bool(table.bytes[20] < table.full_bytes[20])
         (8, True)
     """
-    batch, begun = prompts.shape
-    if begun < 1 or length < 1 or begun + length > door.n_context(model):
+    tokens = checked_prompts(model, prompts).to(door.device_of(model))
+    batch, begun = tokens.shape
+    if length < 1 or begun + length > door.n_context(model):
         raise MergeError(
             f"expected a prompt and a continuation within the model's context of {door.n_context(model)} tokens, got {begun} + {length}. "
             "Ask for less."
         )
     if not 0 <= temperature < float("inf"):
-        raise MergeError(f"expected a temperature from 0 on, got {temperature}.")
+        raise MergeError(f"expected a temperature from 0 on, got {temperature}. 0 takes the most likely token each time.")
     draw = torch.Generator(device="cpu").manual_seed(seed)
+    ends = torch.tensor(sorted(() if past_end else door.end_tokens(model)), dtype=torch.long, device=tokens.device)
+    over = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     written: list[Tensor] = []
     with streaming(merger, model, batch) as stream:
-        tokens = prompts.to(door.device_of(model))
         current = tokens[:, 0]
         for place in tqdm(range(begun + length - 1), desc="writing", unit="token", disable=not progress):
             logits = stream.step(current)
             if place + 1 < begun:
                 current = tokens[:, place + 1]
                 continue
-            if temperature > 0:
-                chances = (logits.double().cpu() / temperature).softmax(-1)
-                current = torch.multinomial(chances, 1, generator=draw)[:, 0].to(tokens.device)
-            else:
-                current = logits.argmax(-1)
+            current = torch.where(over, current, _next(logits, temperature, draw).to(tokens.device))
             written.append(current.cpu())
-        seen = begun + length - 1
+            over = over | torch.isin(current, ends)
+            if bool(over.all()):
+                break
+        seen = begun + len(written) - 1
         table = pd.DataFrame(
             {"layer": range(len(stream.layers)), "rows": stream.rows(), "bytes": stream.nbytes(),
              "full_rows": seen * batch, "full_bytes": seen * batch * merger.row_bytes}
         )  # fmt: skip
     return torch.stack(written, 1), table
+
+
+def checked_prompts(model: Any, prompts: Any) -> Int[Tensor, "batch pos"]:
+    """Token ids `[batch, pos]`; one prompt `[pos]` is a batch of one.
+
+    Raises:
+        MergeError: no token ids, or ids beyond the model's vocabulary.
+    """
+    if not isinstance(prompts, Tensor) or prompts.dtype not in (torch.int64, torch.int32) or prompts.ndim not in (1, 2):
+        got = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
+        raise MergeError(
+            f"expected prompts as a LongTensor of token ids [batch, pos] or [pos], got {got}. Tokenize the text first."
+        )
+    if not prompts.numel():
+        raise MergeError(
+            f"expected prompts of one token or more, got a tensor of shape {tuple(prompts.shape)}. Give a start token."
+        )
+    least, most, vocabulary = int(prompts.min()), int(prompts.max()), door.vocabulary_size(model)
+    if least < 0 or most >= vocabulary:
+        raise MergeError(f"expected token ids in [0, {vocabulary}), got {least} to {most}. Are these tokens of another model?")
+    return prompts.long().reshape(-1, prompts.shape[-1])
+
+
+def _next(logits: Float[Tensor, "batch vocab"], temperature: float, draw: torch.Generator) -> Int[Tensor, " batch"]:
+    """The most likely token of each row, or one that is drawn."""
+    if bool(logits.isnan().any()):
+        raise MergeError("expected logits, got NaN. Use float32, or another model.")
+    if temperature == 0:
+        return logits.argmax(-1)
+    # From the largest, so that a tiny temperature gives minus infinity, which no draw takes, and never infinity over infinity.
+    exact = logits.double().cpu()
+    chances = ((exact - exact.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    return torch.multinomial(chances, 1, generator=draw)[:, 0]

@@ -380,10 +380,10 @@ def generation_quality(
         ['full', 'compressed']
     """
     with door.counting_memory() as memory:
-        written, table = generate(merger, model, prompts, length, progress=progress)
+        written, table = generate(merger, model, prompts, length, past_end=True, progress=progress)
     # The same steps over a cache that is never compressed: one pass over the prompt would take memory for all of its logits at once.
     with door.counting_memory() as plain_memory:
-        generate(TokenMerger([0], threshold=1.0), model, prompts, length)
+        generate(TokenMerger([0], threshold=1.0), model, prompts, length, past_end=True)
     plain = door.continuations(model, prompts, length)
     share = float(table["bytes"].sum() / table["full_bytes"].sum())
     rows: list[dict[str, Any]] = []

@@ -55,7 +55,7 @@ from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
 from basin_lens.model.rope import check_lengths, one_side
 from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
-from basin_lens.model.stepping import Stepper, cache_bytes, start_token, stepping, thread_count
+from basin_lens.model.stepping import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
 from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
@@ -79,6 +79,7 @@ __all__ = [
     "device_of",
     "embedded",
     "embedded_file",
+    "end_tokens",
     "feed_forward",
     "final_norm",
     "fingerprint",

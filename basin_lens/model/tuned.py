@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from basin_lens import records
 from basin_lens.errors import ModelError, StoreError
 from basin_lens.files import lock_folder, write_file
+from basin_lens.model.checkpoint import Found, note_unused, some, unused_weights
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 
 _KIND = records.Kind("a tuned model", "basin_lens tuned model 2", "Tune the model again.", ModelError)
@@ -42,6 +43,7 @@ def copy_of(model: Any, dtype: torch.dtype | None = None) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"expected a model that can be copied, got {full_name(model)}: {reason} Load it a second time.") from error
     remember_name(made, full_name(model), source_of(model))
+    note_unused(made, unused_weights(model))
     return made
 
 
@@ -161,14 +163,15 @@ def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
     record = tuned_facts(folder)
     with _KIND.reading(folder):
         weights = load_file(_weights_in(Path(folder), record))
-    model = copy_of(base)
-    own = parameters_of(model)
-    if {name: (p.shape, p.dtype) for name, p in own.items()} != {name: (w.shape, w.dtype) for name, w in weights.items()}:
+    found = Found.compared(*({name: tuple(value.shape) for name, value in held.items()} for held in (weights, parameters_of(base))))
+    if wrong := found.misfit() or (f"one with others: {some(found.unexpected)}." if found.unexpected else ""):
         raise ModelError(
-            f"expected weights for {full_name(base)}, got those of {record['name']}, which has other parameters. Load its base model."
+            f"expected weights for {full_name(base)}, got those of {record['name']}, which has other parameters: "
+            f"{wrong} Load its base model, {record['base']['name']}."
         )
+    model = copy_of(base)
     with torch.inference_mode(False), torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters_of(model).items():
             parameter.copy_(weights[name])
     remember_name(model, record["name"])
     if fingerprint(model) != record["fingerprint"]:

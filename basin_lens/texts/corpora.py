@@ -21,6 +21,8 @@ _BEFORE = frozenset((",", ".", ";", ":", "?", "!", "%", "...", ")", "]", "}"))
 _AFTER = frozenset(("(", "[", "{", "#"))
 # Brown's coders wrote these marks twice in most places (every "?", "!" and ";" in running text).
 _DOUBLED = frozenset(("?", "!", ";", ":", ","))
+# And so the mark for inches: 10'' '' is 10" in print.
+_INCHES = re.compile(r"\d''")
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _paragraphs(corpus: Any, name: str, file: str) -> list[list[list[tuple[str, 
 def _written_once(sentence: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     before = ""
     for word, tag in sentence:
-        doubled = word == before and word in _DOUBLED
+        doubled = (word == before and word in _DOUBLED) or (word == "''" and _INCHES.search(before[-3:]) is not None)
         before = "" if doubled else word
         if word and not doubled:
             yield word, tag
@@ -144,6 +146,6 @@ def _printed(token: str, tag: str, first: bool, quoted: bool) -> tuple[str, bool
         # A possessive or a closing quote by its tag; Brown has one tag for both quotes, so they take turns.
         opens = tag not in ("POS", "''") and not quoted
         return "'", not opens, opens
-    shown = _BRACKETS.get(token) or token.replace("\\/", "/").replace("\\*", "*")
+    shown = _BRACKETS.get(token) or _INCHES.sub(lambda mark: mark[0][0] + '"', token.replace("\\/", "/").replace("\\*", "*"))
     closes = shown in _BEFORE or (shown.lower() in _CLITICS and not first)
     return shown, closes, shown in _AFTER or shown.endswith("$")
