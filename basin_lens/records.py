@@ -60,8 +60,9 @@ class Kind:
             yield
         except self.error:
             raise
+        except OSError as error:
+            raise self.refusal(path, f"what cannot be read ({error.strerror or error})") from error
         except (
-            OSError,
             SafetensorError,
             ArithmeticError,
             AssertionError,
@@ -88,10 +89,8 @@ class Kind:
         Raises:
             the kind's error: not there, damaged, or of another version.
         """
-        try:
+        with self.reading(path):
             content = path.read_bytes()
-        except OSError as error:
-            raise self.refusal(path, f"no file that can be read ({error.strerror or error})") from error
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import basin_lens as bl
 from basin_lens import merging, records, tables
 from basin_lens import model as door
+from basin_lens.capture import reference_capture
 from basin_lens.errors import CaptureError, MergeError, ModelError, StoreError, TableError
 from basin_lens.memorize import Recipe
 from basin_lens.merging import TokenMerger, Training, Windows
@@ -29,7 +30,7 @@ from basin_lens.studies import kept
 from tests.conftest import TEXTS, make_bridge, random_tokens
 
 REFUSALS = StoreError, ModelError, TableError, MergeError
-CASES = 150
+FORGERIES = 75
 KEY = "0123456789abcdef"
 
 
@@ -49,6 +50,7 @@ class Subject:
 
     folders: tuple[Path, Path]
     read: Callable[[Path], Any]
+    cases: int = 150
     may_be_missing: bool = False  # then all begins anew, as it should
 
 
@@ -149,7 +151,7 @@ def tunings(base, tmp: Path) -> Subject:
         states = [run.optimizer.state[p] for p in run.parameters.values()]
         return plain([run.parameters, states, run.step, repr(run.history)])
 
-    return Subject((tmp / "1", tmp / "2"), read, may_be_missing=True)
+    return Subject((tmp / "1", tmp / "2"), read, cases=75, may_be_missing=True)
 
 
 def trainings(base, tmp: Path) -> Subject:
@@ -174,7 +176,7 @@ def trainings(base, tmp: Path) -> Subject:
         states = [run.optimizer.state[p] for p in run._named().values()]
         return plain([run._named(), states, run.step, run.target, run.history, repr(run.parachute)])
 
-    return Subject((tmp / "1", tmp / "2"), read, may_be_missing=True)
+    return Subject((tmp / "1", tmp / "2"), read, cases=75, may_be_missing=True)
 
 
 SUBJECTS = {
@@ -301,7 +303,7 @@ def test_what_was_damaged_is_refused_or_equal(subjects, name, tmp_path):
     counts: Counter[str] = Counter()
     wrong = []
     damages = [damage for damage in DAMAGES if not (subject.may_be_missing and damage in (deleted, renamed))]
-    for case in range(CASES):
+    for case in range(subject.cases):
         rng = random.Random(f"{name} {case}")
         damage, folder = damages[case % len(damages)], tmp_path / str(case)
         shutil.copytree(good, folder)
@@ -321,9 +323,9 @@ def test_what_was_damaged_is_refused_or_equal(subjects, name, tmp_path):
             if found != expected:
                 wrong.append((case, damage.__name__, file.name, "loaded wrong"))
         shutil.rmtree(folder)
-    print(f"{name}: {CASES} damaged: {dict(counts)}")
+    print(f"{name}: {subject.cases} damaged: {dict(counts)}")
     assert not wrong, wrong
-    assert counts["refused"] > 0.8 * CASES  # the damages do damage
+    assert counts["refused"] > 0.8 * subject.cases  # the damages do damage
 
 
 FORGED = {"captures": "capture.json", "mergers": "merger.json", "tuned models": "tuned.json", "studies": "results.json"}
@@ -335,7 +337,7 @@ def test_fields_of_a_record_that_was_sealed_anew_are_checked(subjects, name, tmp
     """A digest is no signature: what is read is checked for what it is, so that a refusal comes in our own words."""
     subject = subjects(name)
     counts: Counter[str] = Counter()
-    for case in range(CASES):
+    for case in range(FORGERIES):
         rng, folder = random.Random(f"{name} forged {case}"), tmp_path / str(case)
         shutil.copytree(subject.folders[0], folder)
         resealed(folder / FORGED[name], lambda record, rng=rng: change(rng, record))
@@ -346,7 +348,7 @@ def test_fields_of_a_record_that_was_sealed_anew_are_checked(subjects, name, tmp
         else:
             counts["read"] += 1
         shutil.rmtree(folder)
-    print(f"{name}: {CASES} forged: {dict(counts)}")
+    print(f"{name}: {FORGERIES} forged: {dict(counts)}")
     assert counts["refused"] and counts["read"]
 
 
@@ -545,21 +547,21 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_damaged_reference_bank_is_read_anew(base, cache):
-    expected = bl.capture.reference_capture(base, progress=False).resid_pre(1)
+    expected = reference_capture(base, progress=False).resid_pre(1)
     (folder,) = cache.iterdir()
     for file in ("states-00001.safetensors", "capture.json"):
         content = bytearray((folder / file).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / file).write_bytes(content)
         with pytest.warns(UserWarning, match="reference bank in the cache is damaged"):
-            assert torch.equal(bl.capture.reference_capture(base, progress=False).resid_pre(1), expected)
+            assert torch.equal(reference_capture(base, progress=False).resid_pre(1), expected)
         assert list(cache.iterdir()) == [folder]
-    assert torch.equal(bl.capture.reference_capture(base, progress=False).resid_pre(1), expected)
+    assert torch.equal(reference_capture(base, progress=False).resid_pre(1), expected)
 
 
 def test_two_processes_that_make_the_reference_bank_at_once(base, cache, tmp_path):
     """The one that comes second takes what the first made, which stays as it is."""
-    bl.capture.reference_capture(base, progress=False)
+    reference_capture(base, progress=False)
     (folder,) = cache.iterdir()
     made = tmp_path / "made"
     folder.rename(made)
@@ -572,7 +574,7 @@ def test_two_processes_that_make_the_reference_bank_at_once(base, cache, tmp_pat
 
     handle = base.blocks[2].register_forward_pre_hook(another_process)
     try:
-        held = bl.capture.reference_capture(base, progress=False)
+        held = reference_capture(base, progress=False)
     finally:
         handle.remove()
     assert seen == [{path.name: path.stat().st_ino for path in folder.iterdir()}] and list(cache.iterdir()) == [folder]

@@ -15,6 +15,11 @@ _FIELDS: dict[str, Any] = {
     "study": str, "title": str, "about": [str], "hypothesis": str, "decision": str, "verdict": [str], "findings": [dict],
     "red_flags": (list, None), "not_tested": [str], "tables": [str], "figures": [str], "provenance": dict,
 }  # fmt: skip
+# Of the findings; null where there is none.
+_NUMBERS = (
+    "layer", "n_units", "n_sequences", "n_documents", "n_tokens", "estimate", "low", "high", "null", "p", "p_corrected", "n_tests", "p_floor",
+    "guide_statistic", "guide_r", "guide_p",
+)  # fmt: skip
 
 
 def refuse_folder(target: Path, name: str) -> None:
@@ -53,6 +58,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     found = KIND.read(folder / "results.json", _FIELDS)
     with KIND.reading(folder):
         kept.fields({"flags": found["red_flags"] or []}, {"flags": [dict]})
+        for row in found["findings"]:
+            kept.fields(row, {name: (int, float, None) for name in _NUMBERS if name in row})
         if not found["verdict"]:
             raise ValueError("a study without a verdict")
     del found["files"]
