@@ -373,10 +373,9 @@ def many(llama):
             "shifted": text[len(text) // 4 :] + " " + words(90 + number, 8), "again": text,
         }.items():  # fmt: skip
             made.append(bl.Passage(copy, doc=f"{kind} {number}", labels={"number": number, "kind": kind}))
-    table = bl.analyze(
+    return bl.analyze(
         llama, made, [bl.analyzers.StateNorm(), bl.analyzers.Surprisal()], layers=[0, 1], max_length=48, progress=False
     )
-    return table
 
 
 def test_copies_are_in_provenance_and_survive_what_tables_do(many, tmp_path):
@@ -476,11 +475,11 @@ def test_runs_are_known_again_by_their_numbers():
     assert made_of_runs(texts, known).all() and not made_of_runs(texts[:, :10], known).any()
 
 
-PLAN = studies.Plan(per_dose=6, doses=(8,), length=32)
+PLAN = studies.Plan(per_dose=6, doses=(8,), length=48)
 
 
 def test_an_authors_passages_are_no_copies_of_one_another(llama):
-    works = [bl.Passage(" ".join(f"The {w} of {n} men was {w}." for n in range(60)), doc=w) for w in ("lamp", "clock")]
+    works = [bl.Passage(words(n, 500), doc=f"work {n}") for n in (30, 31)]
     alone, twice = (author.author_passages(llama, w, PLAN) for w in (works, [*works, replace(works[0], doc="edition")]))
     assert [p.text for p in alone] == [p.text for p in twice]
     said = author.copies_said(llama, [*works, works[0]], [works[1]], PLAN)
