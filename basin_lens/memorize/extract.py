@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
-from basin_lens.texts import read_passages, tokenize
+from basin_lens.texts import given_ids, read_passages, tokenize
 from basin_lens.values import whole_numbers, whole_or_none
 
 GUIDE_SHARE = 0.8
@@ -33,7 +33,7 @@ def extract(
 
     Args:
         model: a hooked model.
-        data: texts as for `analyze`, or token ids as a list of lists; a text longer than `max_length` becomes several sequences.
+        data: texts as for `analyze`, or token ids as for `analyze`; a text longer than `max_length` becomes several sequences.
         prompt: tokens to begin with (BOS not counted), or a fraction of the sequence's tokens, rounded down.
         target: tokens to write and compare; None: all that follow. Tokens behind them are not looked at.
         max_length: tokens per sequence, BOS counted.
@@ -117,8 +117,9 @@ def longest_run(equal: Bool[np.ndarray, " positions"]) -> int:
 
 def _sequences(model: Any, data: Any, max_length: int) -> tuple[list[Sequence[int]], list[str], list[int], int]:
     """Token ids, document and passage of each sequence, and how many BOS tokens each begins with."""
-    if isinstance(data, list) and data and isinstance(data[0], list | tuple):
-        return list(data), [f"text-{seq}" for seq in range(len(data))], list(range(len(data))), 0
+    given = given_ids(model, data)
+    if given is not None:
+        return [s.tokens for s in given], [f"text-{seq}" for seq in range(len(given))], list(range(len(given))), 0
     passages = read_passages(data)
     made = tokenize(model, passages, max_length=max_length)
     docs = [str(passages[s.passage].doc) for s in made]

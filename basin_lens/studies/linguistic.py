@@ -90,6 +90,10 @@ def refusals(tagger: str, part: str, sentiment: str | None) -> Callable[[Capture
             raise StudyError(f'expected part "mean", "first" or "last", got {part!r}.')
         if capture.passages is None:
             raise StudyError("expected texts with character offsets, got token ids: words cannot be found in them. Pass texts.")
+        if all(end < 0 for s in capture.sequences for end in s.ends):
+            raise StudyError(
+                "expected texts with character offsets, got a tokenizer without any. Use a model with another tokenizer."
+            )
         # Gold tags must be there for all; for a tagger, one text shows whether it can be had.
         used = sorted({s.passage for s in capture.sequences})
         words_of([capture.passages[index] for index in (used if tagger == "gold" else used[:1])], tagger)

@@ -116,6 +116,10 @@ def _spellings(found: Any, _side: str) -> set[str]:
     return {str(found)} | ({str(int(found))} if isinstance(found, float) and found.is_integer() else set())
 
 
+# Columns that studies put beside the labels, in place of one of that name.
+_MADE = frozenset(("contrast", "integrated_gradients", "kind", "noun_verb", "tag", "word", "word_text"))
+
+
 @dataclass(frozen=True)
 class Measured:
     """Texts, what was measured on them, and how: what a study takes in place of texts.
@@ -323,6 +327,10 @@ def count_units(capture: Capture, unit: str) -> int:
     Raises:
         StudyError: a label that not all of them have.
     """
+    if unit in _MADE:
+        raise StudyError(
+            f"expected a label as unit with a name of its own, got {unit!r}, a column that studies make. Rename the label."
+        )
     if unit not in ("sequence", "document") and any(unit not in label for label in capture.labels):
         known = sorted({name for label in capture.labels for name in label})
         raise StudyError(f'expected unit "sequence", "document" or a label that every text has, got {unit!r}; labels: {known}.')
