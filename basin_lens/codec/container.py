@@ -64,6 +64,8 @@ MOST_THREADS = 256
 MOST_CHUNKS = 1 << 20
 CHUNK_TOKENS = 4096  # a chunk ends with the window that brings it there: shorter ones would cost their 12 bytes too often
 _MOST_GROWTH = 1 << 15  # of zstd: a block of 4 bytes gives at most 128 KiB
+_MOST_ZSTD_WINDOW = 1 << 23  # bytes that a frame of level 19 keeps behind it at most
+_PIECE = 1 << 16  # bytes of text read at once
 
 _FIXED = struct.Struct("<4sBBBBIQ32s")
 _MODEL = struct.Struct("<16s8s8sHIHBIQHH")
@@ -173,15 +175,31 @@ class Container:
             raise CodecError(f"expected a file of method raw or zstd, got {self.method}. Decode it with TextCodec(model).decode.")
         data = b"".join(self.chunks)
         if self.method == "zstd":
-            try:
-                # Memory for the length is set aside at once: only where so many bytes of zstd can hold it.
-                declared = zstandard.get_frame_parameters(data).content_size
-                if declared != self.length or declared > len(data) * _MOST_GROWTH:
-                    raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
-                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=self.length, allow_extra_data=False)
-            except zstandard.ZstdError as error:
-                raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
+            data = _unpacked(data, self.length, self.sha256)
         return self.checked(data)
+
+
+def _unpacked(data: bytes, length: int, sha256: bytes) -> bytes:
+    """The text of a zstd frame, read through once in small pieces first: memory is set aside for a text that is proven to be there."""
+    wrong = CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
+    try:
+        facts = zstandard.get_frame_parameters(data)
+        if facts.content_size != length or length > len(data) * _MOST_GROWTH or facts.window_size > _MOST_ZSTD_WINDOW:
+            raise wrong
+        digest, size = hashlib.sha256(), 0
+        with zstandard.ZstdDecompressor(max_window_size=_MOST_ZSTD_WINDOW).stream_reader(data) as reader:
+            while piece := reader.read(_PIECE):
+                digest.update(piece)
+                size += len(piece)
+                if size > length:
+                    raise wrong
+        if size != length or digest.digest() != sha256:
+            raise CorruptFileError(
+                "expected a zstd frame with the text whose SHA-256 is in the header, got another. Get the file again."
+            )
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=length, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
 
 
 def store(data: bytes, why: str) -> Container:

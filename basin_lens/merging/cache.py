@@ -334,9 +334,13 @@ def checked_prompts(model: Any, prompts: Any) -> Int[Tensor, "batch pos"]:
     """
     if not isinstance(prompts, Tensor) or prompts.dtype not in (torch.int64, torch.int32) or prompts.ndim not in (1, 2):
         got = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
-        raise MergeError(f"expected prompts as a LongTensor of token ids [batch, pos] or [pos], got {got}. Tokenize the text first.")
+        raise MergeError(
+            f"expected prompts as a LongTensor of token ids [batch, pos] or [pos], got {got}. Tokenize the text first."
+        )
     if not prompts.numel():
-        raise MergeError(f"expected prompts of one token or more, got a tensor of shape {tuple(prompts.shape)}. Give a start token.")
+        raise MergeError(
+            f"expected prompts of one token or more, got a tensor of shape {tuple(prompts.shape)}. Give a start token."
+        )
     least, most, vocabulary = int(prompts.min()), int(prompts.max()), door.vocabulary_size(model)
     if least < 0 or most >= vocabulary:
         raise MergeError(f"expected token ids in [0, {vocabulary}), got {least} to {most}. Are these tokens of another model?")
