@@ -136,49 +136,75 @@ def codec_bench(
 ) -> None:
     """Every back end beside gzip, bzip2, xz, zstd, brotli and PPMd: a table, a CSV file and a figure (of all files together).
 
-    Each file is read by each model four times. The weights are not counted; famous text was probably seen in training.
+    Each file is read by each model four times. The weights are not counted; famous text was probably seen in training. A file that cannot
+    be measured is named and left out; the exit code is then 1.
 
     Examples: basin-lens codec-bench chapter.txt --out bench/
               basin-lens codec-bench chapter.txt --model smollm2-135m --model EleutherAI/pythia-160m
     """
     import pandas as pd
 
-    from basin_lens.codec import bench
     from basin_lens.tables import csv_text
     from basin_lens.views import size_bars
 
-    texts = [(file, _read(file)) for file in files]
+    names = list(dict.fromkeys(models or ["smollm2-135m"]))
     with writing.lock_folder(out):
         targets = [_target(str(out / f"codec-bench.{kind}"), force, *files) for kind in ("csv", "png")]
-        names = list(dict.fromkeys(models or ["smollm2-135m"]))
-        tables = []
-        for name in names:
-            loaded = _load(name)
-            for file, data in texts:
-                made = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=file)
-                own = made["kind"] == "model"
-                # The general compressors know no model: once is enough.
-                tables.append(made.assign(model=own.map({True: name, False: ""}))[own | (name == names[0])])
+        tables, refused = _benches(files, names, streams, context)
+        if not tables:
+            raise CodecError(f"expected a file that can be measured, got none: {'; '.join(refused)}")
         table = pd.concat(tables, ignore_index=True)
         if len(names) > 1:
             table["coder"] = table["coder"] + table["model"].map(lambda name: f" ({name})" if name else "")
-        sizes = ["original_bytes", "bytes", "header_bytes"]
-        total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=len(files))
+        sizes, count = ["original_bytes", "bytes", "header_bytes"], len(tables) // len(names)
+        total = table.groupby(["coder", "kind"], sort=False, as_index=False)[sizes].sum(min_count=count)
         total["bits_per_byte"] = 8 * total["bytes"] / total["original_bytes"]
         drawn = io.BytesIO()
-        title = f"Bits per byte, headers counted; {len(files)} file{'s' * (len(files) > 1)}; {', '.join(names)}"
+        title = f"Bits per byte, headers counted; {count} file{'s' * (count > 1)}; {', '.join(names)}"
         size_bars(total, title=title).savefig(drawn, format="png", dpi=150)
         _write(drawn.getvalue(), targets[1], force, *files)
         _write(csv_text(table).encode(), targets[0], force, *files)  # last: where it is, all is
-        wide = max(18, int(table["coder"].str.len().max()))
-        for row in table.to_dict("records"):
-            gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
-            size = (
-                row["note"]
-                if pd.isna(row["bytes"])
-                else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
-            )
-            typer.echo(f"{row['file']}  {row['coder']:<{wide}} {size}")
+    wide = max(18, int(table["coder"].str.len().max()))
+    for row in table.to_dict("records"):
+        gap = "" if pd.isna(row["gap_to_ideal"]) else f"  {row['gap_to_ideal']:+7.1%} over the ideal"
+        size = (
+            row["note"] if pd.isna(row["bytes"]) else f"{row['bytes']:>9.0f} bytes  {row['bits_per_byte']:.3f} bits per byte{gap}"
+        )
+        typer.echo(f"{row['file']}  {row['coder']:<{wide}} {size}")
+    if refused:
+        raise CodecError(f"expected files that can be measured, got {len(refused)} of {len(files)} left out: {'; '.join(refused)}")
+
+
+def _benches(files: list[str], names: list[str], streams: int, context: int) -> tuple[list[Any], list[str]]:
+    """A table for each model and file, and why files are left out: a file is measured by all models or by none."""
+    from basin_lens.codec import bench
+
+    texts: dict[int, bytes] = {}
+    refused: dict[int, str] = {}
+    made: dict[tuple[str, int], Any] = {}
+
+    def without(index: int, error: Exception) -> None:
+        refused[index] = f"{files[index]}: {error}"
+        texts.pop(index, None)
+        _say(f"left out {refused[index]}")
+
+    for index, file in enumerate(files):
+        try:
+            texts[index] = _read(file)
+        except StoreError as error:
+            without(index, error)
+    for name in names if texts else []:
+        loaded = _load(name)
+        for index, data in list(texts.items()):
+            try:
+                table = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=files[index])
+            except CodecError as error:
+                without(index, error)
+                continue
+            own = table["kind"] == "model"
+            # The general compressors know no model: once is enough.
+            made[name, index] = table.assign(model=own.map({True: name, False: ""}))[own | (name == names[0])]
+    return [table for (_, index), table in made.items() if index in texts], list(refused.values())
 
 
 def codec_view(

@@ -578,6 +578,68 @@ def test_zlib_and_zstd_bombs_take_no_memory(llama):
         coder.decode(bomb)
 
 
+def test_a_hostile_zstd_file_takes_no_more_than_its_text(monkeypatch):
+    """1 GiB in 33 KB, as declared: it was set aside before anything was known of it."""
+    size = 1 << 28
+    packer = zstandard.ZstdCompressor(level=19).compressobj(size=size)
+    frame = b"".join(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)) + packer.flush()
+    assert len(frame) < size >> 14
+    forged = codec.Container("zstd", "none", size, hashlib.sha256(b"another").digest(), (frame,), (0,)).to_bytes()
+    with memory_below(1 << 21), pytest.raises(CorruptFileError, match="SHA-256"):
+        codec.read(forged).restored()
+    text = bytes(range(250)) * 90
+    wide = zstandard.ZstdCompressionParameters.from_level(19, window_log=27)
+    far = zstandard.ZstdCompressor(compression_params=wide).compressobj(size=1 << 25)
+    frame = b"".join(far.compress(bytes(1 << 20)) for _ in range(1 << 5)) + far.flush()
+    assert zstandard.get_frame_parameters(frame).window_size > 1 << 23
+    with pytest.raises(CorruptFileError, match="zstd frame"):
+        codec.Container("zstd", "none", 1 << 25, hashlib.sha256(bytes(1 << 25)).digest(), (frame,), (0,)).restored()
+    for cut in (container.store(text, "not told").chunks[0][:-3], b""):
+        with pytest.raises(CorruptFileError, match="zstd frame"):
+            codec.Container("zstd", "none", len(text), hashlib.sha256(text).digest(), (cut,), (0,)).restored()
+
+
+def counting_steps(monkeypatch) -> list[int]:
+    """How often the model is called, from now on: one entry per step."""
+    calls, plain = [], lockstep._step
+    monkeypatch.setattr(lockstep, "_step", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    return calls
+
+
+def test_the_model_is_not_asked_where_its_header_alone_is_too_long(llama, monkeypatch):
+    """A megabyte of one byte: hours of the model, and then zstd's 49 bytes."""
+    calls = counting_steps(monkeypatch)
+    data = b"a" * (1 << 20)
+    monkeypatch.setattr(codec.TextCodec, "_tokens", lambda *_: np.full(1 << 17, 65))
+    made = codec.read(codec.TextCodec(llama).encode(data))
+    assert (made.method, made.why, calls) == ("zstd", "no smaller with the model", [])
+    assert made.restored() == data
+
+
+@pytest.mark.parametrize(("method", "backend", "most"), [("direct", "range", 400), ("ranks", "adaptive", 1200)])
+def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, most):
+    """Repeated text: zstd takes some hundred bytes, an untrained model more than a byte for each token."""
+    data = "".join(f"{TEXT[:300]} " for _ in range(60))
+    coder = codec.TextCodec(llama, method, backend, streams=4, context=40)
+    tokens = coder.prepared(data)[1]
+    stored = container.store(data.encode(), "no smaller with the model").to_bytes()
+    calls = counting_steps(monkeypatch)
+    assert coder.encode(data) == stored
+    stopped = len(calls)
+    whole = coder.encode_text(data.encode(), tokens)
+    assert len(whole) > len(stored) + 1000 and stopped < most < len(calls) - stopped
+
+
+@pytest.mark.parametrize(("method", "backend"), METHODS)
+def test_stopping_early_changes_no_file(llama, method, backend):
+    """At every bound: the file as without one, or none where it is not below."""
+    coder = codec.TextCodec(llama, method, backend, streams=2, context=30)
+    plain, tokens = coder.prepared(TEXT)
+    whole = coder.encode_text(plain, tokens)
+    for below in (0, len(whole) - 100, len(whole) - 1, len(whole), len(whole) + 1, len(whole) + 9, 1 << 20):
+        assert coder._coded(plain, tokens, below=below) == (whole if len(whole) < below else None), below
+
+
 def test_another_model_is_refused_before_anything_is_computed(tokenizer, blob, monkeypatch):
     monkeypatch.setattr(lockstep, "_step", lambda *_, **__: pytest.fail("computed"))
     for other in (make_bridge("llama", seed=1, tokenizer=tokenizer), make_bridge("gpt2", tokenizer=tokenizer)):
@@ -869,6 +931,34 @@ def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
     for again in (("codec-view", str(text), "--out", str(page)), ("codec-bench", str(text), "--out", str(folder))):
         code, _, err = call(monkeypatch, *again)
         assert code == 1 and "--force" in err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_bench_goes_on_behind_a_file_that_it_cannot_measure(tmp_path, monkeypatch):
+    good, bad, out = tmp_path / "good.txt", tmp_path / "bad.bin", tmp_path / "deep" / "bench"
+    good.write_text(TEXT[:200], encoding="utf-8")
+    bad.write_bytes(b"\xff\xfe\x00")
+    code, said, err = call(monkeypatch, "codec-bench", str(bad), str(good), str(tmp_path / "none"), "--out", str(out))
+    assert code == 1 and said.count(b"xz -9e") == 1
+    last = next(line for line in err.splitlines() if line.startswith("basin-lens:"))
+    assert "2 of 3 left out" in last and "bad.bin: " in last and "not UTF-8" in last and "none: " in last
+    assert sorted(path.name for path in out.iterdir()) == ["codec-bench.csv", "codec-bench.png"]
+    table = pd.read_csv(out / "codec-bench.csv")
+    assert set(table.file) == {str(good)} and table.bytes.notna().any()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_bench_leaves_no_folder_behind_where_nothing_was_measured(tmp_path, monkeypatch):
+    bad = tmp_path / "bad.bin"
+    bad.write_bytes(b"\xff\xfe\x00")
+    for file in (bad, tmp_path / "none"):
+        code, _, err = call(monkeypatch, "codec-bench", str(file), "--out", str(tmp_path / "deep" / "bench"))
+        assert code == 1 and "can be measured, got none" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.bin"]
+    (tmp_path / "kept").mkdir()
+    assert call(monkeypatch, "codec-bench", str(bad), "--out", str(tmp_path / "kept"))[0] == 1
+    assert (tmp_path / "kept").is_dir()
+    assert call(monkeypatch, "codec-bench", str(bad), "--out", str(bad / "x"))[0] == 1
 
 
 def test_the_page_shows_what_has_no_shape():

@@ -39,7 +39,6 @@ chunk, whatever the header declares. Raw and zstd have one chunk, and none for a
 """
 
 import hashlib
-import io
 import itertools
 import struct
 import zlib
@@ -64,7 +63,9 @@ MOST_WINDOW = 1 << 20
 MOST_THREADS = 256
 MOST_CHUNKS = 1 << 20
 CHUNK_TOKENS = 4096  # a chunk ends with the window that brings it there: shorter ones would cost their 12 bytes too often
-_PIECE = 256  # bytes of zstd taken at a time: a block of 4 bytes gives at most 128 KiB
+_MOST_GROWTH = 1 << 15  # of zstd: a block of 4 bytes gives at most 128 KiB
+_MOST_ZSTD_WINDOW = 1 << 23  # bytes that a frame of level 19 keeps behind it at most
+_PIECE = 1 << 16  # bytes of text read at once
 
 _FIXED = struct.Struct("<4sBBBBIQ32s")
 _MODEL = struct.Struct("<16s8s8sHIHBIQHH")
@@ -174,31 +175,31 @@ class Container:
             raise CodecError(f"expected a file of method raw or zstd, got {self.method}. Decode it with TextCodec(model).decode.")
         data = b"".join(self.chunks)
         if self.method == "zstd":
-            data = _unpacked(data, self.length)
+            data = _unpacked(data, self.length, self.sha256)
         return self.checked(data)
 
 
-def _unpacked(data: bytes, length: int) -> bytes:
-    """What a zstd frame holds: never much more memory than is really in it, whatever it declares, and none beyond `length`.
-
-    Raises:
-        CorruptFileError: not one frame of that length.
-    """
+def _unpacked(data: bytes, length: int, sha256: bytes) -> bytes:
+    """The text of a zstd frame, read through once in small pieces first: memory is set aside for a text that is proven to be there."""
+    wrong = CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
     try:
-        if zstandard.get_frame_parameters(data).content_size != length:
-            raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
-        reader, found = zstandard.ZstdDecompressor().decompressobj(), io.BytesIO()
-        for at in range(0, len(data), _PIECE):
-            found.write(reader.decompress(data[at : at + _PIECE]))
-            if found.tell() > length or reader.unused_data:
-                raise CorruptFileError("expected a zstd frame of the header's length and its end, got more. Get the file again.")
-            if reader.eof and at + _PIECE < len(data):
-                raise CorruptFileError("expected the end after the zstd frame, got more. Get the file again.")
+        facts = zstandard.get_frame_parameters(data)
+        if facts.content_size != length or length > len(data) * _MOST_GROWTH or facts.window_size > _MOST_ZSTD_WINDOW:
+            raise wrong
+        digest, size = hashlib.sha256(), 0
+        with zstandard.ZstdDecompressor(max_window_size=_MOST_ZSTD_WINDOW).stream_reader(data) as reader:
+            while piece := reader.read(_PIECE):
+                digest.update(piece)
+                size += len(piece)
+                if size > length:
+                    raise wrong
+        if size != length or digest.digest() != sha256:
+            raise CorruptFileError(
+                "expected a zstd frame with the text whose SHA-256 is in the header, got another. Get the file again."
+            )
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=length, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
-    if not reader.eof:
-        raise CorruptFileError("expected a whole zstd frame, got one that ends early. Get the file again.")
-    return found.getvalue()
 
 
 def store(data: bytes, why: str) -> Container:

@@ -52,6 +52,11 @@ class RangeEncoder:
         if bits:
             self._coder.encode(np.array([value], np.int32), constriction.stream.model.Uniform(1 << bits))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that what was put takes at least; `finish` may add up to two words."""
+        return _WORD.itemsize * max(0, int(self._coder.num_words()) - 2)
+
     def finish(self) -> bytes:
         """Everything that was put, in whole words of 4 bytes."""
         return self._coder.get_compressed().astype(_WORD).tobytes()

@@ -34,6 +34,11 @@ class TokenWriter(ABC):
     def finish(self) -> bytes:
         """End the chunk."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the begun chunk will take at least."""
+        return 0
+
 
 class TokenCoder(TokenWriter):
     """Tokens <-> bytes: a chunk is read by `open` and `get`..."""
@@ -59,6 +64,10 @@ class DirectCoder(TokenCoder):
 
     def put(self, logits: Float[np.ndarray, "rows vocab"], tokens: Int[np.ndarray, " rows"]) -> None:
         self._encoder.put(tokens, frequencies(logits))
+
+    @property
+    def nbytes(self) -> int:
+        return self._encoder.nbytes
 
     def finish(self) -> bytes:
         done, self._encoder = self._encoder, RangeEncoder()
@@ -130,6 +139,7 @@ def encode_tokens(
     tick: Callable[[int], Any] = lambda _: None,
     *,
     windows: int = 1,
+    below: int | None = None,
 ) -> Iterator[tuple[bytes, int]]:
     """The chunks of a text, and the tokens in each.
 
@@ -141,7 +151,9 @@ def encode_tokens(
         coder: a new one.
         tick: told the number of tokens after each step.
         windows: in a chunk.
+        below: bytes; the walk ends, without a further chunk, as soon as all chunks together will take as many. None: it goes to the end.
     """
+    size = 0
     lengths = stream_lengths(len(tokens), stepper.batch)
     rows = np.full((stepper.batch, lengths[0]), start, np.int64)
     for row, piece in zip(rows, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
@@ -154,7 +166,13 @@ def encode_tokens(
             logits = _step(stepper, rows[:, place - 1] if place % window else opening, fresh=place % window == 0)
             coder.put(logits[:live], rows[:live, place])
             tick(live)
-        yield coder.finish(), chunk_tokens(lengths, first, last)
+            if below is not None and size + coder.nbytes >= below:
+                return
+        chunk = coder.finish()
+        size += len(chunk)
+        if below is not None and size >= below:
+            return
+        yield chunk, chunk_tokens(lengths, first, last)
 
 
 def decode_tokens(

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -110,8 +111,10 @@ class TextCodec:
         found = self._tokens(plain) if plain else "not told"
         if isinstance(found, str):
             return store(plain, found).to_bytes()
-        coded, stored = self.encode_text(plain, found), store(plain, "no smaller with the model").to_bytes()
-        if len(coded) >= len(stored):
+        # First what has to be beaten: the model takes hours where this takes moments, and stops once it has lost.
+        stored = store(plain, "no smaller with the model").to_bytes()
+        coded = self._coded(plain, found, below=len(stored))
+        if coded is None:
             return stored
         if verify and self.decode(coded) != plain:
             raise CodecError(
@@ -241,23 +244,38 @@ class TextCodec:
 
     def encode_text(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> bytes:
         """The model's file, be it small or not, unverified; from what `prepared` gave."""
+        made = self._coded(plain, tokens)
+        assert made is not None
+        return made
+
+    def _coded(self, plain: bytes, tokens: Int[np.ndarray, " n"], *, below: int | None = None) -> bytes | None:
+        """The model's file, or None as soon as it will not be smaller than `below` bytes."""
         streams = self.streams_for(len(tokens))
         steps = -(-len(tokens) // streams)
         threads = self.threads or torch.get_num_threads()
         windows = -(-CHUNK_TOKENS // (streams * self.context))
         start = door.start_token(self.model)
         coder = token_coder(self.method, self.backend, door.vocabulary_size(self.model))
+        setting = Setting(
+            self._fingerprint(), self._tokenizer_hash, bytes(8), streams, self.context, threads, self._dtype(), start, len(tokens), windows,
+            _environment(self.model),
+        )  # fmt: skip
+        # All of the header but the probe is known, and so its length.
+        empty = (b"",) * len(setting.places)
+        file = Container(
+            self.method, self.backend, len(plain), hashlib.sha256(plain).digest(), empty, (0,) * len(empty), setting=setting
+        )
+        room = None if below is None else below - len(file.header())
+        if room is not None and room <= 0:
+            return None
         with self.stepping(streams, min(self.context, steps), threads) as stepper:
             probed = probe(stepper, coder)
             with self._bar("encoding", len(tokens)) as tick:
-                made = list(encode_tokens(stepper, tokens, start, self.context, coder, tick, windows=windows))
-        setting = Setting(
-            self._fingerprint(), self._tokenizer_hash, probed, streams, self.context, threads, self._dtype(), start, len(tokens), windows,
-            _environment(self.model),
-        )  # fmt: skip
+                made = list(encode_tokens(stepper, tokens, start, self.context, coder, tick, windows=windows, below=room))
+        if len(made) < len(empty):
+            return None
         chunks, counts = zip(*made, strict=True)
-        file = Container(self.method, self.backend, len(plain), hashlib.sha256(plain).digest(), chunks, counts, setting=setting)
-        return file.to_bytes()
+        return replace(file, chunks=chunks, tokens=counts, setting=replace(setting, probe=probed)).to_bytes()
 
     def _check(self, setting: Setting) -> None:
         """Refuse another model before anything is computed."""
