@@ -15,10 +15,13 @@ from threadpoolctl import threadpool_limits
 
 from basin_lens.errors import StudyError
 from basin_lens.stats.auroc import labeled, one_label_each, percentiles, resampled_metrics, unit_weights
+from basin_lens.stats.projection import EXPLAINED, curves, told_in_full, unexplained
 from basin_lens.stats.results import Correction, assemble, constant_line, line
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
 _PENALTY = 1.0  # of the squared coefficients: scikit-learn's default
+_CURVES = 3  # terms per baseline: cases are few, and every permutation is fitted anew
+_METRICS = ("delta log-loss", "delta auroc")
 
 
 def added_value(
@@ -36,7 +39,8 @@ def added_value(
 ) -> pd.DataFrame:
     """What does a score add to the baselines when predicting a label of texts that were not fitted?
 
-    Two logistic regressions, baselines alone and baselines with the score, are fitted on some units and predict the others.
+    Two logistic regressions, baselines alone and baselines with the score, are fitted on some units and predict the others. A baseline goes in as
+    a straight line and, where cases suffice (30 per baseline), a curve: a score that bends with it adds nothing by that.
     delta log-loss = log-loss of baselines - log-loss of both (nats per text; positive: the score helps); delta AUROC = the other way round
 
     The cases are means over a unit's sequences with one label. Columns are standardized on the fitted units, coefficients have the
@@ -55,7 +59,8 @@ def added_value(
     Returns:
         two rows per (layer, score), metric `delta log-loss` and `delta auroc`. Intervals: percentile bootstrap of units, predictions as they
         are. p, one-sided: the part of the score that the baselines do not explain is permuted among cases (within units, if these hold both
-        labels), and everything fitted again. `null`: mean under permutation; a score that says nothing costs a little.
+        labels), and everything fitted again. `null`: mean under permutation; a score that says nothing costs a little. Where the baselines
+        explain the score in full: NaN and a note.
 
     Raises:
         TableError: several runs, missing columns, a label that is not True and False, constant columns.
@@ -90,12 +95,19 @@ def added_value(
             enough(len(np.unique(units)), FEWEST_CLUSTERS, f"units ({unit}) for cross-fitting")
             for name, side in (("True", truth), ("False", ~truth)):
                 enough(int(side.sum()), n_splits, f"cases with {label} = {name}, one per fold")
-            found = _added(units, truth, values, n_splits, n_resamples, seed)
+            found = _nothing()
+            if not told_in_full(rows, score, base):
+                found = _added(units, truth, values, n_splits, n_resamples, seed)
             lines += [line(rows, score, unit, test, one["metric"], **given | one) for one in found]
     if not lines:
         raise StudyError(f"expected scores other than the baselines, got {names} and {base}.")
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
+
+
+def _nothing() -> list[dict[str, Any]]:
+    missing = dict.fromkeys(("estimate", "low", "high", "null", "p"), np.nan)
+    return [{"metric": metric, **missing, "note": EXPLAINED.replace("controls", "baselines")} for metric in _METRICS]
 
 
 def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,6 +125,14 @@ def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np
 def _added(
     units: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
+    whole = np.zeros(len(units), int)
+    left, note = unexplained(values[:, -1:], list(values[:, :-1].T), whole, most=_CURVES)
+    if not left.of(0):
+        return _nothing()
+    note = note.replace("controls", "baselines").replace("tokens", "cases")
+    bent = curves(list(values[:, :-1].T), len(units) - values.shape[1], most=_CURVES)
+    if bent is not None:
+        values = np.column_stack([values[:, :-1], bent, values[:, -1]])
     folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, units))
     baselines = values[:, :-1]
     before, after = (_predicted(x, truth, folds) for x in (baselines, values))
@@ -125,20 +145,19 @@ def _added(
         resampled_metrics(truth, after, (), weights)[:, 0] - resampled_metrics(truth, before, (), weights)[:, 0],
     ]
     # What the baselines do not explain of the score is what carries no information if the score adds nothing.
-    design = np.column_stack([np.ones(len(units)), baselines])
-    explained = design @ np.linalg.lstsq(design, values[:, -1], rcond=None)[0]
-    shuffled = explained + _shuffled(values[:, -1] - explained, units, truth, n_resamples, seed)
+    rest = left.values[:, 0]
+    shuffled = values[:, -1] - rest + _shuffled(rest, units, truth, n_resamples, seed)
     predicted = batched_predictions(np.broadcast_to(baselines, (n_resamples, *baselines.shape)), shuffled, truth, folds)
     null = np.stack(
         [(_losses(before, truth) - _losses(predicted, truth)).mean(1), _aurocs(predicted, truth) - roc_auc_score(truth, before)]
     )
     answers = []
-    for metric, gain, sample, chance in zip(("delta log-loss", "delta auroc"), gains, drawn, null, strict=True):
+    for metric, gain, sample, chance in zip(_METRICS, gains, drawn, null, strict=True):
         low, high = percentiles(sample)
         reached = (chance >= gain - 1e-9).sum()
         answers.append({
             "metric": metric, "estimate": float(gain), "low": low, "high": high, "null": float(chance.mean()),
-            "p": float((1 + reached) / (n_resamples + 1)), "n_positive": int(truth.sum()), "n_negative": int((~truth).sum()),
+            "p": float((1 + reached) / (n_resamples + 1)), "n_positive": int(truth.sum()), "n_negative": int((~truth).sum()), "note": note,
         })  # fmt: skip
     return answers
 

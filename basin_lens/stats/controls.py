@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
-from scipy.stats import rankdata
-from sklearn.preprocessing import SplineTransformer
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.stats.rows import check_run, group_means, names_of, numbers, split
+from basin_lens.stats.projection import level, unexplained
+from basin_lens.stats.rows import Rows, check_run, constant, names_of, numbers, split
 
 # name: (column it is made of, whether as a logarithm)
 _MADE_OF = {
@@ -23,8 +21,6 @@ _MADE_OF = {
     "same_token_share": ("same_token_share", False),
 }
 CONTROLS = tuple(_MADE_OF)
-_KNOTS = 5  # of the cubic splines of a control
-_TOKENS_PER_TERM = 10  # with fewer tokens, straight lines alone
 
 
 def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None = None) -> pd.DataFrame:
@@ -106,6 +102,12 @@ def chosen(
     return with_them, there, "; ".join(notes)
 
 
+def varied(rows: Rows, controls: Sequence[str]) -> tuple[list[str], str]:
+    """The controls that vary over these rows, and a note on the others."""
+    flat = [name for name in controls if constant(rows.values[name])]
+    return [name for name in controls if name not in flat], f"constant here, so not controlled: {', '.join(flat)}" if flat else ""
+
+
 def residuals(
     table: pd.DataFrame,
     scores: str | Sequence[str],
@@ -127,8 +129,8 @@ def residuals(
         frequency: as for `add_controls`.
         within: fit within sequences (scores and controls less their sequence means), and keep the score's sequence means; False: over all
             tokens of the layer, and keep its mean.
-        smooth: take out a smooth function of each control (see `smooth_parts`) besides a straight line: a confound that bends would leave
-            a difference otherwise. Where tokens are too few for that, straight lines alone.
+        smooth: take out a smooth function of each control (see `basin_lens.stats.projection.curves`) besides a straight line: a confound that
+            bends would leave a difference otherwise. Where tokens are too few for that, straight lines alone.
 
     Returns:
         a copy of the table. Rows where a score or control is NaN become NaN. `attrs["controls"]`: what was controlled, by score.
@@ -165,55 +167,9 @@ def residuals(
                 continue
             codes = rows.sequence if within else np.zeros(len(rows.sequence), int)
             values = rows.values[score]
-            left = unexplained(values[:, None], [rows.values[c] for c in there], codes, smooth=smooth)[:, 0]
-            made[rows.values["_row"].astype(int)] = left + level(codes, values)
+            left, _ = unexplained(values[:, None], [rows.values[c] for c in there], codes, smooth=smooth)
+            # Of what the controls explain in full, rounding is left.
+            made[rows.values["_row"].astype(int)] = level(codes, values) + (left.values[:, 0] if left.of(0) else 0.0)
         answer[score] = made
     answer.attrs["controls"] = used
     return answer
-
-
-def unexplained(
-    columns: Float[np.ndarray, "tokens columns"],
-    controls: Sequence[Float[np.ndarray, " tokens"]],
-    codes: Int[np.ndarray, " tokens"],
-    *,
-    smooth: bool = True,
-) -> Float[np.ndarray, "tokens columns"]:
-    """What the controls, straight and smooth, leave of the columns within groups of rows, by one least-squares fit over all rows."""
-    bent = smooth_parts(controls) if smooth else None
-    terms = [*controls, *([] if bent is None else bent.T)]
-    held = np.stack([term - level(codes, term) for term in terms], 1)
-    # Against the term's own size: what is left of a constant after taking its mean is rounding.
-    held = held[:, held.std(0) > 1e-9 * np.array([np.abs(term).max() for term in terms])]
-    rest = columns - np.stack([level(codes, column) for column in columns.T], 1)
-    if held.shape[1]:
-        held = held / held.std(0)
-        rest = rest - held @ np.linalg.lstsq(held, rest, rcond=None)[0]
-    return np.asarray(rest)
-
-
-def smooth_parts(controls: Sequence[Float[np.ndarray, " tokens"]]) -> Float[np.ndarray, "tokens terms"] | None:
-    """Cubic splines of each control's ranks over all tokens of a layer; None where there are too few tokens for so many terms.
-
-    Five knots, equally spaced in ranks; a control that does not vary has none. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
-    """
-    varied = [rankdata(values) / len(values) for values in controls if len(values) and np.ptp(values) > 0]
-    terms = (_KNOTS + 2) * len(varied)
-    if not varied or len(varied[0]) < _TOKENS_PER_TERM * terms:
-        return None
-    return np.asarray(SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False).fit_transform(np.stack(varied, 1)))
-
-
-def without_smooth_parts(
-    columns: Float[np.ndarray, "tokens columns"], terms: Float[np.ndarray, "tokens terms"], sequence: Int[np.ndarray, " tokens"]
-) -> Float[np.ndarray, "tokens columns"]:
-    """What the terms do not explain of the columns within sequences, by one least-squares fit over all of them."""
-    inside = terms - np.stack([level(sequence, term) for term in terms.T], 1)
-    held = columns - np.stack([level(sequence, column) for column in columns.T], 1)
-    return np.asarray(held - inside @ np.linalg.lstsq(inside, held, rcond=1e-9)[0])
-
-
-def level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mean of each row's group."""
-    there, means = group_means(codes, values)
-    return means[np.searchsorted(there, codes)]

@@ -1,6 +1,7 @@
 """Two groups of texts, two kinds of tokens in the same texts, or the same texts before and after."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,26 @@ from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import chosen, level, unexplained
+from basin_lens.stats.controls import chosen, varied
+from basin_lens.stats.projection import level, told_in_full, unexplained
 from basin_lens.stats.results import (
     Correction,
     assemble,
     constant_line,
     constant_values,
     interval_and_p,
+    joined,
     line,
     max_t_labels,
     max_t_signs,
+    toned,
 )
 from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split
 
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
 # A unit counts where the controls leave at least this share of the variation of the groups: else they explain the groups there, but for rounding.
 _LEAST = 1e-3
+_IN_FULL = "the controls explain the groups or the score in full"
 
 
 def compare_groups(
@@ -112,14 +117,16 @@ def compare_groups(
                 lines.append(constant_line(rows, score, unit, test, "mean difference", score, **given))
                 columns.append((np.empty(0, int), np.empty(0)))
                 continue
-            said = [note] if note else []
+            here, flat = varied(rows, there)
+            said = [note, flat]
             if paired:
                 rows, is_first = _shared(rows, is_first)
                 enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with both {wording.replace(' - ', ' and ')}")
-                codes, values, shares, why = _slopes(rows, score, is_first, there) if there else _differences(rows, score, is_first)
-                found = _paired(values, n_resamples, seed, shares)
+                parts = _slopes(rows, score, is_first, here) if here else _differences(rows, score, is_first)
+                codes, values = parts.codes, toned(parts.values, parts.inflation)
+                found = _paired(parts, n_resamples, seed)
                 rows = rows.where(np.isin(rows.unit, codes)) if len(codes) else rows
-                said += [why] if why else []
+                said.append(parts.note)
             else:
                 codes, values = rows.unit_means(score)
                 chosen_units = _labels_of(rows, codes, is_first, unit, group)
@@ -127,12 +134,12 @@ def compare_groups(
                 for many, name in ((chosen_units.sum(), 0), ((~chosen_units).sum(), 1)):
                     enough(int(many), FEWEST_PER_GROUP, f"units ({unit}) with {group} = {wording.split(' - ')[name]}")
                 found = _unpaired(values, chosen_units, n_resamples, seed)
-                if there:
+                if here:
                     test = "permutation of residuals (Freedman-Lane)"
-                    means = np.stack([rows.unit_means(c)[1] for c in there], 1)
-                    found |= _controlled(values, chosen_units, means, n_resamples, seed)
-            said += [found.pop("note")] if "note" in found else []
-            lines.append(line(rows, score, unit, test, "mean difference", **given | found, note="; ".join(said)))
+                    whole = _nothing(_IN_FULL) if told_in_full(rows, score, here) else None
+                    found |= whole or _controlled(values, chosen_units, [rows.unit_means(c)[1] for c in here], n_resamples, seed)
+            said.append(found.pop("note", ""))
+            lines.append(line(rows, score, unit, test, "mean difference", **given | found, note=joined(*said)))
             columns.append((codes, values))
     refuse_constant(lines, names)
     if not len(controls):
@@ -196,7 +203,7 @@ def before_after(
                 continue
             codes, values = rows.unit_means(name)
             enough(len(codes), FEWEST, f"units ({unit})")
-            lines.append(line(rows, name, unit, test, "mean difference", **_paired(values, n_resamples, seed)))
+            lines.append(line(rows, name, unit, test, "mean difference", **_paired(_Parts(codes, values), n_resamples, seed)))
             columns.append((codes, values))
     refuse_constant(lines, names)
     adjusted = max_t_signs(side_by_side(columns)[0], n_resamples, seed) if correction == "max-t" else None
@@ -260,17 +267,25 @@ def _shared(rows: Rows, is_first: np.ndarray) -> tuple[Rows, np.ndarray]:
     return rows.where(both), is_first[both]
 
 
-_Paired = tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"], Float[np.ndarray, " units"] | None, str]
+@dataclass(frozen=True)
+class _Parts:
+    """Codes of the units, their parts of an effect that is their mean, their shares in it (None: equal ones), and see `projection.Left`."""
+
+    codes: Int[np.ndarray, " units"]
+    values: Float[np.ndarray, " units"]
+    shares: Float[np.ndarray, " units"] | None = None
+    inflation: float = 1.0
+    note: str = ""
 
 
-def _differences(rows: Rows, score: str, is_first: np.ndarray) -> _Paired:
-    """Codes of the units, and the mean over a unit's sequences of the difference of means; every unit has an equal share."""
+def _differences(rows: Rows, score: str, is_first: np.ndarray) -> _Parts:
+    """The mean over a unit's sequences of the difference of means."""
     codes, first = rows.where(is_first).unit_means(score)
-    return codes, first - rows.where(~is_first).unit_means(score)[1], None, ""
+    return _Parts(codes, first - rows.where(~is_first).unit_means(score)[1])
 
 
-def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str]) -> _Paired:
-    """Codes of the units, their parts of the slope of score on group given the controls (its mean), and their shares in it.
+def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str]) -> _Parts:
+    """The units' parts of the slope of score on group given the controls.
 
     The controls are taken out of both score y and group g (1: first, 0: second), over the same rows: taken out of the score alone, they would
     take what the group has in common with them too, and leave (1 - R2) of the difference. Then the slope in all rows, sum(gy) / sum(gg), is
@@ -279,25 +294,20 @@ def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str
     almost 0. Without any difference, a unit's sum(gy) is as often above 0 as below, whatever its weight: signs can be flipped.
     """
     held = np.stack([rows.values[score], is_first.astype(float)], 1)
-    y, g = unexplained(held, [rows.values[c] for c in controls], rows.sequence).T
+    left, straight = unexplained(held, [rows.values[c] for c in controls], rows.sequence)
+    y, g = left.values.T
     codes, at = np.unique(rows.unit, return_inverse=True)
     products, squares = np.bincount(at, weights=g * y), np.bincount(at, weights=g * g)
-    before = held - np.stack([level(rows.sequence, column) for column in held.T], 1)
-    full = y @ y < 1e-12 * (before[:, 0] @ before[:, 0])
-    kept = squares > _LEAST * np.bincount(at, weights=before[:, 1] ** 2)
-    if full or not kept.any():
-        return np.empty(0, int), np.empty(0), np.empty(0), "the controls explain the groups or the score in full"
+    kept = squares > _LEAST * np.bincount(at, weights=(held[:, 1] - level(rows.sequence, held[:, 1])) ** 2)
+    nothing = np.empty(0, int), np.empty(0)
+    if not (left.of(0) and left.of(1)) or not kept.any():
+        return _Parts(*nothing, note=_IN_FULL)
     if kept.sum() < FEWEST:
-        return (
-            np.empty(0, int),
-            np.empty(0),
-            np.empty(0),
-            f"only {int(kept.sum())} units in which the controls do not explain the groups in full",
-        )
+        return _Parts(*nothing, note=f"only {int(kept.sum())} units in which the controls do not explain the groups in full")
     total = squares[kept].sum()
     left_out = int((~kept).sum())
     why = f"left out: {left_out} units in which the controls explain the groups in full" if left_out else ""
-    return codes[kept], kept.sum() * products[kept] / total, squares[kept] / total, why
+    return _Parts(codes[kept], kept.sum() * products[kept] / total, squares[kept] / total, left.inflation, joined(straight, why))
 
 
 def _mean(x: np.ndarray, axis: int = -1) -> Any:
@@ -309,19 +319,18 @@ def _welch(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
         return (x.mean(axis) - y.mean(axis)) / np.sqrt(x.var(axis, ddof=1) / x.shape[axis] + y.var(axis, ddof=1) / y.shape[axis])
 
 
-def _paired(
-    values: Float[np.ndarray, " units"], n_resamples: int, seed: int, shares: Float[np.ndarray, " units"] | None = None
-) -> dict[str, Any]:
-    """The mean of the units' values, each with a share in it (see `_slopes`); None: equal shares, and Student's interval."""
-    n = len(values)
+def _paired(parts: _Parts, n_resamples: int, seed: int) -> dict[str, Any]:
+    """The mean of the units' values; with equal shares, Student's interval."""
+    values, n = parts.values, len(parts.values)
     answer: dict[str, Any] = {**interval_and_p(values), **dict.fromkeys(_SIZES, np.nan), "n_first": n, "n_second": n}
     if not n:
-        return answer
+        return answer | {"note": ""}  # the parts' own says why
     if constant_values(values):
         return answer | {"note": "the difference is the same in every unit"}
-    test = stats.permutation_test((values,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
-    error, degrees = cluster_error(values, np.full(n, 1 / n) if shares is None else shares)
-    wide = stats.t.ppf(0.975, degrees) * error
+    tested = toned(values, parts.inflation)
+    test = stats.permutation_test((tested,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
+    error, degrees = cluster_error(values, np.full(n, 1 / n) if parts.shares is None else parts.shares)
+    wide = stats.t.ppf(0.975, degrees) * error * np.sqrt(parts.inflation)
     g = answer["estimate"] / (error * np.sqrt(n)) * (1 - 3 / (4 * n - 5))
     wide_g = stats.norm.ppf(0.975) * np.sqrt(1 / n + g**2 / (2 * n))
     signs = interval_and_p(np.sign(values))
@@ -371,36 +380,32 @@ def _unpaired(
     }  # fmt: skip
 
 
+def _nothing(note: str) -> dict[str, Any]:
+    return {**dict.fromkeys(("estimate", "low", "high", "p"), np.nan), "note": note}
+
+
 def _controlled(
-    values: np.ndarray, first: np.ndarray, controls: Float[np.ndarray, "units controls"], n_resamples: int, seed: int
+    values: np.ndarray, first: np.ndarray, controls: Sequence[Float[np.ndarray, " units"]], n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """The difference given the controls' unit means, by permuting what the controls leave of the score.
 
     scipy permutes data, not residuals. Of a permuted outcome, only its part orthogonal to the controls matters for the partial correlation.
     """
-    n, spread = len(values), controls.std(0)
-    design = np.column_stack([np.ones(n), (controls - controls.mean(0))[:, spread > 0] / spread[spread > 0]])
-    basis, sizes, _ = np.linalg.svd(design, full_matrices=False)
-    basis = basis[:, sizes > 1e-9 * sizes[0]]
-    degrees = n - basis.shape[1] - 1
+    n = len(values)
+    held, note = unexplained(np.stack([values, first], 1), controls, np.zeros(n, int))
+    degrees = n - held.basis.shape[1] - 2
     enough(degrees, FEWEST, "units beyond the number of controls")
-
-    def left(x: np.ndarray) -> np.ndarray:
-        return x - (x @ basis) @ basis.T
-
-    side, rest = left(first.astype(float)), left(values)
-    if side @ side < 1e-9 or rest @ rest < 1e-12 * (values @ values):
-        return {
-            "low": np.nan,
-            "high": np.nan,
-            "p": np.nan,
-            "estimate": np.nan,
-            "note": "the controls explain the groups or the score in full",
-        }
+    if not (held.of(0) and held.of(1)):
+        return _nothing(_IN_FULL)
+    rest, side = held.values.T
     slope = rest @ side / (side @ side)
     error = np.sqrt(((rest - slope * side) ** 2).sum() / degrees / (side @ side))
     wide = stats.t.ppf(0.975, degrees) * error
-    drawn = left(np.random.default_rng(seed).permuted(np.broadcast_to(rest, (n_resamples, n)), axis=1))
+    drawn = np.random.default_rng(seed).permuted(np.broadcast_to(rest, (n_resamples, n)), axis=1)
+    drawn = drawn - (drawn @ held.basis) @ held.basis.T
     partial = np.abs(drawn @ side) / np.sqrt((drawn**2).sum(1))
     reached = (partial >= abs(rest @ side) / np.sqrt(rest @ rest) * (1 - 1e-9)).sum()
-    return {"estimate": slope, "low": slope - wide, "high": slope + wide, "p": (reached + 1) / (n_resamples + 1)}
+    return {
+        "estimate": slope, "low": slope - wide, "high": slope + wide, "p": (reached + 1) / (n_resamples + 1),
+        "note": note.replace("tokens", "units"),
+    }  # fmt: skip

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
 from jaxtyping import Float
 from scipy import optimize
 
-from basin_lens.stats.controls import CONTROLS, chosen
-from basin_lens.stats.results import Correction, assemble, constant_line, line
+from basin_lens.stats.controls import CONTROLS, chosen, varied
+from basin_lens.stats.projection import EXPLAINED, STRAIGHT, curves, in_full, project
+from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
 
@@ -24,11 +24,12 @@ def mixed_model(
     layers: Any = None,
     unit: str = "document",
     all_terms: bool = False,
+    smooth: bool = True,
     correction: Correction = "bh",
 ) -> pd.DataFrame:
     """What explains a score: another column, or what it is confounded with?
 
-    score_si = a + u_s + b against_si + c controls_si + e_si, all columns standardized, u_s a random level of sequence s
+    score_si = a + u_s + b against_si + c controls_si + s(controls_si) + e_si, all columns standardized, u_s a random level of sequence s
 
     Variance components by restricted maximum likelihood. Errors are cluster-robust by unit, with Student's t on units - 1 degrees of
     freedom: an effect that differs from text to text does not make them too small, as the model's own would be.
@@ -41,12 +42,15 @@ def mixed_model(
         frequency: as for `add_controls`.
         layers: which; None: all.
         unit: what is independent: `"sequence"`, `"document"` or a label.
-        all_terms: rows for the controls too.
+        all_terms: rows for the controls too, each at fixed other columns.
+        smooth: a smooth function s of each column that is held fixed, besides a straight line (see `basin_lens.stats.projection.curves`); where
+            tokens are too few, straight lines alone, and the note says so.
         correction: over all rows of the answer, `"bh"`, `"holm"` or `"none"`.
 
     Returns:
         one row per (layer, score, term): the standardized beta with its 95 % interval and p; `partial_r2`, the share of the variance left by
-        the other terms that this one explains; `icc`, the share of the variance left by all terms that is between sequences.
+        the other terms that this one explains; `icc`, the share of the variance left by all terms that is between sequences; `left`, the share
+        of the variance that the other terms leave of the score or of the term, whichever is less. Where they explain one in full: NaN and a note.
 
     Raises:
         TableError: several runs, missing columns, a column that is constant at every layer, nothing to explain the score with.
@@ -74,38 +78,41 @@ def mixed_model(
         for every in split(with_them, [score, *terms], layers=layers, unit=unit):
             rows = every.finite(score, *terms)
             enough(rows.counts()["n_units"], FEWEST_CLUSTERS, f"units ({unit}) for cluster-robust errors")
-            given = {"against": against, "controls": ", ".join(there), "partial_r2": np.nan, "icc": np.nan}
+            given = {"against": against, "controls": ", ".join(there), "partial_r2": np.nan, "icc": np.nan, "left": np.nan}
             flat = next((c for c in own if constant(rows.values[c])), None)
             if flat is not None:
                 lines.append(constant_line(rows, score, unit, test, effect, flat, **given, term=against))
                 continue
-            varied = [c for c in terms if not constant(rows.values[c])]
-            dropped = [c for c in terms if c not in varied]
-            notes = "; ".join(x for x in (note, f"constant at this layer: {', '.join(dropped)}" if dropped else "") if x)
-            shown = varied if all_terms or against is None else [against]
-            for found in _fit(rows, score, varied, shown):
-                lines.append(line(rows, score, unit, test, effect, **given | found | {"note": notes}))
+            here, said = varied(rows, terms)
+            for name in here if all_terms or against is None else [against]:
+                found = _fit(rows, score, name, [c for c in here if c != name], smooth)
+                lines.append(line(rows, score, unit, test, effect, **given | found | {"note": joined(note, said, found["note"])}))
     refuse_constant(lines, [*names, *([] if against is None else [against])])
     return assemble(table, lines, correction)
 
 
-def _fit(rows: Rows, score: str, terms: Sequence[str], shown: Sequence[str]) -> list[dict[str, Any]]:
-    held = np.stack([rows.values[name] for name in (score, *terms)], 1)
-    held = (held - held.mean(0)) / held.std(0)
-    y, x = held[:, 0], sm.add_constant(held[:, 1:], has_constant="add")
+def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool) -> dict[str, Any]:
+    """The beta of one term, others held fixed."""
+    pair = np.stack([rows.values[name] for name in (score, term)], 1)
+    pair = (pair - pair.mean(0)) / pair.std(0)
+    whole, told, notes, terms = np.zeros(len(pair), int), [False, False], "", np.empty((len(pair), 0))
+    if others:
+        straight = np.stack([rows.values[name] for name in others], 1)
+        told = in_full(pair, straight, whole, copies=smooth)
+        bent = curves(list(straight.T), len(pair) - len(others)) if smooth else None
+        terms = straight if bent is None else np.column_stack([straight, bent])
+        notes = STRAIGHT if smooth and bent is None else ""
+    left = project(pair, terms, whole)
+    for column, name in enumerate((score, term)):
+        if told[column] or not left.of(column):
+            return {"term": term, "left": 0.0, "note": f"{name}: {EXPLAINED}"}
+    y, x = pair[:, 0], np.column_stack([np.ones(len(pair)), pair[:, 1], left.basis * np.sqrt(len(pair))])
     ratio = level_ratio(y, x, rows.sequence)
     y, x = freed(y, x, rows.sequence, ratio)
-    fit = sm.OLS(y, x).fit(cov_type="cluster", cov_kwds={"groups": rows.unit, "df_correction": True}, use_t=True)
-    bounds = fit.conf_int()
-    answers = []
-    for name in shown:
-        at = 1 + list(terms).index(name)
-        rest = sm.OLS(y, np.delete(x, at, 1)).fit()
-        answers.append({
-            "term": name, "estimate": fit.params[at], "low": bounds[at, 0], "high": bounds[at, 1], "p": fit.pvalues[at],
-            "partial_r2": 1 - fit.ssr / rest.ssr, "icc": ratio / (1 + ratio),
-        })  # fmt: skip
-    return answers
+    left = project(np.column_stack([y, x[:, 1]]), np.delete(x, 1, 1), None)
+    found = clustered_slope(*left.values.T, rows.unit, left.basis.shape[1])
+    answer = {"term": term, "icc": ratio / (1 + ratio), "left": float(left.share.min())}
+    return answer | found | {"note": joined(notes, found.get("note", ""))}
 
 
 def level_ratio(y: Float[np.ndarray, " rows"], x: Float[np.ndarray, "rows terms"], groups: np.ndarray) -> float:
@@ -123,9 +130,8 @@ def level_ratio(y: Float[np.ndarray, " rows"], x: Float[np.ndarray, "rows terms"
 
     def loss(ratio: float) -> float:
         products = within + (means * (sizes / (1 + sizes * ratio))[:, None]).T @ means
-        among, across = products[:-1, :-1], products[:-1, -1]
-        left = products[-1, -1] - across @ np.linalg.lstsq(among, across, rcond=None)[0]
-        return float(freedom * np.log(left) + np.log1p(sizes * ratio).sum() + np.linalg.slogdet(among)[1])
+        size = np.diag(np.linalg.cholesky(products))  # its last: the root of what the terms leave of y
+        return float(2 * freedom * np.log(size[-1]) + np.log1p(sizes * ratio).sum() + 2 * np.log(size[:-1]).sum())
 
     ratios = np.r_[0.0, np.logspace(-6, 4, 21)]
     losses = [loss(ratio) for ratio in ratios]

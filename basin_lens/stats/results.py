@@ -29,6 +29,11 @@ def line(rows: Rows, score: str, unit: str, test: str, effect: str, **more: Any)
     return {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "test": test, "effect": effect, **empty, **more}
 
 
+def joined(*notes: str) -> str:
+    """Notes as one."""
+    return "; ".join(note for note in notes if note)
+
+
 def constant_line(rows: Rows, score: str, unit: str, test: str, effect: str, column: str, **more: Any) -> dict[str, Any]:
     """A result that is not there because a column does not vary at this layer."""
     return line(rows, score, unit, test, effect, note=f"{column} is constant at this layer", _constant=column, **more)
@@ -146,18 +151,25 @@ def max_t_signs(values: Float[np.ndarray, "units tests"], n_resamples: int, seed
     scipy's `permutation_test` permutes each test by itself, which would lose that.
     """
     there = np.isfinite(values)
-    held = np.where(there, values, 0.0)
-    count, squares = there.sum(0), (held**2).sum(0)
+    count = there.sum(0)
+    # v = m + d: with m far above d, sums of squares of v would round d away.
+    m = np.where(there, values, 0.0).sum(0) / np.maximum(count, 1)
+    d = np.where(there, values - m, 0.0)
+    squares = (d**2).sum(0)
     rng = np.random.default_rng(seed)
 
-    def t(sums: np.ndarray) -> np.ndarray:
+    def t(signs: np.ndarray) -> np.ndarray:
+        s, sums = signs @ there, signs @ d
+        # (n^2 - s^2) m^2 - 2 m s sums - sums^2, over n, is what the signs add to the spread of d.
+        spread = squares + (m**2 * (count - s) * (count + s) - 2 * m * s * sums - sums**2) / count
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.abs(sums / count) / np.sqrt((squares - sums**2 / count) / (count - 1) / count)
+            return np.abs((s * m + sums) / count) / np.sqrt(np.maximum(spread, 0.0) / (count - 1) / count)
 
     def resampled(size: int) -> np.ndarray:
-        return t(rng.choice([-1.0, 1.0], (size, len(values))) @ held)
+        return t(rng.choice([-1.0, 1.0], (size, len(values))))
 
-    return _exceeding(t(held.sum(0)), resampled, n_resamples)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _exceeding(t(np.ones((1, len(values))))[0], resampled, n_resamples)
 
 
 def max_t_labels(
@@ -191,19 +203,50 @@ def _exceeding(observed: np.ndarray, resampled: Any, n_resamples: int, chunk: in
     reached = np.ones(len(observed))
     for first in range(0, n_resamples, chunk):
         drawn = resampled(min(chunk, n_resamples - first))[:, tested]
-        largest = np.where(np.isfinite(drawn), drawn, -np.inf).max(1, initial=-np.inf)
+        largest = np.where(np.isnan(drawn), -np.inf, drawn).max(1, initial=-np.inf)
         reached += (largest[:, None] >= observed[None] * (1 - 1e-9)).sum(0)
     return np.where(tested, reached / (n_resamples + 1), np.nan)
 
 
-def interval_and_p(values: Float[np.ndarray, " units"]) -> dict[str, float]:
-    """Mean of independent values, Student's 95 % interval and p-value against 0; NaN where the values do not differ."""
+def interval_and_p(values: Float[np.ndarray, " units"], inflation: float = 1.0) -> dict[str, Any]:
+    """Mean of independent values, Student's 95 % interval and p-value against 0; NaN, and a note, where the values do not differ.
+
+    `inflation`: of the mean's variance, where the values are not quite independent (see `projection.Left`).
+    """
     mean = float(np.mean(values)) if len(values) else float("nan")
-    if len(values) < 2 or constant_values(values):
-        return {"estimate": mean, "low": float("nan"), "high": float("nan"), "p": float("nan")}
-    test = stats.ttest_1samp(values, 0.0)
-    bounds = test.confidence_interval(0.95)
-    return {"estimate": mean, "low": float(bounds.low), "high": float(bounds.high), "p": float(test.pvalue)}
+    answer: dict[str, Any] = {"estimate": mean, "low": float("nan"), "high": float("nan"), "p": float("nan")}
+    if len(values) < 2:
+        return answer | {"note": f"{len(values)} units: no interval and no p"}
+    if constant_values(values):
+        return answer | {"note": "the units do not differ: no interval and no p"}
+    test = stats.ttest_1samp(toned(values, inflation), 0.0)
+    wide = stats.t.ppf(0.975, len(values) - 1) * np.sqrt(inflation * np.var(values, ddof=1) / len(values))
+    return answer | {"low": float(mean - wide), "high": float(mean + wide), "p": float(test.pvalue)}
+
+
+def toned(values: Float[np.ndarray, " units"], inflation: float) -> Float[np.ndarray, " units"]:
+    """Values with their mean nearer to 0, so that a test of them counts an inflated variance of the mean."""
+    return values if inflation == 1 or not len(values) else values - values.mean() * (1 - 1 / np.sqrt(inflation))
+
+
+def clustered_slope(
+    y: Float[np.ndarray, " rows"], x: Float[np.ndarray, " rows"], units: np.ndarray, n_terms: int
+) -> dict[str, Any]:
+    """Slope of y on x, both less what `n_terms` other terms explain, with cluster-robust errors (statsmodels' correction for small samples).
+
+    By Frisch and Waugh, the slope and error that a regression on x and all terms at once gives. `partial_r2`: of what the terms leave.
+    """
+    slope = float(x @ y / (x @ x))
+    there, at = np.unique(units, return_inverse=True)
+    rest = y - slope * x
+    n, groups = len(y), len(there)
+    scores = np.bincount(at, weights=x * rest)
+    error = np.sqrt(groups / (groups - 1) * (n - 1) / (n - n_terms - 1) * (scores @ scores)) / (x @ x)
+    answer: dict[str, Any] = {"estimate": slope, "partial_r2": float(1 - rest @ rest / (y @ y))}
+    if rest @ rest <= 1e-20 * (y @ y):
+        return answer | {"low": np.nan, "high": np.nan, "p": np.nan, "note": "a perfect fit: no interval and no p"}
+    wide = stats.t.ppf(0.975, groups - 1) * error
+    return answer | {"low": slope - wide, "high": slope + wide, "p": float(2 * stats.t.sf(abs(slope) / error, groups - 1))}
 
 
 def constant_values(values: np.ndarray) -> bool:

@@ -14,7 +14,8 @@ from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.stats.controls import chosen, residuals
 from basin_lens.stats.mixed import freed, level_ratio
-from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
+from basin_lens.stats.projection import EXPLAINED
+from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, joined, line
 from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, group_means, names_of, refuse_constant, split
 
 _TESTS = {
@@ -116,6 +117,10 @@ def tag_effect(
             if constant(every.finite(score).values[score]):
                 lines += [constant_line(rows, score, unit, _TESTS[t], "omega squared", score, **given, n_tags=0) for t in tests]
                 continue
+            if there and _explained(rows, score):
+                given["note"] = joined(note, EXPLAINED)
+                lines += [line(rows, score, unit, _TESTS[t], "omega squared", **given, n_tags=0) for t in tests]
+                continue
             kinds, codes = np.unique(rows.labels[tag].astype(str), return_inverse=True)
             if len(kinds) < 2:
                 raise TableError(
@@ -175,6 +180,7 @@ def tag_means(
         for every in split(held, [score], layers=layers, unit=unit, labels=[tag]):
             rows = every.where(~pd.isna(every.labels[tag])).finite(score)
             rows = rows.with_values(_off=_centered(rows, score))
+            explained = bool(there) and _explained(rows, score)
             for kind in sorted(set(rows.labels[tag].tolist()), key=str):
                 part = rows.where(np.array(rows.labels[tag] == kind, bool))
                 found, mean = (interval_and_p(part.unit_means(name)[1]) for name in ("_off", score))
@@ -185,9 +191,18 @@ def tag_means(
                 if part.counts()["n_units"] < FEWEST:
                     answer |= dict.fromkeys(("low", "high", "p", "mean_low", "mean_high"), np.nan)
                     answer["note"] = f"fewer than {FEWEST} units"
+                if explained:
+                    answer |= dict.fromkeys(("estimate", "low", "high", "p", "mean", "mean_low", "mean_high"), np.nan) | {
+                        "note": EXPLAINED
+                    }
                 effect = "deviation from the sequence mean"
                 lines.append(line(part, score, unit, "one-sample t-test of unit means", effect, **answer))
     return assemble(table, lines, correction)
+
+
+def _explained(rows: Rows, score: str) -> bool:
+    """Whether the controls have left nothing of a score within sequences but rounding (see `residuals`)."""
+    return bool(np.ptp(_centered(rows, score)) <= 1e-12 * np.abs(rows.values[score]).max())
 
 
 def _words(table: pd.DataFrame, score: str, tag: str, word: str) -> pd.DataFrame:

@@ -1,0 +1,206 @@
+"""Controls leave what is tested and one another in one least-squares projection: the only place where anything is held fixed.
+
+Frisch and Waugh (1933): a slope of y on x at fixed controls C is that of what C leaves of y on what *the same* C leaves of x. Taken out in steps
+(curves from the pair, then the untouched controls), what the first step took comes back with the second, and two columns that share nothing but
+a control go together. So curves, straight lines and levels leave at once, in the space where the test is made: values, or ranks within sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpstrf
+from scipy.special import ndtri
+from scipy.stats import rankdata
+from sklearn.preprocessing import SplineTransformer
+
+from basin_lens.stats.rows import Rows, group_means
+
+_KNOTS = 5  # of the cubic splines of a control
+_ROWS_PER_TERM = 10  # beyond levels and straight lines; with fewer rows, fewer terms, and straight lines alone in the end
+_RANK = 1e-5  # of a term's size: what other terms leave of it when it says nothing that they do not
+# Of the variance of a tested column: what is left when the controls explain it in full. Of values, rounding (also that of a column made in float32);
+# of ranks, ties that rounding made.
+IN_FULL, IN_FULL_OF_RANKS = 1e-10, 1e-4
+EXPLAINED = "the controls explain it in full"
+STRAIGHT = "controls as straight lines: too few tokens for curves"
+
+
+@dataclass(frozen=True)
+class Left:
+    """What controls leave of columns: values, each column's share of its variance within groups, and the terms that were taken out.
+
+    `inflation`: of the variance of a sum over groups, against what the groups' own sums let one expect. Terms fitted over all rows tie groups
+    together: with p terms and f rows beyond levels and slopes, (f - p) / (f - 2 p).
+    """
+
+    values: Float[np.ndarray, "rows columns"]
+    share: Float[np.ndarray, " columns"]
+    basis: Float[np.ndarray, "rows terms"]
+    inflation: float
+
+    def of(self, column: int, limit: float = IN_FULL) -> bool:
+        """Whether anything is left of a column."""
+        return bool(self.share[column] > limit)
+
+
+def curves(
+    controls: Sequence[Float[np.ndarray, " rows"]],
+    free: int,
+    *,
+    ranked: Int[np.ndarray, " rows"] | None = None,
+    most: int = 2 * (_KNOTS + 2),
+) -> Float[np.ndarray, "rows terms"] | None:
+    """A smooth function of each control, as terms for `project`; None where there are too few rows for any.
+
+    The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's normal scores (whatever
+    its distribution, bends in the middle and at the ends can be followed) and of its values (where it is made of them, as an exponential is); of the
+    normal scores alone; or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of normal scores of the control
+    less its group means, and of the control's own: what a rank can be expected to be bends with the value and with its group, not with the control's
+    rank. Knots are equally spaced. A control that does not vary has no terms. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
+    """
+    held = [values for values in controls if len(values) and np.ptp(values) > 1e-12 * np.abs(values).max()]
+    if not held:
+        return None
+    values = np.stack(held, 1)
+    scores, other = _normal_scores(values), values
+    if ranked is not None:
+        scores, other = _normal_scores(values - levels(ranked, values)), scores
+    afforded = min(most, free // (_ROWS_PER_TERM * len(held)))
+    splines = SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False)
+    if afforded >= 2 * (_KNOTS + 2):
+        return np.asarray(splines.fit_transform(np.column_stack([scores, other])))
+    if afforded >= _KNOTS + 2:
+        return np.asarray(splines.fit_transform(scores))
+    return np.column_stack([scores, scores**2, scores**3]) if afforded >= 3 else None
+
+
+def _normal_scores(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
+    return np.asarray(ndtri(rankdata(columns, axis=0) / (len(columns) + 1)))
+
+
+def unexplained(
+    columns: Float[np.ndarray, "rows columns"],
+    controls: Sequence[Float[np.ndarray, " rows"]],
+    codes: Int[np.ndarray, " rows"],
+    *,
+    smooth: bool = True,
+    most: int = 2 * (_KNOTS + 2),
+) -> tuple[Left, str]:
+    """What a level of each group and the controls, straight and smooth, leave of columns; and a note where they were straight alone."""
+    straight = np.stack(list(controls), 1)
+    free = len(columns) - len(np.unique(codes)) - straight.shape[1]
+    bent = curves(controls, free, most=most) if smooth else None
+    left = project(columns, straight if bent is None else np.column_stack([straight, bent]), codes)
+    told = in_full(columns, straight, codes, copies=smooth)
+    return replace(left, share=np.where(told, 0.0, left.share)), STRAIGHT if smooth and bent is None else ""
+
+
+def in_full(
+    columns: Float[np.ndarray, "rows columns"],
+    controls: Float[np.ndarray, "rows controls"],
+    codes: Int[np.ndarray, " rows"],
+    *,
+    copies: bool,
+) -> list[bool]:
+    """Which columns are a sum of levels and controls, each with a factor, or with `copies` of a control through a monotone function."""
+    told = project(columns, controls, codes).share <= IN_FULL
+    if copies:
+        ranks = rankdata(np.column_stack([columns, controls]), axis=0)
+        count = columns.shape[1]
+        alike = np.corrcoef(ranks.T)[:count, count:] if np.ptp(ranks, 0).all() else np.zeros((count, 1))
+        told |= (1 - alike**2 <= IN_FULL_OF_RANKS).any(1)
+    return [bool(one) for one in told]
+
+
+def told_in_full(rows: Rows, score: str, controls: Sequence[str]) -> bool:
+    """Whether controls explain a score in full token by token: their means over texts need not then, and would leave what means nothing."""
+    held = np.stack([rows.values[name] for name in (score, *controls)], 1)
+    return in_full(held[:, :1], held[:, 1:], np.zeros(len(held), int), copies=True)[0]
+
+
+def project(
+    columns: Float[np.ndarray, "rows columns"],
+    terms: Float[np.ndarray, "rows terms"],
+    codes: Int[np.ndarray, " rows"] | None,
+    each: Float[np.ndarray, "rows controls"] | None = None,
+) -> Left:
+    """What is left of columns after one least-squares fit on a level of each group, `each` with a slope in each group, and terms over all rows.
+
+    Terms are taken to full rank, each against its own size: constants, copies and sums of others take nothing more. Without
+    groups (None) there are no levels: a constant is then a term like any other.
+    """
+    held = np.column_stack([columns, terms])
+    size = np.abs(held).max(0, initial=0.0)
+    if codes is not None:
+        held = held - levels(codes, held)
+    spread = np.sqrt((held**2).sum(0))
+    # What is left of a constant after taking its mean is rounding.
+    flat = spread <= 1e-12 * size * np.sqrt(len(held))
+    held = np.where(flat, 0.0, held / np.where(flat, 1.0, spread))
+    if codes is not None and each is not None and each.shape[1]:
+        held = _without_slopes(held, each, codes)
+    count = columns.shape[1]
+    y, z = held[:, :count], held[:, count:]
+    basis = _orthonormal(z)
+    for _ in range(2):  # the second time, what the first left of large parts by rounding
+        y = y - basis @ (basis.T @ y)
+    rank = basis.shape[1]
+    free = len(held)
+    if codes is not None:
+        free -= len(np.unique(codes)) * (1 + (0 if each is None else each.shape[1]))
+    inflation = (free - rank) / (free - 2 * rank) if free > 2 * rank else 1.0
+    return Left(y * spread[:count], (y**2).sum(0), basis, inflation)
+
+
+def _orthonormal(terms: Float[np.ndarray, "rows terms"]) -> Float[np.ndarray, "rows rank"]:
+    """A basis of what terms of size 1 (or less, where levels and slopes are out) span: those that others explain in full left out.
+
+    Pivoted QR by way of the products of terms, six times faster than LAPACK's on columns this long: pivoted Cholesky finds the rank and the
+    triangle, a second round what rounding has left between the columns.
+    """
+    if not terms.shape[1]:
+        return terms
+    triangle, order, rank, _ = dpstrf(terms.T @ terms, tol=_RANK**2)
+    kept = terms[:, order[:rank] - 1]
+    for upper in (np.triu(triangle[:rank, :rank]), None):
+        upper = np.linalg.cholesky(kept.T @ kept).T if upper is None else upper
+        kept = solve_triangular(upper, kept.T, trans="T", check_finite=False).T
+    return kept
+
+
+def _without_slopes(
+    held: Float[np.ndarray, "rows columns"], each: Float[np.ndarray, "rows controls"], codes: Int[np.ndarray, " rows"]
+) -> Float[np.ndarray, "rows columns"]:
+    """Columns less straight lines in `each` of its own for every group; all have their group's mean taken out."""
+    size = np.abs(each).max(0)
+    each = (each - levels(codes, each)) / np.where(size > 0, size, 1.0)
+    order = np.argsort(codes, kind="stable")
+    _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
+    answer = held.copy()
+    for length in np.unique(sizes).tolist():  # groups of one length go together
+        at = order[starts[sizes == length][:, None] + np.arange(length)]
+        lines = each[at]
+        spread = np.sqrt((lines**2).sum(1, keepdims=True))
+        basis, found, _ = np.linalg.svd(lines / np.where(spread > 1e-12 * np.sqrt(length), spread, np.inf), full_matrices=False)
+        basis = basis * (found > 1e-7)[:, None]
+        part = held[at]
+        for _ in range(2):
+            part = part - basis @ (basis.transpose(0, 2, 1) @ part)
+        answer[at] = part
+    return answer
+
+
+def levels(codes: Int[np.ndarray, " rows"], columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
+    """Mean of each row's group, of every column."""
+    there, inverse, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    sums = [np.bincount(inverse, weights=column, minlength=len(there)) for column in columns.T]
+    return np.asarray((np.stack(sums, 1) / sizes[:, None])[inverse])
+
+
+def level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of each row's group."""
+    there, means = group_means(codes, values)
+    return means[np.searchsorted(there, codes)]
