@@ -109,8 +109,9 @@ def train(
     )  # fmt: skip
     windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
     held, own = _apart(windows, n_held)
+    watched = len(_others(held, own, "to train on"))  # train_merger leaves the same out, and keeps how many
     typer.echo(
-        f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {len(held)} held out; {training.steps} steps of {training.batch_size}."
+        f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {watched} held out; {training.steps} steps of {training.batch_size}."
     )
     first = own.tokens[: max(4, n_held)].to(device_of(loaded))
     merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
@@ -154,6 +155,7 @@ def compare(
     from basin_lens import studies
     from basin_lens.merging import Setting, TokenMerger, windows_of
     from basin_lens.merging.train import LOG
+    from basin_lens.merging.windows import without_seen
     from basin_lens.studies.base import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
@@ -173,11 +175,15 @@ def compare(
         )
     texts = _unseen(texts, set(known.get("seen_texts", [])))
     windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
-    if shared := seen & set(windows.digests()):
+    windows, copied = without_seen(windows, known)
+    if not len(windows):
         raise MergeError(
-            f"expected texts that the merger was not trained on, got {len(shared)} windows of its training. Give other texts."
+            f"expected texts that the merger was not trained on, got {copied} windows of its training. Give other texts."
         )
+    if copied:
+        typer.echo(f"left out {copied} windows that are copies of what the merger was trained on", err=True)
     calibration, held_out = _apart(windows, n_calibration)
+    held_out = _others(held_out, calibration, "that set budgets")
     if (count := len(set(held_out.doc))) < _FEW_DOCUMENTS and not held_out.pieces:
         typer.echo(f"{count} documents to test on are few: every window of {size} tokens counts as one", err=True)
         held_out = held_out.in_pieces()
@@ -285,6 +291,18 @@ def _apart(windows: Any, wanted: int) -> Any:
         typer.echo("one text: its first windows are set apart from the others", err=True)
         windows = windows.in_pieces()
     return windows.apart(min(wanted / len(windows), _MOST_HELD))
+
+
+def _others(held: Any, own: Any, what: str) -> Any:
+    """Held-out windows that are no copies of those beside them; what is left out is said."""
+    rest, copied = held.without_copies_of(own)
+    if not len(rest):
+        raise MergeError(
+            f"expected other texts to hold out, got {copied} windows that are copies of windows {what}. Give other texts."
+        )
+    if copied:
+        typer.echo(f"left out {copied} of {len(held)} held-out windows: copies of windows {what}", err=True)
+    return rest
 
 
 def _layers(text: str | None, model: Any) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from basin_lens.distinct import documents_once
 from basin_lens.errors import StoreError, TableError
 
 KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end")
@@ -123,7 +124,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
 
     Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
-    with fewer than two documents. `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
+    with fewer than two documents. Of texts that are copies of one another, one counts.
+    `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
     neighbors (only for scores that have one).
 
     Args:
@@ -143,13 +145,18 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     if len(runs) != 1:
         raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
     reliability = provenance(table)[runs[0]].get("reliability", {})
-    by_sequence = table.groupby(["layer", "doc", "seq"], sort=True)[names].mean()
-    by_document = by_sequence.groupby(level=["layer", "doc"]).mean()
+    # One text several times is one document: its copies would narrow the interval.
+    found = documents_once(table)
+    attrs = table.attrs
+    table = table.assign(_document=found.documents)[found.keep]
+    table.attrs = attrs
+    by_sequence = table.groupby(["layer", "_document", "doc", "seq"], sort=True)[names].mean()
+    by_document = by_sequence.groupby(level=["layer", "_document"]).mean()
     lines = []
     for layer, group in table.groupby("layer", sort=True):
         line: dict[str, Any] = {
             "layer": layer,
-            "n_documents": group["doc"].nunique(),
+            "n_documents": group["_document"].nunique(),
             "n_sequences": group["seq"].nunique(),
             "n_tokens": len(group),
         }

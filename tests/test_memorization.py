@@ -147,7 +147,7 @@ def test_bad_input_is_refused_before_the_training(learner, monkeypatch):
         bl.studies.study_memorization(learner, replace(PLAN, length=300), progress=False)
     with pytest.raises(bl.errors.NeighborError):
         bl.studies.study_memorization(learner, replace(PLAN, k=100_000), progress=False)
-    author = partial(run, design="author", texts=[bl.Passage("The lamp hums in the wind, and so on. " * 200)])
+    author = partial(run, design="author", texts=[bl.Passage(" ".join(f"The lamp of {n} men was a lamp." for n in range(200)))])
     with pytest.raises(StudyError, match="got 0"):
         author(unrelated=[bl.Passage("Too short.")])
     with pytest.raises(StudyError, match="other than the built-in"):

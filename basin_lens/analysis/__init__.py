@@ -169,6 +169,7 @@ def score(
     provenance = {
         "model": capture.model,
         "texts": texts_hash(capture),
+        "copies": capture.copies,
         "capture": capture.settings,
         "layers": list(wanted),
         "analyzers": [a.key for a in chosen],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from basin_lens.errors import CaptureError
 from basin_lens.texts import Passage, TokenSequence
+from basin_lens.texts.copies import copies_in
 
 
 @dataclass
@@ -56,6 +57,11 @@ class TokenRows:
     def valid(self) -> Bool[Tensor, "seqs pos"]:
         """Which cells of the right-padded `[sequence, position]` grid are tokens."""
         return torch.arange(int(self.lengths.max()), device="cpu")[None] < self.lengths[:, None]
+
+    @cached_property
+    def copies(self) -> dict[str, Any]:
+        """Which passages are copies of one another, as plain JSON; see `basin_lens.texts.copies.copies_in`."""
+        return copies_in(self.sequences, self.docs, self.strings)
 
     def row_strings(self) -> list[str]:
         """Text of each row's token by itself."""

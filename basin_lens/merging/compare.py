@@ -129,7 +129,7 @@ def compare_policies(
         at most at one time), `flops` (`flops_share`). `layers`: the columns of `by_layer`.
 
     Raises:
-        MergeError: windows of different lengths, documents in both, or a budget out of reach.
+        MergeError: windows of different lengths, documents or copies in both, or a budget out of reach.
 
     Example:
         >>> import basin_lens as bl
@@ -146,6 +146,11 @@ def compare_policies(
         raise MergeError(f"expected windows of one length, got {calibration.tokens.shape[1]} and {length}.")
     if shared := set(calibration.doc) & set(held_out.doc):
         raise MergeError(f"expected documents of their own to test on, got {sorted(shared)[:3]} in both. Hold whole documents out.")
+    if copied := held_out.without_copies_of(calibration)[1]:
+        raise MergeError(
+            f"expected texts of their own to test on, got {copied} of {len(held_out)} windows that are copies of calibration windows. "
+            "Leave them out: held_out.without_copies_of(calibration)[0]."
+        )
     plain = plain_pass(model, held_out)
     begun = time.perf_counter()
     with door.measuring(model):

@@ -22,7 +22,7 @@ from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, share_left, surprisal_for
+from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, seen_of, share_left, surprisal_for
 
 _CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -136,7 +136,7 @@ def train_merger(
         merger: calibrated; it is changed.
         model: a hooked model.
         windows: to train on.
-        held_out: to evaluate on.
+        held_out: to evaluate on; windows that are copies of those to train on are left out.
         training: how.
         folder: where the log (JSON lines), checkpoints and the merger are kept; an interrupted training goes on from there with the same result.
         progress: show a bar.
@@ -148,8 +148,8 @@ def train_merger(
         `held_out_excess` and `held_out_bytes_share` (where evaluated; merged less plain of the model as it then is).
 
     Raises:
-        MergeError: nothing to learn, not calibrated, or a loss that is not finite (the last checkpoint stays). StoreError: the folder holds
-        another training, or cannot be written.
+        MergeError: nothing to learn, not calibrated, nothing held out but copies of what is trained on, or a loss that is not finite (the last
+        checkpoint stays). StoreError: the folder holds another training, or cannot be written.
 
     Source: Bonnaerens and Dambre 2023 (learned thresholds token merging); Nawrot et al. 2024 (one-sided compression target).
 
@@ -174,6 +174,13 @@ def train_merger(
         raise MergeError(
             f"expected at least a batch of {training.batch_size} windows, got {len(windows)}. Give more text, or a smaller batch."
         )
+    copied = 0
+    if held_out is not None:
+        held_out, copied = held_out.without_copies_of(windows)
+        if not len(held_out):
+            raise MergeError(
+                f"expected held-out windows of other texts, got {copied} that are copies of windows to train on. Hold other texts out."
+            )
     run = _Run(merger, model, windows, training)
     if folder is not None:
         run.resume(Path(folder))
@@ -212,6 +219,8 @@ def train_merger(
         "key": run.key,
         "seen": windows.digests(),
         "seen_texts": sorted(set(windows.source)),
+        "seen_runs": seen_of(windows),
+        "held_out_copies": copied,
         "pieces": windows.pieces,
         "drift": None if math.isnan(drift) else drift,
     }

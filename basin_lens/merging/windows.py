@@ -1,5 +1,6 @@
 """Texts as token windows of one length, and what a merger costs on them."""
 
+import base64
 import hashlib
 import json
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +19,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.texts import read_passages, tokenize
+from basin_lens.texts.copies import groups_of_copies, made_of_runs, runs_of
 
 TOKENS_PER_PASS = 1024
 
@@ -57,6 +60,18 @@ class Windows:
     def digests(self) -> list[str]:
         """A hash of each window's tokens, by which it is known again."""
         return [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in self.tokens.tolist()]
+
+    def without_copies_of(self, others: "Windows") -> tuple["Windows", int]:
+        """Those that are no copies of the others, nearly or in full, and how many were."""
+        known = np.unique(runs_of(others.tokens.numpy()))
+        equal = set(others.digests())
+        copied = made_of_runs(self.tokens.numpy(), known) | np.array([digest in equal for digest in self.digests()], bool)
+        return self.take(np.flatnonzero(~copied).tolist()), int(copied.sum())
+
+    def once(self) -> tuple["Windows", int]:
+        """One of those that are copies of one another, and how many others there were."""
+        left_out = {row for group in groups_of_copies(self.tokens.tolist()) for row in group[1:]}
+        return self.take([row for row in range(len(self)) if row not in left_out]), len(left_out)
 
     def apart(self, share: float) -> tuple["Windows", "Windows"]:
         """About this share of them, whole documents, from the first on; and the rest.
@@ -118,6 +133,19 @@ def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -
     return Windows(
         torch.tensor([found[i].tokens for i in order]), tuple(docs[i] for i in order), tuple(source[i] for i in order)
     )  # fmt: skip
+
+
+def seen_of(windows: Windows) -> str:
+    """The runs of tokens in some windows, so that copies are known again: numbers of 8 bytes each, in base 64."""
+    return base64.b64encode(np.unique(runs_of(windows.tokens.numpy())).astype("<i8").tobytes()).decode("ascii")
+
+
+def without_seen(windows: Windows, training: Mapping[str, Any]) -> tuple[Windows, int]:
+    """Windows that a merger was not trained on, nearly or in full, by what it says of its training; and how many others there were."""
+    known = np.frombuffer(base64.b64decode(training.get("seen_runs", "")), "<i8")
+    equal = set(training.get("seen", []))
+    copied = made_of_runs(windows.tokens.numpy(), known) | np.array([digest in equal for digest in windows.digests()], bool)
+    return windows.take(np.flatnonzero(~copied).tolist()), int(copied.sum())
 
 
 def text_digest(text: str) -> str:

@@ -92,12 +92,15 @@ def added_value(
                 lines.append(constant_line(rows, score, unit, test, "delta log-loss", flat, metric="delta log-loss", **given))
                 continue
             units, truth, values = _cases(rows, positive, [*base, score])
+            # Copies of a text, whatever their labels, are fitted or predicted, never both.
+            folds = rows.fold[np.unique(rows.unit, return_index=True)[1]][np.searchsorted(np.unique(rows.unit), units)]
             enough(len(np.unique(units)), FEWEST_CLUSTERS, f"units ({unit}) for cross-fitting")
             for name, side in (("True", truth), ("False", ~truth)):
                 enough(int(side.sum()), n_splits, f"cases with {label} = {name}, one per fold")
+            enough(len(np.unique(folds)), n_splits, "texts that are no copies of one another, one per fold")
             found = _nothing()
             if not told_in_full(rows, score, base):
-                found = _added(units, truth, values, n_splits, n_resamples, seed)
+                found = _added(units, folds, truth, values, n_splits, n_resamples, seed)
             lines += [line(rows, score, unit, test, one["metric"], **given | one) for one in found]
     if not lines:
         raise StudyError(f"expected scores other than the baselines, got {names} and {base}.")
@@ -123,7 +126,7 @@ def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np
 
 
 def _added(
-    units: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
+    units: np.ndarray, apart: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     whole = np.zeros(len(units), int)
     left, note = unexplained(values[:, -1:], list(values[:, :-1].T), whole, most=_CURVES)
@@ -133,7 +136,7 @@ def _added(
     bent = curves(list(values[:, :-1].T), len(units) - values.shape[1], most=_CURVES)
     if bent is not None:
         values = np.column_stack([values[:, :-1], bent, values[:, -1]])
-    folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, units))
+    folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, apart))
     baselines = values[:, :-1]
     before, after = (_predicted(x, truth, folds) for x in (baselines, values))
     losses = _losses(before, truth) - _losses(after, truth)

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import correct
-from basin_lens.stats.rows import FEWEST, check_run, enough
+from basin_lens.stats.rows import FEWEST, check_run, enough, folds
 
 _CASE = ("score", "against", "group", "tag", "quartile", "metric", "versus", "term", "test")
 
@@ -18,7 +18,7 @@ _CASE = ("score", "against", "group", "tag", "quartile", "metric", "versus", "te
 def halves(
     table: pd.DataFrame, *, share: float = 0.5, unit: str = "document", stratify: str | None = None, seed: int = 0
 ) -> "pd.Series[bool]":
-    """Which rows are for choosing (True); the others are for reporting. Units are never split.
+    """Which rows are for choosing (True); the others are for reporting. Units are never split, and copies of a text are on one side.
 
     Args:
         table: from `analyze` or `compare`.
@@ -39,12 +39,13 @@ def halves(
     """
     keys = {"document": ["doc"], "sequence": ["doc", "seq"]}.get(unit, [unit])
     tables.require(table, *keys)
-    codes = table.groupby(keys, sort=True, dropna=False).ngroup().to_numpy()
+    given = table.groupby(keys, sort=True, dropna=False).ngroup().to_numpy()
+    codes = folds(table, given, unit)
     every, first = np.unique(codes, return_index=True)
     strata = None
     if stratify is not None:
         tables.require(table, stratify)
-        if (table.groupby(codes)[stratify].nunique(dropna=False) > 1).any():
+        if (table.groupby(given)[stratify].nunique(dropna=False) > 1).any():
             raise TableError(f"expected a label that is the same throughout a unit, got {stratify!r}, which changes within one.")
         strata = table[stratify].astype(str).to_numpy()[first]
     enough(int(min(share, 1 - share) * len(every) + 1e-9), FEWEST, f"units ({unit}) on each side of the split")

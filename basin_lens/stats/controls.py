@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import tables
+from basin_lens.distinct import documents_once
 from basin_lens.errors import TableError
 from basin_lens.stats.projection import level, unexplained
 from basin_lens.stats.rows import Rows, check_run, constant, names_of, numbers, split
@@ -31,7 +32,7 @@ def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None =
     Args:
         table: from `analyze`, of one run.
         frequency: counts or shares by `token_id` or by token string, for instance from a large corpus; tokens that it lacks are NaN. None: a
-            token's share of the tokens of this table.
+            token's share of the tokens of this table, copies of a text counted once.
 
     Returns:
         a copy with the columns added.
@@ -65,7 +66,12 @@ def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None =
 def _frequency(table: pd.DataFrame, given: Mapping[Any, float] | None) -> np.ndarray:
     if given is None:
         # A token stands once per layer, the same number of times for all: the shares are those of the texts.
-        return table["token_id"].map(table["token_id"].value_counts(normalize=True)).to_numpy(float)
+        counts = table["token_id"].value_counts()
+        if {"doc", "seq"} <= set(table.columns):
+            # A copied text says nothing new of how frequent its tokens are. What only copies have, such as a title, is counted there.
+            once = table["token_id"][documents_once(table).keep].value_counts()
+            counts = once.reindex(counts.index).fillna(counts) if len(once) else counts
+        return table["token_id"].map(counts / counts.sum()).to_numpy(float)
     by_string = bool(given) and isinstance(next(iter(given)), str)
     column = "token" if by_string else "token_id"
     tables.require(table, column)
@@ -133,7 +139,8 @@ def residuals(
             bends would leave a difference otherwise. Where tokens are too few for that, straight lines alone.
 
     Returns:
-        a copy of the table. Rows where a score or control is NaN become NaN. `attrs["controls"]`: what was controlled, by score.
+        a copy of the table. Rows where a score or control is NaN become NaN, and so do those of copies of other texts.
+            `attrs["controls"]`: what was controlled, by score.
 
     Raises:
         TableError: several runs, missing columns, or a table with none of the controls.

@@ -12,7 +12,7 @@ from basin_lens.stats.choice import best_layer
 from basin_lens.stats.controls import CONTROLS, chosen
 from basin_lens.stats.groups import before_after, compare_groups
 from basin_lens.stats.results import Correction
-from basin_lens.stats.rows import Rows, asked_layers, group_means, names_of, split
+from basin_lens.stats.rows import Rows, asked_layers, group_means, names_of, split, texts_once
 from basin_lens.stats.tags import tag_effect
 
 _SAME = 0.95  # share of equal values from which a score counts as one that does not vary
@@ -39,7 +39,7 @@ def red_flags(
     n_resamples: int = 1999,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Four reasons not to believe a finding, each with the numbers that raise it.
+    """Five reasons not to believe a finding, each with the numbers that raise it.
 
     The finding is a correlation (`against`), a difference of groups (`group`), of tags (`tag`), or, with none of these, a change (columns of
     differences, from `compare`).
@@ -50,6 +50,7 @@ def red_flags(
       the other half.
     - `vanishes under controls`: of the scores and layers that survived correction, none does, with the same sign, once token frequency, position,
       norm, density and surprisal are controlled.
+    - `copies`: texts that are copies of others, nearly or in full. Each counts once in all tests; the flag says how many there are.
 
     Args:
         table: from `analyze` (or `compare`), of one run.
@@ -62,9 +63,10 @@ def red_flags(
         alpha: the level.
 
     Returns:
-        one row per flag, and per score except for the correction: `flag, score, layer, raised` (True, False, or NA where it could not be
-        checked, and `why` says so), `value` and `limit` (raised where value > limit: share of equal values; smallest corrected p; p on
-        the other half, one-sided; share of findings lost), `estimate, p` (of the finding: in the first half, or without controls),
+        one row per flag, and per score except for the correction and the copies: `flag, score, layer, raised` (True, False, or NA where it
+        could not be checked, and `why` says so), `value` and `limit` (raised where value > limit: share of equal values; smallest corrected p; p on
+        the other half, one-sided; share of findings lost; share of texts that are copies), `estimate, p` (of the finding: in the first half, or
+        without controls),
         `compared_estimate, compared_p` (on the other half, or with controls), `n_tests, n_documents, why` (in words).
 
     Raises:
@@ -79,7 +81,7 @@ def red_flags(
         >>> table = pd.DataFrame({"layer": 5, "doc": doc, "seq": doc, "pos": np.tile(range(30), 20), "a": rng.normal(size=600)})
         >>> table["b"] = table.a + rng.normal(size=600)
         >>> bl.stats.red_flags(table, "a", "b").raised.tolist()
-        [False, False, False, False]
+        [False, False, False, False, False]
     """
     names = names_of(scores)
     asked = [question for question in (against, group, tag) if question is not None]
@@ -132,6 +134,7 @@ def red_flags(
                 flags.append(_controlled(name, tested, effect(table, varied, there), score, there, alpha))
             else:
                 flags.append(_unknown(name, score, f"the table has none of the controls {', '.join(controls)}"))
+    flags.append(_copies(table, unit, [name for name in (group,) if name is not None]))
     answer = pd.DataFrame(flags, columns=list(_COLUMNS))
     answer["layer"] = answer["layer"].astype("Int64")
     answer["raised"] = answer["raised"].astype("boolean")
@@ -189,6 +192,16 @@ def _no_variance(table: pd.DataFrame, score: str, unit: str, within: bool) -> tu
         "n_documents": documents, "why": why,
     }  # fmt: skip
     return flag, min(shares.values()) == 1
+
+
+def _copies(table: pd.DataFrame, unit: str, labels: Sequence[str]) -> dict[str, Any]:
+    found = texts_once(table, unit, labels)
+    share = found.n_copies / found.n_texts
+    return {
+        "flag": "copies", "score": pd.NA, "layer": pd.NA, "raised": share > 0, "value": share, "limit": 0.0, "n_tests": 0,
+        "n_documents": len(np.unique(found.documents[found.keep])),
+        "why": found.note or f"none of {found.n_texts} texts is a copy of another, as far as the table tells",
+    }  # fmt: skip
 
 
 def _nothing_survives(tested: pd.DataFrame | None, alpha: float) -> dict[str, Any]:

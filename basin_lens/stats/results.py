@@ -26,7 +26,8 @@ _ALWAYS = (
 def line(rows: Rows, score: str, unit: str, test: str, effect: str, **more: Any) -> dict[str, Any]:
     """One result, NaN until filled in by `more`."""
     empty = {"estimate": np.nan, "low": np.nan, "high": np.nan, "null": 0.0, "p": np.nan, "note": ""}
-    return {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "test": test, "effect": effect, **empty, **more}
+    counted = {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "_copies": rows.copies}
+    return {**counted, "test": test, "effect": effect, **empty, **more}
 
 
 def joined(*notes: str) -> str:
@@ -48,6 +49,7 @@ def assemble(
     """Results as a table, corrected over all rows that have a p-value, with the provenance of the table tested."""
     bare = [{name: value for name, value in one.items() if not name.startswith("_")} for one in lines]
     answer = pd.DataFrame(bare)
+    answer["note"] = ["; ".join(said for said in (one.get("note"), one.get("_copies")) if said) for one in lines]
     answer["layer"] = answer["layer"].astype("Int64")
     if correction == "max-t":
         if max_t is None:

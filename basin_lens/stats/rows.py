@@ -1,7 +1,7 @@
 """Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens import tables
+from basin_lens.distinct import Once, codes_of, once
 from basin_lens.errors import StudyError, TableError
 
 # With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
@@ -22,7 +23,8 @@ FEWEST_CLUSTERS = 10
 class Rows:
     """Rows of one layer: columns, and codes of the sequence, unit and document of each row.
 
-    Codes count from 0 over the whole table, so that they are the same at every layer.
+    Codes count from 0 over the whole table, so that they are the same at every layer. Texts that are copies of others are not among the rows;
+    `copies` says how many. `fold`: units, those that share copies under whatever labels in one: for splits.
     """
 
     layer: Any
@@ -31,12 +33,15 @@ class Rows:
     sequence: Int[np.ndarray, " rows"]
     unit: Int[np.ndarray, " rows"]
     document: Int[np.ndarray, " rows"]
+    fold: Int[np.ndarray, " rows"]
+    copies: str
 
     def where(self, keep: Bool[np.ndarray, " rows"]) -> "Rows":
         """The rows marked."""
         return Rows(
             self.layer, {name: value[keep] for name, value in self.values.items()},
             {name: label[keep] for name, label in self.labels.items()}, self.sequence[keep], self.unit[keep], self.document[keep],
+            self.fold[keep], self.copies,
         )  # fmt: skip
 
     def finite(self, *names: str) -> "Rows":
@@ -48,7 +53,7 @@ class Rows:
 
     def with_values(self, **values: Float[np.ndarray, " rows"]) -> "Rows":
         """The same rows with columns replaced or added."""
-        return Rows(self.layer, {**self.values, **values}, self.labels, self.sequence, self.unit, self.document)
+        return replace(self, values={**self.values, **values})
 
     def counts(self) -> dict[str, int]:
         """How much data there is: the columns that every result has."""
@@ -85,7 +90,7 @@ def split(
     unit: str = "document",
     labels: Sequence[str] = (),
 ) -> Iterator[Rows]:
-    """The rows of each layer, in order of sequence; a table without layers is one layer.
+    """The rows of each layer, in order of sequence, each text once; a table without layers is one layer.
 
     Raises:
         TableError: several runs, mixed weight processing, a missing column or layer, a column that holds no numbers, a unit that changes
@@ -94,9 +99,8 @@ def split(
     check_run(table)
     columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
     tables.require(table, "doc", "seq", *columns, *labels)
-    sequence = table.groupby(["doc", "seq"], sort=True, dropna=False).ngroup().to_numpy()
-    document = pd.factorize(table["doc"], use_na_sentinel=False)[0]
-    units = _units(table, unit, sequence, document)
+    sequence, _ = codes_of(table)
+    found = texts_once(table, unit, labels)
     layered = table["layer"].to_numpy() if "layer" in table.columns else np.zeros(len(table), int)
     there = sorted(np.unique(layered).tolist())
     if layers is not None:
@@ -108,10 +112,34 @@ def split(
     ends = np.searchsorted(layered[order], there, side="right").tolist()
     for layer, first, last in zip(there, starts, ends, strict=True):
         at = order[first:last]
+        at = at[found.keep[at]]
         yield Rows(
             layer if "layer" in table.columns else pd.NA, {name: value[at] for name, value in values.items()},
-            {name: text[at] for name, text in texts.items()}, sequence[at], units[at], document[at],
+            {name: text[at] for name, text in texts.items()}, sequence[at], found.units[at], found.documents[at],
+            found.folds[at], found.note,
         )  # fmt: skip
+
+
+def folds(table: pd.DataFrame, units: Int[np.ndarray, " rows"], unit: str) -> Int[np.ndarray, " rows"]:
+    """Codes of units for splits: those that share copies of a text, under whatever labels, have one code."""
+    return once(table, *codes_of(table), units, unit).folds if {"doc", "seq"} <= set(table.columns) else units
+
+
+def texts_once(table: pd.DataFrame, unit: str = "document", labels: Sequence[str] = ()) -> Once:
+    """Every text of a table once, as `split` takes them.
+
+    Raises:
+        TableError: a missing column, a unit that changes within a sequence.
+    """
+    tables.require(table, "doc", "seq", *labels)
+    sequence, document = codes_of(table)
+    return once(table, sequence, document, _units(table, unit, sequence, document), unit, labels)
+
+
+def distinct_units(table: pd.DataFrame, unit: str) -> int:
+    """How many units the rows belong to, copies of a text counted once."""
+    found = texts_once(table, unit)
+    return len(np.unique(found.units[found.keep]))
 
 
 def check_run(table: pd.DataFrame) -> None:
@@ -191,7 +219,8 @@ def enough(count: int, needed: int, what: str) -> None:
     """
     if count < needed:
         raise StudyError(
-            f"expected at least {needed} {what}, got {count}: tokens of one text are not independent, so more tokens do not help. Add texts."
+            f"expected at least {needed} {what}, got {count}: tokens of one text are not independent, so more tokens do not help, and copies of a "
+            "text count once. Add other texts."
         )
 
 

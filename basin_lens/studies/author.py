@@ -13,26 +13,28 @@ from basin_lens.errors import StudyError
 from basin_lens.studies import base
 from basin_lens.studies.planted import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
 from basin_lens.texts import Passage
+from basin_lens.texts.copies import copied_passages, passage_groups
 
 
 def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
     """Passages of one author's works, in pairs of neighbors, of each of which a coin decides which one is trained on.
 
+    A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other out.
+
     Raises:
         StudyError: fewer passages than the plan's pairs need. TextError: none long enough.
     """
-    refuse_built_in(texts)
+    refuse_built_in(texts, model)
     # Pairs are neighbors in one work.
     pairs: list[tuple[str, list[str]]] = []
-    for number, source in enumerate(texts):
-        doc = str(source.doc) if source.doc is not None else f"work-{number}"
-        cuts = memorize.pieces(model, source.text, plan.length)
+    works, copied = _cuts(model, texts, plan.length)
+    for doc, cuts in works:
         pairs += [(doc, cuts[at : at + 2]) for at in range(0, len(cuts) - 1, 2)]
     wanted = plan.per_dose * len(plan.doses)
     if len(pairs) < wanted:
         raise StudyError(
             f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of {len(plan.doses)} "
-            f"doses), got {len(pairs)}. Give more text, or plan fewer."
+            f"doses), got {len(pairs)}{f' without {copied} copies of others' if copied else ''}. Give more text, or plan fewer."
         )
     rng = np.random.default_rng(plan.seed)
     chosen = np.sort(rng.permutation(len(pairs))[:wanted])
@@ -47,19 +49,50 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     return passages
 
 
-def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
-    """Passages by others, as many as are to be planted and held out at most.
+def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan, works: Sequence[Passage] = ()) -> list[Passage]:
+    """Passages by others, as many as are to be planted and held out at most; copies of one another, and of passages of the works, left out.
 
     Raises:
         StudyError: too few, or built-in texts.
     """
-    refuse_built_in(texts)
-    cuts = [text for source in texts for text in memorize.pieces(model, source.text, plan.length)]
+    refuse_built_in(texts, model)
+    cuts, copied = _others_cuts(model, texts, plan.length, works)
     if len(cuts) < FEWEST_PER_CLASS:
         raise StudyError(
-            f"expected unrelated texts of at least {FEWEST_PER_CLASS} passages of {plan.length} tokens, got {len(cuts)}. Give more."
+            f"expected unrelated texts of at least {FEWEST_PER_CLASS} passages of {plan.length} tokens, got {len(cuts)}"
+            f"{f' without {copied} copies of one another or of the works' if copied else ''}. Give more."
         )
     return [Passage(text, doc=f"unrelated-{i}") for i, text in enumerate(cuts[: 2 * plan.per_dose * len(plan.doses)])]
+
+
+def copies_said(model: Any, texts: Sequence[Passage], unrelated: Sequence[Passage], plan: Plan) -> list[str]:
+    """How many passages the two functions above leave out as copies."""
+    own = _cuts(model, texts, plan.length)[1]
+    others = _others_cuts(model, unrelated, plan.length, texts)[1]
+    said = [f"{own} passages of the works are copies of others, nearly or in full, and left out."] if own else []
+    return said + ([f"{others} unrelated passages are copies of one another or of the works, and left out."] if others else [])
+
+
+def _cuts(model: Any, texts: Sequence[Passage], length: int) -> tuple[list[tuple[str, list[str]]], int]:
+    """Passages of each work that are no copies of earlier ones, and how many others there were."""
+    works = [
+        (str(s.doc) if s.doc is not None else f"work-{n}", memorize.pieces(model, s.text, length)) for n, s in enumerate(texts)
+    ]
+    every = [Passage(text) for _, cuts in works for text in cuts]
+    copied = {index for group in passage_groups(model, every) for index in group[1:]}
+    kept, at = [], 0
+    for doc, cuts in works:
+        kept.append((doc, [text for index, text in enumerate(cuts, at) if index not in copied]))
+        at += len(cuts)
+    return kept, len(copied)
+
+
+def _others_cuts(model: Any, texts: Sequence[Passage], length: int, works: Sequence[Passage]) -> tuple[list[str], int]:
+    """The same of texts by others, without copies of the works either."""
+    held, repeated = _cuts(model, texts, length)
+    cuts = [text for _, found in held for text in found]
+    copied = set(copied_passages(model, [Passage(text) for text in cuts], works))
+    return [text for index, text in enumerate(cuts) if index not in copied], repeated + len(copied)
 
 
 def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) -> pd.DataFrame:

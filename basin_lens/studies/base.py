@@ -186,8 +186,8 @@ def unit_keys(unit: str) -> list[str]:
 
 
 def n_units(table: pd.DataFrame, measured: Measured) -> int:
-    """How many units the table's rows belong to."""
-    return int(table.groupby(unit_keys(measured.unit)).ngroups)
+    """How many units the table's rows belong to, copies of a text counted once."""
+    return stats.rows.distinct_units(table, measured.unit)
 
 
 def one_sided(test: Callable[[pd.DataFrame], pd.DataFrame], *, more: bool = True) -> Callable[[pd.DataFrame], pd.DataFrame]:

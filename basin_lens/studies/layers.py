@@ -125,6 +125,8 @@ def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> 
     median over halvings, `low` and `high` the middle 95 % of them: a spread, not a confidence interval.
     """
     keys = base.unit_keys(measured.unit)
+    # Copies of one text on both sides would agree.
+    table = table[stats.rows.texts_once(table, measured.unit).keep]
     by_sequence = table.groupby([*dict.fromkeys(["layer", *keys, "doc", "seq"])], dropna=False)[scores].mean()
     by_unit = by_sequence.groupby(level=["layer", *keys]).mean()
     rng = np.random.default_rng(measured.seed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from basin_lens import tables
+from basin_lens import stats, tables
 from basin_lens.analysis import analyze, score
 from basin_lens.analysis.conductor import KeptNeighbors
 from basin_lens.analysis.rows import row_facts
@@ -316,19 +316,20 @@ def ready(
 
 
 def count_units(capture: Capture, unit: str) -> int:
-    """How many units the capture's sequences belong to.
+    """How many units the capture's sequences belong to, copies of a text counted once.
 
     Raises:
         StudyError: a label that not all of them have.
     """
-    if unit == "sequence":
-        return len(capture.sequences)
-    if unit == "document":
-        return len(set(capture.docs))
-    if any(unit not in label for label in capture.labels):
+    if unit not in ("sequence", "document") and any(unit not in label for label in capture.labels):
         known = sorted({name for label in capture.labels for name in label})
         raise StudyError(f'expected unit "sequence", "document" or a label that every text has, got {unit!r}; labels: {known}.')
-    return len({label[unit] for label in capture.labels})
+    seqs = np.repeat(np.arange(len(capture.sequences)), capture.lengths.numpy())
+    rows = pd.DataFrame({"doc": np.array(capture.docs, object)[seqs], "seq": seqs})
+    if unit not in ("sequence", "document"):
+        rows[unit] = np.array([str(label[unit]) for label in capture.labels], object)[seqs]
+    rows.attrs["provenance"] = {"": {"copies": capture.copies}}
+    return stats.rows.distinct_units(rows, unit)
 
 
 def spaced_layers(n_layers: int, count: int = 10) -> list[int]:

@@ -10,7 +10,7 @@ from basin_lens import memorize
 from basin_lens import model as door
 from basin_lens.errors import StudyError
 from basin_lens.studies import base
-from basin_lens.studies.author import author_passages, guide_contrast, unrelated_passages
+from basin_lens.studies.author import author_passages, copies_said, guide_contrast, unrelated_passages
 from basin_lens.studies.forked import fork
 from basin_lens.studies.memorization_report import sections_of, verdict_of
 from basin_lens.studies.planted import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
@@ -101,7 +101,8 @@ def study_memorization(
         `recitation_contrasts`, `recitation_matched`.
 
     Raises:
-        StudyError: too few texts, all or none to be memorized, a training that diverges (the last good checkpoint stays). TextError: texts too short.
+        StudyError: too few texts that are no copies of one another, all or none to be memorized, a training that diverges (the last good
+        checkpoint stays). TextError: texts too short.
 
     Source: design of basin_lens, "Memorization"; Carlini et al. 2019, 2021, 2023; Shi et al. 2024; Zhang et al. 2024; Duan et al. 2024.
 
@@ -120,7 +121,8 @@ def study_memorization(
         raise StudyError("expected texts by others as unrelated=, for the contrast of the design author, got none. Give some.")
     # Everything that can be refused is refused before the training.
     made = author_passages(model, texts, plan) if design == "author" else None
-    apart = unrelated_passages(model, unrelated, plan) if design == "author" else []
+    apart = unrelated_passages(model, unrelated, plan, texts) if design == "author" else []
+    copies = copies_said(model, texts, unrelated, plan) if design == "author" else []
     known, said = prepare(
         model,
         count=plan.sources,
@@ -162,7 +164,7 @@ def study_memorization(
     return base.Study(
         name="memorization",
         title="Does the geometry see what the model has memorized?",
-        about=tuple(_about(planted, recited.said, design)),
+        about=(*_about(planted, recited.said, design), *copies),
         hypothesis=HYPOTHESIS,
         decision=decision,
         verdict=tuple(verdict_of(decision, planted, tested, forked, recited, author)),

@@ -9,6 +9,7 @@ import pandas as pd
 
 from basin_lens import stats, tables
 from basin_lens.capture import Capture
+from basin_lens.distinct import documents_once
 from basin_lens.errors import StudyError
 from basin_lens.merging import TokenMerger
 from basin_lens.studies import base
@@ -175,6 +176,7 @@ def _units(capture: Capture, sequences: Sequence[int], unit: str) -> set[Any]:
 def _halves(measured: Measured, sequences: list[int], seed: int) -> tuple[list[int], list[int]]:
     """Sequences that set levels, and those that test them; no unit is in both."""
     rows = pd.DataFrame({"seq": sequences, "unit": [_unit_of(measured.capture, seq, measured.unit) for seq in sequences]})
+    rows.attrs = dict(measured.table.attrs)  # which texts are copies: none is in both
     first = stats.halves(rows.assign(doc=rows["unit"]), seed=seed).to_numpy(bool)
     return rows["seq"][first].tolist(), rows["seq"][~first].tolist()
 
@@ -292,10 +294,15 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
         [EXCESS, "merged_share", "n_tokens"]
     ].mean()  # draws of chance as one
     capture = measured.capture
+    # One text several times counts once, here as in all tests.
+    once = documents_once(measured.table)
+    document = pd.Series(once.documents[once.keep], index=measured.table["seq"][once.keep])
+    document = document[~document.index.duplicated()]
+    held = held[held.index.get_level_values("seq").isin(document.index)]
     parts, declared = [], []
     for share in sorted(losses["share"].unique()):
         wide = held.loc[share].unstack("policy")
-        facts = pd.DataFrame({"seq": wide.index, "doc": [capture.docs[seq] for seq in wide.index]})
+        facts = pd.DataFrame({"seq": wide.index, "doc": document[wide.index].to_numpy()})
         if measured.unit not in ("sequence", "document"):
             facts[measured.unit] = [_unit_of(capture, seq, measured.unit) for seq in wide.index]
         for policy in POLICIES:

@@ -51,7 +51,7 @@ def study_merging(
     Args:
         model: a hooked model.
         calibration: windows that set every policy to its budget.
-        held_out: windows of other documents, to test on.
+        held_out: windows of other documents, to test on; of copies, one is kept.
         setting: policies, layers, budgets.
         merger: a trained merger; without it the untrained one ("cosine") stands in the declared test.
         history: of its training.
@@ -86,6 +86,8 @@ def study_merging(
         raise MergeError(
             f"expected the policy {ours!r}, which the declared test is about, got {', '.join(setting.policies)}. Add it."
         )
+    # Copies among what is tested on would count one text several times.
+    held_out, copied = held_out.once()
     with base.steps("study merging", 5, progress) as step:
         step("policies at equal bytes")
         compared = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
@@ -125,14 +127,14 @@ def study_merging(
     sections, figures = _sections(held, mapped, generation, history, ours, least)
     untold = _untold(model, merger, prompts) if generation is None else []
     facts = {
-        "model": door.provenance(model), "setting": asdict(setting), "merger": None if merger is None else merger.options.plain() | merger.facts,
-        "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out),
+        "model": door.provenance(model), "setting": asdict(setting), "merger": None if merger is None else _told(merger),
+        "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out), "held_out_copies": copied,
                     "held_out_documents": sorted(set(held_out.doc))}, "seed": seed,
     }  # fmt: skip
     return base.Study(
         name="merging",
         title="Causal token merging: what it saves and what it costs",
-        about=tuple(_about(model, calibration, held_out, setting, merger)),
+        about=(*_about(model, calibration, held_out, setting, merger), *_copies(copied)),
         hypothesis=HYPOTHESIS,
         decision=decision,
         verdict=tuple(_verdict(decision, findings, curve, induction, ours, reach)),
@@ -160,6 +162,20 @@ def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, 
     made = merging.generation_quality(merger, model, begun, written)
     return made.assign(
         text=[_text(model, ids) for ids in made["tokens"]], begun=[_text(model, begun[i].tolist()) for i in made["prompt"]]
+    )
+
+
+def _told(merger: TokenMerger) -> dict[str, Any]:
+    """What a merger is and how it came to be, without the numbers by which copies of its training are known again."""
+    training = {name: value for name, value in merger.facts.get("training", {}).items() if name != "seen_runs"}
+    return merger.options.plain() | merger.facts | ({"training": training} if training else {})
+
+
+def _copies(count: int) -> list[str]:
+    return (
+        [f"{count} held-out windows that are copies of others, nearly or in full, are left out: one text counts once."]
+        if count
+        else []
     )
 
 

@@ -28,6 +28,7 @@ from basin_lens.controls import random_twin
 from basin_lens.errors import StudyError, TextError
 from basin_lens.studies.measured import spaced_layers
 from basin_lens.texts import Passage, reference_passages
+from basin_lens.texts.copies import copied_passages
 
 # Contraction differs from compression by the same number for all texts of a layer: every contrast of the two would be one test made twice.
 SCORES = ("compression", "compression_native")
@@ -179,7 +180,8 @@ def plant(
             f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
             f"{door.n_context(model)}. Plan shorter ones."
         )
-    refuse_built_in(made)
+    refuse_built_in(made, model)
+    refuse_copies(made, model)
     say("before training")
     shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
     analyzers = [
@@ -235,15 +237,31 @@ def plant(
     )  # fmt: skip
 
 
-def refuse_built_in(texts: Sequence[Passage]) -> None:
-    """Refuse texts that neighbors or filler come from.
+def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
+    """Refuse texts that neighbors or filler come from, and copies of them.
 
     Raises:
         StudyError: one is among them.
     """
-    known = {p.text for p in reference_passages()}
-    if any(source.text in known for source in texts):
-        raise StudyError("expected texts other than the built-in ones, which neighbors and filler come from. Give others.")
+    if copied := copied_passages(model, list(texts), reference_passages()):
+        raise StudyError(
+            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or copies, nearly or "
+            f"in full: {texts[copied[0]].text[:40]!r}. Give others."
+        )
+
+
+def refuse_copies(texts: Sequence[Passage], model: Any) -> None:
+    """Refuse texts held out that are copies of texts to be trained on.
+
+    Raises:
+        StudyError: there are some.
+    """
+    members, held = ([p for p in texts if bool(p.labels["member"]) == side] for side in (True, False))
+    if copied := copied_passages(model, held, members):
+        raise StudyError(
+            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be memorized, nearly or "
+            f"in full: {held[copied[0]].text[:40]!r}. Leave them out."
+        )
 
 
 def check_classes(member: Sequence[bool]) -> None:

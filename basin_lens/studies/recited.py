@@ -15,6 +15,7 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.studies import base
 from basin_lens.studies.planted import refuse_built_in
 from basin_lens.texts import Passage, find_licences, read_dataset
+from basin_lens.texts.copies import passage_groups
 
 _CORPORA = ("nltk:genesis", "nltk:inaugural")
 _MATCHED = 0.25  # nats per token
@@ -44,7 +45,7 @@ def prepare(
     Raises:
         TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in texts.
     """
-    refuse_built_in(files)
+    refuse_built_in(files, model)
     said, sources = [], []
     for name in _CORPORA:
         try:
@@ -80,9 +81,20 @@ def prepare(
             made += memorize.recitation_passages(model, [source], length=length, seed=seed, paraphrases=_of(given, [source]))
         except TextError as error:
             said.append(f"{source.doc} left out: {error}")
+    made, copied = _once(model, made)
+    said += [f"{copied} sources left out: their openings are copies of others, nearly or in full."] if copied else []
     short = sum(p.labels["condition"] == "opening" for p in made) - sum(p.labels["condition"] == "shuffled" for p in made)
     said += [f"{short} openings could not be shuffled into as many tokens."] if short else []
     return made, said
+
+
+def _once(model: Any, made: Sequence[Passage]) -> tuple[list[Passage], int]:
+    """Without the sources whose openings are copies of others: one licence has many owners, and is one text."""
+    begins = [index for index, p in enumerate(made) if p.labels["condition"] == "opening"]
+    copied = {index for group in passage_groups(model, [made[index] for index in begins]) for index in group[1:]}
+    ends = [*begins[1:], len(made)]
+    kept = [made[first:last] for index, (first, last) in enumerate(zip(begins, ends, strict=True)) if index not in copied]
+    return [p for source in kept for p in source], len(copied)
 
 
 def _of(paraphrases: Mapping[str, str], sources: Sequence[Passage]) -> dict[str, str]:
