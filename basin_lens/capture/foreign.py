@@ -47,14 +47,15 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
     if not open_:
         return
     with door.measuring(model):
-        if 0 in capture.layers and _EMBEDDING not in capture._checked:
-            _check_embedding(model, capture)
-            capture._checked.add(_EMBEDDING)
         blocks = [_Blocks(model, capture, seqs) for seqs in _sides(model, capture)]
         for layer in open_:
             for some in blocks:
                 some.check(layer)
-            capture._checked.add(layer)
+        # Last, because of another model's states the blocks say more.
+        if 0 in capture.layers and _EMBEDDING not in capture._checked:
+            _check_embedding(model, capture)
+            capture._checked.add(_EMBEDDING)
+        capture._checked.update(open_)
 
 
 def _sides(model: Any, capture: Any) -> list[list[int]]:

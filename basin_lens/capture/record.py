@@ -301,20 +301,22 @@ class Capture(TokenRows):
 
         Raises:
             CaptureError: a hook point or a gradient that is not to be had.
+            TransportError: states of a user's cache that are not the model's.
         """
         open_ = [a for a in analyzers if a.key not in self.columns]
         readable = [a for a in open_ if self._readable(a)]
         again = [a for a in open_ if a not in readable]
-        ends = [self.model["layers"] - 1] if any("logits" in a.needs for a in readable) else []
-        check_cache(model, self, {*ends, *(layer for a in open_ for layer in layers_of(a, self.layers))})
-        with door.full_precision():
-            for analyzer in readable:
-                self._measure_readings(model, analyzer)
         if again and not self.settings.get("states_of_model", True):
             made = self.settings["controls"][-1]["name"]
             raise CaptureError(
                 f"expected analyzers of states alone: {made} are not the model's own; got {again[0].key}. Leave it out."
             )
+        check_points(model, self.layers, again)
+        ends = [self.model["layers"] - 1] if any("logits" in a.needs for a in readable) else []
+        check_cache(model, self, {*ends, *(layer for a in readable for layer in layers_of(a, self.layers))})
+        with door.full_precision():
+            for analyzer in readable:
+                self._measure_readings(model, analyzer)
         if again:
             self._fill(model, again, None, progress, keep_states=False)
         return [analyzer.key for analyzer in again]

@@ -34,7 +34,7 @@ def missing_points(model: Any, points: set[str], layers: list[int]) -> list[str]
     return [name for layer in layers for point in sorted(points) if (name := point_name(point, layer)) not in model.hook_dict]
 
 
-def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Tensor | None:
+def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Any:
     """What a user's cache holds for `point` of block `layer`, under any of its names, or None.
 
     The state that leaves a block is the state that enters the next one, so either serves for the other.
