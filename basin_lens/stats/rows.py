@@ -1,7 +1,7 @@
 """Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,24 +31,28 @@ class Rows:
     sequence: Int[np.ndarray, " rows"]
     unit: Int[np.ndarray, " rows"]
     document: Int[np.ndarray, " rows"]
+    infinite: int = 0  # rows left out because a value was infinite
 
     def where(self, keep: Bool[np.ndarray, " rows"]) -> "Rows":
         """The rows marked."""
         return Rows(
             self.layer, {name: value[keep] for name, value in self.values.items()},
             {name: label[keep] for name, label in self.labels.items()}, self.sequence[keep], self.unit[keep], self.document[keep],
+            self.infinite,
         )  # fmt: skip
 
     def finite(self, *names: str) -> "Rows":
-        """The rows where all these columns are finite."""
+        """The rows where all these columns are finite; those with infinite values are counted."""
         keep = np.ones(len(self.sequence), bool)
+        endless = np.zeros(len(self.sequence), bool)
         for name in names:
             keep &= np.isfinite(self.values[name])
-        return self if keep.all() else self.where(keep)
+            endless |= np.isinf(self.values[name])
+        return self if keep.all() else replace(self.where(keep), infinite=self.infinite + int(endless.sum()))
 
     def with_values(self, **values: Float[np.ndarray, " rows"]) -> "Rows":
         """The same rows with columns replaced or added."""
-        return Rows(self.layer, {**self.values, **values}, self.labels, self.sequence, self.unit, self.document)
+        return replace(self, values={**self.values, **values})
 
     def counts(self) -> dict[str, int]:
         """How much data there is: the columns that every result has."""
