@@ -238,7 +238,13 @@ AROUND = {
 @pytest.mark.parametrize("kind", [None, pytest.param(make_hooked, marks=hooked_lane)])
 def test_what_the_caller_has_switched_on_changes_no_number(kind, name):
     model, tokens = kind() if kind else make_bridge("llama"), random_tokens(6, 14)
-    chosen = [*A.default_analyzers(), A.AttentionReceived(), A.GradientNorm(), A.Erasure(), A.Compression(k=5, metric="cosine", name="c")]
+    chosen = [
+        *A.default_analyzers(),
+        A.AttentionReceived(),
+        A.GradientNorm(),
+        A.Erasure(),
+        A.Compression(k=5, metric="cosine", name="c"),
+    ]
     expected = bl.analyze(model, tokens, chosen, progress=False)
     with AROUND[name]():
         before = torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.get_float32_matmul_precision()

@@ -256,7 +256,9 @@ def run(cell: Cell, draws: int) -> dict[str, Count]:
     controls = made.controls_of(cell.data)
     parts = [table]
     if statistic.layers > 1 or statistic.name.startswith("red_flags"):
-        parts = [part.assign(layer=part["layer"] % statistic.layers) for _, part in table.groupby(table["layer"] // statistic.layers)]
+        parts = [
+            part.assign(layer=part["layer"] % statistic.layers) for _, part in table.groupby(table["layer"] // statistic.layers)
+        ]
     for part in parts:
         try:
             answer = statistic.test(part, controls)
@@ -266,7 +268,9 @@ def run(cell: Cell, draws: int) -> dict[str, Count]:
             count.why.add(str(error))
             continue
         for key, rows in answer.groupby(statistic.by) if statistic.by else [("", answer)]:
-            counts.setdefault(str(key), Count()).add(rows["p"].to_numpy(float), rows["note"].tolist() if "note" in rows else [""] * len(rows))
+            counts.setdefault(str(key), Count()).add(
+                rows["p"].to_numpy(float), rows["note"].tolist() if "note" in rows else [""] * len(rows)
+            )
     return counts
 
 
@@ -291,7 +295,9 @@ def limit(draws: int) -> float:
     return ALPHA + ERRORS * float(np.sqrt(ALPHA * (1 - ALPHA) / draws))
 
 
-def battery(statistics: Sequence[Statistic] = STATISTICS, draws: int = 400, keep: Callable[[Cell], bool] = lambda _: True) -> pd.DataFrame:
+def battery(
+    statistics: Sequence[Statistic] = STATISTICS, draws: int = 400, keep: Callable[[Cell], bool] = lambda _: True
+) -> pd.DataFrame:
     """The table: a row for each cell and test."""
     lines = []
     for cell in filter(keep, cells(statistics)):

@@ -126,7 +126,9 @@ def table_of(columns: dict[str, np.ndarray], rng: np.random.Generator, repeats: 
     doc, pos = np.divmod(np.arange(repeats * texts * tokens), tokens)
     length = -(-tokens // sequences)
     fixed = {"doc": doc, "seq": doc * sequences + pos // length, "pos": pos % length, "token_id": ids.ravel()}
-    return pd.DataFrame({"layer": np.repeat(np.arange(draws), len(doc)), **{k: np.tile(v, draws) for k, v in fixed.items()}, **held})
+    return pd.DataFrame(
+        {"layer": np.repeat(np.arange(draws), len(doc)), **{k: np.tile(v, draws) for k, v in fixed.items()}, **held}
+    )
 
 
 def _repeats(data: Data, texts: int) -> tuple[int, int]:
