@@ -39,7 +39,6 @@ chunk, whatever the header declares. Raw and zstd have one chunk, and none for a
 """
 
 import hashlib
-import io
 import itertools
 import struct
 import zlib
@@ -64,7 +63,7 @@ MOST_WINDOW = 1 << 20
 MOST_THREADS = 256
 MOST_CHUNKS = 1 << 20
 CHUNK_TOKENS = 4096  # a chunk ends with the window that brings it there: shorter ones would cost their 12 bytes too often
-_PIECE = 256  # bytes of zstd taken at a time: a block of 4 bytes gives at most 128 KiB
+_MOST_GROWTH = 1 << 15  # of zstd: a block of 4 bytes gives at most 128 KiB
 
 _FIXED = struct.Struct("<4sBBBBIQ32s")
 _MODEL = struct.Struct("<16s8s8sHIHBIQHH")
@@ -174,31 +173,15 @@ class Container:
             raise CodecError(f"expected a file of method raw or zstd, got {self.method}. Decode it with TextCodec(model).decode.")
         data = b"".join(self.chunks)
         if self.method == "zstd":
-            data = _unpacked(data, self.length)
+            try:
+                # Memory for the length is set aside at once: only where so many bytes of zstd can hold it.
+                declared = zstandard.get_frame_parameters(data).content_size
+                if declared != self.length or declared > len(data) * _MOST_GROWTH:
+                    raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
+                data = zstandard.ZstdDecompressor().decompress(data, max_output_size=self.length, allow_extra_data=False)
+            except zstandard.ZstdError as error:
+                raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
         return self.checked(data)
-
-
-def _unpacked(data: bytes, length: int) -> bytes:
-    """What a zstd frame holds: never much more memory than is really in it, whatever it declares, and none beyond `length`.
-
-    Raises:
-        CorruptFileError: not one frame of that length.
-    """
-    try:
-        if zstandard.get_frame_parameters(data).content_size != length:
-            raise CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
-        reader, found = zstandard.ZstdDecompressor().decompressobj(), io.BytesIO()
-        for at in range(0, len(data), _PIECE):
-            found.write(reader.decompress(data[at : at + _PIECE]))
-            if found.tell() > length or reader.unused_data:
-                raise CorruptFileError("expected a zstd frame of the header's length and its end, got more. Get the file again.")
-            if reader.eof and at + _PIECE < len(data):
-                raise CorruptFileError("expected the end after the zstd frame, got more. Get the file again.")
-    except zstandard.ZstdError as error:
-        raise CorruptFileError(f"expected a zstd frame, got: {error}. Get the file again.") from error
-    if not reader.eof:
-        raise CorruptFileError("expected a whole zstd frame, got one that ends early. Get the file again.")
-    return found.getvalue()
 
 
 def store(data: bytes, why: str) -> Container:
