@@ -561,18 +561,10 @@ def test_zlib_and_zstd_bombs_take_no_memory(llama):
         (replace(stored, length=5000), "length"),  # the frame is longer than the header says
         (replace(stored, length=5000, chunks=(unsized,)), "length"),  # the frame does not say
         (replace(stored, length=5000, chunks=(lying,)), "zstd frame"),  # what is in the frame is longer than both say
+        (replace(stored, length=1 << 30, chunks=(huge,)), "length"),  # so few bytes cannot hold that much
     ]:
         file = forged.to_bytes()
         with memory_below(1 << 20), pytest.raises(CorruptFileError, match=words):
-            codec.read(file).restored()
-    # A frame that declares 1 GiB: no more than is in it is set aside (and its own window, 8 MiB, which is not counted here).
-    for forged in (huge, huge[:2000], frame[:-1], frame + b"x", frame + frame):
-        length = zstandard.get_frame_parameters(forged).content_size
-        file = replace(stored, length=length, chunks=(forged,)).to_bytes()
-        with (
-            memory_below(length // 8 if forged.startswith(huge[:2000]) else 3 * size),
-            pytest.raises(CorruptFileError, match="zstd frame"),
-        ):
             codec.read(file).restored()
     with memory_below(1 << 20), pytest.raises(CorruptFileError, match="numbers"):
         coder.decode(bomb)

@@ -8,6 +8,7 @@ from typing import Any
 
 from basin_lens import model as door
 from basin_lens.capture.record import Capture
+from basin_lens.capture.store import FORMAT
 from basin_lens.errors import CaptureError, StoreError
 from basin_lens.files import scratch
 from basin_lens.texts import longest_sequence, reference_passages
@@ -24,7 +25,8 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
     door.check_model(model)
     passages = list(reference_passages())
     length = longest_sequence(model, 256)
-    names = [door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
+    # The format too: versions that share a cache each have a bank of their own.
+    names = [FORMAT, door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
     identity = hashlib.blake2b("\x00".join(names).encode(), digest_size=16).hexdigest()
     folder = door.cache_folder() / "reference" / identity
     try:
@@ -35,9 +37,7 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
         try:
             return _kept(folder, model)
         except (StoreError, CaptureError) as error:
-            warnings.warn(
-                f"The reference bank in the cache is damaged or of an earlier version, and is read anew: {error}", stacklevel=2
-            )
+            warnings.warn(f"The reference bank in the cache is damaged, and is read anew: {error}", stacklevel=2)
             _discard(folder)
     try:
         return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, store=folder, progress=progress)

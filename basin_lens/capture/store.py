@@ -16,7 +16,8 @@ from basin_lens import records
 from basin_lens.errors import StoreError
 from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
 
-_KIND = records.Kind("a saved capture", "basin_lens capture 2", "Capture the texts again.")
+FORMAT = "basin_lens capture 2"
+_KIND = records.Kind("a saved capture", FORMAT, "Capture the texts again.")
 _RECORD, _VALUES = "capture.json", "values.safetensors"
 _FIELDS: dict[str, Any] = {
     "sequences": [dict], "passages": (list, None), "docs": [str], "labels": [dict], "strings": [list], "layers": [int], "model": dict,

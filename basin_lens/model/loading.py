@@ -29,7 +29,7 @@ from basin_lens.model.places import (
     similar_names,
     weights_at,
 )
-from basin_lens.model.tuned import base_source, is_tuned_folder, put_tuned, tuned_facts
+from basin_lens.model.tuned import check_chain, is_tuned_folder, put_tuned, tuned_facts
 from basin_lens.model.twin import in_dtype
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -268,7 +268,14 @@ def _bridge_over(weights: Any, tokenizer: Any, device: torch.device, dtype: torc
 
 def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.device, dtype: torch.dtype) -> Any:
     """A model that `basin_lens.memorize` tuned: its base, loaded as it was then, with the weights of the folder."""
-    record, source = tuned_facts(path), base_source(path)
+    record = tuned_facts(path)
+    check_chain(path)
+    source = record["base"]["source"]
+    if source is None:
+        raise ModelError(
+            f"expected a tuned model whose base load_model can load, got {str(path)!r}, made from {record['base']['name']!r}, which was "
+            "handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
+        )
     if kind != record["kind"]:
         raise ModelError(f"expected kind={record['kind']!r}, as the model in {str(path)!r} was tuned, got {kind!r}.")
     base = load_model(source["name_or_path"], kind=kind, device=device, dtype=getattr(torch, record["dtype"]))

@@ -116,8 +116,8 @@ def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
         records.fields(record["base"], _BASE)
         if record["base"]["source"] is not None:
             records.fields(record["base"]["source"], {"name_or_path": str, "kind": str})
-        if not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
-            raise ValueError(f"the number format {record['dtype']!r}")
+        if record["kind"] not in ("bridge", "hooked") or not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
+            raise ValueError(f"the kind {record['kind']!r} or number format {record['dtype']!r}")
         _weights_in(path, record)
     return record
 
@@ -132,26 +132,24 @@ def _weights_in(folder: Path, record: Mapping[str, Any]) -> Path:
     return _KIND.check(folder, name, facts)
 
 
-def base_source(folder: Path) -> dict[str, str]:
-    """What `load_model` was asked for when it loaded the base of a tuned model, and of its base, if that is a tuned one.
+def check_chain(folder: Path) -> None:
+    """Refuse a tuned model that is, over its bases, made from itself.
 
     Raises:
-        ModelError: a base that came from elsewhere, or one that is, in the end, the model itself.
+        ModelError: it is, or one of the records was changed.
     """
-    first, seen = None, set()
-    while folder.resolve() not in seen:
-        seen.add(folder.resolve())
-        base = tuned_facts(folder)["base"]
-        if base["source"] is None:
+    seen: list[Path] = []
+    while is_tuned_folder(folder):
+        if folder.resolve() in seen:
             raise ModelError(
-                f"expected a tuned model whose base load_model can load, got {str(folder)!r}, made from {base['name']!r}, which was "
-                "handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
+                f"expected a tuned model that goes back to a model of another kind, got {str(folder)!r}, which is its own base. Tune the "
+                "model again into a folder of its own."
             )
-        first = first or base["source"]
-        folder = Path(base["source"]["name_or_path"])
-        if not is_tuned_folder(folder):
-            return first
-    raise _KIND.refusal(folder, "one that is, over its own base, its own base: the folder was replaced by a model made from it")
+        seen.append(folder.resolve())
+        source = tuned_facts(folder)["base"]["source"]
+        if source is None:
+            return
+        folder = Path(source["name_or_path"])
 
 
 def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
