@@ -105,11 +105,13 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         )
     if found is not None and not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
-        raise StoreError(f"expected a name for a file that can be written, got {str(target)!r}, which is {what}. Choose another.")
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}, which is {what}. Choose another.")
     if found is not None and not replace:
         raise StoreError(f"expected an output that is not there yet, got {str(target)!r}. Choose another, or delete it.")
     if not target.parent.is_dir():
-        raise StoreError(f"expected a folder to write into, where files can be written, got {str(target.parent)!r}. Make it first.")
+        raise StoreError(
+            f"expected a place that can be written, got {str(target)!r}, but no folder {str(target.parent)!r}. Make it first."
+        )
 
 
 def is_stream(path: Place) -> bool:
@@ -222,6 +224,7 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
         StoreError: the folder is there and may not be replaced, or cannot be written.
     """
     place = Path(target)
+    clear_leavings(place.parent)
     if not replace and os.path.lexists(place):
         raise StoreError(f"expected a new folder, got {str(place)!r}, which exists. Choose another name or delete it.")
     if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
@@ -341,7 +344,11 @@ def scratch(target: Place) -> Iterator[Path]:
 
 
 def clear_leavings(folder: Place) -> None:
-    """Remove the scratch of processes that died, and put back what one of them had moved aside."""
+    """Remove the scratch and the lock of processes that died, and put back what one of them had moved aside."""
+    lock = Path(folder) / _LOCK
+    with contextlib.suppress(OSError):  # another user's, or gone
+        if lock.exists() and (handle := _lock(lock)) is not None:
+            _unlock(handle, lock)
     for path in Path(folder).glob(f".*{_MARK}*"):
         if path.is_symlink() or not path.is_dir():
             continue
