@@ -5,24 +5,19 @@ system lets go when its process ends, however it ends; by it, the next run knows
 """
 
 import contextlib
-import json
 import os
 import shutil
-import socket
 import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from basin_lens import locks
 from basin_lens.errors import BasinLensError, StoreError
-
-if sys.platform != "win32":
-    import fcntl
 
 Place = str | os.PathLike[str]
 # A file's bytes or text, or what writes it to the path that it is given.
@@ -32,6 +27,7 @@ _LOCK = ".basin-lens.lock"
 _NEW, _OLD = ".basin-lens.new", ".basin-lens.old"
 _MARK = ".basin-lens-"
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_TRIES, _PAUSE = 10, 0.03  # seconds
 _NOCTTY = getattr(os, "O_NOCTTY", 0)
 _locked = threading.local()
 
@@ -91,10 +87,10 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         StoreError: see there.
     """
     target = Path(path)
-    found = _status(path if (stream := _descriptor(target)) is None else stream)
+    found = locks.status_of(path if (stream := _descriptor(target)) is None else stream)
     if found is not None and stat.S_ISREG(found.st_mode):
         for one in inputs:
-            read = _status(one)
+            read = locks.status_of(one)
             if read is not None and os.path.samestat(read, found):
                 raise StoreError(f"expected an output other than the input, got {str(target)!r}, which is read. Choose another.")
     if is_stream(target):
@@ -105,22 +101,24 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         )
     if found is not None and not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
-        raise StoreError(f"expected a name for a file that can be written, got {str(target)!r}, which is {what}. Choose another.")
+        raise StoreError(f"expected a place that can be written, got {str(target)!r}, which is {what}. Choose another.")
     if found is not None and not replace:
         raise StoreError(f"expected an output that is not there yet, got {str(target)!r}. Choose another, or delete it.")
     if not target.parent.is_dir():
-        raise StoreError(f"expected a folder to write into, where files can be written, got {str(target.parent)!r}. Make it first.")
+        raise StoreError(
+            f"expected a place that can be written, got {str(target)!r}, but no folder {str(target.parent)!r}. Make it first."
+        )
 
 
 def is_stream(path: Place) -> bool:
     """Whether bytes go through this name to somewhere else: a pipe, a character device, or a stream of this process."""
-    found = _status(path)
+    found = locks.status_of(path)
     return _descriptor(path) is not None or (found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode)))
 
 
 def is_terminal(path: Place) -> bool:
     """Whether what is written to this name is shown to somebody."""
-    found, stream = _status(path), _descriptor(path)
+    found, stream = locks.status_of(path), _descriptor(path)
     if stream is not None:
         return os.isatty(stream)
     if found is None or not stat.S_ISCHR(found.st_mode):
@@ -144,13 +142,6 @@ def _descriptor(path: Place) -> int | None:
     return int(number) if folder in ("/dev/fd", "/proc/self/fd") and number.isdecimal() else None
 
 
-def _status(place: Place | int) -> os.stat_result | None:
-    try:
-        return os.stat(place)
-    except (OSError, ValueError):  # not there, or a name that no file can have
-        return None
-
-
 def _fill(path: Path, content: Content) -> None:
     if callable(content):
         content(path)
@@ -171,8 +162,8 @@ def _write_through(target: Path, content: Content) -> None:
 
 def _take_over(new: Path, target: Path, like: Place | int | None) -> None:
     """Mode and owner of the file that is replaced, or of `like`; without either, as the umask has it."""
-    given = None if like is None else _status(like)
-    model = given if given is not None and stat.S_ISREG(given.st_mode) else _status(target)
+    given = None if like is None else locks.status_of(like)
+    model = given if given is not None and stat.S_ISREG(given.st_mode) else locks.status_of(target)
     if model is None or sys.platform == "win32":
         return
     mode = stat.S_IMODE(model.st_mode) & 0o777
@@ -222,6 +213,7 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
         StoreError: the folder is there and may not be replaced, or cannot be written.
     """
     place = Path(target)
+    clear_leavings(place.parent)
     if not replace and os.path.lexists(place):
         raise StoreError(f"expected a new folder, got {str(place)!r}, which exists. Choose another name or delete it.")
     if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
@@ -257,7 +249,7 @@ def _settle(folder: Path) -> None:
 
 
 def _put(new: Path, target: Path, old: Path, *, replace: bool) -> None:
-    """Into its place; what stood there goes to `old`, and back should the new one not fit (see `_put_back`)."""
+    """Into its place; what stood there goes to `old`, and back should the new one not fit (see `_remove`)."""
     if replace and target.exists():
         os.chmod(new, stat.S_IMODE(target.stat().st_mode))
         os.rename(target, old)
@@ -287,24 +279,28 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
     made = [part for part in (target, *target.parents) if not part.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        handle = _lock(target / _LOCK)
+        handle = locks.lock(target / _LOCK)
+        for _ in range(_TRIES):  # who clears holds it for a moment
+            if handle is None:
+                time.sleep(_PAUSE)
+                handle = locks.lock(target / _LOCK)
     except OSError as problem:
         raise error(
             f"expected an output folder that can be written, got {str(folder)!r}: {problem.strerror}. Choose another."
         ) from problem
     if handle is None:
         raise error(
-            f"expected a folder that nobody else is writing to, got {str(folder)!r}, in which {_who(target / _LOCK)} is. "
+            f"expected a folder that nobody else is writing to, got {str(folder)!r}, in which {locks.who(target / _LOCK)} is. "
             "Wait for it, or choose another."
         )
     held.add(target)
     try:
-        _tell(handle, target.name)
+        locks.tell(handle, target.name)
         clear_leavings(target)
         yield target
     finally:
         held.discard(target)
-        _unlock(handle, target / _LOCK)
+        locks.unlock(handle, target / _LOCK)
         for part in made:
             with contextlib.suppress(OSError):  # it holds something
                 part.rmdir()
@@ -331,9 +327,9 @@ def scratch(target: Place) -> Iterator[Path]:
     while handle is None:  # somebody who clears may take a folder that holds no lock yet
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}{_MARK}", dir=place.parent))
         with contextlib.suppress(FileNotFoundError):
-            handle = _lock(folder / _LOCK)
+            handle = locks.lock(folder / _LOCK)
     try:
-        _tell(handle, place.name)
+        locks.tell(handle, place.name)
         yield folder
     finally:
         _remove(folder)
@@ -341,12 +337,16 @@ def scratch(target: Place) -> Iterator[Path]:
 
 
 def clear_leavings(folder: Place) -> None:
-    """Remove the scratch of processes that died, and put back what one of them had moved aside."""
+    """Remove the scratch and the lock of processes that died, and put back what one of them had moved aside."""
+    lock = Path(folder) / _LOCK
+    with contextlib.suppress(OSError):  # another user's, or gone
+        if lock.exists() and (handle := locks.lock(lock)) is not None:
+            locks.unlock(handle, lock)
     for path in Path(folder).glob(f".*{_MARK}*"):
         if path.is_symlink() or not path.is_dir():
             continue
         try:
-            handle = _lock(path / _LOCK)
+            handle = locks.lock(path / _LOCK)
         except OSError:  # another user's, or gone
             continue
         if handle is not None:
@@ -356,7 +356,7 @@ def clear_leavings(folder: Place) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a scratch folder; a user's earlier results in it go back to their place, if that is empty."""
-    old, told = folder / _OLD, _read(folder / _LOCK)
+    old, told = folder / _OLD, locks.read(folder / _LOCK)
     if old.exists():
         target = folder.parent / Path(str(told.get("target", ""))).name
         if target == folder.parent:  # whose it is cannot be read: never deleted
@@ -364,83 +364,3 @@ def _remove(folder: Path) -> None:
         if not os.path.lexists(target):
             os.rename(old, target)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-# ---- locks ------------------------------------------------------------------------------------------------------------------------------
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock file as long as it is open, at most until its process ends; None if somebody else holds it."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _hold(handle, path):
-            os.close(handle)
-            return None
-        found = _status(path)
-        if found is not None and os.path.samestat(os.fstat(handle), found):
-            return handle
-        os.close(handle)  # it was let go, and so deleted, between the opening and the lock
-
-
-def _hold(handle: int, path: Path) -> bool:
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks: what the file says must do
-            return _is_gone(_read(path))
-        return True
-    return _is_gone(_read(path))
-
-
-def _is_gone(told: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lock file has ended, as far as can be known."""
-    if not told:
-        return True
-    if told.get("host") != socket.gethostname() or sys.platform == "win32":
-        return False
-    try:
-        os.kill(int(told["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _tell(handle: int, target: str) -> None:
-    """Say in a lock file whose it is."""
-    told = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-        "target": target,
-    }
-    os.ftruncate(handle, 0)
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps(told).encode())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _who(path: Path) -> str:
-    told = _read(path)
-    return (
-        f"process {told['pid']} on {told['host']} (since {told['since']})"
-        if {"pid", "host", "since"} <= set(told)
-        else "another process"
-    )
-
-
-def _unlock(handle: int, path: Path) -> None:
-    found = _status(path)
-    if found is not None and os.path.samestat(os.fstat(handle), found):  # with a replaced folder it is gone
-        path.unlink(missing_ok=True)
-    os.close(handle)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from basin_lens import files
+from basin_lens import files, locks
 from basin_lens.errors import MergeError, StoreError
 
 
@@ -316,9 +316,9 @@ def test_without_locks_of_the_system_the_file_decides(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
     lock = tmp_path / ".basin-lens.lock"
-    told = {"pid": os.getppid(), "host": files.socket.gethostname(), "since": "x", "target": "x"}
+    told = {"pid": os.getppid(), "host": locks.socket.gethostname(), "since": "x", "target": "x"}
     for change, free in [({}, False), ({"host": "another"}, False), ({"pid": 2**22 + 1}, True)]:
         lock.write_text(json.dumps(told | change))
         if free:

@@ -22,7 +22,7 @@ from basin_lens import model as door
 from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
-from basin_lens.files import lock_folder, write_file
+from basin_lens.files import clear_leavings, lock_folder, write_file
 from basin_lens.texts import read_passages, tokenize
 from basin_lens.values import Whole, whole, whole_fields, whole_numbers
 
@@ -165,6 +165,8 @@ def finetune(
     }  # fmt: skip
     key = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
     plan["training"] = key
+    if folder is not None:
+        clear_leavings(folder)
     if folder is not None and (Path(folder) / "tuned.json").is_file():
         return _finished(model, Path(folder), plan)
     with nullcontext() if folder is None else lock_folder(folder):

@@ -1,0 +1,100 @@
+"""Locks that the system lets go when their process ends, however it ends."""
+
+import json
+import os
+import socket
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the lock file as long as it is open, at most until its process ends; None if somebody else holds it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _hold(handle, path):
+            os.close(handle)
+            return None
+        found = status_of(path)
+        if found is not None and os.path.samestat(os.fstat(handle), found):
+            return handle
+        os.close(handle)  # it was let go, and so deleted, between the opening and the lock
+
+
+def _hold(handle: int, path: Path) -> bool:
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: what the file says must do
+            return _is_gone(read(path))
+        return True
+    return _is_gone(read(path))
+
+
+def _is_gone(told: dict[str, Any]) -> bool:
+    """Whether the process that wrote a lock file has ended, as far as can be known."""
+    if not told:
+        return True
+    if told.get("host") != socket.gethostname() or sys.platform == "win32":
+        return False
+    try:
+        os.kill(int(told["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def tell(handle: int, target: str) -> None:
+    """Say in a lock file whose it is."""
+    told = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "target": target,
+    }
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, json.dumps(told).encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a lock file says; nothing if it cannot be read."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def who(path: Path) -> str:
+    """The holder, in words."""
+    told = read(path)
+    return (
+        f"process {told['pid']} on {told['host']} (since {told['since']})"
+        if {"pid", "host", "since"} <= set(told)
+        else "another process"
+    )
+
+
+def unlock(handle: int, path: Path) -> None:
+    """Let go, and delete the lock file if it is still this one."""
+    found = status_of(path)
+    if found is not None and os.path.samestat(os.fstat(handle), found):  # with a replaced folder it is gone
+        path.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def status_of(place: str | os.PathLike[str] | int) -> os.stat_result | None:
+    """Of a file, through links, or of a descriptor; None if there is none."""
+    try:
+        return os.stat(place)
+    except (OSError, ValueError):  # not there, or a name that no file can have
+        return None
