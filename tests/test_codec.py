@@ -568,7 +568,7 @@ def test_zlib_and_zstd_bombs_take_no_memory(llama):
         coder.decode(bomb)
 
 
-def test_a_hostile_zstd_file_takes_no_more_than_its_text(monkeypatch):
+def test_a_hostile_zstd_file_takes_no_more_than_its_text():
     """1 GiB in 33 KB, as declared: it was set aside before anything was known of it."""
     size = 1 << 28
     packer = zstandard.ZstdCompressor(level=19).compressobj(size=size)
@@ -606,10 +606,10 @@ def test_the_model_is_not_asked_where_its_header_alone_is_too_long(llama, monkey
     assert made.restored() == data
 
 
-@pytest.mark.parametrize(("method", "backend", "most"), [("direct", "range", 400), ("ranks", "adaptive", 1200)])
-def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, most):
+@pytest.mark.parametrize(("method", "backend", "times", "most"), [("direct", "range", 15, 200), ("ranks", "zlib", 50, 1100)])
+def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, times, most):
     """Repeated text: zstd takes some hundred bytes, an untrained model more than a byte for each token."""
-    data = "".join(f"{TEXT[:300]} " for _ in range(60))
+    data = "".join(f"{TEXT[:300]} " for _ in range(times))
     coder = codec.TextCodec(llama, method, backend, streams=4, context=40)
     tokens = coder.prepared(data)[1]
     stored = container.store(data.encode(), "no smaller with the model").to_bytes()
