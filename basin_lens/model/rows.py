@@ -66,8 +66,8 @@ def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[T
         a function: tokens -> logits of the next ones.
 
     Raises:
-        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache, one that drops it, or attention with
-            a bias that cannot be cut.
+        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache or one that
+            drops it, or attention with a bias that cannot be cut.
     """
     if kind_of(model) == "hooked" or hf_config(model) is None:
         raise ModelError(
