@@ -266,8 +266,11 @@ def _behind(tokenizer: Any, prompt: list[int], written: list[int]) -> str:
     before, whole = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (prompt, prompt + written)
     )
-    # A character that the prompt's last token only began: it is whole now.
-    return str(whole)[len(os.path.commonprefix([before, whole])) :]
+    # Up to where they differ: a character that the prompt's last token only began is whole now.
+    same = next(
+        (at for at, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), min(len(before), len(whole))
+    )
+    return str(whole)[same:]
 
 
 def _preset(name: str) -> tuple[int, int, int, int, int, int]:

@@ -605,6 +605,7 @@ def test_loading_a_table_that_is_none(tmp_path):
 # basin_lens was imported without it: in a process of its own, once.
 UNCHECKED = """
 import json, sys
+import numpy as np
 import basin_lens as bl
 import basin_lens.analysis, basin_lens.tables
 from tests.conftest import TEXTS, make_bridge, make_tokenizer, random_tokens
@@ -655,6 +656,13 @@ cases = {
     "cache tokens": lambda: bl.Capture.from_cache(model, [[1, 2, 3]], {}),
     "tokens 3-D": lambda: bl.Capture.from_cache(model, random_tokens()[None], {}),
     "model kind": lambda: bl.load_model(kind="transformer"),
+    "model name": lambda: bl.load_model(None),
+    "model name bytes": lambda: bl.load_model(b"gpt2"),
+    "device flag": lambda: bl.load_model(device=True),
+    "device fraction": lambda: bl.load_model(device=0.5),
+    "dtype text": lambda: bl.load_model(dtype="float32"),
+    "dtype of numpy": lambda: bl.load_model(dtype=np.float32),
+    "dtype None": lambda: bl.load_model(dtype=None),
 }
 answers = {}
 for name, case in cases.items():
@@ -705,6 +713,13 @@ WRONG_KINDS = {
     "cache tokens": ("CaptureError", r"tokens as a LongTensor \[batch, pos\]"),
     "tokens 3-D": ("CaptureError", r"tokens as a LongTensor \[batch, pos\]"),
     "model kind": ("ModelError", 'kind "bridge" or "hooked", got \'transformer\''),
+    "model name": ("ModelError", "name of a model or a path, got None"),
+    "model name bytes": ("ModelError", "name of a model or a path, got b'gpt2'"),
+    "device flag": ("ModelError", "name of a device, got True"),
+    "device fraction": ("ModelError", r"name of a device, got 0\.5"),
+    "dtype text": ("ModelError", r"expected dtype torch\.float32, .*got 'float32'"),
+    "dtype of numpy": ("ModelError", r"expected dtype torch\.float32, .*got <class 'numpy\.float32'>"),
+    "dtype None": ("ModelError", "expected dtype .*got None"),
 }
 
 

@@ -210,6 +210,39 @@ def test_baselines_by_hand():
         M.likelihood_baselines(table.drop(columns="surprisal"), texts)
 
 
+def in_pieces(length: int) -> tuple[pd.DataFrame, str]:
+    """A text of two sequences of eight tokens, each token so many characters, and its surprisal."""
+    text = "".join(f"{n:0{length}x}" for n in range(16))
+    numbers = np.arange(16)
+    table = pd.DataFrame({"passage": 0, "doc": "d", "seq": numbers // 8, "pos": numbers % 8, "surprisal": 1.0 + numbers})
+    table = table.assign(start=length * numbers, end=length * (numbers + 1))
+    return table.assign(surprisal=table.surprisal.where(table.pos > 0)), text
+
+
+def test_baselines_of_a_part_of_a_text_are_divided_by_that_part():
+    """The whole text's bytes were taken for each of its parts: a long text looked memorized nowhere."""
+    table, text = in_pieces(9)
+    other = pd.concat([table, surprisals([1.0, 2]).assign(passage=1, doc="e", seq=2, start=[0, 3, 4], end=[3, 4, 5])])
+    got = M.likelihood_baselines(other, [text, "short"])
+    sizes = [len(zlib.compress(part.encode())) for part in (text[:72], text[72:], "short")]
+    assert got.zlib.tolist() == pytest.approx((got.log_likelihood / sizes).tolist(), abs=0)
+    bare = table.drop(columns=["start", "end"])
+    for lost in (bare, table.assign(start=-1, end=-1)):
+        with pytest.raises(TableError, match=r"start and end.*several sequences, got none.*max_length"):
+            M.likelihood_baselines(lost, [text])
+    alone = M.likelihood_baselines(bare[bare.seq == 0], [text])
+    assert alone.zlib[0] == alone.log_likelihood[0] / len(zlib.compress(text.encode()))
+
+
+def test_lower_case_of_a_part_of_a_text_is_that_parts():
+    table, text = in_pieces(9)
+    lower = table.assign(surprisal=[NAN, *range(20, 35)], seq=0, pos=range(16))  # one longer sequence, as lower case may be cut
+    got = M.likelihood_baselines(table, [text], lowercase=lower)
+    assert got.lowercase.tolist() == pytest.approx([-5.0 / 23, -13.0 / 30.5])
+    with pytest.raises(TableError, match="characters move"):
+        M.likelihood_baselines(table, [text[:-1] + "\u0130"], lowercase=lower)
+
+
 def test_standardized_likelihood_and_agreement_from_the_logits(tokenizer):
     model, tokens = make_bridge("llama", tokenizer=tokenizer), random_tokens(4, 12)
     logits, follow = logits_of(model, tokens)[:, :-1].double().numpy(), tokens[:, 1:].numpy()

@@ -349,6 +349,39 @@ def test_generate_writes_what_the_package_writes_and_says_how_large_its_cache_is
     assert f"{table.rows.sum():,} of {table.full_rows.sum():,} rows in 3 layers" in said
 
 
+def test_generate_prints_what_reads_behind_the_prompt():
+    """Tokens by themselves lose the space before them: "The red" and "sides" for "The red sides"."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"\u2581The": 0, "\u2581red": 1, "\u2581sides": 2, "<0xC3>": 3, "<0xA9>": 4, "<unk>": 5}
+    pieces = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    assert "The red" + tokenizer.decode([2]) == "The redsides"
+    assert "The red" + cli_merge._behind(tokenizer, [0, 1], [2]) == "The red sides"
+    assert cli_merge._behind(tokenizer, [0, 1, 3], [4, 2]) == "\u00e9 sides"
+    assert cli_merge._behind(tokenizer, [0, 1], []) == ""
+
+
+def test_generate_stops_at_the_end_of_the_text_unless_told_to_go_on(run, folder, monkeypatch):
+    words = ("generate", str(run[0]), "--prompt", PROMPT, "--tokens", "12", "--model", folder)
+    free = merge(*words, "--past-end").output
+    model = door.load_model(folder)
+    first = door.uses_bos(model, None)
+    begun = [*([] if first is None else [first]), *door.tokenizer_of(model)(PROMPT, add_special_tokens=False)["input_ids"]]
+    written = merging.generate(TokenMerger.load(run[0], model), model, torch.tensor([begun]), 12, past_end=True)[0][0].tolist()
+    last = written.index(written[3])
+    monkeypatch.setattr("basin_lens.model.end_tokens", lambda _: frozenset({written[3]}))
+    said = merge(*words).output
+    decoded = door.tokenizer_of(model).decode(written[:last])
+    assert PROMPT + decoded in said and f"ends after {last} tokens; --past-end goes on" in said
+    assert len(said.split("cache:")[0]) < len(free.split("cache:")[0]) + 80
+    assert cache_of(said)[1] < cache_of(free)[1]
+
+
 def test_generate_keeps_to_a_budget(run, folder):
     before = {path.name: path.read_bytes() for path in run[0].iterdir()}
     words = ("generate", str(run[0]), "--prompt", f"{PROMPT} {PROMPT}", "--tokens", "8", "--model", folder)

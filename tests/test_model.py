@@ -338,8 +338,9 @@ def test_blocks_that_drop_their_cache_say_what_to_install(model, monkeypatch):
     for block in model.blocks:
         monkeypatch.setattr(block.attn, "_update_kv_cache", lambda k, v, **_: (k, v))
     mends = re.escape("TransformerLens up to 4.3 needs transformers below 5.24: pip install 'transformers<5.24'.")
-    with pytest.raises(ModelError, match=mends), door.stepping(model, 1, 8):
-        pass
+    for open_steps in (lambda: door.stepping(model, 1, 8), lambda: door.own_rows(model, [])):
+        with pytest.raises(ModelError, match=mends), open_steps():
+            pass
     with pytest.raises(bl.errors.TransportError, match=mends):
         bl.analyze(model, random_tokens(6, 8), [bl.analyzers.Contraction(k=4)], progress=False)
 

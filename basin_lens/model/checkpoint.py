@@ -116,7 +116,8 @@ def listening() -> Iterator[list[Found]]:
     from transformers import PreTrainedModel
 
     found: list[Found] = []
-    plain = PreTrainedModel.__dict__["from_pretrained"]
+    loader: Any = PreTrainedModel
+    plain = loader.__dict__["from_pretrained"]
 
     def asked(cls: Any, *args: Any, **options: Any) -> Any:
         wanted = options.pop("output_loading_info", False)
@@ -126,11 +127,11 @@ def listening() -> Iterator[list[Found]]:
         found.append(Found.from_info(info))
         return (model, info) if wanted else model
 
-    PreTrainedModel.from_pretrained = classmethod(asked)
+    loader.from_pretrained = classmethod(asked)
     try:
         yield found
     finally:
-        PreTrainedModel.from_pretrained = plain
+        loader.from_pretrained = plain
 
 
 def note_unused(model: nn.Module, names: Collection[str]) -> None:

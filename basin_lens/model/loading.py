@@ -218,8 +218,9 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Found]:
     """The weights as transformers reads them, and what it found. Weights that do not fit are only told: the caller refuses."""
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM  # its type forgets the information that is asked for
     try:
-        weights, info = AutoModelForCausalLM.from_pretrained(
+        weights, info = auto.from_pretrained(
             **_source(path), dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # readers of broken files raise anything, down to struct.error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import forward_pass, measuring, point_name
 from basin_lens.model.identity import device_of, hf_config, kind_of
-from basin_lens.model.stepping import keeps_cache
+from basin_lens.model.stepping import NO_CACHE, keeps_cache
 
 _obeying: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
@@ -66,14 +66,16 @@ def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[T
         a function: tokens -> logits of the next ones.
 
     Raises:
-        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache, or attention with
-            a bias that cannot be cut.
+        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache or one that
+            drops it, or attention with a bias that cannot be cut.
     """
-    if kind_of(model) == "hooked" or hf_config(model) is None or not keeps_cache(model):
+    if kind_of(model) == "hooked" or hf_config(model) is None:
         raise ModelError(
             "expected a TransformerBridge over a transformers model, whose key/value cache can be rewritten, got another model: a "
             "HookedTransformer counts places by the rows of its cache. Run whole sequences with TokenMerger.attached, or load the model as a bridge."
         )
+    if not keeps_cache(model):
+        raise ModelError(NO_CACHE)
     from transformers.cache_utils import Cache
 
     kept = Cache(layers=[_layer_class()(store) for store in stores])

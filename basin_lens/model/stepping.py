@@ -14,7 +14,7 @@ from basin_lens.model.hooks import forward_pass, measuring
 from basin_lens.model.identity import device_of, hf_config, kind_of, n_context, n_layers, tokenizer_of, vocabulary_size
 
 _MOST_UNFOLDED = 6 << 30  # bytes
-_NO_CACHE = (
+NO_CACHE = (
     "expected a model that keeps keys and values in the cache it is given, got one that does not. TransformerLens up to 4.3 needs "
     "transformers below 5.24: pip install 'transformers<5.24'."
 )
@@ -51,8 +51,9 @@ def end_tokens(model: Any) -> frozenset[int]:
     inner = getattr(model, "original_model", None)
     told = [getattr(one, "eos_token_id", None) for one in (hf_config(model), getattr(inner, "generation_config", None))]
     named = {number for one in told for number in (one if isinstance(one, list | tuple) else [one]) if number in special}
-    own = {number for number in [tokenizer.eos_token_id] if number is not None}
-    return frozenset(own | named | {number for number, token in special.items() if token == "<|endoftext|>"})
+    own: int | None = tokenizer.eos_token_id
+    also = {number for number, token in special.items() if number in named or token == "<|endoftext|>"}
+    return frozenset(also if own is None else {own, *also})
 
 
 def cache_bytes(model: Any, batch: int, window: int) -> int:
@@ -107,7 +108,7 @@ class Stepper:
         before = self.position
         logits = self._past.forward(tokens.to(self._device)[:, None])
         if self.position != before + 1:
-            raise ModelError(_NO_CACHE)
+            raise ModelError(NO_CACHE)
         return logits[:, -1].float().cpu()
 
     def reset(self) -> None:
@@ -156,7 +157,7 @@ def stepping(model: Any, batch: int, window: int) -> Iterator[Stepper]:
             f"expected a batch of 1 or more and a window of 1 to {n_context(model)} tokens (the model's context), got {batch} and {window}."
         )
     if hf_config(model) is not None and not keeps_cache(model):
-        raise ModelError(_NO_CACHE)
+        raise ModelError(NO_CACHE)
     with measuring(model), _unfolded(model, batch, window) as groups:
         yield Stepper(model, batch, window, groups)
 
