@@ -93,7 +93,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[Passage]:
-    """The passages of a file, by the end of its name: the one list of readers, for every command.
+    r"""The passages of a file, by the end of its name: the one list of readers, for every command.
 
     | ends in | passages |
     | --- | --- |
