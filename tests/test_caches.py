@@ -174,7 +174,12 @@ def test_one_wrong_state_in_the_last_of_many_sequences(kind, layer):
     model, tokens = either(kind), random_tokens(30, 10)
     _, cache = model.run_with_cache(tokens)
     states = {name: value.clone() for name, value in cache.items()}
-    for name in (f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.hook_out", f"blocks.{layer + 1}.hook_resid_pre", f"blocks.{layer + 1}.hook_in"):
+    for name in (
+        f"blocks.{layer}.hook_resid_post",
+        f"blocks.{layer}.hook_out",
+        f"blocks.{layer + 1}.hook_resid_pre",
+        f"blocks.{layer + 1}.hook_in",
+    ):
         if name in states:
             states[name][29, 9] += 0.1
     capture = bl.Capture.from_cache(model, tokens, states)
@@ -265,8 +270,12 @@ def test_a_pattern_over_more_keys_is_refused(kind):
     _, cache = model.run_with_cache(tokens, pos_slice=slice(0, 10))
     if cache["blocks.0.attn.hook_pattern"].shape[-2:] != (10, 20):
         _, whole = model.run_with_cache(tokens)
-        cache = {n: (v[:, :, :10] if n.endswith("pattern") else v[:, :10]) for n, v in whole.items() if "resid" in n or "pattern" in n}
-    with pytest.raises(CaptureError, match=r"pattern of shape \(6, 4, 10, 10\) \(batch, head, query, key\), got \(6, 4, 10, 20\).*pos_slice"):
+        cache = {
+            n: (v[:, :, :10] if n.endswith("pattern") else v[:, :10]) for n, v in whole.items() if "resid" in n or "pattern" in n
+        }
+    with pytest.raises(
+        CaptureError, match=r"pattern of shape \(6, 4, 10, 10\) \(batch, head, query, key\), got \(6, 4, 10, 20\).*pos_slice"
+    ):
         bl.Capture.from_cache(model, tokens[:, :10], cache)
 
 

@@ -52,9 +52,7 @@ class TokenMeasure(Protocol):
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
 
 
-def token_batches(
-    rows: TokenRows, batch_size: int | None, boundary: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def token_batches(rows: TokenRows, batch_size: int | None, boundary: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows, right-padded tokens and validity of batches of sequences of like length.
 
     `boundary`: no batch holds both sequences of more tokens than this and others (see `basin_lens.model.one_side`).

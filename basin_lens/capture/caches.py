@@ -12,7 +12,9 @@ from basin_lens import model as door
 from basin_lens.errors import BasinLensError, CaptureError
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
-_MASKED = -1e3  # an additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding
+_MASKED = (
+    -1e3
+)  # an additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding
 
 
 def check_is_cache(cache: Any) -> None:
@@ -124,7 +126,9 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor
         kind = "a tensor on the meta device, which holds no numbers" if tensor.device.type == "meta" else (
             f"{tensor.dtype} ({tensor.layout})"
         )  # fmt: skip
-        raise CaptureError(f"expected {name} as floating-point numbers, got {kind}. Run the model with its weights loaded, and cache again.")
+        raise CaptureError(
+            f"expected {name} as floating-point numbers, got {kind}. Run the model with its weights loaded, and cache again."
+        )
     tensor = tensor[None] if tensor.ndim == len(shape) - 1 else tensor
     if tuple(tensor.shape) != shape:
         raise CaptureError(

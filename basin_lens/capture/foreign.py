@@ -180,4 +180,6 @@ class _Blocks:
 
 def _where(capture: Any, rows: Tensor, error: Tensor) -> str:
     worst = int(rows[int(error.argmax())])
-    return f"sequence {int(capture.row_seq[worst])}, position {int(capture.row_pos[worst])}, relative error {float(error.max()):.3g}"
+    return (
+        f"sequence {int(capture.row_seq[worst])}, position {int(capture.row_pos[worst])}, relative error {float(error.max()):.3g}"
+    )

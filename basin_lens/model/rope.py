@@ -21,11 +21,7 @@ class LengthRule:
 
 def length_rule(model: Any) -> LengthRule | None:
     """The rule by which the model's rotary tables depend on the longest text of a batch; None if they do not."""
-    found = [
-        LengthRule(kind, length)
-        for module in _rotary_modules(model)
-        for kind, length in _rules(module)
-    ]
+    found = [LengthRule(kind, length) for module in _rotary_modules(model) for kind, length in _rules(module)]
     return min(found, key=lambda rule: (rule.kind != "dynamic", rule.length), default=None)
 
 
