@@ -1070,3 +1070,23 @@ def test_examples_run(name, real_model, monkeypatch):
     thing, said = DOCUMENTED[name][0], []
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), {}, name, None, None)
     assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
+
+
+def test_a_descriptor_of_no_direction_has_no_likeness():
+    rows = np.eye(3, 4, dtype=np.float16)[[0, 1, 0]]
+    rows[1] = 0
+    assert cosines(rows, rows)[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"target_rate": 0.3}, {"threshold": 0.3, "residual": "gated", "residual_width": 3}])
+def test_calibrating_inside_inference_mode(options):
+    """As training does: what it makes can be written to, saved and trained afterwards, and is the same."""
+    model, tokens = make_bridge("llama"), random_tokens(4, LENGTH, seed=9)
+    expected = TokenMerger([0, 1], recent=2, **options).calibrate(model, tokens)
+    with torch.inference_mode():
+        merger = TokenMerger([0, 1], recent=2, **options).calibrate(model, random_tokens(4, LENGTH, seed=9))
+        assert torch.is_inference_mode_enabled()
+    own = merger.state_dict()
+    assert not any(value.is_inference() for value in own.values())
+    assert all(torch.equal(value, own[name]) for name, value in expected.state_dict().items())
+    merger.calibrate(model, tokens)

@@ -195,7 +195,7 @@ class Capture(TokenRows):
             raise CaptureError(
                 f"expected tokens as a LongTensor [batch, pos] or [pos], got {got}. Pass the ids that were given to run_with_cache."
             )
-        shape = (1, *tokens.shape) if tokens.ndim == 1 else tuple(tokens.shape)
+        shape = (1 if tokens.ndim == 1 else int(tokens.shape[0]), int(tokens.shape[-1]))
         tokens = tokens.detach().cpu().reshape(shape)
         check_is_cache(cache)
         valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else real_tokens(attention_mask, shape)

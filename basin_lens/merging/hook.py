@@ -109,6 +109,7 @@ class TokenMerger(nn.Module):
 
     # ---- one model -------------------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # parameters and buffers are written to later, whatever mode the caller is in
     def prepare(self, model: Any) -> "TokenMerger":
         """Make the parameters for this model; nothing if that was done.
 
@@ -295,6 +296,7 @@ class TokenMerger(nn.Module):
             raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
         return self
 
+    @torch.inference_mode(False)
     def calibrate(
         self, model: Any, tokens: Int[Tensor, "batch pos"], *, surprisal: Float[Tensor, "batch pos"] | None = None, context: int | None = None,
         scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None, valid: Bool[Tensor, "batch pos"] | None = None,

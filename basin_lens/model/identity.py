@@ -280,7 +280,7 @@ def _buffers(model: Any) -> dict[str, torch.Tensor]:
         name: value
         for name, value in root.named_buffers()
         if not name.endswith(_CHANGING)
-        and not (name.endswith("inv_freq") and "original" not in name and name[: name.rfind(".") + 1] in switching)
+        and not (name[: name.rfind(".") + 1] in switching and name.endswith("inv_freq") and not name.endswith("original_inv_freq"))
     }
 
 
