@@ -83,9 +83,7 @@ def added_value(
     lines = []
     for every in split(table, [*names, *base], layers=layers, unit=unit, labels=[label]):
         for score in (name for name in names if name not in base):
-            rows, positive = labeled(every, label)
-            keep = np.logical_and.reduce([np.isfinite(rows.values[name]) for name in (score, *base)])
-            rows, positive = rows.where(keep), positive[keep]
+            rows, positive = labeled(every.finite(score, *base), label)
             given = {"versus": ", ".join(base)}
             flat = next((c for c in (score, *base) if constant(rows.values[c])), None)
             if flat is not None:

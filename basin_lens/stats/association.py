@@ -298,7 +298,7 @@ def _rank_slope(
     left = project(ranks[:, :2], terms, codes)
     if there and left.share.min() <= IN_FULL_OF_RANKS:
         return {"left": float(left.share.min()), "note": f"{names[int(left.share.argmin())]}: {EXPLAINED}"}
-    found = clustered_slope(*left.values.T, rows.unit, left.basis.shape[1] + 1)
+    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1] + 1)
     size = ranks[:, 1].std() / ranks[:, 0].std()
     found |= {name: found[name] * size for name in ("estimate", "low", "high")}
     if there:
@@ -394,7 +394,8 @@ def _beside(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smoo
     )
     slope = "not to be had"
     if rest.of(0) and rest.of(1):
-        one = clustered_slope(*(rest.values / rest.values.std(0)).T, rows.unit, rest.basis.shape[1] + 1)
+        y, x = (rest.values / rest.values.std(0)).T
+        one = clustered_slope(y, x, rows.unit, rest.basis.shape[1] + 1)
         slope = f"{one['estimate']:+.3f} (p {one['p']:.2g})"
     return (
         f"{_nearly(left)}; beside it, partial {other.capitalize()} {told}, joint regression of values, standardized slope {slope}"

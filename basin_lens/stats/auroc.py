@@ -1,6 +1,6 @@
 """Telling two groups of texts apart by a score: AUROC, true positives at few false ones, and whether one score does better than another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,8 +75,7 @@ def detect(
     for every in split(table, [*names, *others], layers=layers, unit=unit, labels=[label]):
         for score in names:
             columns = [score, *(other for other in others if other != score)]
-            rows, positive = labeled(every, label)
-            rows, positive = _finite(rows, positive, columns)
+            rows, positive = labeled(every.finite(*columns), label)
             flat = next((c for c in columns if constant(rows.values[c])), None)
             if flat is not None:
                 lines.append(constant_line(rows, score, unit, test, "auroc", flat, metric="auroc", null=0.5) | {"score": score})
@@ -96,13 +95,17 @@ def detect(
                 low, high = percentiles(drawn[0][:, place]) if np.isfinite(found[0][place]) else (np.nan, np.nan)
                 more = {"test": how, "null": 0.5, "p": p} if first else {"null": np.nan}
                 answer = {"estimate": found[0][place], "low": low, "high": high}
+                answer["note"] = "" if first else "no p: a rate has no value under no effect" if low == low else _few(sizes, metric)
                 if low == high:
-                    answer["note"] = "the bootstrap does not vary: the interval is too narrow"
+                    answer["note"] = "the bootstrap does not vary: the interval is too narrow" + (
+                        "" if first else ", and a rate has no p"
+                    )
                 lines.append(line(rows, score, unit, test, metric, metric=metric, versus=None, **sizes) | answer | more)
             for which, name in enumerate(columns[1:], 1):
                 for place, metric in enumerate(metrics):
                     gap = drawn[0][:, place] - drawn[which][:, place]
                     answer = {"estimate": found[0][place] - found[which][place]}
+                    answer["note"] = "" if np.isfinite(answer["estimate"]) else _few(sizes, metric)
                     if np.isfinite(answer["estimate"]):
                         answer["low"], answer["high"] = percentiles(gap)
                         answer["p"] = bootstrap_p(gap)
@@ -110,6 +113,10 @@ def detect(
                     lines.append(line(rows, score, unit, f"paired {test}", what, metric=metric, versus=name, **sizes) | answer)
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
+
+
+def _few(sizes: Mapping[str, int], metric: str) -> str:
+    return f"{sizes['n_negative']} negatives are too few to place a threshold: no {metric}"
 
 
 def labeled(rows: Rows, label: str) -> tuple[Rows, Bool[np.ndarray, " rows"]]:
@@ -124,11 +131,6 @@ def labeled(rows: Rows, label: str) -> tuple[Rows, Bool[np.ndarray, " rows"]]:
     if not values <= {0, 1}:
         raise TableError(f"expected True and False in {label!r}, got {sorted(map(str, values))[:8]}. Make it a comparison.")
     return rows.where(there), held[there].astype(bool)
-
-
-def _finite(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[Rows, np.ndarray]:
-    keep = np.logical_and.reduce([np.isfinite(rows.values[name]) for name in columns])
-    return rows.where(keep), positive[keep]
 
 
 def _sequences(

@@ -139,8 +139,8 @@ def residuals(
             bends would leave a difference otherwise. Where tokens are too few for that, straight lines alone.
 
     Returns:
-        a copy of the table. Rows where a score or control is NaN become NaN, and so do those of copies of other texts.
-            `attrs["controls"]`: what was controlled, by score.
+        a copy of the table. Rows where a score or control is NaN become NaN, or infinite where one is; those of copies of other texts become NaN.
+        `attrs["controls"]`: what was controlled, by score.
 
     Raises:
         TableError: several runs, missing columns, or a table with none of the controls.
@@ -170,6 +170,8 @@ def residuals(
         made = np.full(len(bare), np.nan)
         for every in split(bare, [score, *there, "_row"]):
             rows = every.finite(score, *there)
+            endless = np.isinf(np.stack([every.values[name] for name in (score, *there)])).any(0)
+            made[every.values["_row"][endless].astype(int)] = np.inf  # so that the test that follows counts them
             if not len(rows.sequence):
                 continue
             codes = rows.sequence if within else np.zeros(len(rows.sequence), int)

@@ -57,7 +57,8 @@ def red_flags(
         scores: columns.
         against: as for `within_sequence_correlation`.
         group, groups, paired: as for `compare_groups`.
-        tag: as for `tag_effect` (its test `sequence`).
+        tag: as for `tag_effect`, by its test `mixed` (min F', over texts and words at once): tags permuted within sequences would pass for a finding
+            in half of all cases where words have scores of their own. Needs `token_id`.
         controls, frequency: as for `partial_correlation`.
         layers, unit, correction, n_resamples, seed: as for `compare_groups`; seed also of the halves.
         alpha: the level.
@@ -105,7 +106,7 @@ def red_flags(
             fallback = {"correction": "holm"} if given and correction == "max-t" and not paired else {}
             return compare_groups(data, held, group, groups=groups, paired=paired, **options | more | fallback)
         if tag is not None:
-            return tag_effect(data, held, tag, tests=("sequence",), **options | more)
+            return tag_effect(data, held, tag, tests=("mixed",), **options | more)
         return before_after(data, held, **options)
 
     flags = []

@@ -9,6 +9,7 @@ from scipy import stats
 
 from basin_lens.errors import TableError
 from basin_lens.stats.groups import two_groups
+from basin_lens.stats.results import joined
 from basin_lens.stats.rows import Rows, constant, names_of, split
 
 # The guide's own words for a correlation: strong above the first, moderate above the second.
@@ -44,7 +45,7 @@ def guide_tests(
 
     Returns:
         one row per (layer, score): `question, guide_test, guide_statistic, guide_r, guide_p, guide_reading`, and `n_tokens`. `guide_reading`:
-        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN where a column is constant.
+        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant.
 
     Raises:
         TableError: not exactly one question, several runs, missing columns, not two groups.
@@ -78,7 +79,9 @@ def guide_tests(
                 found = _variance(rows, score, str(tag))
             r = abs(found["guide_r"])
             reading = "" if np.isnan(r) else "strong" if r > STRONG else "moderate" if r > MODERATE else "weak"
-            lines.append({"layer": rows.layer, "score": score, **found, "guide_reading": reading})
+            note = "too few tokens, or values that do not differ" if np.isnan(r) else ""
+            note = joined(note, f"{rows.infinite} rows with an infinite value left out" if rows.infinite else "")
+            lines.append({"layer": rows.layer, "score": score, **found, "guide_reading": reading, "note": note})
     answer = pd.DataFrame(lines)
     answer["layer"] = answer["layer"].astype("Int64")
     if "provenance" in table.attrs:

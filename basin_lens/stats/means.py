@@ -7,6 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from basin_lens.errors import StudyError, TableError
+from basin_lens.stats.results import joined
 
 
 def mean_interval(
@@ -18,7 +19,7 @@ def mean_interval(
 
     Args:
         table: one row per case.
-        column: numbers; rows without one are passed over.
+        column: numbers; rows without one, and infinite ones (the note counts them), are passed over.
         by: columns that tell groups apart.
         unit: column of what is independent.
         n_resamples: bootstrap samples.
@@ -42,19 +43,30 @@ def mean_interval(
     groups = [by] if isinstance(by, str) else list(by)
     if missing := [name for name in (column, unit, *groups) if name not in table]:
         raise TableError(f"expected columns {column}, {unit} and {', '.join(groups)}, got none of {missing}.")
-    held = table.dropna(subset=[column])
+    endless = np.isinf(table[column].to_numpy(float, na_value=np.nan))
+    held = table[~endless].dropna(subset=[column])
     if held.empty:
         raise StudyError(f"expected values of {column}, got none.")
     lines = []
     for key, part in held.groupby(groups, sort=False):
         means = part.groupby(unit)[column].mean().to_numpy(float)
         low = high = float("nan")
+        note = "one unit: no interval" if len(means) < 2 else "the units do not differ: no interval"
         if len(means) > 1 and np.ptp(means) > 0:
             draw = np.random.default_rng(seed)
             found = stats.bootstrap((means,), np.mean, n_resamples=n_resamples, method="percentile", rng=draw).confidence_interval
-            low, high = float(found.low), float(found.high)
+            low, high, note = float(found.low), float(found.high), ""
+        note = joined(note, f"{endless.sum()} rows with an infinite value left out of the table" if endless.any() else "")
         names = dict(zip(groups, key, strict=True))
         lines.append(
-            {**names, "estimate": float(means.mean()), "low": low, "high": high, "n_units": len(means), "n_rows": len(part)}
+            {
+                **names,
+                "estimate": float(means.mean()),
+                "low": low,
+                "high": high,
+                "n_units": len(means),
+                "n_rows": len(part),
+                "note": note,
+            }
         )
     return pd.DataFrame(lines)

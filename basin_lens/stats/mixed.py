@@ -110,7 +110,7 @@ def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool)
     ratio = level_ratio(y, x, rows.sequence)
     y, x = freed(y, x, rows.sequence, ratio)
     left = project(np.column_stack([y, x[:, 1]]), np.delete(x, 1, 1), None)
-    found = clustered_slope(*left.values.T, rows.unit, left.basis.shape[1])
+    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1])
     answer = {"term": term, "icc": ratio / (1 + ratio), "left": float(left.share.min())}
     return answer | found | {"note": joined(notes, found.get("note", ""))}
 

@@ -69,14 +69,14 @@ def quartile_table(
             enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with sequences of at least {2 * parts} scored tokens")
             for index in range(1, parts + 1):
                 held = rows.where(rows.values["_part"] == index)
-                answer = interval_and_p(held.unit_means(score)[1]) | {"p": np.nan, "null": np.nan}
+                answer = {"note": "a mean, not a test"} | interval_and_p(held.unit_means(score)[1]) | {"p": np.nan, "null": np.nan}
                 also = {"against": by, "quartile": str(index)}
                 lines.append(line(held, score, unit, "t interval of unit means", "mean", **also | answer))
             # Of the sequences that have both: ties can leave a quartile empty.
             ends = [rows.sequence[rows.values["_part"] == index] for index in (1, parts)]
             rows = rows.where(np.isin(rows.sequence, np.intersect1d(*ends)))
             rows = rows.where((rows.values["_part"] == 1) | (rows.values["_part"] == parts))
-            answer = {}
+            answer = {"note": f"fewer than {FEWEST} units with both ends: ties leave quartiles empty"}
             if rows.counts()["n_units"] >= FEWEST:
                 last, first = (rows.where(rows.values["_part"] == index).unit_means(score)[1] for index in (parts, 1))
                 answer = dict(interval_and_p(last - first))

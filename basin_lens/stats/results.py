@@ -26,8 +26,9 @@ _ALWAYS = (
 def line(rows: Rows, score: str, unit: str, test: str, effect: str, **more: Any) -> dict[str, Any]:
     """One result, NaN until filled in by `more`."""
     empty = {"estimate": np.nan, "low": np.nan, "high": np.nan, "null": 0.0, "p": np.nan, "note": ""}
-    counted = {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "_copies": rows.copies}
-    return {**counted, "test": test, "effect": effect, **empty, **more}
+    infinite = f"{rows.infinite} rows with an infinite value left out" if rows.infinite else ""
+    given = {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "test": test, "effect": effect}
+    return {**given, **empty, **more, "_infinite": infinite, "_copies": rows.copies}
 
 
 def joined(*notes: str) -> str:
@@ -37,7 +38,8 @@ def joined(*notes: str) -> str:
 
 def constant_line(rows: Rows, score: str, unit: str, test: str, effect: str, column: str, **more: Any) -> dict[str, Any]:
     """A result that is not there because a column does not vary at this layer."""
-    return line(rows, score, unit, test, effect, note=f"{column} is constant at this layer", _constant=column, **more)
+    why = f"{column} is constant at this layer" if len(rows.sequence) else "no row where all columns are finite"
+    return line(rows, score, unit, test, effect, note=why, _constant=column, **more)
 
 
 def assemble(
@@ -49,7 +51,7 @@ def assemble(
     """Results as a table, corrected over all rows that have a p-value, with the provenance of the table tested."""
     bare = [{name: value for name, value in one.items() if not name.startswith("_")} for one in lines]
     answer = pd.DataFrame(bare)
-    answer["note"] = ["; ".join(said for said in (one.get("note"), one.get("_copies")) if said) for one in lines]
+    answer["note"] = [joined(*(str(one.get(name, "")) for name in ("note", "_infinite", "_copies"))) for one in lines]
     answer["layer"] = answer["layer"].astype("Int64")
     if correction == "max-t":
         if max_t is None:
@@ -61,10 +63,27 @@ def assemble(
     answer = answer[
         [*(name for name in (*_FIRST, *_ALWAYS) if name in answer), *(c for c in answer if c not in (*_FIRST, *_ALWAYS))]
     ]
-    answer["note"] = answer.pop("note")
+    answer["note"] = _explained(answer)
     if "provenance" in table.attrs:
         answer.attrs["provenance"] = table.attrs["provenance"]
     return answer
+
+
+def _explained(answer: pd.DataFrame) -> pd.Series:
+    """The notes, last; where numbers are missing and no note says why, one that says which."""
+    notes = answer.pop("note")
+    missing = answer[["estimate", "low", "high", "p"]].isna()
+    words = [", ".join(str(column) for column in missing if row[column]) for row in missing.to_dict("records")]
+    silent = missing.any(axis=1) & (notes == "")
+    tested = answer["p"].notna()
+    lost = answer["p_corrected"].isna() & tested & (notes == "")
+    said = [
+        f"no {word}: {'too few differences between the units' if not_p else 'a description, not a test'}"
+        for word, not_p in zip(words, missing["estimate"] | missing["low"], strict=True)
+    ]
+    return notes.mask(silent, pd.Series(said, index=answer.index)).mask(
+        lost, "not corrected: too few units, or units that do not differ"
+    )
 
 
 def correct(
@@ -157,6 +176,7 @@ def max_t_signs(values: Float[np.ndarray, "units tests"], n_resamples: int, seed
     # v = m + d: with m far above d, sums of squares of v would round d away.
     m = np.where(there, values, 0.0).sum(0) / np.maximum(count, 1)
     d = np.where(there, values - m, 0.0)
+    d = np.where(there, d - d.sum(0) / np.maximum(count, 1), 0.0)  # the mean's own rounding
     squares = (d**2).sum(0)
     rng = np.random.default_rng(seed)
 

@@ -35,21 +35,24 @@ class Rows:
     document: Int[np.ndarray, " rows"]
     fold: Int[np.ndarray, " rows"]
     copies: str
+    infinite: int = 0  # rows left out because a value was infinite
 
     def where(self, keep: Bool[np.ndarray, " rows"]) -> "Rows":
         """The rows marked."""
         return Rows(
             self.layer, {name: value[keep] for name, value in self.values.items()},
             {name: label[keep] for name, label in self.labels.items()}, self.sequence[keep], self.unit[keep], self.document[keep],
-            self.fold[keep], self.copies,
+            self.fold[keep], self.copies, self.infinite,
         )  # fmt: skip
 
     def finite(self, *names: str) -> "Rows":
-        """The rows where all these columns are finite."""
+        """The rows where all these columns are finite; those with infinite values are counted."""
         keep = np.ones(len(self.sequence), bool)
+        endless = np.zeros(len(self.sequence), bool)
         for name in names:
             keep &= np.isfinite(self.values[name])
-        return self if keep.all() else self.where(keep)
+            endless |= np.isinf(self.values[name])
+        return self if keep.all() else replace(self.where(keep), infinite=self.infinite + int(endless.sum()))
 
     def with_values(self, **values: Float[np.ndarray, " rows"]) -> "Rows":
         """The same rows with columns replaced or added."""

@@ -24,6 +24,8 @@ _TESTS = {
     "type": "permutation of tags among token types (Welch F)",
 }
 
+_MEANS = "one-sample t-test of unit means", "deviation from the sequence mean"
+
 
 def tag_effect(
     table: pd.DataFrame,
@@ -49,8 +51,9 @@ def tag_effect(
       their own: there it rejects less often than it may.
     - `type`: means by token type, tags permuted among types: that other words of these tags would show it, in these texts.
 
-    A tag of few words, each with a score of its own, passes `sequence` alone; where every text has differences between tags of its own, which mean
-    nothing in others, `mixed` alone does not find them. Believe a finding that passes all three.
+    A tag of few words, each with a score of its own, passes `sequence` alone (.50 false positives); where every text has differences between tags of
+    its own, which mean nothing in others, `mixed` alone does not find them (the others: .47). Only `mixed` is sound for tags as such: go by it, as
+    `red_flags` does. `sequence` and `type` say what they say of these tokens, or these texts. To ask for all three is very conservative (.015).
 
     omega squared = (SS_tag - df_tag MS_rest) / (SS_total + MS_rest), the share of the variance that is between tags; of scores less their
     sequence mean, or of type means; for `mixed` as min F' and its degrees of freedom a, b give it: a (F' - 1) / (a F' + b + 1). At no effect
@@ -181,6 +184,9 @@ def tag_means(
             rows = every.where(~pd.isna(every.labels[tag])).finite(score)
             rows = rows.with_values(_off=_centered(rows, score))
             explained = bool(there) and _explained(rows, score)
+            if not len(rows.sequence):
+                also = {"tag": pd.NA, "controls": ", ".join(there), **dict.fromkeys(("mean", "mean_low", "mean_high"), np.nan)}
+                lines.append(constant_line(rows, score, unit, _MEANS[0], _MEANS[1], score, **also))
             for kind in sorted(set(rows.labels[tag].tolist()), key=str):
                 part = rows.where(np.array(rows.labels[tag] == kind, bool))
                 found, mean = (interval_and_p(part.unit_means(name)[1]) for name in ("_off", score))
@@ -188,6 +194,8 @@ def tag_means(
                     **found, "tag": kind, "controls": ", ".join(there), "mean": mean["estimate"], "mean_low": mean["low"],
                     "mean_high": mean["high"],
                 }  # fmt: skip
+                if mean["low"] != mean["low"] and "note" not in found:
+                    answer["note"] = mean["note"]
                 if part.counts()["n_units"] < FEWEST:
                     answer |= dict.fromkeys(("low", "high", "p", "mean_low", "mean_high"), np.nan)
                     answer["note"] = f"fewer than {FEWEST} units"
@@ -195,14 +203,13 @@ def tag_means(
                     answer |= dict.fromkeys(("estimate", "low", "high", "p", "mean", "mean_low", "mean_high"), np.nan) | {
                         "note": EXPLAINED
                     }
-                effect = "deviation from the sequence mean"
-                lines.append(line(part, score, unit, "one-sample t-test of unit means", effect, **answer))
+                lines.append(line(part, score, unit, *_MEANS, **answer))
     return assemble(table, lines, correction)
 
 
 def _explained(rows: Rows, score: str) -> bool:
     """Whether the controls have left nothing of a score within sequences but rounding (see `residuals`)."""
-    return bool(np.ptp(_centered(rows, score)) <= 1e-12 * np.abs(rows.values[score]).max())
+    return len(rows.sequence) > 0 and bool(np.ptp(_centered(rows, score)) <= 1e-12 * np.abs(rows.values[score]).max())
 
 
 def _words(table: pd.DataFrame, score: str, tag: str, word: str) -> pd.DataFrame:
