@@ -27,6 +27,7 @@ class Once:
     """Every text once: which rows to keep, and what the rows belong to where copies count as one.
 
     Attributes:
+        sequence: code of each row's sequence.
         keep: False for the rows of texts that another one stands for.
         units, documents: codes of each row; documents that share copies have one code.
         folds: the same for splits: no copies in two of them, whatever their labels.
@@ -34,6 +35,7 @@ class Once:
         note: in words; empty without copies.
     """
 
+    sequence: Int[np.ndarray, " rows"]
     keep: Bool[np.ndarray, " rows"]
     units: Int[np.ndarray, " rows"]
     documents: Int[np.ndarray, " rows"]
@@ -67,7 +69,7 @@ def once(
     group, rank = _copies(table, sequence, first)
     n_texts = len(np.unique(text))
     if (group < 0).all():
-        return Once(np.ones(len(sequence), bool), units, document, units, n_texts, 0, "")
+        return Once(sequence, np.ones(len(sequence), bool), units, document, units, n_texts, 0, "")
     apart = [name for name in (*labels, *([unit] if unit not in ("document", "sequence") else [])) if name in table.columns]
     alike = _split_by(table, sequence, first, group, apart)
     stands, any_stands = _standing(alike, rank), _standing(group, rank)
@@ -81,7 +83,7 @@ def once(
         what = f"under another {' or '.join(apart)}" if apart else "elsewhere"
         note += f"{'; ' if note else ''}{n_copies - left_out} of {n_texts} texts are copies of texts {what}, and kept"
     return Once(
-        ~dropped[sequence], documents if unit == "document" else units, documents, _joined(units, units[first], sizes, any_stands), n_texts,
+        sequence, ~dropped[sequence], documents if unit == "document" else units, documents, _joined(units, units[first], sizes, any_stands), n_texts,
         n_copies, note,
     )  # fmt: skip
 

@@ -296,6 +296,34 @@ def test_texts_of_the_training_are_left_out_and_said(run, folder, texts, tmp_pat
     assert trained and tested and not tested & set(trained)
 
 
+@pytest.mark.usefixtures("short_report")
+def test_near_copies_of_the_training_are_left_out_and_said(run, folder, texts, tmp_path, monkeypatch):
+    """A title line in front, a word at the end: no digest of a text or a window is the same."""
+    monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
+    own = [f"Chapter {n}\n{text} lamp" for n, text in enumerate(sorted(texts_of_training(run, folder, texts)))]
+    near = tmp_path / "near.jsonl"
+    near.write_text("".join(json.dumps({"text": text, "doc": f"near-{n}"}) + "\n" for n, text in enumerate(own)))
+    out = tmp_path / "out"
+    said = merge("test", str(run[0]), str(near), texts["other"], "--model", folder, *QUICK, "--out", str(out))
+    assert re.search(r"left out \d+ windows that are copies of what the merger was trained on", said.stderr)
+    held, _ = report(out)
+    windows = held["provenance"]["merging"]["windows"]
+    assert windows["held_out_documents"] and not any("near" in name for name in windows["held_out_documents"])
+    assert windows["held_out_copies"] == 0 and "seen_runs" not in json.dumps(held["provenance"])
+    with pytest.raises(MergeError, match="was not trained on"):
+        merge("test", str(run[0]), str(near), "--model", folder, *QUICK, "--out", str(tmp_path / "none"))
+
+
+def test_held_out_copies_are_left_out_of_training_and_said(folder, texts, tmp_path):
+    twice = tmp_path / "twice.jsonl"
+    held = [p.text for p in read_texts(texts["train"])]
+    lines = [*held, *(f"Again\n{text}" for text in held[:1])]
+    twice.write_text("".join(json.dumps({"text": text, "doc": f"doc-{n}"}) + "\n" for n, text in enumerate(lines)))
+    said = merge("train", str(twice), "--model", folder, *SMALL, "--out", str(tmp_path / "run"))
+    assert re.search(r"left out [1-9]\d* of \d+ held-out windows: copies of windows to train on", said.stderr)
+    assert json.loads((tmp_path / "run" / "merger.json").read_text())["facts"]["training"]["held_out_copies"] > 0
+
+
 def texts_of_training(run, folder, texts) -> set[str]:
     facts = TokenMerger.load(run[0], door.load_model(folder)).facts["training"]
     return {p.text for p in read_texts(texts["train"]) if merging.windows.text_digest(p.text) in facts["seen_texts"]}

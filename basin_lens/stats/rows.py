@@ -102,8 +102,8 @@ def split(
     check_run(table)
     columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
     tables.require(table, "doc", "seq", *columns, *labels)
-    sequence, _ = codes_of(table)
     found = texts_once(table, unit, labels)
+    sequence = found.sequence
     layered = table["layer"].to_numpy() if "layer" in table.columns else np.zeros(len(table), int)
     there = sorted(np.unique(layered).tolist())
     if layers is not None:

@@ -56,7 +56,8 @@ def unit_slope(
     names = names_of(scores)
     test, effect = "permutation over units", f"slope per step of {on}"
     lines = []
-    for every in split(table, [*names, on], layers=layers, unit=unit):
+    # Copies of a text with another quantity are kept: they may be what is compared.
+    for every in split(table, [*names, on], layers=layers, unit=unit, labels=[on]):
         for score in names:
             rows = every.finite(score, on)
             flat = next((c for c in (score, on) if constant(rows.values[c])), None)

@@ -19,6 +19,7 @@ from basin_lens.texts.copies import passage_groups
 
 _CORPORA = ("nltk:genesis", "nltk:inaugural")
 _MATCHED = 0.25  # nats per token
+_CHARACTERS = 5  # per token of running text, about
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def prepare(
             said.append(f"{name} not read: {error}")
     try:
         found = find_licences()
-        mine = memorize.long_enough(model, found.passages, length)[: max(0, count - len(sources))]
+        mine = _different(model, memorize.long_enough(model, found.passages, length), length)[: max(0, count - len(sources))]
         sources += mine
         unread = f"; {len(found.unreadable)} files could not be read" if found.unreadable else ""
         said.append(f"{len(mine)} of {len(found.passages)} different licence texts found on this machine{unread}.")
@@ -88,8 +89,15 @@ def prepare(
     return made, said
 
 
+def _different(model: Any, sources: Sequence[Passage], length: int) -> list[Passage]:
+    """The sources whose beginnings are no copies of others' before them: one licence has many owners, and is one text."""
+    begun = [Passage(source.text[: _CHARACTERS * length]) for source in sources]
+    copied = {index for group in passage_groups(model, begun) for index in group[1:]}
+    return [source for index, source in enumerate(sources) if index not in copied]
+
+
 def _once(model: Any, made: Sequence[Passage]) -> tuple[list[Passage], int]:
-    """Without the sources whose openings are copies of others: one licence has many owners, and is one text."""
+    """Without the sources whose openings are copies of others, and how many those were."""
     begins = [index for index, p in enumerate(made) if p.labels["condition"] == "opening"]
     copied = {index for group in passage_groups(model, [made[index] for index in begins]) for index in group[1:]}
     ends = [*begins[1:], len(made)]

@@ -5,6 +5,7 @@
 - `corpora.py`: NLTK's corpora as readable text, with their own words and tags where they have them
 - `licences.py`: licence texts of the installed distributions
 - `tokens.py`: passages -> token sequences
+- `copies.py`: which texts are copies of one another, nearly or in full
 - `words.py`: words with their part of speech; which word a token belongs to
 - `taggers.py`: passages -> words
 """
