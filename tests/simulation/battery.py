@@ -5,8 +5,8 @@
     python -m tests.simulation.battery --excess               # partial rank correlation by the share that controls leave
     python -m tests.simulation.battery --power                # beside an ordinary joint regression
 
-A cell is a statistic and a kind of data without any effect. Of so many draws, it may reject no more than alpha and three binomial errors, or it refuses
-(NaN and a note, or an error of the package). NaN without a note fails.
+A cell is a statistic and a kind of data without any effect. Of so many draws, it may reject no more than alpha and three binomial errors, or it
+refuses (NaN and a note, or an error of the package). NaN without a note fails.
 """
 
 import argparse
@@ -18,46 +18,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from basin_lens import stats as S
 from basin_lens.errors import BasinLensError
 from tests.simulation import data as made
-from tests.simulation.data import DISTRIBUTIONS, SHAPES, Data, Maker
+from tests.simulation.data import DISTRIBUTIONS, SHAPES, Data
+from tests.simulation.statistics import STATISTICS, Statistic
 
 ALPHA = 0.05
 ERRORS = 3  # binomial errors above alpha from which a cell fails
-RESAMPLES = 199
 IN_FULL = "in full"  # said where controls explain a column
-EXCESS = "excess of its own"  # said where partial rank correlation has one
-LAYERS = 4  # of a draw, where a statistic is about many layers
-
-Test = Callable[[pd.DataFrame, list[str]], pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A statistic as it is called.
-
-    Attributes:
-        name: in the table.
-        make: the kind of tables it takes.
-        test: from a table and its control columns to rows with `layer, p, note`.
-        shapes: of data (see `SHAPES`).
-        by: column that tells several tests of one answer apart.
-        layers: of one draw; 1: every layer is a draw of its own, and one call tests all.
-        share: of the draws asked for: less than 1 where a call takes long.
-        refuses: whether a score within the span of the controls must be refused by name.
-        excess: whether an excess of its own is known, and then said in the row.
-    """
-
-    name: str
-    make: Maker
-    test: Test
-    shapes: Sequence[str] = tuple(SHAPES)
-    by: str | None = None
-    layers: int = 1
-    share: float = 1.0
-    refuses: bool = True
-    excess: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,129 +52,16 @@ class Count:
     warned: int = 0
     why: set[str] = field(default_factory=set)
 
-    def add(self, p: np.ndarray, notes: Sequence[str]) -> None:
-        """Count draws."""
+    def add(self, p: np.ndarray, notes: Sequence[str], says: str = "") -> None:
+        """Count draws; `warned`: those tested whose note holds what must be said."""
         there = np.isfinite(p)
         said = [str(note) for note in notes]
         self.tested += int(there.sum())
         self.found += int((p[there] <= ALPHA).sum())
         self.refused += sum(1 for ok, note in zip(there, said, strict=True) if not ok and note)
         self.silent += sum(1 for ok, note in zip(there, said, strict=True) if not ok and not note)
-        self.warned += sum(1 for ok, note in zip(there, said, strict=True) if ok and EXCESS in note)
+        self.warned += sum(1 for ok, note in zip(there, said, strict=True) if ok and says and says in note)
         self.why |= {note for ok, note in zip(there, said, strict=True) if not ok}
-
-
-def _no_correction(call: Callable[..., pd.DataFrame], **options: object) -> Test:
-    return lambda t, c: call(t, "x", "y", controls=c, correction="none", **options)
-
-
-def _freed_then(call: Callable[[pd.DataFrame], pd.DataFrame]) -> Test:
-    return lambda t, c: call(S.residuals(t, "x", controls=c))
-
-
-def _family(call: Callable[..., pd.DataFrame]) -> Test:
-    """The smallest corrected p of a family of layers."""
-
-    def test(t: pd.DataFrame, c: list[str]) -> pd.DataFrame:
-        answer = call(t, c)
-        joint = answer["p_corrected"] if answer["p"].notna().any() else answer["p"]
-        return pd.DataFrame({"p": [joint.min()], "note": ["; ".join(sorted(set(answer["note"]) - {""}))]})
-
-    return test
-
-
-def _unflagged(**question: object) -> Test:
-    """p 0 where a finding is there and no red flag is raised, else 1."""
-
-    def test(t: pd.DataFrame, c: list[str]) -> pd.DataFrame:
-        flags = S.red_flags(t, "x", controls=c, n_resamples=RESAMPLES, **question)
-        return pd.DataFrame({"p": [float(flags["raised"].fillna(False).any())], "note": [""]})
-
-    return test
-
-
-_N = {"correction": "none", "n_resamples": RESAMPLES}
-_GROUPS = {"group": "group", **_N}
-_BARE = ("straight", "same text four times")  # nothing in common: the shape tells copies only
-_TAG_TESTS = ("sequence", "mixed", "type")
-
-STATISTICS = (
-    Statistic("partial_correlation, pearson", made.of_tokens, _no_correction(S.partial_correlation, method="pearson")),
-    Statistic("partial_correlation, spearman", made.of_tokens, _no_correction(S.partial_correlation), excess=True),
-    Statistic("rank_regression", made.of_tokens, _no_correction(S.rank_regression), excess=True),
-    Statistic("rank_regression, between texts", made.of_units, _no_correction(S.rank_regression, within=False), share=0.5, excess=True),
-    Statistic("mixed_model", made.of_tokens, _no_correction(S.mixed_model)),
-    Statistic(
-        "residuals, then spearman", made.of_tokens,
-        _freed_then(lambda t: S.within_sequence_correlation(t, "x", "y", correction="none")), refuses=False,
-    ),
-    Statistic(
-        "residuals, then quartile_table", made.of_tokens,
-        _freed_then(lambda t: S.quartile_table(t, "x", "y", correction="none").query("quartile == '4 - 1'")), refuses=False,
-    ),
-    Statistic("compare_groups, paired", made.grouped_tokens, lambda t, c: S.compare_groups(t, "x", paired=True, controls=c, **_GROUPS)),
-    Statistic("compare_groups, unpaired", made.of_units, lambda t, c: S.compare_groups(t, "x", controls=c, **_GROUPS)),
-    Statistic(
-        "tag_effect", made.grouped_tokens, lambda t, c: S.tag_effect(t, "x", "tag", controls=c, **_N), by="test", share=0.25,
-    ),
-    Statistic(
-        "tag_effect, types with scores of their own", made.of_types, lambda t, c: S.tag_effect(t, "x", "tag", controls=c, **_N),
-        ("straight", "constant control"), by="test", share=0.5,
-    ),
-    Statistic("tag_means", made.grouped_tokens, lambda t, c: S.tag_means(t, "x", "tag", controls=c, correction="none"), by="tag", share=0.5),
-    Statistic(
-        "added_value", made.of_units, lambda t, c: S.added_value(t, "x", "group", c, n_splits=3, **_N | {"n_resamples": 99}), by="metric",
-        share=0.25,
-    ),
-    Statistic(
-        "partial_correlation, max-t over layers", made.of_tokens,
-        _family(lambda t, c: S.partial_correlation(t, "x", "y", controls=c, correction="max-t", n_resamples=RESAMPLES)),
-        layers=LAYERS, share=0.25, excess=True,
-    ),
-    Statistic(
-        "compare_groups, paired, max-t over layers", made.grouped_tokens,
-        _family(lambda t, c: S.compare_groups(t, "x", "group", paired=True, controls=c, correction="max-t", n_resamples=RESAMPLES)),
-        layers=LAYERS, share=0.25,
-    ),
-    Statistic(
-        "best_layer of partial_correlation, pearson", made.of_tokens,
-        lambda t, c: S.best_layer(t, lambda part: S.partial_correlation(part, "x", "y", controls=c, method="pearson"), correction="none"),
-        layers=LAYERS, share=0.25, refuses=False,
-    ),
-    Statistic("red_flags against", made.of_tokens, _unflagged(against="y"), layers=LAYERS, share=0.25, refuses=False),
-    Statistic("red_flags of groups, paired", made.grouped_tokens, _unflagged(group="group", paired=True), layers=LAYERS, share=0.125, refuses=False),
-    Statistic("red_flags of groups, unpaired", made.of_units, _unflagged(group="group"), layers=LAYERS, share=0.125, refuses=False),
-    Statistic(
-        "red_flags of tags, types with scores of their own", made.of_types, _unflagged(tag="tag"), ("straight", "constant control"),
-        layers=1, share=0.25, refuses=False,
-    ),
-    # Without controls: nothing in common.
-    Statistic("within_sequence_correlation, spearman", made.bare_tokens, lambda t, c: S.within_sequence_correlation(t, "x", "y", correction="none"), _BARE),
-    Statistic(
-        "within_sequence_correlation, pearson", made.bare_tokens,
-        lambda t, c: S.within_sequence_correlation(t, "x", "y", method="pearson", correction="none"), _BARE,
-    ),
-    Statistic("quartile_table", made.bare_tokens, lambda t, c: S.quartile_table(t, "x", "y", correction="none").query("quartile == '4 - 1'"), _BARE),
-    Statistic("compare_groups, paired, no controls", made.bare_tokens, lambda t, c: S.compare_groups(t, "x", paired=True, **_GROUPS), _BARE),
-    Statistic("compare_groups, unpaired, no controls", made.bare_units, lambda t, c: S.compare_groups(t, "x", **_GROUPS), _BARE),
-    Statistic("tag_effect, no controls", made.bare_tokens, lambda t, c: S.tag_effect(t, "x", "tag", **_N), _BARE, by="test", share=0.25),
-    Statistic("tag_means, no controls", made.bare_tokens, lambda t, c: S.tag_means(t, "x", "tag", correction="none"), _BARE, by="tag", share=0.5),
-    Statistic("before_after", made.bare_tokens, lambda t, c: S.before_after(t, **_N), _BARE),
-    Statistic("before_after, max-t over layers", made.bare_tokens, _family(lambda t, c: S.before_after(t, correction="max-t", n_resamples=RESAMPLES)), _BARE, layers=LAYERS),
-    Statistic(
-        "compare_groups, unpaired, max-t over layers", made.bare_units,
-        _family(lambda t, c: S.compare_groups(t.assign(group=t["doc"] % 24 < 12), "x", "group", correction="max-t", n_resamples=RESAMPLES)),
-        ("straight",), layers=LAYERS,
-    ),
-    Statistic("best_layer of before_after", made.bare_tokens, lambda t, c: S.best_layer(t, lambda part: S.before_after(part, n_resamples=RESAMPLES), correction="none"), _BARE, layers=LAYERS, share=0.5),
-    Statistic("unit_slope", made.bare_units, lambda t, c: S.unit_slope(t, "x", "y", **_N), _BARE),
-    Statistic("detect", made.bare_units, lambda t, c: S.detect(t, "x", "group", rates=(), **_N), _BARE),
-    Statistic(
-        "detect, better than another", made.bare_units,
-        lambda t, c: S.detect(t, "x", "group", versus="z", rates=(), **_N).query("versus == 'z'"), _BARE,
-    ),
-    Statistic("red_flags of a change", made.bare_tokens, lambda t, c: _unflagged()(t.drop(columns=["x"]).rename(columns={"difference": "x"}), []), _BARE, layers=LAYERS, share=0.25),
-)  # fmt: skip
 
 
 def cells(statistics: Sequence[Statistic] = STATISTICS) -> Iterator[Cell]:
@@ -255,7 +110,7 @@ def run(cell: Cell, draws: int) -> dict[str, Count]:
     table = statistic.make(cell.data, draws * statistic.layers, seed_of(cell))
     controls = made.controls_of(cell.data)
     parts = [table]
-    if statistic.layers > 1 or statistic.name.startswith("red_flags"):
+    if statistic.layers > 1:
         parts = [
             part.assign(layer=part["layer"] % statistic.layers) for _, part in table.groupby(table["layer"] // statistic.layers)
         ]
@@ -268,14 +123,12 @@ def run(cell: Cell, draws: int) -> dict[str, Count]:
             count.why.add(str(error))
             continue
         for key, rows in answer.groupby(statistic.by) if statistic.by else [("", answer)]:
-            counts.setdefault(str(key), Count()).add(
-                rows["p"].to_numpy(float), rows["note"].tolist() if "note" in rows else [""] * len(rows)
-            )
+            counts.setdefault(str(key), Count()).add(rows["p"].to_numpy(float), rows["note"].tolist(), statistic.says)
     return counts
 
 
 def verdict(cell: Cell, count: Count) -> str:
-    """`ok`, `refused`, `said` (an excess of its own, with a note in the rows), or what is wrong."""
+    """`ok`, `refused`, `said` (too many, but every row says why: `Statistic.says`), or what is wrong."""
     if count.silent:
         return "FAILS: NaN without a note"
     wanted = SHAPES[cell.data.shape]
@@ -285,7 +138,7 @@ def verdict(cell: Cell, count: Count) -> str:
         return "refused"
     if count.found / count.tested <= limit(count.tested):
         return "ok"
-    if cell.statistic.excess and count.warned == count.tested:
+    if cell.statistic.says and count.warned == count.tested:
         return "said"
     return "FAILS: too many"
 

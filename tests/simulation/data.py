@@ -164,10 +164,17 @@ def grouped_tokens(data: Data, draws: int, seed: int) -> pd.DataFrame:
 
 
 def of_types(data: Data, draws: int, seed: int) -> pd.DataFrame:
-    """Each of 60 token types has a score of its own and one tag of three, which mean nothing in other words: what fools a test over tokens."""
+    """Each of 60 token types has a score of its own and one tag of three, which mean nothing in other words: what fools a test over tokens.
+
+    With levels, every text has differences between tags of its own, which mean nothing in other texts.
+    """
     table = of_tokens(data, draws, seed)
     rng = np.random.default_rng([seed, 1])
     table["x"] = table["x"] + rng.normal(0, 0.7, (draws, 60))[table["layer"], table["token_id"]]
+    if data.levels:
+        table["x"] = (
+            table["x"] + rng.normal(0, 0.7, (draws, table["doc"].max() + 1, 3))[table["layer"], table["doc"], table["token_id"] % 3]
+        )
     table["tag"] = np.array(["A", "B", "C"])[table["token_id"] % 3]
     return table
 

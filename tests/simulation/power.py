@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
-from basin_lens import stats as S
+from basin_lens.stats import partial_correlation
 from tests.simulation import data as made
-from tests.simulation.battery import ALPHA, ERRORS, EXCESS, STATISTICS, Statistic
+from tests.simulation.battery import ALPHA, ERRORS
 from tests.simulation.data import Data
+from tests.simulation.statistics import EXCESS, STATISTICS, Statistic
 
 ENOUGH = 0.9  # of the reference's power
 
@@ -79,7 +81,7 @@ def _slopes_of_texts(held: np.ndarray) -> np.ndarray:
     x, design = held[..., 0], held[..., 1:]
     among = np.einsum("dtnc,dtne->dtce", design, design)
     across = np.einsum("dtnc,dtn->dtc", design, x)
-    return np.asarray(stats.ttest_1samp(np.linalg.solve(among, across[..., None])[..., 0, 0], 0, axis=1).pvalue)
+    return np.asarray(ttest_1samp(np.linalg.solve(among, across[..., None])[..., 0, 0], 0, axis=1).pvalue)
 
 
 def _slope_of_means(means: np.ndarray) -> np.ndarray:
@@ -90,7 +92,7 @@ def _slope_of_means(means: np.ndarray) -> np.ndarray:
     rest = x - np.einsum("dnc,dc->dn", design, slopes)
     freedom = x.shape[1] - 1 - design.shape[2]
     t = slopes[:, 0] / np.sqrt((rest**2).sum(1) / freedom * inverse[:, 0, 0])
-    return np.asarray(2 * stats.t.sf(np.abs(t), freedom))
+    return np.asarray(2 * student.sf(np.abs(t), freedom))
 
 
 def power(effect: Effect, draws: int) -> dict[str, object]:
@@ -135,7 +137,7 @@ def excess(draws: int = 400, noises: Sequence[float] = (1.0, 0.7, 0.5, 0.35, 0.2
 def _excess(statistic: Statistic, data: Data, draws: int) -> dict[str, object]:
     table = made.of_tokens(data, draws, 777)
     answer = statistic.test(table, ["c0"])
-    values = S.partial_correlation(table, "x", "y", controls=["c0"], method="pearson", correction="none")
+    values = partial_correlation(table, "x", "y", controls=["c0"], method="pearson", correction="none")
     rate = float((answer["p"] <= ALPHA).mean())
     return {
         "statistic": statistic.name, "levels": data.levels, "noise": data.noise, "left of values": data.noise**2 / (1 + data.noise**2),
