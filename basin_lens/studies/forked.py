@@ -104,7 +104,9 @@ def _continuation_scores(
     """Scores of the tokens from `first` on."""
     plan = planted.plan
     scores = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal(), Agreement()]
-    capture = Capture.from_texts(model, tokens, layers=planted.layers, progress=False)
+    # All of them are real: a text may end in the token that the tokenizer pads with.
+    real = torch.ones_like(tokens)
+    capture = Capture.from_texts(model, tokens, attention_mask=real, layers=planted.layers, progress=False)
     asked = capture.row_pos >= first
     table = analyze(model, capture, scores, bank=bank, queries=asked, seed=plan.seed, progress=progress)
     return table[table["pos"] >= first].reset_index(drop=True)
