@@ -37,8 +37,8 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
         try:
             return _kept(folder, model)
         except (StoreError, CaptureError) as error:
-            warnings.warn(f"The reference bank in the cache is damaged, and is read anew: {error}", stacklevel=2)
             _discard(folder)
+            warnings.warn(f"The reference bank in the cache is damaged, and is read anew: {error}", stacklevel=2)
     try:
         return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, store=folder, progress=progress)
     except StoreError:
