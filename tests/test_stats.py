@@ -209,6 +209,8 @@ def test_paired_groups_with_controls_are_the_regression_on_all_at_once():
     parts = np.stack(parts)
     error = np.sqrt(((parts @ y) ** 2).sum()) / (g @ g)
     roots = np.linalg.eigvalsh(parts @ parts.T)
+    free = len(both) - both.seq.nunique()
+    error *= np.sqrt((free - 1) / (free - 2))  # one control ties the units together
     wide = stats.t.ppf(0.975, roots.sum() ** 2 / (roots**2).sum()) * error
     assert (answer.low, answer.high) == pytest.approx((answer.estimate - wide, answer.estimate + wide))
     assert (answer.n_units, answer.n_tokens) == (both.doc.nunique(), len(both))
@@ -1090,6 +1092,11 @@ def test_perfect_agreement_has_an_estimate_but_no_made_up_p():
     table["b"] = np.exp(table.a)
     answer = S.within_sequence_correlation(table, "a", "b").iloc[0]
     assert answer.estimate > 0.9999 and np.isnan(answer.p)
+    for answer in (
+        S.mixed_model(table.assign(b=2 * table.a), "a", "b", controls=["position"]).iloc[0],
+        S.rank_regression(table, "a", "b").iloc[0],
+    ):
+        assert answer.estimate == pytest.approx(1) and np.isnan(answer.p) and "perfect fit" in answer.note
     apart = table.assign(c=table.a + 100 * table.member)
     answer = S.compare_groups(apart, "c", "member", n_resamples=999).iloc[0]
     assert answer.cliff_delta == 1 and np.isnan(answer.cliff_delta_low) and answer.p <= 0.002

@@ -283,7 +283,7 @@ def _rank_slope(
 ) -> dict[str, Any]:
     """The standardized slope of the first column's ranks on the second's, given the others."""
     codes = rows.sequence if within else np.zeros(len(ranks), int)
-    ranks, there = ranks / ranks[:, :2].std(0).max(), names[2:]
+    there = names[2:]
     notes, bent = [], None
     if there:
         given = np.stack([rows.values[name] for name in there], 1)
