@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy import optimize
 
 from basin_lens.stats.controls import CONTROLS, chosen, varied
-from basin_lens.stats.projection import EXPLAINED, STRAIGHT, curves, in_full, project
+from basin_lens.stats.projection import EXPLAINED, IN_FULL, STRAIGHT, curves, in_full, project
 from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
@@ -106,6 +106,15 @@ def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool)
     for column, name in enumerate((score, term)):
         if told[column] or not left.of(column):
             return {"term": term, "left": 0.0, "note": f"{name}: {EXPLAINED}"}
+    one, other = left.values.T
+    if 1 - (one @ other) ** 2 / (one @ one) / (other @ other) <= IN_FULL:
+        perfect = {
+            "term": term,
+            "estimate": float(one @ other / (other @ other)),
+            "partial_r2": 1.0,
+            "left": float(left.share.min()),
+        }
+        return perfect | {"note": joined(notes, "a perfect fit: no interval and no p")}
     y, x = pair[:, 0], np.column_stack([np.ones(len(pair)), pair[:, 1], left.basis * np.sqrt(len(pair))])
     ratio = level_ratio(y, x, rows.sequence)
     y, x = freed(y, x, rows.sequence, ratio)
@@ -127,6 +136,7 @@ def level_ratio(y: Float[np.ndarray, " rows"], x: Float[np.ndarray, "rows terms"
     means = np.stack([np.bincount(inverse, weights=column) / sizes for column in held.T], 1)
     rest = held - means[inverse]
     within, freedom = rest.T @ rest, len(y) - x.shape[1]
+    within[-1, -1] += 1e-12 * (y @ y)  # where the terms leave nothing of y, its logarithm must end somewhere
 
     def loss(ratio: float) -> float:
         products = within + (means * (sizes / (1 + sizes * ratio))[:, None]).T @ means
