@@ -608,18 +608,18 @@ def test_the_model_is_not_asked_where_its_header_alone_is_too_long(llama, monkey
     assert made.restored() == data
 
 
-@pytest.mark.parametrize(("method", "backend", "times", "most"), [("direct", "range", 15, 200), ("ranks", "zlib", 50, 1100)])
-def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, times, most):
+@pytest.mark.parametrize(("method", "backend", "times"), [("direct", "range", 15), ("ranks", "zlib", 50)])
+def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, times):
     """Repeated text: zstd takes some hundred bytes, an untrained model more than a byte for each token."""
     data = "".join(f"{TEXT[:300]} " for _ in range(times))
-    coder = codec.TextCodec(llama, method, backend, streams=4, context=40)
+    coder = codec.TextCodec(llama, method, backend, streams=16, context=40)
     tokens = coder.prepared(data)[1]
     stored = container.store(data.encode(), "no smaller with the model").to_bytes()
     calls = counting_steps(monkeypatch)
     assert coder.encode(data) == stored
     stopped = len(calls)
     whole = coder.encode_text(data.encode(), tokens)
-    assert len(whole) > len(stored) + 1000 and stopped < most < len(calls) - stopped
+    assert len(whole) > len(stored) + 1000 and 0 < stopped < 0.75 * (len(calls) - stopped)
 
 
 @pytest.mark.parametrize(("method", "backend"), METHODS)
