@@ -14,6 +14,7 @@ from basin_lens.errors import MergeError, StudyError, TextError
 from basin_lens.stats.added import _cases
 from basin_lens.stats.rows import split
 from basin_lens.studies import author, planted, recited
+from basin_lens.studies.measured import count_units
 from basin_lens.texts import reference_passages
 from basin_lens.texts.copies import COMMON, LONG, groups_of_copies, made_of_runs, runs_of
 from tests.conftest import TEXTS, random_tokens
@@ -515,3 +516,13 @@ def test_one_licence_of_many_owners_is_recited_once(llama, monkeypatch):
     made, said = recited.prepare(llama, count=3, length=16, seed=0, files=sources)
     assert {p.doc for p in made} == {"Ann", "other"}
     assert "1 sources left out: their openings are copies of others, nearly or in full." in said
+
+
+def test_studies_count_distinct_texts_before_the_model_runs(llama):
+    made = [
+        bl.Passage(title + words(n), doc=f"{title}{n}", labels={"kind": n % 2}) for n in range(8) for title in ("", "A title\n")
+    ]
+    planned = bl.Capture.plan(llama, made, layers=[0])
+    assert [count_units(planned, unit) for unit in ("document", "kind")] == [8, 2]
+    assert count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "document") == 8
+    assert count_units(planned, "sequence") == count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "sequence")
