@@ -173,7 +173,7 @@ class _Blocks:
             worst = int(pattern.argmax())
             raise CaptureError(
                 f"expected the cached attention pattern of block {layer} to be the block's own, got one that differs by up to "
-                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave hook_pattern out of the "
+                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave patterns out of the "
                 "cache, and it is computed."
             )
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
-from basin_lens.capture.caches import align, borders_in, check_is_cache, other_readings, real_tokens, right_padded, stored_type
+from basin_lens.capture.batches import TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
+from basin_lens.capture.caches import align, borders_in, check_is_cache, other_readings, real_tokens, stored_type
 from basin_lens.capture.foreign import check_cache
+from basin_lens.capture.readings import holds, measure_readings
 from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
     check_shards,
@@ -316,7 +317,7 @@ class Capture(TokenRows):
         check_cache(model, self, {*ends, *(layer for a in readable for layer in layers_of(a, self.layers))})
         with door.full_precision():
             for analyzer in readable:
-                self._measure_readings(model, analyzer)
+                measure_readings(model, self, analyzer)
         if again:
             self._fill(model, again, None, progress, keep_states=False)
         return [analyzer.key for analyzer in again]
@@ -327,32 +328,7 @@ class Capture(TokenRows):
             return set(looks) <= set(self.layers)
         if self.settings["source"] != "cache" or analyzer.target not in (None, "cache") or not set(looks) <= set(self.layers):
             return False
-        return all(self._holds(need, layer) for layer in looks for need in analyzer.needs)
-
-    def _holds(self, need: str, layer: int) -> bool:
-        """Whether a reading is there, or can be had from the states (logits)."""
-        if need == "logits":
-            return self.model["layers"] - 1 in self.layers and bool(self.settings.get("states_of_model", True))
-        return need in ("resid_pre", "resid_post") or f"{need}.{layer}" in self._readings
-
-    def _measure_readings(self, model: Any, analyzer: TokenMeasure) -> None:
-        batches = list(token_batches(self, None))
-        memories: list[dict[str, Any]] = [{} for _ in batches]
-        for layer in layers_of(analyzer, self.layers):
-            # A border may lie on disk: it is read once.
-            borders = {"resid_pre": layer, "resid_post": layer + 1, "logits": self.model["layers"]}
-            states = {need: self._border(borders[need]) for need in analyzer.needs & borders.keys()}
-            for memory, (rows, tokens, valid) in zip(memories, batches, strict=True):
-                values = {need: _grid(held[rows], valid) for need, held in states.items()}
-                if "logits" in values:
-                    values["logits"] = door.logits_of(model, values["logits"]).cpu()
-                seqs = self.row_seq[rows].unique_consecutive()
-                for need in analyzer.needs - borders.keys():
-                    reading, padding = self._readings[f"{need}.{layer}"][seqs], self._readings["valid"][seqs]
-                    values[need] = right_padded(reading, padding, valid.shape[1], square=need == "pattern")
-                measured = analyzer.measure(TokenBatch(layer, self.model["layers"], tokens, valid, values, memory))
-                if layer in self.layers:
-                    self._keep(rows, valid, analyzer, layer, measured)
+        return all(holds(self, need, layer) for layer in looks for need in analyzer.needs)
 
     def _keep(self, rows: Tensor, valid: Tensor, analyzer: TokenMeasure, layer: int, values: Mapping[str, Tensor]) -> None:
         columns = self.columns.setdefault(analyzer.key, {})
@@ -447,10 +423,3 @@ class Capture(TokenRows):
             StoreError: no capture there, one that is not as it was written, or one of an earlier version.
         """
         return cls(**read_capture(Path(path)))
-
-
-def _grid(rows: Tensor, valid: Tensor) -> Tensor:
-    """Rows of some sequences as `[batch, pos, ...]`, padded with zeros."""
-    grid = rows.new_zeros((*valid.shape, *rows.shape[1:]))
-    grid[valid] = rows
-    return grid

@@ -296,7 +296,6 @@ class TokenMerger(nn.Module):
             raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
         return self
 
-    @torch.inference_mode(False)
     def calibrate(
         self, model: Any, tokens: Int[Tensor, "batch pos"], *, surprisal: Float[Tensor, "batch pos"] | None = None, context: int | None = None,
         scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None, valid: Bool[Tensor, "batch pos"] | None = None,
