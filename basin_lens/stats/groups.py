@@ -31,6 +31,7 @@ from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enou
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
 # A unit counts where the controls leave at least this share of the variation of the groups: else they explain the groups there, but for rounding.
 _LEAST = 1e-3
+_BEND = 0.05
 _IN_FULL = "the controls explain the groups or the score in full"
 
 
@@ -62,7 +63,8 @@ def compare_groups(
         groups: two of its values, (first, second); None: its only two, True before False, else in order.
         paired: whether both groups are compared within each sequence.
         controls: standard controls (those that the table lacks are passed over) or columns of the table; the answer is the difference where
-            they are equal. Unpaired: regression on the controls' unit means, residuals permuted. Paired: regression of the score on the group,
+            they are equal. Unpaired: regression on the controls' unit means (curves where units suffice, 30 per control; else the note says so, and
+            warns where the score bends with a control within texts), residuals permuted. Paired: regression of the score on the group,
             the controls, straight and smooth (as for `residuals`), and the sequences, over the tokens of both groups; the signs of
             the units' parts of the slope are flipped.
         frequency: as for `add_controls`.
@@ -138,6 +140,8 @@ def compare_groups(
                     test = "permutation of residuals (Freedman-Lane)"
                     whole = _nothing(_IN_FULL) if told_in_full(rows, score, here) else None
                     found |= whole or _controlled(values, chosen_units, [rows.unit_means(c)[1] for c in here], n_resamples, seed)
+                    if "straight" in found["note"]:
+                        found["note"] = joined(found["note"], _bends(rows, score, here))
             said.append(found.pop("note", ""))
             lines.append(line(rows, score, unit, test, "mean difference", **given | found, note=joined(*said)))
             columns.append((codes, values))
@@ -378,6 +382,19 @@ def _unpaired(
         "cliff_delta": 2 * above - 1, "cliff_delta_low": max(-1.0, 2 * low - 1) if low == low else np.nan,
         "cliff_delta_high": min(1.0, 2 * high - 1) if high == high else np.nan,
     }  # fmt: skip
+
+
+def _bends(rows: Rows, score: str, controls: Sequence[str]) -> str:
+    """A note where straight lines over units cannot hold controls fixed, because the score bends with them within texts."""
+    held, there = rows.values[score][:, None], [rows.values[c] for c in controls]
+    straight, smooth = (unexplained(held, there, rows.sequence, smooth=bent)[0].share[0] for bent in (False, True))
+    share = 1 - smooth / straight if straight > 0 else 0.0
+    if share < _BEND:
+        return ""
+    return (
+        f"the score bends with the controls: within texts, curves take {100 * share:.0f} % of what straight lines leave, and units are too few to "
+        "hold that fixed. Test the group as a column of 0 and 1 with mixed_model"
+    )
 
 
 def _nothing(note: str) -> dict[str, Any]:
