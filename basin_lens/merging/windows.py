@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.texts import read_passages, tokenize
-from basin_lens.texts.copies import groups_of_copies, made_of_runs, runs_of
+from basin_lens.texts.copies import SHARE, groups_of_copies, made_of_runs, runs_of
 
 TOKENS_PER_PASS = 1024
 
@@ -62,10 +62,17 @@ class Windows:
         return [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in self.tokens.tolist()]
 
     def without_copies_of(self, others: "Windows") -> tuple["Windows", int]:
-        """Those that are no copies of the others, nearly or in full, and how many were."""
-        known = np.unique(runs_of(others.tokens.numpy()))
-        equal = set(others.digests())
+        """Those that are no copies of the others, nearly or in full, and how many were; see `without_runs`."""
+        return self.without_runs(np.unique(runs_of(others.tokens.numpy())), set(others.digests()))
+
+    def without_runs(self, known: Int[np.ndarray, " runs"], equal: Set[str]) -> tuple["Windows", int]:
+        """Those that are not made of known runs (of `runs_of`) nor have a known digest, and how many were.
+
+        A document of which half of the windows are known is known in full: of a text that was trained on, some tokens were in no window.
+        """
         copied = made_of_runs(self.tokens.numpy(), known) | np.array([digest in equal for digest in self.digests()], bool)
+        share = pd.Series(copied).groupby(list(self.doc)).transform("mean").to_numpy(float)
+        copied |= share >= SHARE
         return self.take(np.flatnonzero(~copied).tolist()), int(copied.sum())
 
     def once(self) -> tuple["Windows", int]:
@@ -142,10 +149,8 @@ def seen_of(windows: Windows) -> str:
 
 def without_seen(windows: Windows, training: Mapping[str, Any]) -> tuple[Windows, int]:
     """Windows that a merger was not trained on, nearly or in full, by what it says of its training; and how many others there were."""
-    known = np.frombuffer(base64.b64decode(training.get("seen_runs", "")), "<i8")
-    equal = set(training.get("seen", []))
-    copied = made_of_runs(windows.tokens.numpy(), known) | np.array([digest in equal for digest in windows.digests()], bool)
-    return windows.take(np.flatnonzero(~copied).tolist()), int(copied.sum())
+    known = np.frombuffer(base64.b64decode(training.get("seen_runs", "")), "<i8").astype(np.int64)
+    return windows.without_runs(known, set(training.get("seen", [])))
 
 
 def text_digest(text: str) -> str:

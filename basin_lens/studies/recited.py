@@ -57,9 +57,11 @@ def prepare(
             said.append(f"{len(places)} texts of {name}.")
         except TextError as error:
             said.append(f"{name} not read: {error}")
+    every, sources = len(sources), _different(model, sources, length)
+    said += [f"{every - len(sources)} of these begin as others do, and are left out."] if len(sources) < every else []
     try:
         found = find_licences()
-        mine = _different(model, memorize.long_enough(model, found.passages, length), length)[: max(0, count - len(sources))]
+        mine = _different(model, [*sources, *memorize.long_enough(model, found.passages, length)], length)[len(sources) : count]
         sources += mine
         unread = f"; {len(found.unreadable)} files could not be read" if found.unreadable else ""
         said.append(f"{len(mine)} of {len(found.passages)} different licence texts found on this machine{unread}.")
