@@ -11,7 +11,18 @@ from jaxtyping import Bool, Float, Int
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.controls import CONTROLS, chosen, varied
 from basin_lens.stats.groups import side_by_side
-from basin_lens.stats.projection import EXPLAINED, IN_FULL, IN_FULL_OF_RANKS, STRAIGHT, Left, curves, in_full, project, unexplained
+from basin_lens.stats.projection import (
+    EXPLAINED,
+    IN_FULL,
+    IN_FULL_OF_RANKS,
+    STRAIGHT,
+    Left,
+    curves,
+    in_full,
+    levels,
+    project,
+    unexplained,
+)
 from basin_lens.stats.reliability import bounds
 from basin_lens.stats.results import (
     Correction,
@@ -292,7 +303,7 @@ def _rank_slope(
         told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), given, codes, copies=True)
         # Between texts, each text says one thing of a curve, however many tokens it has.
         free = len(ranks) - len(np.unique(codes)) - len(there) if within else len(np.unique(rows.unit)) - len(there)
-        bent = curves(list(given.T), free, ranked=rows.sequence if within else None) if smooth else None
+        bent = curves(_with_indexes(rows, names, codes), free, ranked=rows.sequence if within else None) if smooth else None
         if smooth and bent is None:
             notes.append(STRAIGHT)
         if any(told):
@@ -309,6 +320,21 @@ def _rank_slope(
         if found["left"] < NEARLY:
             notes.append(_nearly(found["left"]) + ": see partial_correlation")
     return found | {"note": joined(*notes, found.get("note", ""))}
+
+
+def _with_indexes(rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"]) -> list[Float[np.ndarray, " rows"]]:
+    """The controls and, of several, what they say of the first two columns at once: what a rank can be expected to be bends with that.
+
+    The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share nothing but
+    the controls' sum passed in 93 to 100 % of data sets. So the fitted columns, and their places within the sequence, are controls too.
+    """
+    controls = [rows.values[name] for name in names[2:]]
+    if len(controls) < 2:
+        return controls
+    pair = np.stack([rows.values[name] for name in names[:2]], 1)
+    fitted = pair - levels(codes, pair) - unexplained(pair, controls, codes)[0].values
+    places = pd.DataFrame(fitted).groupby(codes).rank(pct=True).to_numpy()
+    return [*controls, *fitted.T, *places.T]
 
 
 @dataclass(frozen=True)
@@ -369,7 +395,15 @@ def _given(
     ranked = method == "spearman"
     told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), controls, rows.sequence, copies=ranked or smooth)
     free = len(held) - len(np.unique(rows.sequence)) * (1 + controls.shape[1])
-    bent = curves(list(controls.T), free, ranked=rows.sequence if ranked else None) if smooth else None
+    bent = (
+        curves(
+            _with_indexes(rows, names, rows.sequence) if ranked else list(controls.T),
+            free,
+            ranked=rows.sequence if ranked else None,
+        )
+        if smooth
+        else None
+    )
     left = project(held[:, :2], np.empty((len(held), 0)) if bent is None else bent, rows.sequence, held[:, 2:])
     told = [one or not left.of(column, IN_FULL_OF_RANKS if ranked else IN_FULL) for column, one in enumerate(told)]
     notes = [] if bent is not None else [STRAIGHT if smooth else "controls as straight lines"]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from basin_lens.distinct import documents_once
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import joined
 from basin_lens.values import whole_numbers
@@ -17,7 +18,7 @@ def mean_interval(
 ) -> pd.DataFrame:
     """Mean of a column in each group, with a 95 % percentile bootstrap interval over units.
 
-    A unit's rows are averaged first, so that long documents count as much as short ones.
+    A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the table tells.
 
     Args:
         table: one row per case.
@@ -45,6 +46,8 @@ def mean_interval(
     groups = [by] if isinstance(by, str) else list(by)
     if missing := [name for name in (column, unit, *groups) if name not in table]:
         raise TableError(f"expected columns {column}, {unit} and {', '.join(groups)}, got none of {missing}.")
+    if unit == "doc" and {"doc", "seq", "token_id"} <= set(table):
+        table = table[documents_once(table).keep]
     endless = np.isinf(table[column].to_numpy(float, na_value=np.nan))
     held = table[~endless].dropna(subset=[column])
     if held.empty:

@@ -25,6 +25,10 @@ _TESTS = {
     "type": "permutation of tags among token types (Welch F)",
 }
 
+_ONLY = {  # what a row of a test that is not sound for tags as such says of itself
+    "sequence": "holds for these tokens, not of tags as such",
+    "type": "holds in these texts, not of tags as such",
+}
 _MEANS = "one-sample t-test of unit means", "deviation from the sequence mean"
 
 
@@ -138,7 +142,8 @@ def tag_effect(
             }
             for name in tests:
                 found = {"sequence": _by_sequence, "mixed": _min_f, "type": _by_type}[name](rows, score, codes, n_resamples, seed)
-                lines.append(line(rows, score, unit, _TESTS[name], "omega squared", **given) | found)
+                told = {**given, "note": joined(str(given["note"]), _ONLY.get(name, ""))}
+                lines.append(line(rows, score, unit, _TESTS[name], "omega squared", **told) | found)
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
 

@@ -52,7 +52,7 @@ class Count:
     warned: int = 0
     why: set[str] = field(default_factory=set)
 
-    def add(self, p: np.ndarray, notes: Sequence[str], says: str = "") -> None:
+    def add(self, p: np.ndarray, notes: Sequence[str], says: Sequence[str] = ()) -> None:
         """Count draws; `warned`: those tested whose note holds what must be said."""
         there = np.isfinite(p)
         said = [str(note) for note in notes]
@@ -60,7 +60,7 @@ class Count:
         self.found += int((p[there] <= ALPHA).sum())
         self.refused += sum(1 for ok, note in zip(there, said, strict=True) if not ok and note)
         self.silent += sum(1 for ok, note in zip(there, said, strict=True) if not ok and not note)
-        self.warned += sum(1 for ok, note in zip(there, said, strict=True) if ok and says and says in note)
+        self.warned += sum(1 for ok, note in zip(there, said, strict=True) if ok and any(words in note for words in says))
         self.why |= {note for ok, note in zip(there, said, strict=True) if not ok}
 
 

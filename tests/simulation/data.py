@@ -180,7 +180,7 @@ def of_types(data: Data, draws: int, seed: int) -> pd.DataFrame:
 
 
 def of_units(data: Data, draws: int, seed: int, texts: int = 48) -> pd.DataFrame:
-    """48 texts told apart by y: `group`, half of them. With levels: two sequences of three tokens each, which differ in x."""
+    """48 texts told apart by y: `group`, half of them. One sequence of six tokens; with levels two, which differ in x."""
     rng = np.random.default_rng(seed)
     texts, repeats = _repeats(data, texts)
     flat = Data(data.distribution, False, data.shape, data.effect, data.noise)
@@ -198,9 +198,9 @@ def bare_units(data: Data, draws: int, seed: int) -> pd.DataFrame:
 
 def _units(data: Data, held: dict[str, np.ndarray], rng: np.random.Generator, repeats: int) -> pd.DataFrame:
     held["group"] = held["y"] > np.median(held["y"], 1, keepdims=True)
+    held = {name: np.repeat(column, 6 * (1 + data.levels), 2) for name, column in held.items()}
     if not data.levels:
         return table_of(held, rng, repeats)
-    held = {name: np.repeat(column, 6, 2) for name, column in held.items()}
     # Off the text's own value in both sequences alike: the mean over sequences of means over tokens is that value.
     for name in {"x", "z"} & set(held):
         off = rng.normal(size=held[name].shape)

@@ -13,6 +13,7 @@ from tests.simulation.data import SHAPES, Maker
 RESAMPLES = 199
 LAYERS = 4  # of a draw, where a statistic is about many layers
 EXCESS = "excess of its own"  # said where partial rank correlation has one
+STRAIGHT = "as straight lines"  # said where units are too few for curves
 TOKENS = "not of tags as such"  # said by tests of tags that hold for these words or these texts
 
 Test = Callable[[pd.DataFrame, list[str]], pd.DataFrame]
@@ -31,7 +32,7 @@ class Statistic:
         layers: of one draw; 1: every layer is a draw of its own, and one call tests all.
         share: of the draws asked for: less than 1 where a call takes long.
         refuses: whether a score within the span of the controls must be refused by name.
-        says: what its rows must say where there are more false positives than alpha: it answers another question, or has a known excess.
+        says: one of these its rows must say where there are more false positives than alpha: it has a known excess.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Statistic:
     layers: int = 1
     share: float = 1.0
     refuses: bool = True
-    says: str = ""
+    says: tuple[str, ...] = ()
 
 
 _N = {"n_resamples": RESAMPLES}
@@ -149,22 +150,25 @@ def _change_unflagged(t: pd.DataFrame, c: list[str]) -> pd.DataFrame:
 # With controls: two columns, or a column and groups, that have nothing in common but these.
 GIVEN = (
     Statistic("partial_correlation, pearson", made.of_tokens, _pair(stats.partial_correlation, method="pearson")),
-    Statistic("partial_correlation, spearman", made.of_tokens, _pair(stats.partial_correlation), says=EXCESS),
-    Statistic("rank_regression", made.of_tokens, _pair(stats.rank_regression), says=EXCESS),
-    Statistic("rank_regression, between texts", made.of_units, _pair(stats.rank_regression, within=False), share=0.5, says=EXCESS),
+    Statistic("partial_correlation, spearman", made.of_tokens, _pair(stats.partial_correlation), says=(EXCESS,)),
+    Statistic("rank_regression", made.of_tokens, _pair(stats.rank_regression), says=(EXCESS,)),
+    Statistic(
+        "rank_regression, between texts", made.of_units, _pair(stats.rank_regression, within=False), share=0.5,
+        says=(EXCESS, STRAIGHT), refuses=False,
+    ),
     Statistic("mixed_model", made.of_tokens, _pair(stats.mixed_model)),
     Statistic("residuals, then spearman", made.of_tokens, _freed(_alone(stats.within_sequence_correlation, "y")), refuses=False),
     Statistic("residuals, then quartile_table", made.of_tokens, _freed(_ends), refuses=False),
     Statistic("compare_groups, paired", made.grouped_tokens, _groups(paired=True)),
-    Statistic("compare_groups, unpaired", made.of_units, _groups()),
+    Statistic("compare_groups, unpaired", made.of_units, _groups(), says=(STRAIGHT,)),
     Statistic("tag_effect", made.grouped_tokens, _tags, by="test", share=0.25),
     Statistic(
         "tag_effect, types with scores of their own", made.of_types, _tags, ("straight", "constant control"), by="test", share=0.5,
-        says=TOKENS,
+        says=(TOKENS,),
     ),
     Statistic("tag_means", made.grouped_tokens, _tag_means, by="tag", share=0.5),
-    Statistic("added_value", made.of_units, _added_value, by="metric", share=0.25),
-    Statistic("partial_correlation, max-t over layers", made.of_tokens, _family(_pair_max_t), layers=LAYERS, share=0.25, says=EXCESS),
+    Statistic("added_value", made.of_units, _added_value, by="metric", share=0.25, says=(STRAIGHT,)),
+    Statistic("partial_correlation, max-t over layers", made.of_tokens, _family(_pair_max_t), layers=LAYERS, share=0.25, says=(EXCESS,)),
     Statistic("compare_groups, paired, max-t over layers", made.grouped_tokens, _family(_paired_max_t), layers=LAYERS, share=0.25),
     Statistic("best_layer of partial_correlation, pearson", made.of_tokens, _best_given, layers=LAYERS, share=0.25, refuses=False),
     Statistic("red_flags against", made.of_tokens, _unflagged(against="y"), layers=LAYERS, share=0.25, refuses=False),
