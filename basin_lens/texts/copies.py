@@ -7,7 +7,8 @@ found once, where texts are measured, and everything that counts texts counts th
   are the same.
 - Equal texts are copies, however short.
 - A text of at least `LONG` tokens (and `LETTERS` letters) is a copy of another, or of a group of copies, if at least `SHARE` of its tokens
-  (of the shorter of the two) stand in runs of `N` tokens that the other has too: a title line in front, words changed, a window shifted over the same long text, an excerpt.
+  (of the shorter of the two) stand in runs of `N` tokens that the other has too: a title line in front, words changed,
+  a window shifted over the same long text, an excerpt.
 - A shorter text of at least `N` tokens is a copy of one that holds all of it, run by run.
   Prompts of one template differ in a word or two, and a short text with a changed word cannot be told from them: both are texts of their own.
 - A run that more than `COMMON` different texts have (a licence header, an instruction in front of every prompt) counts neither for nor against.
