@@ -187,6 +187,14 @@ def test_prompts_of_a_template_are_texts_of_their_own(template):
     assert groups_of_copies([*texts, texts[5]]) == [[5, len(texts)]]
 
 
+def test_prompts_are_texts_of_their_own_by_a_tokenizer_of_letters_too(tokenizer):
+    prompts = [IOI[2].format(a, b, "school", b, "ring") for a, b in (("Mary", "John"), ("Ann", "Tom"), ("Mary", "Tom"))]
+    texts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    strings = {token: tokenizer.decode([token]) for text in texts for token in text}
+    assert min(map(len, texts)) > LONG and groups_of_copies(texts, strings) == []
+    assert groups_of_copies([*texts, texts[1]], strings) == [[1, 3]]
+
+
 # -- tests over copies are tests over texts ---------------------------------------------------------------------------------------------
 
 

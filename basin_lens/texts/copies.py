@@ -6,10 +6,11 @@ found once, where texts are measured, and everything that counts texts counts th
 - White space and a byte order mark do not make another text: tokens that hold nothing else are passed over, and tokens that differ in nothing else
   are the same.
 - Equal texts are copies, however short.
-- A text of at least `LONG` tokens is a copy of another, or of a group of copies, if at least `SHARE` of its tokens (of the shorter of the two)
-  stand in runs of `N` tokens that the other has too: a title line in front, words changed, a window shifted over the same long text, an excerpt.
-- A text of `N` to `LONG - 1` tokens is a copy of one that holds all of it, run by run. Prompts of one template differ in a word or two, and a short
-  text with a changed word cannot be told from them: both are texts of their own.
+- A text of at least `LONG` tokens (and `LETTERS` letters) is a copy of another, or of a group of copies, if at least `SHARE` of its tokens
+  (of the shorter of the two) stand in runs of `N` tokens that the other has too: a title line in front, words changed,
+  a window shifted over the same long text, an excerpt.
+- A shorter text of at least `N` tokens is a copy of one that holds all of it, run by run.
+  Prompts of one template differ in a word or two, and a short text with a changed word cannot be told from them: both are texts of their own.
 - A run that more than `COMMON` different texts have (a licence header, an instruction in front of every prompt) counts neither for nor against.
 - A copy of a copy is a copy: groups are closed.
 """
@@ -26,6 +27,7 @@ from basin_lens.texts.tokens import TokenSequence, token_strings, tokenize
 N = 13  # tokens of a run; Brown et al. 2020, appendix C
 SHARE = 0.5  # of the shorter text's tokens; windows that overlap by half reach it, different texts of one corpus stay below 0.1
 LONG = 32  # tokens from which a part of a text can make it a copy; prompts of the templates in use have 12 to 25
+LETTERS = 120  # characters that are no white space, needed besides where they are known; such prompts have 40 to 95
 COMMON = 50  # texts; what more have is boilerplate, and nobody has to compare them all with one another
 
 
@@ -54,7 +56,12 @@ def groups_of_copies(texts: Sequence[Sequence[int]], strings: Mapping[int, str] 
     for index, text in enumerate(bare):
         roots.join(first.setdefault(text.tobytes(), index), index)
     different = sorted(first.values())
-    _join_overlapping([bare[index] for index in different], different, roots)
+    size = {} if strings is None else {token: len("".join(string.split())) for token, string in strings.items()}
+    # By a tokenizer of bytes or letters, a prompt of a template has many tokens.
+    long = [
+        len(b) >= LONG and (not size or sum(size.get(t, 1) for t in text) >= LETTERS) for b, text in zip(bare, texts, strict=True)
+    ]
+    _join_overlapping([bare[index] for index in different], different, roots, long)
     groups: dict[int, list[int]] = {}
     for index in range(len(bare)):
         groups.setdefault(roots.of(index), []).append(index)
@@ -141,7 +148,7 @@ def made_of_runs(tokens: Int[np.ndarray, "texts tokens"], known: Int[np.ndarray,
     """Which texts are copies of what the known runs (of `runs_of`) were taken from."""
     count = tokens.shape[1]
     there = np.isin(runs_of(tokens), known)
-    return np.array([_enough(np.flatnonzero(row), count, np.ones(count, bool)) for row in there], bool)
+    return np.array([_enough(np.flatnonzero(row), count, np.ones(count, bool), count >= LONG) for row in there], bool)
 
 
 def _bare(texts: Sequence[Sequence[int]], strings: Mapping[int, str] | None) -> list[Int[np.ndarray, " tokens"]]:
@@ -200,7 +207,7 @@ def closed_groups(count: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarray,
     return np.array([groups.of(index) for index in range(count)], np.int64)
 
 
-def _join_overlapping(texts: Sequence[np.ndarray], names: Sequence[int], roots: _Groups) -> None:
+def _join_overlapping(texts: Sequence[np.ndarray], names: Sequence[int], roots: _Groups, long: Sequence[bool]) -> None:
     """Join the texts that share runs, longest first: each is then the shorter one of every pair that it is looked at in.
 
     What is kept of a run is the groups that have it, not the texts: a thousand near copies are one group. A run that `COMMON` groups have takes
@@ -226,7 +233,7 @@ def _join_overlapping(texts: Sequence[np.ndarray], names: Sequence[int], roots: 
                 at.setdefault(roots.of(boilerplate[key]), []).append(place)
         counted = np.ones(count, bool) if made_of_it else outside
         for other, found in at.items():
-            if _enough(np.array(found), count, counted):
+            if _enough(np.array(found), count, counted, long[names[index]]):
                 root = roots.join(root, other)
         for key, often in zip(keys, common.tolist(), strict=True):
             groups = having.setdefault(key, [])
@@ -236,9 +243,9 @@ def _join_overlapping(texts: Sequence[np.ndarray], names: Sequence[int], roots: 
                 boilerplate[key] = root
 
 
-def _enough(places: Int[np.ndarray, " runs"], count: int, counted: Bool[np.ndarray, " tokens"]) -> bool:
+def _enough(places: Int[np.ndarray, " runs"], count: int, counted: Bool[np.ndarray, " tokens"], long: bool) -> bool:
     """Whether runs at these places make a text of `count` tokens a copy; the tokens counted are those outside of boilerplate."""
-    share = SHARE if count >= LONG else 1.0
+    share = SHARE if long else 1.0
     # No more can be covered: most pairs end here.
     if len(places) * N < share * counted.sum():
         return False
