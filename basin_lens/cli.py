@@ -366,16 +366,10 @@ def _told(study: Any, out: Path) -> None:
 
 
 def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    chosen: list[int] = []
     try:
-        for part in text.split(","):
-            low, _, high = part.strip().partition("-")
-            chosen += range(int(low), int(high or low) + 1)
+        return None if text is None else cli_merge.named_layers(text)
     except ValueError as error:
         raise typer.BadParameter(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
-    return chosen
 
 
 @contextmanager

@@ -342,19 +342,26 @@ def _others(held: Any, own: Any, what: str) -> Any:
     return rest
 
 
+def named_layers(text: str) -> list[int]:
+    """Layers named as 0,5,10 or 0-9.
+
+    Raises:
+        ValueError: named otherwise.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def _layers(text: str | None, model: Any) -> list[int]:
     from basin_lens.model import n_layers
 
-    if text is None:
-        return list(range(n_layers(model)))
-    found: list[int] = []
     try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+        return list(range(n_layers(model))) if text is None else named_layers(text)
     except ValueError as error:
         raise MergeError(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
-    return found
 
 
 def _trained(run: Path) -> None:

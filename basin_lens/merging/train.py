@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.logs import CHECKPOINT, append_log, rewrite_log
+from basin_lens.merging.parameters import frozen
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, seen_of, share_left, surprisal_for
 from basin_lens.values import Whole, whole_fields
 
@@ -357,7 +358,7 @@ class _Run:
         }  # fmt: skip
 
     def _only_ours(self) -> "_Frozen":
-        return _Frozen(self.frozen)
+        return frozen(self.frozen)
 
     def _contrast(self) -> Float[Tensor, ""]:
         """Hinge on the cosine between clusters of one sequence, mean over pairs; a cluster is its leader, or its mean if that represents it."""
@@ -444,18 +445,3 @@ class _Run:
                     self.optimizer.state[parameter] = {k: held.get_tensor(f"{k}/{name}").to(parameter.device) for k in keys[name]}
                     self.optimizer.state[parameter]["step"] = held.get_tensor(f"step/{name}")
         self.step, self.target, self.history, self.parachute = step, target, history, parachute
-
-
-class _Frozen:
-    """Parameters that need no gradient meanwhile."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)

@@ -395,15 +395,8 @@ def _given(
     ranked = method == "spearman"
     told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), controls, rows.sequence, copies=ranked or smooth)
     free = len(held) - len(np.unique(rows.sequence)) * (1 + controls.shape[1])
-    bent = (
-        curves(
-            _with_indexes(rows, names, rows.sequence) if ranked else list(controls.T),
-            free,
-            ranked=rows.sequence if ranked else None,
-        )
-        if smooth
-        else None
-    )
+    terms = _with_indexes(rows, names, rows.sequence) if ranked else list(controls.T)
+    bent = curves(terms, free, ranked=rows.sequence if ranked else None) if smooth else None
     left = project(held[:, :2], np.empty((len(held), 0)) if bent is None else bent, rows.sequence, held[:, 2:])
     told = [one or not left.of(column, IN_FULL_OF_RANKS if ranked else IN_FULL) for column, one in enumerate(told)]
     notes = [] if bent is not None else [STRAIGHT if smooth else "controls as straight lines"]
