@@ -72,7 +72,7 @@ def test_labels_are_made_plain(given, wanted):
         2**63,
         -(2**63) - 1,
         decimal.Decimal("0.1"),
-        object(),
+        pytest.param(object(), id="object"),
         np.array([1, 2]),
         torch.ones(2),
         1j,

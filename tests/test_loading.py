@@ -239,7 +239,9 @@ def test_a_gguf_file_its_folder_and_a_name_without_ending_are_one_model(tmp_path
     shutil.copy(path, tmp_path / "blob")
     tokens = random_tokens(2, 9)
     for other in (path.parent, tmp_path / "blob"):
-        assert torch.equal(logits_of(bl.load_model(other), tokens), logits_of(model, tokens))
+        same = bl.load_model(other)
+        assert torch.equal(logits_of(same, tokens), logits_of(model, tokens))
+        assert door.fingerprint(same) == door.fingerprint(model)  # also of a renamed file
     shutil.copy(path, path.with_name("second.gguf"))
     refused(r"second\.gguf, tiny\.gguf\. Give one", path.parent)
 

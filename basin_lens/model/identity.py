@@ -295,4 +295,7 @@ def _summary(table: torch.Tensor) -> str:
 def _settings(model: Any) -> dict[str, Any]:
     config = hf_config(model)
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(vars(model.cfg))
+    if isinstance(quantized := settings.get("quantization_config"), dict):
+        # The name of a GGUF file: renamed, it holds the same model.
+        settings = settings | {"quantization_config": {name: value for name, value in quantized.items() if name != "gguf_file"}}
     return {name: value for name, value in settings.items() if name not in _NOT_THE_FUNCTION}
