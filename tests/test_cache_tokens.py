@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.analyzers import Compression, StateNorm, Surprisal
+from basin_lens.analyzers import AttentionReceived, Compression, StateNorm, Surprisal
 from basin_lens.capture import subset
 from basin_lens.errors import CaptureError, TextError
 from tests.conftest import TEXTS, make_bridge, random_tokens
@@ -99,3 +99,20 @@ def test_documents_and_labels_of_a_cache_are_lists(llama):
         bl.Capture.from_cache(llama, tokens, cache, docs=["a", "b"])
     with pytest.raises(CaptureError, match="labels for each of 3 sequences, got 1"):
         bl.Capture.from_cache(llama, tokens, cache, labels=[{"a": 1}])
+
+
+@pytest.mark.parametrize("point", ["pattern", "gradient"])
+def test_readings_without_numbers_are_refused(point):
+    """NaN is no share and no slope; it would pass every comparison and empty a column without a word."""
+    model, tokens = make_bridge("llama"), random_tokens(3, 8)
+    _, cache = model.run_with_cache(tokens)
+    held = {name: value.clone() for name, value in cache.items()}
+    if point == "gradient":
+        held["blocks.1.hook_resid_pre_grad"] = torch.full_like(held["blocks.1.hook_resid_pre"], torch.nan)
+        with pytest.raises(CaptureError, match="finite gradients, got NaN or infinity at block 1"):
+            bl.Capture.from_cache(model, tokens, held)
+        return
+    held["blocks.1.attn.hook_pattern"][2, 1, 5, 3] = torch.nan
+    capture = bl.Capture.from_cache(model, tokens, held)
+    with pytest.raises(CaptureError, match=r"pattern of block 1 .*sequence 2"):
+        bl.analyze(model, capture, [AttentionReceived()], progress=False)

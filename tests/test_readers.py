@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -374,3 +375,10 @@ def test_numbers_of_thousands_of_digits(tmp_path, name):
     (tmp_path / name).write_text('{"text": "Paris.", "n": %s}' % ("1" * 5000))
     with pytest.raises(TextError, match=r"expected .*JSON.*got .*4300 digits"):
         read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.txt", "a\0b.csv"], ids=["long", "nul", "nul.csv"])
+def test_names_that_no_system_takes(name):
+    for door in (read_texts, lambda n: read_passages([Path(n)]), *((read_dataset, has_splits) if len(name) > 99 else ())):
+        with pytest.raises(TextError, match=r"expected .*, got .*Check the"):
+            door(name)

@@ -169,7 +169,8 @@ class _Blocks:
             longest = int(capture.lengths[part].max())
             own = right_padded(held[part], capture._readings["valid"][part], longest, square=True)
             there = valid[:, None, :longest, None] & valid[:, None, None, :longest]
-            wrong = torch.where(there, (seen[0][:, :, :longest, :longest] - own).abs(), 0).flatten(1).amax(1)
+            away = torch.nan_to_num((seen[0][:, :, :longest, :longest] - own).abs(), nan=torch.inf)
+            wrong = torch.where(there, away, 0).flatten(1).amax(1)
         return got, wrong
 
     def _refuse(self, layer: int, part: list[int], rows: Tensor, error: Tensor, pattern: Tensor) -> None:

@@ -240,6 +240,10 @@ class Capture(TokenRows):
             capture._states[border] = borders[border].detach()[valid.to(borders[border].device)].float().cpu()
         for name, value in other_readings(model, cache, shape, layers).items():
             capture._readings[name] = value.detach().float().cpu().clone()
+            if name.startswith("gradient") and not bool(torch.isfinite(capture._readings[name][valid]).all()):
+                raise CaptureError(
+                    f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a wider dtype."
+                )
         if 0 in borders and 0 not in layers:
             capture._readings[ENTRY] = borders[0].detach().float().cpu().clone()
         if capture._readings:

@@ -24,6 +24,9 @@ _COMPUTED = ("inv_freq", "rotary_sin", "rotary_cos", "embed_positions", "embed_p
 # Tables that grow, or change, as texts are read: not part of what the model is.
 _CHANGING = ("cos_cached", "sin_cached", "alibi")
 
+# Whose hooks on modules belong to how a model runs.
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "accelerate", "basin_lens")
+
 _full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 _sources: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 _fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
@@ -230,6 +233,18 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def hooked_at(model: Any) -> list[str]:
+    """Names of the modules that bear a caller's hooks: such a model may compute something else than its weights, and its fingerprint, say."""
+    found: dict[int, str] = {}
+    for root in (model, getattr(model, "original_model", None)):
+        for name, module in [] if root is None else root.named_modules():
+            held = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            others = [h for h in held if str(getattr(getattr(h, "func", h), "__module__", "")).partition(".")[0] not in _LIBRARIES]
+            if others or getattr(module, "fwd_hooks", None):
+                found.setdefault(id(module), name)
+    return sorted(found.values())
+
+
 def provenance(model: Any) -> dict[str, Any]:
     """Plain facts about the model for a table's provenance."""
     return {
@@ -244,6 +259,7 @@ def provenance(model: Any) -> dict[str, Any]:
         "weight_processing": weight_processing(model),
         "versions": {name: version(name) for name in ("torch", "transformer-lens", "transformers")},
         **unused_facts(model),
+        **({"hooks": hooks} if (hooks := hooked_at(model)) else {}),
     }
 
 

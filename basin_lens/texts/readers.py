@@ -59,7 +59,7 @@ def read_passages(data: Any) -> list[Passage]:
 
 def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
     """Refuse a file that was read already, by whatever name: its text would count as two documents."""
-    with suppress(OSError):  # a missing one is refused by its reader
+    with suppress(OSError, ValueError):  # a missing one is refused by its reader
         facts = path.stat()
         key = facts.st_dev, facts.st_ino
         if key in files:
@@ -329,8 +329,9 @@ def _content(path: Path) -> str:
         held = path.read_bytes()
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except OSError as error:
-        raise TextError(f"expected a readable text file, got {str(path)!r}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        said = getattr(error, "strerror", None) or error
+        raise TextError(f"expected a readable text file, got {str(path)[:200]!r}: {said}. Check the path.") from error
     encoding = next((name for mark, name in _MARKS.items() if held.startswith(mark)), "utf-8")
     try:
         text = held.decode(encoding)
