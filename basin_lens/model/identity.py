@@ -24,9 +24,6 @@ _COMPUTED = ("inv_freq", "rotary_sin", "rotary_cos", "embed_positions", "embed_p
 # Tables that grow, or change, as texts are read: not part of what the model is.
 _CHANGING = ("cos_cached", "sin_cached", "alibi")
 
-# Whose hooks on modules belong to how a model runs.
-_LIBRARIES = ("torch", "transformers", "transformer_lens", "accelerate", "basin_lens")
-
 _full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 _sources: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
 _fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
@@ -234,14 +231,11 @@ def fingerprint(model: Any) -> str:
 
 
 def hooked_at(model: Any) -> list[str]:
-    """Names of the modules that bear a caller's hooks: such a model may compute something else than its weights, and its fingerprint, say."""
-    found: dict[int, str] = {}
-    for root in (model, getattr(model, "original_model", None)):
-        for name, module in [] if root is None else root.named_modules():
-            held = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            others = [h for h in held if str(getattr(getattr(h, "func", h), "__module__", "")).partition(".")[0] not in _LIBRARIES]
-            if others or getattr(module, "fwd_hooks", None):
-                found.setdefault(id(module), name)
+    """Hook points that bear a caller's hooks: such a model may compute something else than its weights, and its fingerprint, say.
+
+    Hooks of torch itself (`register_forward_hook`) are not seen: they may do no more than count or time.
+    """
+    found = {id(point): name for name, point in model.hook_dict.items() if getattr(point, "fwd_hooks", None)}
     return sorted(found.values())
 
 

@@ -5,7 +5,6 @@ import io
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,12 +58,14 @@ def read_passages(data: Any) -> list[Passage]:
 
 def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
     """Refuse a file that was read already, by whatever name: its text would count as two documents."""
-    with suppress(OSError, ValueError):  # a missing one is refused by its reader
+    try:
         facts = path.stat()
-        key = facts.st_dev, facts.st_ino
-        if key in files:
-            raise TextError(f"expected each file once, got {str(path)!r} again (before as {files[key]!r}). Leave one out.")
-        files[key] = str(path)
+    except (OSError, ValueError):  # a missing one is refused by its reader
+        return
+    key = facts.st_dev, facts.st_ino
+    if key in files:
+        raise TextError(f"expected each file once, got {str(path)!r} again (before as {files[key]!r}). Leave one out.")
+    files[key] = str(path)
 
 
 def _passage(item: Any, where: str, doc: str) -> Passage:
