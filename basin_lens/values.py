@@ -166,7 +166,7 @@ def unicode(text: str, what: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError(f"expected Unicode {what}, got a lone surrogate at character {error.start}. Decode it properly.") from error
-    return text if type(text) is str else str(text)
+    return str.__str__(text)  # of a text that is also a name (an Enum), the text
 
 
 def is_missing(value: Any) -> bool:

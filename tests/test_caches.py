@@ -323,7 +323,7 @@ def test_a_refusal_names_both_number_formats():
     model, tokens = make_bridge("llama"), random_tokens(6, 14)
     _, cache = make_bridge("llama", seed=3).run_with_cache(tokens)
     half = {name: value.half() for name, value in cache.items() if "resid" in name}
-    half["blocks.0.hook_resid_pre"] = door.embedded(model, tokens).half()
+    half["blocks.0.hook_resid_pre"] = door.entering(model, tokens).half()
     with pytest.raises(TransportError, match=r"model in float32, cache in float16"):
         bl.analyze(model, bl.Capture.from_cache(model, tokens, half), [A.StateNorm()], progress=False)
 

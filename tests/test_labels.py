@@ -2,7 +2,10 @@
 
 import datetime
 import decimal
+import enum
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -319,3 +322,50 @@ def test_other_doors_take_whole_numbers_of_any_kind(llama, capture):
 def test_truth_values_are_no_whole_numbers(llama, capture, error, door):
     with pytest.raises(error, match=r"expected .*True"):
         door(llama, capture)
+
+
+class Kind(str, enum.Enum):  # noqa: UP042 - StrEnum says its text anyway
+    """What people name their conditions with."""
+
+    PLAIN = "plain"
+
+
+def test_text_that_is_also_a_name_is_the_text():
+    passage = bl.Passage(Kind.PLAIN, doc=Kind.PLAIN, labels={"kind": Kind.PLAIN})
+    assert (passage.text, passage.doc, passage.labels) == ("plain", "plain", {"kind": "plain"})
+
+
+@pytest.mark.parametrize("spans", [{"x": 3}, {"x": (0, 1, 2)}, {"x": "ab"}, {"x": (0,)}, {"x": None}], ids=str)
+def test_spans_that_are_none(spans):
+    with pytest.raises(TextError, match=r"expected a span as a name with \(start, end\), got 'x'"):
+        bl.Passage("Paris.", spans=spans)
+
+
+def test_positions_to_score(llama, capture):
+    for queries, said in (([3, -1], "positions from 0 on, got -1"), ([[1], [2, 3]], "positions, a boolean mask")):
+        with pytest.raises(NeighborError, match=said):
+            bl.analyze(llama, capture, [StateNorm()], queries=queries, progress=False)
+
+
+def test_a_seed_of_any_size(llama, capture):
+    """Such as time.time_ns()."""
+    for seed in (1_764_402_193_000_000_000, 2**64):
+        table = bl.analyze(llama, capture, [Compression(k=3)], layers=[0], queries=5, seed=seed, controls=True, progress=False)
+        assert table.compression_random.notna().sum() == 5
+
+
+def test_tokens_of_a_capture_by_whole_numbers():
+    """As users have it, without the checks of types that tests run with."""
+    code = """if True:
+        from basin_lens.capture.rows import TokenRows
+        from basin_lens.errors import CaptureError
+        from basin_lens.texts import TokenSequence
+        rows = TokenRows([TokenSequence((1, 2), 0, (-1, -1), (-1, -1))], None, ["a"], [{}], {1: "a", 2: "b"})
+        for pos in (1.0, "1", None):
+            try:
+                rows.row_of(0, pos)
+            except CaptureError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("expected pos as a whole number") == 3

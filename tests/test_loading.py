@@ -580,3 +580,9 @@ def test_damaged_tuned_folders_give_errors_and_no_other_model(learned, tmp_path)
         except ModelError:
             raised += 1
     assert raised > 40
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 4000])
+def test_names_that_no_system_takes(name):
+    with pytest.raises(ModelError, match="expected the name of a model or a path, got "):
+        bl.load_model(name)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -358,3 +359,26 @@ def test_columns_of_a_folder_become_labels(tmp_path):
     Dataset.from_dict({"body": ["a"]}).to_parquet(tmp_path / "test-00000.parquet")
     with pytest.raises(TextError, match="Did you mean 'body'"):
         read_dataset(str(tmp_path))
+
+
+def test_row_numbers_that_pandas_writes_are_no_label(tmp_path):
+    frame = pd.DataFrame({"text": TEXTS[:2], "kind": ["a", "b"]})
+    frame.to_csv(tmp_path / "a.csv")
+    assert [dict(p.labels) for p in read_texts(tmp_path / "a.csv")] == [{"kind": "a"}, {"kind": "b"}]
+    frame.set_index(pd.Index(["x", "y"])).to_csv(tmp_path / "b.csv")
+    with pytest.raises(TextError, match="Give each label a name"):
+        read_texts(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_numbers_of_thousands_of_digits(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "Paris.", "n": %s}' % ("1" * 5000))
+    with pytest.raises(TextError, match=r"expected .*JSON.*got .*4300 digits"):
+        read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.txt", "a\0b.csv"], ids=["long", "nul", "nul.csv"])
+def test_names_that_no_system_takes(name):
+    for door in (read_texts, lambda n: read_passages([Path(n)]), *((read_dataset, has_splits) if len(name) > 99 else ())):
+        with pytest.raises(TextError, match=r"expected .*, got .*Check the"):
+            door(name)

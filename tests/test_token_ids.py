@@ -217,3 +217,37 @@ def test_a_tokenizer_without_offsets(tokenizer):
 def test_from_token_ids_names_the_sequence(llama):
     with pytest.raises(TextError, match="got 1 in sequence 1"):
         from_token_ids(llama, torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [1, 0]]).bool())
+
+
+RAGGED = [[5, 6, 7, 8, 9], [5, 6, 7, 9]]
+
+
+@pytest.mark.parametrize(
+    "mask", [[[1] * 5, [1] * 3], [[1] * 5, [1] * 5], [[0, 1, 1, 1, 1], [1, 1, 1]]], ids=["short", "long", "both"]
+)
+def test_a_ragged_mask_is_as_long_as_its_ids(llama, mask):
+    """A short one would leave real tokens out without a word."""
+    with pytest.raises(TextError, match=r"as long as the ids of each sequence, got \d numbers for the 4 ids of sequence 1"):
+        given_ids(llama, RAGGED, mask)
+
+
+@pytest.mark.parametrize("form", [
+    lambda n: torch.ones(n, dtype=torch.bool), lambda n: np.ones(n, bool), lambda n: np.ones(n, np.float32), lambda n: [np.int8(1)] * n,
+    lambda n: [True] * n, lambda n: torch.ones(n),
+])  # fmt: skip
+def test_a_ragged_mask_of_any_type(llama, form):
+    assert [len(s.tokens) for s in given_ids(llama, RAGGED, [form(5), form(4)])] == [5, 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "mask"),
+    [
+        ([torch.tensor(3), torch.tensor(4)], None), ([np.array(3), np.array(4)], None), ({"input_ids": None}, None), (RAGGED, 1), (RAGGED, [1, 1]),
+        (RAGGED, [None, None]), ([[5, 6, 7]], [1, 1, 1]), (torch.ones(1, 3, device="meta").long(), None),
+        (torch.ones(1, 3).long().to_sparse(), None), ([[True, False, True]], None), ([[5, 1.0, 0.0]], None), (RAGGED, "11"),
+        ({"input_ids": [[torch.tensor([1, 2])]]}, None),
+    ],
+)  # fmt: skip
+def test_ids_and_masks_of_odd_forms_are_refused(llama, data, mask):
+    with pytest.raises(TextError, match=r"expected .*, got .*Pass"):
+        given_ids(llama, data, mask)

@@ -275,7 +275,7 @@ class Conductor:
         if passage.context in ("native", "mlp"):
             at = pool.to(self.device)
             return float(total_variance(passage.bank_before[at])), float(total_variance(passage.bank_after[at]))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + layer) % 2**63)
         # Of all tokens, asked for or not: G is a fact about the layer.
         candidates = torch.nonzero(self.capture.row_pos > 0).squeeze(1)
         picks = torch.randint(len(candidates), (_SPREAD_QUERIES,), generator=generator, device="cpu")

@@ -36,9 +36,12 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
         if wanted < 1:
             raise NeighborError(f"expected a positive number of queries, got {wanted}.")
         chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
-        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:wanted]]] = True
+        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")[:wanted]]] = True
         return chosen
-    given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
+    try:
+        given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
+    except ValueError:  # lists of several lengths
+        given = np.empty(0)
     if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
     mask = torch.as_tensor(given, device="cpu")
@@ -53,6 +56,10 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
         return chosen
     if mask.ndim != 1:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
+    if int(mask.min()) < 0:
+        raise NeighborError(
+            f"expected positions from 0 on, got {int(mask.min())}. Count from the start of each sequence, or pass a mask."
+        )
     chosen = torch.isin(capture.row_pos, mask.long())
     if not bool(chosen.any()):
         raise NeighborError(f"expected positions below {int(capture.lengths.max())}, got {mask.tolist()[:8]}.")

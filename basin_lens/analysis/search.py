@@ -137,7 +137,7 @@ class Searches:
         if layer in self.frozen:
             found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)
         elif search.choice == "random":
-            rows = random_sets(queries, bank, k, seed=self.seed * 1_000_003 + layer, **options)
+            rows = random_sets(queries, bank, k, seed=(self.seed * 1_000_003 + layer) % 2**63, **options)
             found = reach(queries, bank, rows, search.metric)
         else:
             found = find(queries, bank, k, metric=search.metric, backend=self.backend, **options)

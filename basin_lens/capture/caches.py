@@ -1,6 +1,6 @@
 """Reading a user's own activation cache: whatever holds it, every tensor as it should be on every axis."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from basin_lens.texts import Passage, TokenSequence, tokenize
 _MASKED = (
     -1e3
 )  # an additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding
+
+
+# Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
+ENTRY = "entry"
 
 
 def check_is_cache(cache: Any) -> None:
@@ -158,6 +162,22 @@ def align(model: Any, passages: list[Passage], sequences: list[TokenSequence]) -
                 "Leave texts out, or tokenize with the model's own tokenizer."
             )
     return aligned
+
+
+def one_each(given: Any, count: int, what: str) -> list[Any] | None:
+    """What a caller gives for each sequence, as a list; None stays.
+
+    Raises:
+        CaptureError: text, a mapping, something that is no list, or another number.
+    """
+    if given is None:
+        return None
+    many = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and getattr(given, "ndim", 1) == 1
+    held = list(given) if many else None
+    if held is None or len(held) != count:
+        got = type(given).__name__ if held is None else f"{len(held)}"
+        raise CaptureError(f"expected one {what} for each of {count} sequences, got {got}. Give a list of {count}.")
+    return held
 
 
 def right_padded(value: Tensor, valid: Tensor, longest: int, *, square: bool) -> Tensor:

@@ -9,13 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens import model as door
-from basin_lens.capture.caches import right_padded
+from basin_lens.capture.caches import ENTRY, right_padded
 from basin_lens.capture.passes import TOKENS_PER_PASS
 from basin_lens.errors import CaptureError, TransportError
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_OTHER = 0.5  # relative error from which a state is another token's, however many blocks have rounded it
 _OF_PATTERNS = 10  # a pattern's numbers are shares: their absolute error may be so much larger than that of states
-_EMBEDDING = -1  # what enters block 0, among the layers that were checked
+_TOKENS = -1  # whether the states are those of the tokens, among the layers that were checked
 
 
 def tolerance_of(model: Any, capture: Any) -> float:
@@ -27,9 +28,9 @@ def tolerance_of(model: Any, capture: Any) -> float:
 def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
     """Prove that the states of a capture made from the user's cache are what this model computes from these tokens.
 
-    Of every sequence: the state that enters block 0 is that of its tokens (if the cache holds it); block L maps each `resid_pre(L)` to its
-    `resid_post(L)`, in one pass of that block per layer; and the attention patterns are those of that pass. What was checked once is
-    not checked again. Captures that basin_lens made itself need no such proof.
+    Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a pass up to
+    there); block L maps each `resid_pre(L)` to its `resid_post(L)`, in one pass of that block per layer; and the attention patterns are those
+    of that pass. What was checked once is not checked again. Captures that basin_lens made itself need no such proof.
 
     Args:
         model: the model that made the cache.
@@ -52,9 +53,9 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
             for some in blocks:
                 some.check(layer)
         # Last, because of another model's states the blocks say more.
-        if 0 in capture.layers and _EMBEDDING not in capture._checked:
-            _check_embedding(model, capture)
-            capture._checked.add(_EMBEDDING)
+        if _TOKENS not in capture._checked:
+            _check_tokens(model, capture)
+            capture._checked.add(_TOKENS)
         capture._checked.update(open_)
 
 
@@ -87,22 +88,34 @@ def _scale(capture: Any, states: Float[Tensor, "rows d"]) -> float:
     return float(states[capture.row_pos > 0].square().mean().sqrt().clamp_min(1e-12))
 
 
-def _check_embedding(model: Any, capture: Any) -> None:
-    states = capture.resid_pre(0)
-    scale, tolerance = _scale(capture, states), tolerance_of(model, capture)
-    longest = int(capture.lengths.max())
-    for part, valid in _parts(capture, range(len(capture.sequences)), longest, max(1, TOKENS_PER_PASS // longest)):
-        rows = _rows(capture, part)
-        tokens = torch.zeros(valid.shape, dtype=torch.int64, device="cpu")
-        tokens[valid] = capture.row_token[rows]
-        got = door.embedded(model, tokens.to(door.device_of(model))).cpu()[valid]
-        error = _errors(got, states[rows], scale)
-        if float(error.max()) > tolerance:
-            raise CaptureError(
-                f"expected the state that enters block 0 to be that of each token at its place, got another ({_where(capture, rows, error)}; "
-                f"tolerance {tolerance:g}). Are these the tokens that were given to run_with_cache, and is padding on the left known to both "
-                "(attention_mask=...)? A model with learned positions also needs its places to begin behind the padding."
-            )
+def _check_tokens(model: Any, capture: Any) -> None:
+    """Refuse states that are not those of the tokens at their places: blocks alone would not show that these are another's."""
+    held = capture._readings.get(ENTRY)
+    layer = 0 if held is not None else min(capture.layers)
+    if held is None:
+        states = capture.resid_pre(layer)
+    else:
+        first = right_padded(held, capture._readings["valid"], capture.valid.shape[1], square=False)
+        states = first[capture.valid]
+    scale, tolerance = _scale(capture, states), min(_OTHER, (layer + 1) * tolerance_of(model, capture))
+    for seqs in _sides(model, capture):
+        length = int(capture.lengths[seqs].max())
+        for part, valid in _parts(capture, seqs, length, max(1, TOKENS_PER_PASS // length)):
+            rows = _rows(capture, part)
+            tokens = torch.zeros(valid.shape, dtype=torch.int64, device="cpu")
+            tokens[valid] = capture.row_token[rows]
+            got = door.entering(model, tokens.to(door.device_of(model)), layer).cpu()[valid]
+            error = _errors(got, states[rows], scale)
+            if float(error.max()) > tolerance:
+                hooks = "" if layer == 0 else (
+                    " If hooks changed the states below on purpose, cache blocks.0.hook_resid_pre too: it shows whose tokens these are."
+                )  # fmt: skip
+                raise CaptureError(
+                    f"expected the state that enters block {layer} to be that of each token at its place, got another "
+                    f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to run_with_cache, and is "
+                    "padding on the left known to both (attention_mask=...)? A model with learned positions also needs its places to begin "
+                    f"behind the padding.{hooks}"
+                )
 
 
 @dataclass
@@ -156,7 +169,8 @@ class _Blocks:
             longest = int(capture.lengths[part].max())
             own = right_padded(held[part], capture._readings["valid"][part], longest, square=True)
             there = valid[:, None, :longest, None] & valid[:, None, None, :longest]
-            wrong = torch.where(there, (seen[0][:, :, :longest, :longest] - own).abs(), 0).flatten(1).amax(1)
+            away = torch.nan_to_num((seen[0][:, :, :longest, :longest] - own).abs(), nan=torch.inf)
+            wrong = torch.where(there, away, 0).flatten(1).amax(1)
         return got, wrong
 
     def _refuse(self, layer: int, part: list[int], rows: Tensor, error: Tensor, pattern: Tensor) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from basin_lens import model as door
 from basin_lens.capture.batches import TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
-from basin_lens.capture.caches import align, borders_in, check_is_cache, other_readings, real_tokens, stored_type
+from basin_lens.capture.caches import ENTRY, align, borders_in, check_is_cache, one_each, other_readings, real_tokens, stored_type
 from basin_lens.capture.foreign import check_cache
 from basin_lens.capture.readings import holds, measure_readings
 from basin_lens.capture.rows import TokenRows
@@ -29,7 +29,15 @@ from basin_lens.capture.store import (
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
 from basin_lens.texts import Passage, read_passages
-from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, token_strings, tokenize
+from basin_lens.texts.tokens import (
+    TokenSequence,
+    from_token_ids,
+    given_ids,
+    longest_sequence,
+    refuse_padding,
+    token_strings,
+    tokenize,
+)
 from basin_lens.values import Whole, document, labels_of_all, whole_numbers
 
 
@@ -174,21 +182,23 @@ class Capture(TokenRows):
 
         Reads the residual states, and attention patterns and gradients (`*_grad`) if the cache has them, as copies; logits are computed
         from the last state. All layers of which both `resid_pre` and `resid_post` can be found are available. Before anything is
-        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there.
+        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there. So are
+        states of other tokens, by what enters block 0, or by a pass up to the first state in a cache that does not hold it.
 
         Args:
             model: the model that made the cache.
             tokens: the token ids given to the model, `[batch, pos]` or `[pos]`.
             cache: an `ActivationCache` or a dict of tensors (or arrays) by hook name, with or without batch dimension, in any
                 floating-point type: states in float16 or bfloat16 are held to that type's tolerance.
-            attention_mask: 1 for real tokens, 0 for padding on either side (or an additive mask: 0 and -inf); None: all real.
+            attention_mask: 1 for real tokens, 0 for padding on either side (or an additive mask: 0 and -inf); None: all real, and ids that
+                look padded are refused.
             docs: document of each sequence; None: a document each.
             labels: labels of each sequence.
             texts: the text of each sequence, to have character offsets in the table.
 
         Raises:
             CaptureError: no usable layer (the missing hook points are named), shapes that do not fit tokens or model, NaN.
-            TextError: the texts do not tokenize to `tokens`.
+            TextError: no token ids, or padding among them without a mask.
         """
         door.check_model(model)
         if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2):
@@ -209,14 +219,13 @@ class Capture(TokenRows):
                 '"resid_pre" in name or "resid_post" in name).'
             )
         sequences = from_token_ids(model, tokens, valid)
+        if attention_mask is None:
+            refuse_padding(model, [s.tokens for s in sequences])
         passages = None
         if texts is not None:
             passages = read_passages(texts)
             sequences = align(model, passages, sequences)
-        if docs is not None and len(docs) != len(sequences):
-            raise CaptureError(f"expected one document for each of {len(sequences)} sequences, got {len(docs)}.")
-        if labels is not None and len(labels) != len(sequences):
-            raise CaptureError(f"expected labels for each of {len(sequences)} sequences, got {len(labels)}.")
+        docs, labels = one_each(docs, len(sequences), "document"), one_each(labels, len(sequences), "dict of labels")
         needed = sorted({border for layer in layers for border in (layer, layer + 1)})
         dtype = stored_type(borders[border] for border in needed)
         settings = {"bos": None, "source": "cache", "max_length": shape[1], "dtype": dtype}
@@ -231,6 +240,12 @@ class Capture(TokenRows):
             capture._states[border] = borders[border].detach()[valid.to(borders[border].device)].float().cpu()
         for name, value in other_readings(model, cache, shape, layers).items():
             capture._readings[name] = value.detach().float().cpu().clone()
+            if name.startswith("gradient") and not bool(torch.isfinite(capture._readings[name][valid]).all()):
+                raise CaptureError(
+                    f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a wider dtype."
+                )
+        if 0 in borders and 0 not in layers:
+            capture._readings[ENTRY] = borders[0].detach().float().cpu().clone()
         if capture._readings:
             capture._readings["valid"] = valid
         for border, states in capture._states.items():

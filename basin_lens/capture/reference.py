@@ -17,6 +17,7 @@ from basin_lens.texts import longest_sequence, reference_passages
 def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: bool = True) -> Capture:
     """The built-in passages under this model: read once, then kept in the user's cache folder by fingerprint.
 
+    A model that bears a caller's hooks gets a bank of its own, which is not kept: its fingerprint does not say what the hooks do.
     What is kept is proven whole when it is taken (half a second for 1 GB of states); a damaged bank is said to be so, and read anew.
 
     Raises:
@@ -25,6 +26,8 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
     door.check_model(model)
     passages = list(reference_passages())
     length = longest_sequence(model, 256)
+    if door.hooked_at(model):
+        return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, progress=progress)
     # The format too: versions that share a cache each have a bank of their own.
     names = [FORMAT, door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
     identity = hashlib.blake2b("\x00".join(names).encode(), digest_size=16).hexdigest()

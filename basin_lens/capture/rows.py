@@ -11,7 +11,7 @@ from torch import Tensor
 from basin_lens.errors import CaptureError
 from basin_lens.texts import Passage, TokenSequence
 from basin_lens.texts.copies import copies_in
-from basin_lens.values import whole_numbers
+from basin_lens.values import whole, whole_numbers
 
 
 @dataclass
@@ -75,6 +75,7 @@ class TokenRows:
         Raises:
             CaptureError: there is no such token.
         """
+        seq, pos = (whole(value, name, error=CaptureError) for value, name in ((seq, "seq"), (pos, "pos")))
         if not 0 <= seq < len(self.sequences) or not 0 <= pos < int(self.lengths[seq]):
             known = f"sequence {seq} has {int(self.lengths[seq])} tokens" if 0 <= seq < len(self.sequences) else (
                 f"there are {len(self.sequences)} sequences"

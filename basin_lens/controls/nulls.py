@@ -148,7 +148,7 @@ def permuted_layers(capture: Capture, *, seed: int = 0) -> Capture:
     made: dict[int, Tensor] = {}
     for border in borders(capture):
         states = border_states(capture, border).clone()
-        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + border)
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + border) % 2**63)
         states[rows] = states[rows[torch.randperm(len(rows), generator=generator, device="cpu")]]
         made[border] = states
     return with_states(capture, made, {"name": "permuted_layers", "seed": seed})

@@ -295,18 +295,20 @@ def logits_of(model: Any, states: Float[Tensor, "batch pos d"]) -> Float[Tensor,
             return run(given, *states.shape[:2])
 
 
-def embedded(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
-    """States that enter block 0, of right-padded tokens. The pass goes no further."""
+def entering(model: Any, tokens: Int[Tensor, "batch pos"], layer: int = 0) -> Float[Tensor, "batch pos d"]:
+    """States that enter a block, of right-padded tokens. The pass goes no further."""
 
     def leave(state: Tensor) -> None:
         raise _Recorded(state)
 
     try:
         with measuring(model):
-            forward_pass(model, tokens, {point_name("resid_pre", 0): leave})
+            forward_pass(model, tokens, {point_name("resid_pre", layer): leave})
     except _Recorded as seen:
         return seen.args[0].detach().float()
-    raise TransportError("expected the model to pass the hook_resid_pre of block 0, got one that does not. Use another model.")
+    raise TransportError(
+        f"expected the model to pass the hook_resid_pre of block {layer}, got one that does not. Use another model."
+    )
 
 
 def _slot(value: Any) -> Any:

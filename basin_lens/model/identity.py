@@ -230,6 +230,15 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def hooked_at(model: Any) -> list[str]:
+    """Hook points that bear a caller's hooks: such a model may compute something else than its weights, and its fingerprint, say.
+
+    Hooks of torch itself (`register_forward_hook`) are not seen: they may do no more than count or time.
+    """
+    found = {id(point): name for name, point in model.hook_dict.items() if getattr(point, "fwd_hooks", None)}
+    return sorted(found.values())
+
+
 def provenance(model: Any) -> dict[str, Any]:
     """Plain facts about the model for a table's provenance."""
     return {
@@ -244,6 +253,7 @@ def provenance(model: Any) -> dict[str, Any]:
         "weight_processing": weight_processing(model),
         "versions": {name: version(name) for name in ("torch", "transformer-lens", "transformers")},
         **unused_facts(model),
+        **({"hooks": hooks} if (hooks := hooked_at(model)) else {}),
     }
 
 

@@ -62,7 +62,12 @@ def chosen_name(name_or_path: Any) -> str:
     """
     if not isinstance(name_or_path, str | os.PathLike) or not isinstance(name := os.fspath(name_or_path), str) or not name:
         raise ModelError(f"expected the name of a model or a path, got {name_or_path!r}. Give text or a pathlib.Path.")
-    return os.path.expanduser(name)
+    path = os.path.expanduser(name)
+    try:
+        Path(path).is_dir()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"expected the name of a model or a path, got {name[:40]!r}...: {reason_of(error)[:80]}") from error
+    return path
 
 
 def is_place(name: str) -> bool:

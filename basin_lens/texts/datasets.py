@@ -98,7 +98,14 @@ def has_splits(name: str) -> bool:
 
 
 def _local(name: str) -> Path:
-    return Path(_FULL_NAMES.get(name, name)).expanduser()
+    path = Path(_FULL_NAMES.get(name, name)).expanduser()
+    try:
+        path.is_file()
+    except OSError as error:
+        raise TextError(
+            f"expected the name of a data set or a path, got {name[:40]!r}...: {error.strerror}. Check the name."
+        ) from error
+    return path
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from basin_lens.errors import TextError
-from basin_lens.values import Whole, document, is_missing, labels, unicode, whole
+from basin_lens.values import document, is_missing, labels, unicode, whole
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Passage:
     text: str
     doc: str | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
-    spans: Mapping[str, tuple[Whole, Whole]] = field(default_factory=dict)
+    spans: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -44,17 +44,22 @@ class Passage:
         object.__setattr__(self, "doc", document(self.doc))
         object.__setattr__(self, "labels", labels(self.labels))
         # None is how api.md spells "nothing given".
-        given = {} if is_missing(self.spans) else dict(self.spans)
-        object.__setattr__(self, "spans", {unicode(name, "names of spans"): self._span(name, given[name]) for name in given})
+        try:
+            given: dict[Any, Any] = {} if is_missing(self.spans) else dict(self.spans)
+        except (TypeError, ValueError) as error:
+            raise TextError(f'expected spans by name, got {self.spans!r}. Such as {{"city": (0, 5)}}.') from error
+        object.__setattr__(self, "spans", dict(self._span(name, ends) for name, ends in given.items()))
 
-    def _span(self, name: str, ends: Any) -> tuple[int, int]:
+    def _span(self, name: Any, ends: Any) -> tuple[str, tuple[int, int]]:
+        if not isinstance(name, str) or not hasattr(ends, "__len__") or isinstance(ends, str) or len(ends) != 2:
+            raise TextError(f'expected a span as a name with (start, end), got {name!r}: {ends!r}. Such as {{"city": (0, 5)}}.')
         start, end = (whole(value, f"the ends of span {name!r}", error=TextError, cure="Count characters.") for value in ends)
         if not 0 <= start < end <= len(self.text):
             raise TextError(
                 f"expected span {name!r} inside the text's {len(self.text)} characters, got ({start}, {end}). "
                 "Spans are [start, end) in characters."
             )
-        return start, end
+        return unicode(name, "names of spans"), (start, end)
 
 
 @cache

@@ -5,7 +5,6 @@ import io
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,12 +58,14 @@ def read_passages(data: Any) -> list[Passage]:
 
 def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
     """Refuse a file that was read already, by whatever name: its text would count as two documents."""
-    with suppress(OSError):  # a missing one is refused by its reader
+    try:
         facts = path.stat()
-        key = facts.st_dev, facts.st_ino
-        if key in files:
-            raise TextError(f"expected each file once, got {str(path)!r} again (before as {files[key]!r}). Leave one out.")
-        files[key] = str(path)
+    except (OSError, ValueError):  # a missing one is refused by its reader
+        return
+    key = facts.st_dev, facts.st_ino
+    if key in files:
+        raise TextError(f"expected each file once, got {str(path)!r} again (before as {files[key]!r}). Leave one out.")
+    files[key] = str(path)
 
 
 def _passage(item: Any, where: str, doc: str) -> Passage:
@@ -72,7 +73,11 @@ def _passage(item: Any, where: str, doc: str) -> Passage:
         return item if item.doc is not None else replace(item, doc=doc)
     if not isinstance(item, str):
         shown = f" ({item!r})" if item is not None and is_missing(item) else ""
-        cure = "Leave out rows without a text." if is_missing(item) else "Token ids are for analyze and Capture, all of them."
+        cure = (
+            "Leave out rows without a text." if is_missing(item) else "Decode it first." if isinstance(item, bytes | bytearray)
+            else "Of a table, pass its rows: frame.to_dicts()." if hasattr(item, "to_list")
+            else "Token ids are for analyze and Capture, as a list of ids for each sequence: [[5, 6, 7], [8, 9]]."
+        )  # fmt: skip
         raise TextError(f"expected a text or a Passage at {where}, got {type(item).__name__}{shown}. {cure}")
     if _names_a_file(item):
         raise TextError(
@@ -203,7 +208,7 @@ def _from_json(line: str, where: str) -> Passage:
         record = json.loads(line, object_pairs_hook=_once)
     except TextError as error:
         raise TextError(f"{where}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise TextError(f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error}). One object per line.") from error
     return _from_object(record, where)
 
@@ -234,6 +239,8 @@ def _json(path: Path) -> list[Passage]:
         if error.msg == "Extra data":  # one value after another: JSON lines, as `datasets` and pandas write them
             return _lines(path, content)
         raise TextError(f"expected JSON in {str(path)!r}, got {error}. Mend it, or name the file .txt if it is text.") from error
+    except ValueError as error:
+        raise TextError(f"expected JSON in {str(path)!r}, got a number that is too long: {error}. Write it as text.") from error
     except RecursionError as error:
         raise TextError(f"expected JSON in {str(path)!r}, got objects too deep to read. Write an array of texts.") from error
     if isinstance(value, dict):
@@ -271,6 +278,8 @@ def _table(path: Path, delimiter: str) -> list[Passage]:
         csv.field_size_limit(before)
     lines = [(number, cells) for number, cells in lines if cells]
     names = lines[0][1] if lines else []
+    # The row numbers that pandas writes before everything else unless told not to.
+    numbered = names[:1] == [""] and all(cells[:1] == [str(n)] for n, (_, cells) in enumerate(lines[1:]))
     if len(set(names)) < len(names):
         raise TextError(f"expected columns of different names in {str(path)!r}, got {names}. Rename one.")
     passages = []
@@ -280,7 +289,7 @@ def _table(path: Path, delimiter: str) -> list[Passage]:
             raise TextError(
                 f"{where}: expected {len(names)} cells ({', '.join(names)}), got {len(cells)}. Quote cells that hold the separator."
             )
-        record = {name: cell if cell or name == "text" else None for name, cell in zip(names, cells, strict=True)}
+        record = {name: cell if cell or name == "text" else None for name, cell in list(zip(names, cells, strict=True))[numbered:]}
         passages.append(passage_of(record, where, where))
     if not passages:
         raise TextError(f"expected a line of names and lines of cells in {str(path)!r}, got no more than {len(lines)} lines.")
@@ -321,8 +330,9 @@ def _content(path: Path) -> str:
         held = path.read_bytes()
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except OSError as error:
-        raise TextError(f"expected a readable text file, got {str(path)!r}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        said = getattr(error, "strerror", None) or error
+        raise TextError(f"expected a readable text file, got {str(path)[:200]!r}: {said}. Check the path.") from error
     encoding = next((name for mark, name in _MARKS.items() if held.startswith(mark)), "utf-8")
     try:
         text = held.decode(encoding)

@@ -1,6 +1,6 @@
 """How passages become token sequences, with exact character offsets."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,12 +130,19 @@ def given_ids(model: Any, data: Any, attention_mask: Any = None) -> list[TokenSe
         if attention_mask is not None:
             raise TextError("expected token ids with attention_mask, got texts. Texts are never padded: leave the mask out.")
         return None
-    tokens, valid = _padded(ids, "token ids as whole numbers")
+    tokens, valid = _padded(ids, "token ids as whole numbers", whole_or_none)
     if attention_mask is not None:
-        valid &= real_tokens(_padded(attention_mask, "an attention mask of 1 (real) and 0 (padding)")[0], tuple(tokens.shape))
+        mask, given = _padded(attention_mask, "an attention mask of 1 (real) and 0 (padding)", _zero_or_one)
+        if mask.shape == tokens.shape and bool((given != valid).any()):
+            index = int((given != valid).any(1).nonzero()[0])
+            raise TextError(
+                f"expected an attention mask as long as the ids of each sequence, got {int(given[index].sum())} numbers for the "
+                f"{int(valid[index].sum())} ids of sequence {index}. Pass that of these ids."
+            )
+        valid &= real_tokens(mask, tuple(tokens.shape))
     sequences = from_token_ids(model, tokens, valid)
     if attention_mask is None:
-        _refuse_padding(model, [s.tokens for s in sequences])
+        refuse_padding(model, [s.tokens for s in sequences])
     return sequences
 
 
@@ -148,27 +155,39 @@ def _are_ids(data: Any) -> bool:
     return bool(rows) and all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in data)
 
 
-def _padded(given: Any, what: str) -> tuple[Tensor, Tensor]:
-    """One tensor of rows of any lengths, and where they are (truth values of the same shape)."""
-    if isinstance(given, Tensor | np.ndarray):
+def _padded(given: Any, what: str, number: Callable[[Any], int | None]) -> tuple[Tensor, Tensor]:
+    """One tensor of rows of any lengths, and where they are (truth values of the same shape); `number` reads what is in a list."""
+    if isinstance(given, Tensor) and (given.device.type == "meta" or given.layout != torch.strided):
+        raise TextError(f"expected {what}, got a tensor without them ({given.device.type}, {given.layout}). Pass a plain tensor.")
+    if isinstance(given, Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind in "iufb"):
         tokens = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(_signed(given))
         return tokens, torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
-    rows = [list(row) for row in given]
-    wrong = next((i for i, row in enumerate(rows) if any(_number(value) is None for value in row)), None)
+    rows = [list(row) if _is_row(row) else row for row in (given if _is_row(given) else [given])]
+    wrong = next((i for i, row in enumerate(rows) if not isinstance(row, list) or any(number(v) is None for v in row)), None)
     if wrong is not None:
-        raise TextError(f"expected {what}, got {rows[wrong][:6]} in sequence {wrong}. Pass what the tokenizer returns.")
+        got = rows[wrong][:6] if isinstance(rows[wrong], list) else rows[wrong]
+        raise TextError(
+            f"expected {what}, got {got!r} in sequence {wrong}. Pass what the tokenizer returns: a list for each sequence."
+        )
     longest = max(map(len, rows), default=0)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64, device="cpu")
     valid = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
     for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor([_number(value) for value in row], dtype=torch.int64)
+        tokens[index, : len(row)] = torch.tensor([number(value) for value in row], dtype=torch.int64)
         valid[index, : len(row)] = True
     return tokens, valid
 
 
-def _number(value: Any) -> int | None:
-    # A mask may be of truth values, or of 0.0 and 1.0.
-    return int(value) if isinstance(value, bool | float) and value in (0, 1) else whole_or_none(value)
+def _is_row(value: Any) -> bool:
+    # A 0-d tensor says that it can be iterated, and cannot.
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+
+
+def _zero_or_one(value: Any) -> int | None:
+    """What a mask holds: 0 and 1 of any type; other whole numbers are refused later."""
+    kind = str(getattr(value, "dtype", ""))
+    truth = isinstance(value, bool | float) or (("bool" in kind or "float" in kind) and not getattr(value, "ndim", 0))
+    return int(value) if truth and value in (0, 1) else whole_or_none(value)
 
 
 def _signed(array: np.ndarray) -> np.ndarray:
@@ -200,8 +219,12 @@ def real_tokens(attention_mask: Tensor, shape: tuple[int, ...]) -> Bool[Tensor, 
     return valid
 
 
-def _refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
-    """Refuse ids that begin or end in the tokenizer's padding: it would be measured as text."""
+def refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse ids that begin or end in the tokenizer's padding: it would be measured as text.
+
+    Raises:
+        TextError: naming the first such sequence.
+    """
     found = door.padding_of(model)
     if found is None:
         return

@@ -86,7 +86,7 @@ def check(
         TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16), by the coarser type of model and cache.
     """
     layer, device = block.layer, block.states.device
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
     last = capture.offsets + capture.lengths - 1
     later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows, device="cpu") < last[capture.row_seq])).squeeze(1)
     inner = later if len(later) else torch.nonzero(capture.row_pos > 0).squeeze(1)
