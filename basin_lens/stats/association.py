@@ -18,6 +18,7 @@ from basin_lens.stats.projection import (
     STRAIGHT,
     Left,
     curves,
+    curves_of_ranks,
     in_full,
     levels,
     project,
@@ -38,6 +39,7 @@ from basin_lens.stats.results import (
 from basin_lens.stats.rows import FEWEST, FEWEST_CLUSTERS, Rows, constant, enough, group_means, names_of, refuse_constant, split
 from basin_lens.values import whole_numbers
 
+_UNITS_PER_INDEX = 5  # beyond the controls; with fewer texts, what the controls say at once is not held fixed besides
 NEARLY = 0.2  # of the variance: with less left of a column, partial rank correlation has an excess of its own
 
 
@@ -297,22 +299,26 @@ def _rank_slope(
     """The standardized slope of the first column's ranks on the second's, given the others."""
     codes = rows.sequence if within else np.zeros(len(ranks), int)
     there = names[2:]
-    notes, bent = [], None
+    notes, bent, straight = [], None, np.empty((len(ranks), 0))
     if there:
         given = np.stack([rows.values[name] for name in there], 1)
         told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), given, codes, copies=True)
         # Between texts, each text says one thing of a curve, however many tokens it has.
         free = len(ranks) - len(np.unique(codes)) - len(there) if within else len(np.unique(rows.unit)) - len(there)
-        bent = curves(_with_indexes(rows, names, codes), free, ranked=rows.sequence if within else None) if smooth else None
-        if smooth and bent is None:
-            notes.append(STRAIGHT)
+        held = _with_indexes(rows, names, codes, smooth=smooth and within)
+        bent, said = curves_of_ranks(held, free, rows.sequence if within else None) if smooth else (None, "")
+        notes.append(said)
+        if bent is None and len(held) > len(there) and free >= 2 * _UNITS_PER_INDEX:
+            straight = _places(held[-2:], codes)
         if any(told):
             return {"left": 0.0, "note": f"{names[told.index(True)]}: {EXPLAINED}"}
-    terms = ranks[:, 2:] if bent is None else np.column_stack([ranks[:, 2:], bent])
+    terms = np.column_stack([ranks[:, 2:], straight if bent is None else bent])
     left = project(ranks[:, :2], terms, codes)
     if there and left.share.min() <= IN_FULL_OF_RANKS:
         return {"left": float(left.share.min()), "note": f"{names[int(left.share.argmin())]}: {EXPLAINED}"}
-    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1] + 1)
+    # Between texts there are few of them for each term.
+    whole = None if within else np.column_stack([left.basis, np.full(len(ranks), 1 / np.sqrt(len(ranks)))])
+    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1] + 1, whole)
     size = ranks[:, 1].std() / ranks[:, 0].std()
     found |= {name: found[name] * size for name in ("estimate", "low", "high")}
     if there:
@@ -322,7 +328,16 @@ def _rank_slope(
     return found | {"note": joined(*notes, found.get("note", ""))}
 
 
-def _with_indexes(rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"]) -> list[Float[np.ndarray, " rows"]]:
+def _places(indexes: Sequence[Float[np.ndarray, " rows"]], codes: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows indexes"]:
+    """Ranks within groups, as shares: what stands for indexes where straight lines are all there is."""
+    if not indexes:
+        return np.empty((len(codes), 0))
+    return pd.DataFrame(np.stack(indexes, 1)).groupby(codes).rank(pct=True).to_numpy()
+
+
+def _with_indexes(
+    rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"], *, smooth: bool = True
+) -> list[Float[np.ndarray, " rows"]]:
     """The controls and, of several, what they say of the first two columns at once: what a rank can be expected to be bends with that.
 
     The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share nothing but
@@ -332,9 +347,9 @@ def _with_indexes(rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " row
     if len(controls) < 2:
         return controls
     pair = np.stack([rows.values[name] for name in names[:2]], 1)
-    fitted = pair - levels(codes, pair) - unexplained(pair, controls, codes)[0].values
-    places = pd.DataFrame(fitted).groupby(codes).rank(pct=True).to_numpy()
-    return [*controls, *fitted.T, *places.T]
+    fitted = pair - levels(codes, pair) - unexplained(pair, controls, codes, smooth=smooth)[0].values
+    fitted = np.round(fitted / np.maximum(np.abs(fitted).max(0), 1e-300), 12)  # else rounding would tell ties apart
+    return [*controls, *fitted.T, *_places(list(fitted.T), codes).T]
 
 
 @dataclass(frozen=True)
@@ -396,11 +411,15 @@ def _given(
     told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), controls, rows.sequence, copies=ranked or smooth)
     free = len(held) - len(np.unique(rows.sequence)) * (1 + controls.shape[1])
     terms = _with_indexes(rows, names, rows.sequence) if ranked else list(controls.T)
-    bent = curves(terms, free, ranked=rows.sequence if ranked else None) if smooth else None
+    bent, said = None, "controls as straight lines"
+    if smooth and ranked:
+        bent, said = curves_of_ranks(terms, free, rows.sequence)
+    elif smooth:
+        bent = curves(terms, free)
+        said = STRAIGHT if bent is None else ""
     left = project(held[:, :2], np.empty((len(held), 0)) if bent is None else bent, rows.sequence, held[:, 2:])
     told = [one or not left.of(column, IN_FULL_OF_RANKS if ranked else IN_FULL) for column, one in enumerate(told)]
-    notes = [] if bent is not None else [STRAIGHT if smooth else "controls as straight lines"]
-    return left, notes, told.index(True) if any(told) else None
+    return left, [said], told.index(True) if any(told) else None
 
 
 def _nearly(left: float) -> str:

@@ -14,6 +14,9 @@ from basin_lens.stats.results import Correction, assemble, clustered_slope, cons
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
 
+_FEW_ROWS = 5  # for each term; with fewer, the jackknife's errors
+
+
 def mixed_model(
     table: pd.DataFrame,
     scores: str | Sequence[str],
@@ -119,7 +122,8 @@ def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool)
     ratio = level_ratio(y, x, rows.sequence)
     y, x = freed(y, x, rows.sequence, ratio)
     left = project(np.column_stack([y, x[:, 1]]), np.delete(x, 1, 1), None)
-    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1])
+    few = len(pair) < _FEW_ROWS * (left.basis.shape[1] + 1)
+    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1], left.basis if few else None)
     answer = {"term": term, "icc": ratio / (1 + ratio), "left": float(left.share.min())}
     return answer | found | {"note": joined(notes, found.get("note", ""))}
 
