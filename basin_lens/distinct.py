@@ -73,7 +73,9 @@ def once(
     if (group < 0).all():
         return Once(sequence, np.ones(len(sequence), bool), units, document, units, n_texts, 0, "")
     # Names and numbers of texts tell no kinds of texts apart: a copy has others.
-    apart = [name for name in (*labels, *([unit] if unit not in (*_NAMES, "document", "sequence") else [])) if name in table.columns]
+    apart = [
+        name for name in (*labels, *([unit] if unit not in (*_NAMES, "document", "sequence") else [])) if name in table.columns
+    ]
     alike = _split_by(table, sequence, first, group, apart)
     stands, any_stands = _standing(alike, rank), _standing(group, rank)
     sizes = np.bincount(sequence)

@@ -26,7 +26,17 @@ from basin_lens.stats.results import (
     max_t_signs,
     toned,
 )
-from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split, without_rounding
+from basin_lens.stats.rows import (
+    FEWEST,
+    FEWEST_PER_GROUP,
+    Rows,
+    constant,
+    enough,
+    names_of,
+    refuse_constant,
+    split,
+    without_rounding,
+)
 from basin_lens.values import whole_numbers
 
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")

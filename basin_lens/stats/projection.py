@@ -73,15 +73,16 @@ def curves(
     splines = SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False)
     if afforded >= 2 * (_KNOTS + 2):
         return np.asarray(splines.fit_transform(np.column_stack([scores, other])))
+    alone = scores if ranked is None else other
     if afforded >= _KNOTS + 2:
-        return np.asarray(splines.fit_transform(scores if ranked is None else other))
-    return np.column_stack([scores, scores**2, scores**3]) if afforded >= 3 else None
+        return np.asarray(splines.fit_transform(alone))
+    return np.column_stack([alone, alone**2, alone**3]) if afforded >= 3 else None
 
 
 def curves_of_ranks(
     controls: Sequence[Float[np.ndarray, " rows"]], free: int, ranked: Int[np.ndarray, " rows"] | None
 ) -> tuple[Float[np.ndarray, "rows terms"] | None, str]:
-    """`curves` for a test of ranks, and what to say where they are not the finest: 10 texts of 12 tokens, one bent control, up to .9 false positives."""
+    """`curves` for a test of ranks, and what to say where they are not the finest: with a bent control, up to .1 false positives then."""
     bent = curves(controls, free, ranked=ranked)
     if bent is None:
         return None, STRAIGHT

@@ -214,7 +214,9 @@ def max_t_labels(
         for group in (chosen, 1 - chosen):
             count, true, sums, among, squares = (group @ part for part in (there * 1.0, one * 1.0, d, d * one, d**2))
             with np.errstate(divide="ignore", invalid="ignore"):
-                spread = gap**2 * true * (count - true) / count + 2 * gap * (among - true * sums / count) + squares - sums**2 / count
+                spread = (
+                    gap**2 * true * (count - true) / count + 2 * gap * (among - true * sums / count) + squares - sums**2 / count
+                )
                 parts.append(((gap * true + sums) / count, np.maximum(spread, 0.0) / count / (count - 1)))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(parts[0][0] - parts[1][0]) / np.sqrt(parts[0][1] + parts[1][1])
@@ -285,12 +287,19 @@ def clustered_slope(
     if rest @ rest <= 1e-20 * (y @ y):
         return answer | {"low": np.nan, "high": np.nan, "p": np.nan, "note": "a perfect fit: no interval and no p"}
     if not np.isfinite(error):
-        return answer | {"low": np.nan, "high": np.nan, "p": np.nan, "note": "without one of the units there is no fit: no interval and no p"}
+        return answer | {
+            "low": np.nan,
+            "high": np.nan,
+            "p": np.nan,
+            "note": "without one of the units there is no fit: no interval and no p",
+        }
     wide = stats.t.ppf(0.975, groups - 1) * error
     return answer | {"low": slope - wide, "high": slope + wide, "p": float(2 * stats.t.sf(abs(slope) / error, groups - 1))}
 
 
-def _jackknife_error(basis: Float[np.ndarray, "rows terms"], rest: Float[np.ndarray, " rows"], at: Int[np.ndarray, " rows"]) -> float:
+def _jackknife_error(
+    basis: Float[np.ndarray, "rows terms"], rest: Float[np.ndarray, " rows"], at: Int[np.ndarray, " rows"]
+) -> float:
     """Jackknife error of the coefficient of the last column of an orthonormal basis, each unit left out once; infinite where one cannot be."""
     changes = []
     for code in range(int(at.max()) + 1):

@@ -103,9 +103,9 @@ def split(
     check_run(table)
     columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
     tables.require(table, "doc", "seq", *columns, *labels)
+    layered = _layers(table) if "layer" in table.columns else np.zeros(len(table), int)
     found = texts_once(table, unit, labels)
     sequence = found.sequence
-    layered = _layers(table) if "layer" in table.columns else np.zeros(len(table), int)
     there = sorted(np.unique(layered).tolist())
     if layers is not None:
         there = asked_layers(table, layers)

@@ -16,7 +16,18 @@ from basin_lens.stats.controls import chosen, residuals
 from basin_lens.stats.mixed import freed, level_ratio
 from basin_lens.stats.projection import EXPLAINED
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, joined, line
-from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, group_means, names_of, refuse_constant, split, without_rounding
+from basin_lens.stats.rows import (
+    FEWEST,
+    Rows,
+    check_run,
+    constant,
+    enough,
+    group_means,
+    names_of,
+    refuse_constant,
+    split,
+    without_rounding,
+)
 from basin_lens.values import whole_numbers
 
 _TESTS = {
