@@ -88,8 +88,8 @@ def once(
         what = f"under another {' or '.join(apart)}" if apart else "elsewhere"
         note += f"{'; ' if note else ''}{n_copies - left_out} of {n_texts} texts are copies of texts {what}, and kept"
     return Once(
-        sequence, ~dropped[sequence], documents if unit in ("document", "doc") else units, documents, _joined(units, units[first], sizes, any_stands), n_texts,
-        n_copies, note,
+        sequence, ~dropped[sequence], documents if unit in ("document", "doc") else units, documents,
+        _joined(units, units[first], sizes, any_stands), n_texts, n_copies, note,
     )  # fmt: skip
 
 

@@ -84,7 +84,9 @@ def test_old_tests_say_that_copies_are_left_out():
 def test_missing_labels_of_every_kind_are_passed_over(kind):
     table = drawn()
     values = [None if doc > 17 else doc % 2 == 0 if kind == "boolean" else "xy"[doc % 2] for doc in table["doc"]]
-    table["group"] = pd.array(values, dtype=kind) if kind != object else pd.Series([pd.NA if v is None else v for v in values])
+    table["group"] = (
+        pd.array(values, dtype=kind) if isinstance(kind, str) else pd.Series([pd.NA if v is None else v for v in values])
+    )
     expected = S.compare_groups(
         table[table["doc"] < 18].assign(group=lambda t: t["group"].astype(str)), "a", "group", groups=_two(kind)
     )

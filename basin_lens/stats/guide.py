@@ -45,7 +45,8 @@ def guide_tests(
 
     Returns:
         one row per (layer, score): `question, guide_test, guide_statistic, guide_r, guide_p, guide_reading`, and `n_tokens`. `guide_reading`:
-        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant; copies of texts count once here too, and the note says so.
+        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant;
+        copies of texts count once here too, and the note says so.
 
     Raises:
         TableError: not exactly one question, several runs, missing columns, not two groups.

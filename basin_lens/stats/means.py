@@ -11,7 +11,6 @@ from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import joined
 from basin_lens.values import whole_numbers
 
-
 _FEW = 20  # units
 
 

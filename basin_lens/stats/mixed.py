@@ -13,7 +13,6 @@ from basin_lens.stats.projection import EXPLAINED, IN_FULL, STRAIGHT, curves, in
 from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
-
 _FEW_ROWS = 5  # for each term; with fewer, the jackknife's errors
 
 
@@ -35,7 +34,8 @@ def mixed_model(
     score_si = a + u_s + b against_si + c controls_si + s(controls_si) + e_si, all columns standardized, u_s a random level of sequence s
 
     Variance components by restricted maximum likelihood. Errors are cluster-robust by unit, with Student's t on units - 1 degrees of
-    freedom: an effect that differs from text to text does not make them too small, as the model's own would be.
+    freedom: an effect that differs from text to text does not make them too small, as the model's own would be. With fewer than 5 rows
+    for each term, the jackknife's over units.
 
     Args:
         table: from `analyze`, of one run.

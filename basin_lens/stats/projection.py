@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpstrf
@@ -58,7 +59,8 @@ def curves(
 
     The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's normal scores (whatever
     its distribution, bends in the middle and at the ends can be followed) and of its values (where it is made of them, as an exponential is); of the
-    normal scores alone (for ranks, of the control's own); or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of normal scores of the control
+    normal scores alone (for ranks, the control's own); or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of
+    normal scores of the control
     less its group means, and of the control's own: what a rank can be expected to be bends with the value and with its group, not with the control's
     rank. Knots are equally spaced. A control that does not vary has no terms. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
     """
@@ -110,6 +112,30 @@ def unexplained(
     left = project(columns, straight if bent is None else np.column_stack([straight, bent]), codes)
     told = in_full(columns, straight, codes, copies=smooth)
     return replace(left, share=np.where(told, 0.0, left.share)), STRAIGHT if smooth and bent is None else ""
+
+
+def places(indexes: Sequence[Float[np.ndarray, " rows"]], codes: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows indexes"]:
+    """Ranks within groups, as shares: what stands for indexes where straight lines are all there is."""
+    if not indexes:
+        return np.empty((len(codes), 0))
+    return pd.DataFrame(np.stack(indexes, 1)).groupby(codes).rank(pct=True).to_numpy()
+
+
+def with_indexes(
+    rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"], *, smooth: bool = True
+) -> list[Float[np.ndarray, " rows"]]:
+    """The controls and, of several, what they say of the first two columns at once: what a rank can be expected to be bends with that.
+
+    The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share nothing but
+    the controls' sum passed in 93 to 100 % of data sets. So the fitted columns, and their places within the sequence, are controls too.
+    """
+    controls = [rows.values[name] for name in names[2:]]
+    if len(controls) < 2:
+        return controls
+    pair = np.stack([rows.values[name] for name in names[:2]], 1)
+    fitted = pair - levels(codes, pair) - unexplained(pair, controls, codes, smooth=smooth)[0].values
+    fitted = np.round(fitted / np.maximum(np.abs(fitted).max(0), 1e-300), 12)  # else rounding would tell ties apart
+    return [*controls, *fitted.T, *places(list(fitted.T), codes).T]
 
 
 def in_full(
