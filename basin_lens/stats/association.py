@@ -181,9 +181,9 @@ def partial_correlation(
     Where a control nearly determines both columns, ranks have an excess of their own: a token's rank depends on the other tokens of its
     sequence too, in the same way for both, and no function of the control takes this out. Measured with nothing but a control in common, 20
     documents of 40 tokens, normal noise: 5 % false positives where the control leaves .22 of the variance, 7 % at .10, 15 % at .05 (Pearson: 5 %
-    throughout); with a heavy-tailed control, 10 % at .14; with two lognormal controls whose sum makes both columns, 17 to 29 % at .03 to .05, and at .02
-    with one normal control 44 to 51 %. So below .2 (`left`) the note gives the correlations of ranks and of values and the slope
-    of the joint regression side by side: believe what all three say.
+    throughout), 44 to 51 % at .02; with a heavy-tailed control, 10 % at .14; with two lognormal ones whose sum makes both columns, 17 to 29 % at
+    .03 to .05. So below .2 (`left`) the note puts the correlations of ranks and of values and the slope of the joint regression side by side:
+    believe what all three say.
 
     Surprisal may be a mediator rather than a confound: show the result also with `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
 
@@ -237,9 +237,9 @@ def rank_regression(
     Against `within_sequence_correlation`, long sequences weigh more, and short ones are not lost. Where controls leave little, ranks have the excess
     that `partial_correlation` tells of (here 11 % at .08, 27 % at .03, 51 % at .02), and the note says so.
 
-    Between texts (`within=False`), errors are the jackknife's, over units. Curves need 10 texts for each of their terms: with 48, nothing in
-    common but a control, false positives were 5 to 12 % (two controls), 9 to 10 % (a control that bends, coarse curves), and 27 % where two controls
-    leave nothing of a score but what differs within texts; with 12, up to 12 %. The note says where curves are coarse, or lines straight.
+    Between texts (`within=False`), errors are the jackknife's. Of 48 texts with nothing in common but a control, 5 to 12 % passed with two controls,
+    9 to 10 % with one that bends, 27 % where two leave of a score what differs within texts alone; of 12 texts, 12 %. The note says where
+    curves are coarse, or lines straight.
 
     Args:
         table, scores, against, controls, frequency, layers, unit, correction: as for `within_sequence_correlation`; no max-t.
@@ -395,11 +395,9 @@ def _given(
     free = len(held) - len(np.unique(rows.sequence)) * (1 + controls.shape[1])
     terms = with_indexes(rows, names, rows.sequence) if ranked else list(controls.T)
     bent, said = None, "controls as straight lines"
-    if smooth and ranked:
-        bent, said = curves_of_ranks(terms, free, rows.sequence)
-    elif smooth:
-        bent = curves(terms, free)
-        said = STRAIGHT if bent is None else ""
+    if smooth:
+        bent, said = curves_of_ranks(terms, free, rows.sequence) if ranked else (curves(terms, free), "")
+        said = STRAIGHT if bent is None else said
     left = project(held[:, :2], np.empty((len(held), 0)) if bent is None else bent, rows.sequence, held[:, 2:])
     told = [one or not left.of(column, IN_FULL_OF_RANKS if ranked else IN_FULL) for column, one in enumerate(told)]
     return left, [said], told.index(True) if any(told) else None
