@@ -19,6 +19,8 @@ from basin_lens.texts.copies import closed_groups, groups_of_copies
 SHARE_OF_DOCUMENT = 0.1
 _found: dict[bytes, list[list[int]]] = {}  # the last groups found in tables' own tokens: every test asks again
 _MOST_FOUND = 8
+_NAMES = ("doc", "seq", "passage")
+_WHOLE = 32  # tokens; so many in a row are a text, from wherever on they stand there
 _FEWEST = 5  # tokens; shorter pieces in a table without a record may be what is left of other texts, and are alike by chance
 
 
@@ -70,7 +72,10 @@ def once(
     n_texts = len(np.unique(text))
     if (group < 0).all():
         return Once(sequence, np.ones(len(sequence), bool), units, document, units, n_texts, 0, "")
-    apart = [name for name in (*labels, *([unit] if unit not in ("document", "sequence") else [])) if name in table.columns]
+    # Names and numbers of texts tell no kinds of texts apart: a copy has others.
+    apart = [
+        name for name in (*labels, *([unit] if unit not in (*_NAMES, "document", "sequence") else [])) if name in table.columns
+    ]
     alike = _split_by(table, sequence, first, group, apart)
     stands, any_stands = _standing(alike, rank), _standing(group, rank)
     sizes = np.bincount(sequence)
@@ -83,8 +88,8 @@ def once(
         what = f"under another {' or '.join(apart)}" if apart else "elsewhere"
         note += f"{'; ' if note else ''}{n_copies - left_out} of {n_texts} texts are copies of texts {what}, and kept"
     return Once(
-        sequence, ~dropped[sequence], documents if unit == "document" else units, documents, _joined(units, units[first], sizes, any_stands), n_texts,
-        n_copies, note,
+        sequence, ~dropped[sequence], documents if unit in ("document", "doc") else units, documents,
+        _joined(units, units[first], sizes, any_stands), n_texts, n_copies, note,
     )  # fmt: skip
 
 
@@ -147,7 +152,8 @@ def _is_of(record: dict[str, Any], names: np.ndarray) -> bool:
 def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray]]:
     """Groups of copies by the table's own tokens at one layer, as the sequence codes of each member.
 
-    Only of sequences whose tokens are all there, from the first or second on, and not a few: of chosen tokens, two texts may have the same.
+    Only of sequences whose tokens are all there, from the first or second on (or many in a row), and not a few: of chosen tokens, two texts may have
+    the same.
     """
     if not {"token_id", "pos"} <= set(table.columns):
         return []
@@ -155,14 +161,14 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
     if "layer" in table.columns:
         layers = table["layer"].to_numpy()
         at = np.flatnonzero(layers == layers[0])
-    tokens, pos = (table[name].to_numpy()[at] for name in ("token_id", "pos"))
-    if tokens.dtype.kind not in "iu" or pos.dtype.kind not in "iu":
+    tokens, pos = (_whole_numbers(table[name].iloc[at]) for name in ("token_id", "pos"))
+    if tokens is None or pos is None:
         return []
     order = np.lexsort((pos, sequence[at]))
     at, tokens, pos = at[order], tokens[order], pos[order]
     codes, starts, sizes = np.unique(sequence[at], return_index=True, return_counts=True)
     steps = np.where(np.r_[True, np.diff(sequence[at]) != 0], 1, np.diff(pos, prepend=0))
-    whole = np.logical_and.reduceat(steps == 1, starts) & (pos[starts] <= 1) & (sizes >= _FEWEST)
+    whole = np.logical_and.reduceat(steps == 1, starts) & (sizes >= np.where(pos[starts] <= 1, _FEWEST, _WHOLE))
     real = np.ones(len(at), bool)
     if "start" in table.columns:
         # BOS has no place in the text.
@@ -193,6 +199,16 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
         ids, where = np.unique(tokens, return_index=True)
         strings = dict(zip(ids.tolist(), table["token"].iloc[at[where]].astype(str), strict=True))
     return [[np.array(members[index]) for index in group] for group in _remembered(held, strings)]
+
+
+def _whole_numbers(column: "pd.Series[Any]") -> Int[np.ndarray, " rows"] | None:
+    """A column of whole numbers, of whatever type (one that was read or joined with gaps may hold floats); None: others are in it."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.cat.categories.dtype)
+    if not pd.api.types.is_numeric_dtype(column.dtype):
+        return None
+    held = column.to_numpy(np.float64, na_value=np.nan)
+    return held.astype(np.int64) if (np.isfinite(held) & (held == np.round(held))).all() else None
 
 
 def _remembered(texts: list[list[int]], strings: dict[int, str] | None) -> list[list[int]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.association import partial_correlation, within_sequence_correlation
+from basin_lens.stats.association import NEARLY, partial_correlation, within_sequence_correlation
 from basin_lens.stats.choice import best_layer
 from basin_lens.stats.controls import CONTROLS, chosen
 from basin_lens.stats.groups import before_after, compare_groups
@@ -51,7 +51,8 @@ def red_flags(
     - `does not replicate`: the layer chosen on one half of the documents has another sign, or a p above alpha in the direction that was found, on
       the other half.
     - `vanishes under controls`: of the scores and layers that survived correction, none does, with the same sign, once token frequency, position,
-      norm, density and surprisal are controlled.
+      norm, density and surprisal are controlled. Where these leave less than a fifth of the variance, ranks have an excess (see
+      `partial_correlation`), and a correlation stays only if that of values does too.
     - `copies`: texts that are copies of others, nearly or in full. Each counts once in all tests; the flag says how many there are.
 
     Args:
@@ -134,7 +135,13 @@ def red_flags(
         else:
             there = chosen(table, controls, [score, *asked], frequency)[1]
             if there:
-                flags.append(_controlled(name, tested, effect(table, varied, there), score, there, alpha))
+                after = effect(table, varied, there)
+                if against is not None and (after["left"] < NEARLY).any():
+                    values = partial_correlation(
+                        table, varied, against, controls=there, frequency=frequency, method="pearson", **options
+                    )
+                    after = _of_both(after, values)
+                flags.append(_controlled(name, tested, after, score, there, alpha))
             else:
                 flags.append(_unknown(name, score, f"the table has none of the controls {', '.join(controls)}"))
     flags.append(_copies(table, unit, [name for name in (group,) if name is not None]))
@@ -247,6 +254,14 @@ def _replication(
         "why": f"{row['effect']} {row['chosen_estimate']:.3g} on {row['chosen_documents']} documents, {row['estimate']:.3g} on "
         f"{row['n_documents']} others (one-sided p {one_sided:.3g})",
     }  # fmt: skip
+
+
+def _of_both(ranks: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+    """Where controls leave little, ranks go together of themselves: there only what values say too stays."""
+    little = (ranks["left"] < NEARLY).to_numpy()
+    agree = np.sign(ranks["estimate"].to_numpy(float)) == np.sign(values["estimate"].to_numpy(float))
+    both = np.where(agree, np.fmax(ranks["p_corrected"], values["p_corrected"].fillna(1.0)), 1.0)
+    return ranks.assign(p_corrected=np.where(little & ranks["p_corrected"].notna(), both, ranks["p_corrected"]))
 
 
 def _controlled(

@@ -26,7 +26,17 @@ from basin_lens.stats.results import (
     max_t_signs,
     toned,
 )
-from basin_lens.stats.rows import FEWEST, FEWEST_PER_GROUP, Rows, constant, enough, names_of, refuse_constant, split
+from basin_lens.stats.rows import (
+    FEWEST,
+    FEWEST_PER_GROUP,
+    Rows,
+    constant,
+    enough,
+    names_of,
+    refuse_constant,
+    split,
+    without_rounding,
+)
 from basin_lens.values import whole_numbers
 
 _SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
@@ -112,7 +122,7 @@ def compare_groups(
         for every in split(with_them, [score, *there], layers=layers, unit=unit, labels=[group]):
             first, second, wording = two_groups(every, group, groups)
             rows = every.where(first | second).finite(score, *there)
-            is_first = np.array(rows.labels[group] == first_value(every, group, groups), bool)
+            is_first = _is(rows.labels[group], first_value(every, group, groups))
             given = {"group": wording, "controls": ", ".join(there), **dict.fromkeys(_SIZES, np.nan)}
             test = "sign-flip permutation of paired differences" if paired else "permutation of labels (Welch t)"
             if paired and there:
@@ -255,7 +265,12 @@ def two_groups(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np
     """
     one, other = _values(rows, group, groups)
     held = rows.labels[group]
-    return np.array(held == one, bool), np.array(held == other, bool), f"{one} - {other}"
+    return _is(held, one), _is(held, other), f"{one} - {other}"
+
+
+def _is(held: np.ndarray, value: Any) -> Bool[np.ndarray, " rows"]:
+    """Where a label has a value; a missing one, of whatever kind, has none."""
+    return np.array([not missing and label == value for label, missing in zip(held, pd.isna(held), strict=True)], bool)
 
 
 def _labels_of(rows: Rows, codes: np.ndarray, is_first: np.ndarray, unit: str, group: str) -> Bool[np.ndarray, " units"]:
@@ -288,7 +303,7 @@ class _Parts:
 def _differences(rows: Rows, score: str, is_first: np.ndarray) -> _Parts:
     """The mean over a unit's sequences of the difference of means."""
     codes, first = rows.where(is_first).unit_means(score)
-    return _Parts(codes, first - rows.where(~is_first).unit_means(score)[1])
+    return _Parts(codes, without_rounding(first - rows.where(~is_first).unit_means(score)[1], rows.values[score]))
 
 
 def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str]) -> _Parts:

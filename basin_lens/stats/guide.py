@@ -45,7 +45,8 @@ def guide_tests(
 
     Returns:
         one row per (layer, score): `question, guide_test, guide_statistic, guide_r, guide_p, guide_reading`, and `n_tokens`. `guide_reading`:
-        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant.
+        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant;
+        copies of texts count once here too, and the note says so.
 
     Raises:
         TableError: not exactly one question, several runs, missing columns, not two groups.
@@ -80,7 +81,7 @@ def guide_tests(
             r = abs(found["guide_r"])
             reading = "" if np.isnan(r) else "strong" if r > STRONG else "moderate" if r > MODERATE else "weak"
             note = "too few tokens, or values that do not differ" if np.isnan(r) else ""
-            note = joined(note, f"{rows.infinite} rows with an infinite value left out" if rows.infinite else "")
+            note = joined(note, f"{rows.infinite} rows with an infinite value left out" if rows.infinite else "", rows.copies)
             lines.append({"layer": rows.layer, "score": score, **found, "guide_reading": reading, "note": note})
     answer = pd.DataFrame(lines)
     answer["layer"] = answer["layer"].astype("Int64")

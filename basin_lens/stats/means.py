@@ -11,12 +11,17 @@ from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import joined
 from basin_lens.values import whole_numbers
 
+_FEW = 20  # units
+
 
 @whole_numbers(TableError)
 def mean_interval(
     table: pd.DataFrame, column: str, by: str | Sequence[str], *, unit: str = "doc", n_resamples: int = 9999, seed: int = 0
 ) -> pd.DataFrame:
     """Mean of a column in each group, with a 95 % percentile bootstrap interval over units.
+
+    With few units such an interval is too narrow: of 20, it misses the mean in 8 to 9 % of data sets (normal, lognormal, heavy tails), of 12 in 10
+    to 12 %; below 20, the note says so.
 
     A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the table tells.
 
@@ -60,7 +65,8 @@ def mean_interval(
         if len(means) > 1 and np.ptp(means) > 0:
             draw = np.random.default_rng(seed)
             found = stats.bootstrap((means,), np.mean, n_resamples=n_resamples, method="percentile", rng=draw).confidence_interval
-            low, high, note = float(found.low), float(found.high), ""
+            low, high = float(found.low), float(found.high)
+            note = f"{len(means)} units: a bootstrap interval of so few is too narrow" if len(means) < _FEW else ""
         note = joined(note, f"{endless.sum()} rows with an infinite value left out of the table" if endless.any() else "")
         names = dict(zip(groups, key, strict=True))
         lines.append(

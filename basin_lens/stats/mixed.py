@@ -13,6 +13,8 @@ from basin_lens.stats.projection import EXPLAINED, IN_FULL, STRAIGHT, curves, in
 from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
 from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
+_FEW_ROWS = 5  # for each term; with fewer, the jackknife's errors
+
 
 def mixed_model(
     table: pd.DataFrame,
@@ -32,7 +34,8 @@ def mixed_model(
     score_si = a + u_s + b against_si + c controls_si + s(controls_si) + e_si, all columns standardized, u_s a random level of sequence s
 
     Variance components by restricted maximum likelihood. Errors are cluster-robust by unit, with Student's t on units - 1 degrees of
-    freedom: an effect that differs from text to text does not make them too small, as the model's own would be.
+    freedom: an effect that differs from text to text does not make them too small, as the model's own would be. With fewer than 5 rows
+    for each term, the jackknife's over units.
 
     Args:
         table: from `analyze`, of one run.
@@ -119,7 +122,8 @@ def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool)
     ratio = level_ratio(y, x, rows.sequence)
     y, x = freed(y, x, rows.sequence, ratio)
     left = project(np.column_stack([y, x[:, 1]]), np.delete(x, 1, 1), None)
-    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1])
+    few = len(pair) < _FEW_ROWS * (left.basis.shape[1] + 1)
+    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1], left.basis if few else None)
     answer = {"term": term, "icc": ratio / (1 + ratio), "left": float(left.share.min())}
     return answer | found | {"note": joined(notes, found.get("note", ""))}
 

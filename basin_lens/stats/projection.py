@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpstrf
@@ -25,6 +26,7 @@ _RANK = 1e-5  # of a term's size: what other terms leave of it when it says noth
 # of ranks, ties that rounding made.
 IN_FULL, IN_FULL_OF_RANKS = 1e-10, 1e-4
 EXPLAINED = "the controls explain it in full"
+COARSE = "coarse curves of the controls, too few tokens for finer ones: ranks may still go together where a control bends"
 STRAIGHT = "controls as straight lines: too few tokens for curves"
 
 
@@ -57,7 +59,8 @@ def curves(
 
     The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's normal scores (whatever
     its distribution, bends in the middle and at the ends can be followed) and of its values (where it is made of them, as an exponential is); of the
-    normal scores alone; or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of normal scores of the control
+    normal scores alone (for ranks, the control's own); or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of
+    normal scores of the control
     less its group means, and of the control's own: what a rank can be expected to be bends with the value and with its group, not with the control's
     rank. Knots are equally spaced. A control that does not vary has no terms. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
     """
@@ -72,13 +75,26 @@ def curves(
     splines = SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False)
     if afforded >= 2 * (_KNOTS + 2):
         return np.asarray(splines.fit_transform(np.column_stack([scores, other])))
+    alone = scores if ranked is None else other
     if afforded >= _KNOTS + 2:
-        return np.asarray(splines.fit_transform(scores))
-    return np.column_stack([scores, scores**2, scores**3]) if afforded >= 3 else None
+        return np.asarray(splines.fit_transform(alone))
+    return np.column_stack([alone, alone**2, alone**3]) if afforded >= 3 else None
+
+
+def curves_of_ranks(
+    controls: Sequence[Float[np.ndarray, " rows"]], free: int, ranked: Int[np.ndarray, " rows"] | None
+) -> tuple[Float[np.ndarray, "rows terms"] | None, str]:
+    """`curves` for a test of ranks, and what to say where they are not the finest: with a bent control, up to .1 false positives then."""
+    bent = curves(controls, free, ranked=ranked)
+    if bent is None:
+        return None, STRAIGHT
+    return bent, "" if bent.shape[1] >= 2 * (_KNOTS + 2) * len(controls) else COARSE
 
 
 def _normal_scores(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
-    return np.asarray(ndtri(rankdata(columns, axis=0) / (len(columns) + 1)))
+    # Rounding would tell ties apart, as the order of the rows has it.
+    held = np.round(columns / np.maximum(np.abs(columns).max(0), 1e-300), 12)
+    return np.asarray(ndtri(rankdata(held, axis=0) / (len(columns) + 1)))
 
 
 def unexplained(
@@ -96,6 +112,30 @@ def unexplained(
     left = project(columns, straight if bent is None else np.column_stack([straight, bent]), codes)
     told = in_full(columns, straight, codes, copies=smooth)
     return replace(left, share=np.where(told, 0.0, left.share)), STRAIGHT if smooth and bent is None else ""
+
+
+def places(indexes: Sequence[Float[np.ndarray, " rows"]], codes: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows indexes"]:
+    """Ranks within groups, as shares: what stands for indexes where straight lines are all there is."""
+    if not indexes:
+        return np.empty((len(codes), 0))
+    return pd.DataFrame(np.stack(indexes, 1)).groupby(codes).rank(pct=True).to_numpy()
+
+
+def with_indexes(
+    rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"], *, smooth: bool = True
+) -> list[Float[np.ndarray, " rows"]]:
+    """The controls and, of several, what they say of the first two columns at once: what a rank can be expected to be bends with that.
+
+    The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share nothing but
+    the controls' sum passed in 93 to 100 % of data sets. So the fitted columns, and their places within the sequence, are controls too.
+    """
+    controls = [rows.values[name] for name in names[2:]]
+    if len(controls) < 2:
+        return controls
+    pair = np.stack([rows.values[name] for name in names[:2]], 1)
+    fitted = pair - levels(codes, pair) - unexplained(pair, controls, codes, smooth=smooth)[0].values
+    fitted = np.round(fitted / np.maximum(np.abs(fitted).max(0), 1e-300), 12)  # else rounding would tell ties apart
+    return [*controls, *fitted.T, *places(list(fitted.T), codes).T]
 
 
 def in_full(

@@ -8,7 +8,7 @@ import pandas as pd
 
 from basin_lens.errors import TableError
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
-from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split
+from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split, without_rounding
 from basin_lens.values import whole_numbers
 
 
@@ -81,7 +81,7 @@ def quartile_table(
             answer = {"note": f"fewer than {FEWEST} units with both ends: ties leave quartiles empty"}
             if rows.counts()["n_units"] >= FEWEST:
                 last, first = (rows.where(rows.values["_part"] == index).unit_means(score)[1] for index in (parts, 1))
-                answer = dict(interval_and_p(last - first))
+                answer = dict(interval_and_p(without_rounding(last - first, rows.values[score])))
             also = {"against": by, "quartile": label}
             lines.append(line(rows, score, unit, "one-sample t-test of unit differences", "mean difference", **also | answer))
     refuse_constant(lines, [*names, by])

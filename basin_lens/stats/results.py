@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -79,14 +79,14 @@ def _explained(answer: pd.DataFrame) -> pd.Series:
     words = [", ".join(str(column) for column in missing if row[column]) for row in missing.to_dict("records")]
     silent = missing.any(axis=1) & (notes == "")
     tested = answer["p"].notna()
-    lost = answer["p_corrected"].isna() & tested & (notes == "")
+    lost = answer["p_corrected"].isna() & tested
     said = [
         f"no {word}: {'too few differences between the units' if not_p else 'a description, not a test'}"
         for word, not_p in zip(words, missing["estimate"] | missing["low"], strict=True)
     ]
-    return notes.mask(silent, pd.Series(said, index=answer.index)).mask(
-        lost, "not corrected: too few units, or units that do not differ"
-    )
+    notes = notes.mask(silent, pd.Series(said, index=answer.index))
+    why = "not corrected: too few units, or units that do not differ"
+    return notes.mask(lost, pd.Series([joined(note, why) for note in notes], index=answer.index))
 
 
 def correct(
@@ -202,17 +202,22 @@ def max_t_labels(
 ) -> Float[np.ndarray, " tests"]:
     """The same for two groups of units: Welch's t, labels exchanged between whole units."""
     there = np.isfinite(values)
-    # Centered first: the variances below are differences of sums of squares.
-    held = np.where(there, values - np.nanmean(values, 0), 0.0)
+    one = label.astype(bool)[:, None] & there
+    # v = m + gap g + d, g the true label: with groups far apart, sums of squares of v would round d away.
+    means = [np.where(side, values, 0.0).sum(0) / np.maximum(side.sum(0), 1) for side in (one, there & ~one)]
+    gap = means[0] - means[1]
+    d = np.where(there, values - np.where(one, means[0], means[1]), 0.0)
     rng = np.random.default_rng(seed)
 
     def t(chosen: np.ndarray) -> np.ndarray:
         parts = []
         for group in (chosen, 1 - chosen):
-            count, mean, squares = group @ there, group @ held, group @ held**2
+            count, true, sums, among, squares = (group @ part for part in (there * 1.0, one * 1.0, d, d * one, d**2))
             with np.errstate(divide="ignore", invalid="ignore"):
-                mean = mean / count
-                parts.append((mean, (squares / count - mean**2) / (count - 1)))
+                spread = (
+                    gap**2 * true * (count - true) / count + 2 * gap * (among - true * sums / count) + squares - sums**2 / count
+                )
+                parts.append(((gap * true + sums) / count, np.maximum(spread, 0.0) / count / (count - 1)))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(parts[0][0] - parts[1][0]) / np.sqrt(parts[0][1] + parts[1][1])
 
@@ -255,23 +260,56 @@ def toned(values: Float[np.ndarray, " units"], inflation: float) -> Float[np.nda
 
 
 def clustered_slope(
-    y: Float[np.ndarray, " rows"], x: Float[np.ndarray, " rows"], units: np.ndarray, n_terms: int
+    y: Float[np.ndarray, " rows"],
+    x: Float[np.ndarray, " rows"],
+    units: np.ndarray,
+    n_terms: int,
+    basis: Float[np.ndarray, "rows terms"] | None = None,
 ) -> dict[str, Any]:
     """Slope of y on x, both less what `n_terms` other terms explain, with cluster-robust errors (statsmodels' correction for small samples).
 
     By Frisch and Waugh, the slope and error that a regression on x and all terms at once gives. `partial_r2`: of what the terms leave.
+    With an orthonormal `basis` of the terms, the jackknife's error instead, over units: where a unit has much weight in a fit, its residual is
+    too small, and errors made of residuals are too.
     """
+    if len(y) <= n_terms + 1:
+        missing = dict.fromkeys(("estimate", "low", "high", "p", "partial_r2"), np.nan)
+        return missing | {"note": f"{len(y)} rows for {n_terms + 1} terms: too few"}
     slope = float(x @ y / (x @ x))
     there, at = np.unique(units, return_inverse=True)
     rest = y - slope * x
     n, groups = len(y), len(there)
     scores = np.bincount(at, weights=x * rest)
     error = np.sqrt(groups / (groups - 1) * (n - 1) / (n - n_terms - 1) * (scores @ scores)) / (x @ x)
+    if basis is not None:
+        error = _jackknife_error(np.column_stack([basis, x / np.sqrt(x @ x)]), rest, at) / np.sqrt(x @ x)
     answer: dict[str, Any] = {"estimate": slope, "partial_r2": float(1 - rest @ rest / (y @ y))}
     if rest @ rest <= 1e-20 * (y @ y):
         return answer | {"low": np.nan, "high": np.nan, "p": np.nan, "note": "a perfect fit: no interval and no p"}
+    if not np.isfinite(error):
+        return answer | {
+            "low": np.nan,
+            "high": np.nan,
+            "p": np.nan,
+            "note": "without one of the units there is no fit: no interval and no p",
+        }
     wide = stats.t.ppf(0.975, groups - 1) * error
     return answer | {"low": slope - wide, "high": slope + wide, "p": float(2 * stats.t.sf(abs(slope) / error, groups - 1))}
+
+
+def _jackknife_error(
+    basis: Float[np.ndarray, "rows terms"], rest: Float[np.ndarray, " rows"], at: Int[np.ndarray, " rows"]
+) -> float:
+    """Jackknife error of the coefficient of the last column of an orthonormal basis, each unit left out once; infinite where one cannot be."""
+    changes = []
+    for code in range(int(at.max()) + 1):
+        q, e = basis[at == code], rest[at == code]
+        left = np.eye(q.shape[1]) - q.T @ q
+        if np.linalg.eigvalsh(left)[0] < 1e-9:
+            return float("inf")
+        changes.append(np.linalg.solve(left, q.T @ e)[-1])  # (X'X less the unit's)^-1 X'e, in the basis' own terms
+    held = np.array(changes)
+    return float(np.sqrt((len(held) - 1) / len(held) * ((held - held.mean()) ** 2).sum()))
 
 
 def constant_values(values: np.ndarray) -> bool:

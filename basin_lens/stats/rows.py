@@ -103,9 +103,9 @@ def split(
     check_run(table)
     columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
     tables.require(table, "doc", "seq", *columns, *labels)
+    layered = _layers(table) if "layer" in table.columns else np.zeros(len(table), int)
     found = texts_once(table, unit, labels)
     sequence = found.sequence
-    layered = table["layer"].to_numpy() if "layer" in table.columns else np.zeros(len(table), int)
     there = sorted(np.unique(layered).tolist())
     if layers is not None:
         there = asked_layers(table, layers)
@@ -216,6 +216,12 @@ def constant(values: np.ndarray) -> bool:
     return len(values) == 0 or bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
+def without_rounding(differences: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Differences of these values, 0 where they are so small that the values' own rounding makes them: else a test finds rounding."""
+    size = np.abs(values).max(initial=0.0)
+    return np.where(np.abs(differences) <= 1e-12 * size, 0.0, differences)
+
+
 def enough(count: int, needed: int, what: str) -> None:
     """Refuse too little data.
 
@@ -243,10 +249,27 @@ def refuse_constant(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
             )
 
 
+def _layers(table: pd.DataFrame) -> Int[np.ndarray, " rows"]:
+    """The layer of each row.
+
+    Raises:
+        TableError: layers that are missing or no whole numbers.
+    """
+    held = table["layer"]
+    numbers = held.to_numpy(np.float64, na_value=np.nan) if pd.api.types.is_numeric_dtype(held.dtype) else None
+    if numbers is None and isinstance(held.dtype, pd.CategoricalDtype) and pd.api.types.is_numeric_dtype(held.cat.categories):
+        numbers = held.astype(float).to_numpy()
+    if numbers is None or not (np.isfinite(numbers) & (numbers == np.round(numbers))).all():
+        raise TableError(
+            f"expected a whole number as the layer of every row, got {list(held.unique()[:8])}. Number the layers; leave rows without one out."
+        )
+    return numbers.astype(np.int64)
+
+
 def _units(table: pd.DataFrame, unit: str, sequence: np.ndarray, document: np.ndarray) -> np.ndarray:
-    if unit == "sequence":
+    if unit in ("sequence", "seq"):
         return sequence
-    if unit == "document":
+    if unit in ("document", "doc"):
         return document
     if unit not in table.columns:
         raise TableError(f'expected unit "sequence", "document" or a label of the table, got {unit!r}.')

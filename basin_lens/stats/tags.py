@@ -16,7 +16,18 @@ from basin_lens.stats.controls import chosen, residuals
 from basin_lens.stats.mixed import freed, level_ratio
 from basin_lens.stats.projection import EXPLAINED
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, joined, line
-from basin_lens.stats.rows import FEWEST, Rows, check_run, constant, enough, group_means, names_of, refuse_constant, split
+from basin_lens.stats.rows import (
+    FEWEST,
+    Rows,
+    check_run,
+    constant,
+    enough,
+    group_means,
+    names_of,
+    refuse_constant,
+    split,
+    without_rounding,
+)
 from basin_lens.values import whole_numbers
 
 _TESTS = {
@@ -130,6 +141,10 @@ def tag_effect(
                 given["note"] = joined(note, EXPLAINED)
                 lines += [line(rows, score, unit, _TESTS[t], "omega squared", **given, n_tags=0) for t in tests]
                 continue
+            if len(rows.sequence) and not _centered(rows, score).any():
+                given["note"] = joined(note, f"{score} does not vary within any text")
+                lines += [line(rows, score, unit, _TESTS[t], "omega squared", **given, n_tags=0) for t in tests]
+                continue
             kinds, codes = np.unique(rows.labels[tag].astype(str), return_inverse=True)
             if len(kinds) < 2:
                 raise TableError(
@@ -196,7 +211,8 @@ def tag_means(
                 lines.append(constant_line(rows, score, unit, _MEANS[0], _MEANS[1], score, **also))
             for kind in sorted(set(rows.labels[tag].tolist()), key=str):
                 part = rows.where(np.array(rows.labels[tag] == kind, bool))
-                found, mean = (interval_and_p(part.unit_means(name)[1]) for name in ("_off", score))
+                off, whole = (part.unit_means(name)[1] for name in ("_off", score))
+                found, mean = interval_and_p(without_rounding(off, rows.values[score])), interval_and_p(whole)
                 answer: dict[str, Any] = {
                     **found, "tag": kind, "controls": ", ".join(there), "mean": mean["estimate"], "mean_low": mean["low"],
                     "mean_high": mean["high"],
@@ -234,7 +250,7 @@ def _words(table: pd.DataFrame, score: str, tag: str, word: str) -> pd.DataFrame
 
 def _centered(rows: Rows, score: str) -> Float[np.ndarray, " rows"]:
     codes, means = group_means(rows.sequence, rows.values[score])
-    return np.asarray(rows.values[score] - means[np.searchsorted(codes, rows.sequence)])
+    return without_rounding(rows.values[score] - means[np.searchsorted(codes, rows.sequence)], rows.values[score])
 
 
 def _frequent(rows: Rows, tag: str, fewest: int, by_type: bool) -> tuple[Rows, list[str]]:

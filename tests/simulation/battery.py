@@ -128,7 +128,7 @@ def run(cell: Cell, draws: int) -> dict[str, Count]:
 
 
 def verdict(cell: Cell, count: Count) -> str:
-    """`ok`, `refused`, `said` (too many, but every row says why: `Statistic.says`), or what is wrong."""
+    """`ok`, `refused`, `said` (more than alpha, no more than `Statistic.most`, and every row says why: `Statistic.says`), or what is wrong."""
     if count.silent:
         return "FAILS: NaN without a note"
     wanted = SHAPES[cell.data.shape]
@@ -139,13 +139,13 @@ def verdict(cell: Cell, count: Count) -> str:
     if count.found / count.tested <= limit(count.tested):
         return "ok"
     if cell.statistic.says and count.warned == count.tested:
-        return "said"
+        return "said" if count.found / count.tested <= limit(count.tested, cell.statistic.most) else "FAILS: more than is said"
     return "FAILS: too many"
 
 
-def limit(draws: int) -> float:
-    """Highest share of false positives that a cell of so many draws may show."""
-    return ALPHA + ERRORS * float(np.sqrt(ALPHA * (1 - ALPHA) / draws))
+def limit(draws: int, rate: float = ALPHA) -> float:
+    """Highest share of false positives that a cell of so many draws may show, whose true one is this rate."""
+    return rate + ERRORS * float(np.sqrt(rate * (1 - rate) / draws))
 
 
 def battery(
