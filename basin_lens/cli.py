@@ -48,7 +48,7 @@ def demo(out: Out = Path("basin-lens-demo"), layers: Layers = None, k: K = 15, s
     """
     from basin_lens.texts import reference_passages
 
-    with _prepared(out):
+    with _prepared(out, []):
         _run(_load("smollm2-135m"), list(reference_passages()), out, layers=layers, k=k, seed=seed, max_length=256, bank=None)
 
 
@@ -73,7 +73,7 @@ def analyze(
     from basin_lens.texts import read_passages
 
     passages = read_passages(files)
-    with _prepared(out):
+    with _prepared(out, files):
         _run(_load(model), passages, out, layers=layers, k=k, seed=seed, max_length=max_length, bank=bank)
 
 
@@ -173,7 +173,7 @@ def study(
 
     files = files or []
     if name == "summary":
-        refuse_folder(out, "summary")
+        refuse_folder(out, "summary", files)
         with writing.lock_folder(out):
             _told(studies.summarize(list(files)), out)
         return
@@ -196,7 +196,7 @@ def study(
         return
     names = check_names(name)
     for one in [*names, "summary"] if name == "all" else names:
-        refuse_folder(out / one if name == "all" else out, one)
+        refuse_folder(out / one if name == "all" else out, one, files)
     with writing.lock_folder(out):
         asked, chosen = _contrast(contrast), "all" if layers == "all" else _layers(layers)
         passages = _passages(files, dataset, config, split, max_sequences)
@@ -214,10 +214,9 @@ def study(
             max_sequences=max_sequences, max_length=max_length, seed=seed, check=check,
         )  # fmt: skip
         own: dict[str, dict[str, Any]] = {
-            "linguistic": {"tagger": tagger, "sentiment": sentiment},
-            "robustness": {"second_model": other},
+            "linguistic": {"tagger": tagger, "sentiment": sentiment}, "robustness": {"second_model": other},
             "mergeability": {**merging, "seed": seed},
-        }
+        }  # fmt: skip
         for one in names:
             made = getattr(studies, f"study_{one}")(loaded, measured, **own.get(one, {}))
             _told(made, out / one if name == "all" else out)
@@ -245,7 +244,7 @@ def _memorization(
     from basin_lens.texts import read_by_document, read_passages
 
     folder = out.resolve().with_name(out.resolve().name + "-models")
-    refuse_folder(out, "memorization")
+    refuse_folder(out, "memorization", [*files, *unrelated, *([] if paraphrases is None else [paraphrases])])
     plan = studies.plan_of(preset, seed=seed, k=k, sampled=sampled)
     if unrelated:
         read_passages([*files, *unrelated])  # refuses a file that is among both
@@ -373,21 +372,25 @@ def _layers(text: str | None) -> list[int] | None:
 
 
 @contextmanager
-def _prepared(out: Path) -> Iterator[None]:
+def _prepared(out: Path, inputs: list[Path]) -> Iterator[None]:
     """Hold the folder for the results; one that cannot take them is refused before any long work."""
+    writing.check_name(out)
     if out.resolve() == Path.cwd():
         raise StoreError(f"expected a folder for the results, got {str(out)!r}, in which you stand. Name one in it with --out.")
+    writing.check_folder(out.resolve())
     with writing.lock_folder(out):
+        writing.check_no_inputs(out, inputs)
         _refuse_others(out)
         yield
 
 
 def _refuse_others(out: Path) -> None:
-    others = sorted(path.name for path in out.iterdir() if path.name not in _FILES and not writing.is_lock(path.name))
-    if others:
-        raise StoreError(
-            f"expected an empty folder or one of an earlier run, got {str(out)!r} with {others[0]!r} in it. Choose --out."
-        )
+    from basin_lens import tables
+
+    held = sorted(path.name for path in out.glob("*") if not writing.is_lock(path.name))
+    ours = tables.is_saved(out / "table.parquet")  # others may call a table so, too
+    if others := [name for name in held if name not in _FILES or not ours]:
+        raise StoreError(f"expected an empty folder or an earlier run's, got {str(out)!r} with {others[0]!r} in it. Choose --out.")
 
 
 def _run(

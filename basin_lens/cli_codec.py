@@ -4,6 +4,7 @@ What is said goes to the error stream: the output stream may carry the file.
 """
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,7 +198,8 @@ def _benches(files: list[str], names: list[str], streams: int, context: int) -> 
         loaded = _load(name)
         for index, data in list(texts.items()):
             try:
-                table = bench(loaded, data, streams=streams, context=context, progress=True).assign(file=files[index])
+                table = bench(loaded, data, streams=streams, context=context, progress=True)
+                table["file"] = _shown(files[index])
             except CodecError as error:
                 without(index, error)
                 continue
@@ -235,11 +237,11 @@ def codec_view(
     shares = zipf(law, vocab)
     total = float(table["bits"].sum())
     facts = {
-        "file": file, "model": full_name(loaded), "bytes": str(len(data)), "tokens": str(len(table)),
+        "file": _shown(file), "model": full_name(loaded), "bytes": str(len(data)), "tokens": str(len(table)),
         "ideal size": f"{total / 8:.0f} bytes, {total / len(data):.3f} bits per byte", "bits per token": f"{total / len(table):.2f}",
         "first choice right": f"{(ranks == 0).mean():.1%}", "fitted law": f"(rank + 1 + {law[1]:.2f})^-{law[0]:.2f}",
     }  # fmt: skip
-    page = code_page(table, title=f"What does each token of {file} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
+    page = code_page(table, title=f"What does each token of {_shown(file)} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
                      zipf=shares / shares.sum())  # fmt: skip
     _write(page.html.encode("utf-8"), target, force, file)
     _say(f"{out}: {total / len(data):.3f} bits per byte, first choice right {(ranks == 0).mean():.1%}")
@@ -254,6 +256,11 @@ def _load(name: str) -> Any:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
+
+
+def _shown(file: str) -> str:
+    """A file's name as text, also where it is none."""
+    return os.fsencode(file).decode("utf-8", "replace")
 
 
 def _read(file: str) -> bytes:
@@ -294,8 +301,13 @@ def _is_text(data: bytes) -> bool:
 def _write(data: bytes, target: Path | None, force: bool, *inputs: str) -> None:
     """The whole file or none, with the mode of what was read."""
     if target is None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # who reads has enough
+            raise
+        except OSError as error:
+            raise StoreError(f"expected an output stream that can be written, got: {error.strerror}. Choose --out.") from error
         return
     _target(str(target), force, *inputs)
     writing.write_file(target, data, inputs=_opened(inputs), like=_opened(inputs)[0])

@@ -162,16 +162,14 @@ def compare(
     Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
               basin-lens merge test run/ --dataset nltk:treebank
     """
-    import pandas as pd
-
     from basin_lens import studies
     from basin_lens.merging import Setting, TokenMerger, windows_of
-    from basin_lens.merging.logs import LOG
+    from basin_lens.merging.logs import read_log
     from basin_lens.merging.windows import without_seen
     from basin_lens.studies.base import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
-    refuse_folder(out, "merging")
+    refuse_folder(out, "merging", [*(data or []), *(files or [])])
     shares = _shares(budgets)
     texts = _texts(data, files, dataset, config, split, n_calibration + n_test, own="test")
     if str(run) != "-":
@@ -203,9 +201,7 @@ def compare(
     options: dict[str, Any] = (
         {} if merger is None else {"recent": merger.options.recent, "projection": merger.options.projection or 32}
     )
-    history = None
-    if merger is not None and (run / LOG).is_file():
-        history = pd.read_json(run / LOG, lines=True)
+    history = None if merger is None or "steps" not in known else read_log(run, int(known["steps"]))
     made = studies.study_merging(
         loaded, calibration, held_out, Setting(chosen, shares, seeds=seeds, **options), merger=merger, history=history, seed=seed
     )
@@ -374,8 +370,9 @@ def _trained(run: Path) -> None:
 
 def _unfinished(folder: Path) -> None:
     """Before any long work: a folder that holds no finished merger."""
-    from basin_lens.merging.logs import clear_checkpoint
+    from basin_lens.merging.logs import clear_checkpoint, refuse_foreign_log
 
+    refuse_foreign_log(folder)
     if (folder / "merger.json").exists():
         clear_checkpoint(folder)
         raise MergeError(

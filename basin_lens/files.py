@@ -87,6 +87,7 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         StoreError: see there.
     """
     target = Path(path)
+    check_name(target)
     found = locks.status_of(path if (stream := _descriptor(target)) is None else stream)
     if found is not None and stat.S_ISREG(found.st_mode):
         for one in inputs:
@@ -108,6 +109,35 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         raise StoreError(
             f"expected a place that can be written, got {str(target)!r}, but no folder {str(target.parent)!r}. Make it first."
         )
+
+
+def check_name(path: Place, error: type[BasinLensError] = StoreError) -> None:
+    """Refuse a name that nothing can have, or that cannot be looked up: too long, say, or below a folder that is closed.
+
+    Raises:
+        StoreError (or `error`): see there.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):  # nothing there yet; what is not a folder is said with its own words
+        return
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"expected a place that can be written, got {str(path)!r}: {reason}. Choose another.") from problem
+
+
+def check_no_inputs(folder: Place, inputs: Sequence[Place]) -> None:
+    """Refuse a folder whose results would take the place of what is read.
+
+    Raises:
+        StoreError: an input lies in it.
+    """
+    target = Path(folder).resolve()
+    for one in inputs:
+        if Path(one).resolve().is_relative_to(target):
+            raise StoreError(
+                f"expected results beside what is read, got {str(folder)!r} with the input {str(one)!r} in it. Choose --out."
+            )
 
 
 def is_stream(path: Place) -> bool:
@@ -145,8 +175,13 @@ def _descriptor(path: Place) -> int | None:
 def _fill(path: Path, content: Content) -> None:
     if callable(content):
         content(path)
-    else:
+        return
+    try:
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"expected text that UTF-8 can hold for {path.name!r}, got a lone surrogate at character {error.start}. Decode it properly."
+        ) from error
 
 
 def _write_through(target: Path, content: Content) -> None:
@@ -212,7 +247,8 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
     Raises:
         StoreError: the folder is there and may not be replaced, or cannot be written.
     """
-    place = Path(target)
+    place = Path(target).absolute()
+    check_folder(place)
     clear_leavings(place.parent)
     if not replace and os.path.lexists(place):
         raise StoreError(f"expected a new folder, got {str(place)!r}, which exists. Choose another name or delete it.")
@@ -240,6 +276,27 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
             raise StoreError(
                 f"expected a folder that can be written, got {str(place)!r}: {error.strerror}. Choose another."
             ) from error
+
+
+def check_folder(target: Place) -> None:
+    """Refuse what `new_folder` could not put in its place when the work is done: to be called before it, too.
+
+    Raises:
+        StoreError: a name that nothing can have, a mount point, or a folder beside which nothing can be written.
+    """
+    place = Path(target).absolute()
+    check_name(place)
+    if os.path.ismount(place):
+        raise StoreError(
+            f"expected a folder that can be replaced as a whole, got {str(place)!r}, a mount point. Name a folder in it, such as "
+            f"{str(place / 'results')!r}."
+        )
+    beside = next((part for part in place.parents if part.exists()), place)
+    if beside.is_dir() and not os.access(beside, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"expected a folder that can be replaced as a whole, got {str(place)!r}, beside which ({str(beside)!r}) nothing can be written. "
+            "Choose another."
+        )
 
 
 def _settle(folder: Path) -> None:
@@ -270,6 +327,7 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
     Raises:
         StoreError (or `error`): somebody else writes there (who is said), or the folder cannot be written.
     """
+    check_name(folder, error)
     target = Path(folder).resolve()
     held: set[Path] = _locked.__dict__.setdefault("folders", set())
     if target in held:
@@ -295,7 +353,12 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
         )
     held.add(target)
     try:
-        locks.tell(handle, target.name)
+        try:
+            locks.tell(handle, target.name)
+        except OSError as problem:
+            raise error(
+                f"expected an output folder that can be written, got {str(folder)!r}: {problem.strerror}. Free space, or choose another."
+            ) from problem
         clear_leavings(target)
         yield target
     finally:

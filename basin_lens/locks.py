@@ -11,11 +11,14 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
+# A lock that is a link to elsewhere would have what it leads to overwritten.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
 
 def lock(path: Path) -> int | None:
     """A descriptor that holds the lock file as long as it is open, at most until its process ends; None if somebody else holds it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         if not _hold(handle, path):
             os.close(handle)
             return None

@@ -256,7 +256,7 @@ def _digest_of(path: Path, found: os.stat_result) -> str:
     return _remembered(str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _remembered(path: str, *_: int) -> str:
     return str(digest(Path(path))["sha256"])
 

@@ -229,11 +229,16 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     bare.attrs = {}
     try:
         arrow = pyarrow.Table.from_pandas(bare, preserve_index=False)
-    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise TableError(
             f"expected columns of one kind each (text, numbers, truth values), got: {' '.join(str(error).split())}. Convert the column."
         ) from error
-    facts = json.dumps(provenance(table)).encode()
+    try:
+        facts = json.dumps(provenance(table)).encode()
+    except TypeError as error:
+        raise TableError(
+            f"expected provenance in plain values (text, numbers, lists), got: {error}. Convert what you added."
+        ) from error
     sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
 
@@ -271,6 +276,17 @@ def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 def csv_text(table: pd.DataFrame) -> str:
     """A table as CSV, all text quoted; see `save_csv` for how to read it."""
     return str(table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
+
+
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table that `save` of this or an earlier version wrote, whole or not; quick: its footer is read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return _METADATA in (pyarrow.parquet.read_schema(path).metadata or {})
+    except (OSError, pyarrow.ArrowException):
+        return False
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:

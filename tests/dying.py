@@ -21,6 +21,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 import basin_lens as bl
 from basin_lens import cli, cli_merge, files, merging, studies, tables
@@ -31,7 +32,7 @@ from basin_lens.studies import kept
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-TRIALS = 30  # for each command and signal: half of them at write steps
+TRIALS = 16  # for each command and signal: half of them at write steps
 STEPS = ("replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "chmod", "open", "ftruncate")
 
 
@@ -126,7 +127,8 @@ def study(model, folder: Path) -> Doomed:
     text.write_text("".join(json.dumps({"text": t, "doc": str(i)}) + "\n" for i, t in enumerate(TEXTS)), encoding="utf-8")
     held = studies.measure(model, bl.texts.read_texts(text), studies=["layers"], layers=[0, 1], k=3, max_length=24, progress=False)
     made = studies.study_layers(model, held, progress=False)
-    made = replace(made, figures=dict(list(made.figures.items())[:1]))
+    # Drawing takes long, and writes nothing.
+    made = replace(made, figures={name: Figure(figsize=(1, 1)) for name in list(made.figures)[:1]}, sections=made.sections[:1])
     studies.measure = lambda *_, **__: held
 
     def run(out: Path, title: str = "new") -> int:

@@ -143,6 +143,7 @@ def tunings(base, tmp: Path) -> Subject:
         for _ in range(3):
             tokens = random_tokens(2, 10, seed=seed)
             run.take(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones(2, dtype=torch.bool).numpy(), None, 1)
+        (tmp / str(seed)).mkdir()  # a training's own folder is there: it is locked
         run._keep(tmp / str(seed))
 
     def read(folder: Path) -> Any:
@@ -167,6 +168,7 @@ def trainings(base, tmp: Path) -> Subject:
         run = begun()
         for _ in range(seed + 1):
             run.history.append(run.take())
+        (tmp / str(seed)).mkdir()
         run.keep(tmp / str(seed))
 
     def read(folder: Path) -> Any:

@@ -1,7 +1,8 @@
 """The record of one pass: token rows and residual states."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,16 +154,23 @@ class Capture(TokenRows):
         store: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> "Capture":
-        """Run the model over the planned rows. Arguments and errors as for `from_texts`."""
+        """Run the model over the planned rows, once; interrupted, it is a plan as before. Arguments and errors as for `from_texts`."""
+        if self.is_read:
+            raise CaptureError("expected a capture that is only planned, got one that was read. Plan another: Capture.plan(...).")
         token_analyzers = list(analyzers or [])
         if store is None:
             self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
-        else:
-            with new_folder(store) as folder:
+            return self
+        place = Path(store).absolute()  # also from another working folder
+        try:
+            with new_folder(place) as folder:
                 self._store = folder
                 self._fill(model, token_analyzers, batch_size, progress, keep_states=True)
                 self._write_record(folder, self._shards)
-            self._store = Path(store)
+        except BaseException:
+            self._store, self._shards = None, {}
+            raise
+        self._store = place
         return self
 
     @classmethod
@@ -330,7 +338,7 @@ class Capture(TokenRows):
         check_points(model, self.layers, again)
         ends = [self.model["layers"] - 1] if any("logits" in a.needs for a in readable) else []
         check_cache(model, self, {*ends, *(layer for a in readable for layer in layers_of(a, self.layers))})
-        with door.full_precision():
+        with door.full_precision(), self._all_or_none(readable):
             for analyzer in readable:
                 measure_readings(model, self, analyzer)
         if again:
@@ -358,6 +366,17 @@ class Capture(TokenRows):
             column = columns.setdefault(name, torch.full((height, self.n_rows), torch.nan, dtype=torch.float32, device="cpu"))
             column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()
 
+    @contextmanager
+    def _all_or_none(self, analyzers: Sequence[TokenMeasure]) -> Iterator[None]:
+        """Columns that were only begun when an error or an interruption came must not pass for filled ones."""
+        begun = {a.key for a in analyzers} - self.columns.keys()
+        try:
+            yield
+        except BaseException:
+            for key in begun:
+                self.columns.pop(key, None)
+            raise
+
     # -- the pass -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
@@ -368,19 +387,24 @@ class Capture(TokenRows):
         check_points(model, self.layers, analyzers)
         batches = list(token_batches(self, batch_size, door.one_side(model, self.lengths.tolist())))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
-        if keep_states and self._store is None:
+        states: dict[int, Tensor] = {}
+        if self._store is None:
             shape = self.n_rows, door.width(model)
-            self._states = {border: torch.empty(shape, dtype=torch.float32, device="cpu") for border in borders}
-        with tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar:
+            states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
+        with (
+            self._all_or_none(analyzers),
+            tqdm(total=self.n_rows, desc="reading the model", unit="token", disable=not progress) as bar,
+        ):
             for index, (rows, tokens, valid) in enumerate(batches):
                 keep, refuse = partial(self._keep, rows, valid), partial(self._refuse_nonfinite, rows)
                 kept = run_batch(model, tokens, valid, self.layers, borders, analyzers, keep, refuse)
                 if self._store is None:
-                    for border, states in kept.items():
-                        self._states[border][rows] = states
+                    for border, read in kept.items():
+                        states[border][rows] = read
                 elif kept:
                     self._shards |= write_borders(self._store, index, rows, kept)
                 bar.update(len(rows))
+        self._states = states or self._states  # only now: an interrupted reading must not pass for one
 
     def _refuse_nonfinite(self, rows: Tensor, border: int, states: Tensor) -> None:
         wrong = ~torch.isfinite(states).all(1)
@@ -437,4 +461,4 @@ class Capture(TokenRows):
         Raises:
             StoreError: no capture there, one that is not as it was written, or one of an earlier version.
         """
-        return cls(**read_capture(Path(path)))
+        return cls(**read_capture(Path(path).absolute()))

@@ -24,7 +24,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.logs import CHECKPOINT, append_log, rewrite_log
+from basin_lens.merging.logs import CHECKPOINT, append_log, refuse_other, rewrite_log
 from basin_lens.merging.parameters import frozen
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, seen_of, share_left, surprisal_for
 from basin_lens.values import Whole, whole_fields
@@ -192,6 +192,8 @@ def train_merger(
             )
     with nullcontext() if folder is None else lock_folder(folder):
         run = _Run(merger, model, windows, training)
+        if folder is not None:
+            refuse_other(Path(folder), run.key)
         _go(run, held_out, None if folder is None else Path(folder), progress)
         made = _finished(run, model, held_out, copied)
         if also is not None:

@@ -73,9 +73,10 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
         facts: plain JSON: how it was tuned.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the folder cannot be written, or is that of the base, without which the model could not be loaded.
     """
     target = Path(folder)
+    _refuse_base(target, base)
     record = {
         "name": full_name(model), "fingerprint": fingerprint(model), "kind": kind_of(model),
         "dtype": str(next(iter(parameters_of(model).values())).dtype).removeprefix("torch."),
@@ -93,6 +94,23 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     except (OSError, SafetensorError) as error:
         raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
     return target
+
+
+def _refuse_base(target: Path, base: Any) -> None:
+    """A model is kept as its difference from its base, which must stay where it is."""
+    seen: set[Path] = set()
+    source = source_of(base)
+    while source is not None and is_tuned_folder(found := Path(source["name_or_path"]).resolve()) and found not in seen:
+        if found == target.resolve():
+            raise StoreError(
+                f"expected a folder other than that of the model which was tuned further, got {str(target)!r}: it is needed to load the new "
+                "one. Choose another."
+            )
+        seen.add(found)
+        try:
+            source = json.loads((found / _FACTS).read_text(encoding="utf-8"))["base"]["source"]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: nothing to keep
+            return
 
 
 def _listed(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """A study's folder: whose it is, and what was written to it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from basin_lens import records as kept
 from basin_lens.errors import StoreError
-from basin_lens.files import clear_leavings, is_lock
+from basin_lens.files import check_folder, check_name, check_no_inputs, clear_leavings, is_lock
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
 _FIELDS: dict[str, Any] = {
@@ -22,13 +23,16 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def refuse_folder(target: Path, name: str) -> None:
-    """Refuse a folder that holds anything but an earlier run of this study. To be called before any long work, too.
+def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a folder that holds anything but an earlier run of this study, or an input. To be called before any long work, too.
 
     Raises:
         StoreError: see there.
     """
+    check_name(target)
     target = target.resolve()
+    check_folder(target)
+    check_no_inputs(target, inputs)
     for folder in (target.parent, target):
         clear_leavings(folder)
     if not target.exists():
