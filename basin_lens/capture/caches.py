@@ -5,18 +5,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from basin_lens import model as door
 from basin_lens.errors import BasinLensError, CaptureError
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
-_MASKED = (
-    -1e3
-)  # an additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding
-
-
+# An additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding.
+_MASKED = -1e3
 # Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
 ENTRY = "entry"
 
@@ -33,6 +30,36 @@ def check_is_cache(cache: Any) -> None:
             f"expected a cache that names its tensors (ActivationCache, or a dict of hook names), got {type(cache).__name__}{shape}. Pass what "
             "run_with_cache returned second; a stack (accumulated_resid, apply_ln_to_stack) no longer says which states it holds."
         )
+
+
+def as_batch(tokens: Any) -> Shaped[Tensor, "batch pos"]:
+    """The ids that were given to the model, on the CPU.
+
+    Raises:
+        CaptureError: no tensor `[batch, pos]` or `[pos]`.
+    """
+    if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2):
+        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise CaptureError(
+            f"expected tokens as a LongTensor [batch, pos] or [pos], got {got}. Pass the ids that were given to run_with_cache."
+        )
+    return tokens.detach().cpu().reshape(1 if tokens.ndim == 1 else len(tokens), -1 if tokens.numel() else tokens.shape[-1])
+
+
+def layers_between(model: Any, borders: Mapping[int, Tensor], missing: list[str]) -> tuple[int, ...]:
+    """The layers of which the states before and after are there.
+
+    Raises:
+        CaptureError: none; the missing hook points are named.
+    """
+    layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
+    if not layers:
+        raise CaptureError(
+            f"expected a cache with residual states around at least one block, got none; missing: {', '.join(missing[:6])}"
+            f"{', ...' if len(missing) > 6 else ''}. Cache them: run_with_cache(tokens, names_filter=lambda name: "
+            '"resid_pre" in name or "resid_post" in name).'
+        )
+    return layers
 
 
 def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:

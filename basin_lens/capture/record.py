@@ -15,7 +15,18 @@ from tqdm.auto import tqdm
 
 from basin_lens import model as door
 from basin_lens.capture.batches import TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
-from basin_lens.capture.caches import ENTRY, align, borders_in, check_is_cache, one_each, other_readings, real_tokens, stored_type
+from basin_lens.capture.caches import (
+    ENTRY,
+    align,
+    as_batch,
+    borders_in,
+    check_is_cache,
+    layers_between,
+    one_each,
+    other_readings,
+    real_tokens,
+    stored_type,
+)
 from basin_lens.capture.foreign import check_cache
 from basin_lens.capture.readings import holds, measure_readings
 from basin_lens.capture.rows import TokenRows
@@ -209,23 +220,12 @@ class Capture(TokenRows):
             TextError: no token ids, or padding among them without a mask.
         """
         door.check_model(model)
-        if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2):
-            got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise CaptureError(
-                f"expected tokens as a LongTensor [batch, pos] or [pos], got {got}. Pass the ids that were given to run_with_cache."
-            )
-        shape = (1 if tokens.ndim == 1 else int(tokens.shape[0]), int(tokens.shape[-1]))
-        tokens = tokens.detach().cpu().reshape(shape)
+        tokens = as_batch(tokens)
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         check_is_cache(cache)
         valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else real_tokens(attention_mask, shape)
         borders, missing = borders_in(model, cache, shape)
-        layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
-        if not layers:
-            raise CaptureError(
-                f"expected a cache with residual states around at least one block, got none; missing: {', '.join(missing[:6])}"
-                f"{', ...' if len(missing) > 6 else ''}. Cache them: run_with_cache(tokens, names_filter=lambda name: "
-                '"resid_pre" in name or "resid_post" in name).'
-            )
+        layers = layers_between(model, borders, missing)
         sequences = from_token_ids(model, tokens, valid)
         if attention_mask is None:
             refuse_padding(model, [s.tokens for s in sequences])
