@@ -135,6 +135,18 @@ def other_readings(model: Any, cache: Any, shape: tuple[int, int], layers: Itera
     return found
 
 
+def refuse_endless(name: str, reading: Tensor, valid: Bool[Tensor, "batch pos"]) -> None:
+    """Refuse gradients that are no numbers.
+
+    Raises:
+        CaptureError: NaN or infinity at a real token.
+    """
+    if name.startswith("gradient") and not bool(torch.isfinite(reading[valid]).all()):
+        raise CaptureError(
+            f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a wider dtype."
+        )
+
+
 def stored_type(states: Iterable[Tensor]) -> str:
     """Name of the coarsest number format among these tensors."""
     coarsest = max({state.dtype for state in states}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -14,19 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens import model as door
+from basin_lens.capture import caches
 from basin_lens.capture.batches import TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
-from basin_lens.capture.caches import (
-    ENTRY,
-    align,
-    as_batch,
-    borders_in,
-    check_is_cache,
-    layers_between,
-    one_each,
-    other_readings,
-    real_tokens,
-    stored_type,
-)
 from basin_lens.capture.foreign import check_cache
 from basin_lens.capture.readings import holds, measure_readings
 from basin_lens.capture.rows import TokenRows
@@ -220,22 +209,22 @@ class Capture(TokenRows):
             TextError: no token ids, or padding among them without a mask.
         """
         door.check_model(model)
-        tokens = as_batch(tokens)
+        tokens = caches.as_batch(tokens)
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
-        check_is_cache(cache)
-        valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else real_tokens(attention_mask, shape)
-        borders, missing = borders_in(model, cache, shape)
-        layers = layers_between(model, borders, missing)
+        caches.check_is_cache(cache)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else caches.real_tokens(attention_mask, shape)
+        borders, missing = caches.borders_in(model, cache, shape)
+        layers = caches.layers_between(model, borders, missing)
         sequences = from_token_ids(model, tokens, valid)
         if attention_mask is None:
             refuse_padding(model, [s.tokens for s in sequences])
         passages = None
         if texts is not None:
             passages = read_passages(texts)
-            sequences = align(model, passages, sequences)
-        docs, labels = one_each(docs, len(sequences), "document"), one_each(labels, len(sequences), "dict of labels")
+            sequences = caches.align(model, passages, sequences)
+        docs, labels = caches.one_each(docs, len(sequences), "document"), caches.one_each(labels, len(sequences), "dict of labels")
         needed = sorted({border for layer in layers for border in (layer, layer + 1)})
-        dtype = stored_type(borders[border] for border in needed)
+        dtype = caches.stored_type(borders[border] for border in needed)
         settings = {"bos": None, "source": "cache", "max_length": shape[1], "dtype": dtype}
         capture = cls._empty(model, sequences, passages, layers, settings)
         door.check_lengths(model, capture.lengths.tolist())
@@ -246,14 +235,11 @@ class Capture(TokenRows):
         for border in needed:
             # Indexing by the mask copies: nothing of the user's cache stays referenced.
             capture._states[border] = borders[border].detach()[valid.to(borders[border].device)].float().cpu()
-        for name, value in other_readings(model, cache, shape, layers).items():
+        for name, value in caches.other_readings(model, cache, shape, layers).items():
             capture._readings[name] = value.detach().float().cpu().clone()
-            if name.startswith("gradient") and not bool(torch.isfinite(capture._readings[name][valid]).all()):
-                raise CaptureError(
-                    f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a wider dtype."
-                )
+            caches.refuse_endless(name, capture._readings[name], valid)
         if 0 in borders and 0 not in layers:
-            capture._readings[ENTRY] = borders[0].detach().float().cpu().clone()
+            capture._readings[caches.ENTRY] = borders[0].detach().float().cpu().clone()
         if capture._readings:
             capture._readings["valid"] = valid
         for border, states in capture._states.items():
