@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -357,7 +357,7 @@ class _Run:
             "excess_mean": self.parachute.mean,
         }  # fmt: skip
 
-    def _only_ours(self) -> "_Frozen":
+    def _only_ours(self) -> AbstractContextManager[None]:
         return frozen(self.frozen)
 
     def _contrast(self) -> Float[Tensor, ""]:
