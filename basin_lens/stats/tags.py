@@ -70,7 +70,8 @@ def tag_effect(
 
     A tag of few words, each with a score of its own, passes `sequence` alone (.50 false positives); where every text has differences between tags of
     its own, which mean nothing in others, `mixed` alone does not find them (the others: .47). Only `mixed` is sound for tags as such: go by it, as
-    `red_flags` does. `sequence` and `type` say what they say of these tokens, or these texts. To ask for all three is very conservative (.015).
+    `red_flags` does (where words and texts both have their own: .025; `sequence` .77, `type` .17).
+    `sequence` and `type` say what they say of these tokens, or these texts. To ask for all three is very conservative (.015).
 
     omega squared = (SS_tag - df_tag MS_rest) / (SS_total + MS_rest), the share of the variance that is between tags; of scores less their
     sequence mean, or of type means; for `mixed` as min F' and its degrees of freedom a, b give it: a (F' - 1) / (a F' + b + 1). At no effect

@@ -168,7 +168,7 @@ GIVEN = (
     Statistic("tag_effect", made.grouped_tokens, _tags, by="test", share=0.25),
     Statistic(
         "tag_effect, types with scores of their own", made.of_types, _tags, ("straight", "constant control"), by="test", share=0.5,
-        says=(TOKENS,), most=0.6,
+        says=(TOKENS,), most=0.8,
     ),
     Statistic("tag_means", made.grouped_tokens, _tag_means, by="tag", share=0.5),
     Statistic("added_value", made.of_units, _added_value, by="metric", share=0.25, says=(STRAIGHT,)),
