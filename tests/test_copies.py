@@ -528,9 +528,9 @@ def test_one_licence_of_many_owners_is_recited_once(llama, monkeypatch):
 
 def test_studies_count_distinct_texts_before_the_model_runs(llama):
     made = [
-        bl.Passage(title + words(n), doc=f"{title}{n}", labels={"kind": n % 2}) for n in range(8) for title in ("", "A title\n")
+        bl.Passage(title + words(n), doc=f"{title}{n}", labels={"genre": n % 2}) for n in range(8) for title in ("", "A title\n")
     ]
     planned = bl.Capture.plan(llama, made, layers=[0])
-    assert [count_units(planned, unit) for unit in ("document", "kind")] == [8, 2]
+    assert [count_units(planned, unit) for unit in ("document", "genre")] == [8, 2]
     assert count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "document") == 8
     assert count_units(planned, "sequence") == count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "sequence")

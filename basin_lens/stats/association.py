@@ -181,8 +181,8 @@ def partial_correlation(
     Where a control nearly determines both columns, ranks have an excess of their own: a token's rank depends on the other tokens of its
     sequence too, in the same way for both, and no function of the control takes this out. Measured with nothing but a control in common, 20
     documents of 40 tokens, normal noise: 5 % false positives where the control leaves .22 of the variance, 7 % at .10, 15 % at .05 (Pearson: 5 %
-    throughout), 44 to 51 % at .02; with a heavy-tailed control, 10 % at .14; with two lognormal ones whose sum makes both columns, 17 to 29 % at
-    .03 to .05. So below .2 (`left`) the note puts the correlations of ranks and of values and the slope of the joint regression side by side:
+    throughout), 44 % at .02; with a heavy-tailed control, 10 % at .14; with two lognormal ones whose sum makes both columns, 17 to 29 %
+    (24 data sets each). So below .2 (`left`) the note puts the correlations of ranks and of values and the joint regression beside each other:
     believe what all three say.
 
     Surprisal may be a mediator rather than a confound: show the result also with `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
