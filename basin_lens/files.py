@@ -54,6 +54,7 @@ def write_file(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from basin_lens.files import write_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_file(Path(folder) / "note.txt", "whole or not at all")

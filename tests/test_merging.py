@@ -941,6 +941,7 @@ def test_which_tokens_end_a_text(monkeypatch):
     assert door.end_tokens(model) == frozenset()
     model.tokenizer = Tokens(None)
     assert door.end_tokens(model) == frozenset()
+    model = make_bridge("llama")
     model.tokenizer = Tokens(7, endoftext=9, other=11, word=13)
     monkeypatch.setattr(model.original_model.config, "eos_token_id", 2)  # nobody chose it: a common token
     assert door.end_tokens(model) == {7, 9}
