@@ -198,6 +198,8 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
     if "token" in table.columns and held:
         ids, where = np.unique(tokens, return_index=True)
         strings = dict(zip(ids.tolist(), table["token"].iloc[at[where]].astype(str), strict=True))
+        if 2 * len(set(strings.values())) < len(strings):  # stand-ins, not the tokens' own text: the ids tell
+            strings = None
     return [[np.array(members[index]) for index in group] for group in _remembered(held, strings)]
 
 

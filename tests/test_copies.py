@@ -534,3 +534,14 @@ def test_studies_count_distinct_texts_before_the_model_runs(llama):
     assert [count_units(planned, unit) for unit in ("document", "genre")] == [8, 2]
     assert count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "document") == 8
     assert count_units(planned, "sequence") == count_units(bl.Capture.plan(llama, made[::2], layers=[0]), "sequence")
+
+
+def test_stand_ins_for_tokens_make_no_copies():
+    """A table made by hand may have one string for every token: texts are told apart by their ids then."""
+    rng = np.random.default_rng(0)
+    seq = np.repeat(np.arange(12), 40)
+    table = pd.DataFrame(
+        {"doc": seq, "seq": seq, "pos": np.tile(np.arange(40), 12), "token_id": rng.integers(0, 90, 480), "token": "x"}
+    )
+    table["a"], table["b"] = rng.normal(size=480), rng.normal(size=480)
+    assert bl.stats.within_sequence_correlation(table, "a", "b").n_units.item() == 12

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import basin_lens as bl
 from basin_lens import model as door
+from basin_lens import records
 from basin_lens.errors import ModelError, TextError
 from basin_lens.model import places, tuned
 from basin_lens.model.checkpoint import Found
@@ -509,8 +510,11 @@ def learned_copy(learned, tmp_path):
 
 
 def record_of(folder: Path, **changes) -> None:
+    """Change a tuned model's record, and seal it and its weights as if they had been written so."""
     path = folder / "tuned.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    record = json.loads(path.read_text()) | changes
+    files = {name: records.digest(folder / name) for name in record["files"]}
+    path.write_bytes(records.seal(json.dumps(record | {"files": files, "seal": records.OPEN_SEAL}).encode()))
 
 
 def test_a_tuned_folder_loads(learned):
@@ -525,9 +529,11 @@ def test_tuned_weights_that_do_not_fit_are_named(learned_copy, whole):
         (lambda name: name.replace("embed_tokens", "other"), r"one without .*embed_tokens.*, but with others: .*other"),
     ):
         save_file({change(name): value for name, value in held.items()}, learned_copy / "weights.safetensors")
+        record_of(learned_copy)
         with pytest.raises(ModelError, match=f"which has other parameters: {said}.*Load its base model, {whole}"):
             door.put_tuned(base, learned_copy)
     save_file(held | {"more.weight": torch.ones(1)}, learned_copy / "weights.safetensors")
+    record_of(learned_copy)
     with pytest.raises(ModelError, match=r"one with others: more\.weight"):
         door.put_tuned(base, learned_copy)
 
@@ -542,7 +548,7 @@ def test_tuned_weights_that_do_not_fit_are_named(learned_copy, whole):
 )  # fmt: skip
 def test_a_changed_record_is_refused(learned_copy, changes):
     record_of(learned_copy, **changes)
-    refused("whole record.*Tune the model again", learned_copy)
+    refused("field|number format.*Tune the model again", learned_copy)
 
 
 def test_a_tuned_model_that_is_its_own_base_is_refused(learned_copy, tmp_path):

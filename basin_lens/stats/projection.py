@@ -161,6 +161,15 @@ def told_in_full(rows: Rows, score: str, controls: Sequence[str]) -> bool:
     return in_full(held[:, :1], held[:, 1:], np.zeros(len(held), int), copies=True)[0]
 
 
+def left_of_values(rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"], smooth: bool) -> float:
+    """The smaller share that controls (the later names) leave of the first two columns' values.
+
+    Where it is small, ranks go together of themselves, however much the controls leave of these.
+    """
+    pair, controls = ([rows.values[name] for name in some] for some in (names[:2], names[2:]))
+    return float(unexplained(np.stack(pair, 1), controls, codes, smooth=smooth)[0].share.min())
+
+
 def project(
     columns: Float[np.ndarray, "rows columns"],
     terms: Float[np.ndarray, "rows terms"],
