@@ -18,7 +18,7 @@ from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge
 
 PLAN = Plan(
-    per_dose=8, doses=(1, 24), length=16, layers=None, forks=6, sources=6, others=6, other_dose=4, k=5, recipe=Recipe(learning_rate=3e-3)
+    per_dose=8, doses=(1, 24), length=16, layers=None, forks=6, sources=9, others=6, other_dose=4, k=5, recipe=Recipe(learning_rate=3e-3)
 )  # fmt: skip
 
 

@@ -277,7 +277,7 @@ def documents(tmp_path):
     paths = []
     for seed in range(13):
         path = tmp_path / f"text-{seed}.txt"
-        path.write_text(made_text(36, seed, "").text, encoding="utf-8")
+        path.write_text(made_text(36, seed, "text").text, encoding="utf-8")
         paths.append(str(path))
     return paths
 
