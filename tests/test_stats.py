@@ -444,7 +444,9 @@ def test_groups_of_texts_that_differ_in_a_bent_control_are_warned_of():
 def test_little_left_by_the_controls_is_said_with_the_other_answers():
     answer = S.partial_correlation(shared(1, 0.2, draw="normal"), "x", "y", controls=["z"]).iloc[0]
     assert 0.03 < answer.left < 0.1
-    assert f"leave {100 * answer.left:.2g} %" in answer.note and "partial Pearson" in answer.note and "joint regression" in answer.note
+    assert (
+        f"leave {100 * answer.left:.2g} %" in answer.note and "partial Pearson" in answer.note and "joint regression" in answer.note
+    )
     answer = S.partial_correlation(shared(1, 1.0, draw="normal"), "x", "y", controls=["z"]).iloc[0]
     assert answer.left == pytest.approx(0.5, abs=0.07) and "leave" not in answer.note
 
