@@ -386,7 +386,8 @@ def test_module_runs_as_a_command():
 def test_a_command_that_is_told_to_end_clears_up(folder, tmp_path, capsys, monkeypatch, request, number, code):
     """While it writes its results."""
     # Under nohup, where these tests may run too, SIGHUP is ignored from the start.
-    request.addfinalizer(lambda found=signal.signal(number, signal.SIG_DFL): signal.signal(number, found))
+    inherited = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     out = tmp_path / "to" / "out"
     words = ("analyze", str(folder.parent / "text.txt"), "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out))
     real = tables.save_csv
