@@ -108,7 +108,7 @@ def _check_tokens(model: Any, capture: Any) -> None:
             error = _errors(got, states[rows], scale)
             if float(error.max()) > tolerance:
                 hooks = "" if layer == 0 else (
-                    " If hooks changed the states below on purpose, cache blocks.0.hook_resid_pre too: it shows whose tokens these are."
+                    f" If hooks changed the states below on purpose, cache {door.point_name('resid_pre', 0)} too: it shows whose tokens these are."
                 )  # fmt: skip
                 raise CaptureError(
                     f"expected the state that enters block {layer} to be that of each token at its place, got another "
