@@ -346,9 +346,9 @@ def _passages(
         return read_passages(files)
     name = dataset or "built-in"
     # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over them.
-    whole = name == "built-in" or name.startswith("nltk:")
+    most = None if name == "built-in" or name.startswith("nltk:") else max_sequences
     typer.echo(f"reading {name}")
-    return list(read_dataset(name, config=config, split=split, max_passages=None if whole else max_sequences))
+    return list(read_dataset(name, config=config, split=split, max_passages=most))
 
 
 def _told(study: Any, out: Path) -> None:
@@ -406,9 +406,8 @@ def _run(
         headline, Compression(k=k, same_token="exclude", name="compression_other_token"), Contraction(k=k), RawCompression(k=k),
         Neighborhood(k=k), Surprisal(), StateNorm(),
     ]  # fmt: skip
-    run = score(
-        model, passages, analyzers, layers=_layers(layers), bank=bank, seed=seed, max_length=max_length, keep_neighbors_of=headline,
-    )  # fmt: skip
+    options: dict[str, Any] = {"layers": _layers(layers), "bank": bank, "seed": seed, "max_length": max_length}
+    run = score(model, passages, analyzers, keep_neighbors_of=headline, **options)
     summary = tables.layer_summary(run.table)
     facts = next(iter(tables.provenance(run.table).values()))
     report = make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?")
@@ -424,22 +423,23 @@ def _print_summary(summary: Any, facts: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    def shown(*values: float) -> str:
+        return " ".join(f"{value:+.3f}" for value in values).replace("+nan +nan", "none (1 document)")
+
     console = Console(markup=False, highlight=False)
     lines = Table(title="by layer, mean over documents [nats]", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in ("layer", "compression", "95 % interval", "reliability", "other token", "contraction"):
         lines.add_column(name, justify="right", no_wrap=True)
     for row in summary.to_dict("records"):
         lines.add_row(
-            str(row["layer"]), f"{row['compression_mean']:+.3f}", f"{row['compression_low']:+.3f} {row['compression_high']:+.3f}",
-            f"{row['compression_reliability']:.2f}", f"{row['compression_other_token_mean']:+.3f}",
-                f"{row['contraction_mean']:+.3f}",
+            str(row["layer"]), shown(row["compression_mean"]), shown(row["compression_low"], row["compression_high"]),
+            f"{row['compression_reliability']:.2f}", shown(row["compression_other_token_mean"]), shown(row["contraction_mean"]),
         )  # fmt: skip
     console.print(lines)
     first = summary.iloc[0]
     console.print(
         f"{int(first['n_tokens'])} tokens, {int(first['n_sequences'])} sequences, {int(first['n_documents'])} documents; model: "
-        f"{facts['model']['name']}; the transport agreed with slower routes to {max(facts['check_error'].values()):.0e} of the "
-        "states' scale."
+        f"{facts['model']['name']}; transport and slower routes agree to {max(facts['check_error'].values()):.0e} of the states' scale."
     )
     console.print("Positive: the block draws a token's neighborhood together more than unrelated states. No test was made.")
     for name in _FILES:

@@ -125,13 +125,13 @@ def test_without_a_tokenizer_nothing_is_known_of_padding():
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        (torch.ones(2, 4), r"attention mask of shape \(2, 5\), as the ids, got \(2, 4\)"),
+        (torch.ones(2, 4), r"attention mask of shape \(2, 5\), got \(2, 4\)"),
         (torch.ones(5), "attention mask of shape"),
         (torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]), "hole in sequence 0"),
         (torch.tensor([[0.0] * 5, [-1e9] * 5]), "1 .real. and 0 .padding."),
         (torch.full((2, 5), 2), "1 .real. and 0 .padding."),
         (torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]), "at least two tokens, got 1 in sequence 0"),
-        (torch.zeros(2, 5), "at least two tokens, got 0 in sequence 0"),
+        (torch.zeros(2, 5), "a real token in every sequence, got an attention mask that leaves sequence 0 none"),
     ],
 )
 def test_masks_that_do_not_fit(llama, mask, said):

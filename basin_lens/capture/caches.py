@@ -9,11 +9,10 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from basin_lens import model as door
-from basin_lens.errors import BasinLensError, CaptureError
+from basin_lens import texts
+from basin_lens.errors import BasinLensError, CaptureError, TextError
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
-# An additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding.
-_MASKED = -1e3
 # Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
 ENTRY = "entry"
 
@@ -63,43 +62,15 @@ def layers_between(model: Any, borders: Mapping[int, Tensor], missing: list[str]
 
 
 def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
-    """Which tokens are real, from an attention mask as tensor, array or nested list.
-
-    Served are 1 (or True) and 0, and additive masks: 0 for real tokens, -inf or a type's lowest number for padding.
+    """Which tokens of a cache are real, from an attention mask of 1 and 0, or an additive one.
 
     Raises:
-        CaptureError: another shape, other numbers, a sequence without a token, or padding inside of one.
+        CaptureError: no such mask (`texts.real_tokens`).
     """
     try:
-        given = mask.detach().cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-        numbers = given.double()
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise CaptureError(
-            f"expected an attention mask of shape {shape} as tensor, array or list of numbers, got {type(mask).__name__}: {error}."
-        ) from error
-    if tuple(numbers.shape) not in (shape, *([shape[1:]] if shape[0] == 1 else [])):
-        raise CaptureError(f"expected an attention mask of shape {shape}, got {tuple(numbers.shape)}.")
-    numbers = numbers.reshape(shape)
-    if bool(((numbers == 0) | (numbers == 1)).all()):
-        valid = numbers == 1
-    elif bool(((numbers == 0) | (numbers <= _MASKED)).all()):
-        valid = numbers == 0
-    else:
-        other = numbers[(numbers != 0) & (numbers != 1) & ~(numbers <= _MASKED)]
-        got = f"{float(other[0])!r}" if len(other) else "both 1 and -inf"
-        raise CaptureError(
-            f"expected an attention mask of 1 for real tokens and 0 for padding (or 0 and -inf, an additive one), got {got} in it."
-        )
-    if not bool(valid.any(1).all()):
-        raise CaptureError(
-            f"expected a real token in every sequence, got an attention mask that leaves sequence {int((~valid.any(1)).nonzero()[0])} none. "
-            "1 means real and 0 padding, in an additive mask 0 real and -inf padding: one of zeros only says both. Leave it out if all are real."
-        )
-    # One run of real tokens: a hole inside would shift the positions that the model used.
-    starts = valid[:, 0].long() + (valid.long().diff(dim=1) == 1).sum(1)
-    if bool((starts > 1).any()):
-        raise CaptureError("expected padding at one end of each sequence, got an attention mask with a hole.")
-    return valid
+        return texts.real_tokens(mask, shape, additive=True)
+    except TextError as error:
+        raise CaptureError(str(error)) from error
 
 
 def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:

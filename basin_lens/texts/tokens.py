@@ -14,6 +14,9 @@ from basin_lens.errors import TextError
 from basin_lens.texts.passages import Passage
 from basin_lens.values import Whole, whole_or_none
 
+# An additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding.
+_MASKED = -1e3
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -195,20 +198,43 @@ def _signed(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind in "iu" else array)
 
 
-def real_tokens(attention_mask: Tensor, shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """An attention mask as truth values: 1 for real tokens, 0 for padding at either end.
+def real_tokens(mask: Any, shape: tuple[int, ...], *, additive: bool = False) -> Bool[Tensor, "..."]:
+    """An attention mask as truth values: 1 (or True) for real tokens, 0 for padding at either end.
+
+    Args:
+        mask: tensor, array or nested list.
+        shape: that of the ids.
+        additive: serve masks of 0 for real tokens and -inf, or a type's lowest number, for padding too: what is added to attention scores.
 
     Raises:
-        TextError: another shape than that of the ids, other values than 0 and 1, or padding between real tokens.
+        TextError: another shape than that of the ids, other numbers, a sequence without a token, or padding between real tokens.
     """
-    if tuple(attention_mask.shape) != shape:
+    try:
+        given = mask.detach().cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        numbers = given.double()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise TextError(
-            f"expected an attention mask of shape {shape}, as the ids, got {tuple(attention_mask.shape)}. Pass that of these ids."
-        )
-    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise TextError("expected an attention mask of 1 (real) and 0 (padding), got other values. Pass the tokenizer's own.")
-    valid = attention_mask.detach().cpu().bool()
+            f"expected an attention mask of shape {shape} as tensor, array or list of numbers, got {type(mask).__name__}: {error}."
+        ) from error
+    if tuple(numbers.shape) not in (shape, *([shape[1:]] if len(shape) == 2 and shape[0] == 1 else [])):
+        raise TextError(f"expected an attention mask of shape {shape}, got {tuple(numbers.shape)}. Pass that of these ids.")
+    numbers = numbers.reshape(shape)
+    if bool(((numbers == 0) | (numbers == 1)).all()):
+        valid = numbers == 1
+    elif additive and bool(((numbers == 0) | (numbers <= _MASKED)).all()):
+        valid = numbers == 0
+    else:
+        other = numbers[(numbers != 0) & (numbers != 1) & ~((numbers <= _MASKED) & additive)]
+        got = f"{float(other[0])!r}" if len(other) else "both 1 and -inf"
+        served = " (or 0 and -inf, an additive one)" if additive else ""
+        raise TextError(f"expected an attention mask of 1 (real) and 0 (padding){served}, got {got} in it.")
     rows = valid.reshape(-1, shape[-1]) if valid.numel() else valid.reshape(-1, 1)
+    if not bool(rows.any(1).all()):
+        say = ", in an additive mask 0 real and -inf padding: one of zeros only says both" if additive else ""
+        raise TextError(
+            f"expected a real token in every sequence, got an attention mask that leaves sequence {int((~rows.any(1)).nonzero()[0])} none. "
+            f"1 means real and 0 padding{say}. Leave it out if all are real."
+        )
     # One run of real tokens: a hole inside would shift the positions that the model used.
     starts = rows[:, 0].long() + (rows.long().diff(dim=1) == 1).sum(1)
     if bool((starts > 1).any()):
