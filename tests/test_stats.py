@@ -324,6 +324,10 @@ def dummies(codes):
     return np.eye(int(codes.max()) + 1)[codes]
 
 
+def _curves(*args, **options):
+    return np.column_stack(projection.curves(*args, **options))
+
+
 def test_estimates_are_those_of_one_regression_on_all_terms():
     """Frisch and Waugh, for each test that takes controls."""
     table = shared(1, draw="normal", level=1.0).assign(w=lambda t: np.random.default_rng(5).gamma(1, size=len(t)))
@@ -331,7 +335,7 @@ def test_estimates_are_those_of_one_regression_on_all_terms():
     table["g"] = table.y + table.w > table.groupby("seq").y.transform("median")
     names, seq, levels = ["z", "w"], table.seq.to_numpy(), dummies(table.seq.to_numpy())
     controls = table[names].to_numpy()
-    of_values = [levels, controls, projection.curves(list(controls.T), len(table) - 22)]
+    of_values = [levels, controls, _curves(list(controls.T), len(table) - 22)]
     paired = S.compare_groups(table, "x", "g", controls=names, paired=True, n_resamples=9).iloc[0]
     assert paired.estimate == pytest.approx(regressed(table.x, table.g.astype(float), of_values), abs=1e-8)
     left = S.residuals(table, "x", controls=names).x - table.groupby("seq").x.transform("mean")
@@ -340,15 +344,15 @@ def test_estimates_are_those_of_one_regression_on_all_terms():
     ranks = table.groupby("seq")[["x", "y", *names]].rank().to_numpy() / 41
     # What the controls say of a column at once is a control too.
     given = projection.with_indexes(next(iter(split(table, ["x", "y", *names]))), ["x", "y", *names], seq)
-    of_ranks = [levels, ranks[:, 2:], projection.curves(given, len(table) - 22, ranked=seq)]
+    of_ranks = [levels, ranks[:, 2:], _curves(given, len(table) - 22, ranked=seq)]
     slope = regressed(ranks[:, 0], ranks[:, 1], of_ranks)
     inside = ranks[:, :2] - levels @ (levels.T @ ranks[:, :2] / 40)
     answer = S.rank_regression(table, "x", "y", controls=names).iloc[0]
     assert answer.estimate == pytest.approx(slope * inside[:, 1].std() / inside[:, 0].std(), abs=1e-8)
     # Correlations: a slope in each sequence for each control.
     for method, held, bent in (
-        ("spearman", ranks, projection.curves(given, len(table) - 60, ranked=seq)),
-        ("pearson", table[["x", "y", *names]].to_numpy(), projection.curves(list(controls.T), len(table) - 60)),
+        ("spearman", ranks, _curves(given, len(table) - 60, ranked=seq)),
+        ("pearson", table[["x", "y", *names]].to_numpy(), _curves(list(controls.T), len(table) - 60)),
     ):
         design = np.column_stack([levels, *(levels * held[:, [c]] for c in (2, 3)), bent])
         design = design / np.abs(design).max(0)
@@ -358,7 +362,7 @@ def test_estimates_are_those_of_one_regression_on_all_terms():
         assert np.arctanh(answer.estimate) == pytest.approx(np.mean(z), abs=1e-8)
     # Mixed: generalized least squares at its own ratio of variances.
     pair = ((table[["x", "y"]] - table[["x", "y"]].mean()) / table[["x", "y"]].std(ddof=0)).to_numpy()
-    terms = np.column_stack([np.ones(800), controls, projection.curves(list(controls.T), 798)])
+    terms = np.column_stack([np.ones(800), controls, _curves(list(controls.T), 798)])
     answer = S.mixed_model(table, "x", "y", controls=names).iloc[0]
     y, x = mixed.freed(pair[:, 0], np.column_stack([pair[:, 1], terms]), seq, answer.icc / (1 - answer.icc))
     assert answer.estimate == pytest.approx(regressed(y, x[:, 0], [x[:, 1:]]), abs=1e-8)

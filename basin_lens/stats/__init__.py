@@ -27,7 +27,7 @@ interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, 
 """
 
 from basin_lens.stats.added import added_value
-from basin_lens.stats.association import partial_correlation, rank_regression, within_sequence_correlation
+from basin_lens.stats.association import partial_correlation, within_sequence_correlation
 from basin_lens.stats.auroc import detect
 from basin_lens.stats.choice import best_layer, halves
 from basin_lens.stats.controls import CONTROLS, add_controls, residuals
@@ -38,6 +38,7 @@ from basin_lens.stats.matching import match_units
 from basin_lens.stats.means import mean_interval
 from basin_lens.stats.mixed import mixed_model
 from basin_lens.stats.quartiles import quartile_table
+from basin_lens.stats.rank_slopes import rank_regression
 from basin_lens.stats.reliability import reliability_bound
 from basin_lens.stats.results import correct
 from basin_lens.stats.slopes import unit_slope

@@ -135,7 +135,7 @@ def _added(
     note = note.replace("controls", "baselines").replace("tokens", "cases")
     bent = curves(list(values[:, :-1].T), len(units) - values.shape[1], most=_CURVES)
     if bent is not None:
-        values = np.column_stack([values[:, :-1], bent, values[:, -1]])
+        values = np.column_stack([values[:, :-1], *bent, values[:, -1]])
     folds = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(values, truth, apart))
     baselines = values[:, :-1]
     before, after = (_predicted(x, truth, folds) for x in (baselines, values))

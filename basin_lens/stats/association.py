@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import CONTROLS, chosen, varied
+from basin_lens.stats.controls import CONTROLS, by_layer, chosen, varied
 from basin_lens.stats.groups import side_by_side
 from basin_lens.stats.projection import (
     EXPLAINED,
@@ -19,10 +19,11 @@ from basin_lens.stats.projection import (
     Left,
     curves,
     curves_of_ranks,
+    grouped,
     in_full,
     left_of_values,
-    places,
     project,
+    ranks_within,
     unexplained,
     with_indexes,
 )
@@ -38,10 +39,9 @@ from basin_lens.stats.results import (
     max_t_signs,
     toned,
 )
-from basin_lens.stats.rows import FEWEST, FEWEST_CLUSTERS, Rows, constant, enough, group_means, names_of, refuse_constant, split
+from basin_lens.stats.rows import FEWEST, Rows, constant, enough, group_means, names_of, refuse_constant
 from basin_lens.values import whole_numbers
 
-_UNITS_PER_INDEX = 5  # beyond the controls; with fewer texts, what the controls say at once is not held fixed besides
 NEARLY = 0.2  # of the variance: with less left of a column, partial rank correlation has an excess of its own
 
 
@@ -113,46 +113,16 @@ def within_sequence_correlation(
     names, others = names_of(scores), names_of(against, "against")
     pairs = [(score, other) for other in others for score in names if score != other]
     names_of([score for score, _ in pairs], "scores other than against") if not pairs else None
-    lines: list[dict[str, Any]] = []
-    values: list[tuple[np.ndarray, np.ndarray]] = []
     kind = f"{'partial ' if len(controls) else ''}{method.capitalize()}"
-    label = f"one-sample t-test of Fisher z ({kind} within sequences)"
-    most = 0
-    for score, other in pairs:
-        with_them, there, note = chosen(table, controls, (score, other), frequency)
-        given = {"against": other, "controls": ", ".join(there), "uncontrolled": np.nan, "left": np.nan}
-        for every in split(with_them, [score, other, *there], layers=layers, unit=unit):
-            rows = every.finite(score, other, *there)
-            flat = next((c for c in (score, other) if constant(rows.values[c])), None)
-            if flat is not None:
-                lines.append(constant_line(rows, score, unit, label, f"mean {kind} rho", flat, **given))
-                values.append((np.empty(0, int), np.empty(0)))
-                continue
-            here, said = varied(rows, there)
-            found = _fisher(rows, [score, other, *here], method, min_tokens, smooth)
-            if found.explained is not None:
-                why = joined(note, said, f"{(score, other)[found.explained]}: {EXPLAINED}")
-                lines.append(line(rows, score, unit, label, f"mean {kind} rho", **given | {"left": 0.0, "note": why}))
-                values.append((np.empty(0, int), np.empty(0)))
-                most = max(most, rows.counts()["n_units"])
-                continue
-            codes, units = rows.unit_of_sequence()
-            tested = rows.where(np.isin(rows.sequence, codes[found.usable]))
-            by_unit, means = group_means(units[found.usable], found.z[found.usable])
-            most = max(most, len(means))
-            answer = interval_and_p(means, found.inflation)
-            answer |= {name: float(np.tanh(answer[name])) for name in ("estimate", "low", "high")}
-            before = (
-                np.tanh(group_means(units[found.usable], found.plain[found.usable])[1].mean()) if found.usable.any() else np.nan
-            )
-            notes = [note, said, answer.pop("note", ""), *found.notes]
-            if here and found.left < NEARLY:
-                notes.append(_beside(rows, [score, other, *here], method, min_tokens, smooth, found.left))
-            answer |= {"uncontrolled": before, "left": found.left, "note": joined(*notes)}
-            lines.append(line(tested, score, unit, label, f"mean {kind} rho", **given | answer))
-            values.append((by_unit, toned(means, found.inflation)))
+    asked = _Asked(f"one-sample t-test of Fisher z ({kind} within sequences)", f"mean {kind} rho", unit, method, min_tokens, smooth)
+    found = by_layer(table, pairs, controls, frequency, layers, unit, asked.of)
+    lines, values = [one for one, _ in found], [value for _, value in found]
     refuse_constant(lines, [*names, *others])
-    enough(max(most, 0), FEWEST, f"units ({unit}) with sequences of at least {min_tokens + len(controls)} scored tokens")
+    enough(
+        max((one["n_units"] for one in lines if "_constant" not in one), default=0),
+        FEWEST,
+        f"units ({unit}) with sequences of at least {min_tokens + len(controls)} scored tokens",
+    )
     for one, (codes, _) in zip(lines, values, strict=True):
         if 0 < len(codes) < FEWEST:
             one |= {"low": np.nan, "high": np.nan, "p": np.nan, "note": f"only {len(codes)} units at this layer"}
@@ -163,6 +133,46 @@ def within_sequence_correlation(
         one |= bounds(table, one["score"], one["against"], one["layer"])
     adjusted = max_t_signs(side_by_side(values)[0], n_resamples, seed) if correction == "max-t" else None
     return assemble(table, lines, correction, adjusted)
+
+
+Tested = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How pairs are correlated within sequences."""
+
+    label: str
+    effect: str
+    unit: str
+    method: str
+    min_tokens: int
+    smooth: bool
+
+    def of(self, rows: Rows, pair: tuple[str, str], there: list[str], note: str) -> Tested:
+        """The row of results of a pair, and by unit what max-t draws from."""
+        score, other = pair
+        given = {"against": other, "controls": ", ".join(there), "uncontrolled": np.nan, "left": np.nan}
+        none = np.empty(0, int), np.empty(0)
+        flat = next((c for c in pair if constant(rows.values[c])), None)
+        if flat is not None:
+            return constant_line(rows, score, self.unit, self.label, self.effect, flat, **given), none
+        here, said = varied(rows, there)
+        found = _fisher(rows, [*pair, *here], self.method, self.min_tokens, self.smooth)
+        if found.explained is not None:
+            why = joined(note, said, f"{pair[found.explained]}: {EXPLAINED}")
+            return line(rows, score, self.unit, self.label, self.effect, **given | {"left": 0.0, "note": why}), none
+        codes, units = rows.unit_of_sequence()
+        tested = rows.where(np.isin(rows.sequence, codes[found.usable]))
+        by_unit, means = group_means(units[found.usable], found.z[found.usable])
+        answer = interval_and_p(means, found.inflation)
+        answer |= {name: float(np.tanh(answer[name])) for name in ("estimate", "low", "high")}
+        before = np.tanh(group_means(units[found.usable], found.plain[found.usable])[1].mean()) if found.usable.any() else np.nan
+        notes = [note, said, answer.pop("note", ""), *found.notes]
+        if here and found.left < NEARLY:
+            notes.append(_beside(rows, [*pair, *here], self.method, self.min_tokens, self.smooth, found.left))
+        answer |= {"uncontrolled": before, "left": found.left, "note": joined(*notes)}
+        return line(tested, score, self.unit, self.label, self.effect, **given | answer), (by_unit, toned(means, found.inflation))
 
 
 def partial_correlation(
@@ -218,123 +228,6 @@ def partial_correlation(
     return within_sequence_correlation(table, scores, against, controls=controls, **options)
 
 
-def rank_regression(
-    table: pd.DataFrame,
-    scores: str | Sequence[str],
-    against: str | Sequence[str],
-    *,
-    controls: Sequence[str] = (),
-    frequency: Mapping[Any, float] | None = None,
-    layers: Any = None,
-    unit: str = "document",
-    within: bool = True,
-    smooth: bool = True,
-    correction: Correction = "bh",
-) -> pd.DataFrame:
-    """Regression of a score's ranks on another column's ranks, with errors that allow any dependence within a unit.
-
-    rank(score) = a + b rank(against) + c rank(controls) + s(controls); cluster-robust covariance, Student's t with units - 1 degrees of freedom
-
-    Against `within_sequence_correlation`, long sequences weigh more, and short ones are not lost. Where controls leave little, ranks have the excess
-    that `partial_correlation` tells of (here 11 % at .08, 27 % at .03, 51 % at .02), and the note says so.
-
-    Between texts (`within=False`), errors are the jackknife's. Of 48 texts with nothing in common but a control, 5 to 12 % passed with two controls,
-    9 to 10 % with one that bends, 27 % where two leave of a score what differs within texts alone; of 12 texts, 12 %. The note says where
-    curves are coarse, or lines straight.
-
-    Args:
-        table, scores, against, controls, frequency, layers, unit, correction: as for `within_sequence_correlation`; no max-t.
-        within: rank within each sequence, less the sequence mean, so that differences between texts play no part; False: rank over all tokens.
-        smooth: a smooth function s of each control besides (see `basin_lens.stats.projection.curves`); where tokens are too few, straight lines
-            alone, and the note says so.
-
-    Returns:
-        one row per (layer, score, against): the standardized slope b, its interval, p, and `partial_r2`, the share of the variance left by the
-        controls that `against` explains; `left` as for `within_sequence_correlation`. Where the controls explain a column in full: NaN and a note.
-
-    Raises:
-        TableError: several runs, missing columns, a column that is constant at every layer. StudyError: fewer than 10 units.
-
-    Source: Iman and Conover 1979 (ranks); Liang and Zeger 1986 (errors), by statsmodels.
-
-    Example:
-        >>> import numpy as np
-        >>> import pandas as pd
-        >>> import basin_lens as bl
-        >>> rng = np.random.default_rng(0)
-        >>> table = pd.DataFrame({"doc": np.repeat(range(20), 30), "seq": np.repeat(range(20), 30), "a": rng.normal(size=600)})
-        >>> table["b"] = table.a + rng.normal(size=600)
-        >>> bool(0.5 < bl.stats.rank_regression(table, "b", "a").estimate[0] < 0.9)
-        True
-    """
-    names, others = names_of(scores), names_of(against, "against")
-    test, effect = "rank regression, cluster-robust t-test", "standardized slope of ranks"
-    lines = []
-    for score, other in ((score, other) for other in others for score in names if score != other):
-        with_them, there, note = chosen(table, controls, (score, other), frequency)
-        given = {"against": other, "controls": ", ".join(there), "partial_r2": np.nan, "left": np.nan}
-        for every in split(with_them, [score, other, *there], layers=layers, unit=unit):
-            rows = every.finite(score, other, *there)
-            enough(rows.counts()["n_units"], FEWEST_CLUSTERS, f"units ({unit}) for cluster-robust errors")
-            flat = next((c for c in (score, other) if constant(rows.values[c])), None)
-            ranks = _ranks(rows, [score, other, *there], within)
-            if flat is None and not (ranks[:, :2].std(0) > 0).all():
-                flat = (score, other)[int(np.argmin(ranks[:, :2].std(0)))]
-            if flat is not None:
-                lines.append(constant_line(rows, score, unit, test, effect, flat, **given))
-                continue
-            here, said = varied(rows, there)
-            kept = [0, 1, *(2 + there.index(name) for name in here)]
-            found = _rank_slope(rows, ranks[:, kept], [score, other, *here], within, smooth)
-            lines.append(line(rows, score, unit, test, effect, **given | found | {"note": joined(note, said, found["note"])}))
-    refuse_constant(lines, [*names, *others])
-    return assemble(table, lines, correction)
-
-
-def _ranks(rows: Rows, names: Sequence[str], within: bool) -> Float[np.ndarray, "rows columns"]:
-    values = pd.DataFrame({index: rows.values[name] for index, name in enumerate(names)})
-    if not within:
-        return values.rank().to_numpy()
-    ranks = values.groupby(rows.sequence).rank()
-    # As shares of the sequence: in a long one, a rank is worth less.
-    share = ranks.div(pd.Series(rows.sequence).groupby(rows.sequence).transform("size") + 1.0, axis=0)
-    return (share - share.groupby(rows.sequence).transform("mean")).to_numpy()
-
-
-def _rank_slope(
-    rows: Rows, ranks: Float[np.ndarray, "rows columns"], names: Sequence[str], within: bool, smooth: bool
-) -> dict[str, Any]:
-    """The standardized slope of the first column's ranks on the second's, given the others."""
-    codes = rows.sequence if within else np.zeros(len(ranks), int)
-    there = names[2:]
-    notes, bent, straight = [], None, np.empty((len(ranks), 0))
-    if there:
-        given = np.stack([rows.values[name] for name in there], 1)
-        told = in_full(np.stack([rows.values[name] for name in names[:2]], 1), given, codes, copies=True)
-        # Between texts, each text says one thing of a curve, however many tokens it has.
-        free = len(ranks) - len(np.unique(codes)) - len(there) if within else len(np.unique(rows.unit)) - len(there)
-        held = with_indexes(rows, names, codes, smooth=smooth and within)
-        bent, said = curves_of_ranks(held, free, rows.sequence if within else None) if smooth else (None, "")
-        notes.append(said)
-        if bent is None and len(held) > len(there) and free >= 2 * _UNITS_PER_INDEX:
-            straight = places(held[-2:], codes)
-        if any(told):
-            return {"left": 0.0, "note": f"{names[told.index(True)]}: {EXPLAINED}"}
-    terms = np.column_stack([ranks[:, 2:], straight if bent is None else bent])
-    left = project(ranks[:, :2], terms, codes)
-    if there and left.share.min() <= IN_FULL_OF_RANKS:
-        return {"left": float(left.share.min()), "note": f"{names[int(left.share.argmin())]}: {EXPLAINED}"}
-    # Between texts there are few of them for each term.
-    whole = None if within else np.column_stack([left.basis, np.full(len(ranks), 1 / np.sqrt(len(ranks)))])
-    found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1] + 1, whole)
-    size = ranks[:, 1].std() / ranks[:, 0].std()
-    found |= {name: found[name] * size for name in ("estimate", "low", "high")}
-    if there:
-        found["left"] = min(float(left.share.min()), left_of_values(rows, names, codes, smooth))
-        notes += [_nearly(found["left"]) + ": see partial_correlation"] if found["left"] < NEARLY else []
-    return found | {"note": joined(*notes, found.get("note", ""))}
-
-
 @dataclass(frozen=True)
 class _Within:
     """Fisher z of two columns within each sequence given others, the same given nothing, which sequences count, and what to say of it."""
@@ -349,14 +242,15 @@ class _Within:
 
 
 def _fisher(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smooth: bool) -> _Within:
-    values = pd.DataFrame({index: rows.values[name] for index, name in enumerate(names)})
+    columns = [rows.values[name] for name in names]
     sizes = np.unique(rows.sequence, return_counts=True)[1]
     if method == "spearman":
         # As shares of the sequence, so that one curve of a control can fit long and short ones.
-        values = values.groupby(rows.sequence).rank().div(np.repeat(sizes + 1.0, sizes), axis=0)
+        columns = [ranks_within(column, rows.sequence) / np.repeat(sizes + 1.0, sizes) for column in columns]
     elif method != "pearson":
         raise StudyError(f'expected method "spearman" or "pearson", got {method!r}.')
-    held, scale = values.to_numpy(), np.abs(values.to_numpy()).max(0)[:2]
+    held = np.stack(columns, 1)
+    scale = np.abs(held).max(0)[:2]
     bare = project(held[:, :2], np.empty((len(held), 0)), rows.sequence)
     plain, spread = _correlations(bare.values, sizes)
     usable = (spread > 1e-9 * scale).all(1) & (sizes >= max(4, min_tokens) + len(names) - 2)
@@ -399,12 +293,13 @@ def _given(
     if smooth:
         bent, said = curves_of_ranks(terms, free, rows.sequence) if ranked else (curves(terms, free), "")
         said = STRAIGHT if bent is None else said
-    left = project(held[:, :2], np.empty((len(held), 0)) if bent is None else bent, rows.sequence, held[:, 2:])
+    own, *more = [np.empty((len(held), 0))] if bent is None else grouped(bent, controls.shape[1])
+    left = project(held[:, :2], own, rows.sequence, held[:, 2:], *more)
     told = [one or not left.of(column, IN_FULL_OF_RANKS if ranked else IN_FULL) for column, one in enumerate(told)]
     return left, [said], told.index(True) if any(told) else None
 
 
-def _nearly(left: float) -> str:
+def nearly(left: float) -> str:
     return f"the controls leave {100 * left:.2g} % of the variance, where partial rank correlation has an excess of its own"
 
 
@@ -428,9 +323,7 @@ def _beside(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smoo
         y, x = (rest.values / rest.values.std(0)).T
         one = clustered_slope(y, x, rows.unit, rest.basis.shape[1] + 1)
         slope = f"{one['estimate']:+.3f} (p {one['p']:.2g})"
-    return (
-        f"{_nearly(left)}; beside it, partial {other.capitalize()} {told}, joint regression of values, standardized slope {slope}"
-    )
+    return f"{nearly(left)}; beside it, partial {other.capitalize()} {told}, joint regression of values, standardized slope {slope}"
 
 
 def _correlations(

@@ -1,6 +1,6 @@
 """What must be held fixed before a score says anything new: token frequency, position, norm, density, surprisal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,20 @@ def chosen(
     if same:
         notes.append(f"tested itself, so not controlled: {', '.join(same)}")
     return with_them, there, "; ".join(notes)
+
+
+def by_layer(
+    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], controls: Sequence[str], frequency: Mapping[Any, float] | None, layers: Any,
+    unit: str, test: Callable[[Rows, tuple[str, str], list[str], str], Any],
+) -> list[Any]:  # fmt: skip
+    """A test of each pair at each layer, in this order; done layer by layer, because the pairs of a layer share their controls."""
+    held = [chosen(table, controls, pair, frequency) for pair in pairs]
+    columns = [name for pair, (_, there, _) in zip(pairs, held, strict=True) for name in (*pair, *there)]
+    found: list[list[Any]] = [[] for _ in pairs]
+    for every in split(held[0][0] if held else table, columns, layers=layers, unit=unit):
+        for answers, pair, (_, there, note) in zip(found, pairs, held, strict=True):
+            answers.append(test(every.finite(*pair, *there), pair, there, note))
+    return [answer for answers in found for answer in answers]
 
 
 def varied(rows: Rows, controls: Sequence[str]) -> tuple[list[str], str]:

@@ -103,7 +103,7 @@ def _fit(rows: Rows, score: str, term: str, others: Sequence[str], smooth: bool)
         straight = np.stack([rows.values[name] for name in others], 1)
         told = in_full(pair, straight, whole, copies=smooth)
         bent = curves(list(straight.T), len(pair) - len(others)) if smooth else None
-        terms = straight if bent is None else np.column_stack([straight, bent])
+        terms = straight if bent is None else np.column_stack([straight, *bent])
         notes = STRAIGHT if smooth and bent is None else ""
     left = project(pair, terms, whole)
     for column, name in enumerate((score, term)):

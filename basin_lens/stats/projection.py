@@ -17,6 +17,7 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 from sklearn.preprocessing import SplineTransformer
 
+from basin_lens.stats.remembering import remembered
 from basin_lens.stats.rows import Rows, group_means
 
 _KNOTS = 5  # of the cubic splines of a control
@@ -54,7 +55,7 @@ def curves(
     *,
     ranked: Int[np.ndarray, " rows"] | None = None,
     most: int = 2 * (_KNOTS + 2),
-) -> Float[np.ndarray, "rows terms"] | None:
+) -> list[Float[np.ndarray, "rows _"]] | None:
     """A smooth function of each control, as terms for `project`; None where there are too few rows for any.
 
     The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's normal scores (whatever
@@ -64,31 +65,40 @@ def curves(
     less its group means, and of the control's own: what a rank can be expected to be bends with the value and with its group, not with the control's
     rank. Knots are equally spaced. A control that does not vary has no terms. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
     """
-    held = [values for values in controls if len(values) and np.ptp(values) > 1e-12 * np.abs(values).max()]
-    if not held:
+    varies = [len(values) > 0 and np.ptp(values) > 1e-12 * np.abs(values).max() for values in controls]
+    if not any(varies):
         return None
-    values = np.stack(held, 1)
-    scores, other = _normal_scores(values), values
-    if ranked is not None:
-        scores, other = _normal_scores(values - levels(ranked, values)), scores
-    afforded = min(most, free // (_ROWS_PER_TERM * len(held)))
+    afforded = min(most, free // (_ROWS_PER_TERM * sum(varies)))
+    kinds = {2 * (_KNOTS + 2): "both", _KNOTS + 2: "scores", 3: "powers"}
+    kind = next((name for terms, name in kinds.items() if afforded >= terms), None)
+    if kind is None:
+        return None
+    none = np.empty((len(controls[0]), 0))
+    return [_curve(values, ranked, kind) if one else none for values, one in zip(controls, varies, strict=True)]
+
+
+@remembered
+def _curve(
+    values: Float[np.ndarray, " rows"], ranked: Int[np.ndarray, " rows"] | None, kind: str
+) -> Float[np.ndarray, "rows terms"]:
+    """The terms of one control."""
+    own = values[:, None]
+    scores = _normal_scores(own)
     splines = SplineTransformer(n_knots=_KNOTS, degree=3, include_bias=False)
-    if afforded >= 2 * (_KNOTS + 2):
-        return np.asarray(splines.fit_transform(np.column_stack([scores, other])))
-    alone = scores if ranked is None else other
-    if afforded >= _KNOTS + 2:
-        return np.asarray(splines.fit_transform(alone))
-    return np.column_stack([alone, alone**2, alone**3]) if afforded >= 3 else None
+    if kind == "both":
+        within = scores if ranked is None else _normal_scores(own - levels(ranked, own))
+        return np.asarray(splines.fit_transform(np.column_stack([within, own if ranked is None else scores])))
+    return np.asarray(splines.fit_transform(scores)) if kind == "scores" else np.column_stack([scores, scores**2, scores**3])
 
 
 def curves_of_ranks(
     controls: Sequence[Float[np.ndarray, " rows"]], free: int, ranked: Int[np.ndarray, " rows"] | None
-) -> tuple[Float[np.ndarray, "rows terms"] | None, str]:
+) -> tuple[list[Float[np.ndarray, "rows _"]] | None, str]:
     """`curves` for a test of ranks, and what to say where they are not the finest: with a bent control, up to .1 false positives then."""
     bent = curves(controls, free, ranked=ranked)
     if bent is None:
         return None, STRAIGHT
-    return bent, "" if bent.shape[1] >= 2 * (_KNOTS + 2) * len(controls) else COARSE
+    return bent, "" if sum(terms.shape[1] for terms in bent) >= 2 * (_KNOTS + 2) * len(controls) else COARSE
 
 
 def _normal_scores(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
@@ -106,12 +116,18 @@ def unexplained(
     most: int = 2 * (_KNOTS + 2),
 ) -> tuple[Left, str]:
     """What a level of each group and the controls, straight and smooth, leave of columns; and a note where they were straight alone."""
-    straight = np.stack(list(controls), 1)
+    straight = beside(*controls)
     free = len(columns) - len(np.unique(codes)) - straight.shape[1]
     bent = curves(controls, free, most=most) if smooth else None
-    left = project(columns, straight if bent is None else np.column_stack([straight, bent]), codes)
+    left = project(columns, straight if bent is None else beside(straight, *bent), codes)
     told = in_full(columns, straight, codes, copies=smooth)
     return replace(left, share=np.where(told, 0.0, left.share)), STRAIGHT if smooth and bent is None else ""
+
+
+@remembered
+def beside(*columns: Float[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows terms"]:
+    """Columns and sets of columns as one."""
+    return np.column_stack(columns)
 
 
 def places(indexes: Sequence[Float[np.ndarray, " rows"]], codes: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows indexes"]:
@@ -138,6 +154,12 @@ def with_indexes(
     return [*controls, *fitted.T, *places(list(fitted.T), codes).T]
 
 
+def grouped(bent: Sequence[Float[np.ndarray, "rows _"]], controls: int) -> list[Float[np.ndarray, "rows _"]]:
+    """Curves of controls and of what `with_indexes` added, in sets that tests share: those of the controls, of one column, of the other."""
+    own, added = bent[:controls], bent[controls:]
+    return [beside(*own), *(beside(*added[column::2]) for column in range(2 if added else 0))]
+
+
 def in_full(
     columns: Float[np.ndarray, "rows columns"],
     controls: Float[np.ndarray, "rows controls"],
@@ -148,11 +170,22 @@ def in_full(
     """Which columns are a sum of levels and controls, each with a factor, or with `copies` of a control through a monotone function."""
     told = project(columns, controls, codes).share <= IN_FULL
     if copies:
-        ranks = rankdata(np.column_stack([columns, controls]), axis=0)
+        ranks = np.stack([_ranks(column) for column in (*columns.T, *controls.T)])
         count = columns.shape[1]
-        alike = np.corrcoef(ranks.T)[:count, count:] if np.ptp(ranks, 0).all() else np.zeros((count, 1))
+        alike = np.corrcoef(ranks)[:count, count:] if np.ptp(ranks, 1).all() else np.zeros((count, 1))
         told |= (1 - alike**2 <= IN_FULL_OF_RANKS).any(1)
     return [bool(one) for one in told]
+
+
+@remembered
+def ranks_within(column: Float[np.ndarray, " rows"], codes: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+    """Ranks within groups, from 1 on; ties get their mean."""
+    return pd.Series(column).groupby(codes).rank().to_numpy()
+
+
+@remembered
+def _ranks(column: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+    return np.asarray(rankdata(column))
 
 
 def told_in_full(rows: Rows, score: str, controls: Sequence[str]) -> bool:
@@ -175,13 +208,31 @@ def project(
     terms: Float[np.ndarray, "rows terms"],
     codes: Int[np.ndarray, " rows"] | None,
     each: Float[np.ndarray, "rows controls"] | None = None,
+    *more: Float[np.ndarray, "rows _"],
 ) -> Left:
     """What is left of columns after one least-squares fit on a level of each group, `each` with a slope in each group, and terms over all rows.
 
     Terms are taken to full rank, each against its own size: constants, copies and sums of others take nothing more. Without
-    groups (None) there are no levels: a constant is then a term like any other.
+    groups (None) there are no levels: a constant is then a term like any other. `more`: sets of further terms, apart because other tests share them.
     """
-    held = np.column_stack([columns, terms])
+    y, spread = _sized(columns, codes, each)
+    basis = _basis(terms, codes, each)
+    if beyond := [_beyond(terms, other, codes, each) for other in more if other.shape[1]]:
+        basis = np.column_stack([basis, _orthonormal(np.column_stack(beyond))])
+    for _ in range(2):  # the second time, what the first left of large parts by rounding
+        y = y - basis @ (basis.T @ y)
+    rank = basis.shape[1]
+    free = len(columns)
+    if codes is not None:
+        free -= len(np.unique(codes)) * (1 + (0 if each is None else each.shape[1]))
+    inflation = (free - rank) / (free - 2 * rank) if free > 2 * rank else 1.0
+    return Left(y * spread, (y**2).sum(0), basis, inflation)
+
+
+def _sized(
+    held: Float[np.ndarray, "rows columns"], codes: Int[np.ndarray, " rows"] | None, each: Float[np.ndarray, "rows controls"] | None
+) -> tuple[Float[np.ndarray, "rows columns"], Float[np.ndarray, " columns"]]:
+    """Columns less levels, of size 1, and then less slopes; and the sizes."""
     size = np.abs(held).max(0, initial=0.0)
     if codes is not None:
         held = held - levels(codes, held)
@@ -191,17 +242,29 @@ def project(
     held = np.where(flat, 0.0, held / np.where(flat, 1.0, spread))
     if codes is not None and each is not None and each.shape[1]:
         held = _without_slopes(held, each, codes)
-    count = columns.shape[1]
-    y, z = held[:, :count], held[:, count:]
-    basis = _orthonormal(z)
-    for _ in range(2):  # the second time, what the first left of large parts by rounding
-        y = y - basis @ (basis.T @ y)
-    rank = basis.shape[1]
-    free = len(held)
-    if codes is not None:
-        free -= len(np.unique(codes)) * (1 + (0 if each is None else each.shape[1]))
-    inflation = (free - rank) / (free - 2 * rank) if free > 2 * rank else 1.0
-    return Left(y * spread[:count], (y**2).sum(0), basis, inflation)
+    return held, spread
+
+
+@remembered
+def _basis(
+    terms: Float[np.ndarray, "rows terms"], codes: Int[np.ndarray, " rows"] | None, each: Float[np.ndarray, "rows controls"] | None
+) -> Float[np.ndarray, "rows rank"]:
+    """A basis of what terms span beside levels and slopes."""
+    return _orthonormal(_sized(terms, codes, each)[0])
+
+
+@remembered
+def _beyond(
+    terms: Float[np.ndarray, "rows terms"],
+    others: Float[np.ndarray, "rows others"],
+    codes: Int[np.ndarray, " rows"] | None,
+    each: Float[np.ndarray, "rows controls"] | None,
+) -> Float[np.ndarray, "rows others"]:
+    """What terms leave of others of size 1."""
+    left, basis = _sized(others, codes, each)[0], _basis(terms, codes, each)
+    for _ in range(2):
+        left = left - basis @ (basis.T @ left)
+    return left
 
 
 def _orthonormal(terms: Float[np.ndarray, "rows terms"]) -> Float[np.ndarray, "rows rank"]:
@@ -224,17 +287,8 @@ def _without_slopes(
     held: Float[np.ndarray, "rows columns"], each: Float[np.ndarray, "rows controls"], codes: Int[np.ndarray, " rows"]
 ) -> Float[np.ndarray, "rows columns"]:
     """Columns less straight lines in `each` of its own for every group; all have their group's mean taken out."""
-    size = np.abs(each).max(0)
-    each = (each - levels(codes, each)) / np.where(size > 0, size, 1.0)
-    order = np.argsort(codes, kind="stable")
-    _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
     answer = held.copy()
-    for length in np.unique(sizes).tolist():  # groups of one length go together
-        at = order[starts[sizes == length][:, None] + np.arange(length)]
-        lines = each[at]
-        spread = np.sqrt((lines**2).sum(1, keepdims=True))
-        basis, found, _ = np.linalg.svd(lines / np.where(spread > 1e-12 * np.sqrt(length), spread, np.inf), full_matrices=False)
-        basis = basis * (found > 1e-7)[:, None]
+    for at, basis in _slopes(each, codes):
         part = held[at]
         for _ in range(2):
             part = part - basis @ (basis.transpose(0, 2, 1) @ part)
@@ -242,11 +296,30 @@ def _without_slopes(
     return answer
 
 
+@remembered
+def _slopes(
+    each: Float[np.ndarray, "rows controls"], codes: Int[np.ndarray, " rows"]
+) -> tuple[tuple[Int[np.ndarray, "groups length"], Float[np.ndarray, "groups length rank"]], ...]:
+    """Rows of the groups of each length, and a basis of the straight lines in each of them."""
+    size = np.abs(each).max(0)
+    each = (each - levels(codes, each)) / np.where(size > 0, size, 1.0)
+    order = np.argsort(codes, kind="stable")
+    _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
+    found = []
+    for length in np.unique(sizes).tolist():  # groups of one length go together
+        at = order[starts[sizes == length][:, None] + np.arange(length)]
+        lines = each[at]
+        spread = np.sqrt((lines**2).sum(1, keepdims=True))
+        basis, size, _ = np.linalg.svd(lines / np.where(spread > 1e-12 * np.sqrt(length), spread, np.inf), full_matrices=False)
+        found.append((at, basis * (size > 1e-7)[:, None]))
+    return tuple(found)
+
+
 def levels(codes: Int[np.ndarray, " rows"], columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
     """Mean of each row's group, of every column."""
     there, inverse, sizes = np.unique(codes, return_inverse=True, return_counts=True)
     sums = [np.bincount(inverse, weights=column, minlength=len(there)) for column in columns.T]
-    return np.asarray((np.stack(sums, 1) / sizes[:, None])[inverse])
+    return np.asarray((np.stack(sums, 1) / sizes[:, None])[inverse]) if sums else np.empty(columns.shape)
 
 
 def level(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
