@@ -9,7 +9,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import CONTROLS, chosen, varied
+from basin_lens.stats.covariates import CONTROLS, chosen, varied
+from basin_lens.stats.design import FEWEST, FEWEST_CLUSTERS, Rows, constant, enough, group_means, names_of, refuse_constant, split
 from basin_lens.stats.groups import side_by_side
 from basin_lens.stats.projection import (
     EXPLAINED,
@@ -38,7 +39,6 @@ from basin_lens.stats.results import (
     max_t_signs,
     toned,
 )
-from basin_lens.stats.rows import FEWEST, FEWEST_CLUSTERS, Rows, constant, enough, group_means, names_of, refuse_constant, split
 from basin_lens.values import whole_numbers
 
 _UNITS_PER_INDEX = 5  # beyond the controls; with fewer texts, what the controls say at once is not held fixed besides
