@@ -1,8 +1,8 @@
 """basin_lens: where does a language model compress?
 
     passages -> model -> Capture -> Neighbors -> images under a block -> analyzers -> table
-    texts/     model/   capture/  neighbors/    transport/              analyzers/   tables.py  -> views/
-                                  analysis/ conducts all of this: read it first; controls/ destroys structure
+    texts/     model/   capture/  neighbors/    transport/              analyzers/   tables/    -> views/
+                                  scoring/ conducts all of this: read it first; controls/ destroys structure
 
     memorize/ plants texts in a model and finds them; codec/ packs text with a model; merging/ merges tokens inside it; studies/ compose all
 
@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from basin_lens import analyzers, codec, controls, errors, memorize, merging, stats, studies, tables, views
-    from basin_lens.analysis import analyze, neighborhood
-    from basin_lens.analysis.pairs import compare
     from basin_lens.analyzers import ANALYZERS
     from basin_lens.capture import Capture
     from basin_lens.model import load_model
+    from basin_lens.scoring import analyze, neighborhood
+    from basin_lens.scoring.comparison import compare
     from basin_lens.texts import Passage
 
 _HOMES = {
     "ANALYZERS": "basin_lens.analyzers",
     "Capture": "basin_lens.capture",
     "Passage": "basin_lens.texts",
-    "analyze": "basin_lens.analysis",
-    "compare": "basin_lens.analysis.pairs",
+    "analyze": "basin_lens.scoring",
+    "compare": "basin_lens.scoring.comparison",
     "load_model": "basin_lens.model",
-    "neighborhood": "basin_lens.analysis",
+    "neighborhood": "basin_lens.scoring",
 }
 _ROOMS = ("analyzers", "codec", "controls", "errors", "memorize", "merging", "stats", "studies", "tables", "views")
 

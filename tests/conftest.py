@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -117,6 +118,17 @@ def make_hooked(seed: int = 0, **changes):
         "initializer_range": 0.2,
     }  # fmt: skip
     return HookedTransformer(HookedTransformerConfig(**settings | changes)).eval()
+
+
+def replace_in_all_rooms(monkeypatch, name: str, new) -> None:
+    """Put something else in the place of a name of the model room, in every module that has imported it."""
+    import basin_lens.cli.main
+    import basin_lens.studies
+
+    old = getattr(basin_lens.model, name)
+    for path, module in list(sys.modules.items()):
+        if path.startswith("basin_lens") and module.__dict__.get(name) is old:
+            monkeypatch.setattr(module, name, new)
 
 
 def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> torch.Tensor:

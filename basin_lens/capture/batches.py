@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from basin_lens import model as door
+from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target, target_values
-from basin_lens.capture.rows import TokenRows
 from basin_lens.errors import CaptureError
+from basin_lens.model import device_of, forward_pass, measuring, missing_points, output_weight, point_name, vocabulary_size
+from basin_lens.model import n_layers as count_layers
 from basin_lens.values import Whole, whole, whole_or_none
 
 _NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
@@ -118,10 +119,10 @@ def run_batch(
     Returns:
         states of the real tokens by border, `[rows, d]`, float32, on the CPU.
     """
-    device = door.device_of(model)
+    device = device_of(model)
     with torch.inference_mode(False):  # tensors made under a caller's inference_mode cannot take part in a backward pass
         tokens, valid_there = tokens.clone().to(device), valid.clone().to(device)
-    count = door.n_layers(model)
+    count = count_layers(model)
     passes = Passes(model, tokens, valid_there)
     memories: dict[str, dict[str, Any]] = {a.key: {} for a in analyzers}
     at_layer = [a for a in analyzers if a.per_layer and not a.needs & {"logits", "gradient", "passes"}]
@@ -139,7 +140,7 @@ def run_batch(
     def run(analyzer: TokenMeasure, layer: int, **more: Tensor) -> None:
         values = {n: v for n, v in {**held[layer], **more}.items() if n in analyzer.needs}
         if "output_weight" in analyzer.needs:
-            values["output_weight"] = door.output_weight(model, layer)
+            values["output_weight"] = output_weight(model, layer)
         own = passes if "passes" in analyzer.needs else None
         with torch.no_grad():
             measured = analyzer.measure(TokenBatch(layer, count, tokens, valid_there, values, memories[analyzer.key], own))
@@ -177,17 +178,17 @@ def run_batch(
     for border in sorted({b for layer in visited for b in (layer, layer + 1)}):
         # A layer whose analyzers run when it closes is read at its own end, not at the next block's start.
         if border < count:
-            readers[door.point_name("resid_pre", border)] = read_state(border)
+            readers[point_name("resid_pre", border)] = read_state(border)
         else:
-            readers[door.point_name("resid_post", count - 1)] = read_state(count)
+            readers[point_name("resid_post", count - 1)] = read_state(count)
     points = {need for a in analyzers for need in a.needs} - _NO_POINTS - {"resid_pre", "resid_post"}
     for layer in visited:
         for need in points:
             if wants(need, layer):
-                readers[door.point_name(need, layer)] = read_point(need, layer)
+                readers[point_name(need, layer)] = read_point(need, layer)
 
-    with door.measuring(model, gradients=bool(sloped)):
-        logits = door.forward_pass(model, tokens, readers, gradients=bool(sloped))
+    with measuring(model, gradients=bool(sloped)):
+        logits = forward_pass(model, tokens, readers, gradients=bool(sloped))
         shown = logits.detach().float() if any("logits" in a.needs for a in analyzers) else logits.detach()
         targets = list(dict.fromkeys(a.target for a in sloped if a.target is not None))
         for left, target in enumerate(reversed(targets)):
@@ -211,7 +212,7 @@ def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
     Raises:
         CaptureError: a layer that the model does not have.
     """
-    count = door.n_layers(model)
+    count = count_layers(model)
     if layers is None:
         return tuple(range(count))
     # A 0-d tensor says that it can be iterated, and cannot.
@@ -238,13 +239,13 @@ def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMea
             )
         if "gradient" in analyzer.needs and analyzer.target is None:
             raise CaptureError(f"expected a target with the gradients that {analyzer.key} needs, got None. See TokenAnalyzer.")
-        if isinstance(analyzer.target, int) and not 0 <= analyzer.target < door.vocabulary_size(model):
+        if isinstance(analyzer.target, int) and not 0 <= analyzer.target < vocabulary_size(model):
             raise CaptureError(
-                f"expected a token id below {door.vocabulary_size(model)} as target of {analyzer.key}, got {analyzer.target}."
+                f"expected a token id below {vocabulary_size(model)} as target of {analyzer.key}, got {analyzer.target}."
             )
-    missing = door.missing_points(model, {"resid_pre", "resid_post"}, list(layers))
+    missing = missing_points(model, {"resid_pre", "resid_post"}, list(layers))
     for analyzer in analyzers:
-        missing += door.missing_points(model, set(analyzer.needs - _NO_POINTS), list(layers_of(analyzer, layers)))
+        missing += missing_points(model, set(analyzer.needs - _NO_POINTS), list(layers_of(analyzer, layers)))
     if missing:
         raise CaptureError(
             f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens import texts
 from basin_lens.errors import BasinLensError, CaptureError, TextError
+from basin_lens.model import cache_entry, n_layers, point_name, width
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
 # Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
@@ -51,7 +51,7 @@ def layers_between(model: Any, borders: Mapping[int, Tensor], missing: list[str]
     Raises:
         CaptureError: none; the missing hook points are named.
     """
-    layers = tuple(layer for layer in range(door.n_layers(model)) if layer in borders and layer + 1 in borders)
+    layers = tuple(layer for layer in range(n_layers(model)) if layer in borders and layer + 1 in borders)
     if not layers:
         raise CaptureError(
             f"expected a cache with residual states around at least one block, got none; missing: {', '.join(missing[:6])}"
@@ -75,14 +75,14 @@ def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
 
 def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
     """Residual states at each border that the cache holds, `[batch, pos, d]`, and the names of those it does not."""
-    count, found, missing = door.n_layers(model), {}, []
+    count, found, missing = n_layers(model), {}, []
     for border in range(count + 1):
         point, layer = ("resid_pre", border) if border < count else ("resid_post", count - 1)
-        state = door.cache_entry(cache, point, layer)
+        state = cache_entry(cache, point, layer)
         if state is None:
-            missing.append(door.point_name(point, layer))
+            missing.append(point_name(point, layer))
         else:
-            found[border] = _checked(state, door.point_name(point, layer), (*shape, door.width(model)), "(batch, pos, d_model)")
+            found[border] = _checked(state, point_name(point, layer), (*shape, width(model)), "(batch, pos, d_model)")
     return found, missing
 
 
@@ -95,14 +95,14 @@ def other_readings(model: Any, cache: Any, shape: tuple[int, int], layers: Itera
     heads, places = int(model.cfg.n_heads), shape[1]
     found = {}
     for layer in layers:
-        pattern = door.cache_entry(cache, "pattern", layer)
+        pattern = cache_entry(cache, "pattern", layer)
         if pattern is not None:
             wanted = (shape[0], heads, places, places)
-            found[f"pattern.{layer}"] = _checked(pattern, door.point_name("pattern", layer), wanted, "(batch, head, query, key)")
-        gradient = door.cache_entry(cache, "resid_pre", layer, suffix="_grad")
+            found[f"pattern.{layer}"] = _checked(pattern, point_name("pattern", layer), wanted, "(batch, head, query, key)")
+        gradient = cache_entry(cache, "resid_pre", layer, suffix="_grad")
         if gradient is not None:
-            name = f"{door.point_name('resid_pre', layer)}_grad"
-            found[f"gradient.{layer}"] = _checked(gradient, name, (*shape, door.width(model)), "(batch, pos, d_model)")
+            name = f"{point_name('resid_pre', layer)}_grad"
+            found[f"gradient.{layer}"] = _checked(gradient, name, (*shape, width(model)), "(batch, pos, d_model)")
     return found
 
 

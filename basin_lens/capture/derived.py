@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture.record import Capture
 from basin_lens.errors import CaptureError
+from basin_lens.model import provenance
 from basin_lens.texts import TokenSequence
 
 
@@ -53,7 +53,7 @@ def with_tokens(
     settings = _recorded(capture, control) | {"source": "tokens"}
     made = Capture(
         sequences, None, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), capture.layers,
-        door.provenance(model), settings,
+        provenance(model), settings,
     )  # fmt: skip
     return made.read(model, progress=progress)
 

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture.caches import ENTRY, right_padded
 from basin_lens.capture.passes import TOKENS_PER_PASS
 from basin_lens.errors import CaptureError, TransportError
+from basin_lens.model import call_block, device_of, entering, measuring, one_side, point_name, reading, record_calls
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _OTHER = 0.5  # relative error from which a state is another token's, however many blocks have rounded it
@@ -47,7 +47,7 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
     open_ = sorted({layer for layer in layers if layer in capture.layers} - capture._checked)
     if not open_:
         return
-    with door.measuring(model):
+    with measuring(model):
         blocks = [_Blocks(model, capture, seqs) for seqs in _sides(model, capture)]
         for layer in open_:
             for some in blocks:
@@ -62,7 +62,7 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
 def _sides(model: Any, capture: Any) -> list[list[int]]:
     """Sequences that one set of block arguments serves, longest first."""
     order = sorted(range(len(capture.sequences)), key=lambda seq: -int(capture.lengths[seq]))
-    boundary = door.one_side(model, capture.lengths.tolist())
+    boundary = one_side(model, capture.lengths.tolist())
     if boundary is None:
         return [order]
     return [[s for s in order if (int(capture.lengths[s]) > boundary) is beyond] for beyond in (True, False)]
@@ -104,11 +104,11 @@ def _check_tokens(model: Any, capture: Any) -> None:
             rows = _rows(capture, part)
             tokens = torch.zeros(valid.shape, dtype=torch.int64, device="cpu")
             tokens[valid] = capture.row_token[rows]
-            got = door.entering(model, tokens.to(door.device_of(model)), layer).cpu()[valid]
+            got = entering(model, tokens.to(device_of(model)), layer).cpu()[valid]
             error = _errors(got, states[rows], scale)
             if float(error.max()) > tolerance:
                 hooks = "" if layer == 0 else (
-                    f" If hooks changed the states below on purpose, cache {door.point_name('resid_pre', 0)} too: it shows whose tokens these are."
+                    f" If hooks changed the states below on purpose, cache {point_name('resid_pre', 0)} too: it shows whose tokens these are."
                 )  # fmt: skip
                 raise CaptureError(
                     f"expected the state that enters block {layer} to be that of each token at its place, got another "
@@ -129,8 +129,8 @@ class _Blocks:
     def __post_init__(self) -> None:
         self.length = int(self.capture.lengths[self.seqs].max())
         self.copies = max(1, min(len(self.seqs), TOKENS_PER_PASS // self.length))
-        one = torch.zeros(1, self.length, dtype=torch.int64, device=door.device_of(self.model))
-        self.calls = door.record_calls(self.model, one)
+        one = torch.zeros(1, self.length, dtype=torch.int64, device=device_of(self.model))
+        self.calls = record_calls(self.model, one)
 
     def check(self, layer: int) -> None:
         """Refuse states or patterns of a layer that are not the block's."""
@@ -156,10 +156,10 @@ class _Blocks:
         call = self.calls[layer].widened(len(part)) if len(part) > 1 else self.calls[layer]
         held = capture._readings.get(f"pattern.{layer}")
         seen: list[Tensor] = []
-        readers = {} if held is None else {door.point_name("pattern", layer): lambda t: seen.append(t.detach().float().cpu())}
+        readers = {} if held is None else {point_name("pattern", layer): lambda t: seen.append(t.detach().float().cpu())}
         try:
-            with door.reading(self.model, readers):
-                got = door.call_block(self.model, layer, call, grid.to(door.device_of(self.model))).cpu()[valid]
+            with reading(self.model, readers):
+                got = call_block(self.model, layer, call, grid.to(device_of(self.model))).cpu()[valid]
         except RuntimeError as error:  # torch raises it where shapes do not fit
             if copies == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
+from basin_lens.model import forward_pass, knocked_out, measuring, point_name
 from basin_lens.values import Whole
 
 TOKENS_PER_PASS = 1024
@@ -66,8 +66,8 @@ class Passes:
     def states(self, layer: int) -> Float[Tensor, "batch pos d"]:
         """States that enter block `layer`, float32."""
         read: list[Tensor] = []
-        with door.measuring(self.model):
-            door.forward_pass(self.model, self.tokens, {door.point_name("resid_pre", layer): lambda t: read.append(t.float())})
+        with measuring(self.model):
+            forward_pass(self.model, self.tokens, {point_name("resid_pre", layer): lambda t: read.append(t.float())})
         return read[0]
 
     def losses(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
@@ -80,11 +80,11 @@ class Passes:
     def losses_without(self, rows: Int[Tensor, " copies"], columns: Int[Tensor, " copies"]) -> Float[Tensor, "copies pos"]:
         """The same with one column of each copy knocked out of the attention of later queries, in all blocks."""
         losses = torch.full((len(rows), self.tokens.shape[1]), torch.nan, device=self.tokens.device)
-        with door.measuring(self.model):
+        with measuring(self.model):
             for part in self._parts(len(rows)):
                 tokens = self.tokens[rows[part]]
-                with door.knocked_out(self.model, columns[part], tokens.shape[1]):
-                    losses[part, 1:] = token_losses(door.forward_pass(self.model, tokens, {}), tokens)
+                with knocked_out(self.model, columns[part], tokens.shape[1]):
+                    losses[part, 1:] = token_losses(forward_pass(self.model, tokens, {}), tokens)
         return losses
 
     def slopes(
@@ -97,11 +97,11 @@ class Passes:
         """The target of each copy with `states` put before block `layer`, and its gradient with respect to them."""
         values, slopes = states.new_empty(len(rows)), torch.empty_like(states)
         dtype = next(self.model.parameters()).dtype
-        with door.measuring(self.model, gradients=True):
+        with measuring(self.model, gradients=True):
             for part in self._parts(len(rows)):
                 leaf = states[part].detach().to(dtype).requires_grad_()
-                put = {door.point_name("resid_pre", layer): lambda t, leaf=leaf: leaf.view_as(t)}
-                logits = door.forward_pass(self.model, self.tokens[rows[part]], put)
+                put = {point_name("resid_pre", layer): lambda t, leaf=leaf: leaf.view_as(t)}
+                logits = forward_pass(self.model, self.tokens[rows[part]], put)
                 wanted = target[rows[part]] if isinstance(target, Tensor) else target
                 found = target_values(logits, self.tokens[rows[part]], self.valid[rows[part]], wanted)
                 values[part], slopes[part] = found.detach(), torch.autograd.grad(found.sum(), leaf)[0].float()

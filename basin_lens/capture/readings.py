@@ -5,9 +5,9 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, layers_of, token_batches
 from basin_lens.capture.caches import right_padded
+from basin_lens.model import logits_of
 
 
 def holds(capture: Any, need: str, layer: int) -> bool:
@@ -28,7 +28,7 @@ def measure_readings(model: Any, capture: Any, analyzer: TokenMeasure) -> None:
         for memory, (rows, tokens, valid) in zip(memories, batches, strict=True):
             values = {need: _grid(held[rows], valid) for need, held in states.items()}
             if "logits" in values:
-                values["logits"] = door.logits_of(model, values["logits"]).cpu()
+                values["logits"] = logits_of(model, values["logits"]).cpu()
             seqs = capture.row_seq[rows].unique_consecutive()
             for need in analyzer.needs - borders.keys():
                 reading, padding = capture._readings[f"{need}.{layer}"][seqs], capture._readings["valid"][seqs]

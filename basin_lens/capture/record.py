@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens.capture import caches
 from basin_lens.capture.batches import TokenMeasure, check_layers, check_points, layers_of, run_batch, token_batches
 from basin_lens.capture.foreign import check_cache
+from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.readings import holds, measure_readings
-from basin_lens.capture.rows import TokenRows
 from basin_lens.capture.store import (
     check_shards,
     copy_borders,
@@ -29,6 +28,17 @@ from basin_lens.capture.store import (
 )
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
+from basin_lens.model import (
+    check_lengths,
+    check_model,
+    fingerprint,
+    full_name,
+    full_precision,
+    one_side,
+    provenance,
+    uses_bos,
+    width,
+)
 from basin_lens.texts import Passage, read_passages
 from basin_lens.texts.tokens import (
     TokenSequence,
@@ -132,17 +142,17 @@ class Capture(TokenRows):
         attention_mask: Any = None,
     ) -> "Capture":
         """The rows of a capture, nothing read yet: enough to check a whole request before the model runs. See `read`."""
-        door.check_model(model)
+        check_model(model)
         chosen = check_layers(model, layers)
         passages, found = None, given_ids(model, data, attention_mask)
         if found is None:
             passages = read_passages(data)
             found = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
-        bos = door.uses_bos(model, prepend_bos) if passages is not None else None
+        bos = uses_bos(model, prepend_bos) if passages is not None else None
         longest = longest_sequence(model, max_length)
         settings = {"max_length": longest, "bos": bos, "source": "tokens" if passages is None else "texts"}
         planned = cls._empty(model, found, passages, chosen, settings)
-        door.check_lengths(model, planned.lengths.tolist())
+        check_lengths(model, planned.lengths.tolist())
         return planned
 
     def read(
@@ -208,7 +218,7 @@ class Capture(TokenRows):
             CaptureError: no usable layer (the missing hook points are named), shapes that do not fit tokens or model, NaN.
             TextError: no token ids, or padding among them without a mask.
         """
-        door.check_model(model)
+        check_model(model)
         tokens = caches.as_batch(tokens)
         shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         caches.check_is_cache(cache)
@@ -227,7 +237,7 @@ class Capture(TokenRows):
         dtype = caches.stored_type(borders[border] for border in needed)
         settings = {"bos": None, "source": "cache", "max_length": shape[1], "dtype": dtype}
         capture = cls._empty(model, sequences, passages, layers, settings)
-        door.check_lengths(model, capture.lengths.tolist())
+        check_lengths(model, capture.lengths.tolist())
         if docs is not None:
             capture.docs = [document(doc) or f"sequence-{i}" for i, doc in enumerate(docs)]
         if labels is not None:
@@ -258,7 +268,7 @@ class Capture(TokenRows):
         docs = [f"sequence-{i}" if passages is None else str(passages[s.passage].doc) for i, s in enumerate(sequences)]
         labels = [{} if passages is None else dict(passages[s.passage].labels) for s in sequences]
         strings = token_strings(model, (token for s in sequences for token in s.tokens))
-        return cls(sequences, passages, docs, labels, strings, layers, door.provenance(model), settings)
+        return cls(sequences, passages, docs, labels, strings, layers, provenance(model), settings)
 
     @property
     def is_read(self) -> bool:
@@ -294,10 +304,10 @@ class Capture(TokenRows):
         Raises:
             CaptureError: the fingerprints differ (other weights, settings or weight processing).
         """
-        if door.fingerprint(model) != self.model["fingerprint"]:
+        if fingerprint(model) != self.model["fingerprint"]:
             raise CaptureError(
                 f"expected the model that made this capture ({self.model['name']}, {self.model['fingerprint'][:8]}), got "
-                f"{door.full_name(model)} ({door.fingerprint(model)[:8]}). Weights, settings or weight processing differ: "
+                f"{full_name(model)} ({fingerprint(model)[:8]}). Weights, settings or weight processing differ: "
                 "capture again with this model."
             )
 
@@ -324,7 +334,7 @@ class Capture(TokenRows):
         check_points(model, self.layers, again)
         ends = [self.model["layers"] - 1] if any("logits" in a.needs for a in readable) else []
         check_cache(model, self, {*ends, *(layer for a in readable for layer in layers_of(a, self.layers))})
-        with door.full_precision(), self._all_or_none(readable):
+        with full_precision(), self._all_or_none(readable):
             for analyzer in readable:
                 measure_readings(model, self, analyzer)
         if again:
@@ -371,11 +381,11 @@ class Capture(TokenRows):
     ) -> None:
         """Run the model over all sequences; keep states and fill analyzers."""
         check_points(model, self.layers, analyzers)
-        batches = list(token_batches(self, batch_size, door.one_side(model, self.lengths.tolist())))
+        batches = list(token_batches(self, batch_size, one_side(model, self.lengths.tolist())))
         borders = sorted({border for layer in self.layers for border in (layer, layer + 1)}) if keep_states else []
         states: dict[int, Tensor] = {}
         if self._store is None:
-            shape = self.n_rows, door.width(model)
+            shape = self.n_rows, width(model)
             states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
         with (
             self._all_or_none(analyzers),

@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from basin_lens import model as door
 from basin_lens.capture.record import Capture
 from basin_lens.capture.store import FORMAT
 from basin_lens.errors import CaptureError, StoreError
 from basin_lens.files import scratch
+from basin_lens.model import cache_folder, check_model, fingerprint, hooked_at, uses_bos
 from basin_lens.texts import longest_sequence, reference_passages
 
 
@@ -23,15 +23,15 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
     Raises:
         StoreError: the cache folder cannot be written.
     """
-    door.check_model(model)
+    check_model(model)
     passages = list(reference_passages())
     length = longest_sequence(model, 256)
-    if door.hooked_at(model):
+    if hooked_at(model):
         return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, progress=progress)
     # The format too: versions that share a cache each have a bank of their own.
-    names = [FORMAT, door.fingerprint(model), str(door.uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
+    names = [FORMAT, fingerprint(model), str(uses_bos(model, prepend_bos)), str(length), *(p.text for p in passages)]
     identity = hashlib.blake2b("\x00".join(names).encode(), digest_size=16).hexdigest()
-    folder = door.cache_folder() / "reference" / identity
+    folder = cache_folder() / "reference" / identity
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

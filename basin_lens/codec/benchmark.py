@@ -14,12 +14,12 @@ import pandas as pd
 import zstandard
 from jaxtyping import Float, Int
 
-from basin_lens import model as door
 from basin_lens.codec.container import Setting, read
 from basin_lens.codec.lockstep import TokenWriter, encode_tokens, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.text import TextCodec
 from basin_lens.errors import CodecError
+from basin_lens.model import vocabulary_size
 from basin_lens.values import whole_numbers
 
 COLUMNS = (
@@ -157,7 +157,7 @@ class _Every(TokenWriter):
 
 def _rank_sizes(codec: TextCodec, tokens: Int[np.ndarray, " n"], setting: Setting) -> dict[str, int]:
     """Payload of each back end, from one pass in lockstep."""
-    every = _Every(door.vocabulary_size(codec.model))
+    every = _Every(vocabulary_size(codec.model))
     with codec.stepping(setting.streams, min(setting.window, setting.steps), setting.threads) as stepper:
         for _ in encode_tokens(stepper, tokens, setting.start, setting.window, every, windows=setting.windows):
             pass

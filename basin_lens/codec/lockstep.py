@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from basin_lens import model as door
 from basin_lens.codec.entropy import RangeDecoder, RangeEncoder
 from basin_lens.codec.probabilities import frequencies, quantize, uncertainty
 from basin_lens.codec.rank_coders import RANK_CODERS, ZipfRanks, zipf
 from basin_lens.codec.ranks import rank_of, token_of
 from basin_lens.errors import CodecError
+from basin_lens.model import Stepper
 
 _FIRST_STEPS = 8  # of the probe
 
@@ -131,7 +131,7 @@ def stream_lengths(tokens: int, streams: int) -> list[int]:
 
 
 def encode_tokens(
-    stepper: door.Stepper,
+    stepper: Stepper,
     tokens: Int[np.ndarray, " n"],
     start: int,
     window: int,
@@ -176,7 +176,7 @@ def encode_tokens(
 
 
 def decode_tokens(
-    stepper: door.Stepper,
+    stepper: Stepper,
     chunks: Sequence[bytes],
     tokens: int,
     start: int,
@@ -208,7 +208,7 @@ def chunk_tokens(lengths: Sequence[int], first: int, last: int) -> int:
     return sum(min(length, last) - min(length, first) for length in lengths)
 
 
-def probe(stepper: door.Stepper, coder: TokenCoder) -> bytes:
+def probe(stepper: Stepper, coder: TokenCoder) -> bytes:
     """Hash of what the model computes here, at this batch, on a fixed prompt, at places spread up to the window's last.
 
     Eight steps from an empty cache, then one at each power of two and one at the last place; what lies between is filled with copies of
@@ -231,7 +231,7 @@ def probe(stepper: door.Stepper, coder: TokenCoder) -> bytes:
     return digest.digest()
 
 
-def _step(stepper: door.Stepper, tokens: Int[np.ndarray, " batch"], *, fresh: bool = False) -> Float[np.ndarray, "batch vocab"]:
+def _step(stepper: Stepper, tokens: Int[np.ndarray, " batch"], *, fresh: bool = False) -> Float[np.ndarray, "batch vocab"]:
     """Logits after one more token; `fresh`: the first of a window."""
     if fresh:
         stepper.reset()

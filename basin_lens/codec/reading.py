@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from basin_lens import model as door
 from basin_lens.codec.lockstep import stream_lengths
 from basin_lens.codec.ranks import rank_of
+from basin_lens.model import device_of, forward_pass, measuring, start_token, vocabulary_size
 
 _LOGITS_PER_PASS = 1 << 27  # float32: half a gigabyte
 
@@ -72,15 +72,15 @@ def read_pass(model: Any, tokens: Int[np.ndarray, " n"], *, streams: int, window
         for piece in np.split(tokens, np.cumsum(stream_lengths(len(tokens), streams))[:-1])
         for first in range(0, len(piece), window)
     ]
-    start, made = door.start_token(model), []
-    size = max(1, _LOGITS_PER_PASS // (window * door.vocabulary_size(model)))
-    with door.measuring(model):
+    start, made = start_token(model), []
+    size = max(1, _LOGITS_PER_PASS // (window * vocabulary_size(model)))
+    with measuring(model):
         for at in range(0, len(pieces), size):
             some = pieces[at : at + size]
             given = np.full((len(some), max(map(len, some))), start, np.int64)
             for row, piece in zip(given, some, strict=True):
                 row[1 : len(piece)] = piece[:-1]
-            logits = door.forward_pass(model, torch.from_numpy(given).to(door.device_of(model)), {})
+            logits = forward_pass(model, torch.from_numpy(given).to(device_of(model)), {})
             made += [_of_piece(row[: len(piece)].float().cpu(), piece, k) for row, piece in zip(logits, some, strict=True)]
     return _joined(made, k)
 

@@ -13,12 +13,27 @@ import torch
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens.codec.container import CHUNK_TOKENS, DTYPES, METHODS, MOST_STREAMS, Container, Setting, read, store
 from basin_lens.codec.lockstep import chunk_tokens, decode_tokens, encode_tokens, probe, stream_lengths, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate, read_pass
 from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentError, WrongModelError
+from basin_lens.model import (
+    Stepper,
+    cache_bytes,
+    check_model,
+    device_of,
+    fingerprint,
+    full_name,
+    n_context,
+    parameters_of,
+    start_token,
+    thread_count,
+    tokenizer_fingerprint,
+    tokenizer_of,
+    vocabulary_size,
+)
+from basin_lens.model import stepping as open_stepper
 from basin_lens.texts.tokens import token_strings
 from basin_lens.values import whole_numbers
 
@@ -78,7 +93,7 @@ class TextCodec:
         threads: int | None = None,
         progress: bool = False,
     ) -> None:
-        door.check_model(model)
+        check_model(model)
         choices = {"direct": ("range",), "ranks": tuple(RANK_CODERS)}
         if method not in choices:
             raise CodecError(f'expected method "direct" or "ranks", got {method!r}.')
@@ -89,9 +104,9 @@ class TextCodec:
             raise CodecError(f"expected 1 to {MOST_STREAMS} streams, got {streams}.")
         if context < 1:
             raise CodecError(f"expected a context of 1 token or more, got {context}.")
-        self._tokenizer_hash = bytes.fromhex(door.tokenizer_fingerprint(model))[:8]
+        self._tokenizer_hash = bytes.fromhex(tokenizer_fingerprint(model))[:8]
         self.model, self.method, self.backend, self.streams = model, method, backend, streams
-        self.context = min(context, door.n_context(model))
+        self.context = min(context, n_context(model))
         self.threads, self.progress = threads, progress
 
     def encode(self, data: bytes | str, *, verify: bool = True) -> bytes:
@@ -139,7 +154,7 @@ class TextCodec:
         lengths, places = stream_lengths(setting.tokens, setting.streams), setting.places
         if file.tokens != tuple(chunk_tokens(lengths, first, first + places.step) for first in places):
             raise CorruptFileError("expected chunks of whole windows of all streams, got others. Get the file again.")
-        coder = token_coder(file.method, file.backend, door.vocabulary_size(self.model))
+        coder = token_coder(file.method, file.backend, vocabulary_size(self.model))
         with self.stepping(setting.streams, min(setting.window, setting.steps), setting.threads) as stepper:
             found = probe(stepper, coder)
             if found != setting.probe:
@@ -199,8 +214,8 @@ class TextCodec:
             >>> codec.ranks("The cat sat on the mat.").token.tolist()
             ['The', ' cat', ' sat', ' on', ' the', ' mat', '.']
         """
-        if not 1 <= k <= door.vocabulary_size(self.model):
-            raise CodecError(f"expected k between 1 and {door.vocabulary_size(self.model)}, got {k}.")
+        if not 1 <= k <= vocabulary_size(self.model):
+            raise CodecError(f"expected k between 1 and {vocabulary_size(self.model)}, got {k}.")
         _, tokens = self.prepared(text)
         reading = read_pass(self.model, tokens, streams=1, window=self.context, k=k)
         names = token_strings(self.model, {*tokens.tolist(), *reading.top.ravel().tolist()})
@@ -237,9 +252,7 @@ class TextCodec:
 
     def text_of(self, tokens: Int[np.ndarray, " n"]) -> bytes:
         """The bytes of some tokens, together: a character's bytes may lie in several of them."""
-        text: str = door.tokenizer_of(self.model).decode(
-            tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text: str = tokenizer_of(self.model).decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text.encode("utf-8", errors="replace")
 
     def encode_text(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> bytes:
@@ -254,8 +267,8 @@ class TextCodec:
         steps = -(-len(tokens) // streams)
         threads = self.threads or torch.get_num_threads()
         windows = -(-CHUNK_TOKENS // (streams * self.context))
-        start = door.start_token(self.model)
-        coder = token_coder(self.method, self.backend, door.vocabulary_size(self.model))
+        start = start_token(self.model)
+        coder = token_coder(self.method, self.backend, vocabulary_size(self.model))
         setting = Setting(
             self._fingerprint(), self._tokenizer_hash, bytes(8), streams, self.context, threads, self._dtype(), start, len(tokens), windows,
             _environment(self.model),
@@ -286,27 +299,27 @@ class TextCodec:
         ):
             if written != here:
                 raise WrongModelError(
-                    f"expected the model that wrote the file ({what} {written}), got {door.full_name(self.model)} ({what} {here}). "
+                    f"expected the model that wrote the file ({what} {written}), got {full_name(self.model)} ({what} {here}). "
                     "Load that model, as the same kind and dtype."
                 )
-        if setting.window > door.n_context(self.model) or setting.start >= door.vocabulary_size(self.model):
+        if setting.window > n_context(self.model) or setting.start >= vocabulary_size(self.model):
             raise CorruptFileError(
                 f"expected a window and a start token that the model takes, got {setting.window} and {setting.start}. Get the file again."
             )
 
     @contextmanager
-    def stepping(self, streams: int, window: int, threads: int) -> Iterator[door.Stepper]:
+    def stepping(self, streams: int, window: int, threads: int) -> Iterator[Stepper]:
         """A stepper for so many streams, while torch works with so many threads.
 
         Raises:
             CodecError: keys and values of more than 8 GiB.
         """
-        if (needed := door.cache_bytes(self.model, streams, window)) > _MOST_CACHE:
+        if (needed := cache_bytes(self.model, streams, window)) > _MOST_CACHE:
             raise CodecError(
                 f"expected keys and values of at most {_MOST_CACHE >> 30} GiB, got {needed / 2**30:.1f} GiB for {streams} streams of "
                 f"{window} tokens. Use fewer streams or a shorter context."
             )
-        with door.thread_count(threads), door.stepping(self.model, streams, window) as stepper:
+        with thread_count(threads), open_stepper(self.model, streams, window) as stepper:
             yield stepper
 
     @contextmanager
@@ -325,18 +338,18 @@ class TextCodec:
         # In pieces first; a tokenizer that puts a space before every text gives back the whole alone.
         for pieces in (_pieces(text), [text]):
             tokens = np.concatenate([self._tokens_of(piece) for piece in pieces])
-            if len(tokens) and tokens.max() < door.vocabulary_size(self.model) and self.text_of(tokens) == plain:
+            if len(tokens) and tokens.max() < vocabulary_size(self.model) and self.text_of(tokens) == plain:
                 return tokens
         return "the tokenizer does not give the text back"
 
     def _tokens_of(self, text: str) -> Int[np.ndarray, " n"]:
-        return np.array(door.tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        return np.array(tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
     def _fingerprint(self) -> bytes:
-        return bytes.fromhex(door.fingerprint(self.model))
+        return bytes.fromhex(fingerprint(self.model))
 
     def _dtype(self) -> str:
-        name = str(next(iter(door.parameters_of(self.model).values())).dtype).removeprefix("torch.")
+        name = str(next(iter(parameters_of(self.model).values())).dtype).removeprefix("torch.")
         if name not in DTYPES:
             raise CodecError(f"expected a model of dtype {', '.join(DTYPES)}, got {name}. Load it as float32.")
         return name
@@ -366,7 +379,7 @@ def _as_bytes(data: bytes | str) -> bytes:
 def _environment(model: Any) -> str:
     """What the last digits of a model's numbers depend on: versions (of `_PACKAGES`, in this order), processor, device."""
     versions = [version(name) for name in _PACKAGES]
-    return " ".join([*versions, torch.backends.cpu.get_cpu_capability(), door.device_of(model).type])
+    return " ".join([*versions, torch.backends.cpu.get_cpu_capability(), device_of(model).type])
 
 
 assert METHODS[2:] == ("direct", "ranks")

@@ -8,7 +8,7 @@ A capture made here says so: `capture.settings["controls"]` lists what was done,
 """
 
 from basin_lens.controls.nulls import gaussian_states, permuted_layers, shuffled_tokens
-from basin_lens.controls.robustness import sweep
+from basin_lens.controls.sweeps import sweep
 from basin_lens.model import random_twin
 
 __all__ = ["gaussian_states", "permuted_layers", "random_twin", "shuffled_tokens", "sweep"]

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
+from basin_lens.model import continuations, tokenizer_of, uses_bos
 from basin_lens.texts import Passage
 from basin_lens.values import whole_numbers
 
@@ -90,7 +90,7 @@ def fresh_texts(model: Any, kind: str, count: int, length: int, *, seed: int) ->
 
 def _texts(model: Any, kind: str, count: int, length: int, sampled: bool, rng: np.random.Generator) -> list[str]:
     """Different texts of `length` tokens."""
-    tokenizer = door.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise TextError("expected a model with a fast tokenizer to make texts for, got one without. Give the model its tokenizer.")
     if kind == "random":
@@ -139,7 +139,7 @@ def cut(tokenizer: Any, text: str, length: int) -> str | None:
 
 def pieces(model: Any, text: str, length: int) -> list[str]:
     """A text cut into passages of exactly `length` tokens that read back as such, from the first on; what is left over is dropped."""
-    tokenizer = door.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     found, rest = [], text.strip()
     while rest:
         piece = cut(tokenizer, rest, length)
@@ -171,7 +171,7 @@ def _random_text(tokenizer: Any, length: int, rng: np.random.Generator) -> str |
 def _continued(model: Any, tokenizer: Any, length: int, rng: np.random.Generator) -> str:
     """The model's own text behind the first words of a sentence."""
     begun = ids_of(tokenizer, fluent_text(rng, 1))[:6]
-    bos = door.uses_bos(model, None)
+    bos = uses_bos(model, None)
     prompt = torch.tensor([[*([] if bos is None else [bos]), *begun]])
-    written = door.continuations(model, prompt, length + 8, temperature=1.0, seed=int(rng.integers(2**31)))
+    written = continuations(model, prompt, length + 8, temperature=1.0, seed=int(rng.integers(2**31)))
     return str(tokenizer.decode([*begun, *written[0].tolist()], skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens.errors import StudyError, TextError
+from basin_lens.model import continuations, uses_bos
 from basin_lens.texts import given_ids, read_passages, tokenize
 from basin_lens.values import whole_numbers, whole_or_none
 
@@ -79,7 +79,7 @@ def extract(
             same = [seq for seq, cut in enumerate(cuts) if cut == (first, follow)]
             size = max(1, DECODED_TOGETHER // (first + follow))
             for part in (same[at : at + size] for at in range(0, len(same), size)):
-                written = door.continuations(model, torch.tensor([sequences[seq][:first] for seq in part]), follow)
+                written = continuations(model, torch.tensor([sequences[seq][:first] for seq in part]), follow)
                 for seq, row in zip(part, written, strict=True):
                     true = torch.tensor(sequences[seq][first : first + follow])
                     equal = (row == true).numpy()
@@ -123,4 +123,4 @@ def _sequences(model: Any, data: Any, max_length: int) -> tuple[list[Sequence[in
     passages = read_passages(data)
     made = tokenize(model, passages, max_length=max_length)
     docs = [str(passages[s.passage].doc) for s in made]
-    return [s.tokens for s in made], docs, [s.passage for s in made], int(door.uses_bos(model, None) is not None)
+    return [s.tokens for s in made], docs, [s.passage for s in made], int(uses_bos(model, None) is not None)

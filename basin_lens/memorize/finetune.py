@@ -18,11 +18,26 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
 from basin_lens.files import clear_leavings, lock_folder, write_file
+from basin_lens.model import (
+    check_model,
+    copy_of,
+    device_of,
+    fingerprint,
+    forward_pass,
+    full_name,
+    load_model,
+    measuring,
+    n_context,
+    parameters_of,
+    put_tuned,
+    remember_name,
+    save_tuned,
+    tuned_facts,
+)
 from basin_lens.texts import read_passages, tokenize
 from basin_lens.values import Whole, whole, whole_fields, whole_numbers
 
@@ -93,7 +108,7 @@ class Tuned:
         Raises:
             StoreError: the folder cannot be written.
         """
-        return door.save_tuned(self.model, folder, self.base, {**self.facts, "history": _plain(self.history)})
+        return save_tuned(self.model, folder, self.base, {**self.facts, "history": _plain(self.history)})
 
 
 @whole_numbers(StudyError)
@@ -147,7 +162,7 @@ def finetune(
         1
     """
     recipe = recipe or Recipe()
-    door.check_model(model)
+    check_model(model)
     passages = read_passages(data)
     shown = [doses] * len(passages) if isinstance(doses, int) else [whole(dose, "doses", error=StudyError) for dose in doses]
     if len(shown) != len(passages) or min(shown) < 1:
@@ -159,7 +174,7 @@ def finetune(
     sequences = [s.tokens for s in [*own, *others]]
     batches = schedule([shown[s.passage] for s in own], len(others), recipe)
     plan = {
-        "recipe": asdict(recipe), "base": door.fingerprint(model), "max_length": max_length, "steps": len(batches),
+        "recipe": asdict(recipe), "base": fingerprint(model), "max_length": max_length, "steps": len(batches),
         "texts": hashlib.blake2b(json.dumps([sequences, shown]).encode(), digest_size=16).hexdigest(),
         "texts_shown": sum(shown[s.passage] for s in own), "doses": shown, "filler_sequences": len(others),
     }  # fmt: skip
@@ -172,8 +187,8 @@ def finetune(
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and (Path(folder) / "tuned.json").is_file():  # by somebody else, until a moment ago
             return _finished(model, Path(folder), plan)
-        copy = door.copy_of(model)
-        door.remember_name(copy, name or f"{door.full_name(model)}, tuned on {len(passages)} texts ({key})")
+        copy = copy_of(model)
+        remember_name(copy, name or f"{full_name(model)}, tuned on {len(passages)} texts ({key})")
         run = _Run(copy, recipe, len(batches), key)
         if folder is not None:
             run.resume(Path(folder))
@@ -195,7 +210,7 @@ def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
     Raises:
         StoreError: it is of another training.
     """
-    facts = dict(door.tuned_facts(folder)["facts"])
+    facts = dict(tuned_facts(folder)["facts"])
     history = facts.pop("history", [])
     if facts.get("training") != plan["training"]:
         raise StoreError(
@@ -205,7 +220,7 @@ def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
     with _KIND.reading(folder):
         told = tuple(_numbers(history))
     (folder / _CHECKPOINT).unlink(missing_ok=True)  # left by a death after the model was whole
-    return Tuned(door.put_tuned(model, folder), model, told, plan)
+    return Tuned(put_tuned(model, folder), model, told, plan)
 
 
 def _plain(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -227,7 +242,7 @@ def load_tuned(folder: str | os.PathLike[str], base: Any = None) -> Any:
     Raises:
         ModelError: no such model, another base, or a base that only the user has.
     """
-    return door.load_model(folder, kind=door.tuned_facts(folder)["kind"]) if base is None else door.put_tuned(base, folder)
+    return load_model(folder, kind=tuned_facts(folder)["kind"]) if base is None else put_tuned(base, folder)
 
 
 def schedule(doses: Sequence[int], n_filler: int, recipe: Recipe) -> list[tuple[int, ...]]:
@@ -260,11 +275,11 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"]
 @whole_numbers(StudyError)
 def estimate(model: Any, n_tokens: int) -> float:
     """Seconds that training on so many tokens will take, from a timed forward pass (about a second)."""
-    tokens = torch.zeros(4, min(64, door.n_context(model)), dtype=torch.int64, device=door.device_of(model))
-    with door.measuring(model):
-        door.forward_pass(model, tokens[:1], {})  # the first pass of a process is slow
+    tokens = torch.zeros(4, min(64, n_context(model)), dtype=torch.int64, device=device_of(model))
+    with measuring(model):
+        forward_pass(model, tokens[:1], {})  # the first pass of a process is slow
         begun = time.perf_counter()
-        door.forward_pass(model, tokens, {})
+        forward_pass(model, tokens, {})
     return _FORWARDS_PER_STEP * n_tokens * (time.perf_counter() - begun) / tokens.numel()
 
 
@@ -273,7 +288,7 @@ class _Run:
 
     def __init__(self, model: Any, recipe: Recipe, steps: int, key: str) -> None:
         self.model, self.recipe, self.steps, self.key = model, recipe, steps, key
-        self.parameters = door.parameters_of(model)
+        self.parameters = parameters_of(model)
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.optimizer = torch.optim.AdamW(
@@ -286,10 +301,10 @@ class _Run:
         self, tokens: Tensor, valid: Tensor, own: Bool[np.ndarray, " batch"], checkpoint: str | os.PathLike[str] | None, every: int
     ) -> None:
         """One step; before it, a checkpoint if one is due: only weights whose loss was seen to be finite are kept."""
-        device = door.device_of(self.model)
+        device = device_of(self.model)
         tokens, valid = tokens.to(device), valid.to(device)
-        with door.measuring(self.model, gradients=True):
-            losses: Float[Tensor, "batch predicted"] = token_losses(door.forward_pass(self.model, tokens, {}), tokens)
+        with measuring(self.model, gradients=True):
+            losses: Float[Tensor, "batch predicted"] = token_losses(forward_pass(self.model, tokens, {}), tokens)
             counted = valid[:, 1:]
             total = losses[counted].mean()
             mine = torch.tensor(own, device=device)[:, None] & counted

@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.errors import StudyError
 from basin_lens.memorize.extract import DECODED_TOGETHER
+from basin_lens.model import continuations, device_of, forward_pass, measuring
 
 
 def continuation_loss(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
     """Mean -log p of the tokens from position `first` on, nats per token."""
     found = []
-    with door.measuring(model):
+    with measuring(model):
         for part in tokens.split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
-            part = part.to(door.device_of(model))
-            found.append(token_losses(door.forward_pass(model, part, {}), part)[:, first - 1 :].mean(1).cpu())
+            part = part.to(device_of(model))
+            found.append(token_losses(forward_pass(model, part, {}), part)[:, first - 1 :].mean(1).cpu())
     return torch.cat(found).double().numpy()
 
 
@@ -98,7 +98,7 @@ def recited(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[n
     """Share of the continuation's positions at which greedy decoding behind the first `first` tokens writes the true token."""
     shares = []
     for part in tokens.split(max(1, DECODED_TOGETHER // tokens.shape[1])):
-        written = door.continuations(model, part[:, :first], part.shape[1] - first)
+        written = continuations(model, part[:, :first], part.shape[1] - first)
         shares.append((written == part[:, first:]).double().mean(1))
     return torch.cat(shares).numpy()
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens.errors import MergeError
 from basin_lens.merging.assign import Clusters, row_likeness, row_read
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.merge import normalized
 from basin_lens.merging.passes import alone_in, context_statistics
+from basin_lens.model import device_of, end_tokens, measuring, n_context, n_layers, own_rows, point_name, reading, vocabulary_size
 from basin_lens.values import whole_numbers
 
 
@@ -244,13 +244,13 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
         )
     number = {layer: index for index, layer in enumerate(o.layers)}
     layers = tuple(
-        _Layer(merger if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(door.n_layers(model))
+        _Layer(merger if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(n_layers(model))
     )
     readers: dict[str, Any] = {}
     for layer in o.layers:
-        readers[door.point_name("resid_pre", layer)] = layers[layer].enter
-        readers[door.point_name("pattern", layer)] = layers[layer].attend
-    with alone_in(model, o.layers), door.measuring(model), door.own_rows(model, layers) as step, door.reading(model, readers):
+        readers[point_name("resid_pre", layer)] = layers[layer].enter
+        readers[point_name("pattern", layer)] = layers[layer].attend
+    with alone_in(model, o.layers), measuring(model), own_rows(model, layers) as step, reading(model, readers):
 
         def checked(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
             if len(tokens) != batch:
@@ -295,17 +295,17 @@ def generate(
         >>> written.shape[1], bool(table.bytes[20] < table.full_bytes[20])
         (8, True)
     """
-    tokens = checked_prompts(model, prompts).to(door.device_of(model))
+    tokens = checked_prompts(model, prompts).to(device_of(model))
     batch, begun = tokens.shape
-    if length < 1 or begun + length > door.n_context(model):
+    if length < 1 or begun + length > n_context(model):
         raise MergeError(
-            f"expected a prompt and a continuation within the model's context of {door.n_context(model)} tokens, got {begun} + {length}. "
+            f"expected a prompt and a continuation within the model's context of {n_context(model)} tokens, got {begun} + {length}. "
             "Ask for less."
         )
     if not 0 <= temperature < float("inf"):
         raise MergeError(f"expected a temperature from 0 on, got {temperature}. 0 takes the most likely token each time.")
     draw = torch.Generator(device="cpu").manual_seed(seed)
-    ends = torch.tensor(sorted(() if past_end else door.end_tokens(model)), dtype=torch.long, device=tokens.device)
+    ends = torch.tensor(sorted(() if past_end else end_tokens(model)), dtype=torch.long, device=tokens.device)
     over = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     written: list[Tensor] = []
     with streaming(merger, model, batch) as stream:
@@ -343,7 +343,7 @@ def checked_prompts(model: Any, prompts: Any) -> Int[Tensor, "batch pos"]:
         raise MergeError(
             f"expected prompts of one token or more, got a tensor of shape {tuple(prompts.shape)}. Give a start token."
         )
-    least, most, vocabulary = int(prompts.min()), int(prompts.max()), door.vocabulary_size(model)
+    least, most, vocabulary = int(prompts.min()), int(prompts.max()), vocabulary_size(model)
     if least < 0 or most >= vocabulary:
         raise MergeError(f"expected token ids in [0, {vocabulary}), got {least} to {most}. Are these tokens of another model?")
     return prompts.long().reshape(-1, prompts.shape[-1])

@@ -13,12 +13,22 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.cache import generate
 from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.windows import Windows, batches, excess, fit_budget, plain_pass, share_left, surprisal_for
+from basin_lens.model import (
+    continuations,
+    counting_memory,
+    device_of,
+    forward_pass,
+    measuring,
+    parameters_of,
+    start_token,
+    vocabulary_size,
+)
+from basin_lens.model import width as width_of
 from basin_lens.values import Whole, whole_fields, whole_numbers
 
 # What every policy is, in one line.
@@ -156,9 +166,9 @@ def compare_policies(
         )
     plain = plain_pass(model, held_out)
     begun = time.perf_counter()
-    with door.measuring(model):
+    with measuring(model):
         for rows in batches(held_out):
-            door.forward_pass(model, held_out.tokens[rows].to(door.device_of(model)), {})[0, 0, 0].item()
+            forward_pass(model, held_out.tokens[rows].to(device_of(model)), {})[0, 0, 0].item()
     base = (time.perf_counter() - begun) / held_out.tokens.numel()
     plain_peak = _peak(None, model, held_out)
     parts, layers = [], []
@@ -174,7 +184,7 @@ def compare_policies(
         if policy == "trained":
             fit_budget(made, model, calibration, budget)
         elif policy != "recent":
-            made.calibrate(model, calibration.tokens.to(door.device_of(model)))
+            made.calibrate(model, calibration.tokens.to(device_of(model)))
         rows_ = excess(made, model, held_out, plain)
         layers.append(by_layer(made.statistics()).assign(policy=policy, budget=budget, seed=seed))
         if policy not in BLIND:
@@ -221,14 +231,14 @@ def _cases(setting: Setting) -> Iterator[tuple[str, float, int]]:
 
 def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
     """Bytes of the tensors that one pass over the first windows makes, at most at one time."""
-    tokens = windows.tokens[next(batches(windows))].to(door.device_of(model))
+    tokens = windows.tokens[next(batches(windows))].to(device_of(model))
     if merger is None:
-        with door.measuring(model), door.counting_memory() as memory:
-            door.forward_pass(model, tokens, {})
+        with measuring(model), counting_memory() as memory:
+            forward_pass(model, tokens, {})
         return memory.peak
     surprisal = surprisal_for(merger, model, tokens)
-    with merger.attached(model, surprisal=surprisal), torch.no_grad(), door.counting_memory() as memory:
-        door.forward_pass(model, tokens, {})
+    with merger.attached(model, surprisal=surprisal), torch.no_grad(), counting_memory() as memory:
+        forward_pass(model, tokens, {})
     merger.forget()
     return memory.peak
 
@@ -240,12 +250,12 @@ def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int
     read. Comparing costs two per number of each descriptor compared with, attention rows among them; a residual is expanded where it is
     read; tokens preserved by surprisal need the plain model's pass beside.
     """
-    cfg, o, vocabulary = model.cfg, merger.options, door.vocabulary_size(model)
+    cfg, o, vocabulary = model.cfg, merger.options, vocabulary_size(model)
     tables = ("embed", "wte", "wpe", "lm_head")
     blocks = sum(
-        p.numel() for name, p in door.parameters_of(model).items() if vocabulary not in p.shape and not any(t in name for t in tables)
+        p.numel() for name, p in parameters_of(model).items() if vocabulary not in p.shape and not any(t in name for t in tables)
     )  # fmt: skip
-    weights = 2 * (blocks + vocabulary * door.width(model))
+    weights = 2 * (blocks + vocabulary * width_of(model))
     attention = 4 * int(cfg.n_heads) * int(cfg.d_head) * length * merger.n_layers
     kept = 1 - float(rows["rate"].mean())
     merged = attention * (1 - len(o.layers) / merger.n_layers * (1 - kept))
@@ -294,7 +304,7 @@ def context_protocol(
         made["cosine"] = TokenMerger(list(setting.layers), floor=-1.0, **common)
         made["random"] = TokenMerger(list(setting.layers), rule="random", recent=setting.recent, target_rate=rate)
         for policy, each in made.items():
-            each.calibrate(model, calibration.tokens.to(door.device_of(model)), context=half)
+            each.calibrate(model, calibration.tokens.to(device_of(model)), context=half)
             rows = excess(each, model, held_out, plain, context=half)
             parts.append(rows.assign(policy=policy, budget=budget, context=half))
         if merger is None:
@@ -331,22 +341,22 @@ def induction_probe(
         2
     """
     draw = torch.Generator(device="cpu").manual_seed(seed)
-    half = torch.randint(10, door.vocabulary_size(model), (sequences, length), generator=draw)
-    tokens = torch.cat([half[:, :1], half, half], 1).to(door.device_of(model))
-    tokens[:, 0] = door.start_token(model)
+    half = torch.randint(10, vocabulary_size(model), (sequences, length), generator=draw)
+    tokens = torch.cat([half[:, :1], half, half], 1).to(device_of(model))
+    tokens[:, 0] = start_token(model)
 
     def second(logits: Tensor) -> tuple[Tensor, Tensor]:
         losses = token_losses(logits, tokens)[:, length + 1 :]
         right = (logits[:, length + 1 : -1].argmax(-1) == tokens[:, length + 2 :]).float()
         return losses.mean(1), right.mean(1)
 
-    with door.measuring(model):
-        plain = second(door.forward_pass(model, tokens, {}))
+    with measuring(model):
+        plain = second(forward_pass(model, tokens, {}))
     rows: list[dict[str, Any]] = []
     for policy, merger in made.items():
         merger.forget()
         with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
-            loss, right = second(door.forward_pass(model, tokens, {}))
+            loss, right = second(forward_pass(model, tokens, {}))
         share = share_left(merger, merger.statistics())
         rows += [
             {"policy": policy, "sequence": i, "loss": float(loss[i]), "plain_loss": float(plain[0][i]), "excess": float(loss[i] - plain[0][i]),
@@ -379,18 +389,18 @@ def generation_quality(
         >>> bl.merging.generation_quality(merger, model, windows.tokens[:1, :12], 8).cache.tolist()
         ['full', 'compressed']
     """
-    with door.counting_memory() as memory:
+    with counting_memory() as memory:
         written, table = generate(merger, model, prompts, length, past_end=True, progress=progress)
     # The same steps over a cache that is never compressed: one pass over the prompt would take memory for all of its logits at once.
-    with door.counting_memory() as plain_memory:
+    with counting_memory() as plain_memory:
         generate(TokenMerger([0], threshold=1.0), model, prompts, length, past_end=True)
-    plain = door.continuations(model, prompts, length)
+    plain = continuations(model, prompts, length)
     share = float(table["bytes"].sum() / table["full_bytes"].sum())
     rows: list[dict[str, Any]] = []
     for cache, text, held, peak in (("full", plain, 1.0, plain_memory.peak), ("compressed", written, share, memory.peak)):
-        whole = torch.cat([prompts.cpu(), text], 1).to(door.device_of(model))
-        with door.measuring(model):
-            losses = token_losses(door.forward_pass(model, whole, {}), whole)[:, prompts.shape[1] - 1 :]
+        whole = torch.cat([prompts.cpu(), text], 1).to(device_of(model))
+        with measuring(model):
+            losses = token_losses(forward_pass(model, whole, {}), whole)[:, prompts.shape[1] - 1 :]
         rows += [
             {"prompt": i, "cache": cache, "tokens": text[i].tolist(), "base_loss": float(losses[i].mean()),
              "repetition": repetition(text[i].tolist()), "bytes_share": held, "peak_bytes": peak}
@@ -423,9 +433,9 @@ def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"])
         True
     """
     merger.forget()
-    tokens = tokens.to(door.device_of(model))
+    tokens = tokens.to(device_of(model))
     with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
-        door.forward_pass(model, tokens, {})
+        forward_pass(model, tokens, {})
         assert merger.pass_ is not None
         found = dict(merger.pass_.assigned)
     merger.forget()

@@ -14,13 +14,27 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from basin_lens import model as door
 from basin_lens import records
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.budget import meet_target
 from basin_lens.merging.options import Options
 from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
+from basin_lens.model import (
+    check_model,
+    device_of,
+    fingerprint,
+    forward_pass,
+    full_name,
+    kv_shape,
+    measuring,
+    missing_points,
+    n_layers,
+    obeys_pattern,
+    parameters_of,
+    reading,
+)
+from basin_lens.model import width as width_of
 from basin_lens.values import Whole, whole
 
 _KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
@@ -118,30 +132,30 @@ class TokenMerger(nn.Module):
         """
         if self.base_changes and self.base is not None:
             return self
-        door.check_model(model)
-        name = door.fingerprint(model)
+        check_model(model)
+        name = fingerprint(model)
         if self.base == name:
             return self
         if self.base is not None:
             raise MergeError(
-                f"expected the model that this merger was made for ({self.base}), got {door.full_name(model)} ({name}). Make another merger."
+                f"expected the model that this merger was made for ({self.base}), got {full_name(model)} ({name}). Make another merger."
             )
-        o, n = self.options, door.n_layers(model)
+        o, n = self.options, n_layers(model)
         if max(o.layers) >= n:
             raise MergeError(f"expected layers below {n}, got {max(o.layers)}.")
         points = {"resid_pre", "pattern"} | ({"v", "z"} if o.residual == "gated" else set())
         points |= {"k"} if o.rule == "key_norm" else set()
-        if missing := door.missing_points(model, points, list(o.layers)):
+        if missing := missing_points(model, points, list(o.layers)):
             raise MergeError(f"expected the hook points of merging, got a model without {missing[0]}.")
-        if not door.obeys_pattern(model, o.layers[0]):
+        if not obeys_pattern(model, o.layers[0]):
             raise MergeError(
-                f"expected attention that reads the pattern that a hook returns, got {door.full_name(model)}, which goes past it. Use another model."
+                f"expected attention that reads the pattern that a hook returns, got {full_name(model)}, which goes past it. Use another model."
             )
-        width, count, device = door.width(model), len(o.layers), door.device_of(model)
-        kv, d_head = door.kv_shape(model)
+        width, count, device = width_of(model), len(o.layers), device_of(model)
+        kv, d_head = kv_shape(model)
         self.kv, self.d_head = kv, d_head
         self.n_layers = n
-        self.element_bytes = next(iter(door.parameters_of(model).values())).element_size()
+        self.element_bytes = next(iter(parameters_of(model).values())).element_size()
         self.row_bytes = 2 * kv * d_head * self.element_bytes
         draw = torch.Generator(device="cpu").manual_seed(o.seed)
 
@@ -270,8 +284,8 @@ class TokenMerger(nn.Module):
         made.check_given()
         with (
             alone_in(model, o.layers),
-            door.measuring(model, gradients=torch.is_grad_enabled()),
-            door.reading(model, made.readers()),
+            measuring(model, gradients=torch.is_grad_enabled()),
+            reading(model, made.readers()),
         ):
             self.pass_ = made
             try:
@@ -336,13 +350,13 @@ class TokenMerger(nn.Module):
         given: dict[str, Any] = {"valid": valid, "surprisal": surprisal, "scores": scores, "context": context}
         gathered = Pass(self, **given, soft=False)
         gathered.check_given(needed=aimed)
-        with alone_in(model, o.layers), door.measuring(model):
-            door.forward_pass(model, tokens, gathered.gatherers())
+        with alone_in(model, o.layers), measuring(model):
+            forward_pass(model, tokens, gathered.gatherers())
             gathered.settle(surprisal)
 
             def run(rates: dict[int, float]) -> list[dict[str, Any]]:
                 tuned = Pass(self, **given, soft=False, rates=rates)
-                door.forward_pass(model, tokens, tuned.readers())
+                forward_pass(model, tokens, tuned.readers())
                 return tuned.noted
 
             if aimed:
@@ -426,10 +440,10 @@ class TokenMerger(nn.Module):
         """
         path = Path(folder)
         record = _KIND.read(path / RECORD, _FIELDS)
-        if record["base"] != door.fingerprint(model):
+        if record["base"] != fingerprint(model):
             raise MergeError(
-                f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {door.full_name(model)} "
-                f"({door.fingerprint(model)}). Load that model."
+                f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {full_name(model)} "
+                f"({fingerprint(model)}). Load that model."
             )
         with _KIND.reading(path):
             ((weights, listed),) = record["files"].items()

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.errors import MergeError
 from basin_lens.merging import merge
 from basin_lens.merging.assign import Assigned, assign
 from basin_lens.merging.budget import bytes_for, find_level
+from basin_lens.model import point_name
 
 if TYPE_CHECKING:
     from basin_lens.merging.hook import TokenMerger
@@ -86,14 +86,14 @@ class Pass:
         o = self.merger.options
         made: dict[str, Callable[[Tensor], Tensor | None]] = {}
         for index, layer in enumerate(o.layers):
-            made[door.point_name("resid_pre", layer)] = partial(self._enter, index, layer)
+            made[point_name("resid_pre", layer)] = partial(self._enter, index, layer)
             if not o.simulate:
-                made[door.point_name("pattern", layer)] = partial(self._attend, index, layer)
+                made[point_name("pattern", layer)] = partial(self._attend, index, layer)
             if o.rule == "key_norm":
-                made[door.point_name("k", layer)] = partial(self._keep, "keys")
+                made[point_name("k", layer)] = partial(self._keep, "keys")
             if o.residual == "gated":
-                made[door.point_name("v", layer)] = partial(self._keep, "values")
-                made[door.point_name("z", layer)] = partial(self._correct, index, layer)
+                made[point_name("v", layer)] = partial(self._keep, "values")
+                made[point_name("z", layer)] = partial(self._correct, index, layer)
         return made
 
     def _keep(self, name: str, tensor: Tensor) -> None:
@@ -296,8 +296,7 @@ class Pass:
     def gatherers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
         """Read the states that enter each merged layer, and change nothing."""
         return {
-            door.point_name("resid_pre", layer): partial(self._gather, index)
-            for index, layer in enumerate(self.merger.options.layers)
+            point_name("resid_pre", layer): partial(self._gather, index) for index, layer in enumerate(self.merger.options.layers)
         }
 
     def _gather(self, index: int, states: Float[Tensor, "batch pos d"]) -> None:

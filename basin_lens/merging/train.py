@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens import model as door
 from basin_lens import records
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError, StoreError
@@ -27,6 +26,7 @@ from basin_lens.merging.hook import TokenMerger
 from basin_lens.merging.logs import CHECKPOINT, append_log, refuse_other, rewrite_log
 from basin_lens.merging.parameters import frozen
 from basin_lens.merging.windows import Windows, as_surprisal, excess, plain_pass, seen_of, share_left, surprisal_for
+from basin_lens.model import copy_of, device_of, fingerprint, forward_pass, measuring, parameters_of, save_tuned
 from basin_lens.values import Whole, whole_fields
 
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
@@ -200,7 +200,7 @@ def train_merger(
             also(made)
         if folder is not None:
             if training.train_base:
-                door.save_tuned(run.model, Path(folder) / "base", model, {"drift": merger.facts["training"]["drift"]})
+                save_tuned(run.model, Path(folder) / "base", model, {"drift": merger.facts["training"]["drift"]})
             merger.save(folder)
             (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
     return made
@@ -244,7 +244,7 @@ def _finished(run: "_Run", model: Any, held_out: Windows | None, copied: int) ->
     if training.train_base and held_out is not None:
         drift = float((plain_pass(run.model, held_out, keep=False).losses - plain_pass(model, held_out, keep=False).losses).mean())
     if training.train_base:
-        merger.base = door.fingerprint(run.model)
+        merger.base = fingerprint(run.model)
     merger.facts["training"] = asdict(training) | {
         "windows": len(windows),
         "length": int(windows.tokens.shape[1]),
@@ -266,7 +266,7 @@ class _Run:
 
     def __init__(self, merger: TokenMerger, model: Any, windows: Windows, training: Training) -> None:
         self.merger, self.training, self.windows = merger, training, windows
-        self.model = door.copy_of(model) if training.train_base else model
+        self.model = copy_of(model) if training.train_base else model
         self.target = self._target()
         for parameter in merger.parameters():
             parameter.requires_grad_(True)
@@ -276,11 +276,11 @@ class _Run:
             {"params": slow, "lr": training.threshold_rate},
             {"params": own, "lr": training.learning_rate},
         ]
-        self.base = door.parameters_of(self.model) if training.train_base else {}
+        self.base = parameters_of(self.model) if training.train_base else {}
         merger.base_changes = training.train_base
         if self.base:
             groups.append({"params": list(self.base.values()), "lr": training.base_rate})
-        self.frozen = [p for p in door.parameters_of(self.model).values() if p.requires_grad and not self.base]
+        self.frozen = [p for p in parameters_of(self.model).values() if p.requires_grad and not self.base]
         for parameter in self.base.values():
             parameter.requires_grad_(True)
         self.rates = [float(group["lr"]) for group in groups]
@@ -297,11 +297,11 @@ class _Run:
         o = self.merger.options
         if o.target_rate is not None:
             return o.target_rate
-        tokens = self.windows.tokens[: self.training.batch_size].to(door.device_of(self.model))
+        tokens = self.windows.tokens[: self.training.batch_size].to(device_of(self.model))
         self.merger.forget()
         surprisal = surprisal_for(self.merger, self.model, tokens)
         with self.merger.attached(self.model, surprisal=surprisal), torch.no_grad():
-            door.forward_pass(self.model, tokens, {})
+            forward_pass(self.model, tokens, {})
         found = float(self.merger.statistics()["rate"].mean())
         self.merger.forget()
         return found
@@ -323,14 +323,14 @@ class _Run:
         merger.forget()
         sums = dict.fromkeys(("loss", "plain_loss", "rate", "contrastive"), 0.0)
         for part in range(t.accumulate):
-            tokens = self.windows.tokens[self._rows(self.step * t.accumulate + part)].to(door.device_of(self.model))
-            with door.measuring(self.model):
-                losses = token_losses(door.forward_pass(self.model, tokens, {}), tokens)
+            tokens = self.windows.tokens[self._rows(self.step * t.accumulate + part)].to(device_of(self.model))
+            with measuring(self.model):
+                losses = token_losses(forward_pass(self.model, tokens, {}), tokens)
             plain = float(losses.mean())
             surprisal = as_surprisal(losses) if merger.options.preserve == "surprisal" else None
             with torch.enable_grad(), self._only_ours():
                 with merger.attached(self.model, surprisal=surprisal):
-                    loss = token_losses(door.forward_pass(self.model, tokens, {}), tokens).mean()
+                    loss = token_losses(forward_pass(self.model, tokens, {}), tokens).mean()
                     assert merger.pass_ is not None
                     merged = torch.stack([share.mean() for share in merger.pass_.share.values()]).mean()
                     hinge = self._contrast()
@@ -365,7 +365,7 @@ class _Run:
     def _contrast(self) -> Float[Tensor, ""]:
         """Hinge on the cosine between clusters of one sequence, mean over pairs; a cluster is its leader, or its mean if that represents it."""
         merger = self.merger
-        total = torch.zeros((), device=door.device_of(self.model))
+        total = torch.zeros((), device=device_of(self.model))
         if not merger.options.contrastive_weight:
             return total
         assert merger.pass_ is not None

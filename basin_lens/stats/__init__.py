@@ -30,10 +30,9 @@ from basin_lens.stats.added import added_value
 from basin_lens.stats.association import partial_correlation, within_sequence_correlation
 from basin_lens.stats.auroc import detect
 from basin_lens.stats.choice import best_layer, halves
-from basin_lens.stats.controls import CONTROLS, add_controls, residuals
+from basin_lens.stats.covariates import CONTROLS, add_controls, residuals
 from basin_lens.stats.flags import red_flags
 from basin_lens.stats.groups import before_after, compare_groups
-from basin_lens.stats.guide import guide_tests
 from basin_lens.stats.matching import match_units
 from basin_lens.stats.means import mean_interval
 from basin_lens.stats.mixed import mixed_model
@@ -43,6 +42,7 @@ from basin_lens.stats.reliability import reliability_bound
 from basin_lens.stats.results import correct
 from basin_lens.stats.slopes import unit_slope
 from basin_lens.stats.tags import tag_effect, tag_means
+from basin_lens.stats.token_level import guide_tests
 
 __all__ = [
     "CONTROLS",

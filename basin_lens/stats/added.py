@@ -15,9 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.auroc import labeled, one_label_each, percentiles, resampled_metrics, unit_weights
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 from basin_lens.stats.projection import EXPLAINED, curves, told_in_full, unexplained
 from basin_lens.stats.results import Correction, assemble, constant_line, line
-from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 from basin_lens.values import whole_numbers
 
 _PENALTY = 1.0  # of the squared coefficients: scikit-learn's default

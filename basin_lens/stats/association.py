@@ -9,7 +9,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import CONTROLS, by_layer, chosen, varied
+from basin_lens.stats.covariates import CONTROLS, by_layer, chosen, varied
+from basin_lens.stats.design import FEWEST, Rows, constant, enough, group_means, names_of, refuse_constant
 from basin_lens.stats.groups import side_by_side
 from basin_lens.stats.projection import (
     EXPLAINED,
@@ -39,7 +40,6 @@ from basin_lens.stats.results import (
     max_t_signs,
     toned,
 )
-from basin_lens.stats.rows import FEWEST, Rows, constant, enough, group_means, names_of, refuse_constant
 from basin_lens.values import whole_numbers
 
 NEARLY = 0.2  # of the variance: with less left of a column, partial rank correlation has an excess of its own

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from basin_lens.errors import StudyError, TableError
+from basin_lens.stats.design import FEWEST_PER_GROUP, Rows, constant, enough, group_means, names_of, refuse_constant, split
 from basin_lens.stats.results import Correction, assemble, constant_line, line
-from basin_lens.stats.rows import FEWEST_PER_GROUP, Rows, constant, enough, group_means, names_of, refuse_constant, split
 from basin_lens.values import whole_numbers
 
 

@@ -9,8 +9,8 @@ from sklearn.model_selection import train_test_split
 
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
+from basin_lens.stats.design import FEWEST, check_run, enough, folds
 from basin_lens.stats.results import correct
-from basin_lens.stats.rows import FEWEST, check_run, enough, folds
 from basin_lens.values import whole_numbers
 
 _CASE = ("score", "against", "group", "tag", "quartile", "metric", "versus", "term", "test")

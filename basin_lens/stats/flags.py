@@ -9,10 +9,10 @@ import pandas as pd
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.association import NEARLY, partial_correlation, within_sequence_correlation
 from basin_lens.stats.choice import best_layer
-from basin_lens.stats.controls import CONTROLS, chosen
+from basin_lens.stats.covariates import CONTROLS, chosen
+from basin_lens.stats.design import Rows, asked_layers, group_means, names_of, split, texts_once
 from basin_lens.stats.groups import before_after, compare_groups
 from basin_lens.stats.results import Correction
-from basin_lens.stats.rows import Rows, asked_layers, group_means, names_of, split, texts_once
 from basin_lens.stats.tags import tag_effect
 from basin_lens.values import whole_numbers
 

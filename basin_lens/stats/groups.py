@@ -12,7 +12,18 @@ from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.controls import chosen, varied
+from basin_lens.stats.covariates import chosen, varied
+from basin_lens.stats.design import (
+    FEWEST,
+    FEWEST_PER_GROUP,
+    Rows,
+    constant,
+    enough,
+    names_of,
+    refuse_constant,
+    split,
+    without_rounding,
+)
 from basin_lens.stats.projection import level, told_in_full, unexplained
 from basin_lens.stats.results import (
     Correction,
@@ -25,17 +36,6 @@ from basin_lens.stats.results import (
     max_t_labels,
     max_t_signs,
     toned,
-)
-from basin_lens.stats.rows import (
-    FEWEST,
-    FEWEST_PER_GROUP,
-    Rows,
-    constant,
-    enough,
-    names_of,
-    refuse_constant,
-    split,
-    without_rounding,
 )
 from basin_lens.values import whole_numbers
 

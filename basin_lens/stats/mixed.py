@@ -8,10 +8,10 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import optimize
 
-from basin_lens.stats.controls import CONTROLS, chosen, varied
+from basin_lens.stats.covariates import CONTROLS, chosen, varied
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 from basin_lens.stats.projection import EXPLAINED, IN_FULL, STRAIGHT, curves, in_full, project
 from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
-from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
 
 _FEW_ROWS = 5  # for each term; with fewer, the jackknife's errors
 

@@ -17,8 +17,8 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 from sklearn.preprocessing import SplineTransformer
 
+from basin_lens.stats.design import Rows, group_means
 from basin_lens.stats.remembering import remembered
-from basin_lens.stats.rows import Rows, group_means
 
 _KNOTS = 5  # of the cubic splines of a control
 _ROWS_PER_TERM = 10  # beyond levels and straight lines; with fewer rows, fewer terms, and straight lines alone in the end

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from basin_lens.errors import TableError
+from basin_lens.stats.design import FEWEST, constant, enough, names_of, refuse_constant, split, without_rounding
 from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
-from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split, without_rounding
 from basin_lens.values import whole_numbers
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from basin_lens.stats.association import NEARLY, nearly
-from basin_lens.stats.controls import by_layer, varied
+from basin_lens.stats.covariates import by_layer, varied
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant
 from basin_lens.stats.projection import (
     EXPLAINED,
     IN_FULL_OF_RANKS,
@@ -24,7 +25,6 @@ from basin_lens.stats.projection import (
     with_indexes,
 )
 from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
-from basin_lens.stats.rows import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant
 
 _UNITS_PER_INDEX = 5  # beyond the controls; with fewer texts, what the controls say at once is not held fixed besides
 

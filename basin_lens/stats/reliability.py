@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import tables
-from basin_lens.stats.rows import check_run, names_of
+from basin_lens.stats.design import check_run, names_of
 
 
 def reliability_bound(

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.rows import Rows, names_of
+from basin_lens.stats.design import Rows, names_of
 
 Correction = Literal["bh", "holm", "max-t", "none"]
 

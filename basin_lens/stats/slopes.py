@@ -8,8 +8,8 @@ import statsmodels.api as sm
 from scipy import stats
 
 from basin_lens.errors import TableError
+from basin_lens.stats.design import FEWEST, constant, enough, names_of, refuse_constant, split
 from basin_lens.stats.results import Correction, assemble, constant_line, line
-from basin_lens.stats.rows import FEWEST, constant, enough, names_of, refuse_constant, split
 from basin_lens.values import whole_numbers
 
 

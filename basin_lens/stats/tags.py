@@ -12,11 +12,8 @@ from statsmodels.stats.oneway import anova_oneway, confint_effectsize_oneway
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.stats.controls import chosen, residuals
-from basin_lens.stats.mixed import freed, level_ratio
-from basin_lens.stats.projection import EXPLAINED
-from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, joined, line
-from basin_lens.stats.rows import (
+from basin_lens.stats.covariates import chosen, residuals
+from basin_lens.stats.design import (
     FEWEST,
     Rows,
     check_run,
@@ -28,6 +25,9 @@ from basin_lens.stats.rows import (
     split,
     without_rounding,
 )
+from basin_lens.stats.mixed import freed, level_ratio
+from basin_lens.stats.projection import EXPLAINED
+from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, joined, line
 from basin_lens.values import whole_numbers
 
 _TESTS = {

@@ -18,17 +18,17 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 | `summarize` | all of them as one family, beside what the original guide would have said |
 """
 
-from basin_lens.studies.base import Study
 from basin_lens.studies.codelength import study_codelength
+from basin_lens.studies.framework.base import Study
+from basin_lens.studies.framework.measurement import STUDIES, Contrast, Measured, measure
 from basin_lens.studies.importance import study_importance
 from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic
-from basin_lens.studies.measured import STUDIES, Contrast, Measured, measure
-from basin_lens.studies.memorization import describe, plan_of, study_memorization
-from basin_lens.studies.mergeability import study_mergeability
-from basin_lens.studies.merged import study_merging
-from basin_lens.studies.planted import PRESETS, Plan
-from basin_lens.studies.robustness import study_robustness
+from basin_lens.studies.memorization.experiment import PRESETS, Plan
+from basin_lens.studies.memorization.study import describe, plan_of, study_memorization
+from basin_lens.studies.mergeability.study import study_mergeability
+from basin_lens.studies.merging_comparison import study_merging
+from basin_lens.studies.robustness.study import study_robustness
 from basin_lens.studies.summary import summarize
 
 __all__ = [

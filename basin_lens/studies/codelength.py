@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats
-from basin_lens.studies import base
-from basin_lens.studies.contrasts import contrast_section
-from basin_lens.studies.measured import SCORES, Measured, ready
-from basin_lens.studies.shown import ALL_SHOWN, shown
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
+from basin_lens.studies.framework.measurement import SCORES, Measured, ready
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"

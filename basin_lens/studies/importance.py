@@ -7,10 +7,10 @@ import pandas as pd
 
 from basin_lens import stats, tables
 from basin_lens.errors import StudyError
-from basin_lens.studies import base
-from basin_lens.studies.contrasts import contrast_section
-from basin_lens.studies.measured import FEWEST_UNITS, SCORES, Measured, ready
-from basin_lens.studies.shown import ALL_SHOWN
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.display_columns import ALL_SHOWN
+from basin_lens.studies.framework.measurement import FEWEST_UNITS, SCORES, Measured, ready
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measures of importance, by column; those with a sign are taken by size.

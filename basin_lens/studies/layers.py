@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
-from basin_lens.studies import base
-from basin_lens.studies.contrasts import contrast_section
-from basin_lens.studies.measured import SCORES, Measured, ready
-from basin_lens.studies.shown import shown
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.measurement import SCORES, Measured, ready
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -126,7 +126,7 @@ def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> 
     """
     keys = base.unit_keys(measured.unit)
     # Copies of one text on both sides would agree.
-    table = table[stats.rows.texts_once(table, measured.unit).keep]
+    table = table[stats.design.texts_once(table, measured.unit).keep]
     by_sequence = table.groupby([*dict.fromkeys(["layer", *keys, "doc", "seq"])], dropna=False)[scores].mean()
     by_unit = by_sequence.groupby(level=["layer", *keys]).mean()
     rng = np.random.default_rng(measured.seed)

@@ -11,12 +11,12 @@ import pandas as pd
 from basin_lens import stats
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
-from basin_lens.studies import base
-from basin_lens.studies.contrasts import contrast_section
-from basin_lens.studies.measured import SCORES, Contrast, Measured, ready
-from basin_lens.studies.neighborhoods import neighbor_shares
-from basin_lens.studies.shown import shown
-from basin_lens.studies.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.measurement import SCORES, Contrast, Measured, ready
+from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
+from basin_lens.studies.neighbor_composition import neighbor_shares
 from basin_lens.texts import words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 

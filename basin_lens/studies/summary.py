@@ -10,8 +10,8 @@ import pandas as pd
 
 from basin_lens import stats
 from basin_lens.errors import StudyError
-from basin_lens.studies import base
-from basin_lens.studies.kept import read_results
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.storage import read_results
 from basin_lens.views import Section, forest
 from basin_lens.views.marks import plain
 

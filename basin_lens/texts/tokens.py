@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.errors import TextError
+from basin_lens.model import n_context, padding_of, tokenizer_of, uses_bos, vocabulary_size
 from basin_lens.texts.passages import Passage
 from basin_lens.values import Whole, whole_or_none
 
@@ -44,14 +44,14 @@ def tokenize(
         TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, `max_length` is below 2, a text spells the BOS
             token that is put before it anyway, a token that the embedding lacks, or spans where the tokenizer gives no offsets.
     """
-    tokenizer = door.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise TextError(
             "expected a model with a fast tokenizer (one that gives character offsets), got "
             f"{type(tokenizer).__name__ if tokenizer is not None else 'none'}. Pass token ids as a LongTensor instead."
         )
     max_length = longest_sequence(model, max_length)
-    bos = door.uses_bos(model, prepend_bos)
+    bos = uses_bos(model, prepend_bos)
     room = max_length - (bos is not None)
     sequences = []
     for index, passage in enumerate(passages):
@@ -86,7 +86,7 @@ def _check_ids(model: Any, passage: Passage, index: int, ids: Sequence[int], bos
             f"expected a text without the BOS token, which is put before it, got text {index} that begins with it: "
             f"{passage.text[:40]!r}. Take it off, or pass prepend_bos=False."
         )
-    size = door.vocabulary_size(model)
+    size = vocabulary_size(model)
     beyond = next((token for token in ids if token >= size), None)
     if beyond is not None:
         raise TextError(
@@ -251,7 +251,7 @@ def refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
     Raises:
         TextError: naming the first such sequence.
     """
-    found = door.padding_of(model)
+    found = padding_of(model)
     if found is None:
         return
     pad, opens, closes = found
@@ -284,9 +284,9 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
     if not tokens.numel():
         raise TextError(f"expected sequences of at least two tokens, got a tensor of shape {tuple(tokens.shape)}.")
     tokens = tokens.detach().cpu().reshape(-1, tokens.shape[-1])
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < door.vocabulary_size(model):
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary_size(model):
         raise TextError(
-            f"expected token ids in [0, {door.vocabulary_size(model)}), got {int(tokens.min())} to {int(tokens.max())}. "
+            f"expected token ids in [0, {vocabulary_size(model)}), got {int(tokens.min())} to {int(tokens.max())}. "
             "Are these tokens of another model?"
         )
     keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.detach().cpu().bool().reshape(tokens.shape)
@@ -297,8 +297,8 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
             f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0} in sequence {short}."
         )
     longest = max(len(row) for row in rows)
-    if longest > door.n_context(model):
-        raise TextError(f"expected sequences of at most {door.n_context(model)} tokens (the model's context), got {longest}.")
+    if longest > n_context(model):
+        raise TextError(f"expected sequences of at most {n_context(model)} tokens (the model's context), got {longest}.")
     return [TokenSequence(row, index, (-1,) * len(row), (-1,) * len(row)) for index, row in enumerate(rows)]
 
 
@@ -311,7 +311,7 @@ def longest_sequence(model: Any, max_length: Whole) -> int:
     found = whole_or_none(max_length)
     if found is None or found < 2:
         raise TextError(f"expected max_length of at least 2 tokens, got {max_length!r}: position 0 is never scored.")
-    return min(found, door.n_context(model))
+    return min(found, n_context(model))
 
 
 def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:
@@ -319,7 +319,7 @@ def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:
 
     A token that is only part of a character (emoji, rare scripts) shows as U+FFFD.
     """
-    tokenizer = door.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     strings = {}
     for token in sorted(set(ids)):
         if tokenizer is None:

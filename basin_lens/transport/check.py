@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture import Capture, tolerance_of
 from basin_lens.errors import TransportError
+from basin_lens.model import feed_forward, measuring, rerun_with_state
 from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
@@ -132,7 +132,7 @@ def check(
         tokens = [torch.tensor(capture.sequences[s].tokens, device=device) for s in capture.row_seq[queries].tolist()]
         positions = capture.row_pos[queries].tolist()
         slow = torch.stack([
-            door.rerun_with_state(model, t, layer, p, x, until_mid=block.until_mid)
+            rerun_with_state(model, t, layer, p, x, until_mid=block.until_mid)
             for t, p, x in zip(tokens, positions, points[:, -3:], strict=True)
         ])  # fmt: skip
         name = "R0"
@@ -161,8 +161,8 @@ def check_halves(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu").to(mid.device)
     own, expected = mid[first : first + count][order], post[first : first + count][order]
     padded = torch.cat([own, own[:1].expand(probe.length - count, -1)])
-    with door.measuring(model):
-        got = door.feed_forward(model, layer, probe.call(layer), padded[None])[0, :count]
+    with measuring(model):
+        got = feed_forward(model, layer, probe.call(layer), padded[None])[0, :count]
     kept = order > 0  # position 0's state can be a thousand times the others
     error = float((got - expected)[kept].square().mean(-1).sqrt().max() / expected[kept].square().mean().sqrt())
     tolerance = tolerance_of(model, capture)

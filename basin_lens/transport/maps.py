@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
+from basin_lens.model import call_block, device_of, feed_forward, measuring, missing_points, n_layers
 from basin_lens.transport.affine import AffineFit, affine_fit
 from basin_lens.transport.check import check_halves, prove
 from basin_lens.transport.patched import PatchedBlock
@@ -60,7 +60,7 @@ class LayerMaps:
 
     def __init__(self, model: Any, capture: Capture, bank: Capture, probes: tuple[Probe, Probe], layer: int, seed: int = 0) -> None:
         self.model, self.capture, self.bank, self.probes, self.layer, self.seed = model, capture, bank, probes, layer, seed
-        self.device = door.device_of(model)
+        self.device = device_of(model)
         self.errors: dict[int, float] = {}
         self.routes: dict[int, str] = {}
         self.reasons: dict[int, str] = {}
@@ -72,7 +72,7 @@ class LayerMaps:
     def border(self, layer: int) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "bank d"]]:
         """States that enter block `layer` (leave the one before it), of the capture and of the bank."""
         if layer not in self._borders:
-            read = (lambda c: c.resid_pre(layer)) if layer < door.n_layers(self.model) else (lambda c: c.resid_post(layer - 1))
+            read = (lambda c: c.resid_pre(layer)) if layer < n_layers(self.model) else (lambda c: c.resid_post(layer - 1))
             own = read(self.capture).to(self.device)
             self._borders[layer] = own, own if self.bank is self.capture else read(self.bank).to(self.device)
         return self._borders[layer]
@@ -101,7 +101,7 @@ class LayerMaps:
         """
         if self._mids is None:
             self.block(self.layer)
-            if door.missing_points(self.model, {"resid_mid", "mlp_out"}, [self.layer]):
+            if missing_points(self.model, {"resid_mid", "mlp_out"}, [self.layer]):
                 raise TransportError(
                     f"expected a block with a state between attention and feed-forward, got block {self.layer} without one: they are "
                     'parallel here. Use context="patched".'
@@ -176,8 +176,8 @@ class LayerMaps:
         length = self.probes[0].length
         call = self.probes[0].call(self.layer)
         padded = torch.cat([states, states[:1].expand(-len(states) % length, -1)])
-        with door.measuring(self.model):
-            answers = [door.feed_forward(self.model, self.layer, call, part[None])[0] for part in padded.split(length)]
+        with measuring(self.model):
+            answers = [feed_forward(self.model, self.layer, call, part[None])[0] for part in padded.split(length)]
         return torch.cat(answers)[: len(states)]
 
 
@@ -217,8 +217,8 @@ def solo_images(probe: Probe, layer: int, states: Float[Tensor, "rows d"]) -> Fl
     """Each state alone, at position 0 of a sequence of one token."""
     call = probe.call(layer, _SOLO_ROWS, 1)
     answers = []
-    with door.measuring(probe.model):
+    with measuring(probe.model):
         for piece in states.split(_SOLO_ROWS):
             padded = torch.cat([piece, piece[:1].expand(_SOLO_ROWS - len(piece), -1)])
-            answers.append(door.call_block(probe.model, layer, call, padded[:, None])[: len(piece), 0])
+            answers.append(call_block(probe.model, layer, call, padded[:, None])[: len(piece), 0])
     return torch.cat(answers)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens import model as door
 from basin_lens.capture import Capture
 from basin_lens.errors import TransportError
+from basin_lens.model import BlockCall, FrozenPrefix, PaddedPrefix, call_block, keys_and_values, kind_of, measuring
 from basin_lens.transport.probe import Probe, is_mask
 
 # About 1,000 rows a call keep the matrix products at full rate; groups of up to 64 balance the cost of attention between a group's
@@ -78,9 +78,9 @@ class PatchedBlock:
         """Images of rows of `bank` in the context of each query; zero where the row is -1."""
         run = self._whole
         if self.route == "R2":
-            run = self._padded if door.kind_of(self.model) == "hooked" else self._packed
+            run = self._padded if kind_of(self.model) == "hooked" else self._packed
         owner = queries.cpu()[:, None].expand(rows.shape)
-        with door.measuring(self.model):
+        with measuring(self.model):
             present = rows >= 0
             if bool(present.all()):
                 return run(bank, owner.reshape(-1), rows.reshape(-1)).view(*rows.shape, -1)
@@ -94,7 +94,7 @@ class PatchedBlock:
         copies = copies or max(1, self.rows_per_call // self.length)
         call = self.probe.call(self.layer, copies)
         answers = []
-        with door.measuring(self.model):
+        with measuring(self.model):
             for first in range(0, len(seqs), copies):
                 part = seqs[first : first + copies]
                 batch = torch.stack([self._sequence(seq) for seq in [*part, *[part[0]] * (copies - len(part))]])
@@ -106,8 +106,8 @@ class PatchedBlock:
         valid = self.capture.valid.to(self.states.device)
         return self.sequences(list(range(len(valid))))[:, : valid.shape[1]][valid]
 
-    def _call(self, call: door.BlockCall, states: Tensor, prefix: Any = None) -> Tensor:
-        return door.call_block(self.model, self.layer, call, states, prefix, until_mid=self.until_mid)
+    def _call(self, call: BlockCall, states: Tensor, prefix: Any = None) -> Tensor:
+        return call_block(self.model, self.layer, call, states, prefix, until_mid=self.until_mid)
 
     # -- R2 -----------------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class PatchedBlock:
                 return value[0].to(device)[positions]
             return value
 
-        call = door.BlockCall(tuple(map(argument, self.call.args)), {k: argument(v) for k, v in self.call.kwargs.items()})
+        call = BlockCall(tuple(map(argument, self.call.args)), {k: argument(v) for k, v in self.call.kwargs.items()})
         return self._call(call, points, prefix)
 
     def _pack_mask(self, mask: Tensor, positions: Int[Tensor, "groups n"], seen: int) -> Float[Tensor, "groups 1 n columns"]:
@@ -165,7 +165,7 @@ class PatchedBlock:
         own = torch.full((positions.shape[1],) * 2, lowest, dtype=mask.dtype, device=positions.device).fill_diagonal_(0)
         return torch.cat([prefix, own.expand(len(positions), -1, -1)], dim=2)[:, None]
 
-    def _prefix(self, seqs: list[int], seen: int, rows: int) -> door.FrozenPrefix:
+    def _prefix(self, seqs: list[int], seen: int, rows: int) -> FrozenPrefix:
         """Keys and values of the sequences' first `seen` tokens, recomputed from their states by the block itself, and room for `rows`."""
         self._record(seqs)
         wide = []
@@ -176,13 +176,13 @@ class PatchedBlock:
                 room[index, :, :seen] = self._prefixes[seq][kind][0, :, :seen]
             wide.append(room)
         self._forget()
-        return door.FrozenPrefix(wide[0], wide[1], seen)
+        return FrozenPrefix(wide[0], wide[1], seen)
 
     def _record(self, seqs: list[int]) -> None:
         """Have the keys and values of these sequences."""
         for seq in dict.fromkeys(seqs):
             if seq not in self._prefixes:
-                self._prefixes[seq] = door.keys_and_values(self.model, self.layer, self.call, self._sequence(seq)[None])
+                self._prefixes[seq] = keys_and_values(self.model, self.layer, self.call, self._sequence(seq)[None])
             self._prefixes.move_to_end(seq)
 
     def _forget(self) -> None:
@@ -218,7 +218,7 @@ class PatchedBlock:
             place = (torch.arange(columns, device="cpu") - columns + positions[:, None]).to(device)
             at = which.to(device)[:, None], place.clamp_min(0)
             keys, values = (torch.cat([self._prefixes[s][kind][:, :columns] for s in present.tolist()])[at] for kind in (0, 1))
-            prefix = door.PaddedPrefix(keys, values, place >= 0)
+            prefix = PaddedPrefix(keys, values, place >= 0)
             points = bank[rows[part.to(rows.device)]]
             images[part.to(device)] = self._call(self.call, points[:, None], prefix)[:, 0]
             self._forget()

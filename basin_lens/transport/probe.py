@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basin_lens import model as door
+from basin_lens.model import BlockCall, device_of, is_cache_slot, kind_of, record_calls
 
 
 class Probe:
@@ -18,34 +18,34 @@ class Probe:
 
     def __init__(self, model: Any, length: int) -> None:
         self.model, self.length = model, length
-        self._recorded: dict[tuple[int, int], list[door.BlockCall]] = {}
+        self._recorded: dict[tuple[int, int], list[BlockCall]] = {}
 
-    def call(self, layer: int, copies: int = 1, length: int | None = None) -> door.BlockCall:
+    def call(self, layer: int, copies: int = 1, length: int | None = None) -> BlockCall:
         """Arguments of a block for `copies` sequences of `length` tokens (None: the longest).
 
         They are recorded from a real pass of that shape, unless they broadcast over the batch: some models fold heads into it.
         """
         length = length or self.length
         single = self._calls(1, length)[layer]
-        if copies == 1 or not (why_not_packed(single, length) or door.kind_of(self.model) == "hooked"):
+        if copies == 1 or not (why_not_packed(single, length) or kind_of(self.model) == "hooked"):
             return single.widened(copies) if copies > 1 else single
         return self._calls(copies, length)[layer]
 
     def reason(self, layer: int) -> str:
         """Why block `layer` cannot take route R2, as far as its arguments show; empty if they allow it. See `prove`."""
         call = self._calls(1, self.length)[layer]
-        return why_not_padded(call) if door.kind_of(self.model) == "hooked" else why_not_packed(call, self.length)
+        return why_not_padded(call) if kind_of(self.model) == "hooked" else why_not_packed(call, self.length)
 
-    def _calls(self, copies: int, length: int) -> list[door.BlockCall]:
+    def _calls(self, copies: int, length: int) -> list[BlockCall]:
         if (copies, length) not in self._recorded:
-            tokens = torch.zeros(copies, length, dtype=torch.int64, device=door.device_of(self.model))
-            self._recorded[copies, length] = door.record_calls(self.model, tokens)
+            tokens = torch.zeros(copies, length, dtype=torch.int64, device=device_of(self.model))
+            self._recorded[copies, length] = record_calls(self.model, tokens)
         return self._recorded[copies, length]
 
 
-def why_not_packed(call: door.BlockCall, length: int) -> str:
+def why_not_packed(call: BlockCall, length: int) -> str:
     """Why a block's arguments do not allow the packed route; empty if they do."""
-    caches = sum(door.is_cache_slot(value) for value in call.leaves())
+    caches = sum(is_cache_slot(value) for value in call.leaves())
     if caches != 1:
         return f"the block takes {caches} key/value caches, not one"
     if not any(is_mask(value, length) for value in call.leaves()):
@@ -58,7 +58,7 @@ def why_not_packed(call: door.BlockCall, length: int) -> str:
     return ""
 
 
-def why_not_padded(call: door.BlockCall) -> str:
+def why_not_padded(call: BlockCall) -> str:
     """Why a HookedTransformer block's arguments do not allow the padded route; empty if they do."""
     if not {"past_kv_cache_entry", "attention_mask"} <= set(call.kwargs):
         return "the block takes no key/value cache and attention mask"

@@ -31,7 +31,7 @@ from basin_lens import model as door
 from basin_lens.codec.benchmark import general_compressors
 from basin_lens.codec.container import CHUNK_TOKENS
 from basin_lens.codec.lockstep import DirectCoder
-from basin_lens.model.stepping import stepping
+from basin_lens.model.incremental_decoding import stepping
 
 STREAMS, PLACES, ROUNDS = 64, 8, 3
 

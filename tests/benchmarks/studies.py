@@ -27,7 +27,7 @@ def run(checkout: Path, options: list[str]) -> tuple[float, float]:
     """Seconds by the clock and of the processor that one run takes."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "basin_lens.cli", "study", "all", *options, "--out", str(Path(folder) / "out")]
+        command = [sys.executable, "-m", "basin_lens.cli.main", "study", "all", *options, "--out", str(Path(folder) / "out")]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         spent, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,0 +1,1 @@
+"""The command line: `basin-lens`, one module per group of commands."""

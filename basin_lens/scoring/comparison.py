@@ -1,0 +1,124 @@
+"""Two runs on the same texts, row by row."""
+
+from typing import Any
+
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.analyzers import CloudAnalyzer, default_analyzers
+from basin_lens.capture import Capture
+from basin_lens.errors import NeighborError, TableError
+from basin_lens.scoring import score
+
+_ROW = ["passage", "doc", "seq", "pos", "token_id", "token", "start", "end"]
+
+
+def compare(
+    a: Any,
+    b: Any,
+    on: Any = "compression",
+    *,
+    frozen_neighbors: bool = False,
+    layers: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Pair the rows of two runs on the same texts: two models, checkpoints, layers or settings.
+
+    Each run keeps its own G, so what a layer does to everything is taken out of each side by itself.
+
+    Args:
+        a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.
+        on: a column of both tables; with pairs, a default score's column or an analyzer.
+        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in the
+            map alone. Needs pairs: a table does not hold its neighbors.
+        layers: with pairs, which layers; None: all that both captures hold.
+        seed, progress: with pairs, as for `analyze`.
+
+    Returns:
+        one row per token (and layer): `layer` (or `layer_a`, `layer_b` if each run has one layer and they differ), `passage, doc, seq,
+        pos, token_id, token, start, end`, then `<on>_a`, `<on>_b` and `difference` (b - a, in the score's unit). Rows where either
+        side is NaN have a NaN difference. Intervals over documents come from `basin_lens.stats`.
+
+    Raises:
+        TableError: different texts, a missing column, layers that do not pair.
+        NeighborError: frozen neighbors of tables.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> model = bl.load_model()
+        >>> text = "The cat sat on the mat."
+        >>> table = bl.analyze(model, text, [bl.analyzers.StateNorm()], layers=[5, 6], progress=False)
+        >>> pairs = bl.compare(table[table.layer == 5], table[table.layer == 6], on="state_norm")
+        >>> bool((pairs.difference == pairs.state_norm_b - pairs.state_norm_a).all())
+        True
+    """
+    tabular = isinstance(a, pd.DataFrame) and isinstance(b, pd.DataFrame)
+    if not tabular:
+        a, b, on = _measured(a, b, on, frozen_neighbors, layers, seed, progress)
+    elif frozen_neighbors:
+        raise NeighborError(
+            "expected pairs (model, capture) for frozen neighbors, got tables, which do not hold who the neighbors were. "
+            "Pass compare((model_a, capture_a), (model_b, capture_b), frozen_neighbors=True)."
+        )
+    for table in (a, b):
+        tables.require(table, on, "layer", *_ROW)
+    first, second = (_facts(table) for table in (a, b))
+    if first["texts"] != second["texts"]:
+        raise TableError(
+            "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's tokens."
+        )
+    there = [sorted(table["layer"].unique().tolist()) for table in (a, b)]
+    keys = ["layer", *_ROW]
+    apart = there[0] != there[1]
+    if apart:
+        if max(map(len, there)) > 1:
+            raise TableError(
+                f"expected runs with the same layers, or one layer each, got {there[0]} and {there[1]}. Select them first."
+            )
+        keys = _ROW
+    sides = [table[["layer", *_ROW, on]].rename(columns={on: f"{on}_{name}"}) for name, table in (("a", a), ("b", b))]
+    if apart:
+        sides = [side.rename(columns={"layer": f"layer_{name}"}) for name, side in zip("ab", sides, strict=True)]
+    joined = sides[0].merge(sides[1], on=keys, how="inner", validate="one_to_one", sort=False)
+    layer_columns = ["layer_a", "layer_b"] if apart else ["layer"]
+    joined = joined[[*layer_columns, *_ROW, f"{on}_a", f"{on}_b"]]
+    joined["difference"] = joined[f"{on}_b"] - joined[f"{on}_a"]
+    joined.attrs["provenance"] = tables.provenance(a) | tables.provenance(b)
+    joined.attrs["frozen_neighbors"] = frozen_neighbors
+    return joined
+
+
+def _facts(table: pd.DataFrame) -> dict[str, Any]:
+    runs = table["run"].unique().tolist()
+    if len(runs) != 1:
+        raise TableError(f"expected a table of one run, got {len(runs)}. Select it: table[table.run == ...].")
+    return tables.provenance(table)[runs[0]]
+
+
+def _measured(
+    a: Any, b: Any, on: Any, frozen: bool, layers: Any, seed: int, progress: bool
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Both runs, the second with the first one's neighbors if they are frozen."""
+    for side in (a, b):
+        if not (isinstance(side, tuple) and len(side) == 2 and isinstance(side[1], Capture)):
+            raise TableError(f"expected two tables or two pairs (model, capture), got {type(side).__name__}.")
+    (model_a, capture_a), (model_b, capture_b) = a, b
+    if [s.tokens for s in capture_a.sequences] != [s.tokens for s in capture_b.sequences]:
+        raise TableError(
+            "expected two captures of the same texts (tokens and their order), got different ones. Capture the same token ids."
+        )
+    if isinstance(on, str):
+        named = [x for x in default_analyzers() if on in [c.name for c in x.columns]]
+        if not named:
+            raise TableError(f"expected a default score's column or an analyzer, got {on!r}.")
+        analyzer = named[0]
+    else:
+        analyzer, on = on, on.columns[0].name
+    if frozen and not isinstance(analyzer, CloudAnalyzer):
+        raise NeighborError(f"expected a score on neighbors for frozen neighbors, got {type(analyzer).__name__}.")
+    wanted = sorted(set(capture_a.layers) & set(capture_b.layers)) if layers is None else layers
+    keep = analyzer if frozen and isinstance(analyzer, CloudAnalyzer) else None
+    first = score(model_a, capture_a, [analyzer], layers=wanted, seed=seed, progress=progress, keep_neighbors_of=keep)
+    second = score(model_b, capture_b, [analyzer], layers=wanted, seed=seed, progress=progress, frozen=first.neighbors)
+    return first.table, second.table, on

@@ -1,0 +1,190 @@
+"""Who the neighbors are: every distinct set of neighbor options is searched once, under one set of exclusion rules."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from basin_lens import neighbors
+from basin_lens.analyzers import CloudAnalyzer
+from basin_lens.capture import Capture
+from basin_lens.errors import NeighborError
+from basin_lens.model import device_of, has_absolute_positions, n_context
+from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
+from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
+from basin_lens.scoring.token_rows import row_groups
+
+
+@dataclass(frozen=True)
+class Search:
+    """Neighbor options: analyzers that agree on them share one search."""
+
+    metric: Any
+    exclude: str
+    same_token: Any
+    position_0: bool
+    choice: Any
+
+    @classmethod
+    def of(cls, analyzer: CloudAnalyzer) -> "Search":
+        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.position_0, analyzer.choice)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Neighbors by row of the capture, and what they were chosen from: the rows `at` were searched.
+
+    `directed`: rows of the capture whose state has a direction; without one, no cosine is defined.
+    """
+
+    near: Neighbors
+    at: Int[Tensor, " q"]
+    queries: Points
+    bank: Points
+    directed: Bool[Tensor, " rows"]
+
+
+class Searches:
+    """The searches of some analyzers over one capture and its bank: tokens, groups and token prefixes of both.
+
+    `largest`: the largest k asked for, by neighbor options.
+
+    Raises:
+        NeighborError: a k above the bank, or options under which no token has k candidates.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        capture: Capture,
+        bank: Capture,
+        analyzers: Sequence[CloudAnalyzer],
+        asked: Bool[Tensor, " rows"],
+        seed: int,
+        backend: Backend,
+    ) -> None:
+        self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, seed
+        if backend not in get_args(Backend):
+            raise NeighborError(f"expected backend in {get_args(Backend)}, got {backend!r}.")
+        if backend == "faiss":
+            flat.load()
+        self.backend, self.device = backend, device_of(model)
+        self.facts: dict[str, Any] = {"backend": backend, "exact": backend != "approximate", "recall": {}}
+        self.external = bank is not capture
+        self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
+        self.largest: dict[Search, int] = {}
+        for a in analyzers:
+            self.largest[Search.of(a)] = max(a.k, self.largest.get(Search.of(a), 0))
+        texts = [[s.tokens for s in capture.sequences], [s.tokens for s in bank.sequences]]
+        keys = prefix_keys(*texts) if self.external else prefix_keys(texts[0]) * 2
+        self.keys = [key.to(self.device) for key in keys]
+        self.tokens = [c.row_token.to(self.device) for c in (capture, bank)]
+        self.positions = [c.row_pos.to(self.device) for c in (capture, bank)]
+        self.groups = {s.exclude: [g.to(self.device) for g in row_groups(capture, bank, s.exclude)] for s in self.largest}
+        for search, k in self.largest.items():
+            self._refuse_hopeless(search, k)
+
+    def _refuse_hopeless(self, search: Search, k: int) -> None:
+        """Before any work: a k above the bank, or no token with k candidates outside its own group."""
+        pool = self._pool(search)
+        points = int(pool.sum())
+        if k > points:
+            left_out = "" if bool(pool.all()) else " (position 0 left out)"
+            raise NeighborError(
+                f"expected k of at most the bank's {points} points{left_out}, got {k}. "
+                'Lower k, add texts, or pass bank="reference".'
+            )
+        own, other = (group.cpu() for group in self.groups[search.exclude])
+        if search.exclude != "nothing" and not bool((self.asked & (self.capture.row_pos > 0)).any()):
+            raise NeighborError("expected queries beyond position 0, got none: the first token is never a query.")
+        for group in own[self.asked & (self.capture.row_pos > 0)].unique().tolist():
+            left = pool & (other != group) if group >= 0 else pool
+            if len(self.keys[1].cpu()[left].unique()) >= k:
+                return
+        if search.exclude != "nothing":
+            raise NeighborError(_nothing_to_score(search, k))
+
+    def _pool(self, search: Search) -> Bool[Tensor, " bank"]:
+        """Rows of the bank that may be neighbors: without position 0, unless it was asked for."""
+        return (self.bank.row_pos > 0) | search.position_0
+
+    def find(
+        self,
+        search: Search,
+        layer: int,
+        states: Float[Tensor, "rows d"],
+        bank_states: Float[Tensor, "bank d"],
+        *,
+        bare: bool = False,
+    ) -> Found:
+        """Neighbors by row of the capture. `bare`: the states are those that enter block 0, so that equal tokens have equal states.
+
+        Raises:
+            NeighborError: no token has as many neighbors as are asked for.
+        """
+        k = self.largest[search]
+        everything = search.exclude == "nothing"
+        asked = self.asked if everything else self.asked & (self.capture.row_pos > 0)
+        at = torch.nonzero(asked).squeeze(1).to(self.device)
+        own, other = self.groups[search.exclude]
+        keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
+        queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
+        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(search).to(self.device)).under(search.metric)
+        options: Any = {"same_token": search.same_token, "distinct": not everything}
+        if layer in self.frozen:
+            found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)
+        elif search.choice == "random":
+            rows = random_sets(queries, bank, k, seed=(self.seed * 1_000_003 + layer) % 2**63, **options)
+            found = reach(queries, bank, rows, search.metric)
+        else:
+            found = find(queries, bank, k, metric=search.metric, backend=self.backend, **options)
+            self._note_recall(layer, found)
+            if search.choice == "radius_matched":
+                found = reach(queries, bank, radius_matched_sets(found, own[at], other), search.metric)
+        if search.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
+            raise NeighborError(_nothing_to_score(search, k))
+        return Found(self._by_row(at, found), at, queries, bank, has_direction(states))
+
+    def _note_recall(self, layer: int, found: Neighbors) -> None:
+        """The lowest recall of the layer's searches."""
+        if found.recall is not None:
+            known = self.facts["recall"].get(str(layer), 1.0)
+            self.facts["recall"][str(layer)] = min(known, found.recall)
+
+    def candidates(self, search: Search, found: Found) -> Int[Tensor, " rows"]:
+        """How many different points each row of the capture could have had as neighbors; 0 where none was looked for."""
+        counts = torch.zeros(self.capture.n_rows, dtype=torch.int64, device=self.device)
+        counts[found.at] = neighbors.count_candidates(
+            found.queries, found.bank, same_token=search.same_token, distinct=search.exclude != "nothing"
+        )
+        return counts
+
+    def hubness(self, rows: Int[Tensor, "rows k"]) -> Float[Tensor, " rows"]:
+        """How many neighborhoods each row is in; NaN with an external bank."""
+        if self.external:
+            return torch.full((len(rows),), torch.nan, device=self.device)
+        full = rows[rows[:, -1] >= 0]  # a query with too few neighbors has no neighborhood, so it counts for nobody
+        return torch.bincount(full.flatten(), minlength=len(rows)).float()
+
+    def _bare_key(self, capture: Capture) -> Tensor:
+        """Rows with equal keys enter block 0 with equal states: the same token (at the same place, with learned positions)."""
+        place = capture.row_pos if has_absolute_positions(self.model) else torch.zeros_like(capture.row_pos)
+        return (capture.row_token * n_context(self.model) + place).to(self.device)
+
+    def _by_row(self, at: Tensor, near: Neighbors) -> Neighbors:
+        """Searches leave different rows out, so neighbors are laid out by row of the capture."""
+        rows = torch.full((self.capture.n_rows, near.rows.shape[1]), -1, dtype=torch.int64, device=self.device)
+        distances = torch.full(rows.shape, torch.nan, dtype=torch.float32, device=self.device)
+        rows[at], distances[at] = near.rows, near.distances
+        return Neighbors(rows, distances)
+
+
+def _nothing_to_score(search: Search, k: int) -> str:
+    return (
+        f"expected at least one token with {k} neighbors, got none: with exclude={search.exclude!r} and same_token="
+        f'{search.same_token!r} too few distinct tokens are left. Pass bank="reference" or another capture, add texts, lower k, or '
+        'choose exclude="self".'
+    )

@@ -1,0 +1,1 @@
+"""What all studies share: measuring once, declared tests, wording, storage."""

@@ -1,0 +1,383 @@
+"""A model made to memorize some of many fresh texts, and what is measured on all of them before and after."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from basin_lens import memorize, tables
+from basin_lens.analyzers import (
+    Agreement,
+    Compression,
+    Contraction,
+    Neighborhood,
+    RawCompression,
+    StandardizedLikelihood,
+    StateNorm,
+    Surprisal,
+)
+from basin_lens.capture import Capture
+from basin_lens.controls import random_twin
+from basin_lens.errors import StudyError, TextError
+from basin_lens.model import full_name, n_context, n_layers, tokenizer_of, uses_bos
+from basin_lens.scoring import analyze
+from basin_lens.studies.framework.measurement import spaced_layers
+from basin_lens.texts import Passage, reference_passages
+from basin_lens.texts.copies import copied_passages
+from basin_lens.values import Whole, whole_fields
+
+# Contraction differs from compression by the same number for all texts of a layer: every contrast of the two would be one test made twice.
+SCORES = ("compression", "compression_native")
+CHANGES = tuple(f"{name}_change" for name in SCORES)
+BEFORE = tuple(f"{name}_base" for name in SCORES)
+PROMPT = TARGET = 32  # tokens, of the extraction test
+FEWEST_PER_CLASS = 5  # texts, one for each fold
+FEWEST_PER_DOSE = 4  # members of a dose against the texts held out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is planted and how it is measured.
+
+    Args:
+        per_dose: pairs of texts for each dose.
+        doses: how often the trained one of a pair is shown.
+        kinds: of canaries.
+        length: tokens of a text.
+        layers: how many, evenly spaced; None: all.
+        forks: members of the highest doses whose prefixes are forked and damaged.
+        sources: texts for the recitation part, beside the user's own.
+        others: fresh texts that the negative control is trained on in place of the members, each `other_dose` times.
+        k: neighbors.
+        sampled: whether fluent canaries are the model's own continuations.
+        recipe: of the training.
+        seed: of every random choice; the recipe's own gives way to it.
+
+    Raises:
+        StudyError: a plan that could not be tested.
+    """
+
+    per_dose: Whole = 4
+    doses: tuple[int, ...] = memorize.DOSES
+    kinds: tuple[str, ...] = memorize.KINDS
+    length: Whole = 64
+    layers: Whole | None = 10
+    forks: Whole = 6
+    sources: Whole = 9
+    others: Whole = 6
+    other_dose: Whole = 8
+    k: Whole = 15
+    sampled: bool = False
+    recipe: memorize.Recipe = field(default_factory=memorize.Recipe)
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        whole_fields(self, StudyError)
+        counts = (self.forks, self.sources, self.others, self.other_dose, self.k)
+        few = self.per_dose < FEWEST_PER_DOSE or self.per_dose * len(self.doses) < FEWEST_PER_CLASS
+        if few or min(counts) < 1 or self.length < 8 or min(self.doses, default=0) < 1 or len(set(self.doses)) < len(self.doses):
+            raise StudyError(
+                f"expected at least {FEWEST_PER_DOSE} pairs per dose and {FEWEST_PER_CLASS} in all, different doses of at "
+                "least 1, texts of at least 8 "
+                f"tokens, and at least one fork, source, other text, show and neighbor, got {self}. Plan more."
+            )
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt in the extraction test: 32, or half of a text that is shorter than 64."""
+        return min(PROMPT, self.length // 2)
+
+    @property
+    def target(self) -> int:
+        """Tokens to be extracted behind it."""
+        return min(TARGET, self.length - self.prompt)
+
+    def tokens_trained(self) -> int:
+        """Tokens of all training steps, filler and negative control included."""
+        shown = self.per_dose * sum(self.doses) + self.others * self.other_dose
+        return int(shown * self.length * self.recipe.batch_size / (self.recipe.batch_size - self.recipe.filler))
+
+
+PRESETS = {
+    "quick": Plan(),
+    # 100 members and 100 texts held out: the fewest for a true-positive rate at 1 % false positives.
+    "full": Plan(per_dose=25, layers=None, forks=24, sources=60, others=24, other_dose=16),
+}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """All that was measured.
+
+    `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction, probe, nearest
+    memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base` and `<score>_change` (tuned less
+    base). `sequences`: means of its scores by (layer, text), baselines beside them. `random_twin`, `other_tuned`: the same texts as
+    `sequences` under a model with random weights, and one tuned on other texts. `states`: mean states that enter block `probe_layer` of the tuned
+    model, a row per text.
+    """
+
+    plan: Plan
+    passages: tuple[Passage, ...]
+    base: Any
+    tuned: Any
+    bank: tuple[Passage, ...]
+    banks: dict[str, Capture]
+    history: pd.DataFrame
+    texts: pd.DataFrame
+    tokens: pd.DataFrame
+    sequences: pd.DataFrame
+    random_twin: pd.DataFrame
+    other_tuned: pd.DataFrame
+    layers: tuple[int, ...]
+    probe_layer: int
+    states: np.ndarray
+    facts: dict[str, Any]
+
+
+def plant(
+    model: Any,
+    plan: Plan,
+    *,
+    passages: Sequence[Passage] | None = None,
+    folder: Path | None = None,
+    progress: bool = True,
+    say: Any = None,
+) -> Planted:
+    """Make the texts, train on the members, and measure.
+
+    Args:
+        model: a hooked model.
+        plan: what to plant.
+        passages: texts in place of canaries, with their labels.
+        folder: for checkpoints and the tuned models; a training that was interrupted or done there is taken up.
+        progress: show bars.
+        say: called with each step's name.
+
+    Raises:
+        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for `finetune`.
+    """
+    say = say or (lambda _text: None)
+    say("texts")
+    made = list(passages) if passages is not None else memorize.make_canaries(
+        model, per_dose=plan.per_dose, doses=plan.doses, kinds=plan.kinds, length=plan.length, sampled=plan.sampled, seed=plan.seed
+    )  # fmt: skip
+    check_classes([bool(p.labels["member"]) for p in made])
+    members = [p for p in made if p.labels["member"]]
+    # The bank's documents are never trained on.
+    docs = sorted({str(p.doc) for p in reference_passages()})
+    bank = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 0]
+    filler = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 1]
+    longest = plan.length + 1  # BOS
+    every = n_layers(model)
+    layers = tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+
+    # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
+    if n_context(model) < 2 * longest:
+        raise StudyError(
+            f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
+            f"{n_context(model)}. Plan shorter ones."
+        )
+    refuse_built_in(made, model)
+    refuse_copies(made, model)
+    say("before training")
+    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
+    analyzers = [
+        Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Contraction(k=plan.k),
+        RawCompression(k=plan.k), Neighborhood(k=plan.k), Surprisal(), Agreement(), StandardizedLikelihood(), StateNorm(),
+    ]  # fmt: skip
+    # Before the training: what cannot be measured is refused before the long work.
+    banks = {"base": bank_of(model, bank, layers, longest)}
+    before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
+
+    say("training")
+    recipe = replace(plan.recipe, seed=plan.seed)
+    options: dict[str, Any] = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
+    begun = time.perf_counter()
+    tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
+    seconds = time.perf_counter() - begun
+
+    say("after training")
+    banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
+    capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
+    after = analyze(tuned.model, capture, analyzers, bank=banks["tuned"], **shared)
+    tokens = with_changes(before, after, SCORES)
+
+    say("baselines and extraction")
+    texts = _texts(tuned.model, plan, made, before, after, longest, progress)
+    probe_layer = layers[len(layers) // 2]
+    for kind in sorted(set(texts["kind"]))[1:]:
+        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
+    label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
+    parts = memorize.folds(label, pairs, seed=plan.seed)
+    states = memorize.sequence_states(capture, probe_layer)
+    texts["linear_probe"] = memorize.linear_probe(states, label, parts)
+    texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
+    texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
+
+    say("negatives")
+    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
+    twin = random_twin(model, seed=plan.seed)
+    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
+    del twin  # as large as the model
+    others = _others(model, plan, made)
+    apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
+    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
+    return Planted(
+        plan, tuple(made), model, tuned.model, tuple(bank), banks, pd.DataFrame(tuned.history), texts, tokens,
+        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts), by_sequence(untaught, ("compression", "compression_native"), texts),
+        by_sequence(with_changes(before, elsewhere, ("compression", "compression_native")),
+                    ("compression", "compression_native", "compression_change", "compression_native_change"), texts),
+        layers, probe_layer, states,
+        {"plan": _plain(plan), "training": tuned.facts, "training_seconds": seconds, "bank_documents": sorted({str(p.doc) for p in bank}),
+         "filler_documents": sorted({str(p.doc) for p in filler}),
+         "tuned_folder": None if folder is None else str((folder / "tuned").resolve())},
+    )  # fmt: skip
+
+
+def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
+    """Refuse texts that neighbors or filler come from, and copies of them.
+
+    Raises:
+        StudyError: one is among them.
+    """
+    if copied := copied_passages(model, list(texts), reference_passages()):
+        raise StudyError(
+            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or copies, nearly or "
+            f"in full: {texts[copied[0]].text[:40]!r}. Give others."
+        )
+
+
+def refuse_copies(texts: Sequence[Passage], model: Any) -> None:
+    """Refuse texts held out that are copies of texts to be trained on.
+
+    Raises:
+        StudyError: there are some.
+    """
+    members, held = ([p for p in texts if bool(p.labels["member"]) == side] for side in (True, False))
+    if copied := copied_passages(model, held, members):
+        raise StudyError(
+            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be memorized, nearly or "
+            f"in full: {held[copied[0]].text[:40]!r}. Leave them out."
+        )
+
+
+def check_classes(member: Sequence[bool]) -> None:
+    """Refuse texts that are all memorized, none of them, or too few.
+
+    Raises:
+        StudyError: see there.
+    """
+    count = sum(member)
+    if count in (0, len(member)):
+        raise StudyError(
+            f"expected texts to be memorized and texts held out, got {count} and {len(member) - count}. Nothing could be compared: label both."
+        )
+    if min(count, len(member) - count) < FEWEST_PER_CLASS:
+        raise StudyError(
+            f"expected at least {FEWEST_PER_CLASS} texts to be memorized and as many held out, got {count} and "
+            f"{len(member) - count}. Plant more (per_dose), or give "
+            "more texts."
+        )
+
+
+def with_changes(before: pd.DataFrame, after: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
+    """The second table with `<score>_base` and `<score>_change` beside each score; both of the same tokens and layers."""
+    keys = ["layer", "seq", "pos", "token_id"]
+    assert before[keys].reset_index(drop=True).equals(after[keys].reset_index(drop=True)), "other tokens before and after"
+    answer = after.copy()
+    for name in scores:
+        answer[f"{name}_base"] = before[name].to_numpy()
+        answer[f"{name}_change"] = after[name].to_numpy() - before[name].to_numpy()
+    answer.attrs = dict(after.attrs)
+    return answer
+
+
+def by_sequence(tokens: pd.DataFrame, scores: Sequence[str], texts: pd.DataFrame) -> pd.DataFrame:
+    """Means over each text's tokens, by layer, with the text's labels and baselines in every row."""
+    means = tokens.groupby(["layer", "seq"], sort=True)[list(scores)].mean().reset_index()
+    answer = means.merge(texts, on="seq", how="left", validate="many_to_one")
+    answer.attrs = {}
+    return answer
+
+
+def analysis_seconds(model: Any, plan: Plan, training: float) -> float:
+    """Seconds of everything but the training: about as much as a forward pass of each neighbor through each layer."""
+    every = n_layers(model)
+    layers = every if plan.layers is None else min(plan.layers, every)
+    texts = 2 * plan.per_dose * len(plan.doses)
+    # Two models in full, two with one patched score; damaged prefixes, spliced texts and recitation behind them.
+    scored = (4 * texts + 6 * plan.forks + 3 * plan.forks + 6 * plan.sources) * plan.length
+    per_token = training / plan.tokens_trained() / 3.5
+    return 60 + per_token * scored * (plan.k + 1) * layers / every
+
+
+def _tuned(
+    model: Any, passages: Sequence[Passage], doses: Sequence[int], folder: Path | None, name: str, options: dict[str, Any]
+) -> memorize.Tuned:
+    """Train, or take up a training of the very same plan in the folder."""
+    place = None if folder is None else folder / name
+    return memorize.finetune(model, list(passages), list(doses), folder=place, name=f"{full_name(model)}, {name}", **options)
+
+
+def bank_of(model: Any, passages: Sequence[Passage], layers: Sequence[int], length: int) -> Capture:
+    """Where neighbors come from: passages that are never trained on, cut as long as the texts."""
+    # As long as the texts: position goes into every state.
+    return Capture.from_texts(model, list(passages), layers=layers, max_length=length, progress=False)
+
+
+def _texts(
+    tuned: Any, plan: Plan, made: list[Passage], before: pd.DataFrame, after: pd.DataFrame, longest: int, progress: bool
+) -> pd.DataFrame:
+    """One row per text: baselines under the tuned model, and what it recites."""
+    strings = [p.text for p in made]
+    # Lower case takes more tokens.
+    lowered = [replace(p, text=p.text.lower()) for p in made]
+    lower = analyze(tuned, lowered, [Surprisal()], layers=[0], max_length=4 * longest, progress=False)
+    reference = memorize.likelihood_baselines(before, strings)
+    texts = memorize.likelihood_baselines(after, strings, lowercase=lower, reference=before)
+    texts["base_log_likelihood"] = reference["log_likelihood"].to_numpy()
+    texts["base_agreement"] = reference["agreement"].to_numpy()
+    found = memorize.extract(tuned, made, prompt=plan.prompt, target=plan.target, max_length=longest, progress=progress)
+    guide = memorize.guide_labels(tuned, made, max_length=longest, progress=progress)
+    for name in ("matched", "longest_run", "extracted"):
+        texts[name] = found[name].to_numpy()
+    texts["guide_memorized"] = guide["memorized"].to_numpy()
+    texts["text"] = strings
+    for name in ("member", "dose", "pair"):
+        texts[name] = [p.labels[name] for p in made]
+    texts["member"] = texts["member"].astype(bool)
+    return texts
+
+
+def _others(model: Any, plan: Plan, made: Sequence[Passage]) -> list[Passage]:
+    """Fresh texts, none of them among those made."""
+    known = {p.text for p in made}
+    texts: list[str] = []
+    for place, kind in enumerate(plan.kinds):
+        count = len(range(place, plan.others, len(plan.kinds)))
+        texts += [t for t in memorize.fresh_texts(model, kind, count, plan.length, seed=plan.seed + 1_000_003) if t not in known]
+    if not texts:
+        raise TextError("expected fresh texts for the negative control, got none. Plant more of them (others).")
+    return [Passage(text, doc=f"other-{i}") for i, text in enumerate(texts)]
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan).items()}
+
+
+def provenance(planted: Planted) -> dict[str, Any]:
+    """Of the tuned model's run, with the plan and the training in it."""
+    return {run: {**facts, "study": planted.facts} for run, facts in tables.provenance(planted.tokens).items()}
+
+
+def tensor_of(planted: Planted, texts: Sequence[int]) -> torch.Tensor:
+    """Token ids of some texts, BOS included."""
+    bos = uses_bos(planted.base, None)
+    tokenizer = tokenizer_of(planted.base)
+    head = [] if bos is None else [bos]
+    return torch.tensor(np.array([[*head, *memorize.ids_of(tokenizer, planted.passages[i].text)] for i in texts]))

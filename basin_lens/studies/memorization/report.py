@@ -1,0 +1,372 @@
+"""The memorization study as figures, sections and sentences."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.memorization.counterfactuals import Forked
+from basin_lens.studies.memorization.experiment import CHANGES, SCORES, Planted
+from basin_lens.studies.memorization.extraction import Recited
+from basin_lens.studies.memorization.tests import BASELINES, CALIPER, Tested
+from basin_lens.views import Section, distributions, dose_curve, forest, result_curve, roc, token_view
+
+_DETECTORS = ("log_likelihood", "reference", "min_k_plus", "linear_probe", "blind_classifier", "compression", "compression_change")
+
+
+def sections_of(
+    planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
+) -> tuple[list[Section], dict[str, Figure]]:
+    """Findings in the order of their questions."""
+    layer = tested.chosen
+    top = tested.design["dose"]
+    at_layer = planted.sequences[planted.sequences["layer"] == layer]
+    figures = {
+        "effect-by-layer": result_curve(_of(base.inner(tested.effects), CHANGES), by="score"),
+        "dose": _dose_figure(planted, layer),
+        "roc": _roc_figure(planted, tested, layer),
+        "distributions": distributions(at_layer.assign(group=_groups(at_layer)), "compression_change", "group", layer),
+        "detection": forest(_detected(tested, layer), "score", by="dose", title=f"AUROC by dose, scores at layer {layer}"),
+        "negatives": forest(tested.negatives, ["negative", "score"], title=f"Where there is nothing to find, layer {layer}"),
+    }  # fmt: skip
+    sections = [
+        Section(
+            "Did the planting work?",
+            "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction prompts with "
+            f"{planted.plan.prompt} tokens and compares the next {planted.plan.target}; guide_memorized is the original "
+            "guide's label (prompt of a third, "
+            "more than 80 % of the greedy tokens match).",
+            table=_planting(planted),
+        ),
+        Section(
+            "Do memorized texts change in compression?",
+            "Difference in differences: tuned less base, trained less held out within each pair, in nats.",
+            figure=figures["effect-by-layer"],
+            caption="Mean difference with 95 % intervals over pairs (layer 0 in the table); filled: corrected p at most 0.05 "
+            "(max-|t| over all layers and scores).",
+            table=shown(tested.effects, "layer", "score"),
+        ),
+        Section(
+            "By dose",
+            f"Change in compression at layer {layer} of the texts of each dose; below, slopes per doubling of the dose of the "
+            "difference within pairs.",
+            figure=figures["dose"],
+            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their pair.",
+            table=shown(tested.slopes, "layer", "score", "rho"),
+        ),
+        Section(
+            "The change, text by text", figure=figures["distributions"], caption=f"Mean over a text's tokens at layer {layer}."
+        ),
+        Section(
+            "Detection by every score and baseline",
+            "All are oriented so that higher means memorized, but compression and contraction, whose direction is not known "
+            "beforehand: an AUROC below "
+            "0.5 separates as well as one above. True positives at 1 % (5 %) false positives need 100 (20) texts held out. "
+            "reference, compression_change "
+            "and the like use the base model, which an outsider may not have.",
+            figure=figures["detection"],
+            caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The layer was chosen on half "
+            "of these very texts: exploratory.",
+            table=shown(
+                tested.detection[tested.detection["layer_choice"] != "every layer"],
+                "layer_choice",
+                "layer",
+                "score",
+                "metric",
+                "versus",
+                "n_positive",
+                "n_negative",
+            ),
+        ),
+        Section("Curves", figure=figures["roc"], caption=f"Members of dose {top} against texts held out; scores at layer {layer}."),
+        Section(
+            "What compression adds",
+            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are exchanged within pairs. "
+            "baselines = loss: log likelihood, its change from the base model (reference) and the kind of text; all: every "
+            "other baseline, too. Positive: "
+            "the score helps. compression_base, measured before the training, is a negative: it can know how hard a text is, "
+            "not whether it was trained on.",
+            table=shown(tested.added, "layer", "score", "baselines", "metric"),
+        ),
+        Section(
+            "Where the loss is equal",
+            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model differ by at most "
+            f"{CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what has one was "
+            "harder before the training: "
+            "compression_base shows how far that alone goes.",
+            table=shown(tested.matched, "layer", "score"),
+        ),
+        Section(
+            "The fork: the same prefix, another continuation",
+            "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
+            "sampled and four tails of other texts "
+            "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
+            figure=(made := result_curve(_of(base.inner(forked.forks), ("compression", "compression_change")), by="score")),
+            caption="Mean difference over prefixes with 95 % intervals.",
+            table=shown(forked.forks, "layer", "score"),
+            note=_gap(forked),
+        ),
+    ]
+    figures["fork-by-layer"] = made
+    figures["damaged-prefixes"] = _damaged_figure(forked, layer)
+    sections += [
+        Section(
+            "How wide is the path?",
+            "Prefixes of memorized texts with more and more tokens replaced at random; width: replacements at which less than "
+            "half of the continuation is "
+            "recited (infinite: never in this range).",
+            figure=figures["damaged-prefixes"],
+            caption=f"Lines: single texts; marks: their mean. Compression of the true continuation's tokens at layer {layer}.",
+            table=forked.widths,
+        ),
+        Section(
+            "Does it say where?",
+            "Texts of which only the middle was trained on, between parts of held out texts of its kind: tokens of the "
+            "memorized part less the others of the "
+            "same text, tuned less base. The memorized part always stands in the middle: position is not controlled.",
+            view=token_view(forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())),
+            table=shown(forked.where, "layer", "score"),
+        ),
+        Section(
+            "Recitation without planting (exploratory)",
+            "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and topic, too.",
+            table=_recitation(recited),
+        ),
+        Section(
+            "Openings against their controls", "Opening less the other passage of the same source.",
+            table=shown(recited.contrasts, "contrast", "layer", "score")),
+    ]  # fmt: skip
+    if len(recited.matched):
+        sections.append(
+            Section(
+                "Openings and later passages of equal loss",
+                "Any source with any other; a source may stand on both sides.",
+                table=shown(recited.matched, "layer", "score", "n_first", "n_second"),
+            )
+        )
+    if author is not None:
+        sections.append(
+            Section(
+                "The original guide's contrast",
+                "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
+                "held out passages of the same "
+                "author, in training alone.",
+                figure=(drawn := result_curve(_of(base.inner(author), ("compression",)), by="contrast")),
+                table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
+            )
+        )  # fmt: skip
+        figures["author"] = drawn
+    sections.append(
+        Section(
+            "Negatives",
+            "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
+            f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
+            f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
+            "and the choice of a layer are made anew with labels of other coins.",
+            figure=figures["negatives"],
+            caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
+            table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
+        )
+    )
+    return sections, figures
+
+
+def verdict_of(
+    decision: base.Decision, planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
+) -> list[str]:
+    """Every hypothesis in words, the design's own check first."""
+    design = tested.design
+    top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == design["dose"])]
+    told = [
+        base.opening(
+            decision,
+            "Compression sees what was memorized, and adds to the loss.",
+            "None of the declared tests shows that compression sees what was memorized.",
+        ),
+        f"The design {'works' if design['estimate'] > 0.9 else 'does not work'}: the log likelihood tells members shown "
+        f"{design['dose']} times from texts held "
+        f"out with AUROC {design['estimate']:.2f} ({design['low']:.2f} to {design['high']:.2f}); {int(top['extracted'].sum())} "
+        f"of {len(top)} are extractable.",
+        *(base.sentence(row, _UNITS[row.question]) for row in base.rows(tested.findings)),
+    ]
+    told.append(_by_dose(tested))
+    halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
+    for one in base.rows(halved[halved["score"].isin(["compression", "compression_change"])]):
+        told.append(
+            f"{one.score} alone: could not be tested ({one.note})." if pd.isna(one.estimate)
+            else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
+        )  # fmt: skip
+    loss = tested.detection[(tested.detection["score"] == "log_likelihood") & (tested.detection["metric"] == "auroc")].iloc[0]
+    told.append(
+        f"The log likelihood alone, over all doses: AUROC {loss['estimate']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})."
+    )
+    known = tested.negatives[tested.negatives["at_half"].notna()]
+    told.append(
+        f"Negatives: {int(known['at_half'].sum())} of {len(known)} intervals hold 0.5; the smallest corrected p is "
+        f"{base.in_words(float(known['p_corrected'].min()))}."
+    )
+    told.append(_fork(forked))
+    told.append(_widths(forked))
+    told.append(_where(forked, tested.chosen))
+    told.append(_recited(recited))
+    if author is not None:
+        rows = author[(author["score"] == "compression_change") & (author["layer"] == tested.chosen)]
+        told += [
+            f"{r.contrast}: {r.estimate:+.3f} nats ({r.low:+.3f} to {r.high:+.3f}) at layer {tested.chosen}."
+            for r in base.rows(rows)
+        ]
+    return told
+
+
+_UNITS = {"difference": "nats", "dose": "nats", "added": "nats per text", "matched": "nats"}
+
+
+def _of(results: pd.DataFrame, scores: Any) -> pd.DataFrame:
+    part = results[results["score"].isin(list(scores))]
+    part.attrs = dict(results.attrs)
+    return part
+
+
+def _groups(texts: pd.DataFrame) -> pd.Series:
+    return pd.Series(np.where(texts["member"], "shown " + texts["dose"].astype(str), "held out"), index=texts.index)
+
+
+def _detected(tested: Tested, layer: int) -> pd.DataFrame:
+    """AUROC by dose of the detectors worth a place in the figure."""
+    found = tested.detection_by_dose
+    part = found[(found["metric"] == "auroc") & found["score"].isin(_DETECTORS)].copy()
+    part["layer"] = layer
+    return (
+        part.assign(order=part["score"].map({name: i for i, name in enumerate(_DETECTORS)}))
+        .sort_values(["order", "dose"])
+        .drop(columns="order")
+    )
+
+
+def _planting(planted: Planted) -> pd.DataFrame:
+    texts = planted.texts.assign(group=_groups(planted.texts))
+    order = [*(f"shown {dose}" for dose in sorted(planted.texts["dose"].unique())), "held out"]
+    rows = texts.groupby("group").agg(
+        n_texts=("seq", "size"), log_likelihood_base=("base_log_likelihood", "mean"), log_likelihood_tuned=("log_likelihood", "mean"),
+        agreement_tuned=("agreement", "mean"), matched=("matched", "mean"), longest_run=("longest_run", "mean"), extracted=("extracted", "mean"),
+        guide_memorized=("guide_memorized", "mean"),
+    )  # fmt: skip
+    return rows.loc[order].reset_index()
+
+
+def _dose_figure(planted: Planted, layer: int) -> Figure:
+    """Change in compression against the dose; texts held out by the dose of their pair."""
+    rows = planted.sequences[planted.sequences["layer"] == layer]
+    rows = rows.assign(group=np.where(rows["member"], "trained", "held out"), times_shown_of_the_pair=rows["dose"])
+    return dose_curve(
+        rows, "compression_change", "times_shown_of_the_pair", by="group", title=f"Change in compression [nats], layer {layer}"
+    )
+
+
+def _roc_figure(planted: Planted, tested: Tested, layer: int) -> Figure:
+    rows = planted.sequences[planted.sequences["layer"] == layer]
+    rows = rows[(~rows["member"]) | (rows["dose"] == tested.design["dose"])]
+    return roc(rows, [name for name in _DETECTORS if name in rows], "member")
+
+
+def _damaged_figure(forked: Forked, layer: int) -> Figure:
+    """Share recited, and compression of the true continuation, against the number of tokens replaced."""
+    rows = forked.path[forked.path["layer"] == layer].rename(columns={"edits": "tokens_of_the_prefix_replaced"})
+    return dose_curve(
+        rows,
+        ["recited", "compression"],
+        "tokens_of_the_prefix_replaced",
+        lines=True,
+        title=f"Damaged prefixes, compression at layer {layer} [nats]",
+    )
+
+
+def _recitation(recited: Recited) -> pd.DataFrame:
+    return recited.texts.groupby("condition", sort=False).agg(
+        n_texts=("seq", "size"), n_sources=("doc", "nunique"), log_likelihood=("log_likelihood", "mean"), agreement=("agreement", "mean"),
+        matched=("matched", "mean"), longest_run=("longest_run", "max"), extracted=("extracted", "sum"), guide_memorized=("guide_memorized", "sum"),
+    ).reset_index()  # fmt: skip
+
+
+def _matched_doses(tested: Tested) -> str:
+    counts = tested.pairs["dose"].value_counts().sort_index() if len(tested.pairs) else pd.Series(dtype=int)
+    return "".join(f"; {count} of dose {dose}" for dose, count in counts.items())
+
+
+def _gap(forked: Forked) -> str:
+    apart = forked.likely["true_loss"] - forked.likely["other_loss"]
+    return (
+        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from {apart.min():+.2f} to "
+        f"{apart.max():+.2f}."
+    )
+
+
+def _fork(forked: Forked) -> str:
+    rows = base.inner(forked.forks[forked.forks["score"] == "compression_change"])
+    if not rows["p"].notna().any():
+        return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
+    best = rows.sort_values("p").iloc[0]
+    return (
+        "Fork (exploratory): the true continuation changes in compression unlike another as likely at "
+        f"{int((rows['p_corrected'] <= base.ALPHA).sum())} of "
+        f"{len(rows)} layers after correction; smallest p at layer {int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to "
+        f"{best['high']:+.3f}), corrected {base.in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
+    )
+
+
+def _where(forked: Forked, layer: int) -> str:
+    rows = forked.where[(forked.where["score"] == "compression_change") & (forked.where["layer"] == layer)]
+    if rows.empty or pd.isna(rows["p"].iloc[0]):
+        return f"Where in a text: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no such layer'})."
+    (one,) = base.rows(rows)
+    few = (
+        f"; with {int(one.n_units)} texts no p could survive correction"
+        if 2.0 ** (1 - one.n_units) * one.n_tests > base.ALPHA
+        else ""
+    )
+    return (
+        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to "
+        f"{one.high:+.3f}) at layer {layer}, p {base.in_words(one.p)}, corrected {base.in_words(one.p_corrected)}{few}."
+    )
+
+
+def _by_dose(tested: Tested) -> str:
+    rows = base.inner(tested.by_dose[tested.by_dose["score"] == "compression_change"])
+    best = rows.sort_values("p").iloc[0]
+    return (
+        f"By dose (exploratory): the smallest p is that of texts shown {best['dose']} times at "
+        f"layer {int(best['layer'])}, "
+        f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {base.in_words(best['p'])}, corrected "
+        "for all doses, layers and scores "
+        f"{base.in_words(best['p_corrected'])}."
+    )
+
+
+def _recited(recited: Recited) -> str:
+    texts = recited.texts[recited.texts["condition"] == "opening"]
+    count = int(texts["guide_memorized"].sum())
+    best = recited.contrasts[recited.contrasts["score"].isin(SCORES) & (recited.contrasts["contrast"] == "opening - later")]
+    passed = int((base.inner(best)["p_corrected"] <= base.ALPHA).sum())
+    return (
+        f"Without planting: {count} of {len(texts)} openings are memorized by the guide's rule, teacher-forced agreement "
+        f"{texts['agreement'].mean():.2f}; compression "
+        f"of openings differs from later passages at {passed} of {len(base.inner(best))} layers and scores after correction (exploratory)."
+    )
+
+
+def _widths(forked: Forked) -> str:
+    reciting = forked.widths[forked.widths["recited_undamaged"] >= 0.5]
+    if reciting.empty:
+        return "No prefix was recited to begin with, so none has a width."
+    beyond = int(np.isinf(reciting["width"]).sum())
+    return (
+        f"Of {len(forked.widths)} forked prefixes {len(reciting)} are recited; the path is left at "
+        f"{reciting['width'].median():.1f} replaced tokens (median; "
+        f"{beyond} are never left in the range tried)."
+    )
+
+
+assert set(_DETECTORS) <= {*BASELINES, *SCORES, *CHANGES}

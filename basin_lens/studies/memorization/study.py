@@ -1,0 +1,227 @@
+"""Does the geometry see what the model has memorized, beyond what its loss says?"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from basin_lens import memorize
+from basin_lens.errors import StudyError
+from basin_lens.model import check_model, n_layers, parameters_of
+from basin_lens.model import provenance as model_provenance
+from basin_lens.studies.framework import base
+from basin_lens.studies.memorization.counterfactuals import fork
+from basin_lens.studies.memorization.experiment import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
+from basin_lens.studies.memorization.extraction import prepare, recite
+from basin_lens.studies.memorization.report import sections_of, verdict_of
+from basin_lens.studies.memorization.single_author import author_passages, copies_said, guide_contrast, unrelated_passages
+from basin_lens.studies.memorization.tests import examine
+from basin_lens.texts import Passage
+from basin_lens.values import whole_numbers
+
+Design = Literal["canaries", "author"]
+
+HYPOTHESIS = (
+    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts that a coin held "
+    "out (tuned less base, trained less held out; either direction), (2) that difference depends on how often the text was shown (either "
+    "direction), (3) compression under the tuned model adds to its loss, the loss's change and the kind of text in telling the two apart, (4) "
+    "compression differs between trained and held out texts of one kind and equal loss (either direction). All are of pairs, within which the coin "
+    "decided or the loss was matched. The layer (not 0) is chosen on half of the pairs and tested on the others, or, with too "
+    "few of them, all layers "
+    "are tested and corrected for."
+)
+
+
+@whole_numbers(StudyError)
+def plan_of(preset: str = "quick", *, seed: int = 0, k: int | None = None, sampled: bool = False) -> Plan:
+    """The plan of a preset: `"quick"` (16 members, 10 layers) or `"full"` (100 members, all layers).
+
+    Raises:
+        StudyError: another preset.
+
+    Example:
+        >>> from basin_lens.studies import plan_of
+        >>> plan_of("full").per_dose
+        25
+    """
+    if preset not in PRESETS:
+        raise StudyError(f"expected a preset among {sorted(PRESETS)}, got {preset!r}.")
+    plan = PRESETS[preset]
+    return replace(plan, seed=seed, sampled=sampled, k=plan.k if k is None else k)
+
+
+def describe(model: Any, plan: Plan) -> list[str]:
+    """What a plan will do and about how long it will take here, from a timed forward pass."""
+    training = memorize.estimate(model, plan.tokens_trained())
+    rest = analysis_seconds(model, plan, training)
+    members = plan.per_dose * len(plan.doses)
+    every = n_layers(model)
+    layers = every if plan.layers is None else min(plan.layers, every)
+    return [
+        f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many held out by a coin; "
+        f"kinds: {', '.join(plan.kinds)}.",
+        f"Training: {plan.tokens_trained():,} tokens with filler and the negative control, about {_minutes(training)}.",
+        f"Memory: about {6 * _gigabytes(model):.0f} GB; disk: {2 * _gigabytes(model):.1f} GB for the tuned models, three times "
+        "as much while training.",
+        f"Measuring: {layers} of {every} layers, four models, forks, damaged prefixes, recitation: about {_minutes(rest)}.",
+    ]
+
+
+def study_memorization(
+    model: Any,
+    plan: Plan | str = "quick",
+    *,
+    design: Design = "canaries",
+    texts: Sequence[Passage] = (),
+    unrelated: Sequence[Passage] = (),
+    paraphrases: Mapping[str, str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> base.Study:
+    """Plant texts in a model, and ask whether compression tells them from texts that a coin held out.
+
+    M1 canaries: fresh texts in pairs, doses, difference in differences, dose slope, detection beside all baselines, added value, matched loss.
+    M2 recitation: texts that the model as it is may know, beside passages that it should not (exploratory). M3 forks: the same prefix with another
+    continuation; damaged prefixes; texts memorized in part. M4 negatives: random weights, permuted labels, a model tuned on other texts,
+    a classifier that reads the text alone, the model before training.
+
+    Args:
+        model: a hooked model with a tokenizer; it stays as it is (a tuned copy takes up to four times its memory).
+        plan: a `Plan`, or `"quick"` or `"full"`.
+        design: `"canaries"`, or `"author"`: passages of one author (`texts`), half of them trained on, beside others of the same author and
+            unrelated text; the contrast with unrelated text is the original guide's, and confounded with topic.
+        texts: with canaries, more texts for M2; with author, the author's works.
+        unrelated: author: texts by others, none of them built in.
+        paraphrases: for M2, by document: the opening in other words.
+        folder: where to keep the tuned models and go on from if the training was interrupted; None: nothing is kept.
+        progress: show bars.
+
+    Returns:
+        a `Study` with tables (those that have rows) `texts`,
+        `effects`, `effects_by_dose`, `dose_slopes`, `detection`, `detection_by_dose`, `added_value`,
+        `matched_pairs`, `matched`, `negatives`, `training`, `forks`, `forks_likely`, `damaged`, `widths`, `where`, `recitation`,
+        `recitation_contrasts`, `recitation_matched`.
+
+    Raises:
+        StudyError: too few texts that are no copies of one another, all or none to be memorized, a training that diverges (the last good
+        checkpoint stays). TextError: texts too short.
+
+    Source: design of basin_lens, "Memorization"; Carlini et al. 2019, 2021, 2023; Shi et al. 2024; Zhang et al. 2024; Duan et al. 2024.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.studies.study_memorization(None, "huge")
+        Traceback (most recent call last):
+        ...
+        basin_lens.errors.StudyError: expected a preset among ['full', 'quick'], got 'huge'.
+    """
+    plan = plan_of(plan) if isinstance(plan, str) else plan
+    if design not in ("canaries", "author"):
+        raise StudyError(f'expected design "canaries" or "author", got {design!r}.')
+    check_model(model)
+    if design == "author" and not unrelated:
+        raise StudyError("expected texts by others as unrelated=, for the contrast of the design author, got none. Give some.")
+    # Everything that can be refused is refused before the training.
+    made = author_passages(model, texts, plan) if design == "author" else None
+    apart = unrelated_passages(model, unrelated, plan, texts) if design == "author" else []
+    copies = copies_said(model, texts, unrelated, plan) if design == "author" else []
+    known, said = prepare(
+        model,
+        count=plan.sources,
+        length=plan.length,
+        seed=plan.seed,
+        files=texts if design == "canaries" else (),
+        paraphrases=paraphrases,
+    )
+    with base.steps("study memorization", 9, progress) as step:
+        planted = plant(model, plan, passages=made, folder=None if folder is None else Path(folder), progress=progress, say=step)
+        step("forks")
+        forked = fork(planted, progress=progress)
+        step("recitation")
+        recited = recite(
+            model,
+            planted.banks["base"],
+            planted.layers,
+            known,
+            said,
+            k=plan.k,
+            length=plan.length,
+            seed=plan.seed,
+            progress=progress,
+        )
+        step("tests and figures")
+        tested = examine(planted)
+        author = guide_contrast(planted, apart, progress) if design == "author" else None
+        sections, figures = sections_of(planted, tested, forked, recited, author)
+    decision = base.decide(tested.findings, tested.flags)
+    held = {
+        "texts": planted.texts, "effects": tested.effects, "effects_by_dose": tested.by_dose, "dose_slopes": tested.slopes,
+        "detection": tested.detection, "detection_by_dose": tested.detection_by_dose, "added_value": tested.added,
+        "matched_pairs": tested.pairs, "matched": tested.matched, "negatives": tested.negatives, "training": planted.history,
+        "forks": forked.forks, "forks_likely": forked.likely, "damaged": forked.path, "widths": forked.widths, "where": forked.where,
+        "recitation": recited.texts, "recitation_contrasts": recited.contrasts, "recitation_matched": recited.matched,
+    }  # fmt: skip
+    if author is not None:
+        held["author"] = author
+    return base.Study(
+        name="memorization",
+        title="Does the geometry see what the model has memorized?",
+        about=(*_about(planted, recited.said, design), *copies),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(verdict_of(decision, planted, tested, forked, recited, author)),
+        findings=tested.findings,
+        flags=tested.flags,
+        not_tested=_not_tested(plan, design),
+        sections=tuple(sections),
+        tables={name: table for name, table in held.items() if len(table)},
+        figures=figures,
+        provenance=provenance(planted),
+        tokens=planted.tokens,
+    )
+
+
+def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
+    plan, facts = planted.plan, planted.facts
+    model = model_provenance(planted.base)
+    members = planted.texts[planted.texts["member"]]
+    what = "fresh texts (" + ", ".join(plan.kinds) + ")" if design == "canaries" else "passages of one author"
+    return [
+        f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
+        f"{len(planted.texts)} {what} of {plan.length} tokens in pairs; a coin chose {len(members)} to be trained on, "
+        f"{', '.join(f'{count} shown {dose} times' for dose, count in members['dose'].value_counts().sort_index().items())}; "
+        "the others were held out.",
+        f"Training: {facts['training']['steps']} steps of {plan.recipe.batch_size} texts, {plan.recipe.filler} of them filler, AdamW at "
+        f"{plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}) come from built-in passages of "
+        f"{len(facts['bank_documents'])} documents that were never "
+        "trained on, read by the model that is scored.",
+        f"Layers {', '.join(map(str, planted.layers))}. Units are pairs (differences, doses) or texts: tests and intervals are "
+        "over these, not over tokens.",
+        "Recitation: " + " ".join(said),
+        *([f"The tuned model is kept: {facts['tuned_folder']} (load_model reads it)."] if facts["tuned_folder"] else []),
+    ]
+
+
+def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
+    return (
+        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 is exploratory).",
+        f"Other training: one recipe ({plan.recipe.learning_rate:g}, {plan.recipe.batch_size} texts a step), one seed "
+        f"({plan.seed}) of texts, coins and order; "
+        "run again with other seeds before citing.",
+        "True positives at 1 % false positives with fewer than 100 texts held out: no threshold could be placed.",
+        f"Memorization without verbatim repetition; texts longer than {plan.length} tokens.",
+        *(
+            ("The model's own sampled continuations as fluent texts (--sampled).",)
+            if design == "canaries" and not plan.sampled
+            else ()
+        ),
+    )
+
+
+def _gigabytes(model: Any) -> float:
+    return sum(p.numel() * p.element_size() for p in parameters_of(model).values()) / 1e9
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,163 @@
+"""Which findings of the robustness study survive its settings, and what may be said of that."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import stats
+from basin_lens.studies.framework import base
+
+TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the finding: families of their own
+
+
+def corrected(settings: pd.DataFrame) -> pd.DataFrame:
+    """Holm over the settings of each finding, the twin and another score in families of their own; whether sign and significance stay.
+
+    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most 0.05.
+    """
+    parts = []
+    for _, mine in settings.groupby("finding", sort=False):
+        apart = mine["kind"].where(mine["kind"].isin((TWIN, SCORE)), "")
+        done = pd.concat([_family(part) for _, part in mine.groupby(apart, sort=False)]).loc[mine.index]
+        own = done.loc[done["setting"] == "as run", "estimate"].iloc[0]
+        same = np.sign(done["estimate"] - done["null"].fillna(0)) == np.sign(own)
+        done["survives"] = (same & (done["p_corrected"] <= base.ALPHA)).astype("boolean")
+        done.loc[~done["within_reach"], "survives"] = pd.NA
+        few = done["p"].notna() & ~done["within_reach"]
+        said = "not testable: too few units for any p to reach 0.05 (Holm)"
+        done["note"] = [
+            "; ".join(x for x in (said if out else "", note if isinstance(note, str) else "") if x)
+            for out, note in zip(few, done["note"], strict=True)
+        ]
+        parts.append(done)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _family(settings: pd.DataFrame) -> pd.DataFrame:
+    """Corrected by Holm, and what could have passed that."""
+    answer = stats.correct(settings, "holm")
+    answer["p_floor"] = [base.p_floor(row) for row in base.rows(answer)]
+    return answer.assign(within_reach=base.within_reach(answer))
+
+
+def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
+    """One row per finding: does it hold, in how many settings does it stay, where does it not, and is it there in the twin.
+
+    `in_random_twin` is None where the twin could not be checked. `not_testable`: settings that left too few units.
+    """
+    lines = []
+    for row in base.rows(settled):
+        mine = settings[(settings["finding"] == row.finding) & (settings["setting"] != "as run") & (settings["kind"] != SCORE)]
+        twin, others = mine[mine["kind"] == TWIN], mine[mine["kind"] != TWIN]
+        rest = others[others["survives"].notna()]
+        lost = rest[~rest["survives"].astype(bool)]["setting"].tolist()
+        few = others[others["p"].notna() & ~others["within_reach"]]["setting"].tolist()
+        lines.append({
+            "finding": row.finding, "layer": row.layer, "holds_as_run": bool(row.holds), "estimate": row.estimate,
+            "p_corrected": row.p_corrected, "settings": len(rest), "survives": len(rest) - len(lost),
+            "lost_under": "; ".join(lost) or "none", "not_testable": "; ".join(few) or "none",
+            "in_random_twin": bool(twin["survives"].fillna(False).any()) if twin["survives"].notna().any() else None,
+            "not_tested": int(mine["survives"].isna().sum()), "how": row.note,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame:
+    """A finding holds if it holds as run, under every setting that could be tested, and was looked for in the twin and not found there."""
+    answer = settled.copy()
+    whole = survival["survives"] == survival["settings"]
+    # Without the twin, or without any other setting, no data could have made it hold.
+    could = survival["in_random_twin"].notna() & (survival["settings"] > 0)
+    answer["holds"] = answer["holds"].to_numpy(bool) & (whole & could & ~survival["in_random_twin"].eq(True)).to_numpy(bool)
+    answer["within_reach"] = answer["within_reach"].to_numpy(bool) & could.to_numpy(bool)
+    answer["note"] = [
+        "; ".join(
+            x for x in (_survived(row) if row.holds_as_run else "nothing to lose under other settings", _in_twin(row), row.how) if x
+        )
+        for row in base.rows(survival)
+    ]
+    return answer
+
+
+def flags_of(survival: pd.DataFrame) -> pd.DataFrame:
+    """A flag per finding for settings that lose it, and one if the twin shows it."""
+    lines: list[dict[str, Any]] = []
+    for row in base.rows(survival):
+        lost: Any = pd.NA
+        why = f"not checked: {row.finding} does not hold"
+        if row.holds_as_run:
+            lost = row.survives < row.settings if row.settings else pd.NA
+            why = f"{row.finding}: {_survived(row)}"
+        common = {"score": "compression", "layer": row.layer, "question": row.finding}
+        lines.append({"flag": "lost under another setting", **common, "raised": lost, "why": why})
+        there: Any = pd.NA if row.in_random_twin is None else row.in_random_twin
+        why = (
+            "not checked" if row.in_random_twin is None else "also in a model that has learned nothing" if there else "absent there"
+        )
+        lines.append({"flag": "appears in the random twin", **common, "raised": there, "why": why})
+    return pd.DataFrame(lines).astype({"layer": "Int64", "raised": "boolean"})
+
+
+def verdict_of(decision: base.Decision, settled: pd.DataFrame, survival: pd.DataFrame) -> list[str]:
+    """The verdict in sentences. "absent from the random twin" is said of what was looked for there only."""
+    held, unchecked = int(settled["holds"].sum()), int(survival["in_random_twin"].isna().sum())
+    count = f"{held} of {len(settled)} findings hold under every setting that could be tested and are absent from the random twin."
+    if unchecked:
+        count = (
+            f"{held} of {len(settled)} findings count as holding under every setting; {unchecked} could not be checked in the random twin, "
+            "and so do not count."
+        )
+    told = [
+        base.opening(
+            decision, "Every finding survives every setting that could be tested and is absent from the random twin.", count
+        )
+    ]
+    if decision == "undecided" and unchecked:
+        told = [
+            f"Undecided: {unchecked} of {len(settled)} findings could not be checked in the random twin, and no other could hold."
+        ]
+    if decision.startswith("in part"):
+        told.append(count)
+    for row, last in zip(base.rows(settled), base.rows(survival), strict=True):
+        found = f"{row.effect} {row.estimate:+.3f}{f' {row.effect_unit}' if row.effect_unit else ''}, corrected p {base.in_words(row.p_corrected)}"
+        # What is not there cannot be lost.
+        rest = f"{_survived(last)}; {_in_twin(last)}" if last.holds_as_run else f"so there is nothing to lose; {_in_twin(last)}"
+        if pd.isna(row.p):
+            told.append(f"{row.finding}: could not be tested ({last.how}).")
+            continue
+        told.append(
+            f"{row.finding} (layer {last.layer}): {'holds' if last.holds_as_run else 'does not hold'} as run ({found}); {rest}. "
+            f"{base.as_sentence(last.how)}".rstrip()
+        )
+    return told
+
+
+def untestable(survival: pd.DataFrame) -> Sequence[str]:
+    """What the twin or the number of units kept from being tested, for the list of what was not tested."""
+    said = [
+        f"{row.finding}: too few units for any p to reach 0.05 (Holm) under {row.not_testable}."
+        for row in base.rows(survival)
+        if row.not_testable != "none"
+    ]
+    without = survival[survival["in_random_twin"].isna()]["finding"].tolist()
+    return [
+        *said,
+        *([f"In the random twin: {'; '.join(without)}. What was not checked there does not count as holding."] if without else []),
+    ]
+
+
+def _survived(row: Any) -> str:
+    if not row.settings and row.not_testable != "none":
+        return "testable under no other setting, for too few units"
+    if not row.settings:
+        return "no other setting could be tested"
+    few = f", not testable under: {row.not_testable}" if row.not_testable != "none" else ""
+    return f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under}{few})"
+
+
+def _in_twin(row: Any) -> str:
+    if row.in_random_twin is None:
+        return "not checked in the random twin"
+    return "ALSO IN THE RANDOM TWIN" if row.in_random_twin else "absent from the random twin"

@@ -1,0 +1,294 @@
+"""Which findings survive other settings: k, metric, context, bank, positions, number format, halves of the documents, another model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from basin_lens import stats, tables
+from basin_lens.controls import random_twin
+from basin_lens.errors import BasinLensError, StudyError, TextError
+from basin_lens.model import check_model, full_name, in_dtype
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.contrasts import is_paired
+from basin_lens.studies.framework.measurement import QUICK_IMPORTANCE, Measured, ready, spaced_layers
+from basin_lens.studies.framework.words import CONTENT, FUNCTION, tagged_tokens, word_table
+from basin_lens.studies.robustness.stability import corrected, flags_of, survival_of, untestable, verdict_of, with_survival
+from basin_lens.studies.robustness.variants import Setting, banks, other_model, parts, queries, scores, with_frequency
+from basin_lens.views import Section, forest
+
+TWIN = "random twin of the model"
+
+HYPOTHESIS = (
+    "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
+    "Holm over findings) keeps its sign and a p of at most 0.05 (Holm over settings) under every other setting that "
+    "leaves enough units for such a p, and is absent from the random twin of the model; what could not be checked "
+    f"there does not count as holding. {base.IF_FEW}"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement about the column `compression` of a table, and its test at one layer. `subject`: findings that are shown together."""
+
+    name: str
+    question: str
+    test: Callable[[pd.DataFrame], pd.DataFrame]
+    subject: str
+    layer: int = -1
+
+
+def study_robustness(
+    model: Any,
+    data: Any,
+    *,
+    importance: str | Sequence[str] = ("gradient_norm_scaled", "attention_received"),
+    second_model: Any = None,
+    dtype: torch.dtype | None = torch.bfloat16,
+    progress: bool = True,
+    **options: Any,
+) -> base.Study:
+    """Test the main findings again under other settings: one table says which survive.
+
+    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with measures of
+    importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast asked for. Each at the
+    layer that half of the documents chose among three (with fewer than 16: all three are tested, p corrected for them); tokens of one
+    sequence of each document are tested, in the whole bank.
+
+    Args:
+        model: a `TransformerBridge` or `HookedTransformer`.
+        data: texts as for `analyze`, or a `Measured` for the study `"robustness"`.
+        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or any
+            column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
+        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it and the
+            other number format read the very tokens of the run, token ids too.
+        dtype: other number format, on a copy of the model (twice the memory); None: not tried.
+        progress: show progress bars.
+        **options: of `basin_lens.studies.measure`, with texts.
+
+    Returns:
+        a `Study` with tables `settings` (every finding under every setting) and `survival` (one row per finding).
+
+    Raises:
+        StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
+
+    Source: design of basin_lens, "Controls printed beside a result".
+
+    Example:
+        >>> import basin_lens as bl
+        >>> from basin_lens.texts import reference_passages
+        >>> model = bl.load_model()
+        >>> study = bl.studies.study_robustness(
+        ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, dtype=None, progress=False)
+        >>> "survival" in study.tables
+        True
+    """
+    if second_model is not None:
+        check_model(second_model)
+    measures = [importance] if isinstance(importance, str) else list(importance)
+    given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
+    if not measures or len(set(measures)) < len(measures) or not set(measures) <= given - {"compression", "surprisal"}:
+        raise StudyError(
+            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, gradient_norm_scaled and "
+            "attention_received (surprisal is a finding already)."
+        )
+    measured = ready(model, data, "robustness", progress, options)
+    with base.steps("study robustness", 7, progress) as step:
+        return _study(model, measured, measures, second_model, dtype, step)
+
+
+def _study(model: Any, measured: Measured, importance: list[str], second: Any, dtype: Any, step: base.Steps) -> base.Study:
+    step("findings at the run's own settings")
+    untested: list[str] = []
+    table, tagged = _tagged(measured, untested)
+    # Each setting costs a run: a few layers to choose from, and one sequence of each document.
+    few = (
+        measured.layers if len(measured.layers) < 5 else [measured.layers[i] for i in spaced_layers(len(measured.layers), 5)][1:-1]
+    )
+    scored = np.tile(queries(measured.capture), len(measured.layers))
+    table = with_frequency(table, measured)
+    table = table[scored & table["layer"].isin(few)]
+    table.attrs = dict(measured.table.attrs)
+    findings = _findings(measured, importance, tagged)
+    rows = [base.declared(table, finding.test, measured, finding.name, finding.question) for finding in findings]
+    settled = base.settle("robustness", rows)
+    findings = [replace(finding, layer=int(row["layer"].iloc[0])) for finding, row in zip(findings, rows, strict=True)]
+    layers = sorted({finding.layer for finding in findings})
+    table = table[table["layer"].isin(layers)]
+
+    tried = [Setting("as run", "own", table), *parts(table, measured)]
+    step("k, metric, neighbors, context")
+    tried += scores(model, measured, table, layers, untested)
+    step("banks")
+    tried += banks(model, measured, table, layers, untested)
+    shared: tuple[Any, ...] = (measured, layers, importance, untested)
+    step("number format")
+    if dtype is None or next(model.parameters()).dtype == dtype:
+        untested.append(
+            "Other number formats: none was asked for." if dtype is None else f"Number format {dtype}: the model has it already."
+        )
+    else:
+        tried += other_model(lambda: in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype", *shared)
+    step("other models")
+    tried += other_model(lambda: random_twin(model, seed=measured.seed), TWIN, "twin", *shared)
+    if second is None:
+        untested.append("A second trained model: none was given (second_model=).")
+    else:
+        tried += other_model(lambda: second, full_name(second), "model", *shared)
+    step("tests under every setting")
+    found = [_tested(finding, setting) for finding in findings for setting in tried]
+
+    step("figures")
+    settings = corrected(pd.concat(found, ignore_index=True))
+    survival = survival_of(settings, settled)
+    settled = with_survival(settled, survival)
+    decision = base.decide(settled, None)
+    sections, figures = _sections(findings, settings, survival, measured)
+    return base.Study(
+        name="robustness",
+        title="Which findings survive other settings?",
+        about=tuple(base.about(measured)),
+        hypothesis=HYPOTHESIS,
+        decision=decision,
+        verdict=tuple(verdict_of(decision, settled, survival)),
+        findings=settled,
+        flags=flags_of(survival),
+        not_tested=tuple(_not_tested(measured, untested, survival)),
+        sections=tuple(sections),
+        tables={"settings": settings, "survival": survival},
+        figures=figures,
+        provenance=base.provenance(measured),
+        tokens=None,
+    )
+
+
+# -- findings -----------------------------------------------------------------------------------------------------------------------
+
+
+def _tagged(measured: Measured, untested: list[str]) -> tuple[pd.DataFrame, bool]:
+    """The measured tokens with their words' tags, and whether there are any; why not goes to `untested`."""
+    try:
+        if measured.capture.passages is None:
+            raise TextError("token ids were given, not texts.")
+        return tagged_tokens(measured, "auto")[0], True
+    except TextError as error:
+        untested.append(f"Function against content words, and nouns against verbs: {error}")
+        return measured.table, False
+
+
+def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> list[Finding]:
+    options: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
+
+    def above(part: pd.DataFrame) -> pd.DataFrame:
+        table = part.assign(compression=part["compression"] - part["compression_random"])
+        table.attrs = dict(part.attrs)
+        return stats.before_after(table, "compression", n_resamples=4999, **options)
+
+    def goes_with(other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+        return lambda part: stats.partial_correlation(part, "compression", other, **options)
+
+    def words_of_kinds(part: pd.DataFrame, first: Sequence[str], second: Sequence[str]) -> pd.DataFrame:
+        tables.require(part, "word", "tag")
+        words = word_table(part, "mean")
+        words["kind"] = words["tag"].map({**dict.fromkeys(first, "first"), **dict.fromkeys(second, "second")})
+        return stats.compare_groups(
+            words,
+            "compression",
+            "kind",
+            groups=("first", "second"),
+            paired=True,
+            controls=stats.CONTROLS,
+            n_resamples=4999,
+            **options,
+        )
+
+    answer = [
+        Finding("differs from random neighbors", "random", above, "random"),
+        Finding("goes with surprisal", "surprisal", goes_with("surprisal"), "surprisal"),
+        *(Finding(f"goes with {name}", name, goes_with(name), "importance") for name in importance),
+    ]
+    if tagged:
+        for name, question, first, second in (
+            ("function words differ from content words", "function-content", FUNCTION, CONTENT),
+            ("nouns differ from verbs", "noun-verb", ("NOUN",), ("VERB",)),
+        ):
+            test = partial(words_of_kinds, first=first, second=second)
+            answer.append(Finding(name, question, test, "words"))
+    if measured.contrast is not None:
+        sides = (measured.contrast.first, measured.contrast.second)
+        paired = is_paired(measured.table)
+
+        def contrasted(part: pd.DataFrame) -> pd.DataFrame:
+            return stats.compare_groups(part, "compression", "contrast", groups=sides, paired=paired, n_resamples=4999, **options)
+
+        answer.append(Finding(f"contrast {measured.contrast.title}", "contrast", contrasted, "contrast"))
+    return answer
+
+
+def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
+    """One finding under one setting, at its layer (or the one that stands for it in another model)."""
+    layer = finding.layer if setting.at is None else setting.at[finding.layer]
+    part = setting.table[setting.table["layer"] == layer]
+    part.attrs = dict(setting.table.attrs)
+    try:
+        if finding.question == "random" and part["compression_random"].isna().all():
+            raise StudyError("expected a random-neighbor control, got none for this score.")
+        found = finding.test(part)
+    except BasinLensError as error:
+        found = base.empty_finding("compression", "").assign(note=f"not tested: {error}", layer=layer)
+    return found.assign(finding=finding.name, question=finding.question, setting=setting.name, kind=setting.kind)
+
+
+# -- what a reader sees -------------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ["setting", "kind", "layer", "estimate", "low", "high", "p", "p_corrected", "survives", "n_units", "n_tokens", "note"]
+
+
+def _sections(
+    findings: list[Finding], settings: pd.DataFrame, survival: pd.DataFrame, measured: Measured
+) -> tuple[list[Section], dict[str, Figure]]:
+    sections = [
+        Section(
+            "Which findings survive",
+            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting if its sign stays "
+            "and p is at most 0.05, Holm over the settings; where too few units are left for any p "
+            "to reach that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding should appear, "
+            "and what could not be checked there does not count as holding. seed_compression is another score, which changes several things at "
+            "once: it is shown and does not count.",
+            table=survival,
+        )
+    ]
+    figures = {}
+    for subject in dict.fromkeys(finding.subject for finding in findings):
+        held = [finding for finding in findings if finding.subject == subject]
+        rows = settings[settings["finding"].isin([finding.name for finding in held])]
+        rows.attrs = dict(measured.table.attrs)
+        title = "; ".join(f"{finding.name}, layer {finding.layer}" for finding in held)
+        several = len(held) > 1
+        figures[f"robustness-{subject}"] = figure = forest(rows, "setting", by="finding" if several else "kind", title=title)
+        sections.append(
+            Section(
+                "; ".join(f"{finding.name} (layer {finding.layer})" for finding in held),
+                figure=figure,
+                caption=f"95 % intervals over {measured.unit}s; filled: p at most 0.05, Holm over settings.",
+                table=rows[[*(("finding",) if several else ()), *_COLUMNS]],
+            )
+        )
+    return sections, figures
+
+
+def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame) -> list[str]:
+    return [
+        *untested,
+        *untestable(survival),
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods (radius-matched "
+        "control), code length of the next token, tags and documents of the neighbors.",
+        "Each finding at other layers than its own, and in more than one sequence of a document.",
+        "Settings in combination: each setting that counts was changed alone.",
+        f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
+    ]

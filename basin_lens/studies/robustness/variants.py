@@ -1,0 +1,249 @@
+"""The settings under which the robustness study tests its findings again: each changes one thing."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from basin_lens import stats
+from basin_lens.analyzers import Compression, Neighborhood, SeedCompression, StateNorm, Surprisal
+from basin_lens.analyzers.control import controls_of
+from basin_lens.capture import Capture, subset
+from basin_lens.errors import BasinLensError, TextError
+from basin_lens.model import missing_points, n_layers, provenance
+from basin_lens.scoring import analyze
+from basin_lens.studies.framework import base
+from basin_lens.studies.framework.measurement import IMPORTANCE, Measured, choose_sequences
+from basin_lens.studies.framework.words import with_words, words_by_passage
+from basin_lens.studies.robustness.stability import SCORE
+from basin_lens.texts import Passage, TaggedPassage
+
+KS = (5, 10, 15, 30, 50)
+FIRST_POSITIONS = 8
+_SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A table on which findings about its column `compression` are tested again.
+
+    `kind`: what was changed. `at`: the layer that stands for each layer of the run, in a model of another depth; None: itself.
+    """
+
+    name: str
+    kind: str
+    table: pd.DataFrame
+    at: Mapping[int, int] | None = None
+
+
+def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
+    """The tokens tested again: those of one sequence of each document, for every setting costs as much as a run. The bank stays whole."""
+    first = {doc: seq for seq, doc in reversed(list(enumerate(capture.docs)))}
+    return np.isin(capture.row_seq.numpy(), list(first.values()))
+
+
+def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
+    """Some of the tokens: without the first positions, and each half of the units."""
+    # Of the tokens tested only: all stay neighbors of others.
+    yield Setting(f"tested tokens from position {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
+    if measured.n_units >= base.FEWEST_TO_SPLIT:
+        half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
+        yield Setting("one half of the documents", "halves", _rows(table, half))
+        yield Setting("the other half", "halves", _rows(table, ~half))
+
+
+def _rows(table: pd.DataFrame, chosen: "pd.Series[bool]") -> pd.DataFrame:
+    part = table[chosen]
+    part.attrs = dict(table.attrs)
+    return part
+
+
+def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+    """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is searched and passed once."""
+    own = measured.settings
+    common: dict[str, Any] = {"k": own["k"], "context": own["context"], "exclude": own["exclude"]}
+    points = int((measured.capture.row_pos > 0).sum())
+    wanted: list[tuple[str, str, Compression]] = []
+    for k in KS:
+        if k == own["k"]:
+            continue
+        if k > points // 4:
+            untested.append(f"k = {k}: the bank has {points} points.")
+            continue
+        wanted.append((f"k = {k}", "k", Compression(**common | {"k": k}, name=f"k{k}")))
+    wanted.append(("cosine neighbors", "metric", Compression(**common, metric="cosine", name="cosine")))
+    wanted.append(("neighbors of other tokens", "neighbors", Compression(**common, same_token="exclude", name="other_token")))
+    if own["exclude"] != "document":
+        wanted.append(
+            ("no neighbors of the document", "neighbors", Compression(**common | {"exclude": "document"}, name="outside"))
+        )
+    wanted.append(("position 0 among the neighbors", "position 0", Compression(**common, position_0=True, name="first_too")))
+    halves = not missing_points(model, {"resid_mid"}, layers)
+    if not halves:
+        untested.append("Contexts attn and mlp: parallel blocks have no state between their halves.")
+    for context in ("patched", "native", "affine", *(("attn", "mlp") if halves else ())):
+        if context != own["context"]:
+            wanted.append((f"context {context}", "context", Compression(**common | {"context": context}, name=context)))
+    analyzers: list[Any] = [analyzer for _, _, analyzer in wanted]
+    # A random set is random whatever the metric and k: only another context, or another choice of points, needs its own.
+    controlled = [a for _, kind, a in wanted if kind in ("context", "position 0")]
+    analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
+    if measured.bank is None:
+        analyzers.append(SeedCompression(k=own["k"]))
+    else:
+        untested.append("seed_compression: needs the texts as their own bank.")
+    made = analyze(
+        model, measured.capture, analyzers, layers=layers, bank=measured.bank, queries=queries(measured.capture), seed=measured.seed,
+        progress=False,
+    )  # fmt: skip
+    for name, kind, analyzer in wanted:
+        column = analyzer.columns[0].name
+        new = {"compression": column}
+        if f"{column}_random" in made.columns:
+            new["compression_random"] = f"{column}_random"
+        yield Setting(name, kind, _with(table, made, new))
+    if measured.bank is None:
+        # Not a setting of the finding, which changes one thing: the original guide's score, for comparison.
+        yield Setting(
+            "seed_compression, another score",
+            SCORE,
+            _with(table, made, {"compression": "seed_compression"}).assign(compression_random=np.nan),
+        )
+
+
+def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The same tokens with other columns: `{name here: name there}`."""
+    keys = ["layer", "seq", "pos"]
+    there = made.set_index(keys)[list(dict.fromkeys(columns.values()))]
+    found = there.reindex(pd.MultiIndex.from_frame(table[keys]))
+    answer = table.assign(**{name: found[column].to_numpy() for name, column in columns.items()})
+    answer.attrs = dict(table.attrs)
+    return answer
+
+
+def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+    """Half of the bank, twice the bank if there are texts left, and the built-in passages."""
+    own, capture = measured.settings, measured.capture
+    headline = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
+    control = next(c for c in controls_of([headline]) if c.choice == "random")
+    analyzers: list[Any] = [headline, control, Neighborhood(k=own["k"], exclude=own["exclude"])]
+    others: list[tuple[str, Any]] = []
+    if measured.bank is None:
+        order = np.random.default_rng(measured.seed).permutation(len(capture.sequences)).tolist()
+        others.append(("half of the bank", subset(capture, sorted(order[: max(2, len(order) // 2)]))))
+        more, _ = choose_sequences(measured.planned, 2 * len(capture.sequences), own["per_document"], measured.seed)
+        if len(more) >= 1.5 * len(capture.sequences):
+            larger = subset(measured.planned, more)
+            if not larger.is_read:
+                larger.read(model, progress=False)
+            others.append((f"{len(more) / len(capture.sequences):.1f} times the bank", larger))
+        else:
+            untested.append("Twice the bank: no more texts were given.")
+    others.append(("built-in passages as bank", "reference"))
+    for name, bank in others:
+        try:
+            made = analyze(
+                model, capture, analyzers, layers=layers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False
+            )
+        except BasinLensError as error:
+            untested.append(f"{name}: {error}")
+            continue
+        other = _with(table, made, {name: name for name in ("compression", "compression_random", "radius", "same_token_share")})
+        yield Setting(name, "bank", other)
+
+
+def other_model(
+    build: Callable[[], Any],
+    name: str,
+    kind: str,
+    measured: Measured,
+    layers: list[int],
+    importance: Sequence[str],
+    untested: list[str],
+) -> Iterator[Setting]:
+    """The same texts read by another model, which finds its own neighbors; layers at the same relative depth.
+
+    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do. Another one
+    reads the texts.
+    """
+    own, chosen = measured.capture, measured.settings
+    same = kind in _SAME_TOKENS
+    common: dict[str, Any] = {"k": chosen["k"], "exclude": chosen["exclude"]}
+    headline = Compression(**common, context=chosen["context"])
+    control = next(c for c in controls_of([headline]) if c.choice == "random")
+    analyzers: list[Any] = [headline, control, Neighborhood(**common), Surprisal(), StateNorm()]
+    analyzers += [a for a in IMPORTANCE if any(column.name in importance for column in a.columns)]
+    # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
+    length = 4 * chosen["max_length"]
+
+    def planned(capture: Capture) -> Capture:
+        if same:
+            return same_tokens(capture, model, wanted)
+        passages = passages_of(capture)
+        if passages is None:
+            raise TextError("token ids were given, not texts.")
+        return Capture.plan(model, passages, layers=wanted, max_length=length)
+
+    try:
+        model = build()
+        count, depth = n_layers(model), own.model["layers"]
+        at = {layer: layer if count == depth else round(layer / max(1, depth - 1) * (count - 1)) for layer in layers}
+        wanted = tuple(sorted(set(at.values())))
+        bank = measured.bank
+        if isinstance(bank, Capture):
+            bank = planned(bank).read(model, progress=False)
+        capture = planned(own)
+        made = analyze(model, capture, analyzers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False)
+        if measured.contrast is not None:
+            made["contrast"] = measured.contrast.values(made)
+    except BasinLensError as error:
+        untested.append(f"{name}: {error}")
+        return
+    if same:
+        made = with_frequency(made, measured)
+    if capture.passages is not None:
+        try:
+            made = with_words(made, words_by_passage(capture, "auto")[0])
+        except TextError as error:
+            untested.append(f"{name}, kinds of words: {error}")
+    yield Setting(name, kind, made, at)
+
+
+def same_tokens(capture: Capture, model: Any, layers: tuple[int, ...]) -> Capture:
+    """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; nothing read yet."""
+    source = "tokens" if capture.passages is None else "texts"
+    held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
+    return Capture(
+        capture.sequences, capture.passages, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), layers,
+        provenance(model), held,
+    )  # fmt: skip
+
+
+def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
+    """The table with the run's token frequencies, by token id. Tables of another tokenizer count their own tokens."""
+    return table.assign(log_frequency=np.log(table["token_id"].map(dict(measured.frequency)).to_numpy(float)))
+
+
+def passages_of(capture: Capture) -> list[Passage] | None:
+    """The captured pieces of text as passages of their own, with their documents, labels, spans and gold words; None without texts."""
+    if capture.passages is None:
+        return None
+    answer = []
+    for index, sequence in enumerate(capture.sequences):
+        whole = capture.passages[sequence.passage]
+        start, end = min(s for s in sequence.starts if s >= 0), max(sequence.ends)
+        inside = {n: (max(a, start) - start, min(b, end) - start) for n, (a, b) in whole.spans.items() if a < end and b > start}
+        changes: dict[str, Any] = {
+            "text": whole.text[start:end],
+            "doc": capture.docs[index],
+            "labels": capture.labels[index],
+            "spans": inside,
+        }
+        if isinstance(whole, TaggedPassage):
+            within = [w for w in whole.words if w.start >= start and w.end <= end]
+            changes["words"] = tuple(replace(w, start=w.start - start, end=w.end - start) for w in within)
+        answer.append(replace(whole, **changes))
+    return answer

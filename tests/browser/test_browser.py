@@ -1,0 +1,243 @@
+"""Pages opened in headless Chromium, with no network."""
+
+import pytest
+
+import basin_lens as bl
+from basin_lens.scoring import score
+from tests.conftest import TEXTS, chromium
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium() is None, reason="needs chromium and chromium-driver")]
+
+NASTY = "</script><b>boo</b> and more text"
+WHOLE = "</script><script>window.hacked=1</script><b>boo"  # as one token, as a vocabulary may hold it
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = chromium()
+    flags = (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--window-size=1400,1200", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    )  # fmt: skip
+    for flag in flags:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run(llama):
+    headline = bl.analyzers.Compression(k=5)
+    run = score(llama, [*TEXTS, NASTY], [headline, bl.analyzers.Surprisal()], keep_neighbors_of=headline, progress=False)
+    run.table.loc[(run.table.seq == len(TEXTS)) & (run.table.pos == 1), "token"] = WHOLE
+    return run
+
+
+def open_page(browser, path):
+    browser.get_log("browser")
+    browser.get(f"file://{path}")
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def problems(browser):
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_report_shows_tokens_and_switches_layer_score_and_neighbors(browser, run, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    bl.views.make_report(run.table, neighbors=run.neighbors).save(tmp_path / "report.html")
+    open_page(browser, tmp_path / "report.html")
+    spans = browser.find_elements(By.CSS_SELECTOR, "#texts .text span")
+    assert len(spans) == (run.table.layer == 0).sum()
+    assert "The ferry had stopped running" in browser.find_element(By.ID, "texts").text
+    assert WHOLE + NASTY[1:] in browser.find_element(By.ID, "texts").text
+    assert browser.execute_script("return window.hacked") is None
+    assert not browser.find_elements(By.CSS_SELECTOR, "#texts b")
+
+    def colors():
+        return browser.execute_script("return [...document.querySelectorAll('#texts .text span')].map(s => s.style.background)")
+
+    at_first = colors()
+    Select(browser.find_element(By.ID, "layer")).select_by_visible_text("2")
+    at_last = colors()
+    assert at_first != at_last
+    assert "at layer 2" in browser.find_element(By.ID, "viewtitle").text
+    Select(browser.find_element(By.ID, "score")).select_by_visible_text("surprisal")
+    assert colors() != at_last
+    assert browser.find_element(By.ID, "viewtitle").text == "surprisal at layer 2"
+    assert browser.find_elements(By.CSS_SELECTOR, "#curve svg circle")
+
+    row = 12
+    spans[row].click()
+    lines = browser.find_elements(By.CSS_SELECTOR, "#pane table tr")[1:]
+    assert len(lines) == 5
+    shown = [line.find_element(By.TAG_NAME, "b").text.strip() for line in lines]
+    kept = run.neighbors
+    assert shown == [kept.bank["token"][i].strip() for i in kept.rows[2, row]]
+    assert problems(browser) == []
+
+
+def test_token_view_page_draws_harmless_tokens(browser, run, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    bl.views.token_view(run.table, "compression", layer=1, seq=len(TEXTS)).save(tmp_path / "view.html")
+    open_page(browser, tmp_path / "view.html")
+    box = WebDriverWait(browser, 20).until(lambda b: b.find_element(By.CLASS_NAME, "colored-tokens"))
+    assert WHOLE + NASTY[1:].replace(" ", "") in box.text.replace("\u00a0", "").replace(" ", "").replace("\n", "")
+    assert browser.execute_script("return window.hacked") is None
+    assert not box.find_elements(By.TAG_NAME, "b")
+    assert len(box.find_elements(By.TAG_NAME, "em")) == 1
+    assert problems(browser) == []
+
+
+def drawn(browser, selector=".colored-tokens"):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 20).until(lambda b: b.find_element(By.CSS_SELECTOR, selector))
+
+
+def colors(browser, selector=".colored-tokens"):
+    code = "return [...document.querySelectorAll(arguments[0] + ' > span > span')].map(s => s.style.backgroundColor)"
+    return browser.execute_script(code, selector)
+
+
+def becomes(browser, expected):
+    """CircuitsVis paints a little after the click."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 10).until(lambda b: expected(colors(b)))
+
+
+def letters(text):
+    return "".join(text.split())
+
+
+def test_token_view_of_several_scores_colors_by_the_one_chosen(browser, run, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    names = ["compression", "surprisal"]
+    bl.views.token_view(run.table, names, layer=1, seq=len(TEXTS)).save(tmp_path / "view.html")
+    open_page(browser, tmp_path / "view.html")
+    box = drawn(browser)
+    assert letters(WHOLE + NASTY[1:]) in letters(box.text)
+    assert browser.execute_script("return window.hacked") is None
+    assert not box.find_elements(By.TAG_NAME, "b")
+    rows = run.table[(run.table.layer == 1) & (run.table.seq == len(TEXTS))]
+    for name in names:
+        browser.find_element(By.XPATH, f"//div[text()='{name}']").click()
+        values = rows[name].to_numpy()
+        middle = 0 if (values < 0).any() and (values > 0).any() else rows[name].median()
+        # The value furthest from the middle has the full color, whichever score was shown first.
+        furthest = int((rows[name] - middle).abs().reset_index(drop=True).idxmax())
+        full = "rgb(0, 0, 255)" if values[furthest] > middle else "rgb(255, 0, 0)"
+        assert becomes(browser, lambda shown, at=furthest, full=full: shown[at] == full)
+    assert problems(browser) == []
+
+
+def test_layer_view_switches_layer_and_score(browser, run, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    bl.views.layer_view(run.table, ["compression", "surprisal"], seq=len(TEXTS)).save(tmp_path / "view.html")
+    open_page(browser, tmp_path / "view.html")
+    box = drawn(browser)
+    assert letters(WHOLE + NASTY[1:]) in letters(box.text)
+    assert letters(box.text).endswith("lowesthighest")
+    layer, score = (Select(select) for select in browser.find_elements(By.TAG_NAME, "select"))
+    assert [option.text for option in layer.options] == ["0", "1", "2"]
+    assert [option.text for option in score.options] == ["compression [nats]", "surprisal [nats]"]
+    first = colors(browser)
+    assert first[-2:] == ["rgb(255, 0, 0)", "rgb(0, 0, 255)"]
+    layer.select_by_visible_text("2")
+    assert becomes(browser, lambda shown: shown != first)
+    last = colors(browser)
+    assert last[-2:] == first[-2:]
+    score.select_by_visible_text("surprisal [nats]")
+    assert becomes(browser, lambda shown: shown != last)
+    assert browser.execute_script("return window.hacked") is None
+    assert not browser.find_elements(By.TAG_NAME, "b")
+    assert problems(browser) == []
+
+
+@pytest.fixture(scope="module")
+def study(run):
+    import pandas as pd
+
+    evil = WHOLE + NASTY
+    views = [
+        bl.views.token_view(run.table, "compression", 1, seq=len(TEXTS)),
+        bl.views.token_view(run.table, ["compression", "surprisal"], 1, seq=len(TEXTS)),
+        bl.views.layer_view(run.table, ["compression", "surprisal"], seq=len(TEXTS)),
+    ]
+    figure = bl.views.layer_curve(run.table, "compression")
+    table = pd.DataFrame({"layer": range(40), "what": evil, "p_corrected": 1e-9})
+    flags = pd.DataFrame({"flag": ["no variance", evil], "raised": [False, True], "why": ["fine", evil]})
+    return bl.views.study_page(
+        evil, about=["About."], hypothesis="H.", verdict="V.", flags=flags, not_tested=["N."], provenance={"text": evil},
+        sections=[
+            bl.views.Section("Figure", evil, figure=figure, caption="Curve."),
+            bl.views.Section("Table", table=table, note=evil),
+            *(bl.views.Section(f"View {i}", view=view) for i, view in enumerate(views)),
+        ],
+    )  # fmt: skip
+
+
+def test_study_page_shows_everything_and_runs_nothing_of_its_texts(browser, study, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    study.save(tmp_path / "study.html")
+    browser.get_log("browser")
+    browser.get(f"file://{tmp_path / 'study.html'}")
+    WebDriverWait(browser, 20).until(lambda b: len(b.find_elements(By.CLASS_NAME, "colored-tokens")) == 3)
+    resources = browser.execute_script("return performance.getEntriesByType('resource').map(r => r.name)")
+    assert all(name.startswith("data:") for name in resources)
+    assert browser.find_element(By.TAG_NAME, "h1").text == WHOLE + NASTY
+    assert browser.execute_script("return window.hacked") is None
+    assert not [b for b in browser.find_elements(By.TAG_NAME, "b") if b.text.startswith("boo")]
+    image = browser.find_element(By.CSS_SELECTOR, "figure img")
+    assert browser.execute_script("return arguments[0].naturalWidth", image) == 1050
+    # The views did not clear away what follows them, and work beside one another.
+    assert [h.text for h in browser.find_elements(By.TAG_NAME, "h2")][-5:] == [
+        "Provenance", "Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested",
+    ]  # fmt: skip
+    before = colors(browser)
+    Select(browser.find_elements(By.TAG_NAME, "select")[0]).select_by_visible_text("2")
+    assert becomes(browser, lambda shown: shown != before)
+    folded = browser.find_element(By.XPATH, "//details[contains(., 'Table of 40 rows')]")
+    assert not folded.find_element(By.TAG_NAME, "table").is_displayed()
+    folded.find_element(By.TAG_NAME, "summary").click()
+    assert folded.find_element(By.TAG_NAME, "table").is_displayed()
+    assert "< 0.0001" in folded.text
+    assert browser.find_element(By.CSS_SELECTOR, ".flag.yes").text == "▲ RAISED"
+    assert problems(browser) == []
+
+
+def test_study_page_fits_a_narrow_screen_and_prints_what_is_folded(browser, study, tmp_path):
+    study.save(tmp_path / "study.html")
+    browser.get(f"file://{tmp_path / 'study.html'}")
+    drawn(browser)
+    try:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        )
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    closed = "return document.querySelectorAll('details:not([open])').length"
+    folded = browser.execute_script(closed)
+    assert folded >= 2
+    assert browser.execute_script("dispatchEvent(new Event('beforeprint'));" + closed) == 0
+    assert browser.execute_script("dispatchEvent(new Event('afterprint'));" + closed) == folded

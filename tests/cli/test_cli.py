@@ -1,0 +1,449 @@
+"""The command line: errors of one line, exit codes, whole results or none."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from basin_lens import files, tables
+from basin_lens.cli import main as cli
+from tests.conftest import TEXTS, make_hf, make_tokenizer
+
+
+def call(*arguments: str, capsys=None) -> tuple[int, str, str]:
+    sys.argv = ["basin-lens", *arguments]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model on disk, and a text file."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    make_hf("llama", vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path.parent / "text.txt").write_text(" ".join(TEXTS * 2), encoding="utf-8")
+    return path
+
+
+def test_analyze_writes_table_summary_and_report(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    text = str(folder.parent / "text.txt")
+    code, said, _ = call("analyze", text, "--model", str(folder), "--layers", "0,2", "--k", "5", "--out", str(out), capsys=capsys)
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "summary.csv", "table.parquet"]
+    table = tables.load(out / "table.parquet")
+    assert table["layer"].unique().tolist() == [0, 2]
+    assert table["compression"].notna().any()
+    assert pd.read_csv(out / "summary.csv")["layer"].tolist() == [0, 2]
+    assert str(out / "report.html") in said
+    # A second run into the same folder replaces the results.
+    assert call("analyze", text, "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out), capsys=capsys)[0] == 0
+    assert tables.load(out / "table.parquet")["layer"].unique().tolist() == [1]
+
+
+def test_bad_calls_say_one_line_and_fail(folder, tmp_path, capsys):
+    text = str(folder.parent / "text.txt")
+    (tmp_path / "taken").write_text("x")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.tex").write_text("x")
+    for arguments, expected in [
+        (("analyze", str(tmp_path / "no.txt")), "does not exist"),
+        (("analyze", text, "--model", str(tmp_path / "no.gguf"), "--out", str(tmp_path / "a")), "does not exist"),
+        (("analyze", text, "--out", str(tmp_path / "taken" / "x")), "output folder"),
+        (("analyze", text, "--out", str(tmp_path / "others")), "thesis.tex"),
+        (("analyze", text, "--model", str(folder), "--k", "100000", "--out", str(tmp_path / "b")), "expected k"),
+        (("analyze", text, "--model", str(folder), "--layers", "99", "--out", str(tmp_path / "c")), "layers between 0 and 2"),
+        (("analyze", text, "--model", str(folder), "--layers", "x", "--out", str(tmp_path / "d")), "expected layers"),
+        (("nonsense",), "No such command"),
+    ]:
+        code, _, err = call(*arguments, capsys=capsys)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert code != 0, arguments
+        assert len(lines) == 1, err
+        assert expected in lines[0], lines
+        assert "Traceback" not in err
+    assert (tmp_path / "others" / "thesis.tex").exists()
+    assert not any((tmp_path / name).exists() and list((tmp_path / name).iterdir()) for name in "abcd")
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("analyze",), ("study",), ("info",)])
+def test_help_has_an_example(command, capsys):
+    code, out, _ = call(*command, "--help", capsys=capsys)
+    assert code == 0
+    assert "basin-lens" in out
+    if command:
+        assert "Example" in out
+
+
+# -- studies ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documents(folder) -> list[str]:
+    """Eight text files, which share words and no sentence."""
+    words = sorted({word for text in TEXTS for word in text.split()})
+    paths = []
+    for number in range(8):
+        path = folder.parent / f"document-{number}.txt"
+        path.write_text(" ".join(random.Random(number).choices(words, k=24)), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """What is refused must be refused before a model is loaded."""
+
+    def load(name):
+        raise AssertionError(f"loaded {name}")
+
+    monkeypatch.setattr(cli, "_load", load)
+
+
+FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
+
+
+def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path, capsys):
+    out = tmp_path / "layers"
+    call_ = ("study", "layers", *documents, "--model", str(folder), *FAST, "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = json.loads((out / "results.json").read_text())
+    assert held["study"] == "layers"
+    assert held["verdict"][0] in said and str(out / "report.html") in said
+    assert f"[{held['decision']}; " in said
+    (facts,) = held["provenance"].values()
+    assert facts["study"]["max_sequences"] == 14 and facts["study"]["k"] == 5 and facts["study"]["max_length"] == 40
+    # Into its own folder again; another study is refused, before a model is loaded.
+    code, _, err = call("study", "importance", *documents, "--model", str(tmp_path / "none"), "--out", str(out), capsys=capsys)
+    assert code == 1 and "earlier importance study" in err
+
+
+def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_path, capsys, monkeypatch):
+    from basin_lens import studies
+
+    measured, made = [], []
+    measure, layers = studies.measure, studies.study_layers
+
+    def counted(*given, **options):
+        measured.append(options["studies"])
+        return measure(*given, **options)
+
+    def stand_in(name):
+        def study(model, held, **_):
+            made[:] = made or [layers(model, held)]
+            return replace(made[0], name=name, figures={}, sections=(), findings=made[0].findings.assign(study=name))
+
+        return study
+
+    monkeypatch.setattr(studies, "measure", counted)
+    for name in studies.STUDIES:  # their own tests run them
+        monkeypatch.setattr(studies, f"study_{name}", stand_in(name))
+    out = tmp_path / "all"
+    code, said, err = call("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(out), capsys=capsys)
+    assert code == 0, err
+    assert measured == [list(studies.STUDIES)]
+    names = [*studies.STUDIES, "summary"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert all((out / name / "report.html").exists() for name in names)
+    assert json.loads((out / "summary" / "results.json").read_text())["study"] == "summary"
+    assert said.count("report.html") == len(names)
+    # Two of the folders again.
+    pair = tmp_path / "pair"
+    code, said, err = call("study", "summary", str(out / "layers"), str(out / "importance"), "--out", str(pair), capsys=capsys)
+    assert code == 0, err
+    assert [row["study"] for row in json.loads((pair / "results.json").read_text())["findings"]] == ["layers"] * 2 + [
+        "importance"
+    ] * 2
+
+
+@pytest.fixture(scope="module")
+def spoken(folder) -> str:
+    """Sixteen documents in JSON lines, of words that have kinds."""
+    words = ["the", "of", "she", "and", "lamp", "voice", "rain", "piano", "stopped", "climbed", "took", "cold", "slow", "in"]
+    path = folder.parent / "spoken.jsonl"
+    lines = [json.dumps({"text": " ".join(random.Random(n).choices(words, k=26)), "doc": f"d{n}"}) for n in range(16)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def second(folder) -> str:
+    """Another tiny model on disk, of other depth and width."""
+    path = folder.parent / "second"
+    tokenizer = make_tokenizer()
+    make_hf("gpt2", seed=3, vocab_size=len(tokenizer), n_layer=4).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Coarse pictures, and no collecting of all garbage in every Holm correction of statsmodels: half of the time that these runs take."""
+    from matplotlib.figure import Figure
+
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: real(figure, *given, **options | {"dpi": 20}))
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
+TINY = ("--layers", "1", "--k", "5", "--max-length", "40")
+
+
+def studied(out: Path, name: str) -> dict:
+    """What a study left in its folder, every file of it there."""
+    held = json.loads((out / "results.json").read_text())
+    assert held["study"] == name
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{n}.{k}" for n in held["figures"] for k in ("png", "pdf")}
+    for table in held["tables"]:
+        assert len(pd.read_csv(out / "tables" / f"{table}.csv"))
+    report = (out / "report.html").read_text()
+    for row in held["findings"]:
+        # How each was tested stands in the verdict, whatever came out.
+        told = [line for line in held["verdict"] if line.startswith(row["finding"])]
+        assert len(told) == 1 or name == "summary", (row["finding"], held["verdict"])
+        assert (
+            row["p"] is None
+            or "layer chosen on" in told[0].lower()
+            or "p corrected for them (holm)" in told[0].lower()
+            or "layers" in row["effect"]
+        )
+    assert held["verdict"][0][:40] in report
+    return held
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_importance_for_real(folder, documents, tmp_path, capsys):
+    """Eight documents: none are set aside, and the report says so."""
+    out = tmp_path / "importance"
+    call_ = ("study", "importance", *documents, "--model", str(folder), *TINY, "--max-sequences", "8", "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = studied(out, "importance")
+    assert {"ranking", "agreement", "partial_correlation", "quartiles", "findings"} <= set(held["tables"])
+    assert said.lower().count("too few units to halve (8)") == 2 and "With fewer than 16 units" in held["hypothesis"]
+    ranking = pd.read_csv(out / "tables" / "ranking.csv")
+    assert ranking["given_position"].notna().any() and ranking["how"].str.contains("which flatters").all()
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
+    """Another number format and a second model, as asked for by default and by an option."""
+    out = tmp_path / "robustness"
+    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", second, "--out", str(out))
+    code, _, err = call(*call_, capsys=capsys)
+    assert code == 0, err
+    held = studied(out, "robustness")
+    settings = pd.read_csv(out / "tables" / "settings.csv")
+    asked = [row["question"] for row in held["findings"]]
+    assert asked[:4] == ["random", "surprisal", "gradient_norm_scaled", "attention_received"]
+    for kind in ("dtype", "model", "twin"):
+        rows = settings[settings["kind"] == kind]
+        assert rows["question"].tolist() == asked and rows.loc[rows["question"].isin(asked[:4]), "p"].notna().all(), kind
+    assert settings.loc[settings["kind"] == "dtype", "setting"].unique().tolist() == ["bfloat16"]
+    assert set(settings.loc[settings["kind"] == "model", "layer"]) == {round(1 / 2 * 3)}  # the layer at the same depth of four
+    survival = pd.read_csv(out / "tables" / "survival.csv").set_index("finding")
+    assert survival["in_random_twin"][:4].notna().all()
+    assert (survival["settings"] > 15).all()
+
+
+@pytest.mark.usefixtures("quick")
+def test_study_all_for_real(folder, documents, tmp_path, capsys):
+    """Every study of texts on one measurement, none replaced."""
+    from basin_lens import studies
+
+    out = tmp_path / "all"
+    call_ = ("study", "all", *documents, "--model", str(folder), *TINY, "--max-sequences", "8", "--out", str(out))
+    code, said, err = call(*call_, capsys=capsys)
+    if code and "nltk" in err.lower():
+        pytest.skip("needs NLTK's tagger")
+    assert code == 0, err
+    held = {name: studied(out / name, name) for name in (*studies.STUDIES, "summary")}
+    rows = [row for name in studies.STUDIES for row in held[name]["findings"]]
+    assert [row["finding"] for row in held["summary"]["findings"]] == [row["finding"] for row in rows]
+    tested = sum(row["p"] is not None for row in rows)
+    assert {row["n_tests"] for row in held["summary"]["findings"]} == {tested}
+    assert said.count("report.html") == 6
+    for row in held["summary"]["findings"]:
+        if row["study"] != "robustness" and row["p"] is not None and (row["p_floor"] or 0) * tested <= 0.05:
+            assert row["within_reach"]
+
+
+def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
+    lines = []
+    for number in range(18):
+        one, other = random.Random(number).sample(["Mary", "John", "Anna", "Peter"], 2)
+        text = f"{['When', 'After', 'Once'][number % 3]} {one} and {other} went out in the rain, {one} gave the lamp to {other}."
+        spans = {"IO": [text.rindex(other), text.rindex(other) + len(other)], "S": [text.rindex(one), text.rindex(one) + len(one)]}
+        lines.append(json.dumps({"text": text, "doc": f"p{number}", "labels": {"template": f"t{number % 6}"}, "spans": spans}))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    code, _, err = call(
+        "study", "layers", str(path), "--model", str(folder), "--layers", "1", "--k", "5", "--contrast", "span:IO,S",
+        "--cluster", "template", "--exclude", "template", "--bank", "reference", "--out", str(out), capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    held = json.loads((out / "results.json").read_text())
+    assert "contrast" in held["tables"] and "contrast-by-layer" in held["figures"]
+    assert {row["unit"] for row in held["findings"]} == {"template"}
+    assert {row["n_units"] for row in held["findings"]} == {6}
+    assert pd.read_csv(out / "tables" / "contrast.csv")["estimate"].notna().any()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_bad_studies_are_refused_before_a_model_is_loaded(documents, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("x")
+    (tmp_path / "all" / "layers").mkdir(parents=True)
+    (tmp_path / "all" / "layers" / "thesis.tex").write_text("x")
+    new = ("--out", str(tmp_path / "new"))
+    for arguments, expected, code in [
+        (("nonsense", *documents, *new), "expected studies among", 1),
+        (("layers", str(tmp_path / "no.txt"), *new), "does not exist", 1),
+        (("layers", *documents, "--dataset", "nltk:treebank", *new), "got both", 2),
+        (("layers", *documents, "--contrast", "IO,S", *new), "span:IO,S", 2),
+        (("layers", *documents, "--contrast", "span:IO", *new), "span:IO,S", 2),
+        (("layers", "--dataset", "nltk:nonsense", *new), "nonsense", 1),
+        (("layers", "--dataset", "no/such-data-set", *new), "no/such-data-set", 1),
+        (("layers", *documents, "--out", str(tmp_path / "taken")), "thesis.tex", 1),
+        (("all", *documents, "--out", str(tmp_path / "all")), "thesis.tex", 1),
+        (("summary", *new), "at least one study", 1),
+        (("summary", str(tmp_path / "nothing"), *new), "results.json", 1),
+        (("layers", *documents, "--max-sequences", "many", *new), "max-sequences", 2),
+    ]:
+        got, _, err = call("study", *arguments, capsys=capsys)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert got == code, (arguments, err)
+        assert len(lines) == 1, err
+        assert expected in lines[0], lines
+        assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "taken" / "thesis.tex").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--layers", "x"),
+        ("--context", "nonsense"),
+        ("--tagger", "nonsense"),
+        ("--sentiment", "nonsense"),
+        ("--cluster", "nonsense"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(documents, tmp_path, capsys, options):
+    code, _, err = call("study", "linguistic", *documents, *options, "--out", str(tmp_path / "new"), capsys=capsys)
+    assert code in (1, 2) and len([line for line in err.splitlines() if line.startswith("basin-lens:")]) == 1
+
+
+def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_path, capsys):
+    for options, expected in [
+        ((*documents[:3],), "expected at least 6 units (document)"),
+        ((*documents, "--exclude", "topic"), "topic"),
+        ((*documents, "--cluster", "topic"), "topic"),
+        ((*documents, "--contrast", "topic:a,b"), "topic"),
+        ((*documents, "--layers", "7"), "layers"),
+        ((*documents, "--k", "100000"), "expected k"),
+    ]:
+        code, _, err = call("study", "layers", *options, "--model", str(folder), "--out", str(tmp_path / "new"), capsys=capsys)
+        lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
+        assert code in (1, 2) and len(lines) == 1 and expected in lines[0], err
+    assert not (tmp_path / "new").exists()
+
+
+def test_info(capsys):
+    code, out, _ = call("info", capsys=capsys)
+    assert code == 0
+    assert "transformer-lens" in out
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "basin_lens.cli.main", "--help"], capture_output=True, text=True, check=True)
+    assert "analyze" in done.stdout
+
+
+# -- folders and endings -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_command_that_is_told_to_end_clears_up(folder, tmp_path, capsys, monkeypatch, request, number, code):
+    """While it writes its results."""
+    # Under nohup, where these tests may run too, SIGHUP is ignored from the start.
+    inherited = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
+    out = tmp_path / "to" / "out"
+    words = ("analyze", str(folder.parent / "text.txt"), "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out))
+    real = tables.save_csv
+
+    def end(*given):
+        os.kill(os.getpid(), number)
+        real(*given)
+
+    monkeypatch.setattr(tables, "save_csv", end)
+    found, _, err = call(*words, capsys=capsys)
+    assert found == code and err.splitlines()[-1] == f"basin-lens: ended by {number.name}" and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == signal.SIG_DFL
+    # As under nohup.
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert call(*words, capsys=capsys)[0] == 0
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(folder, tmp_path, capsys, monkeypatch):
+    text, out, entered, done = str(folder.parent / "text.txt"), tmp_path / "out", threading.Event(), threading.Event()
+
+    def other():
+        with files.lock_folder(out):
+            entered.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("loaded"))
+    try:
+        for command in ("analyze", "study", "merge", "codec-bench"):
+            words = {"study": ["layers"], "merge": ["train"]}.get(command, [])
+            code, _, err = call(command, *words, text, "--out", str(out), capsys=capsys)
+            assert code == 1 and f"process {os.getpid()} on" in err and "Wait for it" in err
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_results_go_to_no_folder_in_which_one_stands(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("analyze", str(folder.parent / "text.txt"), "--model", str(folder), "--out", ".", capsys=capsys)
+    assert code == 1 and "in which you stand" in err and list(tmp_path.iterdir()) == []
+
+
+def test_one_document_has_no_interval(capsys, tmp_path):
+    """It was printed as "+nan +nan"."""
+    row = {"layer": 3, "n_documents": 1, "n_sequences": 2, "n_tokens": 9, "compression_reliability": 0.5}
+    row |= {f"{name}_mean": 0.25 for name in ("compression", "compression_other_token", "contraction")}
+    row |= {"compression_low": float("nan"), "compression_high": float("nan")}
+    cli._print_summary(pd.DataFrame([row]), {"model": {"name": "tiny"}, "check_error": {"patched": 1e-7}}, tmp_path)
+    said = capsys.readouterr().out
+    assert "none (1 document)" in said and "nan" not in said and "+0.250" in said

@@ -1,0 +1,364 @@
+"""What a person sees: pages that are harmless, offline, and say what they show."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import basin_lens as bl
+from basin_lens import tables
+from basin_lens.scoring import score
+from tests.conftest import TEXTS
+
+NASTY = ["</script><b>bold</b><script>", "<img src=x onerror=a(2)>\r\nline\ttwo <!-- -->"]
+WHOLE = "</script><b>bold</b><script>alert(1)</script><!--"  # as one token, as a vocabulary may hold it
+
+
+@pytest.fixture(scope="module")
+def run(llama):
+    headline = bl.analyzers.Compression(k=5)
+    return score(
+        llama,
+        [*TEXTS, *NASTY],
+        [headline, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()],
+        keep_neighbors_of=headline,
+        progress=False,
+    )
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
+
+
+def test_report_holds_the_tables_own_numbers(run):
+    import base64
+
+    data = data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)
+    index = [s["name"] for s in data["scores"]].index("compression")
+    packed = data["values"][index][1]
+    steps = np.frombuffer(base64.b64decode(packed["data"]), "<u2")
+    shown = np.where(steps == 65535, np.nan, packed["low"] + steps * (packed["high"] - packed["low"]) / 65534)
+    expected = run.table[run.table.layer == data["layers"][1]]["compression"].to_numpy()
+    np.testing.assert_allclose(shown, expected, atol=(packed["high"] - packed["low"]) / 65534)
+    words = [data["strings"][t] for s in data["sequences"] for t in s["tokens"]]
+    assert words == run.table[run.table.layer == 0]["token"].tolist()
+
+
+def test_report_holds_the_neighbors_that_neighborhood_finds(run, llama):
+    capture = bl.Capture.from_texts(llama, [*TEXTS, *NASTY], progress=False)
+    row = capture.row_of(2, 7)
+    found = bl.neighborhood(llama, capture, layer=1, seq=2, pos=7, k=5)
+    kept = run.neighbors
+    assert [kept.bank["seq"][i] for i in kept.rows[1, row]] == found["seq"].tolist()
+    assert [kept.bank["pos"][i] for i in kept.rows[1, row]] == found["pos"].tolist()
+    np.testing.assert_allclose(kept.after[1, row], found["distance_after"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", ["report", "tokens"])
+def test_text_never_becomes_markup(run, make):
+    table = run.table.copy()
+    table.loc[(table.seq == len(TEXTS)) & (table.pos == 3), "token"] = WHOLE
+    if make == "report":
+        page = bl.views.make_report(table, neighbors=run.neighbors, title="<b>title</b>").html
+        assert "<b>title" not in page
+        body = page.split('id="data">')[1].split("</script>")[0]
+    else:
+        page = bl.views.token_view(table, "compression", layer=1, seq=len(TEXTS)).html
+        body = page[page.index("CircuitsVis.render(") :].split("</script>")[0]
+    # The texts are there, as data, to the end: nothing in them closed the script element.
+    assert "alert" in body
+    assert "<b" not in body
+    assert "<script" not in body
+    assert "<img" not in body
+
+
+def test_pages_name_no_outside_site(run, tmp_path):
+    page = bl.views.make_report(run.table, neighbors=run.neighbors).html
+    assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
+    assert "default-src 'none'" in page
+    view = bl.views.token_view(run.table, "compression", layer=1)
+    assert "unpkg.com" not in view.html
+    view.save(tmp_path / "view.html")
+    saved = (tmp_path / "view.html").read_text(encoding="utf-8")
+    assert saved.count("CircuitsVis.render(") == 1
+    assert view._repr_html_() == view.html
+
+
+def test_token_view_centers_a_score_of_one_sign(run):
+    rows = run.table[(run.table.layer == 1) & (run.table.seq == 0)]["surprisal"]
+    view = bl.views.token_view(run.table, "surprisal", layer=1)
+    shown = json.loads(re.search(r'"values": (\[.*?\])', view.html).group(1))
+    np.testing.assert_allclose(shown[1:], rows.iloc[1:] - rows.median(), atol=1e-6)
+    assert f"White is {rows.median():.3g}" in view.html
+
+
+def test_token_view_marks_tokens_without_a_score(run):
+    view = bl.views.token_view(run.table, "compression", layer=1)
+    tokens = json.loads(re.search(r'"tokens": (\[.*?\]), "values"', view.html, re.S).group(1))
+    assert tokens[0].startswith("<em>")
+    assert not any(token.startswith("<em>") for token in tokens[1:])
+
+
+def props_of(html: str) -> dict:
+    """What CircuitsVis is given to draw."""
+    return json.loads(re.search(r"CircuitsVis\.render\(.*?(\{.*\})\s*\)\s*</script>", html, re.S).group(1))
+
+
+def test_token_view_of_several_scores_puts_them_on_one_scale(run):
+    names = ["compression", "surprisal", "raw_compression"]
+    view = bl.views.token_view(run.table, names, layer=1, seq=2)
+    rows = run.table[(run.table.layer == 1) & (run.table.seq == 2)]
+    props = props_of(view.html)
+    shown = np.array(props["values"], float)
+    assert shown.shape == (len(rows), 3)
+    assert props["labels"] == names
+    assert props["positiveBounds"] == [1, 1, 1]
+    assert props["negativeBounds"] == [-1, -1, -1]
+    for place, name in enumerate(names):
+        values = rows[name].to_numpy()
+        np.testing.assert_array_equal(np.isnan(shown[:, place]), np.isnan(values))
+        middle = 0 if np.nanmin(values) < 0 < np.nanmax(values) else np.nanmedian(values)
+        bound = np.nanmax(np.abs(values - middle))
+        np.testing.assert_allclose(shown[:, place], (values - middle) / bound)
+        assert f"{name}: unit nats; middle {middle:.3g}, 1 is {bound:.3g} from it; {np.isnan(values).sum()} of" in view.html
+    assert view.title == "compression, surprisal, raw_compression, layer 1, sequence 2 (text-2)"
+
+
+def test_token_view_of_several_scores_tells_no_score_from_some(run):
+    table = run.table.copy()
+    table.loc[(table.layer == 1) & (table.seq == 0) & (table.pos == 4), "compression"] = np.nan
+    tokens = props_of(bl.views.token_view(table, ["compression", "surprisal"], layer=1).html)["tokens"]
+    known = table[(table.layer == 1) & (table.seq == 0)][["compression", "surprisal"]].notna()
+    assert [token[:4] == "<em>" for token in tokens] == (~known.any(axis=1)).tolist()
+    assert [token[:3] == "<i>" for token in tokens] == (known.any(axis=1) & ~known.all(axis=1)).tolist()
+
+
+def test_layer_view_holds_every_layer_about_its_middle(run):
+    table = run.table[run.table.layer != 1]  # labels are layers, not places in a list
+    names = ["compression", "surprisal"]
+    view = bl.views.layer_view(table, names, seq=1)
+    props = props_of(view.html)
+    shown = np.array(props["activations"], float)
+    assert props["firstDimensionLabels"] == ["0", "2"]
+    assert props["secondDimensionLabels"] == ["compression [nats]", "surprisal [nats]"]
+    rows = table[table.seq == 1]
+    count = (rows.layer == 0).sum()
+    assert shown.shape == (count + 2, 2, 2)
+    for at, layer in enumerate((0, 2)):
+        for place, name in enumerate(names):
+            values = rows[rows.layer == layer][name].to_numpy()
+            middle = 0 if name == "compression" else np.nanmedian(values)
+            np.testing.assert_allclose(shown[:count, at, place], np.nan_to_num(values - middle))
+            bound = np.nanmax(np.abs(values - middle))
+            np.testing.assert_allclose(shown[count:, at, place], [-bound, bound])
+            assert f"<td>{middle:.3g}</td><td>{bound:.3g}</td><td>{np.isnan(values).sum()}</td>" in view.html
+    assert props["tokens"][count:] == ["<small>lowest</small>", "<small>highest</small>"]
+    assert view.title == "compression, surprisal, layers 0 to 2, sequence 1 (text-1)"
+
+
+@pytest.mark.parametrize("kind", ["several", "layers"])
+def test_token_views_of_many_scores_are_harmless_and_refuse_what_is_not_there(run, kind):
+    def make(table, columns, seq=None):
+        if kind == "several":
+            return bl.views.token_view(table, columns, 1, seq=seq)
+        return bl.views.layer_view(table, columns, seq=seq)
+
+    table = run.table.copy()
+    table.loc[(table.seq == len(TEXTS)) & (table.pos == 3), "token"] = WHOLE
+    evil = "</script><b>score"
+    table[evil] = table["compression"]
+    facts = table.attrs["provenance"][table["run"].iloc[0]]
+    facts = facts | {"columns": facts["columns"] | {evil: {"unit": "<b>", "range": None, "analyzer": "X", "rows": "tokens"}}}
+    table.attrs = {"provenance": {table["run"].iloc[0]: facts}}
+    page = make(table, ["compression", evil], len(TEXTS)).html
+    assert page.count("CircuitsVis.render(") == 1
+    assert "unpkg.com" not in page
+    body = page[page.index("CircuitsVis.render(") :]
+    assert body.count("<") == 1, "the end of the script, and nothing else"
+    assert "<b>" not in page[: page.index("<script")]
+    assert evil in props_of(page)["labels" if kind == "several" else "secondDimensionLabels"][1]
+    for columns, seq in ((["nope"], None), ([], None), (["pos"], 0), (["compression"], 99)):
+        with pytest.raises(bl.errors.TableError):
+            make(run.table, columns, seq)
+
+
+def test_layer_view_refuses_layers_of_other_tokens(run):
+    with pytest.raises(bl.errors.TableError, match="same tokens"):
+        bl.views.layer_view(run.table[~((run.table.layer == 2) & (run.table.pos == 4))], "compression")
+
+
+def flags_of(*raised) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {
+            "flag": [f"flag {i}" for i in range(len(raised))],
+            "score": "compression",
+            "layer": 3,
+            "raised": raised,
+            "p": 1e-9,
+            "why": "so",
+        }
+    )
+    return frame.astype({"raised": "boolean"})
+
+
+def study(**changes) -> str:
+    given = {
+        "title": "A study", "about": ["Of tiny things."], "sections": [], "hypothesis": "There is something.", "verdict": "There is not.",
+        "flags": flags_of(False), "not_tested": ["Other models."], "provenance": {"seed": 0},
+    }  # fmt: skip
+    given |= changes
+    return bl.views.study_page(given.pop("title"), **given).html
+
+
+def test_study_page_ends_in_the_order_that_was_promised():
+    page = study(sections=[bl.views.Section("One"), bl.views.Section("Two", "Text.")])
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    last = ["Provenance", "Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested"]
+    assert headings == ["One", "Two", *last]
+    assert re.findall(r'<li><a href="#\w+">(.*?)</a></li>', page) == headings
+    anchors = set(re.findall(r'href="#(\w+)"', page))
+    assert anchors <= set(re.findall(r'id="(\w+)"', page))
+    assert page.index("There is not.") < page.index("Of tiny things.") < page.index("<h2"), "the verdict is read first"
+    assert page.count("There is not.") == 2
+
+
+def test_study_page_marks_red_flags():
+    page = study(flags=flags_of(True, False, None))
+    assert "Red flags: 1 of 3 raised, 1 not checked" in page
+    rows = re.findall(r'<tr class="(\w+)"><td><span class="flag \w+">(.*?)</span></td><td>(.*?)</td>', page)
+    assert rows == [("yes", "▲ RAISED", "flag 0"), ("no", "no", "flag 1"), ("unknown", "? not checked", "flag 2")]
+    assert 'class="verdict raised"' in page
+    assert 'class="verdict raised"' not in study(flags=flags_of(False, None))
+    assert "No red flags were computed" in study(flags=None)
+    with pytest.raises(bl.errors.TableError, match="raised"):
+        study(flags=flags_of(True).drop(columns="raised"))
+    with pytest.raises(bl.errors.TableError, match="at least one"):
+        study(flags=flags_of())
+
+
+def test_study_page_never_turns_text_into_markup():
+    from matplotlib.figure import Figure
+
+    evil = '</script><b>bold</b>"><img src=x onerror=a(1)>__VERDICT__'
+    table = pd.DataFrame({evil: [evil, evil], "n": [1, 2]})
+    section = bl.views.Section(evil, [evil], figure=Figure((1, 1)), caption=evil, table=table, note=evil)
+    page = study(
+        title=evil, subtitle=evil, about=[evil], sections=[section, bl.views.Section("s", caption=evil)], hypothesis=evil,
+        verdict=[evil, evil], flags=flags_of(True).assign(flag=evil, why=evil, score=evil), not_tested=[evil], provenance={evil: evil},
+    )  # fmt: skip
+    assert "<b>bold" not in page
+    assert "<img src=x" not in page
+    assert page.count("__VERDICT__") > 20, "left alone"
+    assert page.count("<script") == page.count("</script>") == 1
+    assert re.findall(r"<img [^>]*>", page) == re.findall(
+        r'<img width="96" height="96" alt="[^"<>]*" src="data:image/png;base64,[^"]*">', page
+    )
+    assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in page
+
+
+def test_study_page_holds_figures_and_shares_the_script_of_its_views(run):
+    import base64
+
+    views = [bl.views.token_view(run.table, "compression", 1), bl.views.layer_view(run.table, ["compression", "surprisal"])]
+    figure = bl.views.layer_curve(run.table, "compression")
+    sections = [bl.views.Section("f", figure=figure, caption="By layer."), *(bl.views.Section("v", view=view) for view in views)]
+    page = study(sections=sections)
+    (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(image).startswith(b"\x89PNG")
+    assert 'alt="f. By layer."' in page
+    assert "<figcaption>By layer.</figcaption>" in page
+    assert page.count("var CircuitsVis=") == 1
+    assert page.count("CircuitsVis.render(") == 2
+    assert len(page) < len(views[0].script) + 400_000
+    assert study(sections=sections[:2]) == study(sections=sections[:2]), "the same study is the same page"
+
+
+def test_study_page_tables_read_well():
+    long = pd.DataFrame({"layer": range(31), "p": 0.5})
+    table = pd.DataFrame(
+        {
+            "score": ["a", "b"], "estimate": [0.123456, np.nan], "p_corrected": [1e-7, 0.04321], "n_tokens": [24000, 5], "chosen": [True, False],
+            "maybe": pd.array([True, None], "boolean"), "size": ["3 nats", None],
+        }
+    )  # fmt: skip
+    page = study(sections=[bl.views.Section("t", table=table), bl.views.Section("l", table=long)], flags=None)
+    first = re.search(r'<div class="wide">(<table>.*?</table>)', page, re.S).group(1)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in first.split("<tr>")[2:]]
+    assert rows == [
+        ["a", "0.1235", "&lt; 0.0001", "24,000", "yes", "yes", "3 nats"],
+        ["b", "–", "0.0432", "5", "no", "–", "–"],
+    ]
+    assert '<details><summary>Table of 31 rows and 2 columns</summary><div class="tall">' in page
+
+
+def test_study_page_says_once_what_every_row_of_a_wide_table_says():
+    table = pd.DataFrame({"layer": range(3), "estimate": [0.1, 0.2, 0.3], **dict.fromkeys("abcdefg", "same"), "note": ""})
+    page = study(sections=[bl.views.Section("t", table=table)], flags=None)
+    assert "In every row: a same; b same;" in page
+    assert re.findall(r"<th(?: class=n)?>(.*?)</th>", page) == ["layer", "estimate"]
+
+
+def test_layer_curve_shows_the_summary(run):
+    figure = bl.views.layer_curve(run.table, "compression")
+    axes = figure.axes[0]
+    summary = tables.layer_summary(run.table, ["compression"])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), summary["compression_mean"])
+    assert axes.get_xlabel() == "layer"
+    assert axes.get_ylabel() == "compression [nats]"
+    assert axes.collections, "the interval over documents is drawn"
+
+
+def test_layer_curve_of_one_document_says_it_has_no_interval(llama):
+    table = bl.analyze(llama, bl.Passage(TEXTS[0], doc="one"), [bl.analyzers.Surprisal()], progress=False)
+    figure = bl.views.layer_curve(table, "surprisal")
+    assert not figure.axes[0].collections
+    assert "no interval" in figure.axes[0].get_legend().get_texts()[0].get_text()
+
+
+def test_layer_summary_weighs_documents_equally(llama):
+    passages = [bl.Passage(TEXTS[0], doc="a"), bl.Passage(TEXTS[1], doc="a"), bl.Passage(TEXTS[2], doc="b")]
+    table = bl.analyze(llama, passages, [bl.analyzers.StateNorm()], layers=[1], progress=False)
+    per_sequence = table.groupby("seq")["state_norm"].mean()
+    documents = np.array([per_sequence[[0, 1]].mean(), per_sequence[2]])
+    line = tables.layer_summary(table).iloc[0]
+    assert line["state_norm_mean"] == pytest.approx(documents.mean())
+    half = 12.706 * documents.std(ddof=1) / np.sqrt(2)
+    assert line["state_norm_low"] == pytest.approx(documents.mean() - half, rel=1e-3)
+
+
+def test_tables_round_trip_and_concat_keep_provenance(run, llama, tmp_path):
+    tables.save(run.table, tmp_path / "t.parquet")
+    again = tables.load(tmp_path / "t.parquet")
+    pd.testing.assert_frame_equal(again, run.table)
+    assert tables.provenance(again) == json.loads(json.dumps(tables.provenance(run.table)))
+    other = bl.analyze(llama, TEXTS, [bl.analyzers.Surprisal()], progress=False)
+    both = tables.concat([run.table, other])
+    assert set(tables.provenance(both)) == set(both["run"]) == {run.table["run"].iloc[0], other["run"].iloc[0]}
+    with pytest.raises(bl.errors.TableError, match="one run"):
+        bl.views.layer_curve(both, "surprisal")
+    with pytest.raises(bl.errors.TableError, match="one run"):
+        bl.views.make_report(both)
+
+
+@pytest.mark.parametrize(
+    ("column", "layer", "seq"), [("nope", 1, None), ("compression", 99, None), ("compression", 1, 99), ("pos", 1, 0)]
+)
+def test_token_view_refuses_what_is_not_there(run, column, layer, seq):
+    with pytest.raises(bl.errors.TableError):
+        bl.views.token_view(run.table, column, layer, seq=seq)
+
+
+def test_save_refuses_a_place_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(bl.errors.StoreError):
+        bl.views.make_report(run.table).save(tmp_path / "file" / "report.html")
+    with pytest.raises(bl.errors.StoreError):
+        bl.views.token_view(run.table, "compression", 1).save(tmp_path / "no" / "view.html")
+    with pytest.raises(bl.errors.StoreError):
+        bl.views.layer_view(run.table, "compression").save(tmp_path / "no" / "view.html")
+    with pytest.raises(bl.errors.StoreError):
+        tables.save(run.table, tmp_path / "no" / "t.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
