@@ -137,9 +137,8 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor
             f"expected {name} as a tensor or array, got {type(value).__name__}: {error}. Pass the cache of run_with_cache."
         ) from error
     if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
-        kind = "a tensor on the meta device, which holds no numbers" if tensor.device.type == "meta" else (
-            f"{tensor.dtype} ({tensor.layout})"
-        )  # fmt: skip
+        nowhere = tensor.device.type == "meta"
+        kind = "a tensor on the meta device, which holds no numbers" if nowhere else f"{tensor.dtype} ({tensor.layout})"
         raise CaptureError(
             f"expected {name} as floating-point numbers, got {kind}. Run the model with its weights loaded, and cache again."
         )

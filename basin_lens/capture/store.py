@@ -20,9 +20,15 @@ FORMAT = "basin_lens capture 2"
 _KIND = records.Kind("a saved capture", FORMAT, "Capture the texts again.")
 _RECORD, _VALUES = "capture.json", "values.safetensors"
 _FIELDS: dict[str, Any] = {
-    "sequences": [dict], "passages": (list, None), "docs": [str], "labels": [dict], "strings": [list], "layers": [int], "model": dict,
+    "sequences": [dict],
+    "passages": (list, None),
+    "docs": [str],
+    "labels": [dict],
+    "strings": [list],
+    "layers": [int],
+    "model": dict,
     "settings": dict,
-}  # fmt: skip
+}
 
 # Size and SHA-256 of each file of states, by name.
 Shards = Mapping[str, Mapping[str, Any]]
@@ -147,10 +153,13 @@ def read_capture(folder: Path) -> dict[str, Any]:
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
             "passages": None if record["passages"] is None else [_passage(p) for p in record["passages"]],
-            "strings": dict(record["strings"]), "layers": tuple(record["layers"]), "columns": _columns(values),
+            "strings": dict(record["strings"]),
+            "layers": tuple(record["layers"]),
+            "columns": _columns(values),
             "_readings": {name.split("|", 1)[1]: value for name, value in values.items() if name.startswith("reading|")},
-            "_store": folder, "_shards": shards,
-        }  # fmt: skip
+            "_store": folder,
+            "_shards": shards,
+        }
 
 
 def _columns(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from basin_lens import tables
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, Compression, TokenAnalyzer, default_analyzers
 from basin_lens.analyzers.control import CONTROLS, controls_of
-from basin_lens.capture import Capture, check_cache, check_layers, reference_capture
+from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, read_states, reference_capture
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.model import check_model, full_precision, measuring, uses_bos
 from basin_lens.neighbors import Backend
@@ -153,8 +153,8 @@ def score(
             model, capture, _bank(model, capture, bank, wanted, clouds, progress), clouds, asked, seed, wanted, backend, frozen
         )
     if not capture.is_read:
-        capture.read(model, singles, batch_size=batch_size, progress=progress)
-    rerun = capture.measure(model, singles, progress=progress)
+        read_states(model, capture, singles, batch_size=batch_size, progress=progress)
+    rerun = fill_columns(model, capture, singles, progress=progress)
     values = {column.name: np.full((len(wanted), capture.n_rows), np.nan, np.float32) for a in chosen for column in a.columns}
     for analyzer in singles:
         held = capture.columns[analyzer.key]

@@ -41,16 +41,19 @@ OWN_PASSES = [(A.Erasure(), 8), (A.IntegratedGradients(), 1)]
 # Where an analysis spends its time: functions whose time is added up, less those that are called inside them. A function is named by the
 # end of its file and its name, after a caller and " > " where only calls from there count; "alone": without what it calls.
 PARTS = {
-    "forward pass": (["batches.py:run_batch > hooks.py:forward_pass"], ["batches.py:reader"]),
+    "forward pass": (["forward_reader.py:read > hooks.py:forward_pass"], ["forward_reader.py:_read_state"]),
     "loss of later tokens": (["passes.py:target_values"], []),
     "backward pass": (["autograd/__init__.py:grad"], []),
-    "states kept, one batch after the other": (["batches.py:reader"], ["batches.py:reader > batches.py:run"]),
+    "states kept, one batch after the other": (
+        ["forward_reader.py:_read_state", "forward_reader.py:_read_point"],
+        ["forward_reader.py:_run"],
+    ),
     "attention received, three ways": (["analyzers/attention.py:measure"], []),
     "attention rollout": (["attention_rollout.py:measure"], []),
     "value-weighted attention": (["value_weighted_attention.py:measure"], []),
     "gradient norm, gradient times activation": (["gradient.py:measure", "gradient_times_activation.py:measure"], []),
     "surprisal, state norm": (["surprisal.py:measure", "state_norm.py:measure"], []),
-    "columns of the capture": (["record.py:_keep"], []),
+    "columns of the capture": (["columns.py:keep_values"], []),
     "neighbor search": (["scoring/search.py:find"], []),
     "proof that blocks map as captured": (["check.py:prove"], []),
     "G": (["run.py:_spread"], []),
