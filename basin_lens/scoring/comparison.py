@@ -8,7 +8,8 @@ from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer, default_analyzers
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError, TableError
-from basin_lens.scoring import score
+from basin_lens.scoring.analysis import score
+from basin_lens.scoring.request import Request
 
 _ROW = ["passage", "doc", "seq", "pos", "token_id", "token", "start", "end"]
 
@@ -119,6 +120,7 @@ def _measured(
         raise NeighborError(f"expected a score on neighbors for frozen neighbors, got {type(analyzer).__name__}.")
     wanted = sorted(set(capture_a.layers) & set(capture_b.layers)) if layers is None else layers
     keep = analyzer if frozen and isinstance(analyzer, CloudAnalyzer) else None
-    first = score(model_a, capture_a, [analyzer], layers=wanted, seed=seed, progress=progress, keep_neighbors_of=keep)
-    second = score(model_b, capture_b, [analyzer], layers=wanted, seed=seed, progress=progress, frozen=first.neighbors)
+    request = Request([analyzer], layers=wanted, seed=seed, progress=progress)
+    first = score(model_a, capture_a, request, keep_neighbors_of=keep)
+    second = score(model_b, capture_b, request, frozen=first.neighbors)
     return first.table, second.table, on
