@@ -21,7 +21,8 @@ _TOKENS = -1  # whether the states are those of the tokens, among the layers tha
 
 
 def tolerance_of(model: Any, capture: CapturedStates) -> float:
-    """Largest relative error at which states count as the model's own: that of its type, or of the type that they were stored in."""
+    """Largest relative error at which states count as the model's own: that of its type, or of the type that they were stored
+    in."""
     stored = getattr(torch, str(capture.settings.get("dtype", "float32")), torch.float32)
     return max(_TOLERANCE.get(dtype, 1e-5) for dtype in (next(model.parameters()).dtype, stored))
 
@@ -29,9 +30,10 @@ def tolerance_of(model: Any, capture: CapturedStates) -> float:
 def check_cache(model: Any, capture: CapturedStates, layers: Iterable[int]) -> None:
     """Prove that the states of a capture made from the user's cache are what this model computes from these tokens.
 
-    Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a pass up to
-    there); block L maps each `resid_pre(L)` to its `resid_post(L)`, in one pass of that block per layer; and the attention patterns are those
-    of that pass. What was checked once is not checked again. Captures that basin_lens made itself need no such proof.
+    Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a
+    pass up to there); block L maps each `resid_pre(L)` to its `resid_post(L)`, in one pass of that block per layer; and the
+    attention patterns are those of that pass. What was checked once is not checked again. Captures that basin_lens made itself need
+    no such proof.
 
     Args:
         model: the model that made the cache.
@@ -39,8 +41,8 @@ def check_cache(model: Any, capture: CapturedStates, layers: Iterable[int]) -> N
         layers: layers that will be looked at.
 
     Raises:
-        TransportError: states that the block does not map to one another, relative to the states' scale: beyond 1e-5 (float32), 4e-3 (float16)
-            or 2e-2 (bfloat16), the type being the coarser one of model and cache.
+        TransportError: states that the block does not map to one another, relative to the states' scale: beyond 1e-5 (float32),
+            4e-3 (float16) or 2e-2 (bfloat16), the type being the coarser one of model and cache.
         CaptureError: states of other tokens or places, or attention patterns of another pass.
     """
     if capture.settings["source"] != "cache" or not capture.states_of_model:
@@ -82,7 +84,8 @@ def _rows(capture: CapturedStates, seqs: Sequence[int]) -> Int[Tensor, " rows"]:
 
 
 def _errors(got: Float[Tensor, "rows d"], expected: Float[Tensor, "rows d"], scale: float) -> Float[Tensor, " rows"]:
-    """Of each row relative to the scale of the layer, or to its own where that is larger: a massive state is rounded more coarsely."""
+    """Of each row relative to the scale of the layer, or to its own where that is larger: a massive state is rounded more
+    coarsely."""
     size = expected.square().mean(1).sqrt().clamp_min(scale)
     return torch.nan_to_num((got - expected).square().mean(1).sqrt() / size, nan=torch.inf)
 
@@ -116,8 +119,10 @@ def _check_tokens(model: Any, capture: CapturedStates) -> None:
                     hooks = f" If hooks changed the states below on purpose, cache {entry} too: it shows whose tokens these are."
                 raise CaptureError(
                     f"expected the state that enters block {layer} to be that of each token at its place, got another "
-                    f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to run_with_cache, and is "
-                    "padding on the left known to both (attention_mask=...)? A model with learned positions also needs its places to begin "
+                    f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to "
+                    "run_with_cache, and is "
+                    "padding on the left known to both (attention_mask=...)? A model with learned positions also needs its "
+                    "places to begin "
                     f"behind the padding.{hooks}"
                 )
 
@@ -152,7 +157,8 @@ class _Blocks:
             self._refuse(layer, part, rows, _errors(got, after[rows], scale), pattern)
 
     def _run(self, layer: int, part: list[int], before: Tensor, copies: int) -> tuple[Tensor | None, Tensor]:
-        """What the block makes of these sequences (None: it does not take a batch), and by how much each one's cached pattern is off."""
+        """What the block makes of these sequences (None: it does not take a batch), and by how much each one's cached pattern is
+        off."""
         capture = self.capture
         ((_, valid),) = _parts(capture, part, self.length, len(part))
         grid = before.new_zeros(len(part), self.length, before.shape[1])
@@ -182,16 +188,20 @@ class _Blocks:
         stored = self.capture.settings.get("dtype", dtype)
         if float(error.max()) > tolerance:
             raise TransportError(
-                f"expected the block to map the captured resid_pre to resid_post at block {layer} within {tolerance:g} of the states' scale "
-                f"(model in {dtype}, cache in {stored}), got {float(error.max()):.3g} ({_where(self.capture, rows, error)}). Is this capture (or "
-                "cache) from the same model, with the same hooks and weight processing? Padding must be known to run_with_cache and to "
+                f"expected the block to map the captured resid_pre to resid_post at block {layer} within {tolerance:g} of the "
+                "states' scale "
+                f"(model in {dtype}, cache in {stored}), got {float(error.max()):.3g} ({_where(self.capture, rows, error)}). "
+                "Is this capture (or "
+                "cache) from the same model, with the same hooks and weight processing? Padding must be known to "
+                "run_with_cache and to "
                 "from_cache (attention_mask=...)."
             )
         if float(pattern.max()) > _OF_PATTERNS * tolerance:
             worst = int(pattern.argmax())
             raise CaptureError(
                 f"expected the cached attention pattern of block {layer} to be the block's own, got one that differs by up to "
-                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave patterns out of the "
+                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave "
+                "patterns out of the "
                 "cache, and it is computed."
             )
 

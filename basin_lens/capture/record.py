@@ -119,18 +119,19 @@ class Capture(CapturedStates):
     ) -> "Capture":
         """A capture from the user's own `run_with_cache`, without another pass.
 
-        Reads the residual states, and attention patterns and gradients (`*_grad`) if the cache has them, as copies; logits are computed
-        from the last state. All layers of which both `resid_pre` and `resid_post` can be found are available. Before anything is
-        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there. So are
-        states of other tokens, by what enters block 0, or by a pass up to the first state in a cache that does not hold it.
+        Reads the residual states, and attention patterns and gradients (`*_grad`) if the cache has them, as copies; logits are
+        computed from the last state. All layers of which both `resid_pre` and `resid_post` can be found are available. Before
+        anything is
+        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there.
+        So are states of other tokens, by what enters block 0, or by a pass up to the first state in a cache that does not hold it.
 
         Args:
             model: the model that made the cache.
             tokens: the token ids given to the model, `[batch, pos]` or `[pos]`.
             cache: an `ActivationCache` or a dict of tensors (or arrays) by hook name, with or without batch dimension, in any
                 floating-point type: states in float16 or bfloat16 are held to that type's tolerance.
-            attention_mask: 1 for real tokens, 0 for padding on either side (or an additive mask: 0 and -inf); None: all real, and ids that
-                look padded are refused.
+            attention_mask: 1 for real tokens, 0 for padding on either side (or an additive mask: 0 and -inf); None: all real, and
+                ids that look padded are refused.
             docs: document of each sequence; None: a document each.
             labels: labels of each sequence.
             texts: the text of each sequence, to have character offsets in the table.
@@ -149,7 +150,8 @@ class Capture(CapturedStates):
         """Write the capture to a new folder: safetensors and JSON, all of it or nothing.
 
         Raises:
-            StoreError: the folder exists or cannot be written, or states on disk are not as they were written. CaptureError: nothing read yet.
+            StoreError: the folder exists or cannot be written, or states on disk are not as they were written. CaptureError:
+                nothing read yet.
         """
         save_capture(self, path)
 

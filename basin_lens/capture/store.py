@@ -1,4 +1,5 @@
-"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not at all."""
+"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not
+at all."""
 
 import shutil
 from collections.abc import Iterator, Mapping

@@ -6,7 +6,8 @@ The model reads the texts once. Then, layer by layer: the states around the bloc
 distinct set of neighbor options is searched once; each context passes the union of those neighbors through the block once, a
 thousand rows at a time; and every analyzer turns its neighborhoods into numbers before the images are dropped.
 
-`request` what is asked for, checked once; `plan` what it comes to, as data; `run` does a plan's work, a layer at a time, with `search`,
+`request` what is asked for, checked once; `plan` what it comes to, as data; `run` does a plan's work, a layer at a time, with
+`search`,
 `map_scores`, `spread` and `left_out`; `results` what was found; `analysis` goes from a request to the table.
 """
 

@@ -43,9 +43,9 @@ def analyze(model: Any, data: Any, request: Request) -> pd.DataFrame:
 
     Returns:
         one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the
-        analyzers' columns (units in `table.attrs["provenance"][run]["columns"]`). What an analyzer leaves out is NaN, counted by reason
-        in the provenance. All texts are measured; which of them are copies of one another is in provenance too (`"copies"`), and statistics
-        count each text once.
+        analyzers' columns (units in `table.attrs["provenance"][run]["columns"]`). What an analyzer leaves out is NaN, counted by
+        reason in the provenance. All texts are measured; which of them are copies of one another is in provenance too (`"copies"`),
+        and statistics count each text once.
 
     Raises:
         BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.

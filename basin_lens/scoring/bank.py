@@ -12,7 +12,8 @@ def choose_bank(model: Any, capture: Capture, bank: Any, plan: Plan, *, progress
     """The bank that a request names, checked; the capture itself for None.
 
     Raises:
-        NeighborError: no bank, or one without the plan's layers. CaptureError: of another model. TransportError: of a cache that is not the model's.
+        NeighborError: no bank, or one without the plan's layers. CaptureError: of another model. TransportError: of a cache that is
+            not the model's.
     """
     if bank is None or bank is capture:
         return capture

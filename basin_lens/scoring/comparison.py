@@ -31,15 +31,15 @@ def compare(
     Args:
         a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.
         on: a column of both tables; with pairs, a default score's column or an analyzer.
-        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in the
-            map alone. Needs pairs: a table does not hold its neighbors.
+        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in
+            the map alone. Needs pairs: a table does not hold its neighbors.
         layers: with pairs, which layers; None: all that both captures hold.
         seed, progress: with pairs, as for `analyze`.
 
     Returns:
-        one row per token (and layer): `layer` (or `layer_a`, `layer_b` if each run has one layer and they differ), `passage, doc, seq,
-        pos, token_id, token, start, end`, then `<on>_a`, `<on>_b` and `difference` (b - a, in the score's unit). Rows where either
-        side is NaN have a NaN difference. Intervals over documents come from `basin_lens.stats`.
+        one row per token (and layer): `layer` (or `layer_a`, `layer_b` if each run has one layer and they differ), `passage, doc,
+        seq, pos, token_id, token, start, end`, then `<on>_a`, `<on>_b` and `difference` (b - a, in the score's unit). Rows where
+        either side is NaN have a NaN difference. Intervals over documents come from `basin_lens.stats`.
 
     Raises:
         TableError: different texts, a missing column, layers that do not pair.
@@ -67,7 +67,8 @@ def compare(
     first, second = (_facts(table) for table in (a, b))
     if first["texts"] != second["texts"]:
         raise TableError(
-            "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's tokens."
+            "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's "
+            "tokens."
         )
     there = [sorted(table["layer"].unique().tolist()) for table in (a, b)]
     keys = ["layer", *_ROW]

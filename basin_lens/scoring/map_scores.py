@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-from basin_lens.analyzers import Cloud, CloudAnalyzer, Surroundings
+from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
@@ -58,7 +58,8 @@ class MapScores:
             for site, k in dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers)
         }
         self._sampled = {a.key: self._sample(a) for a in plan.analyzers if a.max_queries is not None}
-        # Counted where the neighbors of the share are chosen: bare embeddings enter block 0, and tokens of one id are one point there.
+        # Counted where the neighbors of the share are chosen: bare embeddings enter block 0, and tokens of one id are one point
+        # there.
         self._candidates = {
             a.key: searches.candidates(
                 SearchOptions.of(a), found[SearchSite.behind(a) if _looks_behind(a) else SearchSite.before(a)]
@@ -80,7 +81,7 @@ class MapScores:
         queries = torch.nonzero(have).squeeze(1)
         for part in query_chunks(self.searches.capture, queries, union.shape[1], rows_per_call(self.device)):
             passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
-            looks: dict[Any, tuple[Tensor, Cloud] | None] = {}  # analyzers with the same options look at the same cloud
+            looks: dict[Any, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
             for a in self.plan.analyzers:
                 options = (SearchSite.before(a), a.k, a.needs, a.max_queries and a.key)
                 if options not in looks:
@@ -90,7 +91,8 @@ class MapScores:
                     self._answer(a, *seen)
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
-        """The neighbors of a search that go through the map: none of a token that all of its analyzers leave out of their samples."""
+        """The neighbors of a search that go through the map: none of a token that all of its analyzers leave out of their
+        samples."""
         rows = self.found[site].near.rows
         asking = [a for a in self.plan.of_images if SearchSite.before(a) == site]
         if not asking or any(a.max_queries is None for a in asking):
@@ -114,7 +116,7 @@ class MapScores:
         part: Int[Tensor, " part"],
         passed: Float[Tensor, "part m d"] | None,
         place_of: Mapping[SearchSite, Int[Tensor, "rows k_all"]],
-    ) -> tuple[Int[Tensor, " q"], Cloud] | None:
+    ) -> tuple[Int[Tensor, " q"], Neighborhoods] | None:
         """Those queries of a part that an analyzer can measure (on the CPU), and their neighborhoods; None: there are none."""
         site = SearchSite.before(a)
         after = self.found[SearchSite.behind(a)].near if _looks_behind(a) else None
@@ -134,7 +136,7 @@ class MapScores:
 
     def _neighborhoods(
         self, a: CloudAnalyzer, at: Int[Tensor, " q"], images: Float[Tensor, "q k d"] | None, after: Neighbors | None
-    ) -> Cloud:
+    ) -> Neighborhoods:
         """What an analyzer gets to see of the queries `at`: what it needs, and no more."""
         searches, passage, site = self.searches, self.passage, SearchSite.before(a)
         near = self.found[site].near
@@ -155,7 +157,7 @@ class MapScores:
         if "final_norm" in a.needs:
             more["final_norm"] = partial(final_norm, searches.model)
         spread_in, spread_out = self._spreads.get(a.exclude, (float("nan"), float("nan")))
-        return Cloud(
+        return Neighborhoods(
             layer=self.layer,
             n_layers=count_layers(searches.model),
             query=passage.before[at],
@@ -174,19 +176,21 @@ class MapScores:
             **more,
         )
 
-    def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], cloud: Cloud) -> None:
+    def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:
         """Let an analyzer look at neighborhoods of the rows `there`, and put down what it says, also of halves of the neighbors."""
-        for name, value in a.measure(cloud).items():
+        for name, value in a.measure(neighborhoods).items():
             self.answers[name][there] = value.detach().float().cpu()
         if "halves" in a.needs and a.k >= 4:
-            for half, split in enumerate(cloud.halves):
+            for half, split in enumerate(neighborhoods.split_half):
                 for name, value in a.measure(split).items():
                     self._of_halves[name][half][there] = value.detach().float().cpu()
         if a is self.keep:
-            assert self.neighbors is not None and cloud.images is not None
-            self.neighbors.rows[there.numpy()] = cloud.rows.cpu().numpy()
-            self.neighbors.before[there.numpy()] = cloud.distances.cpu().numpy()
-            self.neighbors.after[there.numpy()] = (cloud.images - cloud.query_image[:, None]).norm(dim=2).cpu().numpy()
+            assert self.neighbors is not None and neighborhoods.images is not None
+            self.neighbors.rows[there.numpy()] = neighborhoods.rows.cpu().numpy()
+            self.neighbors.before[there.numpy()] = neighborhoods.distances.cpu().numpy()
+            self.neighbors.after[there.numpy()] = (
+                (neighborhoods.images - neighborhoods.query_image[:, None]).norm(dim=2).cpu().numpy()
+            )
 
     def left_out(self) -> dict[str, dict[str, int]]:
         """How many values are missing, by column and reason."""

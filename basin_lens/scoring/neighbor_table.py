@@ -47,7 +47,8 @@ def neighborhood(
 
     Returns:
         one row per neighbor, nearest first: `rank, token, text` (the text around it, the token in brackets), `passage, doc, seq,
-        pos, distance_before, distance_after` (to the query and to its `resid_post`, state units; before: 1 - cosine with that metric).
+        pos, distance_before, distance_after` (to the query and to its `resid_post`, state units; before: 1 - cosine with that
+        metric).
 
     Raises:
         CaptureError: no such token or layer. NeighborError: position 0, or fewer than k neighbors.

@@ -7,7 +7,7 @@ from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, TokenAnalyzer, default_analyzers
-from basin_lens.analyzers.control import CONTROLS, controls_of
+from basin_lens.analyzers.control import NULLS, controls_of
 from basin_lens.errors import NeighborError, TableError
 from basin_lens.neighbors import Backend
 from basin_lens.values import Whole, whole
@@ -62,7 +62,7 @@ class Request:
     @property
     def nulls(self) -> list[str]:
         """The null baselines that are measured beside the scores, in words."""
-        return [f"{choice} neighbors" for choice in CONTROLS] if self.controls else []
+        return [f"{choice} neighbors" for choice in NULLS] if self.controls else []
 
 
 def takes_request(
@@ -70,7 +70,8 @@ def takes_request(
 ) -> Callable[[Callable[[Any, Any, Request], R]], Callable[Concatenate[Any, Any, P], R]]:
     """A decorator: a function of a model, data and a request becomes one of a model, data and the request's own options.
 
-    For readers, for `help` and for type checkers the options stand in the signature one by one, though they are written in `Request` alone.
+    For readers, for `help` and for type checkers the options stand in the signature one by one, though they are written in
+    `Request` alone.
     """
 
     def decorate(function: Callable[[Any, Any, Request], R]) -> Callable[Concatenate[Any, Any, P], R]:
@@ -96,6 +97,7 @@ def _check_analyzers(analyzers: Any) -> None:
     for analyzer in analyzers:
         if not isinstance(analyzer, CloudAnalyzer | TokenAnalyzer):
             raise TableError(
-                f"expected analyzers (instances, such as Compression(k=15)), got {analyzer!r}. Subclass CloudAnalyzer or TokenAnalyzer."
+                f"expected analyzers (instances, such as Compression(k=15)), got {analyzer!r}. Subclass CloudAnalyzer or "
+                "TokenAnalyzer."
             )
         analyzer.check()

@@ -17,7 +17,8 @@ from basin_lens.scoring.token_rows import texts_hash
 
 @dataclass(frozen=True)
 class LayerNeighbors:
-    """Neighbors behind one score at one layer, by row of the capture: bank rows, distances before and after the block; -1, NaN: none."""
+    """Neighbors behind one score at one layer, by row of the capture: bank rows, distances before and after the block; -1, NaN:
+    none."""
 
     rows: Int[np.ndarray, "rows k"]
     before: Float[np.ndarray, "rows k"]
@@ -32,7 +33,8 @@ class LayerNeighbors:
 
 @dataclass(frozen=True)
 class KeptNeighbors:
-    """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN: none.
+    """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN:
+    none.
 
     `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves.
     """
@@ -74,7 +76,8 @@ class LayerScores:
         values: by column, for each row of the capture; NaN: left out.
         reliability: Spearman correlation over disjoint halves of the neighbors, by column; None: not defined.
         left_out: how many values are missing, by column and reason.
-        facts: of the layer, by the name of the provenance that they belong to: route, reason for it, error of the check, affine fit.
+        facts: of the layer, by the name of the provenance that they belong to: route, reason for it, error of the check, affine
+            fit.
         neighbors: behind one score, if they were to be kept.
     """
 

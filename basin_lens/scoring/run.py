@@ -121,8 +121,10 @@ class Run:
             boundary = one_side(self.model, lengths)
             if boundary is not None and self.own_states:
                 raise TransportError(
-                    f"expected sequences on one side of {boundary} tokens in the {name}, got {min(lengths)} to {max(lengths)}: beyond its original "
-                    f'context, {full_name(self.model)} has another rotary table (rope_type "longrope"), and a block is called with one. '
+                    f"expected sequences on one side of {boundary} tokens in the {name}, got {min(lengths)} to {max(lengths)}: "
+                    "beyond its original "
+                    f'context, {full_name(self.model)} has another rotary table (rope_type "longrope"), and a block is called '
+                    "with one. "
                     f"Analyze the texts of up to {boundary} tokens and the longer ones apart (max_length={boundary} cuts them)."
                 )
 

@@ -164,6 +164,7 @@ class Searches:
 def _nothing_to_score(options: SearchOptions, k: int) -> str:
     return (
         f"expected at least one token with {k} neighbors, got none: with exclude={options.exclude!r} and same_token="
-        f'{options.same_token!r} too few distinct tokens are left. Pass bank="reference" or another capture, add texts, lower k, or '
+        f'{options.same_token!r} too few distinct tokens are left. Pass bank="reference" or another capture, add texts, lower '
+        "k, or "
         'choose exclude="self".'
     )

@@ -23,7 +23,8 @@ def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows
             if any(isinstance(value, str) for value in held):  # the text "False" would choose its tokens
                 raise NeighborError(
                     f"expected a label of True and False to choose queries by, got {queries!r} with text such as "
-                    f"{next(value for value in held if isinstance(value, str))!r}. Write true and false without quotes (as .jsonl has them)."
+                    f"{next(value for value in held if isinstance(value, str))!r}. Write true and false without quotes (as "
+                    ".jsonl has them)."
                 )
             chosen = torch.tensor([bool(value) for value in held], device="cpu")[capture.row_seq]
         else:
