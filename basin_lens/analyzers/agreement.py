@@ -17,8 +17,7 @@ class Agreement(TokenAnalyzer):
     agreement_i = 1 if argmax_v p(v | x_<i) = x_i, else 0
 
     Unit: share of tokens. Range: 0 or 1. Position 0 is NaN: nothing predicts it. The same at every layer. A continuation on which
-    every
-    token agrees is exactly what greedy decoding writes behind the same prompt: it is extractable.
+    every token agrees is exactly what greedy decoding writes behind the same prompt: it is extractable.
 
     Args:
         name: column name.

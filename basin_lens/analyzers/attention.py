@@ -22,9 +22,8 @@ class AttentionReceived(TokenAnalyzer):
 
     r_i = sum_{t>i} a[t, i] / sum_{t>i} 1 / (t + 1)
 
-    1 means what uniform attention would give. Position 0 is usually the attention sink. Unit: multiples of uniform. Range: [0,
-    inf).
-    The last 5 positions are NaN: too few later tokens to average over.
+    1 means what uniform attention would give. Position 0 is usually the attention sink. Unit: multiples of uniform.
+    Range: [0, inf). The last 5 positions are NaN: too few later tokens to average over.
 
     Args:
         normalize: False: the raw column sum over later tokens, as in the original guide; it is mostly position.
@@ -119,8 +118,7 @@ def check_heads(per_head: PerHead) -> None:
     if not (whole or some) or (some and len(set(heads_of(per_head))) < len(heads_of(per_head))):
         raise CaptureError(
             f"expected per_head as the number of heads (model.cfg.n_heads) or a tuple of different heads, got {per_head!r}: "
-            "columns are "
-            "declared before a model is seen."
+            "columns are declared before a model is seen."
         )
 
 

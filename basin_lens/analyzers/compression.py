@@ -23,9 +23,8 @@ class Compression(CloudScore):
     Args:
         k: neighbors.
         context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"` (alone at position
-            0),
-            `"attn"` (patched, up to `resid_mid`), `"mlp"` (from `resid_mid` on; neighbors and variances in `resid_mid`), `"affine"`
-            (a global affine fit of the block, the linear null).
+            0), `"attn"` (patched, up to `resid_mid`), `"mlp"` (from `resid_mid` on; neighbors and variances in `resid_mid`),
+            `"affine"` (a global affine fit of the block, the linear null).
         blocks: through how many blocks in a row, in the same context; NaN where fewer are left.
         metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
         exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.

@@ -2,8 +2,7 @@
 
 Two kinds. A `CloudAnalyzer` sees the neighbors of some queries and their images under one block (`Neighborhoods`). A
 `TokenAnalyzer` sees one batch of the forward pass at one layer (`basin_lens.capture.TokenBatch`). Write your own as a frozen
-dataclass and pass an instance to
-`analyze`; nothing needs to be registered.
+dataclass and pass an instance to `analyze`; nothing needs to be registered.
 """
 
 from abc import ABC, abstractmethod
@@ -114,8 +113,7 @@ class Neighborhoods:
 
     @cached_property
     def log_variance_in(self) -> Float[Tensor, " q"]:
-        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all analyzers that share the
-        neighborhoods."""
+        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all that share the object."""
         return log_or_nan(total_variance(self.neighbors), self.spread_in)
 
     @cached_property
@@ -133,8 +131,7 @@ class Neighborhoods:
         )
 
     def take(self, ranks: Tensor) -> "Neighborhoods":
-        """The same queries with some of their neighbors (by rank). `output_rows` stay whole: they are what a share is a share
-        of."""
+        """The same queries with some of their neighbors (by rank). `output_rows` stay whole: shares are taken of all of them."""
 
         def part(value: Any) -> Any:
             return None if value is None else value[:, ranks.to(value.device)]
@@ -159,8 +156,8 @@ class Analyzer(ABC):
     """Common to both kinds: columns, rows, needs, and the role of what is measured.
 
     `role`: `"score"`, of what a block does to a neighborhood or to the states; `"importance"`, of a token for what the model
-    predicts;
-    `"confound"`, what scores may follow, so that studies take it out or show it beside them; `"control"`, a score on other points.
+    predicts; `"confound"`, what scores may follow, so that studies take it out or show it beside them; `"control"`, a score on
+    other points.
     """
 
     role: ClassVar[Role] = "score"
@@ -169,8 +166,8 @@ class Analyzer(ABC):
     source: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Called by the dataclasses below: whole numbers of numpy and 0-d tensors become ints, so that `key` says the same for
-        them."""
+        """Called by the dataclasses below: whole numbers of numpy and 0-d tensors become ints, so that equal options
+        have equal keys."""
         whole_fields(self)
 
     @property

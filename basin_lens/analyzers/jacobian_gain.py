@@ -118,8 +118,7 @@ def derivative(
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "/torch/" not in frame.f_code.co_filename]
             raise TransportError(
                 "expected a block whose every operation has a forward-mode derivative, got one in "
-                f"{frames[-1].f_code.co_qualname}: "
-                f"{error} Leave JacobianGain out for this model."
+                f"{frames[-1].f_code.co_qualname}: {error} Leave JacobianGain out for this model."
             ) from error
         moved = forward_ad.unpack_dual(image).tangent
     if moved is None:

@@ -21,8 +21,7 @@ class NeighborOverlap(CloudScore):
     1: all kept; 0: as many as by chance. Unit: share. Range: [-1, 1] and, raw, [0, 1]. NaN where m is not above k, because then
     every choice is the same. A token's neighbors can all change while the neighborhood neither shrinks nor grows, and the other way
     round: this says who, `Contraction` how near. At layer 0 of a rotary model all tokens of one id are one point, for which the
-    first
-    of them stands, so that few can be found again: read it from layer 1 on.
+    first of them stands, so that few can be found again: read it from layer 1 on.
 
     Options and errors: see `Compression`. `name` becomes a prefix of the columns.
 
@@ -55,8 +54,7 @@ class NeighborOverlap(CloudScore):
         if self.context != "native":
             raise NeighborError(
                 f'expected context="native" for NeighborOverlap, got {self.context!r}: only tokens\' own states can be '
-                "neighbors at "
-                "the output. Leave the context out."
+                "neighbors at the output. Leave the context out."
             )
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:

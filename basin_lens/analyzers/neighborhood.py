@@ -13,8 +13,8 @@ from basin_lens.transport import Context
 class Neighborhood(CloudScore):
     """Density and make-up of a token's input neighborhood.
 
-    `radius`: distance to the k-th neighbor; `nearest`: to the first. Unit: state units (1 - cosine with that metric). Range: [0,
-    inf).
+    `radius`: distance to the k-th neighbor; `nearest`: to the first. Unit: state units (1 - cosine with that metric).
+    Range: [0, inf).
     `same_token_share`, `same_position_share`: share of neighbors with the query's token id, or at its position. Range: [0, 1].
     `distinct_tokens`: number of different token ids among the neighbors. Unit: count. Range: 1 to k.
     `hubness`: how many queries of this layer have the token as a neighbor. Unit: count. Range: [0, inf); NaN with an external bank.

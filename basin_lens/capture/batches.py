@@ -120,8 +120,7 @@ def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMea
         if analyzer.target == "cache":
             raise CaptureError(
                 f"expected gradients (*_grad) in the cache for {analyzer.key}, got none. Make the capture with "
-                "Capture.from_cache on a "
-                "run_with_cache(..., incl_bwd=True), or use another target."
+                "Capture.from_cache on a run_with_cache(..., incl_bwd=True), or use another target."
             )
         if "gradient" in analyzer.needs and analyzer.target is None:
             raise CaptureError(f"expected a target with the gradients that {analyzer.key} needs, got None. See TokenAnalyzer.")

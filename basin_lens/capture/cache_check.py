@@ -21,8 +21,7 @@ _TOKENS = -1  # whether the states are those of the tokens, among the layers tha
 
 
 def tolerance_of(model: Any, capture: CapturedStates) -> float:
-    """Largest relative error at which states count as the model's own: that of its type, or of the type that they were stored
-    in."""
+    """Largest relative error at which states count as the model's own: that of its type, or of their stored type."""
     stored = getattr(torch, str(capture.settings.get("dtype", "float32")), torch.float32)
     return max(_TOLERANCE.get(dtype, 1e-5) for dtype in (next(model.parameters()).dtype, stored))
 
@@ -84,8 +83,7 @@ def _rows(capture: CapturedStates, seqs: Sequence[int]) -> Int[Tensor, " rows"]:
 
 
 def _errors(got: Float[Tensor, "rows d"], expected: Float[Tensor, "rows d"], scale: float) -> Float[Tensor, " rows"]:
-    """Of each row relative to the scale of the layer, or to its own where that is larger: a massive state is rounded more
-    coarsely."""
+    """Of each row relative to the scale of the layer, or to its own where that is larger (massive states round more coarsely)."""
     size = expected.square().mean(1).sqrt().clamp_min(scale)
     return torch.nan_to_num((got - expected).square().mean(1).sqrt() / size, nan=torch.inf)
 
@@ -120,9 +118,8 @@ def _check_tokens(model: Any, capture: CapturedStates) -> None:
                 raise CaptureError(
                     f"expected the state that enters block {layer} to be that of each token at its place, got another "
                     f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to "
-                    "run_with_cache, and is "
-                    "padding on the left known to both (attention_mask=...)? A model with learned positions also needs its "
-                    "places to begin "
+                    "run_with_cache, and is padding on the left known to both (attention_mask=...)? A model with learned "
+                    "positions also needs its places to begin "
                     f"behind the padding.{hooks}"
                 )
 
@@ -157,8 +154,7 @@ class _Blocks:
             self._refuse(layer, part, rows, _errors(got, after[rows], scale), pattern)
 
     def _run(self, layer: int, part: list[int], before: Tensor, copies: int) -> tuple[Tensor | None, Tensor]:
-        """What the block makes of these sequences (None: it does not take a batch), and by how much each one's cached pattern is
-        off."""
+        """What the block makes of these sequences (None: it takes no batch), and how far each one's cached pattern is off."""
         capture = self.capture
         ((_, valid),) = _parts(capture, part, self.length, len(part))
         grid = before.new_zeros(len(part), self.length, before.shape[1])
@@ -189,20 +185,17 @@ class _Blocks:
         if float(error.max()) > tolerance:
             raise TransportError(
                 f"expected the block to map the captured resid_pre to resid_post at block {layer} within {tolerance:g} of the "
-                "states' scale "
-                f"(model in {dtype}, cache in {stored}), got {float(error.max()):.3g} ({_where(self.capture, rows, error)}). "
-                "Is this capture (or "
+                f"states' scale (model in {dtype}, cache in {stored}), got {float(error.max()):.3g} "
+                f"({_where(self.capture, rows, error)}). Is this capture (or "
                 "cache) from the same model, with the same hooks and weight processing? Padding must be known to "
-                "run_with_cache and to "
-                "from_cache (attention_mask=...)."
+                "run_with_cache and to from_cache (attention_mask=...)."
             )
         if float(pattern.max()) > _OF_PATTERNS * tolerance:
             worst = int(pattern.argmax())
             raise CaptureError(
                 f"expected the cached attention pattern of block {layer} to be the block's own, got one that differs by up to "
                 f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave "
-                "patterns out of the "
-                "cache, and it is computed."
+                "patterns out of the cache, and it is computed."
             )
 
 

@@ -27,8 +27,8 @@ def check_is_cache(cache: Any) -> None:
         shape = f" of shape {tuple(cache.shape)}" if isinstance(cache, Tensor | np.ndarray) else ""
         raise CaptureError(
             "expected a cache that names its tensors (ActivationCache, or a dict of hook names), got "
-            f"{type(cache).__name__}{shape}. Pass what "
-            "run_with_cache returned second; a stack (accumulated_resid, apply_ln_to_stack) no longer says which states it holds."
+            f"{type(cache).__name__}{shape}. Pass what run_with_cache returned second; a stack (accumulated_resid, "
+            "apply_ln_to_stack) no longer says which states it holds."
         )
 
 
@@ -148,8 +148,7 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor
     if tuple(tensor.shape) != shape:
         raise CaptureError(
             f"expected {name} of shape {shape} {axes}, got {tuple(tensor.shape)}. Are tokens, cache and model of the same run? "
-            "Of a cache cut "
-            "with pos_slice, only whole sequences can be read."
+            "Of a cache cut with pos_slice, only whole sequences can be read."
         )
     return tensor
 

@@ -121,9 +121,9 @@ class Capture(CapturedStates):
 
         Reads the residual states, and attention patterns and gradients (`*_grad`) if the cache has them, as copies; logits are
         computed from the last state. All layers of which both `resid_pre` and `resid_post` can be found are available. Before
-        anything is
-        computed from a layer, all sequences are passed through its block once: states that are not the model's are refused there.
-        So are states of other tokens, by what enters block 0, or by a pass up to the first state in a cache that does not hold it.
+        anything is computed from a layer, all sequences are passed through its block once: states that are not the model's are
+        refused there. So are states of other tokens, by what enters block 0, or by a pass up to the first state in a cache that
+        does not hold it.
 
         Args:
             model: the model that made the cache.

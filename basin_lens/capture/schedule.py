@@ -29,8 +29,7 @@ class PassSchedule:
 
     @cached_property
     def at_layer(self) -> tuple[TokenMeasure, ...]:
-        """Analyzers of states, patterns and other hook points: they run while the pass does, as soon as the state leaves the
-        block."""
+        """Analyzers of states, patterns and other hook points: they run during the pass, when the state leaves the block."""
         return tuple(a for a in self.analyzers if a.per_layer and not a.needs & _BEHIND_THE_PASS)
 
     @cached_property

@@ -1,5 +1,4 @@
-"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not
-at all."""
+"""Captures on disk: safetensors and JSON, in folders that are whole or not there, and read as they were written or not at all."""
 
 import shutil
 from collections.abc import Iterator, Mapping

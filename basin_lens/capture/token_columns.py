@@ -1,5 +1,4 @@
-"""Token analyzers on a capture: measured on what it holds already (states, a user's patterns and gradients), or in one more
-pass."""
+"""Token analyzers on a capture: measured on what it holds (states, a user's patterns and gradients), or in one more pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -62,8 +61,7 @@ def _holds(capture: CapturedStates, need: str, layer: int) -> bool:
 
 
 def _measure_held(model: Any, capture: CapturedStates, analyzer: TokenMeasure) -> None:
-    """Fill an analyzer's columns of a capture that holds what it needs; logits are computed from the last state, a batch at a
-    time."""
+    """Fill an analyzer's columns of a capture that holds what it needs; logits come from the last state, a batch at a time."""
     batches = list(token_batches(capture, None))
     memories: list[dict[str, Any]] = [{} for _ in batches]
     for layer in layers_of(analyzer, capture.layers):

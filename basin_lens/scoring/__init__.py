@@ -7,8 +7,7 @@ distinct set of neighbor options is searched once; each context passes the union
 thousand rows at a time; and every analyzer turns its neighborhoods into numbers before the images are dropped.
 
 `request` what is asked for, checked once; `plan` what it comes to, as data; `run` does a plan's work, a layer at a time, with
-`search`,
-`map_scores`, `spread` and `left_out`; `results` what was found; `analysis` goes from a request to the table.
+`search`, `map_scores`, `spread` and `left_out`; `results` what was found; `analysis` goes from a request to the table.
 """
 
 from basin_lens.scoring.analysis import Analysis, analyze, score

@@ -58,8 +58,7 @@ class MapScores:
             for site, k in dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers)
         }
         self._sampled = {a.key: self._sample(a) for a in plan.analyzers if a.max_queries is not None}
-        # Counted where the neighbors of the share are chosen: bare embeddings enter block 0, and tokens of one id are one point
-        # there.
+        # Counted where the neighbors of the share are chosen: tokens of one id are one point where they enter block 0.
         self._candidates = {
             a.key: searches.candidates(
                 SearchOptions.of(a), found[SearchSite.behind(a) if _looks_behind(a) else SearchSite.before(a)]
@@ -91,8 +90,7 @@ class MapScores:
                     self._answer(a, *seen)
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
-        """The neighbors of a search that go through the map: none of a token that all of its analyzers leave out of their
-        samples."""
+        """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""
         rows = self.found[site].near.rows
         asking = [a for a in self.plan.of_images if SearchSite.before(a) == site]
         if not asking or any(a.max_queries is None for a in asking):

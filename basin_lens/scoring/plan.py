@@ -32,8 +32,7 @@ class SearchSite:
     """One search at a layer: its options, and the states among which neighbors are sought.
 
     `place`: `"pre"`, the states that enter the layer; `"mid"`, those between attention and feed-forward; `"post"`, those that leave
-    the map.
-    `blocks`: blocks between the layer and the place, counting the one that is half passed.
+    the map. `blocks`: blocks between the layer and the place, counting the one that is half passed.
     """
 
     options: SearchOptions
@@ -66,8 +65,7 @@ class MapPlan:
 
     @cached_property
     def passing(self) -> tuple[SearchSite, ...]:
-        """Searches whose neighbors go through the map together, each pair of query and neighbor once; without images, all
-        searches."""
+        """Searches whose neighbors go through the map together, each pair once; all searches, if no analyzer needs images."""
         return tuple(dict.fromkeys(SearchSite.before(a) for a in self.of_images or self.analyzers))
 
 

@@ -17,8 +17,7 @@ from basin_lens.scoring.token_rows import texts_hash
 
 @dataclass(frozen=True)
 class LayerNeighbors:
-    """Neighbors behind one score at one layer, by row of the capture: bank rows, distances before and after the block; -1, NaN:
-    none."""
+    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none."""
 
     rows: Int[np.ndarray, "rows k"]
     before: Float[np.ndarray, "rows k"]
@@ -76,8 +75,7 @@ class LayerScores:
         values: by column, for each row of the capture; NaN: left out.
         reliability: Spearman correlation over disjoint halves of the neighbors, by column; None: not defined.
         left_out: how many values are missing, by column and reason.
-        facts: of the layer, by the name of the provenance that they belong to: route, reason for it, error of the check, affine
-            fit.
+        facts: route, reason for it, error of the check and affine fit of the layer, by their names in provenance.
         neighbors: behind one score, if they were to be kept.
     """
 

@@ -124,8 +124,8 @@ class Run:
                     f"expected sequences on one side of {boundary} tokens in the {name}, got {min(lengths)} to {max(lengths)}: "
                     "beyond its original "
                     f'context, {full_name(self.model)} has another rotary table (rope_type "longrope"), and a block is called '
-                    "with one. "
-                    f"Analyze the texts of up to {boundary} tokens and the longer ones apart (max_length={boundary} cuts them)."
+                    f"with one. Analyze the texts of up to {boundary} tokens and the longer ones apart (max_length={boundary} cuts "
+                    "them)."
                 )
 
     def _refuse_missing_layers(self) -> None:
