@@ -195,14 +195,22 @@ def _check_record(record: Mapping[str, Any], values: Mapping[str, Tensor]) -> No
     layers = record["layers"]
     if not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) < model["layers"]:
         raise ValueError(f"layers {layers} of {model['layers']}")
-    n_rows = sum(len(s["tokens"]) for s in sequences)
+    _check_values(values, [len(s["tokens"]) for s in sequences], model["layers"])
+
+
+def _check_values(values: Mapping[str, Tensor], lengths: list[int], n_layers: int) -> None:
+    """Whether columns and readings fit sequences of these lengths.
+
+    Raises:
+        ValueError: they do not.
+    """
     for name, value in values.items():
         kind, rest = name.split("|", 1)
         if kind == "column" and "|" in rest:
-            _check_tensor(name, value, torch.float32, (value.shape[0], n_rows))
-            if value.shape[0] not in (1, model["layers"]):
+            _check_tensor(name, value, torch.float32, (value.shape[0], sum(lengths)))
+            if value.shape[0] not in (1, n_layers):
                 raise ValueError(f"{name} of {value.shape[0]} layers")
-        elif kind != "reading" or value.ndim < 2 or len(value) != len(sequences) or "reading|valid" not in values:
+        elif kind != "reading" or value.ndim < 2 or len(value) != len(lengths) or "reading|valid" not in values:
             raise ValueError(f"the values {name} of shape {tuple(value.shape)}")
 
 
