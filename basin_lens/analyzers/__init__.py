@@ -4,20 +4,22 @@ from basin_lens.analyzers.agreement import Agreement
 from basin_lens.analyzers.angular_contraction import AngularContraction
 from basin_lens.analyzers.attention import AttentionReceived
 from basin_lens.analyzers.attention_rollout import AttentionRollout
-from basin_lens.analyzers.base import (
+from basin_lens.analyzers.centroid_effect import CentroidEffect
+from basin_lens.analyzers.compression import Compression
+from basin_lens.analyzers.contract import (
     Analyzer,
-    Cloud,
     CloudAnalyzer,
     CloudScore,
     Column,
+    Neighborhoods,
+    Role,
     RunOn,
     Surroundings,
     TokenAnalyzer,
     total_variance,
 )
-from basin_lens.analyzers.centroid_effect import CentroidEffect
-from basin_lens.analyzers.compression import Compression
 from basin_lens.analyzers.contraction import Contraction
+from basin_lens.analyzers.control import Control
 from basin_lens.analyzers.effective_rank_change import EffectiveRankChange
 from basin_lens.analyzers.erasure import Erasure
 from basin_lens.analyzers.gradient import GradientNorm
@@ -65,6 +67,18 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
 )
 
 
+def names_of(*roles: Role) -> frozenset[str]:
+    """Names of the classes that declare one of these roles, as provenance has them.
+
+    Example:
+        >>> from basin_lens.analyzers import names_of
+        >>> sorted(names_of("confound"))
+        ['Agreement', 'Neighborhood', 'StandardizedLikelihood', 'StateNorm', 'Surprisal']
+    """
+    every: tuple[type[Analyzer], ...] = (*ANALYZERS, Control)
+    return frozenset(cls.__name__ for cls in every if cls.role in roles)
+
+
 def default_analyzers() -> list[Analyzer]:
     """What `analyze` measures when nothing else is asked for."""
     return [
@@ -86,7 +100,7 @@ __all__ = [
     "AttentionReceived",
     "AttentionRollout",
     "CentroidEffect",
-    "Cloud",
+    "Neighborhoods",
     "CloudAnalyzer",
     "CloudScore",
     "Column",
@@ -103,6 +117,7 @@ __all__ = [
     "NeighborOverlap",
     "Neighborhood",
     "RawCompression",
+    "Role",
     "RunOn",
     "SeedCompression",
     "StandardizedLikelihood",
@@ -114,5 +129,6 @@ __all__ = [
     "TokenBatch",
     "ValueWeightedAttention",
     "default_analyzers",
+    "names_of",
     "total_variance",
 ]

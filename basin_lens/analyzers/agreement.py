@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 
 
@@ -16,16 +16,16 @@ class Agreement(TokenAnalyzer):
 
     agreement_i = 1 if argmax_v p(v | x_<i) = x_i, else 0
 
-    Unit: share of tokens. Range: 0 or 1. Position 0 is NaN: nothing predicts it. The same at every layer. A continuation on which every
-    token agrees is exactly what greedy decoding writes behind the same prompt: it is extractable.
+    Unit: share of tokens. Range: 0 or 1. Position 0 is NaN: nothing predicts it. The same at every layer. A continuation on which
+    every token agrees is exactly what greedy decoding writes behind the same prompt: it is extractable.
 
     Args:
         name: column name.
 
     Shapes: logits `[batch, pos, vocab]` -> `[batch, pos]`.
 
-    Source: Carlini et al. 2023, "Quantifying memorization across neural language models" (extractable); Biderman et al. 2023 (share of
-    tokens).
+    Source: Carlini et al. 2023, "Quantifying memorization across neural language models" (extractable); Biderman et al. 2023 (share
+    of tokens).
 
     Example:
         >>> import basin_lens as bl
@@ -33,6 +33,7 @@ class Agreement(TokenAnalyzer):
         'agreement'
     """
 
+    role: ClassVar[Role] = "confound"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     per_layer: ClassVar[bool] = False

@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column, log_or_nan, total_variance
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, log_or_nan, total_variance
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class AngularContraction(CloudScore):
         ['angular_contraction', 'angular_contraction_centered']
     """
 
+    role: ClassVar[Role] = "score"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "bank", "halves"})
 
     @property
@@ -41,13 +42,16 @@ class AngularContraction(CloudScore):
         prefix = f"{self.name}_" if self.name else ""
         return (Column(f"{prefix}angular_contraction", "nats"), Column(f"{prefix}angular_contraction_centered", "nats"))
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.images is not None and cloud.bank is not None
-        (mean_before, kept_before), (mean_after, kept_after) = cloud.bank.directions_before, cloud.bank.directions_after
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.images is not None and neighborhoods.bank is not None
+        (mean_before, kept_before), (mean_after, kept_after) = (
+            neighborhoods.bank.directions_before,
+            neighborhoods.bank.directions_after,
+        )
         values = (
-            log_angular_variance(cloud.neighbors) - log_angular_variance(cloud.images),
-            log_angular_variance((cloud.neighbors - mean_before) * kept_before)
-            - log_angular_variance((cloud.images - mean_after) * kept_after),
+            log_angular_variance(neighborhoods.neighbors) - log_angular_variance(neighborhoods.images),
+            log_angular_variance((neighborhoods.neighbors - mean_before) * kept_before)
+            - log_angular_variance((neighborhoods.images - mean_after) * kept_after),
         )
         return {column.name: value for column, value in zip(self.columns, values, strict=True)}
 

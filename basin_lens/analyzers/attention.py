@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import Whole, whole_or_none
@@ -22,14 +22,14 @@ class AttentionReceived(TokenAnalyzer):
 
     r_i = sum_{t>i} a[t, i] / sum_{t>i} 1 / (t + 1)
 
-    1 means what uniform attention would give. Position 0 is usually the attention sink. Unit: multiples of uniform. Range: [0, inf).
-    The last 5 positions are NaN: too few later tokens to average over.
+    1 means what uniform attention would give. Position 0 is usually the attention sink. Unit: multiples of uniform.
+    Range: [0, inf). The last 5 positions are NaN: too few later tokens to average over.
 
     Args:
         normalize: False: the raw column sum over later tokens, as in the original guide; it is mostly position.
         sink: False: leave out column 0 and renormalize the rows (uniform is then 1 / t); position 0 is NaN.
-        per_head: also a column for each head, `<column>_head<h>`: the number of the model's heads, or a tuple of some of them. Without
-            the sink, each head's own rows are renormalized.
+        per_head: also a column for each head, `<column>_head<h>`: the number of the model's heads, or a tuple of some of them.
+            Without the sink, each head's own rows are renormalized.
         name: column name; the prefix of the columns with `per_head`.
 
     Shapes: pattern `[batch, head, query, key]` -> `[batch, pos]`.
@@ -47,6 +47,7 @@ class AttentionReceived(TokenAnalyzer):
         ['attention_received', 'attention_received_head0', 'attention_received_head1']
     """
 
+    role: ClassVar[Role] = "importance"
     normalize: bool = True
     sink: bool = True
     per_head: PerHead = False
@@ -116,8 +117,8 @@ def check_heads(per_head: PerHead) -> None:
     some = isinstance(per_head, tuple) and per_head and all(whole_or_none(h) is not None and h >= 0 for h in per_head)
     if not (whole or some) or (some and len(set(heads_of(per_head))) < len(heads_of(per_head))):
         raise CaptureError(
-            f"expected per_head as the number of heads (model.cfg.n_heads) or a tuple of different heads, got {per_head!r}: columns are "
-            "declared before a model is seen."
+            f"expected per_head as the number of heads (model.cfg.n_heads) or a tuple of different heads, got {per_head!r}: "
+            "columns are declared before a model is seen."
         )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from basin_lens.analyzers.attention import PerHead, check_heads, fill_columns, head_columns, received, without_sink
-from basin_lens.analyzers.base import Column, TokenAnalyzer
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -24,8 +24,9 @@ class AttentionRollout(TokenAnalyzer):
 
     Args:
         sink: False: leave out column 0 of every A_l and renormalize its rows (uniform is then 1 / t); position 0 is NaN.
-        per_head: also a column for each head of block L, `<column>_head<h>`; see `AttentionReceived`. A head takes the last step alone,
-            (A_L,h + I) / 2 R_{L-1}, below it all heads are averaged: what this head hands on. With the sink, their mean is the value itself.
+        per_head: also a column for each head of block L, `<column>_head<h>`; see `AttentionReceived`. A head takes the last step
+            alone, (A_L,h + I) / 2 R_{L-1}, below it all heads are averaged: what this head hands on. With the sink, their mean is
+            the value itself.
         name: column name; the prefix of the columns with `per_head`.
 
     Shapes: pattern `[batch, head, query, key]` of every layer -> `[batch, pos]`.
@@ -41,6 +42,7 @@ class AttentionRollout(TokenAnalyzer):
         'attention_rollout'
     """
 
+    role: ClassVar[Role] = "importance"
     sink: bool = True
     per_head: PerHead = False
     name: str | None = None
@@ -67,7 +69,7 @@ class AttentionRollout(TokenAnalyzer):
 
     def _step(
         self, attention: Float[Tensor, "batch head query key"], below: Float[Tensor, "batch 1 query key"] | None
-    ) -> Float[Tensor, "batch head query key"]:  # fmt: skip
+    ) -> Float[Tensor, "batch head query key"]:
         """One block on top of what those below have rolled out."""
         stay = torch.eye(attention.shape[-1], device=attention.device)
         if not self.sink:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column, column_name
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, column_name
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Compression(CloudScore):
 
     Args:
         k: neighbors.
-        context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"` (alone at position 0),
-            `"attn"` (patched, up to `resid_mid`), `"mlp"` (from `resid_mid` on; neighbors and variances in `resid_mid`), `"affine"`
-            (a global affine fit of the block, the linear null).
+        context: `"patched"` (the neighbor in the query's place), `"native"` (its own cached output), `"solo"` (alone at position
+            0), `"attn"` (patched, up to `resid_mid`), `"mlp"` (from `resid_mid` on; neighbors and variances in `resid_mid`),
+            `"affine"` (a global affine fit of the block, the linear null).
         blocks: through how many blocks in a row, in the same context; NaN where fewer are left.
         metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
         exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.
         same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
-        position_0: whether tokens at position 0 may be neighbors (and random points of the controls): mostly attention sinks, whose states can
-            be 1,000 times the others. Never queries, and never in G.
-        choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of an unrelated token whose
-            neighborhood is just as tight).
+        position_0: whether tokens at position 0 may be neighbors (and random points of the controls): mostly attention sinks, whose
+            states can be 1,000 times the others. Never queries, and never in G.
+        choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of an unrelated token
+            whose neighborhood is just as tight).
         name: column name.
 
     Shapes: neighbors `[q, k, d]`, images `[q, k, d]` -> `[q]`.
@@ -48,14 +48,15 @@ class Compression(CloudScore):
         'nats'
     """
 
+    role: ClassVar[Role] = "score"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property
     def columns(self) -> tuple[Column, ...]:
         return (Column(column_name(self, "compression"), "nats"),)
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        ratio = cloud.log_variance_in - cloud.log_variance_out
-        if not (cloud.spread_in > 0 and cloud.spread_out > 0):
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        ratio = neighborhoods.log_variance_in - neighborhoods.log_variance_out
+        if not (neighborhoods.spread_in > 0 and neighborhoods.spread_out > 0):
             return {self.columns[0].name: torch.full_like(ratio, torch.nan)}
-        return {self.columns[0].name: ratio - math.log(cloud.spread_in / cloud.spread_out)}
+        return {self.columns[0].name: ratio - math.log(neighborhoods.spread_in / neighborhoods.spread_out)}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column, column_name
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, column_name
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Contraction(CloudScore):
         'contraction'
     """
 
+    role: ClassVar[Role] = "score"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
     @property
     def columns(self) -> tuple[Column, ...]:
         return (Column(column_name(self, "contraction"), "nats"),)
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        return {self.columns[0].name: cloud.log_variance_in - cloud.log_variance_out}
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        return {self.columns[0].name: neighborhoods.log_variance_in - neighborhoods.log_variance_out}

@@ -2,23 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Analyzer, Choice, Cloud, CloudAnalyzer, Column
+from basin_lens.analyzers.contract import Analyzer, Choice, CloudAnalyzer, Column, Neighborhoods, Role
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 from basin_lens.values import Whole
 
-CONTROLS: tuple[Choice, ...] = ("random", "radius_matched")
+NULLS: tuple[Choice, ...] = ("random", "radius_matched")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control(CloudAnalyzer):
     """A score measured on random points, or on an equally tight set elsewhere, in place of the nearest neighbors.
 
-    Columns: those of the score with the choice behind their names, such as `compression_random` and `compression_radius_matched`; unit
-    and range as there. What a score gives there it does not owe to the neighborhood. See `controls_of`.
+    Columns: those of the score with the choice behind their names, such as `compression_random` and `compression_radius_matched`;
+    unit and range as there. What a score gives there it does not owe to the neighborhood. See `controls_of`.
 
     Args:
         of: the score.
@@ -26,6 +27,7 @@ class Control(CloudAnalyzer):
         queries: at most so many tokens per layer, a seeded sample; None: as many as the score.
     """
 
+    role: ClassVar[Role] = "control"
     of: CloudAnalyzer
     choice: Choice
     k: int
@@ -49,8 +51,8 @@ class Control(CloudAnalyzer):
     def columns(self) -> tuple[Column, ...]:
         return tuple(Column(f"{c.name}_{self.choice}", c.unit, c.low, c.high) for c in self.of.columns)
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        return {f"{name}_{self.choice}": value for name, value in self.of.measure(cloud).items()}
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        return {f"{name}_{self.choice}": value for name, value in self.of.measure(neighborhoods).items()}
 
 
 def controls_of(analyzers: Sequence[Analyzer], *, queries: int | None = None) -> list[Control]:
@@ -74,5 +76,5 @@ def controls_of(analyzers: Sequence[Analyzer], *, queries: int | None = None) ->
         for a in analyzers
         if isinstance(a, CloudAnalyzer) and a.choice == "nearest" and a.exclude != "nothing"
         if "images" in a.needs and not a.needs & {"output_neighbors", "candidates"}
-        for choice in CONTROLS
+        for choice in NULLS
     ]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column
+from basin_lens.analyzers.contract import DEGENERATE, CloudScore, Column, Neighborhoods, Role
 from basin_lens.errors import NeighborError
 from basin_lens.values import Whole
 
@@ -42,6 +42,7 @@ class EffectiveRankChange(CloudScore):
         ['nats', 'dimensions', 'dimensions']
     """
 
+    role: ClassVar[Role] = "score"
     k: Whole = 50
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
@@ -59,9 +60,12 @@ class EffectiveRankChange(CloudScore):
         if self.k < 3:
             raise NeighborError(f"expected k of at least 3 for EffectiveRankChange (2 points are always a line), got {self.k}.")
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.images is not None
-        before, after = effective_rank(cloud.neighbors, cloud.spread_in), effective_rank(cloud.images, cloud.spread_out)
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.images is not None
+        before, after = (
+            effective_rank(neighborhoods.neighbors, neighborhoods.spread_in),
+            effective_rank(neighborhoods.images, neighborhoods.spread_out),
+        )
         return {column.name: value for column, value in zip(self.columns, ((after / before).log(), before, after), strict=True)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import Whole, whole_or_none
@@ -19,13 +19,14 @@ class Erasure(TokenAnalyzer):
 
     erasure_i = mean over t > i of [-log p(x_{t+1} | x_<=t without i)] - [-log p(x_{t+1} | x_<=t)]
 
-    Nothing of token i then reaches a later position, so this is an intervention, the ground truth for the other importance measures. The
-    prediction made at position i itself stays as it is and is left out of the mean. Unit: nats per token. Range: (-inf, inf). The same at
-    every layer. NaN: positions that were not drawn, position 0 (mostly the attention sink: without it the model breaks), and the last two.
+    Nothing of token i then reaches a later position, so this is an intervention, the ground truth for the other importance
+    measures. The prediction made at position i itself stays as it is and is left out of the mean. Unit: nats per token. Range:
+    (-inf, inf). The same at every layer. NaN: positions that were not drawn, position 0 (mostly the attention sink: without it the
+    model breaks), and the last two.
 
     Args:
-        positions: at most so many positions of each sequence, drawn from the seed and the sequence's own tokens; None: all. Each costs a
-            pass of its sequence.
+        positions: at most so many positions of each sequence, drawn from the seed and the sequence's own tokens; None: all. Each
+            costs a pass of its sequence.
         seed: of the draw.
         name: column name.
 
@@ -42,6 +43,7 @@ class Erasure(TokenAnalyzer):
         'nats per token'
     """
 
+    role: ClassVar[Role] = "importance"
     positions: Whole | None = 16
     seed: Whole = 0
     name: str | None = None

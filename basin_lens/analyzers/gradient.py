@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import Target, TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import whole_or_none
@@ -20,14 +20,14 @@ class GradientNorm(TokenAnalyzer):
     gradient_norm = ||g||, gradient_norm_scaled = ||g|| * ||h||, with g_i = d(sum_{t>i} -log p(x_t | x_<t)) / dh_i, h = resid_pre
 
     `gradient_norm` falls about as 1/||h||, so it correlates with anything that knows the norm; the scaled one does not.
-    Units: nats per state unit, and nats (for a logit: logits). Range: [0, inf). With `"future_loss"` the last position is NaN: no later
-    token.
+    Units: nats per state unit, and nats (for a logit: logits). Range: [0, inf). With `"future_loss"` the last position is NaN: no
+    later token.
 
     Args:
-        target: `"future_loss"`; `"last_logit"`, the largest logit behind the last token, as in the original guide; a token id, the logit of that
-            token behind the last token; or `"cache"` for the gradients of the user's own backward pass, of whatever it was
-            (`Capture.from_cache` on a cache with `*_grad`). A logit's columns end in `_last_logit` or `_logit_<id>`. Each different target costs
-            a backward pass of the same forward pass.
+        target: `"future_loss"`; `"last_logit"`, the largest logit behind the last token, as in the original guide; a token id, the
+            logit of that token behind the last token; or `"cache"` for the gradients of the user's own backward pass, of whatever
+            it was (`Capture.from_cache` on a cache with `*_grad`). A logit's columns end in `_last_logit` or `_logit_<id>`. Each
+            different target costs a backward pass of the same forward pass.
         name: prefix of the columns.
 
     Shapes: gradient and resid_pre `[batch, pos, d]` -> `[batch, pos]`.
@@ -43,6 +43,7 @@ class GradientNorm(TokenAnalyzer):
         ['gradient_norm', 'gradient_norm_scaled']
     """
 
+    role: ClassVar[Role] = "importance"
     target: Target = "future_loss"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"gradient", "resid_pre"})

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.analyzers.gradient import check_target, target_ending, target_unit, without_last
 from basin_lens.capture import Target, TokenBatch
 
@@ -16,8 +16,9 @@ class GradientTimesActivation(TokenAnalyzer):
 
     gradient_times_activation_i = g_i . h_i, with g_i as for `GradientNorm`, h = resid_pre
 
-    To first order, what the target loses when the state is scaled towards zero: negative for a state that lowers the later tokens' loss. As
-    importance, take its size. Unit: nats (for a logit: logits). Range: (-inf, inf). With `"future_loss"` the last position is NaN.
+    To first order, what the target loses when the state is scaled towards zero: negative for a state that lowers the later tokens'
+    loss. As importance, take its size. Unit: nats (for a logit: logits). Range: (-inf, inf). With `"future_loss"` the last position
+    is NaN.
 
     Args:
         target: as for `GradientNorm`.
@@ -36,6 +37,7 @@ class GradientTimesActivation(TokenAnalyzer):
         'gradient_times_activation_last_logit'
     """
 
+    role: ClassVar[Role] = "importance"
     target: Target = "future_loss"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"gradient", "resid_pre"})

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.analyzers.gradient import check_target, target_ending, target_unit, without_last
 from basin_lens.capture import Passes, Target, TokenBatch
 from basin_lens.errors import CaptureError
@@ -22,19 +22,21 @@ class IntegratedGradients(TokenAnalyzer):
 
     ig_i = (h_i - b_i) . integral_0^1 g_i(b + a (h - b)) da, all positions moving together, h = resid_pre
 
-    Complete: over a sequence, the values add up to F(h) - F(b), the change of the target. Checked for each sequence: where they do not within
-    1 %, the steps are doubled, up to 8 times as many, and then all its values are NaN. Negative for a state that lowers the later tokens'
-    loss. Unit: nats (for a logit: logits). Range: (-inf, inf). With `"future_loss"` the last position is NaN (it adds 0).
+    Complete: over a sequence, the values add up to F(h) - F(b), the change of the target. Checked for each sequence: where they do
+    not within 1 %, the steps are doubled, up to 8 times as many, and then all its values are NaN. Negative for a state that lowers
+    the later tokens' loss. Unit: nats (for a logit: logits). Range: (-inf, inf). With `"future_loss"` the last position is NaN (it
+    adds 0).
 
-    On a trained model the way from the embeddings (layer 0) can be too rough for any number of steps; the same way begun at a middle layer is smooth.
+    On a trained model the way from the embeddings (layer 0) can be too rough for any number of steps; the same way begun at a
+    middle layer is smooth.
 
     Args:
-        target: `"future_loss"`, `"last_logit"` or a token id, as for `GradientNorm`. The token with the largest logit is that of the
-            states themselves, all along the way.
+        target: `"future_loss"`, `"last_logit"` or a token id, as for `GradientNorm`. The token with the largest logit is that of
+            the states themselves, all along the way.
         steps: points of the Gauss-Legendre rule. Each costs a forward and a backward pass.
-        baseline: `"mean"`: every state moves from the mean of the sequence's states without position 0, and position 0, which is mostly the
-            attention sink, stays as it is (moved, it breaks the model on the way); its own value is NaN. `"zero"`: from zero, position 0
-            too; norms blow up there, and more steps are needed.
+        baseline: `"mean"`: every state moves from the mean of the sequence's states without position 0, and position 0, which is
+            mostly the attention sink, stays as it is (moved, it breaks the model on the way); its own value is NaN. `"zero"`: from
+            zero, position 0 too; norms blow up there, and more steps are needed.
         layer: the block whose incoming states are moved, the same values then holding for every layer; None: each layer's own
             states, at that many times the cost.
         name: column name.
@@ -52,6 +54,7 @@ class IntegratedGradients(TokenAnalyzer):
         'integrated_gradients'
     """
 
+    role: ClassVar[Role] = "importance"
     target: Target = "future_loss"
     steps: Whole = 16
     baseline: Literal["mean", "zero"] = "mean"

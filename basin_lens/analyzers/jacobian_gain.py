@@ -11,7 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column, log_or_nan, random_directions, total_variance
+from basin_lens.analyzers.contract import (
+    DEGENERATE,
+    CloudScore,
+    Column,
+    Neighborhoods,
+    Role,
+    log_or_nan,
+    random_directions,
+    total_variance,
+)
 from basin_lens.errors import NeighborError, TransportError
 from basin_lens.values import Whole, whole_or_none
 
@@ -22,13 +31,13 @@ class JacobianGain(CloudScore):
 
     gain = sum_v ||J v||^2 / sum_v ||v||^2, J = dF/dh at the query's state in its context;
     jacobian_gain_random: v standard normal (off the data), an estimate of the mean squared singular value of J;
-    jacobian_gain_neighborhood: v = h_j - mean of the neighbors, all k of them (on the data): tr(J S J^T) / tr S, S: their covariance;
-    jacobian_contrast = log(jacobian_gain_random / jacobian_gain_neighborhood)
+    jacobian_gain_neighborhood: v = h_j - mean of the neighbors, all k of them (on the data): tr(J S J^T) / tr S, S: their
+    covariance; jacobian_contrast = log(jacobian_gain_random / jacobian_gain_neighborhood)
 
     A positive contrast is the real signature of a basin: the block shrinks along the data more than off it. For a linear block the
-    neighborhood's gain is V_out / V_in exactly; elsewhere it is what `Contraction` would be for infinitely small neighborhoods of this
-    shape. Exact derivatives in forward mode, no finite differences. Units: ratio, and nats for the contrast. Range: [0, inf) for the gains,
-    all real numbers for the contrast; an isometry has gains of 1 and contrast 0, a scaling by a has a^2.
+    neighborhood's gain is V_out / V_in exactly; elsewhere it is what `Contraction` would be for infinitely small neighborhoods of
+    this shape. Exact derivatives in forward mode, no finite differences. Units: ratio, and nats for the contrast. Range: [0, inf)
+    for the gains, all real numbers for the contrast; an isometry has gains of 1 and contrast 0, a scaling by a has a^2.
 
     Options and errors: see `Compression`. `name` becomes a prefix of the columns.
 
@@ -51,6 +60,7 @@ class JacobianGain(CloudScore):
         ['jacobian_gain_random', 'jacobian_gain_neighborhood', 'jacobian_contrast']
     """
 
+    role: ClassVar[Role] = "score"
     directions: Whole = 8
     queries: Whole = 64
     seed: Whole = 0
@@ -76,13 +86,13 @@ class JacobianGain(CloudScore):
             if (found := whole_or_none(getattr(self, option))) is None or found < least:
                 raise NeighborError(f"expected {option} of at least {least} for JacobianGain, got {getattr(self, option)!r}.")
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.block is not None
-        along = cloud.neighbors - cloud.neighbors.mean(1, keepdim=True)
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.block is not None
+        along = neighborhoods.neighbors - neighborhoods.neighbors.mean(1, keepdim=True)
         # Beside the states' own length: a neighborhood of equal states has no directions, only rounding.
-        spread = total_variance(cloud.neighbors) > DEGENERATE * cloud.neighbors.square().sum(2).mean(1)
-        moves = torch.cat([random_directions(cloud, self.directions, self.seed), along], dim=1)
-        images = derivative(cloud.block, cloud.query[:, None].expand_as(moves), moves)
+        spread = total_variance(neighborhoods.neighbors) > DEGENERATE * neighborhoods.neighbors.square().sum(2).mean(1)
+        moves = torch.cat([random_directions(neighborhoods, self.directions, self.seed), along], dim=1)
+        images = derivative(neighborhoods.block, neighborhoods.query[:, None].expand_as(moves), moves)
         sizes, before = images.square().sum(2), moves.square().sum(2)
         off = sizes[:, : self.directions].sum(1) / before[:, : self.directions].sum(1)
         on = torch.where(spread, sizes[:, self.directions :].sum(1) / before[:, self.directions :].sum(1), torch.nan)
@@ -107,8 +117,8 @@ def derivative(
                 raise
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "/torch/" not in frame.f_code.co_filename]
             raise TransportError(
-                f"expected a block whose every operation has a forward-mode derivative, got one in {frames[-1].f_code.co_qualname}: "
-                f"{error} Leave JacobianGain out for this model."
+                "expected a block whose every operation has a forward-mode derivative, got one in "
+                f"{frames[-1].f_code.co_qualname}: {error} Leave JacobianGain out for this model."
             ) from error
         moved = forward_ad.unpack_dual(image).tangent
     if moved is None:

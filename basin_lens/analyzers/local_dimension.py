@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
 from basin_lens.errors import NeighborError
 from basin_lens.transport import Context
 from basin_lens.values import Whole, whole_or_none
@@ -20,13 +20,13 @@ class LocalDimension(CloudScore):
     """Intrinsic dimension of the states around a token, by two estimators, as a curve over the number of neighbors.
 
     dimension_mle_k{n} = 1 / mean_{j<n} log(r_n / r_j), r_j: distance to the j-th of the n nearest neighbors;
-    dimension_two_nn_k{n} = n / sum_{i=0..n} log mu_i, over the n + 1 points of the query and its n nearest neighbors, mu_i: distance
-    to a point's second nearest divided by that to its nearest, both within these n + 1 points
+    dimension_two_nn_k{n} = n / sum_{i=0..n} log mu_i, over the n + 1 points of the query and its n nearest neighbors, mu_i:
+    distance to a point's second nearest divided by that to its nearest, both within these n + 1 points
 
     Never "the dimension": the number depends on the scale, so look at the curve. Few neighbors are noisy and biased up; many are
-    biased down in high dimension, where most of a neighborhood is edge. Distances are Euclidean whatever `metric` chose the neighbors,
-    and all from the states before the block. Unit: dimensions. Range: (0, inf). NaN where two of the points coincide, or where all are
-    equally far.
+    biased down in high dimension, where most of a neighborhood is edge. Distances are Euclidean whatever `metric` chose the
+    neighbors, and all from the states before the block. Unit: dimensions. Range: (0, inf). NaN where two of the points coincide, or
+    where all are equally far.
 
     Options and errors: see `Compression`; k is 30 by default. `name` becomes a prefix of the columns.
 
@@ -38,8 +38,8 @@ class LocalDimension(CloudScore):
     Raises:
         NeighborError: a curve that is empty, does not ascend, or leaves the range from 2 to k.
 
-    Source: Levina and Bickel 2004 (maximum likelihood, the plain form with n - 1, as scikit-dimension's `MLE` by default); Facco et al.
-    2017 (TwoNN, its unbiased maximum likelihood: N - 1 = n over the sum for N points, as DADApy's `algorithm="ml"` and
+    Source: Levina and Bickel 2004 (maximum likelihood, the plain form with n - 1, as scikit-dimension's `MLE` by default); Facco et
+    al. 2017 (TwoNN, its unbiased maximum likelihood: N - 1 = n over the sum for N points, as DADApy's `algorithm="ml"` and
     scikit-dimension's `method="mle"` without discarding).
 
     Example:
@@ -48,6 +48,7 @@ class LocalDimension(CloudScore):
         ['dimension_mle_k10', 'dimension_mle_k20', 'dimension_two_nn_k10', 'dimension_two_nn_k20']
     """
 
+    role: ClassVar[Role] = "score"
     k: Whole = 30
     context: Context = "native"
     curve: tuple[Whole, ...] | None = None
@@ -70,8 +71,8 @@ class LocalDimension(CloudScore):
         if not (self.sizes and ascending and self.sizes[0] >= 2 and self.sizes[-1] <= self.k):
             raise NeighborError(f"expected a curve of ascending numbers from 2 to k={self.k}, got {self.curve}.")
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        points = torch.cat([cloud.query[:, None], cloud.neighbors], dim=1)
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        points = torch.cat([neighborhoods.query[:, None], neighborhoods.neighbors], dim=1)
         # By differences: the matrix-product form loses the digits of near points that lie far from the origin.
         distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
         values = [maximum_likelihood(distances[:, 0, 1 : n + 1]) for n in self.sizes]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -36,6 +36,7 @@ class MatrixEntropy(TokenAnalyzer):
         'sequence'
     """
 
+    role: ClassVar[Role] = "score"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"resid_pre"})
     rows: ClassVar = "sequence"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
 from basin_lens.transport import Context
 
 
@@ -13,7 +13,8 @@ from basin_lens.transport import Context
 class Neighborhood(CloudScore):
     """Density and make-up of a token's input neighborhood.
 
-    `radius`: distance to the k-th neighbor; `nearest`: to the first. Unit: state units (1 - cosine with that metric). Range: [0, inf).
+    `radius`: distance to the k-th neighbor; `nearest`: to the first. Unit: state units (1 - cosine with that metric).
+    Range: [0, inf).
     `same_token_share`, `same_position_share`: share of neighbors with the query's token id, or at its position. Range: [0, 1].
     `distinct_tokens`: number of different token ids among the neighbors. Unit: count. Range: 1 to k.
     `hubness`: how many queries of this layer have the token as a neighbor. Unit: count. Range: [0, inf); NaN with an external bank.
@@ -30,6 +31,7 @@ class Neighborhood(CloudScore):
         ['radius', 'nearest']
     """
 
+    role: ClassVar[Role] = "confound"
     context: Context = "native"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors"})
 
@@ -45,14 +47,14 @@ class Neighborhood(CloudScore):
             Column(f"{prefix}hubness", "count", 0),
         )
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        tokens = cloud.neighbor_token.sort(dim=1).values
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        tokens = neighborhoods.neighbor_token.sort(dim=1).values
         values = (
-            cloud.distances[:, -1],
-            cloud.distances[:, 0],
-            (cloud.neighbor_token == cloud.query_token[:, None]).float().mean(1),
-            (cloud.neighbor_pos == cloud.query_pos[:, None]).float().mean(1),
+            neighborhoods.distances[:, -1],
+            neighborhoods.distances[:, 0],
+            (neighborhoods.neighbor_token == neighborhoods.query_token[:, None]).float().mean(1),
+            (neighborhoods.neighbor_pos == neighborhoods.query_pos[:, None]).float().mean(1),
             1 + (tokens[:, 1:] != tokens[:, :-1]).sum(1).float(),
-            cloud.hubness,
+            neighborhoods.hubness,
         )
         return {column.name: value for column, value in zip(self.columns, values, strict=True)}

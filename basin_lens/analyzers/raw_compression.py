@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import DEGENERATE, Cloud, CloudScore, Column, column_name, total_variance
+from basin_lens.analyzers.contract import DEGENERATE, CloudScore, Column, Neighborhoods, Role, column_name, total_variance
 from basin_lens.transport import Context
 
 
@@ -29,6 +29,7 @@ class RawCompression(CloudScore):
         'native'
     """
 
+    role: ClassVar[Role] = "score"
     context: Context = "native"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "images", "halves"})
 
@@ -36,8 +37,8 @@ class RawCompression(CloudScore):
     def columns(self) -> tuple[Column, ...]:
         return (Column(column_name(self, "raw_compression"), "nats", high=23.03),)
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.images is not None
-        variance = total_variance(cloud.images)
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.images is not None
+        variance = total_variance(neighborhoods.images)
         score = -(variance + 1e-10).log()
-        return {self.columns[0].name: score.masked_fill(variance <= DEGENERATE * cloud.spread_out, float("nan"))}
+        return {self.columns[0].name: score.masked_fill(variance <= DEGENERATE * neighborhoods.spread_out, float("nan"))}

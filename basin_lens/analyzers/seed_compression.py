@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Choice, Cloud, CloudScore, Column, column_name, total_variance
+from basin_lens.analyzers.contract import Choice, CloudScore, Column, Neighborhoods, Role, column_name, total_variance
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
@@ -38,6 +38,7 @@ class SeedCompression(CloudScore):
         'nothing'
     """
 
+    role: ClassVar[Role] = "score"
     # Not to be chosen: anything else would not be the guide's score.
     context: Context = field(default="native", init=False)
     blocks: int = field(default=1, init=False)
@@ -52,8 +53,12 @@ class SeedCompression(CloudScore):
     def columns(self) -> tuple[Column, ...]:
         return (Column(column_name(self, "seed_compression"), "nats", high=23.03),)
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.images is not None and cloud.final_norm is not None
-        images = cloud.final_norm(cloud.images) if cloud.layer == cloud.n_layers - 1 else cloud.images
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.images is not None and neighborhoods.final_norm is not None
+        images = (
+            neighborhoods.final_norm(neighborhoods.images)
+            if neighborhoods.layer == neighborhoods.n_layers - 1
+            else neighborhoods.images
+        )
         score = -(total_variance(images) + 1e-10).log()
-        return {self.columns[0].name: torch.full_like(score, torch.nan) if cloud.layer == 0 else score}
+        return {self.columns[0].name: torch.full_like(score, torch.nan) if neighborhoods.layer == 0 else score}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 
 
@@ -16,8 +16,8 @@ class StandardizedLikelihood(TokenAnalyzer):
 
     z_i = (l_i - mu_i) / sigma_i,  l_i = log p(x_i | x_<i),  mu_i = sum_v p log p,  sigma_i^2 = sum_v p (log p)^2 - mu_i^2
 
-    Unit: standard deviations. Range: any. Position 0 is NaN: nothing predicts it; so is a prediction that does not vary (sigma below 1e-6).
-    The same at every layer.
+    Unit: standard deviations. Range: any. Position 0 is NaN: nothing predicts it; so is a prediction that does not vary (sigma
+    below 1e-6). The same at every layer.
 
     Args:
         name: column name.
@@ -32,6 +32,7 @@ class StandardizedLikelihood(TokenAnalyzer):
         'standard deviations'
     """
 
+    role: ClassVar[Role] = "confound"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     per_layer: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 
 
@@ -30,6 +30,7 @@ class StateNorm(TokenAnalyzer):
         ['resid_pre']
     """
 
+    role: ClassVar[Role] = "confound"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"resid_pre"})
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.base import Column, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
 from basin_lens.capture import TokenBatch
 
 
@@ -31,6 +31,7 @@ class Surprisal(TokenAnalyzer):
         'nats'
     """
 
+    role: ClassVar[Role] = "confound"
     name: str | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     per_layer: ClassVar[bool] = False

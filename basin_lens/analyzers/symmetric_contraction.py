@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.base import Cloud, CloudScore, Column, log_or_nan, total_variance
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, log_or_nan, total_variance
 from basin_lens.errors import NeighborError
 from basin_lens.transport import Context
 
@@ -37,6 +37,7 @@ class SymmetricContraction(CloudScore):
         ['symmetric_contraction', 'contraction_input_chosen', 'contraction_output_chosen']
     """
 
+    role: ClassVar[Role] = "score"
     context: Context = "native"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "output_neighbors", "images", "halves"})
 
@@ -54,10 +55,10 @@ class SymmetricContraction(CloudScore):
                 "at the output. Leave the context out."
             )
 
-    def measure(self, cloud: Cloud) -> dict[str, Tensor]:
-        assert cloud.output_neighbors is not None and cloud.output_preimages is not None
-        at_input = cloud.log_variance_in - cloud.log_variance_out
-        before = log_or_nan(total_variance(cloud.output_preimages), cloud.spread_in)
-        at_output = before - log_or_nan(total_variance(cloud.output_neighbors), cloud.spread_out)
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.output_neighbors is not None and neighborhoods.output_preimages is not None
+        at_input = neighborhoods.log_variance_in - neighborhoods.log_variance_out
+        before = log_or_nan(total_variance(neighborhoods.output_preimages), neighborhoods.spread_in)
+        at_output = before - log_or_nan(total_variance(neighborhoods.output_neighbors), neighborhoods.spread_out)
         values = ((at_input + at_output) / 2, at_input, at_output)
         return {column.name: value for column, value in zip(self.columns, values, strict=True)}

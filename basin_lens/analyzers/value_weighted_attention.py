@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from basin_lens.analyzers.attention import PerHead, check_heads, fill_columns, head_columns, received
-from basin_lens.analyzers.base import Column, TokenAnalyzer
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -17,9 +17,9 @@ class ValueWeightedAttention(TokenAnalyzer):
 
     w_i = sum_heads sum_{t>i} ||a[t, i] v_i W_O|| / sum_{t>i} 1 / (t + 1)
 
-    v_i is the value as the block computes it, its normed input already in it; heads that share a value (grouped-query attention) each weigh
-    it by their own part of W_O. What a model does behind W_O (bias, the post-norm of Gemma 2, Granite's residual multiplier) is
-    not in it. Unlike attention alone, a token with much attention and a tiny value (a sink) counts for little.
+    v_i is the value as the block computes it, its normed input already in it; heads that share a value (grouped-query attention)
+    each weigh it by their own part of W_O. What a model does behind W_O (bias, the post-norm of Gemma 2, Granite's residual
+    multiplier) is not in it. Unlike attention alone, a token with much attention and a tiny value (a sink) counts for little.
 
     Units: state units, or with `normalize=False` state units summed over tokens. Range: [0, inf). The last 5 positions are NaN.
 
@@ -42,6 +42,7 @@ class ValueWeightedAttention(TokenAnalyzer):
         'state units'
     """
 
+    role: ClassVar[Role] = "importance"
     normalize: bool = True
     sink: bool = True
     per_head: PerHead = False

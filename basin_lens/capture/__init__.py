@@ -6,14 +6,18 @@ that attention patterns are never held for more than one layer.
 """
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
+from basin_lens.capture.cache_check import check_cache, tolerance_of
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
-from basin_lens.capture.foreign import check_cache, tolerance_of
 from basin_lens.capture.passes import Passes, Target, future_loss
+from basin_lens.capture.reading import read_states
 from basin_lens.capture.record import Capture
 from basin_lens.capture.reference import reference_capture
+from basin_lens.capture.states import CapturedStates
+from basin_lens.capture.token_columns import fill_columns
 
 __all__ = [
     "Capture",
+    "CapturedStates",
     "Passes",
     "Target",
     "TokenBatch",
@@ -22,7 +26,9 @@ __all__ = [
     "borders",
     "check_cache",
     "check_layers",
+    "fill_columns",
     "future_loss",
+    "read_states",
     "reference_capture",
     "subset",
     "tolerance_of",

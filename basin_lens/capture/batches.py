@@ -1,6 +1,6 @@
-"""One batch through the model: what token analyzers see, and the pass that fills them."""
+"""Batches of token rows: how sequences are put together, what a token analyzer sees of them, and what it may ask for."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,13 +9,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from basin_lens.capture.layout import TokenRows
-from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target, target_values
+from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target
 from basin_lens.errors import CaptureError
-from basin_lens.model import device_of, forward_pass, measuring, missing_points, output_weight, point_name, vocabulary_size
+from basin_lens.model import missing_points, vocabulary_size
 from basin_lens.model import n_layers as count_layers
 from basin_lens.values import Whole, whole, whole_or_none
 
-_NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
+NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
 
 
 @dataclass(frozen=True)
@@ -91,121 +91,6 @@ def layers_of(analyzer: TokenMeasure, layers: Sequence[int]) -> Sequence[int]:
     return range(max(layers) + 1) if analyzer.cumulative else layers
 
 
-def run_batch(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    valid: Bool[Tensor, "batch pos"],
-    layers: Sequence[int],
-    borders: Sequence[int],
-    analyzers: Sequence[TokenMeasure],
-    keep: Callable[[TokenMeasure, int, Mapping[str, Tensor]], None],
-    refuse_nonfinite: Callable[[int, Tensor], None],
-) -> dict[int, Tensor]:
-    """One forward pass over a batch, and one backward pass for each different target of the gradients that analyzers want.
-
-    Analyzers of patterns, states and other hook points run while the pass does: what they read is dropped as soon as the state leaves
-    the block. Those of logits and gradients run behind it, and so do those that make passes of their own.
-
-    Args:
-        model: a hooked model.
-        tokens: token ids, padded on the right.
-        valid: which of them are real.
-        layers: layers that are asked for.
-        borders: block borders whose states are kept.
-        analyzers: token analyzers to fill.
-        keep: called with each analyzer, layer and its values.
-        refuse_nonfinite: called with each kept border and its states; raises if they are not finite.
-
-    Returns:
-        states of the real tokens by border, `[rows, d]`, float32, on the CPU.
-    """
-    device = device_of(model)
-    with torch.inference_mode(False):  # tensors made under a caller's inference_mode cannot take part in a backward pass
-        tokens, valid_there = tokens.clone().to(device), valid.clone().to(device)
-    count = count_layers(model)
-    passes = Passes(model, tokens, valid_there)
-    memories: dict[str, dict[str, Any]] = {a.key: {} for a in analyzers}
-    at_layer = [a for a in analyzers if a.per_layer and not a.needs & {"logits", "gradient", "passes"}]
-    sloped = [a for a in analyzers if "gradient" in a.needs]
-    at_end = [a for a in analyzers if a not in at_layer and a not in sloped]
-    looks = {a.key: layers_of(a, layers) for a in analyzers}
-    visited = sorted({*layers, *(layer for look in looks.values() for layer in look)})
-    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in visited}
-    live: dict[int, Tensor] = {}
-    kept: dict[int, Tensor] = {}
-
-    def wants(need: str, layer: int, among: Sequence[TokenMeasure] = analyzers) -> bool:
-        return any(need in a.needs and layer in looks[a.key] for a in among)
-
-    def run(analyzer: TokenMeasure, layer: int, **more: Tensor) -> None:
-        values = {n: v for n, v in {**held[layer], **more}.items() if n in analyzer.needs}
-        if "output_weight" in analyzer.needs:
-            values["output_weight"] = output_weight(model, layer)
-        own = passes if "passes" in analyzer.needs else None
-        with torch.no_grad():
-            measured = analyzer.measure(TokenBatch(layer, count, tokens, valid_there, values, memories[analyzer.key], own))
-        if layer in layers:
-            keep(analyzer, layer, measured)
-
-    def read_state(border: int) -> Callable[[Tensor], None]:
-        def reader(state: Tensor) -> None:
-            if border in borders:
-                kept[border] = state.detach()[valid_there].float().cpu()
-                refuse_nonfinite(border, kept[border])
-            if border in held and wants("gradient", border):
-                live[border] = state
-            if border in held and wants("resid_pre", border):
-                held[border]["resid_pre"] = state.detach().float()
-            # The state leaving a block closes it: all that its analyzers need has been read by then.
-            layer = border - 1
-            if layer in held:
-                if wants("resid_post", layer):
-                    held[layer]["resid_post"] = state.detach().float()
-                for analyzer in at_layer:
-                    if layer in looks[analyzer.key]:
-                        run(analyzer, layer)
-                held[layer] = {n: value for n, value in held[layer].items() if wants(n, layer, [*sloped, *at_end])}
-
-        return reader
-
-    def read_point(need: str, layer: int) -> Callable[[Tensor], None]:
-        def reader(value: Tensor) -> None:
-            held[layer][need] = value.detach().float()
-
-        return reader
-
-    readers: dict[str, Callable[[Tensor], Tensor | None]] = {}
-    for border in sorted({b for layer in visited for b in (layer, layer + 1)}):
-        # A layer whose analyzers run when it closes is read at its own end, not at the next block's start.
-        if border < count:
-            readers[point_name("resid_pre", border)] = read_state(border)
-        else:
-            readers[point_name("resid_post", count - 1)] = read_state(count)
-    points = {need for a in analyzers for need in a.needs} - _NO_POINTS - {"resid_pre", "resid_post"}
-    for layer in visited:
-        for need in points:
-            if wants(need, layer):
-                readers[point_name(need, layer)] = read_point(need, layer)
-
-    with measuring(model, gradients=bool(sloped)):
-        logits = forward_pass(model, tokens, readers, gradients=bool(sloped))
-        shown = logits.detach().float() if any("logits" in a.needs for a in analyzers) else logits.detach()
-        targets = list(dict.fromkeys(a.target for a in sloped if a.target is not None))
-        for left, target in enumerate(reversed(targets)):
-            total = target_values(logits, tokens, valid_there, target).sum()
-            slopes = torch.autograd.grad(total, list(live.values()), retain_graph=left + 1 < len(targets))
-            for layer, slope in zip(live, slopes, strict=True):
-                for analyzer in sloped:
-                    if analyzer.target == target and layer in looks[analyzer.key]:
-                        run(analyzer, layer, gradient=slope.float(), logits=shown)
-        del logits
-        live.clear()
-        for analyzer in at_end:
-            for layer in looks[analyzer.key]:
-                run(analyzer, layer, logits=shown)
-    return kept
-
-
 def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
     """Layers in ascending order; None: all; negative ones count from the end.
 
@@ -234,8 +119,8 @@ def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMea
     for analyzer in analyzers:
         if analyzer.target == "cache":
             raise CaptureError(
-                f"expected gradients (*_grad) in the cache for {analyzer.key}, got none. Make the capture with Capture.from_cache on a "
-                "run_with_cache(..., incl_bwd=True), or use another target."
+                f"expected gradients (*_grad) in the cache for {analyzer.key}, got none. Make the capture with "
+                "Capture.from_cache on a run_with_cache(..., incl_bwd=True), or use another target."
             )
         if "gradient" in analyzer.needs and analyzer.target is None:
             raise CaptureError(f"expected a target with the gradients that {analyzer.key} needs, got None. See TokenAnalyzer.")
@@ -245,7 +130,7 @@ def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMea
             )
     missing = missing_points(model, {"resid_pre", "resid_post"}, list(layers))
     for analyzer in analyzers:
-        missing += missing_points(model, set(analyzer.needs - _NO_POINTS), list(layers_of(analyzer, layers)))
+        missing += missing_points(model, set(analyzer.needs - NO_POINTS), list(layers_of(analyzer, layers)))
     if missing:
         raise CaptureError(
             f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"

@@ -26,8 +26,9 @@ def check_is_cache(cache: Any) -> None:
     if not hasattr(cache, "keys") or not hasattr(cache, "__getitem__"):
         shape = f" of shape {tuple(cache.shape)}" if isinstance(cache, Tensor | np.ndarray) else ""
         raise CaptureError(
-            f"expected a cache that names its tensors (ActivationCache, or a dict of hook names), got {type(cache).__name__}{shape}. Pass what "
-            "run_with_cache returned second; a stack (accumulated_resid, apply_ln_to_stack) no longer says which states it holds."
+            "expected a cache that names its tensors (ActivationCache, or a dict of hook names), got "
+            f"{type(cache).__name__}{shape}. Pass what run_with_cache returned second; a stack (accumulated_resid, "
+            "apply_ln_to_stack) no longer says which states it holds."
         )
 
 
@@ -89,8 +90,8 @@ def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int
 def other_readings(model: Any, cache: Any, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
     """Attention patterns and gradients that the cache holds, by name and layer.
 
-    Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed from
-    the last state instead.
+    Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed
+    from the last state instead.
     """
     heads, places = int(model.cfg.n_heads), shape[1]
     found = {}
@@ -114,7 +115,8 @@ def refuse_endless(name: str, reading: Tensor, valid: Bool[Tensor, "batch pos"])
     """
     if name.startswith("gradient") and not bool(torch.isfinite(reading[valid]).all()):
         raise CaptureError(
-            f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a wider dtype."
+            f"expected finite gradients, got NaN or infinity at block {name.rpartition('.')[2]}. Leave them out, or use a "
+            "wider dtype."
         )
 
 
@@ -137,17 +139,16 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor
             f"expected {name} as a tensor or array, got {type(value).__name__}: {error}. Pass the cache of run_with_cache."
         ) from error
     if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
-        kind = "a tensor on the meta device, which holds no numbers" if tensor.device.type == "meta" else (
-            f"{tensor.dtype} ({tensor.layout})"
-        )  # fmt: skip
+        nowhere = tensor.device.type == "meta"
+        kind = "a tensor on the meta device, which holds no numbers" if nowhere else f"{tensor.dtype} ({tensor.layout})"
         raise CaptureError(
             f"expected {name} as floating-point numbers, got {kind}. Run the model with its weights loaded, and cache again."
         )
     tensor = tensor[None] if tensor.ndim == len(shape) - 1 else tensor
     if tuple(tensor.shape) != shape:
         raise CaptureError(
-            f"expected {name} of shape {shape} {axes}, got {tuple(tensor.shape)}. Are tokens, cache and model of the same run? Of a cache cut "
-            "with pos_slice, only whole sequences can be read."
+            f"expected {name} of shape {shape} {axes}, got {tuple(tensor.shape)}. Are tokens, cache and model of the same run? "
+            "Of a cache cut with pos_slice, only whole sequences can be read."
         )
     return tensor
 

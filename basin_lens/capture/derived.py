@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from basin_lens.capture.reading import read_states
 from basin_lens.capture.record import Capture
 from basin_lens.errors import CaptureError
 from basin_lens.model import provenance
@@ -29,10 +30,7 @@ def with_states(capture: Capture, states: Mapping[int, Float[Tensor, "rows d"]],
     `settings["controls"]` lists what was done, and `settings["states_of_model"]` is False.
     """
     settings = _recorded(capture, control) | {"states_of_model": False}
-    return Capture(
-        list(capture.sequences), capture.passages, list(capture.docs), [dict(label) for label in capture.labels],
-        dict(capture.strings), capture.layers, dict(capture.model), settings, _states=dict(states),
-    )  # fmt: skip
+    return Capture(**_fields(capture) | {"settings": settings, "_states": dict(states)})
 
 
 def with_tokens(
@@ -51,11 +49,8 @@ def with_tokens(
         for new, old in zip(tokens, capture.sequences, strict=True)
     ]
     settings = _recorded(capture, control) | {"source": "tokens"}
-    made = Capture(
-        sequences, None, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), capture.layers,
-        provenance(model), settings,
-    )  # fmt: skip
-    return made.read(model, progress=progress)
+    new = {"sequences": sequences, "passages": None, "model": provenance(model), "settings": settings}
+    return read_states(model, Capture(**_fields(capture) | new), progress=progress)
 
 
 def subset(capture: Capture, sequences: Sequence[int]) -> Capture:
@@ -81,15 +76,30 @@ def subset(capture: Capture, sequences: Sequence[int]) -> Capture:
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= seq < count for seq in chosen):
         raise CaptureError(f"expected different sequences between 0 and {count - 1}, at least one, got {chosen[:8]}.")
     rows = torch.cat([torch.arange(int(capture.lengths[seq]), device="cpu") + capture.offsets[seq] for seq in chosen])
-    return Capture(
-        [capture.sequences[seq] for seq in chosen], capture.passages, [capture.docs[seq] for seq in chosen],
-        [dict(capture.labels[seq]) for seq in chosen], dict(capture.strings), capture.layers, dict(capture.model),
-        dict(capture.settings),
-        columns={key: {name: value[:, rows] for name, value in held.items()} for key, held in capture.columns.items()},
-        _states={border: border_states(capture, border)[rows] for border in borders(capture)} if capture.is_read else {},
-        _readings={name: value[chosen] for name, value in capture._readings.items()},
-        _checked=set(capture._checked),
-    )  # fmt: skip
+    part = {
+        "sequences": [capture.sequences[seq] for seq in chosen],
+        "docs": [capture.docs[seq] for seq in chosen],
+        "labels": [dict(capture.labels[seq]) for seq in chosen],
+        "columns": {key: {name: value[:, rows] for name, value in held.items()} for key, held in capture.columns.items()},
+        "_states": {border: border_states(capture, border)[rows] for border in borders(capture)} if capture.is_read else {},
+        "_readings": {name: value[chosen] for name, value in capture._readings.items()},
+        "_checked": set(capture._checked),
+    }
+    return Capture(**_fields(capture) | part)
+
+
+def _fields(capture: Capture) -> dict[str, Any]:
+    """Copies of what a capture says of its rows; no states and no values."""
+    return {
+        "sequences": list(capture.sequences),
+        "passages": capture.passages,
+        "docs": list(capture.docs),
+        "labels": [dict(label) for label in capture.labels],
+        "strings": dict(capture.strings),
+        "layers": capture.layers,
+        "model": dict(capture.model),
+        "settings": dict(capture.settings),
+    }
 
 
 def _recorded(capture: Capture, control: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class TokenRows:
         """
         seq, pos = (whole(value, name, error=CaptureError) for value, name in ((seq, "seq"), (pos, "pos")))
         if not 0 <= seq < len(self.sequences) or not 0 <= pos < int(self.lengths[seq]):
-            known = f"sequence {seq} has {int(self.lengths[seq])} tokens" if 0 <= seq < len(self.sequences) else (
-                f"there are {len(self.sequences)} sequences"
-            )  # fmt: skip
+            known = f"there are {len(self.sequences)} sequences"
+            if 0 <= seq < len(self.sequences):
+                known = f"sequence {seq} has {int(self.lengths[seq])} tokens"
             raise CaptureError(f"expected a token of this capture, got seq={seq}, pos={pos}; {known}.")
         return int(self.offsets[seq]) + pos

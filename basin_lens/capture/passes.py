@@ -31,8 +31,8 @@ def target_values(
 ) -> Float[Tensor, " batch"]:
     """One number per sequence.
 
-    - `"future_loss"`: sum over its tokens of -log p(token | those before it), in nats. Its gradient at position i is that of the loss
-      of the tokens after i, because a state cannot reach earlier predictions.
+    - `"future_loss"`: sum over its tokens of -log p(token | those before it), in nats. Its gradient at position i is that of the
+      loss of the tokens after i, because a state cannot reach earlier predictions.
     - `"last_logit"`: the largest logit behind its last token: of the token that the model predicts.
     - a token id, or one for each sequence: the logit of that token behind its last token.
     """
@@ -55,8 +55,8 @@ def future_loss(
 class Passes:
     """Passes over one batch beyond the one that fills the other analyzers: for an analyzer that `needs` `"passes"`.
 
-    Every pass takes copies of the batch's sequences, `rows` saying which, about 1,000 tokens at a time. `model`, `tokens` and `valid` are
-    there for passes of another kind (`basin_lens.model.forward_pass`); nothing of this may be kept.
+    Every pass takes copies of the batch's sequences, `rows` saying which, about 1,000 tokens at a time. `model`, `tokens` and
+    `valid` are there for passes of another kind (`basin_lens.model.forward_pass`); nothing of this may be kept.
     """
 
     model: Any

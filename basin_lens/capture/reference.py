@@ -18,7 +18,8 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
     """The built-in passages under this model: read once, then kept in the user's cache folder by fingerprint.
 
     A model that bears a caller's hooks gets a bank of its own, which is not kept: its fingerprint does not say what the hooks do.
-    What is kept is proven whole when it is taken (half a second for 1 GB of states); a damaged bank is said to be so, and read anew.
+    What is kept is proven whole when it is taken (half a second for 1 GB of states); a damaged bank is said to be so, and read
+    anew.
 
     Raises:
         StoreError: the cache folder cannot be written.

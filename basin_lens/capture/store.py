@@ -1,4 +1,4 @@
-"""Captures on disk: safetensors and JSON, in folders that are there as a whole or not at all, and read as they were written or not at all."""
+"""Captures on disk: safetensors and JSON, in folders that are whole or not there, and read as they were written or not at all."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,15 @@ FORMAT = "basin_lens capture 2"
 _KIND = records.Kind("a saved capture", FORMAT, "Capture the texts again.")
 _RECORD, _VALUES = "capture.json", "values.safetensors"
 _FIELDS: dict[str, Any] = {
-    "sequences": [dict], "passages": (list, None), "docs": [str], "labels": [dict], "strings": [list], "layers": [int], "model": dict,
+    "sequences": [dict],
+    "passages": (list, None),
+    "docs": [str],
+    "labels": [dict],
+    "strings": [list],
+    "layers": [int],
+    "model": dict,
     "settings": dict,
-}  # fmt: skip
+}
 
 # Size and SHA-256 of each file of states, by name.
 Shards = Mapping[str, Mapping[str, Any]]
@@ -147,10 +153,13 @@ def read_capture(folder: Path) -> dict[str, Any]:
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
             "passages": None if record["passages"] is None else [_passage(p) for p in record["passages"]],
-            "strings": dict(record["strings"]), "layers": tuple(record["layers"]), "columns": _columns(values),
+            "strings": dict(record["strings"]),
+            "layers": tuple(record["layers"]),
+            "columns": _columns(values),
             "_readings": {name.split("|", 1)[1]: value for name, value in values.items() if name.startswith("reading|")},
-            "_store": folder, "_shards": shards,
-        }  # fmt: skip
+            "_store": folder,
+            "_shards": shards,
+        }
 
 
 def _columns(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -186,14 +195,22 @@ def _check_record(record: Mapping[str, Any], values: Mapping[str, Tensor]) -> No
     layers = record["layers"]
     if not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) < model["layers"]:
         raise ValueError(f"layers {layers} of {model['layers']}")
-    n_rows = sum(len(s["tokens"]) for s in sequences)
+    _check_values(values, [len(s["tokens"]) for s in sequences], model["layers"])
+
+
+def _check_values(values: Mapping[str, Tensor], lengths: list[int], n_layers: int) -> None:
+    """Whether columns and readings fit sequences of these lengths.
+
+    Raises:
+        ValueError: they do not.
+    """
     for name, value in values.items():
         kind, rest = name.split("|", 1)
         if kind == "column" and "|" in rest:
-            _check_tensor(name, value, torch.float32, (value.shape[0], n_rows))
-            if value.shape[0] not in (1, model["layers"]):
+            _check_tensor(name, value, torch.float32, (value.shape[0], sum(lengths)))
+            if value.shape[0] not in (1, n_layers):
                 raise ValueError(f"{name} of {value.shape[0]} layers")
-        elif kind != "reading" or value.ndim < 2 or len(value) != len(sequences) or "reading|valid" not in values:
+        elif kind != "reading" or value.ndim < 2 or len(value) != len(lengths) or "reading|valid" not in values:
             raise ValueError(f"the values {name} of shape {tuple(value.shape)}")
 
 

@@ -400,7 +400,7 @@ def _run(
 ) -> None:
     from basin_lens import tables
     from basin_lens.analyzers import Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
-    from basin_lens.scoring import score
+    from basin_lens.scoring import Request, score
     from basin_lens.views import make_report
 
     headline = Compression(k=k)
@@ -408,8 +408,8 @@ def _run(
         headline, Compression(k=k, same_token="exclude", name="compression_other_token"), Contraction(k=k), RawCompression(k=k),
         Neighborhood(k=k), Surprisal(), StateNorm(),
     ]  # fmt: skip
-    options: dict[str, Any] = {"layers": _layers(layers), "bank": bank, "seed": seed, "max_length": max_length}
-    run = score(model, passages, analyzers, keep_neighbors_of=headline, **options)
+    request = Request(analyzers, layers=_layers(layers), bank=bank, seed=seed, max_length=max_length)
+    run = score(model, passages, request, keep_neighbors_of=headline)
     summary = tables.layer_summary(run.table)
     facts = next(iter(tables.provenance(run.table).values()))
     report = make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?")

@@ -8,7 +8,8 @@ from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer, default_analyzers
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError, TableError
-from basin_lens.scoring import score
+from basin_lens.scoring.analysis import score
+from basin_lens.scoring.request import Request
 
 _ROW = ["passage", "doc", "seq", "pos", "token_id", "token", "start", "end"]
 
@@ -30,15 +31,15 @@ def compare(
     Args:
         a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.
         on: a column of both tables; with pairs, a default score's column or an analyzer.
-        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in the
-            map alone. Needs pairs: a table does not hold its neighbors.
+        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in
+            the map alone. Needs pairs: a table does not hold its neighbors.
         layers: with pairs, which layers; None: all that both captures hold.
         seed, progress: with pairs, as for `analyze`.
 
     Returns:
-        one row per token (and layer): `layer` (or `layer_a`, `layer_b` if each run has one layer and they differ), `passage, doc, seq,
-        pos, token_id, token, start, end`, then `<on>_a`, `<on>_b` and `difference` (b - a, in the score's unit). Rows where either
-        side is NaN have a NaN difference. Intervals over documents come from `basin_lens.stats`.
+        one row per token (and layer): `layer` (or `layer_a`, `layer_b` if each run has one layer and they differ), `passage, doc,
+        seq, pos, token_id, token, start, end`, then `<on>_a`, `<on>_b` and `difference` (b - a, in the score's unit). Rows where
+        either side is NaN have a NaN difference. Intervals over documents come from `basin_lens.stats`.
 
     Raises:
         TableError: different texts, a missing column, layers that do not pair.
@@ -66,7 +67,8 @@ def compare(
     first, second = (_facts(table) for table in (a, b))
     if first["texts"] != second["texts"]:
         raise TableError(
-            "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's tokens."
+            "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's "
+            "tokens."
         )
     there = [sorted(table["layer"].unique().tolist()) for table in (a, b)]
     keys = ["layer", *_ROW]
@@ -119,6 +121,7 @@ def _measured(
         raise NeighborError(f"expected a score on neighbors for frozen neighbors, got {type(analyzer).__name__}.")
     wanted = sorted(set(capture_a.layers) & set(capture_b.layers)) if layers is None else layers
     keep = analyzer if frozen and isinstance(analyzer, CloudAnalyzer) else None
-    first = score(model_a, capture_a, [analyzer], layers=wanted, seed=seed, progress=progress, keep_neighbors_of=keep)
-    second = score(model_b, capture_b, [analyzer], layers=wanted, seed=seed, progress=progress, frozen=first.neighbors)
+    request = Request([analyzer], layers=wanted, seed=seed, progress=progress)
+    first = score(model_a, capture_a, request, keep_neighbors_of=keep)
+    second = score(model_b, capture_b, request, frozen=first.neighbors)
     return first.table, second.table, on

@@ -1,40 +1,24 @@
 """Who the neighbors are: every distinct set of neighbor options is searched once, under one set of exclusion rules."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens import neighbors
-from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
 from basin_lens.model import device_of, has_absolute_positions, n_context
 from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
+from basin_lens.scoring.plan import Plan, SearchOptions
 from basin_lens.scoring.token_rows import row_groups
 
 
 @dataclass(frozen=True)
-class Search:
-    """Neighbor options: analyzers that agree on them share one search."""
-
-    metric: Any
-    exclude: str
-    same_token: Any
-    position_0: bool
-    choice: Any
-
-    @classmethod
-    def of(cls, analyzer: CloudAnalyzer) -> "Search":
-        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.position_0, analyzer.choice)
-
-
-@dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Neighbors by row of the capture, and what they were chosen from: the rows `at` were searched.
 
     `directed`: rows of the capture whose state has a direction; without one, no cosine is defined.
@@ -48,7 +32,7 @@ class Found:
 
 
 class Searches:
-    """The searches of some analyzers over one capture and its bank: tokens, groups and token prefixes of both.
+    """The searches of a plan over one capture and its bank: tokens, groups and token prefixes of both.
 
     `largest`: the largest k asked for, by neighbor options.
 
@@ -61,35 +45,30 @@ class Searches:
         model: Any,
         capture: Capture,
         bank: Capture,
-        analyzers: Sequence[CloudAnalyzer],
+        plan: Plan,
         asked: Bool[Tensor, " rows"],
-        seed: int,
         backend: Backend,
     ) -> None:
-        self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, seed
-        if backend not in get_args(Backend):
-            raise NeighborError(f"expected backend in {get_args(Backend)}, got {backend!r}.")
+        self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, plan.seed
         if backend == "faiss":
             flat.load()
         self.backend, self.device = backend, device_of(model)
         self.facts: dict[str, Any] = {"backend": backend, "exact": backend != "approximate", "recall": {}}
         self.external = bank is not capture
         self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
-        self.largest: dict[Search, int] = {}
-        for a in analyzers:
-            self.largest[Search.of(a)] = max(a.k, self.largest.get(Search.of(a), 0))
+        self.largest = plan.largest_k
         texts = [[s.tokens for s in capture.sequences], [s.tokens for s in bank.sequences]]
         keys = prefix_keys(*texts) if self.external else prefix_keys(texts[0]) * 2
         self.keys = [key.to(self.device) for key in keys]
         self.tokens = [c.row_token.to(self.device) for c in (capture, bank)]
         self.positions = [c.row_pos.to(self.device) for c in (capture, bank)]
         self.groups = {s.exclude: [g.to(self.device) for g in row_groups(capture, bank, s.exclude)] for s in self.largest}
-        for search, k in self.largest.items():
-            self._refuse_hopeless(search, k)
+        for options, k in self.largest.items():
+            self._refuse_hopeless(options, k)
 
-    def _refuse_hopeless(self, search: Search, k: int) -> None:
+    def _refuse_hopeless(self, options: SearchOptions, k: int) -> None:
         """Before any work: a k above the bank, or no token with k candidates outside its own group."""
-        pool = self._pool(search)
+        pool = self._pool(options)
         points = int(pool.sum())
         if k > points:
             left_out = "" if bool(pool.all()) else " (position 0 left out)"
@@ -97,56 +76,56 @@ class Searches:
                 f"expected k of at most the bank's {points} points{left_out}, got {k}. "
                 'Lower k, add texts, or pass bank="reference".'
             )
-        own, other = (group.cpu() for group in self.groups[search.exclude])
-        if search.exclude != "nothing" and not bool((self.asked & (self.capture.row_pos > 0)).any()):
+        own, other = (group.cpu() for group in self.groups[options.exclude])
+        if options.exclude != "nothing" and not bool((self.asked & (self.capture.row_pos > 0)).any()):
             raise NeighborError("expected queries beyond position 0, got none: the first token is never a query.")
         for group in own[self.asked & (self.capture.row_pos > 0)].unique().tolist():
             left = pool & (other != group) if group >= 0 else pool
             if len(self.keys[1].cpu()[left].unique()) >= k:
                 return
-        if search.exclude != "nothing":
-            raise NeighborError(_nothing_to_score(search, k))
+        if options.exclude != "nothing":
+            raise NeighborError(_nothing_to_score(options, k))
 
-    def _pool(self, search: Search) -> Bool[Tensor, " bank"]:
+    def _pool(self, options: SearchOptions) -> Bool[Tensor, " bank"]:
         """Rows of the bank that may be neighbors: without position 0, unless it was asked for."""
-        return (self.bank.row_pos > 0) | search.position_0
+        return (self.bank.row_pos > 0) | options.position_0
 
     def find(
         self,
-        search: Search,
+        options: SearchOptions,
         layer: int,
         states: Float[Tensor, "rows d"],
         bank_states: Float[Tensor, "bank d"],
         *,
         bare: bool = False,
-    ) -> Found:
+    ) -> SearchResult:
         """Neighbors by row of the capture. `bare`: the states are those that enter block 0, so that equal tokens have equal states.
 
         Raises:
             NeighborError: no token has as many neighbors as are asked for.
         """
-        k = self.largest[search]
-        everything = search.exclude == "nothing"
+        k = self.largest[options]
+        everything = options.exclude == "nothing"
         asked = self.asked if everything else self.asked & (self.capture.row_pos > 0)
         at = torch.nonzero(asked).squeeze(1).to(self.device)
-        own, other = self.groups[search.exclude]
+        own, other = self.groups[options.exclude]
         keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
         queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
-        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(search).to(self.device)).under(search.metric)
-        options: Any = {"same_token": search.same_token, "distinct": not everything}
+        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(options).to(self.device)).under(options.metric)
+        allowed: Any = {"same_token": options.same_token, "distinct": not everything}
         if layer in self.frozen:
-            found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], search.metric)
-        elif search.choice == "random":
-            rows = random_sets(queries, bank, k, seed=(self.seed * 1_000_003 + layer) % 2**63, **options)
-            found = reach(queries, bank, rows, search.metric)
+            found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], options.metric)
+        elif options.choice == "random":
+            rows = random_sets(queries, bank, k, seed=(self.seed * 1_000_003 + layer) % 2**63, **allowed)
+            found = reach(queries, bank, rows, options.metric)
         else:
-            found = find(queries, bank, k, metric=search.metric, backend=self.backend, **options)
+            found = find(queries, bank, k, metric=options.metric, backend=self.backend, **allowed)
             self._note_recall(layer, found)
-            if search.choice == "radius_matched":
-                found = reach(queries, bank, radius_matched_sets(found, own[at], other), search.metric)
-        if search.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
-            raise NeighborError(_nothing_to_score(search, k))
-        return Found(self._by_row(at, found), at, queries, bank, has_direction(states))
+            if options.choice == "radius_matched":
+                found = reach(queries, bank, radius_matched_sets(found, own[at], other), options.metric)
+        if options.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
+            raise NeighborError(_nothing_to_score(options, k))
+        return SearchResult(self._by_row(at, found), at, queries, bank, has_direction(states))
 
     def _note_recall(self, layer: int, found: Neighbors) -> None:
         """The lowest recall of the layer's searches."""
@@ -154,11 +133,11 @@ class Searches:
             known = self.facts["recall"].get(str(layer), 1.0)
             self.facts["recall"][str(layer)] = min(known, found.recall)
 
-    def candidates(self, search: Search, found: Found) -> Int[Tensor, " rows"]:
+    def candidates(self, options: SearchOptions, found: SearchResult) -> Int[Tensor, " rows"]:
         """How many different points each row of the capture could have had as neighbors; 0 where none was looked for."""
         counts = torch.zeros(self.capture.n_rows, dtype=torch.int64, device=self.device)
         counts[found.at] = neighbors.count_candidates(
-            found.queries, found.bank, same_token=search.same_token, distinct=search.exclude != "nothing"
+            found.queries, found.bank, same_token=options.same_token, distinct=options.exclude != "nothing"
         )
         return counts
 
@@ -182,9 +161,10 @@ class Searches:
         return Neighbors(rows, distances)
 
 
-def _nothing_to_score(search: Search, k: int) -> str:
+def _nothing_to_score(options: SearchOptions, k: int) -> str:
     return (
-        f"expected at least one token with {k} neighbors, got none: with exclude={search.exclude!r} and same_token="
-        f'{search.same_token!r} too few distinct tokens are left. Pass bank="reference" or another capture, add texts, lower k, or '
+        f"expected at least one token with {k} neighbors, got none: with exclude={options.exclude!r} and same_token="
+        f'{options.same_token!r} too few distinct tokens are left. Pass bank="reference" or another capture, add texts, lower '
+        "k, or "
         'choose exclude="self".'
     )

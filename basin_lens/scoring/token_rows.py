@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
 from basin_lens.capture import Capture
@@ -14,55 +14,78 @@ from basin_lens.values import whole_or_none
 
 
 def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
-    """Which rows to score."""
+    """Which rows to score.
+
+    Raises:
+        NeighborError: no name, number, mask or positions that choose a token.
+    """
     if queries is None:
         return torch.ones(capture.n_rows, dtype=torch.bool, device="cpu")
     if isinstance(queries, str):
-        if any(queries in label for label in capture.labels):
-            held = [label.get(queries) for label in capture.labels]
-            if any(isinstance(value, str) for value in held):  # the text "False" would choose its tokens
-                raise NeighborError(
-                    f"expected a label of True and False to choose queries by, got {queries!r} with text such as "
-                    f"{next(value for value in held if isinstance(value, str))!r}. Write true and false without quotes (as .jsonl has them)."
-                )
-            chosen = torch.tensor([bool(value) for value in held], device="cpu")[capture.row_seq]
-        else:
-            chosen = torch.tensor([queries in names for names in _spans(capture)], device="cpu")
-        if not bool(chosen.any()):
-            raise NeighborError(f"expected queries to name a label or span of the texts, got {queries!r}, which marks no token.")
-        return chosen
+        return _named_rows(capture, queries)
     if (wanted := whole_or_none(queries)) is not None:
-        rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
-        if wanted < 1:
-            raise NeighborError(f"expected a positive number of queries, got {wanted}.")
-        chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
-        chosen[rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")[:wanted]]] = True
-        return chosen
+        return _sampled_rows(capture, wanted, seed)
     try:
         given = np.asarray(queries.cpu() if isinstance(queries, Tensor) else queries)
     except ValueError:  # lists of several lengths
         given = np.empty(0)
-    if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size:
+    positions = given.ndim == 1 or given.dtype.kind == "b"
+    if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size or not positions:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
     mask = torch.as_tensor(given, device="cpu")
-    if mask.dtype == torch.bool:
-        if mask.shape not in ((capture.n_rows,), capture.valid.shape):
+    return _masked_rows(capture, mask) if mask.dtype == torch.bool else _rows_at(capture, mask)
+
+
+def _named_rows(capture: Capture, name: str) -> Bool[Tensor, " rows"]:
+    """Rows of the texts with a label, or of the spans, of this name."""
+    if any(name in label for label in capture.labels):
+        held = [label.get(name) for label in capture.labels]
+        if any(isinstance(value, str) for value in held):  # the text "False" would choose its tokens
+            text = next(value for value in held if isinstance(value, str))
             raise NeighborError(
-                f"expected a mask of shape {(capture.n_rows,)} or {tuple(capture.valid.shape)}, got {tuple(mask.shape)}."
+                f"expected a label of True and False to choose queries by, got {name!r} with text such as {text!r}. "
+                "Write true and false without quotes (as .jsonl has them)."
             )
-        chosen = mask.clone() if mask.ndim == 1 else mask[capture.valid]
-        if not bool(chosen.any()):
-            raise NeighborError("expected queries to mark at least one token, got a mask that marks none.")
-        return chosen
-    if mask.ndim != 1:
-        raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
-    if int(mask.min()) < 0:
-        raise NeighborError(
-            f"expected positions from 0 on, got {int(mask.min())}. Count from the start of each sequence, or pass a mask."
-        )
-    chosen = torch.isin(capture.row_pos, mask.long())
+        chosen = torch.tensor([bool(value) for value in held], device="cpu")[capture.row_seq]
+    else:
+        chosen = torch.tensor([name in names for names in _spans(capture)], device="cpu")
     if not bool(chosen.any()):
-        raise NeighborError(f"expected positions below {int(capture.lengths.max())}, got {mask.tolist()[:8]}.")
+        raise NeighborError(f"expected queries to name a label or span of the texts, got {name!r}, which marks no token.")
+    return chosen
+
+
+def _sampled_rows(capture: Capture, wanted: int, seed: int) -> Bool[Tensor, " rows"]:
+    """A seeded sample of the rows beyond position 0."""
+    if wanted < 1:
+        raise NeighborError(f"expected a positive number of queries, got {wanted}.")
+    rows = torch.nonzero(capture.row_pos > 0).squeeze(1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")
+    chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
+    chosen[rows[order[:wanted]]] = True
+    return chosen
+
+
+def _masked_rows(capture: Capture, mask: Bool[Tensor, "..."]) -> Bool[Tensor, " rows"]:
+    """Rows that a mask `[rows]` or `[seqs, pos]` marks."""
+    if mask.shape not in ((capture.n_rows,), capture.valid.shape):
+        raise NeighborError(
+            f"expected a mask of shape {(capture.n_rows,)} or {tuple(capture.valid.shape)}, got {tuple(mask.shape)}."
+        )
+    chosen = mask.clone() if mask.ndim == 1 else mask[capture.valid]
+    if not bool(chosen.any()):
+        raise NeighborError("expected queries to mark at least one token, got a mask that marks none.")
+    return chosen
+
+
+def _rows_at(capture: Capture, positions: Integer[Tensor, " n"]) -> Bool[Tensor, " rows"]:
+    """Rows at some positions of every sequence."""
+    if int(positions.min()) < 0:
+        raise NeighborError(
+            f"expected positions from 0 on, got {int(positions.min())}. Count from the start of each sequence, or pass a mask."
+        )
+    chosen = torch.isin(capture.row_pos, positions.long())
+    if not bool(chosen.any()):
+        raise NeighborError(f"expected positions below {int(capture.lengths.max())}, got {positions.tolist()[:8]}.")
     return chosen
 
 

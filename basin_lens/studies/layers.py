@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
+from basin_lens.analyzers import names_of
 from basin_lens.studies.framework import base
 from basin_lens.studies.framework.contrasts import contrast_section
 from basin_lens.studies.framework.display_columns import shown
@@ -111,11 +112,7 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
 
 _FINDINGS = ("more than random neighbors", "more than equally tight neighborhoods")
 # What a reader needs beside scores, not scores of the block; attention and gradients have their own study.
-_NOT_SCORES = frozenset({
-    "AttentionReceived", "AttentionRollout", "Control", "Erasure", "GradientNorm", "GradientTimesActivation", "IntegratedGradients",
-        "Neighborhood",
-    "StateNorm", "Surprisal", "ValueWeightedAttention",
-})  # fmt: skip
+_NOT_SCORES = names_of("importance", "confound", "control")
 
 
 def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> pd.DataFrame:

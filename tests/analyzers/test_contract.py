@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -96,6 +96,21 @@ def test_needs_are_declared(cls):
     if issubclass(cls, CloudAnalyzer):
         known = {"input_neighbors", "output_neighbors", "images", "candidates", "block", "run_on", "bank", "halves", "final_norm"}
         assert cls.needs <= known
+
+
+def test_declares_its_role(cls):
+    """In the class itself: studies and reports ask for it, and list no names."""
+    assert vars(cls)["role"] in get_args(room.Role)
+    assert cls.__name__ in room.names_of(cls.role)
+
+
+def test_each_class_has_one_role():
+    named = [name for role in get_args(room.Role) for name in room.names_of(role)]
+    assert sorted(named) == sorted([*(cls.__name__ for cls in bl.ANALYZERS), "Control"])
+
+
+def test_an_analyzer_of_a_third_party_is_a_score_unless_it_says_otherwise():
+    assert CloudAnalyzer.role == TokenAnalyzer.role == "score"
 
 
 def test_the_list_is_complete():

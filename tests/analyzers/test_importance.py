@@ -12,7 +12,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.analyzers import Column, TokenAnalyzer, integrated_gradients
-from basin_lens.capture import Passes, passes
+from basin_lens.capture import Passes, fill_columns, passes
 from basin_lens.errors import CaptureError, ModelError
 from tests.conftest import (
     TEXTS,
@@ -290,7 +290,7 @@ def test_rollout_at_some_layers_reads_all_below(llama):
     assert some[1] == near(whole[1])
     assert np.isnan(some[[0, 2]]).all()
     assert capture.layers == (1,)
-    assert capture.measure(llama, [A.AttentionRollout()], progress=False) == []
+    assert fill_columns(llama, capture, [A.AttentionRollout()], progress=False) == []
 
 
 def test_rollout_needs_no_pass_if_the_cache_has_all_patterns(monkeypatch):
@@ -301,7 +301,7 @@ def test_rollout_needs_no_pass_if_the_cache_has_all_patterns(monkeypatch):
         kept = {name: value for name, value in cache.items() if lowest == 0 or not name.startswith("blocks.0.")}
         capture = bl.Capture.from_cache(model, tokens, kept)
         with counting(monkeypatch) as (forward, _):
-            capture.measure(model, [A.AttentionRollout()], progress=False)
+            fill_columns(model, capture, [A.AttentionRollout()], progress=False)
         assert len(forward) == passes_
         got = capture.columns[A.AttentionRollout().key]["attention_rollout"].numpy()
         assert got[list(capture.layers)] == near(expected[list(capture.layers)])

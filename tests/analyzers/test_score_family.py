@@ -120,7 +120,7 @@ def test_halves_have_a_value_too(analyzer):
     """Those that say that half of the neighbors will do."""
     assert ("halves" in analyzer.needs) == (type(analyzer).__name__ not in ("LocalDimension", "JacobianGain", "CentroidEffect"))
     if "halves" in analyzer.needs:
-        for half in family_cloud(torch.tanh).halves:
+        for half in family_cloud(torch.tanh).split_half:
             assert all(np.isfinite(v).all() for v in values(analyzer, half).values())
 
 
@@ -421,7 +421,7 @@ def test_overlap_without_a_choice_is_not_a_number(m):
 
 def test_half_of_the_neighbors_are_sought_among_all_output_neighbors():
     rows = np.tile(np.arange(10), (120, 1))
-    first, second = overlap_cloud(rows, rows[:, ::-1].copy(), 100).halves
+    first, second = overlap_cloud(rows, rows[:, ::-1].copy(), 100).split_half
     for half in (first, second):
         got = values(A.NeighborOverlap(k=10), half)
         assert got["neighbor_overlap"] == near(np.ones(120))

@@ -3,7 +3,7 @@
 import pytest
 
 import basin_lens as bl
-from basin_lens.scoring import score
+from basin_lens.scoring import Request, score
 from tests.conftest import TEXTS, chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium() is None, reason="needs chromium and chromium-driver")]
@@ -36,7 +36,8 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(llama):
     headline = bl.analyzers.Compression(k=5)
-    run = score(llama, [*TEXTS, NASTY], [headline, bl.analyzers.Surprisal()], keep_neighbors_of=headline, progress=False)
+    request = Request([headline, bl.analyzers.Surprisal()], progress=False)
+    run = score(llama, [*TEXTS, NASTY], request, keep_neighbors_of=headline)
     run.table.loc[(run.table.seq == len(TEXTS)) & (run.table.pos == 1), "token"] = WHOLE
     return run
 

@@ -8,7 +8,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import model as door
-from basin_lens.capture import check_cache
+from basin_lens.capture import check_cache, fill_columns
 from basin_lens.errors import BasinLensError, CaptureError, TransportError
 from tests.capture.test_capture import BOTH, counting
 from tests.conftest import hooked_lane, make_bridge, make_hooked, random_tokens
@@ -69,7 +69,7 @@ def test_gemma_2_surprisal_is_the_models():
     losses = model(tokens, return_type="loss", loss_per_token=True).detach()
     assert float((raw + losses).abs().mean()) > 0.5  # the cap matters here
     capture = bl.Capture.from_cache(model, tokens, cache)
-    capture.measure(model, [A.Surprisal(), A.StandardizedLikelihood(), A.Agreement()], progress=False)
+    fill_columns(model, capture, [A.Surprisal(), A.StandardizedLikelihood(), A.Agreement()], progress=False)
     got = capture.columns[A.Surprisal().key]["surprisal"].view(6, 14)[:, 1:]
     torch.testing.assert_close(got, losses, atol=1e-4, rtol=1e-4)
     alone = bl.Capture.from_texts(model, tokens, analyzers=[A.StandardizedLikelihood(), A.Agreement()], progress=False)
@@ -158,7 +158,7 @@ def test_also_when_only_tokens_are_measured(analyzer):
     with pytest.raises(BasinLensError, match="attention_mask"):
         bl.analyze(model, capture, [analyzer], progress=False)
     with pytest.raises(BasinLensError, match="attention_mask"):
-        capture.measure(model, [analyzer], progress=False)
+        fill_columns(model, capture, [analyzer], progress=False)
     assert capture.columns == {}
 
 
@@ -184,7 +184,7 @@ def test_one_wrong_state_in_the_last_of_many_sequences(kind, layer):
             states[name][29, 9] += 0.1
     capture = bl.Capture.from_cache(model, tokens, states)
     with pytest.raises(TransportError, match=rf"block {layer} .*sequence 29, position 9"):
-        capture.measure(model, [A.StateNorm()], progress=False)
+        fill_columns(model, capture, [A.StateNorm()], progress=False)
 
 
 def test_tokens_of_another_run_are_refused():

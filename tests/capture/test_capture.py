@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.capture import reference_capture, subset
+from basin_lens.capture import fill_columns, read_states, reference_capture, subset
 from basin_lens.errors import CaptureError, StoreError, TextError
 from basin_lens.texts import TaggedPassage, Word, reference_passages, tokenize
 from tests.conftest import TEXTS, TINY, hooked_lane, make_bridge, make_hooked, random_tokens
@@ -292,7 +292,7 @@ def test_analyzers_are_filled_in_the_same_pass(reader):
     with counting(reader) as seen:
         capture = bl.Capture.from_texts(reader, TEXTS, analyzers=token_analyzers(), batch_size=2, progress=False)
         assert len(seen) == 3
-        assert capture.measure(reader, token_analyzers(), progress=False) == []
+        assert fill_columns(reader, capture, token_analyzers(), progress=False) == []
         assert len(seen) == 3
     assert capture.columns.keys() == {a.key for a in token_analyzers()}
 
@@ -301,7 +301,7 @@ def test_analyzers_asked_later_read_again_once(reader):
     together = bl.Capture.from_texts(reader, TEXTS, analyzers=token_analyzers(), progress=False)
     later = bl.Capture.from_texts(reader, TEXTS, progress=False)
     with counting(reader) as seen:
-        again = later.measure(reader, token_analyzers(), progress=False)
+        again = fill_columns(reader, later, token_analyzers(), progress=False)
     assert len(seen) == 1
     # States are there already: their norm and entropy need no pass.
     needing = [a.key for a in token_analyzers() if not a.needs <= {"resid_pre"}]
@@ -383,7 +383,7 @@ def test_cache_without_batch_dimension(maker, batched_tokens):
     capture = bl.Capture.from_cache(model, tokens if batched_tokens else tokens[0], cache)
     assert_states(capture, own_states(model, tokens.tolist()))
     later = [bl.analyzers.AttentionReceived()]
-    capture.measure(model, later, progress=False)
+    fill_columns(model, capture, later, progress=False)
     assert_columns(capture, bl.Capture.from_texts(model, tokens, analyzers=later, progress=False))
 
 
@@ -399,7 +399,7 @@ def test_padding_on_either_side(side):
     assert_states(capture, expected)
     measured = [bl.analyzers.Surprisal(), bl.analyzers.AttentionReceived(), bl.analyzers.MatrixEntropy()]
     with counting(model) as seen:
-        assert capture.measure(model, measured, progress=False) == []
+        assert fill_columns(model, capture, measured, progress=False) == []
     assert_checked_only(seen, tokens)
     first = 0
     for sequence in RAGGED:
@@ -446,7 +446,7 @@ def test_partial_readings_are_read_again(kind):
     capture = bl.Capture.from_cache(model, tokens, cache)
     analyzer = bl.analyzers.AttentionReceived()
     with counting(model) as seen:
-        assert capture.measure(model, [analyzer], progress=False) == [analyzer.key]
+        assert fill_columns(model, capture, [analyzer], progress=False) == [analyzer.key]
     assert len(seen) == 1
     assert_columns(capture, bl.Capture.from_texts(model, tokens, analyzers=[analyzer], progress=False))
 
@@ -530,7 +530,7 @@ def test_readings_need_no_other_pass(kind):
     analyzers = [bl.analyzers.AttentionReceived(), bl.analyzers.GradientNorm(target="cache"), bl.analyzers.Surprisal()]
     capture = bl.Capture.from_cache(model, tokens, cache)
     with counting(model) as seen:
-        assert capture.measure(model, analyzers, progress=False) == []
+        assert fill_columns(model, capture, analyzers, progress=False) == []
     assert_checked_only(seen, tokens)
     own = [bl.analyzers.AttentionReceived(), bl.analyzers.GradientNorm(), bl.analyzers.Surprisal()]
     expected = bl.Capture.from_texts(model, tokens, analyzers=own, progress=False)
@@ -548,7 +548,7 @@ def test_cache_without_gradients_has_none_to_give(llama):
     _, cache = llama.run_with_cache(tokens)
     capture = bl.Capture.from_cache(llama, tokens, cache)
     with counting(llama) as seen, pytest.raises(CaptureError, match="incl_bwd=True"):
-        capture.measure(llama, [bl.analyzers.GradientNorm(target="cache")], progress=False)
+        fill_columns(llama, capture, [bl.analyzers.GradientNorm(target="cache")], progress=False)
     assert seen == []
 
 
@@ -560,7 +560,7 @@ def test_a_capture_keeps_neither_model_nor_cache_alive(kind):
     model, tokens = (kind or (lambda: make_bridge("llama")))(), random_tokens(3, 8)
     logits, cache = model.run_with_cache(tokens)
     capture = bl.Capture.from_cache(model, tokens, cache)
-    capture.measure(model, [bl.analyzers.StateNorm(), bl.analyzers.AttentionReceived()], progress=False)
+    fill_columns(model, capture, [bl.analyzers.StateNorm(), bl.analyzers.AttentionReceived()], progress=False)
     kept = {name: weakref.ref(value) for name, value in cache.items()}
     gone = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]
     del cache, logits, model
@@ -591,7 +591,7 @@ def test_a_changed_cache_changes_no_capture(llama):
         value.fill_(7)
     tokens.fill_(3)
     assert_states(capture, [before.resid_pre(layer) for layer in range(3)] + [before.resid_post(2)])
-    capture.measure(llama, analyzers, progress=False)
+    fill_columns(llama, capture, analyzers, progress=False)
     assert_columns(capture, before)
     assert capture.row_token.tolist() == before.row_token.tolist()
 
@@ -660,7 +660,7 @@ def test_some_of_what_is_planned(llama):
         assert not part.is_read and not planned.is_read
         assert [part.sequences[i].tokens for i in range(3)] == [planned.sequences[i].tokens for i in chosen]
     assert seen == []
-    part.read(llama, progress=False)
+    read_states(llama, part, progress=False)
     assert part.is_read and not planned.is_read
     whole = bl.Capture.from_texts(llama, data, layers=[0, 2], max_length=20, progress=False)
     direct = subset(whole, chosen)
@@ -689,7 +689,7 @@ def test_measuring_later_leaves_the_store_alone(llama, tmp_path):
     """A pass for analyzers only writes no states again."""
     stored = bl.Capture.from_texts(llama, TEXTS, batch_size=2, store=tmp_path / "store", progress=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
-    stored.measure(llama, token_analyzers(), progress=False)
+    fill_columns(llama, stored, token_analyzers(), progress=False)
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
     assert_columns(stored, bl.Capture.from_texts(llama, TEXTS, analyzers=token_analyzers(), progress=False))
 
@@ -701,7 +701,7 @@ def test_loaded_readings_need_no_pass(tmp_path):
     loaded = bl.Capture.load(tmp_path / "one")
     analyzers = [bl.analyzers.Surprisal(), bl.analyzers.AttentionReceived()]
     with counting(model) as seen:
-        assert loaded.measure(model, analyzers, progress=False) == []
+        assert fill_columns(model, loaded, analyzers, progress=False) == []
     assert_checked_only(seen, tokens)
     assert_columns(loaded, bl.Capture.from_texts(model, tokens, analyzers=analyzers, progress=False))
 

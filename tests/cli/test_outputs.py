@@ -11,6 +11,8 @@ import torch
 import basin_lens as bl
 from basin_lens import files, tables
 from basin_lens import model as door
+from basin_lens.capture import fill_columns, read_states, token_columns
+from basin_lens.capture.reading import run_model
 from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import main as cli
 from basin_lens.errors import CaptureError, MergeError, StoreError, TableError
@@ -54,12 +56,12 @@ def test_an_interrupted_reading_leaves_a_plan(model, interrupted, tmp_path, stor
     """It held rows of freed memory, or looked for its states in a folder that is gone, and said that it was read."""
     place = None if store is None else tmp_path / store
     planned = bl.Capture.plan(model, TEXTS[:4])
-    interrupted(lambda: planned.read(model, [bl.analyzers.Surprisal()], batch_size=1, store=place, progress=False))
+    interrupted(lambda: read_states(model, planned, [bl.analyzers.Surprisal()], batch_size=1, store=place, progress=False))
     assert not planned.is_read and not planned.columns and list(tmp_path.iterdir()) == []
     with pytest.raises(CaptureError, match="only planned"):
         planned.save(tmp_path / "copy")
     whole = bl.Capture.from_texts(model, TEXTS[:4], batch_size=1, progress=False)
-    planned.read(model, batch_size=1, progress=False)
+    read_states(model, planned, batch_size=1, progress=False)
     assert all(torch.equal(planned.resid_pre(layer), whole.resid_pre(layer)) for layer in whole.layers)
 
 
@@ -67,8 +69,8 @@ def test_an_interrupted_column_is_none(model, interrupted):
     """Half of its values were NaN, and it was never filled again."""
     analyzer = bl.analyzers.GradientNorm()
     held = bl.Capture.from_texts(model, TEXTS[:4], batch_size=1, progress=False)
-    interrupted(lambda: held._fill(model, [analyzer], 1, False, keep_states=False))
-    assert held.columns == {} and held.measure(model, [analyzer], progress=False) == [analyzer.key]
+    interrupted(lambda: run_model(model, held, [analyzer], batch_size=1, progress=False, keep_states=False))
+    assert held.columns == {} and fill_columns(model, held, [analyzer], progress=False) == [analyzer.key]
     full = bl.Capture.from_texts(model, TEXTS[:4], analyzers=[analyzer], progress=False)
     for name, values in full.columns[analyzer.key].items():
         assert torch.allclose(held.columns[analyzer.key][name], values, rtol=1e-4, equal_nan=True)
@@ -76,7 +78,7 @@ def test_an_interrupted_column_is_none(model, interrupted):
 
 def test_an_interrupted_column_of_states_is_none(model, monkeypatch):
     held = bl.Capture.from_texts(model, TEXTS[:2], batch_size=1, progress=False)
-    real, count = bl.Capture._keep, [0]
+    real, count = token_columns.keep_values, [0]
 
     def keep(*given):
         real(*given)
@@ -84,9 +86,9 @@ def test_an_interrupted_column_of_states_is_none(model, monkeypatch):
         if count[0] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bl.Capture, "_keep", keep)
+    monkeypatch.setattr(token_columns, "keep_values", keep)
     with pytest.raises(KeyboardInterrupt):
-        held.measure(model, [bl.analyzers.StateNorm()], progress=False)
+        fill_columns(model, held, [bl.analyzers.StateNorm()], progress=False)
     assert held.columns == {}
 
 
@@ -95,7 +97,7 @@ def test_a_capture_is_read_once(model, tmp_path):
     bl.Capture.from_texts(model, TEXTS[:2], store=tmp_path / "store", progress=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     with pytest.raises(CaptureError, match="only planned, got one that was read"):
-        bl.Capture.load(tmp_path / "store").read(model, progress=False)
+        read_states(model, bl.Capture.load(tmp_path / "store"), progress=False)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
 
 

@@ -11,7 +11,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import model as door
-from basin_lens.capture import border_states, borders, subset
+from basin_lens.capture import border_states, borders, fill_columns, subset
 from basin_lens.errors import CaptureError, ModelError, NeighborError, TableError
 from tests.conftest import TEXTS, TINY, hooked_lane, make_bridge, make_hooked, random_tokens
 
@@ -110,7 +110,7 @@ def test_what_was_measured_is_left_behind(llama, make):
     capture = bl.Capture.from_texts(llama, TEXTS, analyzers=[bl.analyzers.StateNorm(), bl.analyzers.Surprisal()], progress=False)
     made = make(llama, capture, 0)
     assert made.columns == {}
-    made.measure(llama, [bl.analyzers.StateNorm()], progress=False)
+    fill_columns(llama, made, [bl.analyzers.StateNorm()], progress=False)
     norms = made.columns[bl.analyzers.StateNorm().key]["state_norm"]
     torch.testing.assert_close(norms[1], made.resid_pre(1).norm(dim=1))
 
@@ -193,7 +193,7 @@ def test_shuffled_states_are_the_models_own(llama, held):
         fresh = bl.Capture.from_texts(llama, torch.tensor([sequence.tokens]), layers=[0, 2], progress=False)
         torch.testing.assert_close(fresh.resid_post(2), made.resid_post(2)[made.row_seq == seq], rtol=1e-4, atol=1e-4)
     assert made.passages is None and {start for s in made.sequences for start in s.starts} == {-1}
-    made.measure(llama, [bl.analyzers.Surprisal()], progress=False)
+    fill_columns(llama, made, [bl.analyzers.Surprisal()], progress=False)
 
 
 def test_shuffled_texts_are_measured_like_any_other(llama, capture):
@@ -367,23 +367,23 @@ def test_native_contraction_of_layers_that_do_not_correspond_is_that_of_random_p
 def test_analyzers_that_need_the_pass_are_refused(llama, capture, make, analyzer):
     made = make(llama, capture, 0)
     with pytest.raises(CaptureError, match="not the model's own"):
-        made.measure(llama, [bl.analyzers.StateNorm(), analyzer], progress=False)
+        fill_columns(llama, made, [bl.analyzers.StateNorm(), analyzer], progress=False)
 
 
 def test_readings_of_a_cache_are_not_carried_over(llama):
     tokens = random_tokens(3, 12)
     logits, cache = llama.run_with_cache(tokens)
     capture = bl.Capture.from_cache(llama, tokens, {**cache, "unembed.hook_out": logits})
-    capture.measure(llama, [bl.analyzers.Surprisal()], progress=False)
+    fill_columns(llama, capture, [bl.analyzers.Surprisal()], progress=False)
     with pytest.raises(CaptureError, match="permuted_layers"):
-        C.permuted_layers(capture).measure(llama, [bl.analyzers.Surprisal()], progress=False)
+        fill_columns(llama, C.permuted_layers(capture), [bl.analyzers.Surprisal()], progress=False)
 
 
 # -- subsets -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_subset_is_the_capture_of_those_texts(llama, held):
-    held.measure(llama, [bl.analyzers.Surprisal()], progress=False)
+    fill_columns(llama, held, [bl.analyzers.Surprisal()], progress=False)
     part = subset(held, [4, 1])
     assert part.docs == [held.docs[4], held.docs[1]] and part.labels == [held.labels[4], held.labels[1]]
     rows = torch.cat([torch.nonzero(held.row_seq == seq).squeeze(1) for seq in (4, 1)])
@@ -401,7 +401,7 @@ def test_subset_keeps_readings_in_place(llama):
     capture = bl.Capture.from_cache(llama, tokens, cache, attention_mask=mask)
     part = subset(capture, [2])
     asked = [bl.analyzers.AttentionReceived(), bl.analyzers.Surprisal()]
-    assert capture.measure(llama, asked, progress=False) == part.measure(llama, asked, progress=False) == []
+    assert fill_columns(llama, capture, asked, progress=False) == fill_columns(llama, part, asked, progress=False) == []
     for key, columns in part.columns.items():
         for name, value in columns.items():
             torch.testing.assert_close(value, capture.columns[key][name][:, capture.row_seq == 2], equal_nan=True)

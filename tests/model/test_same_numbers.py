@@ -9,7 +9,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import model as door
-from basin_lens.capture import reference_capture
+from basin_lens.capture import read_states, reference_capture
 from basin_lens.errors import BasinLensError, CaptureError, TransportError
 from basin_lens.neighbors import Points, find
 from basin_lens.neighbors.choices import reach
@@ -150,7 +150,7 @@ def of_lengths(model, lengths):
 def test_a_short_text_beside_a_long_one_keeps_its_numbers_longrope():
     model, lengths = longrope(), [10, 30, 16, 17, 8]
     capture, tokens = of_lengths(model, lengths)
-    capture.read(model, [A.Surprisal(), A.AttentionReceived()], progress=False)
+    read_states(model, capture, [A.Surprisal(), A.AttentionReceived()], progress=False)
     differs = False
     for seq, length in enumerate(lengths):
         alone = bl.Capture.from_texts(model, tokens[seq : seq + 1, :length], analyzers=[A.Surprisal()], progress=False)
@@ -168,10 +168,10 @@ def test_texts_on_both_sides_of_a_longrope_boundary_are_refused_where_blocks_are
     model = longrope()
     capture, _ = of_lengths(model, [10, 30, 16, 17, 8, 20])
     with pytest.raises(TransportError, match=r'one side of 16 tokens .*rope_type "longrope"'):
-        bl.analyze(model, capture.read(model, progress=False), [A.Compression(k=5)], progress=False)
+        bl.analyze(model, read_states(model, capture, progress=False), [A.Compression(k=5)], progress=False)
     for lengths in ([10, 16, 8, 16], [30, 17, 20, 25]):
         capture, _ = of_lengths(model, lengths)
-        table = bl.analyze(model, capture.read(model, progress=False), [A.Compression(k=5)], progress=False)
+        table = bl.analyze(model, read_states(model, capture, progress=False), [A.Compression(k=5)], progress=False)
         assert table.compression.notna().any()
 
 

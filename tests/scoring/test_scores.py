@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import basin_lens as bl
 from basin_lens import model as door
-from basin_lens.analyzers import Cloud, CloudAnalyzer, Column, TokenBatch
+from basin_lens.analyzers import CloudAnalyzer, Column, Neighborhoods, TokenBatch
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import future_loss
 from basin_lens.errors import NeighborError
@@ -47,7 +47,7 @@ def make_cloud(f, *, q=7, k=15, d=12, seed=0, **given):
         "spread_in": float(variance(others).mean()), "spread_out": float(variance(f(others)).mean()), "images": f(neighbors),
         "final_norm": lambda states: states,
     }  # fmt: skip
-    return Cloud(**values | given)
+    return Neighborhoods(**values | given)
 
 
 def value(analyzer, cloud):

@@ -9,7 +9,7 @@ import pytest
 
 import basin_lens as bl
 from basin_lens import tables
-from basin_lens.scoring import score
+from basin_lens.scoring import Request, score
 from tests.conftest import TEXTS
 
 NASTY = ["</script><b>bold</b><script>", "<img src=x onerror=a(2)>\r\nline\ttwo <!-- -->"]
@@ -19,13 +19,8 @@ WHOLE = "</script><b>bold</b><script>alert(1)</script><!--"  # as one token, as 
 @pytest.fixture(scope="module")
 def run(llama):
     headline = bl.analyzers.Compression(k=5)
-    return score(
-        llama,
-        [*TEXTS, *NASTY],
-        [headline, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()],
-        keep_neighbors_of=headline,
-        progress=False,
-    )
+    scores = [headline, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()]
+    return score(llama, [*TEXTS, *NASTY], Request(scores, progress=False), keep_neighbors_of=headline)
 
 
 def data_of(page: str) -> dict:

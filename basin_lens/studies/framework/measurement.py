@@ -34,8 +34,7 @@ from basin_lens.analyzers import (
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, check_layers, subset
 from basin_lens.errors import StudyError
-from basin_lens.scoring import analyze, score
-from basin_lens.scoring.run import KeptNeighbors
+from basin_lens.scoring import KeptNeighbors, Request, analyze, score
 from basin_lens.scoring.token_rows import row_facts
 from basin_lens.texts import Passage
 from basin_lens.transport import CONTEXTS, Context
@@ -245,10 +244,8 @@ def measure(
         _refuse_contrast(capture, contrast)
     if check is not None:
         check(capture)
-    run = score(
-        model, capture, analyzers, layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress,
-        keep_neighbors_of=analyzers[0],
-    )  # fmt: skip
+    request = Request(analyzers, layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
+    run = score(model, capture, request, keep_neighbors_of=analyzers[0])
     table = run.table
     (facts,) = tables.provenance(table).values()
     settings: dict[str, Any] = {

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from basin_lens import stats
 from basin_lens.analyzers import Compression, Neighborhood, SeedCompression, StateNorm, Surprisal
 from basin_lens.analyzers.control import controls_of
-from basin_lens.capture import Capture, subset
+from basin_lens.capture import Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.model import missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
@@ -138,7 +138,7 @@ def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int]
         if len(more) >= 1.5 * len(capture.sequences):
             larger = subset(measured.planned, more)
             if not larger.is_read:
-                larger.read(model, progress=False)
+                read_states(model, larger, progress=False)
             others.append((f"{len(more) / len(capture.sequences):.1f} times the bank", larger))
         else:
             untested.append("Twice the bank: no more texts were given.")
@@ -194,7 +194,7 @@ def other_model(
         wanted = tuple(sorted(set(at.values())))
         bank = measured.bank
         if isinstance(bank, Capture):
-            bank = planned(bank).read(model, progress=False)
+            bank = read_states(model, planned(bank), progress=False)
         capture = planned(own)
         made = analyze(model, capture, analyzers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False)
         if measured.contrast is not None:

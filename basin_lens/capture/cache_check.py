@@ -10,6 +10,7 @@ from torch import Tensor
 
 from basin_lens.capture.caches import ENTRY, right_padded
 from basin_lens.capture.passes import TOKENS_PER_PASS
+from basin_lens.capture.states import CapturedStates
 from basin_lens.errors import CaptureError, TransportError
 from basin_lens.model import call_block, device_of, entering, measuring, one_side, point_name, reading, record_calls
 
@@ -19,18 +20,19 @@ _OF_PATTERNS = 10  # a pattern's numbers are shares: their absolute error may be
 _TOKENS = -1  # whether the states are those of the tokens, among the layers that were checked
 
 
-def tolerance_of(model: Any, capture: Any) -> float:
-    """Largest relative error at which states count as the model's own: that of its type, or of the type that they were stored in."""
+def tolerance_of(model: Any, capture: CapturedStates) -> float:
+    """Largest relative error at which states count as the model's own: that of its type, or of their stored type."""
     stored = getattr(torch, str(capture.settings.get("dtype", "float32")), torch.float32)
     return max(_TOLERANCE.get(dtype, 1e-5) for dtype in (next(model.parameters()).dtype, stored))
 
 
-def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
+def check_cache(model: Any, capture: CapturedStates, layers: Iterable[int]) -> None:
     """Prove that the states of a capture made from the user's cache are what this model computes from these tokens.
 
-    Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a pass up to
-    there); block L maps each `resid_pre(L)` to its `resid_post(L)`, in one pass of that block per layer; and the attention patterns are those
-    of that pass. What was checked once is not checked again. Captures that basin_lens made itself need no such proof.
+    Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a
+    pass up to there); block L maps each `resid_pre(L)` to its `resid_post(L)`, in one pass of that block per layer; and the
+    attention patterns are those of that pass. What was checked once is not checked again. Captures that basin_lens made itself need
+    no such proof.
 
     Args:
         model: the model that made the cache.
@@ -38,11 +40,11 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
         layers: layers that will be looked at.
 
     Raises:
-        TransportError: states that the block does not map to one another, relative to the states' scale: beyond 1e-5 (float32), 4e-3 (float16)
-            or 2e-2 (bfloat16), the type being the coarser one of model and cache.
+        TransportError: states that the block does not map to one another, relative to the states' scale: beyond 1e-5 (float32),
+            4e-3 (float16) or 2e-2 (bfloat16), the type being the coarser one of model and cache.
         CaptureError: states of other tokens or places, or attention patterns of another pass.
     """
-    if capture.settings["source"] != "cache" or not capture.settings.get("states_of_model", True):
+    if capture.settings["source"] != "cache" or not capture.states_of_model:
         return
     open_ = sorted({layer for layer in layers if layer in capture.layers} - capture._checked)
     if not open_:
@@ -59,7 +61,7 @@ def check_cache(model: Any, capture: Any, layers: Iterable[int]) -> None:
         capture._checked.update(open_)
 
 
-def _sides(model: Any, capture: Any) -> list[list[int]]:
+def _sides(model: Any, capture: CapturedStates) -> list[list[int]]:
     """Sequences that one set of block arguments serves, longest first."""
     order = sorted(range(len(capture.sequences)), key=lambda seq: -int(capture.lengths[seq]))
     boundary = one_side(model, capture.lengths.tolist())
@@ -68,27 +70,29 @@ def _sides(model: Any, capture: Any) -> list[list[int]]:
     return [[s for s in order if (int(capture.lengths[s]) > boundary) is beyond] for beyond in (True, False)]
 
 
-def _parts(capture: Any, seqs: Sequence[int], length: int, copies: int) -> Iterator[tuple[list[int], Bool[Tensor, "n pos"]]]:
+def _parts(
+    capture: CapturedStates, seqs: Sequence[int], length: int, copies: int
+) -> Iterator[tuple[list[int], Bool[Tensor, "n pos"]]]:
     for first in range(0, len(seqs), copies):
         part = list(seqs[first : first + copies])
         yield part, torch.arange(length, device="cpu")[None] < capture.lengths[part][:, None]
 
 
-def _rows(capture: Any, seqs: Sequence[int]) -> Int[Tensor, " rows"]:
+def _rows(capture: CapturedStates, seqs: Sequence[int]) -> Int[Tensor, " rows"]:
     return torch.cat([torch.arange(int(capture.lengths[seq]), device="cpu") + capture.offsets[seq] for seq in seqs])
 
 
 def _errors(got: Float[Tensor, "rows d"], expected: Float[Tensor, "rows d"], scale: float) -> Float[Tensor, " rows"]:
-    """Of each row relative to the scale of the layer, or to its own where that is larger: a massive state is rounded more coarsely."""
+    """Of each row relative to the scale of the layer, or to its own where that is larger (massive states round more coarsely)."""
     size = expected.square().mean(1).sqrt().clamp_min(scale)
     return torch.nan_to_num((got - expected).square().mean(1).sqrt() / size, nan=torch.inf)
 
 
-def _scale(capture: Any, states: Float[Tensor, "rows d"]) -> float:
+def _scale(capture: CapturedStates, states: Float[Tensor, "rows d"]) -> float:
     return float(states[capture.row_pos > 0].square().mean().sqrt().clamp_min(1e-12))
 
 
-def _check_tokens(model: Any, capture: Any) -> None:
+def _check_tokens(model: Any, capture: CapturedStates) -> None:
     """Refuse states that are not those of the tokens at their places: blocks alone would not show that these are another's."""
     held = capture._readings.get(ENTRY)
     layer = 0 if held is not None else min(capture.layers)
@@ -107,13 +111,15 @@ def _check_tokens(model: Any, capture: Any) -> None:
             got = entering(model, tokens.to(device_of(model)), layer).cpu()[valid]
             error = _errors(got, states[rows], scale)
             if float(error.max()) > tolerance:
-                hooks = "" if layer == 0 else (
-                    f" If hooks changed the states below on purpose, cache {point_name('resid_pre', 0)} too: it shows whose tokens these are."
-                )  # fmt: skip
+                entry = point_name("resid_pre", 0)
+                hooks = ""
+                if layer:
+                    hooks = f" If hooks changed the states below on purpose, cache {entry} too: it shows whose tokens these are."
                 raise CaptureError(
                     f"expected the state that enters block {layer} to be that of each token at its place, got another "
-                    f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to run_with_cache, and is "
-                    "padding on the left known to both (attention_mask=...)? A model with learned positions also needs its places to begin "
+                    f"({_where(capture, rows, error)}; tolerance {tolerance:g}). Are these the tokens that were given to "
+                    "run_with_cache, and is padding on the left known to both (attention_mask=...)? A model with learned "
+                    "positions also needs its places to begin "
                     f"behind the padding.{hooks}"
                 )
 
@@ -123,7 +129,7 @@ class _Blocks:
     """The blocks of the model by themselves, on some sequences of a capture: their arguments depend on the longest one only."""
 
     model: Any
-    capture: Any
+    capture: CapturedStates
     seqs: list[int]
 
     def __post_init__(self) -> None:
@@ -148,7 +154,7 @@ class _Blocks:
             self._refuse(layer, part, rows, _errors(got, after[rows], scale), pattern)
 
     def _run(self, layer: int, part: list[int], before: Tensor, copies: int) -> tuple[Tensor | None, Tensor]:
-        """What the block makes of these sequences (None: it does not take a batch), and by how much each one's cached pattern is off."""
+        """What the block makes of these sequences (None: it takes no batch), and how far each one's cached pattern is off."""
         capture = self.capture
         ((_, valid),) = _parts(capture, part, self.length, len(part))
         grid = before.new_zeros(len(part), self.length, before.shape[1])
@@ -178,21 +184,22 @@ class _Blocks:
         stored = self.capture.settings.get("dtype", dtype)
         if float(error.max()) > tolerance:
             raise TransportError(
-                f"expected the block to map the captured resid_pre to resid_post at block {layer} within {tolerance:g} of the states' scale "
-                f"(model in {dtype}, cache in {stored}), got {float(error.max()):.3g} ({_where(self.capture, rows, error)}). Is this capture (or "
-                "cache) from the same model, with the same hooks and weight processing? Padding must be known to run_with_cache and to "
-                "from_cache (attention_mask=...)."
+                f"expected the block to map the captured resid_pre to resid_post at block {layer} within {tolerance:g} of the "
+                f"states' scale (model in {dtype}, cache in {stored}), got {float(error.max()):.3g} "
+                f"({_where(self.capture, rows, error)}). Is this capture (or "
+                "cache) from the same model, with the same hooks and weight processing? Padding must be known to "
+                "run_with_cache and to from_cache (attention_mask=...)."
             )
         if float(pattern.max()) > _OF_PATTERNS * tolerance:
             worst = int(pattern.argmax())
             raise CaptureError(
                 f"expected the cached attention pattern of block {layer} to be the block's own, got one that differs by up to "
-                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave patterns out of the "
-                "cache, and it is computed."
+                f"{float(pattern[worst]):.3g} (sequence {part[worst]}). Are pattern and states of the same pass? Leave "
+                "patterns out of the cache, and it is computed."
             )
 
 
-def _where(capture: Any, rows: Tensor, error: Tensor) -> str:
+def _where(capture: CapturedStates, rows: Tensor, error: Tensor) -> str:
     worst = int(rows[int(error.argmax())])
     return (
         f"sequence {int(capture.row_seq[worst])}, position {int(capture.row_pos[worst])}, relative error {float(error.max()):.3g}"

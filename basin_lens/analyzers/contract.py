@@ -1,13 +1,13 @@
 """What an analyzer is: it declares its columns and what it needs, and turns that into numbers.
 
-Two kinds. A `CloudAnalyzer` sees a query's neighbors and their images under one block (`Cloud`). A `TokenAnalyzer` sees one batch
-of the forward pass at one layer (`basin_lens.capture.TokenBatch`). Write your own as a frozen dataclass and pass an instance to
-`analyze`; nothing needs to be registered.
+Two kinds. A `CloudAnalyzer` sees the neighbors of some queries and their images under one block (`Neighborhoods`). A
+`TokenAnalyzer` sees one batch of the forward pass at one layer (`basin_lens.capture.TokenBatch`). Write your own as a frozen
+dataclass and pass an instance to `analyze`; nothing needs to be registered.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from basin_lens.values import Whole, whole_fields, whole_or_none
 
 Choice = Literal["nearest", "random", "radius_matched"]
 CHOICES: tuple[Choice, ...] = ("nearest", "random", "radius_matched")
+Role = Literal["score", "importance", "confound", "control"]
 DEGENERATE = 1e-12  # a variance below this share of the layer's own is rounding, not geometry
 
 
@@ -71,14 +72,14 @@ class RunOn:
 
 
 @dataclass(frozen=True)
-class Cloud:
+class Neighborhoods:
     """The neighborhoods of some queries at one layer. All tensors are on the model's device, float32.
 
-    `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's own
-    state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
+    `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's
+    own state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
     `spread_in`, `spread_out`: mean total variance of random bank points before and after the same map in the same context.
-    `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`: their
-    states behind it, `output_preimages`: before it.
+    `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`:
+    their states behind it, `output_preimages`: before it.
     `candidates`: how many rows each query could have chosen from (only if needed).
     `block(points [q, m, d]) -> [q, m, d]`: any states through the map in the queries' contexts (only if needed).
     `run_on(points [q, m, d]) -> RunOn`: any states in the queries' places, run on to the logits (only if needed).
@@ -112,7 +113,7 @@ class Cloud:
 
     @cached_property
     def log_variance_in(self) -> Float[Tensor, " q"]:
-        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all analyzers that share the cloud."""
+        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all that share the object."""
         return log_or_nan(total_variance(self.neighbors), self.spread_in)
 
     @cached_property
@@ -122,44 +123,51 @@ class Cloud:
         return log_or_nan(total_variance(self.images), self.spread_out)
 
     @cached_property
-    def halves(self) -> "tuple[Cloud, Cloud]":
-        """The cloud with every other neighbor, and with those between: disjoint halves of one size, equally near."""
+    def split_half(self) -> "tuple[Neighborhoods, Neighborhoods]":
+        """The neighborhoods with every other neighbor, and with those between: disjoint halves of one size, equally near."""
         k = self.rows.shape[1]
         return self.take(torch.arange(0, k - k % 2, 2, device=self.rows.device)), self.take(
             torch.arange(1, k, 2, device=self.rows.device)
         )
 
-    def take(self, ranks: Tensor) -> "Cloud":
-        """The same queries with some of their neighbors (by rank). `output_rows` stay whole: they are what a share is a share of."""
+    def take(self, ranks: Tensor) -> "Neighborhoods":
+        """The same queries with some of their neighbors (by rank). `output_rows` stay whole: shares are taken of all of them."""
 
         def part(value: Any) -> Any:
             return None if value is None else value[:, ranks.to(value.device)]
 
-        changed = {
-            name: part(getattr(self, name))
-            for name in (
-                "rows",
-                "distances",
-                "neighbors",
-                "neighbor_token",
-                "neighbor_pos",
-                "images",
-                "output_neighbors",
-                "output_preimages",
-            )
-        }
-        return Cloud(**{f.name: changed.get(f.name, getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{name: part(getattr(self, name)) for name in _BY_NEIGHBOR})
+
+
+# Fields of `Neighborhoods` with a value for each neighbor.
+_BY_NEIGHBOR = (
+    "rows",
+    "distances",
+    "neighbors",
+    "neighbor_token",
+    "neighbor_pos",
+    "images",
+    "output_neighbors",
+    "output_preimages",
+)
 
 
 class Analyzer(ABC):
-    """Common to both kinds: columns, rows, needs, direction."""
+    """Common to both kinds: columns, rows, needs, and the role of what is measured.
 
+    `role`: `"score"`, of what a block does to a neighborhood or to the states; `"importance"`, of a token for what the model
+    predicts; `"confound"`, what scores may follow, so that studies take it out or show it beside them; `"control"`, a score on
+    other points.
+    """
+
+    role: ClassVar[Role] = "score"
     rows: ClassVar[Literal["token", "sequence"]] = "token"
     needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Called by the dataclasses below: whole numbers of numpy and 0-d tensors become ints, so that `key` says the same for them."""
+        """Called by the dataclasses below: whole numbers of numpy and 0-d tensors become ints, so that equal options
+        have equal keys."""
         whole_fields(self)
 
     @property
@@ -199,7 +207,7 @@ class CloudAnalyzer(Analyzer):
         return None
 
     @abstractmethod
-    def measure(self, cloud: Cloud) -> dict[str, Float[Tensor, " q"]]:
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Float[Tensor, " q"]]:
         """Values by column name for each query; NaN where the measurement is not defined."""
 
     def check(self) -> None:
@@ -211,9 +219,9 @@ class CloudAnalyzer(Analyzer):
         kind = type(self).__name__
         if (whole_or_none(self.k) or 0) < 2:
             raise NeighborError(f"expected k of at least 2 for {kind}, got {self.k!r}.")
-        for option, allowed in {
-            "context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": ("any", "only", "exclude"), "choice": CHOICES
-        }.items():  # fmt: skip
+        same_token = ("any", "only", "exclude")
+        known = {"context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": same_token, "choice": CHOICES}
+        for option, allowed in known.items():
             if getattr(self, option) not in allowed:
                 raise NeighborError(f"expected {option} in {allowed} for {kind}, got {getattr(self, option)!r}.")
         if not isinstance(self.exclude, str):
@@ -246,13 +254,16 @@ class CloudScore(CloudAnalyzer):
 class TokenAnalyzer(Analyzer):
     """A measurement on the forward pass itself.
 
-    `needs` may hold `"resid_pre"`, `"resid_post"`, `"pattern"`, `"logits"`, `"gradient"`, `"output_weight"` (W_O by head), `"passes"`
-    (`batch.passes`: more passes of the model, for what one cannot tell), or any hook name below a block, such as `"mlp.hook_post"`.
+    `needs` may hold `"resid_pre"`, `"resid_post"`, `"pattern"`, `"logits"`, `"gradient"`, `"output_weight"` (W_O by head),
+    `"passes"` (`batch.passes`: more passes of the model, for what one cannot tell), or any hook name below a block, such as
+    `"mlp.hook_post"`.
 
     - `per_layer = False`: measured once, and holds for every layer.
-    - `cumulative = True`: measured at every layer from 0 on, in order, whichever are asked for; `batch.memory` carries what it builds up.
-    - `target`: what the gradient is of: `"future_loss"`, `"last_logit"` or a token id (see `basin_lens.capture.passes.target_values`; each
-      different one costs a backward pass), or `"cache"` for the user's own backward pass; None without gradients.
+    - `cumulative = True`: measured at every layer from 0 on, in order, whichever are asked for; `batch.memory` carries what it
+      builds up.
+    - `target`: what the gradient is of: `"future_loss"`, `"last_logit"` or a token id (see
+      `basin_lens.capture.passes.target_values`; each different one costs a backward pass), or `"cache"` for the user's own backward
+      pass; None without gradients.
     """
 
     per_layer: ClassVar[bool] = True
@@ -288,14 +299,14 @@ def mean_and_mask(states: Float[Tensor, "points d"]) -> tuple[Float[Tensor, " d"
     return states.mean(0), (variance <= 20 * variance.median()).to(states.dtype)
 
 
-def random_directions(cloud: Cloud, count: int, seed: int) -> Float[Tensor, "q count d"]:
+def random_directions(neighborhoods: Neighborhoods, count: int, seed: int) -> Float[Tensor, "q count d"]:
     """Standard normal vectors for each query, from the seed, the layer, and the query's token and position.
 
-    From these alone, so that a query's vectors do not depend on which others share its cloud, nor on their order.
+    From these alone, so that a query's vectors do not depend on which others are measured with it, nor on their order.
     """
-    width = cloud.query.shape[1]
+    width = neighborhoods.query.shape[1]
     drawn = [
-        np.random.default_rng([seed, cloud.layer, token, pos]).standard_normal((count, width), dtype=np.float32)
-        for token, pos in zip(cloud.query_token.tolist(), cloud.query_pos.tolist(), strict=True)
+        np.random.default_rng([seed, neighborhoods.layer, token, pos]).standard_normal((count, width), dtype=np.float32)
+        for token, pos in zip(neighborhoods.query_token.tolist(), neighborhoods.query_pos.tolist(), strict=True)
     ]
-    return torch.from_numpy(np.stack(drawn)).to(cloud.query)
+    return torch.from_numpy(np.stack(drawn)).to(neighborhoods.query)

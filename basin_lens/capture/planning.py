@@ -1,0 +1,44 @@
+"""Texts or token ids -> the rows of a capture, before the model has read them."""
+
+from typing import Any
+
+from basin_lens.capture.batches import check_layers
+from basin_lens.model import check_lengths, check_model, provenance, uses_bos
+from basin_lens.texts import Passage, read_passages
+from basin_lens.texts.tokens import TokenSequence, given_ids, longest_sequence, token_strings, tokenize
+from basin_lens.values import Whole
+
+
+def planned_fields(
+    model: Any, data: Any, *, layers: Any, max_length: Whole, prepend_bos: bool | None, attention_mask: Any
+) -> dict[str, Any]:
+    """The fields of a `Capture` of texts or token ids that the model has not read; see `Capture.plan`.
+
+    Raises:
+        ModelError, TextError, CaptureError: what cannot be read, before any pass.
+    """
+    check_model(model)
+    chosen = check_layers(model, layers)
+    passages, found = None, given_ids(model, data, attention_mask)
+    if found is None:
+        passages = read_passages(data)
+        found = tokenize(model, passages, max_length=max_length, prepend_bos=prepend_bos)
+    settings = {
+        "max_length": longest_sequence(model, max_length),
+        "bos": uses_bos(model, prepend_bos) if passages is not None else None,
+        "source": "tokens" if passages is None else "texts",
+    }
+    check_lengths(model, [len(s.tokens) for s in found])
+    return row_fields(model, found, passages) | {"layers": chosen, "settings": settings}
+
+
+def row_fields(model: Any, sequences: list[TokenSequence], passages: list[Passage] | None) -> dict[str, Any]:
+    """The fields of a `Capture` that say whose tokens its rows are: documents and labels are those of the passages."""
+    return {
+        "sequences": sequences,
+        "passages": passages,
+        "docs": [f"sequence-{i}" if passages is None else str(passages[s.passage].doc) for i, s in enumerate(sequences)],
+        "labels": [{} if passages is None else dict(passages[s.passage].labels) for s in sequences],
+        "strings": token_strings(model, (token for s in sequences for token in s.tokens)),
+        "model": provenance(model),
+    }

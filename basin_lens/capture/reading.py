@@ -1,0 +1,99 @@
+"""The model reads the rows of a capture: states at block borders, and the columns of token analyzers."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from basin_lens.capture.batches import TokenMeasure, check_points, token_batches
+from basin_lens.capture.columns import all_or_none, keep_values
+from basin_lens.capture.forward_reader import ForwardReader
+from basin_lens.capture.saving import write_fields
+from basin_lens.capture.schedule import PassSchedule
+from basin_lens.capture.states import CapturedStates
+from basin_lens.capture.store import write_borders
+from basin_lens.errors import CaptureError
+from basin_lens.files import new_folder
+from basin_lens.model import n_layers, one_side, width
+from basin_lens.values import Whole
+
+C = TypeVar("C", bound=CapturedStates)
+
+
+def read_states(
+    model: Any,
+    capture: C,
+    analyzers: Sequence[TokenMeasure] | None = None,
+    *,
+    batch_size: Whole | None = None,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> C:
+    """Run the model over the rows of a planned capture, once, and keep the states there; interrupted, it is a plan as before.
+
+    Args:
+        model: the model that planned it.
+        capture: from `Capture.plan`; filled in place.
+        analyzers, batch_size, store, progress: see `Capture.from_texts`.
+
+    Returns:
+        the capture.
+
+    Raises:
+        CaptureError: a capture that was read; and as for `Capture.from_texts`.
+    """
+    if capture.is_read:
+        raise CaptureError("expected a capture that is only planned, got one that was read. Plan another: Capture.plan(...).")
+    token_analyzers = list(analyzers or [])
+    if store is None:
+        run_model(model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True)
+        return capture
+    place = Path(store).absolute()  # also from another working folder
+    try:
+        with new_folder(place) as folder:
+            capture._store = folder
+            run_model(model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True)
+            write_fields(capture, folder, capture._shards)
+    except BaseException:
+        capture._store, capture._shards = None, {}
+        raise
+    capture._store = place
+    return capture
+
+
+@torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
+def run_model(
+    model: Any,
+    capture: CapturedStates,
+    analyzers: Sequence[TokenMeasure],
+    *,
+    batch_size: Whole | None,
+    progress: bool,
+    keep_states: bool,
+) -> None:
+    """Run the model over all sequences, a batch at a time; keep states if asked to, and fill the columns of analyzers."""
+    check_points(model, capture.layers, analyzers)
+    batches = list(token_batches(capture, batch_size, one_side(model, capture.lengths.tolist())))
+    borders = sorted({border for layer in capture.layers for border in (layer, layer + 1)}) if keep_states else []
+    schedule = PassSchedule(n_layers(model), capture.layers, tuple(borders), tuple(analyzers))
+    states: dict[int, Tensor] = {}
+    if capture._store is None:
+        shape = capture.n_rows, width(model)
+        states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
+    bar = tqdm(total=capture.n_rows, desc="reading the model", unit="token", disable=not progress)
+    with all_or_none(capture, analyzers), bar:
+        for index, (rows, tokens, valid) in enumerate(batches):
+            keep, refuse = partial(keep_values, capture, rows, valid), partial(capture.refuse_nonfinite, rows)
+            kept = ForwardReader(model, schedule, tokens, valid, keep, refuse).read()
+            if capture._store is None:
+                for border, read in kept.items():
+                    states[border][rows] = read
+            elif kept:
+                capture._shards |= write_borders(capture._store, index, rows, kept)
+            bar.update(len(rows))
+    capture._states = states or capture._states  # only now: an interrupted reading must not pass for one

@@ -1,0 +1,44 @@
+"""A capture -> a folder. See `store` for the files."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basin_lens.capture.states import CapturedStates
+from basin_lens.capture.store import copy_borders, write_borders, write_record
+from basin_lens.errors import CaptureError
+from basin_lens.files import new_folder
+
+
+def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
+    """Write a capture to a new folder; see `Capture.save`."""
+    if not capture.is_read:
+        raise CaptureError(
+            "expected a capture that the model has read, got one that is only planned. Call read_states(model, capture)."
+        )
+    with new_folder(path) as folder:
+        shards = capture._shards
+        if capture._store is not None:
+            copy_borders(capture._store, folder, shards)
+        else:
+            shards = write_borders(folder, 0, torch.arange(capture.n_rows, device="cpu"), capture._states)
+        write_fields(capture, folder, shards)
+
+
+def write_fields(capture: CapturedStates, folder: Path, shards: Mapping[str, Any]) -> None:
+    """Write everything but the states, which lie in the files `shards`."""
+    record = {
+        "sequences": [asdict(s) for s in capture.sequences],
+        "passages": None if capture.passages is None else [asdict(p) for p in capture.passages],
+        "docs": capture.docs,
+        "labels": capture.labels,
+        "strings": list(capture.strings.items()),
+        "layers": capture.layers,
+        "model": capture.model,
+        "settings": capture.settings,
+    }
+    write_record(folder, record, capture.columns, capture._readings, shards)

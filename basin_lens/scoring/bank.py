@@ -1,0 +1,34 @@
+"""Where neighbors come from."""
+
+from typing import Any
+
+from basin_lens.capture import Capture, check_cache, reference_capture
+from basin_lens.errors import NeighborError
+from basin_lens.model import uses_bos
+from basin_lens.scoring.plan import Plan
+
+
+def choose_bank(model: Any, capture: Capture, bank: Any, plan: Plan, *, progress: bool) -> Capture:
+    """The bank that a request names, checked; the capture itself for None.
+
+    Raises:
+        NeighborError: no bank, or one without the plan's layers. CaptureError: of another model. TransportError: of a cache that is
+            not the model's.
+    """
+    if bank is None or bank is capture:
+        return capture
+    if any(a.exclude == "nothing" for a in plan.of_neighbors):
+        raise NeighborError(
+            "expected the texts as their own bank for SeedCompression, got another bank. Leave it out, or bank=None."
+        )
+    if isinstance(bank, str) and bank == "reference":
+        bos = uses_bos(model, None)
+        starts = {s.tokens[0] for s in capture.sequences}
+        return reference_capture(model, prepend_bos=bos is not None and starts == {bos}, progress=progress)
+    if not isinstance(bank, Capture):
+        raise NeighborError(f'expected bank=None, a Capture or "reference", got {bank!r}.')
+    bank.check_model_is(model)
+    if not set(plan.layers) <= set(bank.layers):
+        raise NeighborError(f"expected a bank with layers {list(plan.layers)}, got one with {list(bank.layers)}. Capture them too.")
+    check_cache(model, bank, plan.path)
+    return bank

@@ -1,0 +1,246 @@
+"""One map at one layer: the union of all neighbors passes once, and every analyzer looks."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
+from basin_lens.model import final_norm
+from basin_lens.model import n_layers as count_layers
+from basin_lens.neighbors import Neighbors
+from basin_lens.scoring.left_out import count_left_out
+from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
+from basin_lens.scoring.reruns import rerun_points
+from basin_lens.scoring.results import LayerNeighbors
+from basin_lens.scoring.search import Searches, SearchResult
+from basin_lens.scoring.spread import layer_spread
+from basin_lens.transport import BlockMap, query_chunks, rows_per_call
+
+
+class MapScores:
+    """Scores of the analyzers that look through one map.
+
+    Args:
+        searches: the run's searches, with its model, capture and bank.
+        layer: where the map begins.
+        plan: the map and its analyzers.
+        passage: the map on the states of this layer.
+        found: results of the searches before the map, and behind it where an analyzer needs them.
+        keep: the analyzer whose neighbors are kept, if it is one of these.
+    """
+
+    def __init__(
+        self,
+        searches: Searches,
+        layer: int,
+        plan: MapPlan,
+        passage: BlockMap,
+        found: Mapping[SearchSite, SearchResult],
+        keep: CloudAnalyzer | None = None,
+    ) -> None:
+        self.searches, self.layer, self.plan, self.passage, self.found = searches, layer, plan, passage, found
+        self.device = searches.device
+        count = searches.capture.n_rows
+        self.keep = keep if any(a is keep for a in plan.analyzers) else None
+        self.neighbors = None if self.keep is None else LayerNeighbors.none(count, self.keep.k)
+        columns = [column.name for a in plan.analyzers for column in a.columns]
+        self.answers = {name: _nothing(count) for name in columns}
+        self._of_halves = {name: (_nothing(count), _nothing(count)) for name in columns}
+        self._spreads = {e: layer_spread(searches, layer, e, passage) for e in dict.fromkeys(a.exclude for a in plan.of_images)}
+        self._hubness = {
+            (site, k): searches.hubness(found[site].near.rows[:, :k])
+            for site, k in dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers)
+        }
+        self._sampled = {a.key: self._sample(a) for a in plan.analyzers if a.max_queries is not None}
+        # Counted where the neighbors of the share are chosen: tokens of one id are one point where they enter block 0.
+        self._candidates = {
+            a.key: searches.candidates(
+                SearchOptions.of(a), found[SearchSite.behind(a) if _looks_behind(a) else SearchSite.before(a)]
+            )
+            for a in plan.analyzers
+            if "candidates" in a.needs
+        }
+        in_bank = (searches.bank.row_pos > 0).to(self.device)
+        self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
+        self._measure()
+
+    def _measure(self) -> None:
+        """Pass the neighbors, a part of the queries at a time, and let every analyzer look before the images are dropped."""
+        passing = self.plan.passing
+        union, places = _union([self._passed(site) for site in passing])
+        place_of = dict(zip(passing, places, strict=True))
+        # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
+        have = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in passing]).any(0)
+        queries = torch.nonzero(have).squeeze(1)
+        for part in query_chunks(self.searches.capture, queries, union.shape[1], rows_per_call(self.device)):
+            passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
+            looks: dict[Any, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
+            for a in self.plan.analyzers:
+                options = (SearchSite.before(a), a.k, a.needs, a.max_queries and a.key)
+                if options not in looks:
+                    looks[options] = self._look(a, part, passed, place_of)
+                seen = looks[options]
+                if seen is not None:
+                    self._answer(a, *seen)
+
+    def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
+        """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""
+        rows = self.found[site].near.rows
+        asking = [a for a in self.plan.of_images if SearchSite.before(a) == site]
+        if not asking or any(a.max_queries is None for a in asking):
+            return rows
+        looked_at = torch.stack([self._sampled[a.key] for a in asking]).any(0)
+        return torch.where(looked_at[:, None], rows, -1)
+
+    def _sample(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
+        """A seeded sample of the tokens that could be measured, the same at every layer if the same tokens have neighbors."""
+        count, near = self.searches.capture.n_rows, self.found[SearchSite.before(a)].near
+        generator = torch.Generator().manual_seed(self.searches.seed)
+        order = torch.randperm(count, generator=generator, device="cpu").to(self.device)
+        able = order[near.rows[order, a.k - 1] >= 0]
+        chosen = torch.zeros(count, dtype=torch.bool, device=self.device)
+        chosen[able[: a.max_queries]] = True
+        return chosen
+
+    def _look(
+        self,
+        a: CloudAnalyzer,
+        part: Int[Tensor, " part"],
+        passed: Float[Tensor, "part m d"] | None,
+        place_of: Mapping[SearchSite, Int[Tensor, "rows k_all"]],
+    ) -> tuple[Int[Tensor, " q"], Neighborhoods] | None:
+        """Those queries of a part that an analyzer can measure (on the CPU), and their neighborhoods; None: there are none."""
+        site = SearchSite.before(a)
+        after = self.found[SearchSite.behind(a)].near if _looks_behind(a) else None
+        ready = self.found[site].near.rows[part, a.k - 1] >= 0
+        if after is not None:
+            ready &= after.rows[part, a.k - 1] >= 0
+        if a.max_queries is not None:
+            ready &= self._sampled[a.key][part]
+        if not bool(ready.any()):
+            return None
+        at = part[ready]
+        images = None
+        if passed is not None and "images" in a.needs:
+            places = place_of[site][at, : a.k, None].expand(-1, -1, self.passage.before.shape[1])
+            images = passed[ready].gather(1, places)
+        return at.cpu(), self._neighborhoods(a, at, images, after)
+
+    def _neighborhoods(
+        self, a: CloudAnalyzer, at: Int[Tensor, " q"], images: Float[Tensor, "q k d"] | None, after: Neighbors | None
+    ) -> Neighborhoods:
+        """What an analyzer gets to see of the queries `at`: what it needs, and no more."""
+        searches, passage, site = self.searches, self.passage, SearchSite.before(a)
+        near = self.found[site].near
+        rows = near.rows[at, : a.k]
+        more: dict[str, Any] = {}
+        if after is not None:
+            there = after.rows[at, : a.k]
+            more["output_rows"], more["output_distances"] = there, after.distances[at, : a.k]
+            more["output_neighbors"], more["output_preimages"] = passage.bank_after[there], passage.bank_before[there]
+        if a.key in self._candidates:
+            more["candidates"] = self._candidates[a.key][at]
+        if "block" in a.needs:
+            more["block"] = partial(passage.of_points, at)
+        if "run_on" in a.needs:
+            more["run_on"] = partial(rerun_points, searches.model, searches.capture, self.layer, at)
+        if "bank" in a.needs:
+            more["bank"] = self._surroundings
+        if "final_norm" in a.needs:
+            more["final_norm"] = partial(final_norm, searches.model)
+        spread_in, spread_out = self._spreads.get(a.exclude, (float("nan"), float("nan")))
+        return Neighborhoods(
+            layer=self.layer,
+            n_layers=count_layers(searches.model),
+            query=passage.before[at],
+            query_image=passage.after[at],
+            query_token=searches.tokens[0][at],
+            query_pos=searches.positions[0][at],
+            rows=rows,
+            distances=near.distances[at, : a.k],
+            neighbors=passage.bank_before[rows],
+            neighbor_token=searches.tokens[1][rows],
+            neighbor_pos=searches.positions[1][rows],
+            hubness=self._hubness[site, a.k][at],
+            spread_in=spread_in,
+            spread_out=spread_out,
+            images=images,
+            **more,
+        )
+
+    def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:
+        """Let an analyzer look at neighborhoods of the rows `there`, and put down what it says, also of halves of the neighbors."""
+        for name, value in a.measure(neighborhoods).items():
+            self.answers[name][there] = value.detach().float().cpu()
+        if "halves" in a.needs and a.k >= 4:
+            for half, split in enumerate(neighborhoods.split_half):
+                for name, value in a.measure(split).items():
+                    self._of_halves[name][half][there] = value.detach().float().cpu()
+        if a is self.keep:
+            assert self.neighbors is not None and neighborhoods.images is not None
+            self.neighbors.rows[there.numpy()] = neighborhoods.rows.cpu().numpy()
+            self.neighbors.before[there.numpy()] = neighborhoods.distances.cpu().numpy()
+            self.neighbors.after[there.numpy()] = (
+                (neighborhoods.images - neighborhoods.query_image[:, None]).norm(dim=2).cpu().numpy()
+            )
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """How many values are missing, by column and reason."""
+        counts: dict[str, dict[str, int]] = {}
+        for a in self.plan.analyzers:
+            result = self.found[SearchSite.before(a)]
+            counts |= count_left_out(
+                a,
+                self.answers,
+                self.searches.capture,
+                self.searches.asked,
+                complete=result.near.rows[:, a.k - 1].cpu() >= 0,
+                sampled=self._sampled.get(a.key),
+                undirected=~result.directed.cpu() if a.metric == "cosine" else None,
+            )
+        return counts
+
+    def reliability(self) -> dict[str, float | None]:
+        """Spearman correlation of each score over disjoint halves of the neighbors, by column."""
+        split = [column.name for a in self.plan.analyzers if "halves" in a.needs for column in a.columns]
+        return {name: _spearman(*self._of_halves[name]) for name in split}
+
+
+def _looks_behind(a: CloudAnalyzer) -> bool:
+    """Whether an analyzer looks at neighbors among the states that leave the map."""
+    return "output_neighbors" in a.needs
+
+
+def _nothing(count: int) -> Float[Tensor, " count"]:
+    return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+
+
+def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Per query, the different rows among several neighbor tables `[n, k_i]`, and where each table's rows are in it.
+
+    A pair of query and neighbor is passed through the block once, however many scores ask for it.
+    """
+    joined = torch.cat(tables_, dim=1)
+    values, order = joined.sort(dim=1)
+    new = torch.ones_like(values, dtype=torch.bool)
+    new[:, 1:] = values[:, 1:] != values[:, :-1]
+    slots = new.long().cumsum(1) - 1
+    union = torch.full((len(joined), int(slots.max()) + 1 if joined.numel() else 1), -1, dtype=torch.int64, device=joined.device)
+    union.scatter_(1, slots, values)
+    places = torch.empty_like(slots).scatter_(1, order, slots)
+    return union, list(places.split([t.shape[1] for t in tables_], dim=1))
+
+
+def _spearman(first: Tensor, second: Tensor) -> float | None:
+    """Spearman correlation over rows where both are there; None if it is not defined."""
+    both = ~(first.isnan() | second.isnan())
+    a, b = first[both].numpy(), second[both].numpy()
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(stats.spearmanr(a, b).statistic)

@@ -1,0 +1,175 @@
+"""What a run found: values by column, how reliable they are, what was left out and why, and what a table says of its making."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from basin_lens.capture import Capture
+from basin_lens.scoring.plan import Plan
+from basin_lens.scoring.request import Request
+from basin_lens.scoring.token_rows import texts_hash
+
+
+@dataclass(frozen=True)
+class LayerNeighbors:
+    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none."""
+
+    rows: Int[np.ndarray, "rows k"]
+    before: Float[np.ndarray, "rows k"]
+    after: Float[np.ndarray, "rows k"]
+
+    @classmethod
+    def none(cls, n_rows: int, k: int) -> "LayerNeighbors":
+        """No neighbors for any row, to be filled."""
+        distances = [np.full((n_rows, k), np.nan, np.float32) for _ in (0, 1)]
+        return cls(np.full((n_rows, k), -1, np.int64), *distances)
+
+
+@dataclass(frozen=True)
+class KeptNeighbors:
+    """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN:
+    none.
+
+    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves.
+    """
+
+    rows: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    bank: pd.DataFrame
+    score: str
+    own: bool
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerNeighbors], bank: Capture, score: str, *, own: bool) -> "KeptNeighbors":
+        """The neighbors of several layers, in order."""
+        about = pd.DataFrame(
+            {
+                "token": bank.row_strings(),
+                "doc": [bank.docs[s] for s in bank.row_seq.tolist()],
+                "seq": bank.row_seq.numpy(),
+                "pos": bank.row_pos.numpy(),
+            }
+        )
+        return cls(
+            np.stack([some.rows for some in layers]),
+            np.stack([some.before for some in layers]),
+            np.stack([some.after for some in layers]),
+            about,
+            score,
+            own,
+        )
+
+
+@dataclass
+class LayerScores:
+    """What one piece of a plan found.
+
+    Attributes:
+        layer: where.
+        values: by column, for each row of the capture; NaN: left out.
+        reliability: Spearman correlation over disjoint halves of the neighbors, by column; None: not defined.
+        left_out: how many values are missing, by column and reason.
+        facts: route, reason for it, error of the check and affine fit of the layer, by their names in provenance.
+        neighbors: behind one score, if they were to be kept.
+    """
+
+    layer: int
+    values: dict[str, Float[np.ndarray, " rows"]] = field(default_factory=dict)
+    reliability: dict[str, float | None] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    neighbors: LayerNeighbors | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a whole plan found: `values` by column `[layers, rows]`; the rest as in `LayerScores`, by column and layer."""
+
+    plan: Plan
+    values: dict[str, Float[np.ndarray, "layers rows"]]
+    reliability: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, plan: Plan, n_rows: int) -> "Results":
+        """Nothing measured yet: every value is NaN."""
+        shape = len(plan.layers), n_rows
+        return cls(plan, {name: np.full(shape, np.nan, np.float32) for name in plan.columns})
+
+    def take_columns(self, capture: Capture) -> None:
+        """The values of token analyzers, which the capture holds."""
+        for analyzer in self.plan.of_tokens:
+            held = capture.columns[analyzer.key]
+            for column in analyzer.columns:
+                rows = list(self.plan.layers) if analyzer.per_layer else [0]
+                self.values[column.name][:] = held[column.name][rows].numpy()
+                self.left_out[column.name] = {"not defined at this position": int(np.isnan(self.values[column.name]).sum())}
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Make room for what layers will add: `facts` are those of the whole run."""
+        self.facts.update(facts, **{name: {} for name in _OF_LAYERS})
+        self.reliability.update({c.name: {} for a in self.plan.of_neighbors if "halves" in a.needs for c in a.columns})
+        self.left_out.update({column.name: {} for a in self.plan.of_neighbors for column in a.columns})
+
+    def add(self, scores: LayerScores) -> None:
+        """Put what one layer's piece found where it belongs."""
+        for name, value in scores.values.items():
+            self.values[name][self.plan.layers.index(scores.layer)] = value
+        for name, fact in scores.facts.items():
+            self.facts[name][str(scores.layer)] = fact
+        for name, agreement in scores.reliability.items():
+            self.reliability[name][str(scores.layer)] = agreement
+        for name, reasons in scores.left_out.items():
+            counts = self.left_out[name]
+            for reason, count in reasons.items():
+                counts[reason] = counts.get(reason, 0) + count
+
+
+_OF_LAYERS = ("routes", "route_reasons", "check_error", "affine_fit")
+
+
+def provenance(
+    request: Request,
+    capture: Capture,
+    asked: Bool[Tensor, " rows"],
+    results: Results,
+    *,
+    read_again_for: Sequence[str],
+    frozen: bool,
+) -> dict[str, Any]:
+    """What a table says of its making, as plain JSON."""
+    analyzers = results.plan.analyzers
+    return {
+        "model": capture.model,
+        "precision": "full: autocast and reduced float32 products off",
+        "texts": texts_hash(capture),
+        "copies": capture.copies,
+        "capture": capture.settings,
+        "layers": list(results.plan.layers),
+        "analyzers": [a.key for a in analyzers],
+        "columns": {
+            c.name: {"unit": c.unit, "low": _finite(c.low), "high": _finite(c.high), "rows": a.rows, "analyzer": type(a).__name__}
+            for a in analyzers
+            for c in a.columns
+        },
+        "controls": request.nulls,
+        "neighbors": "frozen: those of another run" if frozen else "its own",
+        "queries": "all" if request.queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
+        "seed": request.seed,
+        "read_again_for": list(read_again_for),
+        "left_out": results.left_out,
+        **results.facts,
+        **({"reliability": results.reliability} if results.plan.of_neighbors else {}),
+    }
+
+
+def _finite(bound: float | int) -> float | int | None:
+    """A bound as JSON has it: None for no bound."""
+    return bound if np.isfinite(bound) else None
