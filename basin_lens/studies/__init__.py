@@ -19,8 +19,11 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 """
 
 from basin_lens.studies.codelength import study_codelength
-from basin_lens.studies.framework.base import Study
-from basin_lens.studies.framework.measurement import STUDIES, Contrast, Measured, measure
+from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measurement import measure
+from basin_lens.studies.framework.registry import STUDIES
+from basin_lens.studies.framework.study import Study
 from basin_lens.studies.importance import study_importance
 from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic

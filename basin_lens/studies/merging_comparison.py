@@ -13,7 +13,12 @@ from basin_lens import merging, stats
 from basin_lens.errors import MergeError, StudyError
 from basin_lens.merging import Setting, TokenMerger, Windows
 from basin_lens.model import full_name, kind_of, n_layers, provenance, tokenizer_of
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt
+from basin_lens.studies.framework.declared_tests import Decision, decide, one_sided, p_floor, settle
+from basin_lens.studies.framework.progress import progress_steps
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.framework.wording import opening, sentence
 from basin_lens.texts import token_strings
 from basin_lens.values import whole_numbers
 from basin_lens.views import Section, merge_view, pareto, training_curves
@@ -47,7 +52,7 @@ def study_merging(
     prompts: int = 4,
     seed: int = 0,
     progress: bool = True,
-) -> base.Study:
+) -> Study:
     """Set a merger beside all baselines at equal bytes, and look at what perplexity hides.
 
     Args:
@@ -90,7 +95,7 @@ def study_merging(
         )
     # Copies among what is tested on would count one text several times.
     held_out, copied = held_out.once()
-    with base.steps("study merging", 5, progress) as step:
+    with progress_steps("study merging", 5, progress) as step:
         step("policies at equal bytes")
         compared = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
         found, mergers = compared.windows, compared.mergers
@@ -114,11 +119,11 @@ def study_merging(
         mapped["token"] = [text[int(i)] for i in mapped["token_id"]]
         layers = compared.layers
         step("tests")
-        findings = base.settle("merging", [
+        findings = settle("merging", [
             _test(found, ours, rival, budget, seed) for budget in setting.budgets for rival in RIVALS if rival in setting.policies
         ])  # fmt: skip
     curve = _curve(found, seed)
-    decision = base.decide(findings, None)
+    decision = decide(findings, None)
     held: dict[str, pd.DataFrame] = {
         "pareto": curve, "windows": found, "context": _context(context, seed), "induction": induction, "map": mapped, "layers": layers,
     }  # fmt: skip
@@ -133,7 +138,7 @@ def study_merging(
         "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out), "held_out_copies": copied,
                     "held_out_documents": sorted(set(held_out.doc))}, "seed": seed,
     }  # fmt: skip
-    return base.Study(
+    return Study(
         name="merging",
         title="Causal token merging: what it saves and what it costs",
         about=(*_about(model, calibration, held_out, setting, merger), *_copies(copied)),
@@ -242,15 +247,13 @@ def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) 
     )
     table = pd.DataFrame({"doc": mean["doc"], "seq": mean["window"], "difference": mean[ours] - mean[rival]})
     test = partial(stats.before_after, unit="document", correction="none", seed=seed)
-    tested = base.one_sided(lambda t: base.attempt(lambda x, s, **_: test(x, s), t, "difference", unit="document"), more=False)(
-        table
-    )
+    tested = one_sided(lambda t: attempt(lambda x, s, **_: test(x, s), t, "difference", unit="document"), more=False)(table)
     shares = {name: float(part.loc[part["policy"] == name, "bytes_share"].mean()) for name in (ours, rival)}
-    (row,) = base.rows(tested)
+    (row,) = named_rows(tested)
     note = f"bytes left: {shares[ours]:.3f} and {shares[rival]:.3f} of the full cache; excess in nats per token"
     return tested.assign(
         finding=f"{ours} merging costs less than {rival}, aimed at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
-        p_floor=base.p_floor(row), effect_unit="nats per token", note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
+        p_floor=p_floor(row), effect_unit="nats per token", note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
     )  # fmt: skip
 
 
@@ -301,18 +304,18 @@ def _overlap(curve: pd.DataFrame, ours: str, rival: str, budget: float) -> bool 
 
 
 def _verdict(
-    decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str,
+    decision: Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str,
     reach: Mapping[float, int],
 ) -> list[str]:  # fmt: skip
-    said = [base.opening(
+    said = [opening(
         decision, f"At equal bytes, {ours} merging costs less than random and uniform-stride merging.",
         f"At equal bytes, {ours} merging was not shown to cost less than random and uniform-stride merging.",
     )]  # fmt: skip
-    said += [base.sentence(row) for row in base.rows(findings)]
+    said += [sentence(row) for row in named_rows(findings)]
     for budget in sorted(curve["budget"].unique(), reverse=True):
         at = curve[curve["budget"] == budget].sort_values("estimate")
         order = ", ".join(
-            f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f}; {r.bytes_share:.2f})" for r in base.rows(at)
+            f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f}; {r.bytes_share:.2f})" for r in named_rows(at)
         )
         parts = [
             f"Aimed at {budget:g} of the cache, from the cheapest on, excess nats per token (95 % interval; share of the cache left): {order}."
@@ -328,7 +331,7 @@ def _verdict(
     for budget in induction["budget"].unique():
         part = induction[induction["budget"] == budget]
         mean = part.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean().reset_index()
-        copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in base.rows(mean))
+        copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in named_rows(mean))
         said.append(
             f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the cache left): "
             f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."

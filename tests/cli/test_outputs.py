@@ -13,6 +13,7 @@ from basin_lens import files, tables
 from basin_lens import model as door
 from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import main as cli
+from basin_lens.cli import options as cli_options
 from basin_lens.errors import CaptureError, MergeError, StoreError, TableError
 from basin_lens.merging import TokenMerger, Training, logs, train_merger, windows_of
 from basin_lens.studies.framework import storage
@@ -123,7 +124,7 @@ def table(model):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """A call that must be refused before a model is loaded; what it says."""
-    monkeypatch.setattr(cli, "_load", forbidden)
+    monkeypatch.setattr(cli_options, "load", forbidden)
     monkeypatch.setattr(cli_codec, "_load", forbidden)
 
     def call(*words: str) -> str:

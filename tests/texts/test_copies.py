@@ -13,7 +13,7 @@ from basin_lens.distinct import documents_once
 from basin_lens.errors import MergeError, StudyError, TextError
 from basin_lens.stats.added import _cases
 from basin_lens.stats.design import split
-from basin_lens.studies.framework.measurement import count_units
+from basin_lens.studies.framework.units import count_units
 from basin_lens.studies.memorization import experiment as planted
 from basin_lens.studies.memorization import extraction, single_author
 from basin_lens.texts import reference_passages

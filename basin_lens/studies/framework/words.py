@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens.capture import Capture
-from basin_lens.studies.framework.measurement import Measured
+from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.texts import TaggedPassage, Word, word_of_tokens, words_of
 
 # Universal tags. Auxiliaries are verbs in this tag set, so they count as content words.

@@ -12,7 +12,7 @@ from basin_lens.analyzers import Agreement, Compression, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.model import continuations, tokenizer_of
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt, attempt_each
 from basin_lens.studies.memorization.experiment import Planted, tensor_of, with_changes
 from basin_lens.texts import Passage
 
@@ -89,7 +89,7 @@ def _continuations(
     told = table[table["layer"] == planted.layers[0]].groupby(["doc", "true"])["surprisal"].mean().unstack("true")
     apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
     apart["seq"] = apart["doc"]
-    found = base.attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
+    found = attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
     likely = pd.DataFrame({
         "doc": [f"prefix-{i}" for i in range(count)], "kind": kinds, "true_loss": losses[:, 0], "other_loss": losses[:, 1],
     })  # fmt: skip
@@ -171,7 +171,7 @@ def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.Da
     table = with_changes(before, after, scores)
     table["part"] = np.where(table["span"] == "memorized", "memorized", "not")
     changes = [f"{name}_change" for name in scores]
-    found = base.attempt_each(
+    found = attempt_each(
         stats.compare_groups, table, changes, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
     )  # fmt: skip
     return stats.correct(found, "bh"), table

@@ -12,7 +12,7 @@ from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood,
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TextError
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt_each
 from basin_lens.studies.memorization.experiment import refuse_built_in
 from basin_lens.texts import Passage, find_licences, read_dataset
 from basin_lens.texts.copies import passage_groups
@@ -134,7 +134,7 @@ def recite(
         opening, compared = means.xs("opening", level="condition"), means.xs(other, level="condition")
         apart = (opening - compared).dropna(how="all").reset_index()
         apart["seq"] = apart["doc"]
-        part = base.attempt_each(stats.before_after, apart, scores, seed=seed, unit="document")
+        part = attempt_each(stats.before_after, apart, scores, seed=seed, unit="document")
         parts.append(part.assign(contrast=f"opening - {other}"))
     contrasts = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     return Recited(texts, contrasts, _matched(means, texts, seed), tuple(said))
@@ -154,5 +154,5 @@ def _matched(means: pd.DataFrame, texts: pd.DataFrame, seed: int) -> pd.DataFram
     if rows.empty:
         return pd.DataFrame()
     scores = ["compression", "compression_native"]
-    found = base.attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
+    found = attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
     return stats.correct(found, "bh").assign(n_matched=len(pairs), caliper=_MATCHED)

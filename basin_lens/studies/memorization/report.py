@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.wording import in_words, opening, sentence
 from basin_lens.studies.memorization.counterfactuals import Forked
 from basin_lens.studies.memorization.experiment import CHANGES, SCORES, Planted
 from basin_lens.studies.memorization.extraction import Recited
@@ -25,7 +27,7 @@ def sections_of(
     top = tested.design["dose"]
     at_layer = planted.sequences[planted.sequences["layer"] == layer]
     figures = {
-        "effect-by-layer": result_curve(_of(base.inner(tested.effects), CHANGES), by="score"),
+        "effect-by-layer": result_curve(_of(above_layer_0(tested.effects), CHANGES), by="score"),
         "dose": _dose_figure(planted, layer),
         "roc": _roc_figure(planted, tested, layer),
         "distributions": distributions(at_layer.assign(group=_groups(at_layer)), "compression_change", "group", layer),
@@ -104,7 +106,7 @@ def sections_of(
             "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
             "sampled and four tails of other texts "
             "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
-            figure=(made := result_curve(_of(base.inner(forked.forks), ("compression", "compression_change")), by="score")),
+            figure=(made := result_curve(_of(above_layer_0(forked.forks), ("compression", "compression_change")), by="score")),
             caption="Mean difference over prefixes with 95 % intervals.",
             table=shown(forked.forks, "layer", "score"),
             note=_gap(forked),
@@ -154,7 +156,7 @@ def sections_of(
                 "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
                 "held out passages of the same "
                 "author, in training alone.",
-                figure=(drawn := result_curve(_of(base.inner(author), ("compression",)), by="contrast")),
+                figure=(drawn := result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")),
                 table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
             )
         )  # fmt: skip
@@ -175,13 +177,13 @@ def sections_of(
 
 
 def verdict_of(
-    decision: base.Decision, planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
+    decision: Decision, planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
 ) -> list[str]:
     """Every hypothesis in words, the design's own check first."""
     design = tested.design
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == design["dose"])]
     told = [
-        base.opening(
+        opening(
             decision,
             "Compression sees what was memorized, and adds to the loss.",
             "None of the declared tests shows that compression sees what was memorized.",
@@ -190,11 +192,11 @@ def verdict_of(
         f"{design['dose']} times from texts held "
         f"out with AUROC {design['estimate']:.2f} ({design['low']:.2f} to {design['high']:.2f}); {int(top['extracted'].sum())} "
         f"of {len(top)} are extractable.",
-        *(base.sentence(row, _UNITS[row.question]) for row in base.rows(tested.findings)),
+        *(sentence(row, _UNITS[row.question]) for row in named_rows(tested.findings)),
     ]
     told.append(_by_dose(tested))
     halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
-    for one in base.rows(halved[halved["score"].isin(["compression", "compression_change"])]):
+    for one in named_rows(halved[halved["score"].isin(["compression", "compression_change"])]):
         told.append(
             f"{one.score} alone: could not be tested ({one.note})." if pd.isna(one.estimate)
             else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
@@ -206,7 +208,7 @@ def verdict_of(
     known = tested.negatives[tested.negatives["at_half"].notna()]
     told.append(
         f"Negatives: {int(known['at_half'].sum())} of {len(known)} intervals hold 0.5; the smallest corrected p is "
-        f"{base.in_words(float(known['p_corrected'].min()))}."
+        f"{in_words(float(known['p_corrected'].min()))}."
     )
     told.append(_fork(forked))
     told.append(_widths(forked))
@@ -216,7 +218,7 @@ def verdict_of(
         rows = author[(author["score"] == "compression_change") & (author["layer"] == tested.chosen)]
         told += [
             f"{r.contrast}: {r.estimate:+.3f} nats ({r.low:+.3f} to {r.high:+.3f}) at layer {tested.chosen}."
-            for r in base.rows(rows)
+            for r in named_rows(rows)
         ]
     return told
 
@@ -305,15 +307,15 @@ def _gap(forked: Forked) -> str:
 
 
 def _fork(forked: Forked) -> str:
-    rows = base.inner(forked.forks[forked.forks["score"] == "compression_change"])
+    rows = above_layer_0(forked.forks[forked.forks["score"] == "compression_change"])
     if not rows["p"].notna().any():
         return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
     best = rows.sort_values("p").iloc[0]
     return (
         "Fork (exploratory): the true continuation changes in compression unlike another as likely at "
-        f"{int((rows['p_corrected'] <= base.ALPHA).sum())} of "
+        f"{int((rows['p_corrected'] <= ALPHA).sum())} of "
         f"{len(rows)} layers after correction; smallest p at layer {int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to "
-        f"{best['high']:+.3f}), corrected {base.in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
+        f"{best['high']:+.3f}), corrected {in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
     )
 
 
@@ -321,27 +323,23 @@ def _where(forked: Forked, layer: int) -> str:
     rows = forked.where[(forked.where["score"] == "compression_change") & (forked.where["layer"] == layer)]
     if rows.empty or pd.isna(rows["p"].iloc[0]):
         return f"Where in a text: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no such layer'})."
-    (one,) = base.rows(rows)
-    few = (
-        f"; with {int(one.n_units)} texts no p could survive correction"
-        if 2.0 ** (1 - one.n_units) * one.n_tests > base.ALPHA
-        else ""
-    )
+    (one,) = named_rows(rows)
+    few = f"; with {int(one.n_units)} texts no p could survive correction" if 2.0 ** (1 - one.n_units) * one.n_tests > ALPHA else ""
     return (
         f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to "
-        f"{one.high:+.3f}) at layer {layer}, p {base.in_words(one.p)}, corrected {base.in_words(one.p_corrected)}{few}."
+        f"{one.high:+.3f}) at layer {layer}, p {in_words(one.p)}, corrected {in_words(one.p_corrected)}{few}."
     )
 
 
 def _by_dose(tested: Tested) -> str:
-    rows = base.inner(tested.by_dose[tested.by_dose["score"] == "compression_change"])
+    rows = above_layer_0(tested.by_dose[tested.by_dose["score"] == "compression_change"])
     best = rows.sort_values("p").iloc[0]
     return (
         f"By dose (exploratory): the smallest p is that of texts shown {best['dose']} times at "
         f"layer {int(best['layer'])}, "
-        f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {base.in_words(best['p'])}, corrected "
+        f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {in_words(best['p'])}, corrected "
         "for all doses, layers and scores "
-        f"{base.in_words(best['p_corrected'])}."
+        f"{in_words(best['p_corrected'])}."
     )
 
 
@@ -349,11 +347,11 @@ def _recited(recited: Recited) -> str:
     texts = recited.texts[recited.texts["condition"] == "opening"]
     count = int(texts["guide_memorized"].sum())
     best = recited.contrasts[recited.contrasts["score"].isin(SCORES) & (recited.contrasts["contrast"] == "opening - later")]
-    passed = int((base.inner(best)["p_corrected"] <= base.ALPHA).sum())
+    passed = int((above_layer_0(best)["p_corrected"] <= ALPHA).sum())
     return (
         f"Without planting: {count} of {len(texts)} openings are memorized by the guide's rule, teacher-forced agreement "
         f"{texts['agreement'].mean():.2f}; compression "
-        f"of openings differs from later passages at {passed} of {len(base.inner(best))} layers and scores after correction (exploratory)."
+        f"of openings differs from later passages at {passed} of {len(above_layer_0(best))} layers and scores after correction (exploratory)."
     )
 
 

@@ -10,7 +10,7 @@ from basin_lens import memorize, stats
 from basin_lens.analyzers import Compression
 from basin_lens.errors import StudyError
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.memorization.experiment import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
 from basin_lens.texts import Passage
 from basin_lens.texts.copies import copied_passages, passage_groups
@@ -109,7 +109,7 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     rows = pd.concat([own, apart.assign(group="unrelated", seq=apart["seq"] + 1_000_000)], ignore_index=True)
     parts = []
     for other in ("same author", "unrelated"):
-        found = base.attempt(
+        found = attempt(
             stats.compare_groups, rows, ["compression", "compression_change"], "group", groups=("trained", other), correction="none",
             n_resamples=1999, seed=plan.seed, unit="document",
         )  # fmt: skip

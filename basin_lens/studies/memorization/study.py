@@ -2,22 +2,30 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import pandas as pd
 
 from basin_lens import memorize
 from basin_lens.errors import StudyError
 from basin_lens.model import check_model, n_layers, parameters_of
 from basin_lens.model import provenance as model_provenance
-from basin_lens.studies.framework import base
-from basin_lens.studies.memorization.counterfactuals import fork
+from basin_lens.studies.framework.declared_tests import decide
+from basin_lens.studies.framework.progress import progress_steps
+from basin_lens.studies.framework.runner import make_study
+from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, Prepared, Presentation, Results, option
+from basin_lens.studies.framework.storage import refuse_folder
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.memorization.counterfactuals import Forked, fork
 from basin_lens.studies.memorization.experiment import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
-from basin_lens.studies.memorization.extraction import prepare, recite
+from basin_lens.studies.memorization.extraction import Recited, prepare, recite
 from basin_lens.studies.memorization.report import sections_of, verdict_of
 from basin_lens.studies.memorization.single_author import author_passages, copies_said, guide_contrast, unrelated_passages
-from basin_lens.studies.memorization.tests import examine
-from basin_lens.texts import Passage
+from basin_lens.studies.memorization.tests import Tested, examine
+from basin_lens.texts import Passage, read_by_document, read_passages
 from basin_lens.values import whole_numbers
 
 Design = Literal["canaries", "author"]
@@ -68,6 +76,17 @@ def describe(model: Any, plan: Plan) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class MemorizationOptions:
+    """Of `study_memorization`, as the command line takes them."""
+
+    preset: str = option("quick", "quick (minutes) or full (about an hour).")
+    design: str = option("canaries", "canaries, or author (FILEs are one author's works).")
+    unrelated: list[Path] = option([], "Design author: texts by others; may be repeated.")
+    paraphrases: Path | None = option(None, ".jsonl, the opening of a text (doc) in other words (text).")
+    sampled: bool = option(False, "Fluent canaries are the model's own continuations.")
+
+
 def study_memorization(
     model: Any,
     plan: Plan | str = "quick",
@@ -78,7 +97,7 @@ def study_memorization(
     paraphrases: Mapping[str, str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> base.Study:
+) -> Study:
     """Plant texts in a model, and ask whether compression tells them from texts that a coin held out.
 
     M1 canaries: fresh texts in pairs, doses, difference in differences, dose slope, detection beside all baselines, added value, matched loss.
@@ -134,7 +153,7 @@ def study_memorization(
         files=texts if design == "canaries" else (),
         paraphrases=paraphrases,
     )
-    with base.steps("study memorization", 9, progress) as step:
+    with progress_steps("study memorization", 9, progress) as step:
         planted = plant(model, plan, passages=made, folder=None if folder is None else Path(folder), progress=progress, say=step)
         step("forks")
         forked = fork(planted, progress=progress)
@@ -154,32 +173,73 @@ def study_memorization(
         tested = examine(planted)
         author = guide_contrast(planted, apart, progress) if design == "author" else None
         sections, figures = sections_of(planted, tested, forked, recited, author)
-    decision = base.decide(tested.findings, tested.flags)
-    held = {
-        "texts": planted.texts, "effects": tested.effects, "effects_by_dose": tested.by_dose, "dose_slopes": tested.slopes,
-        "detection": tested.detection, "detection_by_dose": tested.detection_by_dose, "added_value": tested.added,
-        "matched_pairs": tested.pairs, "matched": tested.matched, "negatives": tested.negatives, "training": planted.history,
-        "forks": forked.forks, "forks_likely": forked.likely, "damaged": forked.path, "widths": forked.widths, "where": forked.where,
-        "recitation": recited.texts, "recitation_contrasts": recited.contrasts, "recitation_matched": recited.matched,
-    }  # fmt: skip
-    if author is not None:
-        held["author"] = author
-    return base.Study(
-        name="memorization",
-        title="Does the geometry see what the model has memorized?",
-        about=(*_about(planted, recited.said, design), *copies),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(verdict_of(decision, planted, tested, forked, recited, author)),
-        findings=tested.findings,
-        flags=tested.flags,
-        not_tested=_not_tested(plan, design),
-        sections=tuple(sections),
-        tables={name: table for name, table in held.items() if len(table)},
+    decision = decide(tested.findings, tested.flags)
+    held = _tables(planted, tested, forked, recited) | ({} if author is None else {"author": author})
+    shown = Presentation(
+        sections=sections,
         figures=figures,
+        verdict=verdict_of(decision, planted, tested, forked, recited, author),
+        not_tested=_not_tested(plan, design),
+        tables={name: table for name, table in held.items() if len(table)},
+    )
+    return make_study(
+        SPEC,
+        Results(tested.findings, tested.flags, decision),
+        shown,
+        about=(*_about(planted, recited.said, design), *copies),
         provenance=provenance(planted),
         tokens=planted.tokens,
     )
+
+
+def _tables(planted: Planted, tested: Tested, forked: Forked, recited: Recited) -> dict[str, pd.DataFrame]:
+    return {
+        "texts": planted.texts,
+        "effects": tested.effects,
+        "effects_by_dose": tested.by_dose,
+        "dose_slopes": tested.slopes,
+        "detection": tested.detection,
+        "detection_by_dose": tested.detection_by_dose,
+        "added_value": tested.added,
+        "matched_pairs": tested.pairs,
+        "matched": tested.matched,
+        "negatives": tested.negatives,
+        "training": planted.history,
+        "forks": forked.forks,
+        "forks_likely": forked.likely,
+        "damaged": forked.path,
+        "widths": forked.widths,
+        "where": forked.where,
+        "recitation": recited.texts,
+        "recitation_contrasts": recited.contrasts,
+        "recitation_matched": recited.matched,
+    }
+
+
+def _prepare(call: ExperimentCall) -> Prepared:
+    """Refuses what can be refused before a model is loaded, and reads the other texts."""
+    options: MemorizationOptions = call.options
+    beside = [*options.unrelated, *([] if options.paraphrases is None else [options.paraphrases])]
+    refuse_folder(call.out, "memorization", [*call.files, *beside])
+    plan = plan_of(options.preset, seed=call.seed, k=call.k, sampled=options.sampled)
+    if options.design not in ("canaries", "author"):
+        raise StudyError(f"expected design canaries or author, got {options.design!r}.")
+    if options.design == "canaries" and options.unrelated:
+        raise StudyError("expected texts by others (--unrelated) with design author, got design canaries. Leave them out.")
+    if options.unrelated:
+        read_passages([*call.files, *options.unrelated])  # refuses a file that is among both
+    others = read_passages(options.unrelated) if options.unrelated else []
+    known = read_by_document(options.paraphrases) if options.paraphrases is not None else None
+    if options.design == "author" and not (call.texts and others):
+        raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
+    # Beside the study: an interrupted training goes on from there.
+    folder = call.out.resolve().with_name(call.out.resolve().name + "-models")
+    design: Any = options.design
+
+    def run(model: Any) -> Study:
+        return study_memorization(model, plan, design=design, texts=call.texts, unrelated=others, paraphrases=known, folder=folder)
+
+    return Prepared([folder], partial(describe, plan=plan), run)
 
 
 def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
@@ -225,3 +285,13 @@ def _gigabytes(model: Any) -> float:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+SPEC = ExperimentSpec(
+    name="memorization",
+    title="Does the geometry see what the model has memorized?",
+    question="Does compression see what a model was made to memorize, beyond its loss? Trains a copy of the model.",
+    hypothesis=HYPOTHESIS,
+    options=MemorizationOptions,
+    prepare=_prepare,
+)

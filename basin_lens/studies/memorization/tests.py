@@ -11,8 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.measurement import FEWEST_UNITS
+from basin_lens.studies.framework.attempts import attempt, attempt_each, checked_red_flags, empty_finding
+from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.units import FEWEST_UNITS
 from basin_lens.studies.memorization.experiment import BEFORE, CHANGES, SCORES, Planted
 
 BASELINES = (*memorize.LOSS_BASELINES, "reference", "linear_probe", "nearest_memorized", "blind_classifier")
@@ -51,7 +53,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class _Units:
-    """What `base.declared` asks of a measurement."""
+    """What `declared_test` asks of a measurement."""
 
     n_units: int
     seed: int
@@ -67,36 +69,34 @@ def examine(planted: Planted) -> Tested:
     sequences, seed = planted.sequences, planted.plan.seed
     shared: dict[str, Any] = {"unit": "document", "seed": seed}
     apart = pair_differences(sequences, [*CHANGES, *SCORES])
-    effects = base.attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
+    effects = attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
     parts = [
-        base.attempt_each(
+        attempt_each(
             stats.compare_groups, _at_dose(sequences, dose), CHANGES, "member", groups=(True, False), n_resamples=1999, **shared
         ).assign(dose=dose)
         for dose in _doses(planted)
     ]  # fmt: skip
     by_dose = stats.correct(pd.concat(parts, ignore_index=True), "bh")
-    slopes = base.attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
+    slopes = attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
     pairs = matched_pairs(planted.texts)
     alike = _matched_differences(sequences, pairs)
-    matched = (
-        base.attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
-    )
+    matched = attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
     by_pair = _Units(apart["doc"].nunique(), seed)
-    difference = base.declared(
+    difference = declared_test(
         apart, partial(stats.before_after, on="compression_change", **shared), by_pair, QUESTIONS["difference"], "difference",
         "compression_change",
     )  # fmt: skip
-    findings = base.settle("memorization", [
+    findings = settle("memorization", [
         difference,
-        base.declared(
+        declared_test(
             apart, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), by_pair, QUESTIONS["dose"], "dose",
             "compression_change", stratify="log2_dose",
         ) if apart["log2_dose"].nunique() > 1 else _untested("dose", pairs),
-        base.declared(
+        declared_test(
             sequences, partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed), replace(by_pair, unit="pair"),
             QUESTIONS["added"], "added", "compression",
         ),
-        base.declared(
+        declared_test(
             alike, partial(stats.before_after, on="compression", **shared), _Units(len(pairs), seed), QUESTIONS["matched"], "matched",
         ) if len(pairs) >= FEWEST_UNITS else _untested("matched", pairs),
     ])  # fmt: skip
@@ -123,7 +123,7 @@ def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
         "matched": f"only {len(pairs)} pairs of texts of one kind have equal loss, within "
         f"{CALIPER} nats per token; {FEWEST_UNITS} are needed",
     }
-    return base.empty_finding("compression", "document").assign(
+    return empty_finding("compression", "document").assign(
         finding=QUESTIONS[question], question=question, p_floor=np.nan, note=why[question]
     )
 
@@ -147,7 +147,7 @@ def _matched_differences(sequences: pd.DataFrame, pairs: pd.DataFrame) -> pd.Dat
     names = [*SCORES, *BEFORE]
     wide = sequences.set_index(["layer", "doc"])[names]
     parts = []
-    for number, pair in enumerate(base.rows(pairs)):
+    for number, pair in enumerate(named_rows(pairs)):
         apart = wide.xs(pair.with_label, level="doc") - wide.xs(pair.without_label, level="doc")
         parts.append(apart.reset_index().assign(doc=f"match-{number}", seq=f"match-{number}"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -190,10 +190,8 @@ def _added(planted: Planted) -> pd.DataFrame:
     everything = (*memorize.LOSS_BASELINES, "linear_probe", "nearest_memorized", *always)
     for wording, baselines in (("loss", ("log_likelihood", *always)), ("all", everything)):
         for score in (*SCORES, *CHANGES, "compression_base"):
-            part = base.attempt(
-                stats.added_value, base.inner(planted.sequences), score, "member", list(baselines), correction="none", unit="pair", n_resamples=999,
-                seed=planted.plan.seed,
-            )  # fmt: skip
+            table, shared = above_layer_0(planted.sequences), {"unit": "pair", "seed": planted.plan.seed, "correction": "none"}
+            part = attempt(stats.added_value, table, score, "member", list(baselines), n_resamples=999, **shared)
             # Too few pairs to test: the row says so, and of what.
             parts.append(part.assign(baselines=wording, metric=part.get("metric", "delta log-loss")))
     every = pd.concat(parts, ignore_index=True)
@@ -209,11 +207,11 @@ def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
     scores = [*SCORES, *CHANGES]
     versus = "log_likelihood"
     own = stats.detect(planted.texts, [*BASELINES, "matched"], "member", versus=versus, correction="none", **shared)
-    every = base.attempt_each(stats.detect, base.inner(planted.sequences), scores, "member", versus=versus, **shared)
+    every = attempt_each(stats.detect, above_layer_0(planted.sequences), scores, "member", versus=versus, **shared)
     parts = [own.assign(layer_choice="no layer"), every.assign(layer_choice="every layer")]
     try:
         halved = stats.best_layer(
-            base.inner(planted.sequences), lambda t: stats.detect(t, scores, "member", correction="none", **shared), stratify="member",
+            above_layer_0(planted.sequences), lambda t: stats.detect(t, scores, "member", correction="none", **shared), stratify="member",
             correction="none", seed=planted.plan.seed,
         )  # fmt: skip
         # One layer for a score: that of its AUROC.
@@ -221,7 +219,7 @@ def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
         halved = halved[halved["layer"] == halved["score"].map(layers)]
         parts.append(halved.assign(layer_choice="chosen on half, reported on the other"))
     except StudyError as error:
-        empty = base.empty_finding("compression", "document").assign(
+        empty = empty_finding("compression", "document").assign(
             metric="auroc", note=f"too few texts to choose a layer on half of them: {error}"
         )
         parts.append(empty.assign(layer_choice="chosen on half, reported on the other"))
@@ -233,8 +231,7 @@ def _detection_by_dose(planted: Planted, layer: int, shared: dict[str, Any]) -> 
     scores = [*BASELINES, *SCORES, *CHANGES]
     table = planted.sequences[planted.sequences["layer"] == layer]
     parts = [
-        base.attempt_each(stats.detect, _at_dose(table, dose), scores, "member", **shared).assign(dose=dose)
-        for dose in _doses(planted)
+        attempt_each(stats.detect, _at_dose(table, dose), scores, "member", **shared).assign(dose=dose) for dose in _doses(planted)
     ]
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
@@ -251,7 +248,7 @@ def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataF
     ]  # fmt: skip
     parts = []
     for name, table, scores in cases:
-        found = base.attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
+        found = attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
         parts.append(found.assign(negative=name))
     answer = pd.concat([*parts, _permuted(planted)], ignore_index=True)
     holds = (answer["low"] <= 0.5) & (answer["high"] >= 0.5)
@@ -265,7 +262,9 @@ def _permuted(planted: Planted) -> pd.DataFrame:
     texts, plan = planted.texts, planted.plan
     rng = np.random.default_rng(plan.seed)
     truth, pair = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    wide = base.inner(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
+    wide = (
+        above_layer_0(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
+    )
     drawn: dict[str, list[float]] = {"linear_probe": [], "compression": []}
     for turn in range(_PERMUTED):
         labels = truth ^ rng.integers(0, 2, int(pair.max()) + 1).astype(bool)[pair]
@@ -299,7 +298,7 @@ def _flags(
     shared: dict[str, Any],
 ) -> pd.DataFrame:
     """The usual ones, of the difference, and those of a planted design, which count for every question."""
-    usual = base.red_flags(base.inner(apart), "compression_change", **shared)
+    usual = checked_red_flags(above_layer_0(apart), "compression_change", **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
     lines = []
 
@@ -316,11 +315,11 @@ def _flags(
         "nothing is extractable", not top["extracted"].any(),
         f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
     )  # fmt: skip
-    real = negatives[negatives["p_corrected"] <= base.ALPHA]
+    real = negatives[negatives["p_corrected"] <= ALPHA]
     off = int((~negatives["at_half"].fillna(True)).sum())
     add(
         "a negative is not at 0.5", len(real) > 0,
-        "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in base.rows(real))
+        "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in named_rows(real))
         or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
            f"{int(negatives['at_half'].isna().sum())} could not be had",
     )  # fmt: skip

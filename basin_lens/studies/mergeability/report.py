@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import tables
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measurement import Measured
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
 from basin_lens.studies.mergeability.forced_merges import LATER, Costs, Setting
 from basin_lens.views import Section, forest, layer_curve, quartile_bars, result_curve, scatter, token_view
 
@@ -47,9 +48,9 @@ def sections_of(
     alone, differences = policies[policies["versus"].isna()], policies[policies["versus"].notna()]
     figures = {
         "cost-by-layer": layer_curve(drawn, COST),
-        "correlation-by-layer": result_curve(base.inner(mine[mine["against"] == COST]), by="control_set"),
-        "rivals-by-layer": result_curve(base.inner(standard[standard["against"] == COST]), by="score"),
-        "change-by-layer": result_curve(base.inner(standard[standard["against"] == CHANGE]), by="score"),
+        "correlation-by-layer": result_curve(above_layer_0(mine[mine["against"] == COST]), by="control_set"),
+        "rivals-by-layer": result_curve(above_layer_0(standard[standard["against"] == COST]), by="score"),
+        "change-by-layer": result_curve(above_layer_0(standard[standard["against"] == CHANGE]), by="score"),
         "quartiles": quartile_bars(quartiles),
         "scatter": scatter(drawn, "compression", COST, layer, y_scale="rank"),
         "policies": forest(alone, ["budget", "policy"]),
@@ -166,29 +167,17 @@ def about_merges(drawn: pd.DataFrame, setting: Setting, costs: Costs, losses: pd
     ]
 
 
-def verdict_of(
-    decision: base.Decision, findings: pd.DataFrame, found: pd.DataFrame, drawn: pd.DataFrame, policies: pd.DataFrame
-) -> list[str]:
-    """What came out, in words: a no as plainly as a yes."""
-    said = base.rows(findings)
+def remarks_of(found: pd.DataFrame, drawn: pd.DataFrame, policies: pd.DataFrame) -> list[str]:
+    """What came out besides the declared tests, in words."""
     told = [
-        base.opening(
-            decision,
-            "Compression goes with what it costs to merge a token, beyond frequency, position, norm, density, surprisal and similarity, and "
-            "choosing by it costs less than chance.",
-            "At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about what it costs to merge a "
-            "token, and "
-            "choosing by it is not shown to be better than chance.",
-        ),
-        *(base.sentence(row, "nats/token" if row.question == "policy" else "") for row in said),
         f"Merging one token in one layer costs {drawn[COST].mean():+.4f} nats on average (median {drawn[COST].median():+.4f}), summed "
         f"over all later "
         f"tokens; {drawn[COST].lt(0).mean():.0%} of the merges lower the loss.",
     ]
     for against, words in ((COST, "the cost"), (CHANGE, "how much a merge changes later predictions, for better or worse")):
-        told.append(f"Exploration, {words}: {_explored(base.inner(found[found['against'] == against]))}")
+        told.append(f"Exploration, {words}: {_explored(above_layer_0(found[found['against'] == against]))}")
     for share, rows in policies[policies["versus"] == BASELINE].groupby("share"):
-        compared = "; ".join(map(_compared, base.rows(rows)))
+        compared = "; ".join(map(_compared, named_rows(rows)))
         told.append(
             f"At {float(str(share)):.0%} of the tokens that can be merged, excess loss less that of random choice: {compared}."
         )
@@ -199,9 +188,9 @@ def _explored(found: pd.DataFrame) -> str:
     """Which scores stay, with the standard controls; and the range of compression, with both sets."""
     told = []
     for score in SCORES:
-        rows = found[(found["score"] == score) & (found["control_set"] == "standard") & (found["p_corrected"] <= base.ALPHA)]
+        rows = found[(found["score"] == score) & (found["control_set"] == "standard") & (found["p_corrected"] <= ALPHA)]
         if len(rows):
-            told.append(f"{score} ({', '.join(f'{row.estimate:+.2f} at layer {row.layer}' for row in base.rows(rows))})")
+            told.append(f"{score} ({', '.join(f'{row.estimate:+.2f} at layer {row.layer}' for row in named_rows(rows))})")
     mine = found[found["score"] == "compression"]["estimate"]
     stay = f"there stay {'; '.join(told)}" if told else "nothing stays"
     return (
@@ -222,13 +211,13 @@ def _costs_by_layer(drawn: pd.DataFrame) -> pd.DataFrame:
 
 
 def _compared(row: Any) -> str:
-    reading = "not told apart" if not row.p_corrected <= base.ALPHA else "less" if row.estimate < 0 else "more"
+    reading = "not told apart" if not row.p_corrected <= ALPHA else "less" if row.estimate < 0 else "more"
     return f"{row.policy} ({row.merged_share:.0%} merged) {row.estimate:+.4f} nats/token ({row.low:+.4f} to {row.high:+.4f}): {reading}"
 
 
 def not_tested(measured: Measured, setting: Setting) -> tuple[str, ...]:
     """What a reader might think was tested."""
-    said = [
+    return (
         "What a streaming system could do: surprisal comes from a pass without merging, and compression from neighbors in other texts and "
         "from the "
         "block's own output. Neither is there when the token has to be merged.",
@@ -236,5 +225,4 @@ def not_tested(measured: Measured, setting: Setting) -> tuple[str, ...]:
         f"Another window than {setting.window} tokens; tokens of which fewer than {LATER} later losses could have felt the merge.",
         "Whether the geometry is the cause: nothing here changes a token's geometry.",
         f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts of the score (study robustness).",
-    ]
-    return (*said, *(() if measured.contrast is not None else ("Any contrast of spans or labels: none was asked for.",)))
+    )

@@ -9,18 +9,31 @@ import pandas as pd
 from jaxtyping import Bool
 
 from basin_lens import stats
-from basin_lens.analyzers import Compression, Neighborhood, SeedCompression, StateNorm, Surprisal
+from basin_lens.analyzers import (
+    Analyzer,
+    AttentionReceived,
+    Compression,
+    GradientNorm,
+    Neighborhood,
+    SeedCompression,
+    StateNorm,
+    Surprisal,
+)
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.model import missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.measurement import IMPORTANCE, Measured, choose_sequences
+from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.words import with_words, words_by_passage
+from basin_lens.studies.importance import IMPORTANCE
 from basin_lens.studies.robustness.stability import SCORE
 from basin_lens.texts import Passage, TaggedPassage
 
+# Measures of importance that cost no more than the pass that reads the texts, and its gradient.
+QUICK_IMPORTANCE: tuple[Analyzer, ...] = (AttentionReceived(), GradientNorm())
 KS = (5, 10, 15, 30, 50)
 FIRST_POSITIONS = 8
 _SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
@@ -49,7 +62,7 @@ def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
     """Some of the tokens: without the first positions, and each half of the units."""
     # Of the tokens tested only: all stay neighbors of others.
     yield Setting(f"tested tokens from position {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
-    if measured.n_units >= base.FEWEST_TO_SPLIT:
+    if measured.n_units >= FEWEST_TO_SPLIT:
         half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
         yield Setting("one half of the documents", "halves", _rows(table, half))
         yield Setting("the other half", "halves", _rows(table, ~half))
