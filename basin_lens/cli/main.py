@@ -205,7 +205,8 @@ def _print_summary(summary: Any, facts: dict[str, Any], out: Path) -> None:
     first = summary.iloc[0]
     console.print(
         f"{int(first['n_tokens'])} tokens, {int(first['n_sequences'])} sequences, {int(first['n_documents'])} documents; model: "
-        f"{facts['model']['name']}; transport and slower routes agree to {max(facts['check_error'].values()):.0e} of the states' scale."
+        f"{facts['model']['name']}; transport and slower routes agree to {max(facts['check_error'].values()):.0e} of the states' "
+        "scale."
     )
     console.print("Positive: the block draws a token's neighborhood together more than unrelated states. No test was made.")
     for name in _FILES:

@@ -11,8 +11,8 @@ import typer
 from basin_lens.cli.merge import named_layers
 
 TEXTS = (
-    "Text files, each a document (UTF-8, or UTF-16 with its mark); .jsonl, .ndjson, .json, .csv, .tsv, .parquet: each row is a text, with text, "
-    "doc, labels, spans (not in CSV), and other columns as labels."
+    "Text files, each a document (UTF-8, or UTF-16 with its mark); .jsonl, .ndjson, .json, .csv, .tsv, .parquet: each row is a "
+    "text, with text, doc, labels, spans (not in CSV), and other columns as labels."
 )
 EMBEDDED = "smollm2-135m"
 
@@ -116,8 +116,8 @@ def layers_of(text: str | None) -> list[int] | None:
 def command_of(function: Callable[..., None], *kinds: type, out: Path) -> Callable[..., None]:
     """A function that typer makes a command of: its parameters are the fields of dataclasses, and `out`.
 
-    A field is a parameter if its type is an `Annotated` one of typer's, or if its metadata hold an `explanation`. One that stands in several
-    dataclasses is one option and goes to all of them.
+    A field is a parameter if its type is an `Annotated` one of typer's, or if its metadata hold an `explanation`. One that stands
+    in several dataclasses is one option and goes to all of them.
 
     Args:
         function: called with an instance of each dataclass, then the folder.

@@ -2,8 +2,9 @@
 
     measure -> study_importance | study_linguistic | study_layers | study_codelength | study_robustness -> summarize
 
-Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red flags, what was
-not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME` does all of it.
+Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red
+flags, what was not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME`
+does all of it.
 
 | study | asks |
 | --- | --- |

@@ -23,10 +23,11 @@ OWN, NEXT = "code_length", "next_code_length"
 CONTROLS = {OWN: tuple(name for name in stats.CONTROLS if name != "surprisal"), NEXT: stats.CONTROLS}
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token frequency, position, "
-    "norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at the same and the token's own surprisal "
-    "(either direction). Code length is -log2 p of the token given those before it, what direct coding spends on it. Each is tested at the layer "
-    f"(not 0) chosen on half of the documents, on the other half, as one family (Holm). {IF_FEW}"
+    "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token "
+    "frequency, position, norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at "
+    "the same and the token's own surprisal (either direction). Code length is -log2 p of the token given those before it, what "
+    "direct coding spends on it. Each is tested at the layer (not 0) chosen on half of the documents, on the other half, as one "
+    f"family (Holm). {IF_FEW}"
 )
 
 
@@ -40,8 +41,8 @@ def study_codelength(model: Any, data: Any, *, progress: bool = True, **options:
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `quartiles` (scores in the quarters of
-        the next token's code length), and `contrast` if one was asked for.
+        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `quartiles` (scores in the
+        quarters of the next token's code length), and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -115,7 +116,8 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         tables={"quartiles": quartiles},
         remarks=_remarks(found, table),
         not_tested=(
-            "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own beginning.",
+            "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own "
+            "beginning.",
             "Whether compression makes a token cheap or the reverse: nothing here intervenes.",
             f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
         ),
@@ -127,11 +129,11 @@ def _sections(table: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Fi
     return [
         Section(
             "Compression against code length, layer by layer",
-            "Correlation within sequences with the token's own code length and with the next token's, at fixed frequency, position, norm, radius and "
-            "share of equal tokens; for the next token, also at fixed own surprisal.",
+            "Correlation within sequences with the token's own code length and with the next token's, at fixed frequency, "
+            "position, norm, radius and share of equal tokens; for the next token, also at fixed own surprisal.",
             figure=figures["code-length-by-layer"],
-            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); filled: p at most 0.05 "
-            "after Benjamini-Hochberg over scores, layers and both code lengths.",
+            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
+            "filled: p at most 0.05 after Benjamini-Hochberg over scores, layers and both code lengths.",
             table=shown(found, "layer", "score", "against", "n_documents"),
         ),
         Section(

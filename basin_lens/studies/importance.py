@@ -70,19 +70,20 @@ HYPOTHESIS = (
 def study_importance(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
     """Rank the measures of token importance by their agreement with erasure, then ask whether compression goes with importance.
 
-    Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half of the
-    documents and reported on the other half. Then, for every measure, score and layer: the partial correlation within sequences given the
-    standard controls, with and without surprisal (which may be a mediator), tested over documents.
+    Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half
+    of the documents and reported on the other half. Then, for every measure, score and layer: the partial correlation within
+    sequences given the standard controls, with and without surprisal (which may be a mediator), tested over documents.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: texts as for `analyze`, or a `Measured` for the study `"importance"`.
         progress: show progress bars.
-        **options: of `basin_lens.studies.measure`, with texts: `layers, k, context, bank, unit, contrast, max_sequences, seed, ...`.
+        **options: of `basin_lens.studies.measure`, with texts: `layers, k, context, bank, unit, contrast, max_sequences, seed,
+            ...`.
 
     Returns:
-        a `Study`; `.save(folder)` writes its tables, figures and report. Its tables: `ranking`, `agreement`, `partial_correlation`, `quartiles`,
-        `mixed_model`, `guide`, and `contrast` if one was asked for.
+        a `Study`; `.save(folder)` writes its tables, figures and report. Its tables: `ranking`, `agreement`,
+        `partial_correlation`, `quartiles`, `mixed_model`, `guide`, and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or other options together with a `Measured`. Others as for `analyze`.
@@ -239,12 +240,13 @@ def _ranking_section(ranking: pd.DataFrame) -> Section:
     fixed = ("given_position", "given_position_low", "given_position_high")
     return Section(
         "Which cheap measure of importance to believe",
-        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It "
-        "costs a pass per token. Here is how well each cheaper measure agrees with it among the tokens of one text. Early tokens are attended to "
-        "by more that follow, so both may go with position alone: given_position is the agreement at fixed position, over all documents.",
+        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It costs a pass "
+        "per token. Here is how well each cheaper measure agrees with it among the tokens of one text. Early tokens are "
+        "attended to by more that follow, so both may go with position alone: given_position is the agreement at fixed "
+        "position, over all documents.",
         figure=forest(ranking, "score", title="Agreement with erasure"),
-        caption="Mean Spearman correlation with erasure within sequences, 95 % interval over documents; p of agreement above 0 (one-sided), "
-        "corrected by Benjamini-Hochberg over the measures.",
+        caption="Mean Spearman correlation with erasure within sequences, 95 % interval over documents; p of agreement above 0 "
+        "(one-sided), corrected by Benjamini-Hochberg over the measures.",
         table=ranking[["score", "layer", "estimate", "low", "high", "p_corrected", *fixed, "n_documents", "n_tokens", "how"]],
     )
 
@@ -352,7 +354,8 @@ SPEC = StudySpec(
     question="Does compression go with token importance, beyond frequency, position, norm, density and surprisal?",
     hypothesis=HYPOTHESIS,
     if_yes="Compression goes with token importance beyond frequency, position, norm, density and surprisal.",
-    if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance here.",
+    if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance "
+    "here.",
     analyzers=lambda _: IMPORTANCE,
     integrated_gradients=True,
     analysis=_analysis,

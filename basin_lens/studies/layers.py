@@ -52,8 +52,9 @@ def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any
         **options: of `basin_lens.studies.measure`, with texts; `layers="all"` for every layer.
 
     Returns:
-        a `Study` with tables `summary` (means, intervals, reliabilities by layer), `controls` (compression less its controls by layer,
-        max-|t| over layers), `halves` (agreement of the curves of two halves of the documents, by score), and `contrast` if one was asked for.
+        a `Study` with tables `summary` (means, intervals, reliabilities by layer), `controls` (compression less its controls by
+        layer, max-|t| over layers), `halves` (agreement of the curves of two halves of the documents, by score), and `contrast` if
+        one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -134,8 +135,8 @@ _NOT_SCORES = frozenset(
 def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> pd.DataFrame:
     """Whether two halves of the units draw the same curve over depth: one row per score.
 
-    Units are halved at random many times; each half's mean curve is correlated with the other's over layers (Spearman). `estimate` is the
-    median over halvings, `low` and `high` the middle 95 % of them: a spread, not a confidence interval.
+    Units are halved at random many times; each half's mean curve is correlated with the other's over layers (Spearman). `estimate`
+    is the median over halvings, `low` and `high` the middle 95 % of them: a spread, not a confidence interval.
     """
     keys = unit_keys(measured.unit)
     # Copies of one text on both sides would agree.

@@ -64,25 +64,29 @@ def study_linguistic(
 ) -> Study:
     """Compare parts of speech in every score, and look at who the neighbors are.
 
-    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Groups of words are compared over whole
-    documents; part-of-speech effects are tested within texts, over texts and words at once, and over word types.
+    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Groups of words are
+    compared over whole documents; part-of-speech effects are tested within texts, over texts and words at once, and over word
+    types.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        data: texts as for `analyze` (gold tags with `TaggedPassage`, as from `nltk:treebank`), or a `Measured` for the study `"linguistic"`.
-        tagger: `"gold"`: the passages' own tags; `"nltk"`: the averaged perceptron; `"spacy"`: en_core_web_sm; `"auto"`: gold where all
-            passages have them, else NLTK.
+        data: texts as for `analyze` (gold tags with `TaggedPassage`, as from `nltk:treebank`), or a `Measured` for the study
+            `"linguistic"`.
+        tagger: `"gold"`: the passages' own tags; `"nltk"`: the averaged perceptron; `"spacy"`: en_core_web_sm; `"auto"`: gold
+            where all passages have them, else NLTK.
         part: a word's score: the mean over its tokens, or that of its first or last token.
-        sentiment: a label of the passages with two values, such as `"positive"` and `"negative"`: sentences are compared between them.
+        sentiment: a label of the passages with two values, such as `"positive"` and `"negative"`: sentences are compared between
+            them.
         progress: show progress bars.
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `groups` (function - content, noun - verb), `tag_means`, `tag_effect`, `neighbor_shares`, `guide`, and `sentiment`
-        and `contrast` where asked for.
+        a `Study` with tables `groups` (function - content, noun - verb), `tag_means`, `tag_effect`, `neighbor_shares`, `guide`,
+        and `sentiment` and `contrast` where asked for.
 
     Raises:
-        StudyError: too few documents, or other options together with a `Measured`. TextError: no offsets, or tags that are not to be had.
+        StudyError: too few documents, or other options together with a `Measured`. TextError: no offsets, or tags that are not to
+            be had.
 
     Source: design of basin_lens, "Parts of speech"; tag set: Petrov et al. 2012.
 
@@ -317,9 +321,10 @@ def _sections(measured: Measured, tables: Mapping[str, pd.DataFrame], figures: M
         ),
         Section(
             "How much of the score is between tags",
-            "Omega squared by three tests: tags permuted within sequences (these words in these texts), over texts and words "
-            "at once (min F'), and over word types (in these texts). Only min F' is a test of tags as such: the others also find words "
-            "with scores of their own, or texts with differences of their own. With controls, of what they leave of the score.",
+            "Omega squared by three tests: tags permuted within sequences (these words in these texts), over texts and words at "
+            "once (min F'), and over word types (in these texts). Only min F' is a test of tags as such: the others also find "
+            "words with scores of their own, or texts with differences of their own. With controls, of what they leave of the "
+            "score.",
             figure=figures["tag-effect-by-layer"],
             caption="Omega squared with 95 % intervals; 0: none.",
             table=shown(effect, "layer", "test", "control_set", "unit", "n_tags"),

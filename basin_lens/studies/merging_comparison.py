@@ -30,11 +30,10 @@ _COPIED = 48  # tokens that the induction probe repeats
 _PROBED = ("cosine", "random", "stride")  # beside ours and the recent window
 
 HYPOTHESIS = (
-    "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal merging costs "
-    "less loss than "
-    "random causal merging and than merging at a uniform stride, on documents that it was neither trained nor calibrated on. Tested at "
-    "each budget by "
-    "flipping the signs of whole documents' differences, as one family (Holm). Intervals that do not overlap are reported beside."
+    "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal "
+    "merging costs less loss than random causal merging and than merging at a uniform stride, on documents that it was neither "
+    "trained nor calibrated on. Tested at each budget by flipping the signs of whole documents' differences, as one family "
+    "(Holm). Intervals that do not overlap are reported beside."
 )
 
 
@@ -69,8 +68,8 @@ def study_merging(
         progress: show progress.
 
     Returns:
-        a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context` (the
-        protocol of that
+        a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context`
+        (the protocol of that
         name), `induction`, `generation`, `map`, `layers` (of every policy and budget), `training`.
 
     Raises:
@@ -149,7 +148,8 @@ def study_merging(
         flags=None,
         not_tested=(
             "Other models, languages, lengths and tasks; retrieval over long contexts.",
-            "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what they could be.",
+            "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what "
+            "they could be.",
             "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
             "A second seed of training.",
             *untold,
@@ -270,14 +270,15 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
     more = []
     if held_out.pieces:
         more.append(
-            "Texts are few: every window counts as a document of its own. Windows of one text are less independent than texts, so that intervals "
-            "are too narrow and p-values too small by an amount that these data cannot tell."
+            "Texts are few: every window counts as a document of its own. Windows of one text are less independent than texts, "
+            "so that intervals are too narrow and p-values too small by an amount that these data cannot tell."
             + (" Budgets were set on earlier windows of the same text, not on other documents." if calibration.pieces else "")
         )
     if merger is not None and merger.options.preserve == "surprisal":
         more.append(
-            "Tokens are preserved by the plain model's surprisal, which takes its pass and its full cache beside: bytes, memory and time count "
-            "the merged pass alone, flops both. This says which tokens matter; it is no cache that can be deployed."
+            "Tokens are preserved by the plain model's surprisal, which takes its pass and its full cache beside: bytes, memory "
+            "and time count the merged pass alone, flops both. This says which tokens matter; it is no cache that can be "
+            "deployed."
         )
     tested = f"{len(set(held_out.source)) or 'few'} texts" if held_out.pieces else f"{len(set(held_out.doc))} other documents"
     return [
@@ -285,11 +286,12 @@ def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting
         *more,
         f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {tested} "
         "to test on. Streaming protocol: every position's loss counts, nothing reads its future.",
-        "Bytes are those of the cache at a window's end: keys and values that are left, their places (4 bytes a row), leaders and sizes "
-        "(8 bytes a cluster), "
-        f"descriptors for comparison ({setting.projection} numbers in float16), over the full cache.",
-        "Levels are set on other texts, so the held-out windows leave a little more or less than the budget; policies that do not look at the "
-        "text (random, stride, recent) are given the bytes that the merger in question left there, to 0.01 of the cache.",
+        "Bytes are those of the cache at a window's end: keys and values that are left, their places (4 bytes a row), leaders "
+        f"and sizes (8 bytes a cluster), descriptors for comparison ({setting.projection} numbers in float16), over the full "
+        "cache.",
+        "Levels are set on other texts, so the held-out windows leave a little more or less than the budget; policies that do "
+        "not look at the text (random, stride, recent) are given the bytes that the merger in question left there, to 0.01 of "
+        "the cache.",
         "Intervals: bootstrap over documents.",
     ]
 
@@ -318,7 +320,8 @@ def _verdict(
             f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f}; {r.bytes_share:.2f})" for r in named_rows(at)
         )
         parts = [
-            f"Aimed at {budget:g} of the cache, from the cheapest on, excess nats per token (95 % interval; share of the cache left): {order}."
+            f"Aimed at {budget:g} of the cache, from the cheapest on, excess nats per token (95 % interval; share of the cache "
+            f"left): {order}."
         ]
         for rival in RIVALS:
             met = _overlap(curve, ours, rival, budget)
@@ -333,8 +336,8 @@ def _verdict(
         mean = part.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean().reset_index()
         copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in named_rows(mean))
         said.append(
-            f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the cache left): "
-            f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
+            f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the "
+            f"cache left): {copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
             + (f" The recent window reaches {reach[budget]} places back." if budget in reach else "")
         )
     return said
@@ -362,23 +365,22 @@ def _sections(
             "Excess loss against bytes",
             [f"{name}: {text}." for name, text in merging.POLICIES.items() if name in set(curve["policy"])],
             figure=figures["pareto"],
-            caption="Mean over held-out documents of the paired excess loss (merged less plain, same tokens), 95 % bootstrap interval "
-            "over documents. Points at equal bytes are drawn side by side, at most 0.012 away from their place.",
+            caption="Mean over held-out documents of the paired excess loss (merged less plain, same tokens), 95 % bootstrap "
+            "interval over documents. Points at equal bytes are drawn side by side, at most 0.012 away from their place.",
             table=curve,
-            note="excess_easy and excess_hard: tokens below and above the window's median surprisal. kl: plain to merged, nats per token. "
-            "agreement: share of equal "
-            "most likely tokens. flops: of one more token at the window's end, over the plain model. time and memory: of whole passes (in which "
-            "clusters are read by weights on the full pattern, so nothing is saved) over the plain model's, here; memory at its peak, weights "
-            "apart. What generation holds is further down.",
+            note="excess_easy and excess_hard: tokens below and above the window's median surprisal. kl: plain to merged, nats "
+            "per token. agreement: share of equal most likely tokens. flops: of one more token at the window's end, over "
+            "the plain model. time and memory: of whole passes (in which clusters are read by weights on the full pattern, "
+            "so nothing is saved) over the plain model's, here; memory at its peak, weights apart. What generation holds "
+            "is further down.",
         ),
         Section(
             "Protocol 'context'",
-            "The first half of each window is merged at once, only the second half is scored. Bipartite token merging sees the whole "
-            "context before it "
-            "decides; it has no place in the streaming protocol.",
+            "The first half of each window is merged at once, only the second half is scored. Bipartite token merging sees the "
+            "whole context before it decides; it has no place in the streaming protocol.",
             table=held["context"],
-            note="budget: share of the first half's rows that is left, at least 0.52: bipartite merging can merge half of them at most. "
-            "trained: moved to the bytes of random; missing where it cannot be.",
+            note="budget: share of the first half's rows that is left, at least 0.52: bipartite merging can merge half of them "
+            "at most. trained: moved to the bytes of random; missing where it cannot be.",
         ),
         Section(
             "Copying (induction)",
@@ -395,8 +397,8 @@ def _sections(
         Section(
             "By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows; every policy and budget in tables/layers.csv.",
             table=at.drop(columns=["policy", "budget", "seed"]),
-            note="tokens_kept: rows left over tokens. state_error: squared distance of merged tokens' states from what stands for them, over "
-            "that from the mean of all mergeable tokens.",
+            note="tokens_kept: rows left over tokens. state_error: squared distance of merged tokens' states from what stands "
+            "for them, over that from the mean of all mergeable tokens.",
         ),
     ]  # fmt: skip
     layer = int(at.sort_values("merged")["layer"].iloc[-1])
@@ -412,8 +414,9 @@ def _sections(
             Section(
                 "Text written with the compressed cache", "Greedy continuations of held-out texts, with the full and with the compressed cache.",
                 table=numbers,
-                note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs that came before. "
-                "peak_bytes: tensors made while writing, at most at one time, all prompts together, weights apart.",
+                note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs "
+                "that came before. peak_bytes: tensors made while writing, at most at one time, all prompts together, "
+                "weights apart.",
             ),
             Section("Side by side", "", table=samples),
         ]  # fmt: skip

@@ -21,9 +21,9 @@ SHARES = ("same_tag", "same_tag_other_word", "same_word", "same_document")
 def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
     """Per token: shares of its neighbors with its tag, its word, its document, less chance; and their means by layer.
 
-    `same_tag_other_word`: of the neighbors that are another word, those of the same tag; a word has its own tag nearly always, so the share of
-    the same tag is high wherever that of the same word is. NaN where no neighbor is another word. Chance is the same share among all tokens
-    of the bank that may be neighbors of this one. None where the bank's words are not known.
+    `same_tag_other_word`: of the neighbors that are another word, those of the same tag; a word has its own tag nearly always, so
+    the share of the same tag is high wherever that of the same word is. NaN where no neighbor is another word. Chance is the same
+    share among all tokens of the bank that may be neighbors of this one. None where the bank's words are not known.
     """
     kept = measured.neighbors
     if kept is None or not kept.own:
@@ -73,9 +73,10 @@ def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFr
 def syntax_first(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?
 
-    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where a share is
-    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest of three.
-    Above chance is asked of all sequences, also of those that have no center because a share is nowhere above it.
+    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where
+    a share is
+    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest
+    of three. Above chance is asked of all sequences, also of those that have no center because a share is nowhere above it.
     """
     one, other = "same_tag_other_word_excess", "same_document_excess"
     shares = above_layer_0(shares)

@@ -36,8 +36,10 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
         studies: studies, or folders that `Study.save` wrote, each study once.
 
     Returns:
-        a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original guide's test of
-        the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies` (a row per study).
+        a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original
+        guide's test of
+        the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies` (a row per
+        study).
 
     Raises:
         StudyError: none, or a study twice. StoreError: a folder without a study's results.

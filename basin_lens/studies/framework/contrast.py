@@ -18,7 +18,8 @@ class Contrast:
 
     Args:
         by: `"span"`, or a label of the passages.
-        first, second: two span names, or two values of the label (compared as text, so that `"True"` is True). The difference is first - second.
+        first, second: two span names, or two values of the label (compared as text, so that `"True"` is True). The difference is
+            first - second.
 
     Example:
         >>> import basin_lens as bl

@@ -23,8 +23,8 @@ FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
 
 # Belongs to every hypothesis that is tested by `declared_test`.
 IF_FEW = (
-    f"With fewer than {FEWEST_TO_SPLIT} units, or too few of those that a test can use, none are set aside to choose the layer: every layer is "
-    "tested, and the smallest p is corrected for all of them (Holm)."
+    f"With fewer than {FEWEST_TO_SPLIT} units, or too few of those that a test can use, none are set aside to choose the layer: "
+    "every layer is tested, and the smallest p is corrected for all of them (Holm)."
 )
 
 # Effects in the unit of the score; correlations, areas and standardized slopes are pure numbers.
@@ -52,11 +52,11 @@ def declared_test(
 ) -> pd.DataFrame:
     """A declared test as one row: the layer is chosen on half of the units and tested on the others.
 
-    Too few units to halve them: every layer is tested, and the one with the smallest p is shown with p corrected for all of them (Holm).
-    The note says which of both was done, and why. Layer 0 is no choice where there are others: a state that enters it is its token alone, so
-    what is found there is of token types.
-    `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound. `effect_unit`: of the estimate,
-    from the table's provenance, if it is in the score's unit; empty if it is a pure number or the unit is not known.
+    Too few units to halve them: every layer is tested, and the one with the smallest p is shown with p corrected for all of them
+    (Holm). The note says which of both was done, and why. Layer 0 is no choice where there are others: a state that enters it is
+    its token alone, so what is found there is of token types.
+    `p_floor`: the smallest p that any data of so many units could give; 0 where there is no such bound. `effect_unit`: of the
+    estimate, from the table's provenance, if it is in the score's unit; empty if it is a pure number or the unit is not known.
     """
     table = above_layer_0(table)
     found, why = None, f"too few units to halve ({measured.n_units})"

@@ -20,9 +20,10 @@ SCORES = ("compression", "compression_other_token", "contraction", "raw_compress
 class Measured:
     """Texts, what was measured on them, and how: what a study takes in place of texts.
 
-    `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of the headline
-    score. `bank`: as for `analyze`. `frequency`: share of each token id among all tokens of the texts given, whether measured or not.
-    `settings`: plain JSON. `studies`: those whose scores are there. `planned`: all sequences given, unread unless a capture was given.
+    `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of the
+    headline score. `bank`: as for `analyze`. `frequency`: share of each token id among all tokens of the texts given, whether
+    measured or not. `settings`: plain JSON. `studies`: those whose scores are there. `planned`: all sequences given, unread unless
+    a capture was given.
     """
 
     capture: Capture

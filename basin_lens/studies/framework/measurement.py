@@ -49,19 +49,20 @@ def measure(
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
-        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"`, which needs no scores of its own.
+        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"`, which needs no
+            scores of its own.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more); `"all"`.
         k, context, exclude: of the compression scores; see `Compression`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
         unit: what is independent: `"document"`, `"sequence"`, or a label (the template of a prompt).
         contrast: two kinds of tokens or texts to compare in every study.
         max_sequences: at most so many sequences; None: all. Sequences under 12 tokens are passed over.
-        per_document: with `max_sequences`, so many sequences of each document before the next is taken, documents in a seeded order. More
-            documents make sounder tests; two sequences of one let neighbors be of the same document. Where that would leave fewer than 16
-            documents, one of each.
+        per_document: with `max_sequences`, so many sequences of each document before the next is taken, documents in a seeded
+            order. More documents make sounder tests; two sequences of one let neighbors be of the same document. Where that would
+            leave fewer than 16 documents, one of each.
         max_length: tokens per sequence.
-        integrated: so many sequences, of different documents, get integrated gradients (of the states that enter the middle block), which
-            cost about a hundred forward passes each.
+        integrated: so many sequences, of different documents, get integrated gradients (of the states that enter the middle
+            block), which cost about a hundred forward passes each.
         seed: of every random choice.
         check: called with the texts chosen, before the model runs: what a study refuses.
         progress: show progress bars.
@@ -70,7 +71,8 @@ def measure(
         a `Measured`, which every study takes in place of texts.
 
     Raises:
-        StudyError: an unknown study, fewer than 6 units, a contrast that the texts do not have. Others as for `analyze`; all before the model runs.
+        StudyError: an unknown study, fewer than 6 units, a contrast that the texts do not have. Others as for `analyze`; all
+            before the model runs.
 
     Example:
         >>> import basin_lens as bl

@@ -40,7 +40,8 @@ def run_study(
         measure_options: of `measure`, with texts.
 
     Raises:
-        StudyError: too few documents, options that do not fit, or options of `measure` together with a `Measured`. Others as for `analyze`.
+        StudyError: too few documents, options that do not fit, or options of `measure` together with a `Measured`. Others as for
+            `analyze`.
     """
     own = spec.options() if own is None else own
     given = dict(measure_options or {})

@@ -74,7 +74,8 @@ class DeclaredTest:
     Args:
         finding: what holds if the test passes, as a clause.
         question: one word or column, by which token-level tests and red flags find the finding.
-        test: from rows of a table to a row per layer. The framework chooses the layer on half of the units and tests it on the others.
+        test: from rows of a table to a row per layer. The framework chooses the layer on half of the units and tests it on the
+            others.
         over_layers: `test` looks at all layers at once and gives the finished row; there is no layer to choose.
         decides: the verdict of the study depends on it.
         unit: of the estimate in the verdict, if the row itself does not say it.
@@ -223,7 +224,8 @@ class ExperimentCall:
 class Prepared:
     """An experiment of which all was refused that can be without a model.
 
-    `folders`: written to, besides the study's own. `describe`: from a model to lines that say what will be done. `run`: from a model to the study.
+    `folders`: written to, besides the study's own. `describe`: from a model to lines that say what will be done. `run`: from a
+    model to the study.
     """
 
     folders: Sequence[Path]

@@ -21,8 +21,9 @@ from basin_lens.views import Report, Section, study_page
 class Study:
     """A finished study: what was asked, what came out, and everything behind it.
 
-    `decision`: the verdict on the declared hypothesis as one word. `findings`: the declared tests, a row each, with the original guide's test
-    beside the sound one. `tables`: results by name. `tokens`: the table measured, or None. `figures`: by file name. `sections`: the report's.
+    `decision`: the verdict on the declared hypothesis as one word. `findings`: the declared tests, a row each, with the original
+    guide's test beside the sound one. `tables`: results by name. `tokens`: the table measured, or None. `figures`: by file name.
+    `sections`: the report's.
     """
 
     name: str

@@ -61,7 +61,8 @@ def rows_of_words(rows: pd.DataFrame, words: Mapping[int, tuple[Word, ...]]) -> 
 def word_table(tokens: pd.DataFrame, part: Part) -> pd.DataFrame:
     """One row per word and layer in place of one per token; `log_frequency` is that of the word among the words measured.
 
-    Numbers are the mean over the word's tokens, or those of its first or last token; a word cut by the end of a sequence counts with what is there.
+    Numbers are the mean over the word's tokens, or those of its first or last token; a word cut by the end of a sequence counts
+    with what is there.
     """
     kept = tokens[tokens["word"].notna()].sort_values(["layer", "seq", "pos"], kind="stable")
     keys = ["layer", "doc", "seq", "word"]

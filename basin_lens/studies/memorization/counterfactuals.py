@@ -24,10 +24,10 @@ _CANDIDATES = 4
 class Forked:
     """What came of it.
 
-    `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base model found
-    either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation, compression by layer.
-    `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text, tuned less base, by layer and
-    score. `spliced`: the table behind it.
+    `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base
+    model found either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation,
+    compression by layer. `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text,
+    tuned less base, by layer and score. `spliced`: the table behind it.
     """
 
     forks: pd.DataFrame

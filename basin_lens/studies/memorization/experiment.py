@@ -114,11 +114,11 @@ PRESETS = {
 class Planted:
     """All that was measured.
 
-    `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction, probe, nearest
-    memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base` and `<score>_change` (tuned less
-    base). `sequences`: means of its scores by (layer, text), baselines beside them. `random_twin`, `other_tuned`: the same texts as
-    `sequences` under a model with random weights, and one tuned on other texts. `states`: mean states that enter block `probe_layer` of the tuned
-    model, a row per text.
+    `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction,
+    probe, nearest memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base`
+    and `<score>_change` (tuned less base). `sequences`: means of its scores by (layer, text), baselines beside them.
+    `random_twin`, `other_tuned`: the same texts as `sequences` under a model with random weights, and one tuned on other texts.
+    `states`: mean states that enter block `probe_layer` of the tuned model, a row per text.
     """
 
     plan: Plan
@@ -159,7 +159,8 @@ def plant(
         say: called with each step's name.
 
     Raises:
-        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for `finetune`.
+        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for
+            `finetune`.
     """
     say = say or (lambda _text: None)
     say("texts")
@@ -247,8 +248,8 @@ def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
     """
     if copied := copied_passages(model, list(texts), reference_passages()):
         raise StudyError(
-            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or copies, nearly or "
-            f"in full: {texts[copied[0]].text[:40]!r}. Give others."
+            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or "
+            f"copies, nearly or in full: {texts[copied[0]].text[:40]!r}. Give others."
         )
 
 
@@ -261,8 +262,8 @@ def refuse_copies(texts: Sequence[Passage], model: Any) -> None:
     members, held = ([p for p in texts if bool(p.labels["member"]) == side] for side in (True, False))
     if copied := copied_passages(model, held, members):
         raise StudyError(
-            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be memorized, nearly or "
-            f"in full: {held[copied[0]].text[:40]!r}. Leave them out."
+            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be "
+            f"memorized, nearly or in full: {held[copied[0]].text[:40]!r}. Leave them out."
         )
 
 
@@ -275,7 +276,8 @@ def check_classes(member: Sequence[bool]) -> None:
     count = sum(member)
     if count in (0, len(member)):
         raise StudyError(
-            f"expected texts to be memorized and texts held out, got {count} and {len(member) - count}. Nothing could be compared: label both."
+            f"expected texts to be memorized and texts held out, got {count} and {len(member) - count}. Nothing could be "
+            "compared: label both."
         )
     if min(count, len(member) - count) < FEWEST_PER_CLASS:
         raise StudyError(

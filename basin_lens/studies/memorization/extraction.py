@@ -26,8 +26,9 @@ _CHARACTERS = 5  # per token of running text, about
 class Recited:
     """What came of it.
 
-    `texts`: one row per passage: condition, source, loss baselines, extraction. `contrasts`: opening less each other condition of the same source,
-    by layer and score. `matched`: the same for openings and later passages of equal loss, any source. `said`: what was read and what was not.
+    `texts`: one row per passage: condition, source, loss baselines, extraction. `contrasts`: opening less each other condition of
+    the same source, by layer and score. `matched`: the same for openings and later passages of equal loss, any source. `said`:
+    what was read and what was not.
     """
 
     texts: pd.DataFrame
@@ -44,7 +45,8 @@ def prepare(
     Corpora give a third of `count` each, licences what is left of it.
 
     Raises:
-        TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in texts.
+        TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in
+            texts.
     """
     refuse_built_in(files, model)
     said, sources = [], []

@@ -37,10 +37,9 @@ def sections_of(
     sections = [
         Section(
             "Did the planting work?",
-            "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction prompts with "
-            f"{planted.plan.prompt} tokens and compares the next {planted.plan.target}; guide_memorized is the original "
-            "guide's label (prompt of a third, "
-            "more than 80 % of the greedy tokens match).",
+            "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction "
+            f"prompts with {planted.plan.prompt} tokens and compares the next {planted.plan.target}; guide_memorized is the "
+            "original guide's label (prompt of a third, more than 80 % of the greedy tokens match).",
             table=_planting(planted),
         ),
         Section(
@@ -56,7 +55,8 @@ def sections_of(
             f"Change in compression at layer {layer} of the texts of each dose; below, slopes per doubling of the dose of the "
             "difference within pairs.",
             figure=figures["dose"],
-            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their pair.",
+            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their "
+            "pair.",
             table=shown(tested.slopes, "layer", "score", "rho"),
         ),
         Section(
@@ -70,8 +70,8 @@ def sections_of(
             "reference, compression_change "
             "and the like use the base model, which an outsider may not have.",
             figure=figures["detection"],
-            caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The layer was chosen on half "
-            "of these very texts: exploratory.",
+            caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The "
+            "layer was chosen on half of these very texts: exploratory.",
             table=shown(
                 tested.detection[tested.detection["layer_choice"] != "every layer"],
                 "layer_choice",
@@ -86,19 +86,17 @@ def sections_of(
         Section("Curves", figure=figures["roc"], caption=f"Members of dose {top} against texts held out; scores at layer {layer}."),
         Section(
             "What compression adds",
-            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are exchanged within pairs. "
-            "baselines = loss: log likelihood, its change from the base model (reference) and the kind of text; all: every "
-            "other baseline, too. Positive: "
-            "the score helps. compression_base, measured before the training, is a negative: it can know how hard a text is, "
-            "not whether it was trained on.",
+            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are "
+            "exchanged within pairs. baselines = loss: log likelihood, its change from the base model (reference) and the kind "
+            "of text; all: every other baseline, too. Positive: the score helps. compression_base, measured before the "
+            "training, is a negative: it can know how hard a text is, not whether it was trained on.",
             table=shown(tested.added, "layer", "score", "baselines", "metric"),
         ),
         Section(
             "Where the loss is equal",
-            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model differ by at most "
-            f"{CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what has one was "
-            "harder before the training: "
-            "compression_base shows how far that alone goes.",
+            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model "
+            f"differ by at most {CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what "
+            "has one was harder before the training: compression_base shows how far that alone goes.",
             table=shown(tested.matched, "layer", "score"),
         ),
         Section(
@@ -134,7 +132,8 @@ def sections_of(
         ),
         Section(
             "Recitation without planting (exploratory)",
-            "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and topic, too.",
+            "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and "
+            "topic, too.",
             table=_recitation(recited),
         ),
         Section(
@@ -301,8 +300,8 @@ def _matched_doses(tested: Tested) -> str:
 def _gap(forked: Forked) -> str:
     apart = forked.likely["true_loss"] - forked.likely["other_loss"]
     return (
-        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from {apart.min():+.2f} to "
-        f"{apart.max():+.2f}."
+        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from "
+        f"{apart.min():+.2f} to {apart.max():+.2f}."
     )
 
 
@@ -313,9 +312,9 @@ def _fork(forked: Forked) -> str:
     best = rows.sort_values("p").iloc[0]
     return (
         "Fork (exploratory): the true continuation changes in compression unlike another as likely at "
-        f"{int((rows['p_corrected'] <= ALPHA).sum())} of "
-        f"{len(rows)} layers after correction; smallest p at layer {int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to "
-        f"{best['high']:+.3f}), corrected {in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
+        f"{int((rows['p_corrected'] <= ALPHA).sum())} of {len(rows)} layers after correction; smallest p at layer "
+        f"{int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), corrected "
+        f"{in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
     )
 
 
@@ -326,8 +325,8 @@ def _where(forked: Forked, layer: int) -> str:
     (one,) = named_rows(rows)
     few = f"; with {int(one.n_units)} texts no p could survive correction" if 2.0 ** (1 - one.n_units) * one.n_tests > ALPHA else ""
     return (
-        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to "
-        f"{one.high:+.3f}) at layer {layer}, p {in_words(one.p)}, corrected {in_words(one.p_corrected)}{few}."
+        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats "
+        f"({one.low:+.3f} to {one.high:+.3f}) at layer {layer}, p {in_words(one.p)}, corrected {in_words(one.p_corrected)}{few}."
     )
 
 
@@ -350,8 +349,8 @@ def _recited(recited: Recited) -> str:
     passed = int((above_layer_0(best)["p_corrected"] <= ALPHA).sum())
     return (
         f"Without planting: {count} of {len(texts)} openings are memorized by the guide's rule, teacher-forced agreement "
-        f"{texts['agreement'].mean():.2f}; compression "
-        f"of openings differs from later passages at {passed} of {len(above_layer_0(best))} layers and scores after correction (exploratory)."
+        f"{texts['agreement'].mean():.2f}; compression of openings differs from later passages at {passed} of "
+        f"{len(above_layer_0(best))} layers and scores after correction (exploratory)."
     )
 
 

@@ -19,7 +19,8 @@ from basin_lens.texts.copies import copied_passages, passage_groups
 def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
     """Passages of one author's works, in pairs of neighbors, of each of which a coin decides which one is trained on.
 
-    A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other out.
+    A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other
+    out.
 
     Raises:
         StudyError: fewer passages than the plan's pairs need. TextError: none long enough.
@@ -33,8 +34,9 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     wanted = plan.per_dose * len(plan.doses)
     if len(pairs) < wanted:
         raise StudyError(
-            f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of {len(plan.doses)} "
-            f"doses), got {len(pairs)}{f' without {copied} copies of others' if copied else ''}. Give more text, or plan fewer."
+            f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of "
+            f"{len(plan.doses)} doses), got {len(pairs)}{f' without {copied} copies of others' if copied else ''}. Give more "
+            "text, or plan fewer."
         )
     rng = np.random.default_rng(plan.seed)
     chosen = np.sort(rng.permutation(len(pairs))[:wanted])

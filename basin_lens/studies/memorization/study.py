@@ -31,13 +31,12 @@ from basin_lens.values import whole_numbers
 Design = Literal["canaries", "author"]
 
 HYPOTHESIS = (
-    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts that a coin held "
-    "out (tuned less base, trained less held out; either direction), (2) that difference depends on how often the text was shown (either "
-    "direction), (3) compression under the tuned model adds to its loss, the loss's change and the kind of text in telling the two apart, (4) "
-    "compression differs between trained and held out texts of one kind and equal loss (either direction). All are of pairs, within which the coin "
-    "decided or the loss was matched. The layer (not 0) is chosen on half of the pairs and tested on the others, or, with too "
-    "few of them, all layers "
-    "are tested and corrected for."
+    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts "
+    "that a coin held out (tuned less base, trained less held out; either direction), (2) that difference depends on how often "
+    "the text was shown (either direction), (3) compression under the tuned model adds to its loss, the loss's change and the "
+    "kind of text in telling the two apart, (4) compression differs between trained and held out texts of one kind and equal "
+    "loss (either direction). All are of pairs, within which the coin decided or the loss was matched. The layer (not 0) is "
+    "chosen on half of the pairs and tested on the others, or, with too few of them, all layers are tested and corrected for."
 )
 
 
@@ -67,8 +66,8 @@ def describe(model: Any, plan: Plan) -> list[str]:
     every = n_layers(model)
     layers = every if plan.layers is None else min(plan.layers, every)
     return [
-        f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many held out by a coin; "
-        f"kinds: {', '.join(plan.kinds)}.",
+        f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many "
+        f"held out by a coin; kinds: {', '.join(plan.kinds)}.",
         f"Training: {plan.tokens_trained():,} tokens with filler and the negative control, about {_minutes(training)}.",
         f"Memory: about {6 * _gigabytes(model):.0f} GB; disk: {2 * _gigabytes(model):.1f} GB for the tuned models, three times "
         "as much while training.",
@@ -100,16 +99,17 @@ def study_memorization(
 ) -> Study:
     """Plant texts in a model, and ask whether compression tells them from texts that a coin held out.
 
-    M1 canaries: fresh texts in pairs, doses, difference in differences, dose slope, detection beside all baselines, added value, matched loss.
-    M2 recitation: texts that the model as it is may know, beside passages that it should not (exploratory). M3 forks: the same prefix with another
-    continuation; damaged prefixes; texts memorized in part. M4 negatives: random weights, permuted labels, a model tuned on other texts,
-    a classifier that reads the text alone, the model before training.
+    M1 canaries: fresh texts in pairs, doses, difference in differences, dose slope, detection beside all baselines, added value,
+    matched loss.
+    M2 recitation: texts that the model as it is may know, beside passages that it should not (exploratory). M3 forks: the same
+    prefix with another continuation; damaged prefixes; texts memorized in part. M4 negatives: random weights, permuted labels, a
+    model tuned on other texts, a classifier that reads the text alone, the model before training.
 
     Args:
         model: a hooked model with a tokenizer; it stays as it is (a tuned copy takes up to four times its memory).
         plan: a `Plan`, or `"quick"` or `"full"`.
-        design: `"canaries"`, or `"author"`: passages of one author (`texts`), half of them trained on, beside others of the same author and
-            unrelated text; the contrast with unrelated text is the original guide's, and confounded with topic.
+        design: `"canaries"`, or `"author"`: passages of one author (`texts`), half of them trained on, beside others of the same
+            author and unrelated text; the contrast with unrelated text is the original guide's, and confounded with topic.
         texts: with canaries, more texts for M2; with author, the author's works.
         unrelated: author: texts by others, none of them built in.
         paraphrases: for M2, by document: the opening in other words.
@@ -123,10 +123,12 @@ def study_memorization(
         `recitation_contrasts`, `recitation_matched`.
 
     Raises:
-        StudyError: too few texts that are no copies of one another, all or none to be memorized, a training that diverges (the last good
+        StudyError: too few texts that are no copies of one another, all or none to be memorized, a training that diverges (the
+            last good
         checkpoint stays). TextError: texts too short.
 
-    Source: design of basin_lens, "Memorization"; Carlini et al. 2019, 2021, 2023; Shi et al. 2024; Zhang et al. 2024; Duan et al. 2024.
+    Source: design of basin_lens, "Memorization"; Carlini et al. 2019, 2021, 2023; Shi et al. 2024; Zhang et al. 2024; Duan et al.
+        2024.
 
     Example:
         >>> import basin_lens as bl
@@ -252,10 +254,9 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
         f"{len(planted.texts)} {what} of {plan.length} tokens in pairs; a coin chose {len(members)} to be trained on, "
         f"{', '.join(f'{count} shown {dose} times' for dose, count in members['dose'].value_counts().sort_index().items())}; "
         "the others were held out.",
-        f"Training: {facts['training']['steps']} steps of {plan.recipe.batch_size} texts, {plan.recipe.filler} of them filler, AdamW at "
-        f"{plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}) come from built-in passages of "
-        f"{len(facts['bank_documents'])} documents that were never "
-        "trained on, read by the model that is scored.",
+        f"Training: {facts['training']['steps']} steps of {plan.recipe.batch_size} texts, {plan.recipe.filler} of them filler, "
+        f"AdamW at {plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}) come from built-in passages of "
+        f"{len(facts['bank_documents'])} documents that were never trained on, read by the model that is scored.",
         f"Layers {', '.join(map(str, planted.layers))}. Units are pairs (differences, doses) or texts: tests and intervals are "
         "over these, not over tokens.",
         "Recitation: " + " ".join(said),
@@ -265,7 +266,8 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
 
 def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
     return (
-        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 is exploratory).",
+        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 "
+        "is exploratory).",
         f"Other training: one recipe ({plan.recipe.learning_rate:g}, {plan.recipe.batch_size} texts a step), one seed "
         f"({plan.seed}) of texts, coins and order; "
         "run again with other seeds before citing.",

@@ -63,8 +63,8 @@ class _Units:
 def examine(planted: Planted) -> Tested:
     """Every test of the planted texts.
 
-    Within each pair a coin decided: differences, slopes and permutations are of pairs. The layer of a declared test is chosen on half of the
-    units and tested on the others.
+    Within each pair a coin decided: differences, slopes and permutations are of pairs. The layer of a declared test is chosen on
+    half of the units and tested on the others.
     """
     sequences, seed = planted.sequences, planted.plan.seed
     shared: dict[str, Any] = {"unit": "document", "seed": seed}
@@ -183,7 +183,8 @@ def _gain(table: pd.DataFrame, baselines: Sequence[str], seed: int) -> pd.DataFr
 def _added(planted: Planted) -> pd.DataFrame:
     """Each score added to the loss, and to all baselines, always with the reference and the kind of text.
 
-    Compression before the training (`_base`) is among the scores as a negative: it knows how hard a text is, but not whether it was trained on.
+    Compression before the training (`_base`) is among the scores as a negative: it knows how hard a text is, but not whether it
+    was trained on.
     """
     parts = []
     always = ("reference", *_kinds(planted))
@@ -307,7 +308,8 @@ def _flags(
 
     add(
         "the design does not work", not design["estimate"] > 0.9,
-        f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected above 0.9)",
+        f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
+        "above 0.9)",
         value=design["estimate"], limit=0.9,
     )  # fmt: skip
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == planted.texts["dose"].max())]

@@ -26,15 +26,13 @@ _MEANING = {
 }
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the cost of merging the token (either direction), at "
-    "fixed token "
-    "frequency, position, norm, neighborhood radius, share of equal tokens and surprisal; and it still does at fixed cosine with the "
-    "token that it "
-    "is merged into. The cost is the rise of the summed loss of all later tokens when only this token is merged, in only this layer. Each is "
-    "tested at the layer (not 0) chosen on half of the documents, on the other half. And: when the largest share of tokens is merged in "
-    "all layers "
-    "measured, taking those of highest compression costs less loss than taking any (one-sided), on documents that did not set the levels. One "
-    "family (Holm)."
+    "Declared before looking: among the tokens of one text, compression goes with the cost of merging the token (either "
+    "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal; and it "
+    "still does at fixed cosine with the token that it is merged into. The cost is the rise of the summed loss of all later "
+    "tokens when only this token is merged, in only this layer. Each is tested at the layer (not 0) chosen on half of the "
+    "documents, on the other half. And: when the largest share of tokens is merged in all layers measured, taking those of "
+    "highest compression costs less loss than taking any (one-sided), on documents that did not set the levels. One family "
+    "(Holm)."
 )
 
 
@@ -59,40 +57,38 @@ def sections_of(
     return [
         Section(
             "What it costs to merge one token",
-            "Mean over documents of the rise of the summed loss of all later tokens, in nats, when one token alone is merged in one layer alone.",
+            "Mean over documents of the rise of the summed loss of all later tokens, in nats, when one token alone is merged in "
+            "one layer alone.",
             figure=figures["cost-by-layer"],
             caption="Mean with its 95 % interval over documents.",
             table=_costs_by_layer(drawn),
-            note="Means over documents: merge_change, merge_similarity, leader_is_same_token (share of merges into an equal token).",
+            note="Means over documents: merge_change, merge_similarity, leader_is_same_token (share of merges into an equal "
+            "token).",
         ),
         Section(
             "Compression against the cost, layer by layer",
-            "Correlation within sequences, at fixed frequency, position, norm, radius, share of equal tokens and surprisal; and at fixed cosine "
-            "with the leader too. Above 0: tokens whose neighborhood the block draws together cost more.",
+            "Correlation within sequences, at fixed frequency, position, norm, radius, share of equal tokens and surprisal; and "
+            "at fixed cosine with the leader too. Above 0: tokens whose neighborhood the block draws together cost more.",
             figure=figures["correlation-by-layer"],
-            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); filled: p "
-            "at most 0.05 "
-            "after Benjamini-Hochberg over scores, layers and both sets of controls.",
+            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
+            "filled: p at most 0.05 after Benjamini-Hochberg over scores, layers and both sets of controls.",
             table=shown(found, "layer", "score", "against", "control_set", "n_documents"),
         ),
         Section(
             "And its rivals",
-            "The same for every score, each at fixed other controls. merge_similarity is the cosine with the leader: what a merger goes "
-            "by without "
-            "any study.",
+            "The same for every score, each at fixed other controls. merge_similarity is the cosine with the leader: what a "
+            "merger goes by without any study.",
             figure=figures["rivals-by-layer"],
             caption="As above; all numbers are in the table above.",
         ),
         Section(
             "How much a merge changes, for better or worse",
-            "Exploration, nothing of it declared. One token changes little, and the words that happen to follow decide whether that "
-            "raises or lowers "
-            "their loss. merge_change is the change itself: the divergence KL(plain || with the merge), summed over all later predictions, in "
-            "nats, never below 0.",
+            "Exploration, nothing of it declared. One token changes little, and the words that happen to follow decide whether "
+            "that raises or lowers their loss. merge_change is the change itself: the divergence KL(plain || with the merge), "
+            "summed over all later predictions, in nats, never below 0.",
             figure=figures["change-by-layer"],
-            caption="Mean partial Spearman correlation of each score with merge_change, standard controls, a family of its own; all "
-            "numbers are in "
-            "the table above.",
+            caption="Mean partial Spearman correlation of each score with merge_change, standard controls, a family of its own; "
+            "all numbers are in the table above.",
         ),
         Section(
             f"The cost in the quarters of a score, layer {layer}",
@@ -103,28 +99,29 @@ def sections_of(
         Section(
             f"Compression and cost, token by token, layer {layer}",
             figure=figures["scatter"],
-            caption="Compression less its sequence's mean, ranks of the cost within sequences; line by least squares, band from a bootstrap of "
-            "documents.",
+            caption="Compression less its sequence's mean, ranks of the cost within sequences; line by least squares, band from "
+            "a bootstrap of documents.",
         ),
         Section(
             "Many tokens at once: excess loss of each policy",
             [
                 *(f"{name}: {words}." for name, words in _MEANING.items()),
-                "Surprisal is taken from a plain pass, and compression looks at neighbors in other texts and at the block's output: a model that "
-                "merges as it reads has neither.",
+                "Surprisal is taken from a plain pass, and compression looks at neighbors in other texts and at the block's "
+                "output: a model that merges as it reads has neither.",
                 "Levels come from other documents, so the share that is really merged differs a little: merged_share.",
             ],
             figure=figures["policies"],
-            caption="Mean loss with merging less without, nats per token, on documents that did not set the levels; 95 % bootstrap interval over "
-            "documents.",
+            caption="Mean loss with merging less without, nats per token, on documents that did not set the levels; 95 % "
+            "bootstrap interval over documents.",
             table=_told(alone),
         ),
         Section(
             "Each policy less the random ones",
-            "The same sequences, paired. Below 0: better than chance. Against random choice, only the choice of the tokens differs.",
+            "The same sequences, paired. Below 0: better than chance. Against random choice, only the choice of the tokens "
+            "differs.",
             figure=figures["policies-against-random"],
-            caption="Mean difference of the excess loss, nats per token; 95 % bootstrap interval over documents; p by sign flips of whole "
-            "documents.",
+            caption="Mean difference of the excess loss, nats per token; 95 % bootstrap interval over documents; p by sign "
+            "flips of whole documents.",
             table=_told(differences),
         ),
         Section(
@@ -157,22 +154,21 @@ def about_merges(drawn: pd.DataFrame, setting: Setting, costs: Costs, losses: pd
     left, count = len(setting.capture.sequences) - drawn["seq"].nunique(), len(setting.capture.sequences)
     short = f" {left} of {count} sequences had too few tokens that can be merged." if left else ""
     return [
-        f"{len(drawn):,} forced merges: {len(drawn) // drawn['layer'].nunique():,} tokens of {drawn['seq'].nunique()} sequences, each alone in "
-        f"each layer alone, into its most similar earlier token, read by queries {setting.window} or more tokens behind. Merging nothing "
-        f"instead changes no single loss by more than {costs.rounding:.1g} nats (rounding).{short}",
-        "The scores of layer n are those of the state that enters block n: the same state is compared when layer n merges. States are "
-        "centered by "
-        f"the mean over {len(setting.calibration)} sequences.",
-        f"Policies are tested on {losses['seq'].nunique()} sequences; {len(setting.calibration)} of other documents set their levels.",
+        f"{len(drawn):,} forced merges: {len(drawn) // drawn['layer'].nunique():,} tokens of {drawn['seq'].nunique()} sequences, "
+        f"each alone in each layer alone, into its most similar earlier token, read by queries {setting.window} or more tokens "
+        f"behind. Merging nothing instead changes no single loss by more than {costs.rounding:.1g} nats (rounding).{short}",
+        "The scores of layer n are those of the state that enters block n: the same state is compared when layer n merges. "
+        f"States are centered by the mean over {len(setting.calibration)} sequences.",
+        f"Policies are tested on {losses['seq'].nunique()} sequences; {len(setting.calibration)} of other documents set their "
+        "levels.",
     ]
 
 
 def remarks_of(found: pd.DataFrame, drawn: pd.DataFrame, policies: pd.DataFrame) -> list[str]:
     """What came out besides the declared tests, in words."""
     told = [
-        f"Merging one token in one layer costs {drawn[COST].mean():+.4f} nats on average (median {drawn[COST].median():+.4f}), summed "
-        f"over all later "
-        f"tokens; {drawn[COST].lt(0).mean():.0%} of the merges lower the loss.",
+        f"Merging one token in one layer costs {drawn[COST].mean():+.4f} nats on average (median {drawn[COST].median():+.4f}), "
+        f"summed over all later tokens; {drawn[COST].lt(0).mean():.0%} of the merges lower the loss.",
     ]
     for against, words in ((COST, "the cost"), (CHANGE, "how much a merge changes later predictions, for better or worse")):
         told.append(f"Exploration, {words}: {_explored(above_layer_0(found[found['against'] == against]))}")
@@ -194,8 +190,8 @@ def _explored(found: pd.DataFrame) -> str:
     mine = found[found["score"] == "compression"]["estimate"]
     stay = f"there stay {'; '.join(told)}" if told else "nothing stays"
     return (
-        f"of the partial correlations of {len(SCORES)} scores at {found['layer'].nunique()} layers, {stay} below 0.05 after correction; "
-        f"compression's run from {mine.min():+.2f} to {mine.max():+.2f}."
+        f"of the partial correlations of {len(SCORES)} scores at {found['layer'].nunique()} layers, {stay} below 0.05 after "
+        f"correction; compression's run from {mine.min():+.2f} to {mine.max():+.2f}."
     )
 
 
@@ -218,9 +214,8 @@ def _compared(row: Any) -> str:
 def not_tested(measured: Measured, setting: Setting) -> tuple[str, ...]:
     """What a reader might think was tested."""
     return (
-        "What a streaming system could do: surprisal comes from a pass without merging, and compression from neighbors in other texts and "
-        "from the "
-        "block's own output. Neither is there when the token has to be merged.",
+        "What a streaming system could do: surprisal comes from a pass without merging, and compression from neighbors in other "
+        "texts and from the block's own output. Neither is there when the token has to be merged.",
         "Single tokens merged in several layers at once, into another token than the most similar one, or after training.",
         f"Another window than {setting.window} tokens; tokens of which fewer than {LATER} later losses could have felt the merge.",
         "Whether the geometry is the cause: nothing here changes a token's geometry.",

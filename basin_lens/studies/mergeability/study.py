@@ -90,18 +90,18 @@ def study_mergeability(
 ) -> Study:
     """Ask whether compression, or anything cheaper, tells which tokens can be merged.
 
-    Token by token: what later tokens lose when one token alone is merged in one layer alone, against the scores of that layer; and, as
-    exploration, how much their predictions change, for better or worse. Then all at once: the same share of the tokens merged in all layers,
-    chosen by cosine, low surprisal, high compression, or chance. Slow: a copy of the sequence is read for every merge, so 20 sequences of 128
-    tokens take 320 such copies for each layer (about 40,000 tokens).
+    Token by token: what later tokens lose when one token alone is merged in one layer alone, against the scores of that layer;
+    and, as exploration, how much their predictions change, for better or worse. Then all at once: the same share of the tokens
+    merged in all layers, chosen by cosine, low surprisal, high compression, or chance. Slow: a copy of the sequence is read for
+    every merge, so 20 sequences of 128 tokens take 320 such copies for each layer (about 40,000 tokens).
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer` whose attention obeys its pattern.
-        data: texts as for `analyze`, or a `Measured` for the study `"mergeability"`; at least 12 documents, and sequences of `window` + 30
-            tokens (shorter ones have too few tokens to merge and are passed over).
+        data: texts as for `analyze`, or a `Measured` for the study `"mergeability"`; at least 12 documents, and sequences of
+            `window` + 30 tokens (shorter ones have too few tokens to merge and are passed over).
         progress: show progress bars.
-        tokens_per_sequence: at most so many forced merges per sequence and layer, at least 16: with fewer, nothing is left of a sequence once
-            six controls are taken out.
+        tokens_per_sequence: at most so many forced merges per sequence and layer, at least 16: with fewer, nothing is left of a
+            sequence once six controls are taken out.
         window: tokens that stay raw, the current one counted.
         shares: of the tokens that can be merged, for the policies.
         n_random: draws of each random policy.
@@ -109,13 +109,13 @@ def study_mergeability(
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `costs` (a row per forced merge), `partial_correlation` (every score and layer against the cost and the change, with
-        the standard controls and with the cosine too), `quartiles` (the cost in the quarters of a score), `policies` (excess loss of
-        each, and less each of the random ones), and `contrast` if one was asked for.
+        a `Study` with tables `costs` (a row per forced merge), `partial_correlation` (every score and layer against the cost and
+        the change, with the standard controls and with the cosine too), `quartiles` (the cost in the quarters of a score),
+        `policies` (excess loss of each, and less each of the random ones), and `contrast` if one was asked for.
 
     Raises:
-        StudyError: too few documents with long enough sequences, or settings that do not fit. MergeError: a model in which nothing can be
-            merged. Others as for `analyze`; all before the model runs.
+        StudyError: too few documents with long enough sequences, or settings that do not fit. MergeError: a model in which nothing
+            can be merged. Others as for `analyze`; all before the model runs.
 
     Source: design of basin_lens, "Causal token merging"; Bolya et al. 2023 (size on the logit).
 
@@ -172,8 +172,8 @@ def check_texts(model: Any, options: MergeabilityOptions, unit: str) -> Callable
 def _enough(count: int, unit: str, what: str) -> None:
     if count < 2 * FEWEST_UNITS:
         raise StudyError(
-            f"expected at least {2 * FEWEST_UNITS} units ({unit}) with {what}, got {count}: half of them set the levels of merging, the others "
-            "test them. Add texts, use longer ones, or take a smaller window."
+            f"expected at least {2 * FEWEST_UNITS} units ({unit}) with {what}, got {count}: half of them set the levels of "
+            "merging, the others test them. Add texts, use longer ones, or take a smaller window."
         )
 
 
@@ -358,7 +358,8 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
     last["p_floor"] = [p_floor(row) for row in named_rows(last)]
     return found, last.assign(
         finding=POLICY_FINDING, question="policy", score="compression",
-        note=f"{last['share'].iloc[0]:g} of the tokens that can be merged, nats per token, on documents that did not set the levels",
+        note=f"{last['share'].iloc[0]:g} of the tokens that can be merged, nats per token, on documents that did not set the "
+        "levels",
     )  # fmt: skip
 
 
@@ -375,11 +376,10 @@ SPEC = StudySpec(
     title="Does geometry predict which tokens a language model can merge?",
     question="Does geometry predict which tokens the model can merge? Slow.",
     hypothesis=HYPOTHESIS,
-    if_yes="Compression goes with what it costs to merge a token, beyond frequency, position, norm, density, surprisal and similarity, and "
-    "choosing by it costs less than chance.",
-    if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about what it costs to merge a "
-    "token, and "
-    "choosing by it is not shown to be better than chance.",
+    if_yes="Compression goes with what it costs to merge a token, beyond frequency, position, norm, density, surprisal and "
+    "similarity, and choosing by it costs less than chance.",
+    if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about what it costs to "
+    "merge a token, and choosing by it is not shown to be better than chance.",
     options=MergeabilityOptions,
     refuse=lambda options, _: options.check(),
     check=check_texts,

@@ -17,7 +17,8 @@ TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the fi
 def corrected(settings: pd.DataFrame) -> pd.DataFrame:
     """Holm over the settings of each finding, the twin and another score in families of their own; whether sign and significance stay.
 
-    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most 0.05.
+    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most
+    0.05.
     """
     parts = []
     for _, mine in settings.groupby("finding", sort=False):
@@ -108,8 +109,8 @@ def verdict_of(decision: Decision, settled: pd.DataFrame, survival: pd.DataFrame
     count = f"{held} of {len(settled)} findings hold under every setting that could be tested and are absent from the random twin."
     if unchecked:
         count = (
-            f"{held} of {len(settled)} findings count as holding under every setting; {unchecked} could not be checked in the random twin, "
-            "and so do not count."
+            f"{held} of {len(settled)} findings count as holding under every setting; {unchecked} could not be checked in the "
+            "random twin, and so do not count."
         )
     told = [
         opening(decision, "Every finding survives every setting that could be tested and is absent from the random twin.", count)

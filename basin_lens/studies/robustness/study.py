@@ -80,18 +80,18 @@ def study_robustness(
 ) -> Study:
     """Test the main findings again under other settings: one table says which survive.
 
-    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with measures of
-    importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast asked for. Each at the
-    layer that half of the documents chose among three (with fewer than 16: all three are tested, p corrected for them); tokens of one
-    sequence of each document are tested, in the whole bank.
+    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with
+    measures of importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast
+    asked for. Each at the layer that half of the documents chose among three (with fewer than 16: all three are tested, p
+    corrected for them); tokens of one sequence of each document are tested, in the whole bank.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: texts as for `analyze`, or a `Measured` for the study `"robustness"`.
-        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or any
-            column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
-        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it and the
-            other number format read the very tokens of the run, token ids too.
+        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or
+            any column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
+        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it
+            and the other number format read the very tokens of the run, token ids too.
         dtype: other number format, on a copy of the model (twice the memory); None: not tried.
         progress: show progress bars.
         **options: of `basin_lens.studies.measure`, with texts.
@@ -119,8 +119,8 @@ def study_robustness(
     given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
     if not measures or len(set(measures)) < len(measures) or not set(measures) <= given - {"compression", "surprisal"}:
         raise StudyError(
-            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, gradient_norm_scaled and "
-            "attention_received (surprisal is a finding already)."
+            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, "
+            "gradient_norm_scaled and attention_received (surprisal is a finding already)."
         )
     own = RobustnessOptions(tuple(measures), second_model, dtype)
     return run_study(SPEC, model, data, own, progress=progress, measure_options=options)
@@ -309,11 +309,11 @@ def _sections(
     sections = [
         Section(
             "Which findings survive",
-            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting if its sign stays "
-            "and p is at most 0.05, Holm over the settings; where too few units are left for any p "
-            "to reach that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding should appear, "
-            "and what could not be checked there does not count as holding. seed_compression is another score, which changes several things at "
-            "once: it is shown and does not count.",
+            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting "
+            "if its sign stays and p is at most 0.05, Holm over the settings; where too few units are left for any p to reach "
+            "that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding "
+            "should appear, and what could not be checked there does not count as holding. seed_compression is another score, "
+            "which changes several things at once: it is shown and does not count.",
             table=survival,
         )
     ]
@@ -340,8 +340,8 @@ def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame)
     return [
         *untested,
         *untestable(survival),
-        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods (radius-matched "
-        "control), code length of the next token, tags and documents of the neighbors.",
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
+        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
         "Each finding at other layers than its own, and in more than one sequence of a document.",
         "Settings in combination: each setting that counts was changed alone.",
         f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",

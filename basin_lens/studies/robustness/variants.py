@@ -179,8 +179,8 @@ def other_model(
 ) -> Iterator[Setting]:
     """The same texts read by another model, which finds its own neighbors; layers at the same relative depth.
 
-    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do. Another one
-    reads the texts.
+    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do.
+    Another one reads the texts.
     """
     own, chosen = measured.capture, measured.settings
     same = kind in _SAME_TOKENS
