@@ -179,9 +179,16 @@ def _partial(table: pd.DataFrame, measures: list[str], measured: Measured) -> pd
     for wording, controls in (("with surprisal", stats.CONTROLS), ("without surprisal", WITHOUT_SURPRISAL)):
         for name in measures:
             found = stats.partial_correlation(
-                table, list(SCORES), name, controls=controls, frequency=measured.frequency, unit=measured.unit, seed=measured.seed,
-                min_tokens=FEWEST_SCORED, correction="none",
-            )  # fmt: skip
+                table,
+                list(SCORES),
+                name,
+                controls=controls,
+                frequency=measured.frequency,
+                unit=measured.unit,
+                seed=measured.seed,
+                min_tokens=FEWEST_SCORED,
+                correction="none",
+            )
             parts.append(found.assign(control_set=wording))
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 

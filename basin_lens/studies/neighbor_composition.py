@@ -32,18 +32,22 @@ def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFr
     group, later = _groups(first, measured.settings["exclude"]), first["pos"].to_numpy() > 0
     tag, word, doc = (pd.factorize(first[name])[0] for name in ("tag", "word_text", "doc"))
     chances = {
-        "same_tag": _chance(tag, group, later), "same_tag_other_word": _chance_of_other_words(tag, word, group, later),
-        "same_word": _chance(word, group, later), "same_document": _chance(doc, group, later),
-    }  # fmt: skip
+        "same_tag": _chance(tag, group, later),
+        "same_tag_other_word": _chance_of_other_words(tag, word, group, later),
+        "same_word": _chance(word, group, later),
+        "same_document": _chance(doc, group, later),
+    }
     table = tokens[["run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "start", "end", "tag"]].copy()
     made: dict[str, list[np.ndarray]] = {name: [] for name in SHARES}
     for rows in kept.rows:
         there = rows[:, -1] >= 0
         other = (word[rows] >= 0) & (word[rows] != word[:, None])
         for name, code, among in (
-            ("same_tag", tag, np.ones_like(other)), ("same_tag_other_word", np.where(word < 0, -1, tag), other),
-            ("same_word", word, np.ones_like(other)), ("same_document", doc, np.ones_like(other)),
-        ):  # fmt: skip
+            ("same_tag", tag, np.ones_like(other)),
+            ("same_tag_other_word", np.where(word < 0, -1, tag), other),
+            ("same_word", word, np.ones_like(other)),
+            ("same_document", doc, np.ones_like(other)),
+        ):
             usable = there & (code >= 0) & among.any(1)
             share = np.full(len(first), np.nan)
             share[usable] = ((code[rows] == code[:, None]) & among)[usable].sum(1) / among[usable].sum(1)

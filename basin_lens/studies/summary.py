@@ -23,10 +23,28 @@ HYPOTHESIS = (
     "which is stricter than each study's own."
 )
 _SHOWN = (
-    "study", "finding", "layer", "effect", "effect_unit", "estimate", "low", "high", "p", "p_corrected", "holds",
-        "within_reach", "n_units", "n_documents", "n_tokens", "test",
-    "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading",
-)  # fmt: skip
+    "study",
+    "finding",
+    "layer",
+    "effect",
+    "effect_unit",
+    "estimate",
+    "low",
+    "high",
+    "p",
+    "p_corrected",
+    "holds",
+    "within_reach",
+    "n_units",
+    "n_documents",
+    "n_tokens",
+    "test",
+    "guide_test",
+    "guide_statistic",
+    "guide_r",
+    "guide_p",
+    "guide_reading",
+)
 
 
 def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
@@ -73,10 +91,18 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     findings["within_reach"] = reachable & within_reach(findings)
     # A study may ask for more than significance (a direction, survival under every setting).
     findings["holds"] = own & (findings["p_corrected"] <= ALPHA)
-    about = pd.DataFrame([
-        {"study": one["study"], "title": one["title"], "decision": one["decision"], "red_flags": _raised(one), "verdict": one[
-            "verdict"][0]} for one in held
-    ])  # fmt: skip
+    about = pd.DataFrame(
+        [
+            {
+                "study": one["study"],
+                "title": one["title"],
+                "decision": one["decision"],
+                "red_flags": _raised(one),
+                "verdict": one["verdict"][0],
+            }
+            for one in held
+        ]
+    )
     figures = {}
     sections = [
         Section(

@@ -32,10 +32,37 @@ IN_UNITS = ("mean", "mean difference")
 
 # Columns of one finding, as the summary shows them.
 FINDING = (
-    "study", "finding", "question", "layer", "score", "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect",
-        "effect_unit", "estimate", "low", "high", "null", "p", "p_corrected", "correction", "n_tests", "holds", "p_floor", "within_reach",
-        "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading", "note",
-)  # fmt: skip
+    "study",
+    "finding",
+    "question",
+    "layer",
+    "score",
+    "unit",
+    "n_units",
+    "n_sequences",
+    "n_documents",
+    "n_tokens",
+    "test",
+    "effect",
+    "effect_unit",
+    "estimate",
+    "low",
+    "high",
+    "null",
+    "p",
+    "p_corrected",
+    "correction",
+    "n_tests",
+    "holds",
+    "p_floor",
+    "within_reach",
+    "guide_test",
+    "guide_statistic",
+    "guide_r",
+    "guide_p",
+    "guide_reading",
+    "note",
+)
 
 _NUMBERS = ("estimate", "low", "high", "null", "p", "p_corrected")
 

@@ -44,9 +44,16 @@ class Study:
     def report(self) -> Report:
         """The study as one offline page."""
         return study_page(
-            self.title, subtitle=f"basin_lens study: {self.name}", about=self.about, sections=self.sections, hypothesis=self.hypothesis,
-            verdict=self.verdict, flags=self.flags, not_tested=self.not_tested, provenance=self.provenance,
-        )  # fmt: skip
+            self.title,
+            subtitle=f"basin_lens study: {self.name}",
+            about=self.about,
+            sections=self.sections,
+            hypothesis=self.hypothesis,
+            verdict=self.verdict,
+            flags=self.flags,
+            not_tested=self.not_tested,
+            provenance=self.provenance,
+        )
 
     def save(self, out: str | os.PathLike[str]) -> Path:
         """Write the study's folder: `report.html`, `results.json`, `tables/*.parquet` and `.csv`, `figures/*.png` and `.pdf`.
@@ -89,8 +96,16 @@ class Study:
     def as_json(self) -> dict[str, Any]:
         """What was declared and what came out, as plain JSON (NaN is null)."""
         return {
-            "study": self.name, "title": self.title, "about": list(self.about), "hypothesis": self.hypothesis, "decision": self.decision,
-            "verdict": list(self.verdict), "findings": records(self.findings),
-            "red_flags": None if self.flags is None else records(self.flags), "not_tested": list(self.not_tested),
-            "tables": sorted([*self.tables, "findings"]), "figures": sorted(self.figures), "provenance": dict(self.provenance),
-        }  # fmt: skip
+            "study": self.name,
+            "title": self.title,
+            "about": list(self.about),
+            "hypothesis": self.hypothesis,
+            "decision": self.decision,
+            "verdict": list(self.verdict),
+            "findings": records(self.findings),
+            "red_flags": None if self.flags is None else records(self.flags),
+            "not_tested": list(self.not_tested),
+            "tables": sorted([*self.tables, "findings"]),
+            "figures": sorted(self.figures),
+            "provenance": dict(self.provenance),
+        }

@@ -90,9 +90,14 @@ def _continuations(
     apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
     apart["seq"] = apart["doc"]
     found = attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
-    likely = pd.DataFrame({
-        "doc": [f"prefix-{i}" for i in range(count)], "kind": kinds, "true_loss": losses[:, 0], "other_loss": losses[:, 1],
-    })  # fmt: skip
+    likely = pd.DataFrame(
+        {
+            "doc": [f"prefix-{i}" for i in range(count)],
+            "kind": kinds,
+            "true_loss": losses[:, 0],
+            "other_loss": losses[:, 1],
+        }
+    )
     told = told.rename(columns={True: "true_loss_tuned", False: "other_loss_tuned"}).reset_index()
     likely = likely.merge(told, on="doc", validate="one_to_one")
     return likely, found
@@ -134,10 +139,15 @@ def _damaged(
     path["recited"] = shares[[edits.index(e) for e in path["edits"]], path["member"].to_numpy()]
     path["doc"] = [f"prefix-{m}" for m in path.pop("member")]
     path["seq"] = path["doc"] + "/" + path["edits"].astype(str)
-    widths = pd.DataFrame({
-        "doc": [f"prefix-{i}" for i in range(count)], "kind": [planted.passages[s].labels["kind"] for s in members["seq"]],
-        "dose": members["dose"].to_numpy(), "recited_undamaged": shares[0], "width": memorize.width(edits, shares),
-    })  # fmt: skip
+    widths = pd.DataFrame(
+        {
+            "doc": [f"prefix-{i}" for i in range(count)],
+            "kind": [planted.passages[s].labels["kind"] for s in members["seq"]],
+            "dose": members["dose"].to_numpy(),
+            "recited_undamaged": shares[0],
+            "width": memorize.width(edits, shares),
+        }
+    )
     return path, widths
 
 
@@ -163,15 +173,29 @@ def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.Da
     ]
     before, after = (
         analyze(
-            model, made, analyzers, layers=planted.layers, bank=planted.banks[name], seed=plan.seed, max_length=2 * (plan.length + 1),
+            model,
+            made,
+            analyzers,
+            layers=planted.layers,
+            bank=planted.banks[name],
+            seed=plan.seed,
+            max_length=2 * (plan.length + 1),
             progress=progress,
         )
         for name, model in (("base", planted.base), ("tuned", planted.tuned))
-    )  # fmt: skip
+    )
     table = with_changes(before, after, scores)
     table["part"] = np.where(table["span"] == "memorized", "memorized", "not")
     changes = [f"{name}_change" for name in scores]
     found = attempt_each(
-        stats.compare_groups, table, changes, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
-    )  # fmt: skip
+        stats.compare_groups,
+        table,
+        changes,
+        "part",
+        groups=("memorized", "not"),
+        paired=True,
+        n_resamples=1999,
+        seed=plan.seed,
+        unit="document",
+    )
     return stats.correct(found, "bh"), table

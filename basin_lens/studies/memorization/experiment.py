@@ -164,9 +164,19 @@ def plant(
     """
     say = say or (lambda _text: None)
     say("texts")
-    made = list(passages) if passages is not None else memorize.make_canaries(
-        model, per_dose=plan.per_dose, doses=plan.doses, kinds=plan.kinds, length=plan.length, sampled=plan.sampled, seed=plan.seed
-    )  # fmt: skip
+    made = (
+        list(passages)
+        if passages is not None
+        else memorize.make_canaries(
+            model,
+            per_dose=plan.per_dose,
+            doses=plan.doses,
+            kinds=plan.kinds,
+            length=plan.length,
+            sampled=plan.sampled,
+            seed=plan.seed,
+        )
+    )
     check_classes([bool(p.labels["member"]) for p in made])
     members = [p for p in made if p.labels["member"]]
     # The bank's documents are never trained on.
@@ -188,9 +198,16 @@ def plant(
     say("before training")
     shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
     analyzers = [
-        Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Contraction(k=plan.k),
-        RawCompression(k=plan.k), Neighborhood(k=plan.k), Surprisal(), Agreement(), StandardizedLikelihood(), StateNorm(),
-    ]  # fmt: skip
+        Compression(k=plan.k),
+        Compression(k=plan.k, context="native", name="compression_native"),
+        Contraction(k=plan.k),
+        RawCompression(k=plan.k),
+        Neighborhood(k=plan.k),
+        Surprisal(),
+        Agreement(),
+        StandardizedLikelihood(),
+        StateNorm(),
+    ]
     # Before the training: what cannot be measured is refused before the long work.
     banks = {"base": bank_of(model, bank, layers, longest)}
     before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
@@ -229,15 +246,34 @@ def plant(
     apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
     elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
     return Planted(
-        plan, tuple(made), model, tuned.model, tuple(bank), banks, pd.DataFrame(tuned.history), texts, tokens,
-        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts), by_sequence(untaught, ("compression", "compression_native"), texts),
-        by_sequence(with_changes(before, elsewhere, ("compression", "compression_native")),
-                    ("compression", "compression_native", "compression_change", "compression_native_change"), texts),
-        layers, probe_layer, states,
-        {"plan": _plain(plan), "training": tuned.facts, "training_seconds": seconds, "bank_documents": sorted({str(p.doc) for p in bank}),
-         "filler_documents": sorted({str(p.doc) for p in filler}),
-         "tuned_folder": None if folder is None else str((folder / "tuned").resolve())},
-    )  # fmt: skip
+        plan,
+        tuple(made),
+        model,
+        tuned.model,
+        tuple(bank),
+        banks,
+        pd.DataFrame(tuned.history),
+        texts,
+        tokens,
+        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts),
+        by_sequence(untaught, ("compression", "compression_native"), texts),
+        by_sequence(
+            with_changes(before, elsewhere, ("compression", "compression_native")),
+            ("compression", "compression_native", "compression_change", "compression_native_change"),
+            texts,
+        ),
+        layers,
+        probe_layer,
+        states,
+        {
+            "plan": _plain(plan),
+            "training": tuned.facts,
+            "training_seconds": seconds,
+            "bank_documents": sorted({str(p.doc) for p in bank}),
+            "filler_documents": sorted({str(p.doc) for p in filler}),
+            "tuned_folder": None if folder is None else str((folder / "tuned").resolve()),
+        },
+    )
 
 
 def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:

@@ -114,13 +114,25 @@ def _of(paraphrases: Mapping[str, str], sources: Sequence[Passage]) -> dict[str,
 
 
 def recite(
-    model: Any, bank: Capture, layers: Sequence[int], made: Sequence[Passage], said: Sequence[str], *, k: int, length: int, seed: int,
+    model: Any,
+    bank: Capture,
+    layers: Sequence[int],
+    made: Sequence[Passage],
+    said: Sequence[str],
+    *,
+    k: int,
+    length: int,
+    seed: int,
     progress: bool = True,
-) -> Recited:  # fmt: skip
+) -> Recited:
     """Measure openings and their controls (from `prepare`) under a model as it is."""
     analyzers = [
-        Compression(k=k), Compression(k=k, context="native", name="compression_native"), Surprisal(), Agreement(), StandardizedLikelihood(),
-    ]  # fmt: skip
+        Compression(k=k),
+        Compression(k=k, context="native", name="compression_native"),
+        Surprisal(),
+        Agreement(),
+        StandardizedLikelihood(),
+    ]
     table = analyze(model, list(made), analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
     texts = memorize.likelihood_baselines(table, [p.text for p in made])
     found = memorize.extract(

@@ -33,7 +33,7 @@ def sections_of(
         "distributions": distributions(at_layer.assign(group=_groups(at_layer)), "compression_change", "group", layer),
         "detection": forest(_detected(tested, layer), "score", by="dose", title=f"AUROC by dose, scores at layer {layer}"),
         "negatives": forest(tested.negatives, ["negative", "score"], title=f"Where there is nothing to find, layer {layer}"),
-    }  # fmt: skip
+    }
     sections = [
         Section(
             "Did the planting work?",
@@ -127,7 +127,9 @@ def sections_of(
             "Texts of which only the middle was trained on, between parts of held out texts of its kind: tokens of the "
             "memorized part less the others of the "
             "same text, tuned less base. The memorized part always stands in the middle: position is not controlled.",
-            view=token_view(forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())),
+            view=token_view(
+                forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())
+            ),
             table=shown(forked.where, "layer", "score"),
         ),
         Section(
@@ -137,9 +139,11 @@ def sections_of(
             table=_recitation(recited),
         ),
         Section(
-            "Openings against their controls", "Opening less the other passage of the same source.",
-            table=shown(recited.contrasts, "contrast", "layer", "score")),
-    ]  # fmt: skip
+            "Openings against their controls",
+            "Opening less the other passage of the same source.",
+            table=shown(recited.contrasts, "contrast", "layer", "score"),
+        ),
+    ]
     if len(recited.matched):
         sections.append(
             Section(
@@ -158,7 +162,7 @@ def sections_of(
                 figure=(drawn := result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")),
                 table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
             )
-        )  # fmt: skip
+        )
         figures["author"] = drawn
     sections.append(
         Section(
@@ -197,9 +201,10 @@ def verdict_of(
     halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
     for one in named_rows(halved[halved["score"].isin(["compression", "compression_change"])]):
         told.append(
-            f"{one.score} alone: could not be tested ({one.note})." if pd.isna(one.estimate)
+            f"{one.score} alone: could not be tested ({one.note})."
+            if pd.isna(one.estimate)
             else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
-        )  # fmt: skip
+        )
     loss = tested.detection[(tested.detection["score"] == "log_likelihood") & (tested.detection["metric"] == "auroc")].iloc[0]
     told.append(
         f"The log likelihood alone, over all doses: AUROC {loss['estimate']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})."
@@ -251,10 +256,15 @@ def _planting(planted: Planted) -> pd.DataFrame:
     texts = planted.texts.assign(group=_groups(planted.texts))
     order = [*(f"shown {dose}" for dose in sorted(planted.texts["dose"].unique())), "held out"]
     rows = texts.groupby("group").agg(
-        n_texts=("seq", "size"), log_likelihood_base=("base_log_likelihood", "mean"), log_likelihood_tuned=("log_likelihood", "mean"),
-        agreement_tuned=("agreement", "mean"), matched=("matched", "mean"), longest_run=("longest_run", "mean"), extracted=("extracted", "mean"),
+        n_texts=("seq", "size"),
+        log_likelihood_base=("base_log_likelihood", "mean"),
+        log_likelihood_tuned=("log_likelihood", "mean"),
+        agreement_tuned=("agreement", "mean"),
+        matched=("matched", "mean"),
+        longest_run=("longest_run", "mean"),
+        extracted=("extracted", "mean"),
         guide_memorized=("guide_memorized", "mean"),
-    )  # fmt: skip
+    )
     return rows.loc[order].reset_index()
 
 
@@ -286,10 +296,20 @@ def _damaged_figure(forked: Forked, layer: int) -> Figure:
 
 
 def _recitation(recited: Recited) -> pd.DataFrame:
-    return recited.texts.groupby("condition", sort=False).agg(
-        n_texts=("seq", "size"), n_sources=("doc", "nunique"), log_likelihood=("log_likelihood", "mean"), agreement=("agreement", "mean"),
-        matched=("matched", "mean"), longest_run=("longest_run", "max"), extracted=("extracted", "sum"), guide_memorized=("guide_memorized", "sum"),
-    ).reset_index()  # fmt: skip
+    return (
+        recited.texts.groupby("condition", sort=False)
+        .agg(
+            n_texts=("seq", "size"),
+            n_sources=("doc", "nunique"),
+            log_likelihood=("log_likelihood", "mean"),
+            agreement=("agreement", "mean"),
+            matched=("matched", "mean"),
+            longest_run=("longest_run", "max"),
+            extracted=("extracted", "sum"),
+            guide_memorized=("guide_memorized", "sum"),
+        )
+        .reset_index()
+    )
 
 
 def _matched_doses(tested: Tested) -> str:

@@ -102,8 +102,10 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     plan = planted.plan
     analyzers = [Compression(k=plan.k)]
     options: dict[str, Any] = {"layers": planted.layers, "max_length": plan.length + 1, "seed": plan.seed, "progress": progress}
-    before, after = (analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
-              for name, model in (("base", planted.base), ("tuned", planted.tuned)))  # fmt: skip
+    before, after = (
+        analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
+        for name, model in (("base", planted.base), ("tuned", planted.tuned))
+    )
     apart = with_changes(before, after, ("compression",))
     apart = apart.groupby(["layer", "doc", "seq"])[["compression", "compression_change"]].mean().reset_index()
     own = planted.sequences[["layer", "doc", "seq", "member", "compression", "compression_change"]]
@@ -112,8 +114,15 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     parts = []
     for other in ("same author", "unrelated"):
         found = attempt(
-            stats.compare_groups, rows, ["compression", "compression_change"], "group", groups=("trained", other), correction="none",
-            n_resamples=1999, seed=plan.seed, unit="document",
-        )  # fmt: skip
+            stats.compare_groups,
+            rows,
+            ["compression", "compression_change"],
+            "group",
+            groups=("trained", other),
+            correction="none",
+            n_resamples=1999,
+            seed=plan.seed,
+            unit="document",
+        )
         parts.append(found.assign(contrast=f"trained - {other}"))
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")

@@ -75,7 +75,7 @@ def examine(planted: Planted) -> Tested:
             stats.compare_groups, _at_dose(sequences, dose), CHANGES, "member", groups=(True, False), n_resamples=1999, **shared
         ).assign(dose=dose)
         for dose in _doses(planted)
-    ]  # fmt: skip
+    ]
     by_dose = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     slopes = attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
     pairs = matched_pairs(planted.texts)
@@ -83,23 +83,47 @@ def examine(planted: Planted) -> Tested:
     matched = attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
     by_pair = _Units(apart["doc"].nunique(), seed)
     difference = declared_test(
-        apart, partial(stats.before_after, on="compression_change", **shared), by_pair, QUESTIONS["difference"], "difference",
+        apart,
+        partial(stats.before_after, on="compression_change", **shared),
+        by_pair,
+        QUESTIONS["difference"],
+        "difference",
         "compression_change",
-    )  # fmt: skip
-    findings = settle("memorization", [
-        difference,
-        declared_test(
-            apart, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), by_pair, QUESTIONS["dose"], "dose",
-            "compression_change", stratify="log2_dose",
-        ) if apart["log2_dose"].nunique() > 1 else _untested("dose", pairs),
-        declared_test(
-            sequences, partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed), replace(by_pair, unit="pair"),
-            QUESTIONS["added"], "added", "compression",
-        ),
-        declared_test(
-            alike, partial(stats.before_after, on="compression", **shared), _Units(len(pairs), seed), QUESTIONS["matched"], "matched",
-        ) if len(pairs) >= FEWEST_UNITS else _untested("matched", pairs),
-    ])  # fmt: skip
+    )
+    findings = settle(
+        "memorization",
+        [
+            difference,
+            declared_test(
+                apart,
+                partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared),
+                by_pair,
+                QUESTIONS["dose"],
+                "dose",
+                "compression_change",
+                stratify="log2_dose",
+            )
+            if apart["log2_dose"].nunique() > 1
+            else _untested("dose", pairs),
+            declared_test(
+                sequences,
+                partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed),
+                replace(by_pair, unit="pair"),
+                QUESTIONS["added"],
+                "added",
+                "compression",
+            ),
+            declared_test(
+                alike,
+                partial(stats.before_after, on="compression", **shared),
+                _Units(len(pairs), seed),
+                QUESTIONS["matched"],
+                "matched",
+            )
+            if len(pairs) >= FEWEST_UNITS
+            else _untested("matched", pairs),
+        ],
+    )
     layer = difference["layer"].iloc[0]
     chosen = int(layer) if pd.notna(layer) else planted.layers[len(planted.layers) // 2]
     detection = _detection(planted, shared)
@@ -111,9 +135,20 @@ def examine(planted: Planted) -> Tested:
     negatives = _negatives(planted, chosen, shared)
     flags = _flags(planted, apart, negatives, design, detection, findings, shared)
     return Tested(
-        findings, effects, by_dose, slopes, detection, detection_by_dose, _added(planted), pairs,
-        stats.correct(matched, "bh") if len(pairs) else matched, negatives, flags, chosen, design,
-    )  # fmt: skip
+        findings,
+        effects,
+        by_dose,
+        slopes,
+        detection,
+        detection_by_dose,
+        _added(planted),
+        pairs,
+        stats.correct(matched, "bh") if len(pairs) else matched,
+        negatives,
+        flags,
+        chosen,
+        design,
+    )
 
 
 def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -136,10 +171,11 @@ def matched_pairs(texts: pd.DataFrame) -> pd.DataFrame:
     pairs = stats.match_units(texts, "member", "log_likelihood", caliper=CALIPER, within=["kind"])
     known = texts.set_index("doc")
     return pairs.assign(
-        kind=known["kind"].reindex(pairs["with_label"]).to_numpy(), dose=known["dose"].reindex(pairs["with_label"]).to_numpy(),
+        kind=known["kind"].reindex(pairs["with_label"]).to_numpy(),
+        dose=known["dose"].reindex(pairs["with_label"]).to_numpy(),
         first_before=known["base_log_likelihood"].reindex(pairs["with_label"]).to_numpy(),
         second_before=known["base_log_likelihood"].reindex(pairs["without_label"]).to_numpy(),
-    )  # fmt: skip
+    )
 
 
 def _matched_differences(sequences: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -212,9 +248,12 @@ def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
     parts = [own.assign(layer_choice="no layer"), every.assign(layer_choice="every layer")]
     try:
         halved = stats.best_layer(
-            above_layer_0(planted.sequences), lambda t: stats.detect(t, scores, "member", correction="none", **shared), stratify="member",
-            correction="none", seed=planted.plan.seed,
-        )  # fmt: skip
+            above_layer_0(planted.sequences),
+            lambda t: stats.detect(t, scores, "member", correction="none", **shared),
+            stratify="member",
+            correction="none",
+            seed=planted.plan.seed,
+        )
         # One layer for a score: that of its AUROC.
         layers = halved[halved["metric"] == "auroc"].set_index("score")["layer"]
         halved = halved[halved["layer"] == halved["score"].map(layers)]
@@ -246,7 +285,7 @@ def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataF
         ("before training", at, [*BEFORE]),
         ("random weights", planted.random_twin[planted.random_twin["layer"] == layer], [*SCORES]),
         ("tuned on other texts", planted.other_tuned[planted.other_tuned["layer"] == layer], [*SCORES, *CHANGES]),
-    ]  # fmt: skip
+    ]
     parts = []
     for name, table, scores in cases:
         found = attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
@@ -280,12 +319,24 @@ def _permuted(planted: Planted) -> pd.DataFrame:
     lines = []
     for score, what in (("linear_probe", "fitted"), ("compression", "layer and direction chosen on half of the pairs")):
         low, high = tables.interval(np.array(drawn[score]))
-        lines.append({
-            "negative": "permuted labels", "score": score, "layer": pd.NA if score == "compression" else planted.probe_layer, "unit": "document",
-            "n_units": len(truth), "n_sequences": len(truth), "n_documents": len(truth), "effect": "auroc", "metric": "auroc",
-            "test": f"mean of {_PERMUTED} coin flips within pairs, {what} anew, with its 95 % interval", "null": 0.5,
-            "estimate": float(np.mean(drawn[score])), "low": low, "high": high,
-        })  # fmt: skip
+        lines.append(
+            {
+                "negative": "permuted labels",
+                "score": score,
+                "layer": pd.NA if score == "compression" else planted.probe_layer,
+                "unit": "document",
+                "n_units": len(truth),
+                "n_sequences": len(truth),
+                "n_documents": len(truth),
+                "effect": "auroc",
+                "metric": "auroc",
+                "test": f"mean of {_PERMUTED} coin flips within pairs, {what} anew, with its 95 % interval",
+                "null": 0.5,
+                "estimate": float(np.mean(drawn[score])),
+                "low": low,
+                "high": high,
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -307,44 +358,55 @@ def _flags(
         lines.append({"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers})
 
     add(
-        "the design does not work", not design["estimate"] > 0.9,
+        "the design does not work",
+        not design["estimate"] > 0.9,
         f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
         "above 0.9)",
-        value=design["estimate"], limit=0.9,
-    )  # fmt: skip
+        value=design["estimate"],
+        limit=0.9,
+    )
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == planted.texts["dose"].max())]
     add(
-        "nothing is extractable", not top["extracted"].any(),
+        "nothing is extractable",
+        not top["extracted"].any(),
         f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
-    )  # fmt: skip
+    )
     real = negatives[negatives["p_corrected"] <= ALPHA]
     off = int((~negatives["at_half"].fillna(True)).sum())
     add(
-        "a negative is not at 0.5", len(real) > 0,
+        "a negative is not at 0.5",
+        len(real) > 0,
         "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in named_rows(real))
         or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
-           f"{int(negatives['at_half'].isna().sum())} could not be had",
-    )  # fmt: skip
+        f"{int(negatives['at_half'].isna().sum())} could not be had",
+    )
     blind = detection[
         (detection["score"] == "blind_classifier") & (detection["metric"] == "auroc") & detection["versus"].isna()
     ].iloc[0]
     add(
-        "texts can be told apart blindly", bool(blind["low"] > 0.5),
+        "texts can be told apart blindly",
+        bool(blind["low"] > 0.5),
         f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
-    )  # fmt: skip
+    )
     held, own = planted.texts[~planted.texts["member"]], planted.texts[planted.texts["member"]]
     shift, gain = (float(part["reference"].mean()) for part in (held, own))
     add(
-        "texts held out became likely, too", shift > 0.5 * gain,
-        f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}", value=shift,
+        "texts held out became likely, too",
+        shift > 0.5 * gain,
+        f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}",
+        value=shift,
         limit=0.5 * gain,
-    )  # fmt: skip
+    )
     holds = findings.set_index("question")["holds"]
     alone = bool(holds["difference"]) and not bool(holds["added"])
     add(
-        "vanishes beside the loss", alone,
-        "the difference holds, but nothing shows that compression adds to the loss" if alone
-        else "compression adds to the loss" if holds["added"] else "there is no difference to vanish",
+        "vanishes beside the loss",
+        alone,
+        "the difference holds, but nothing shows that compression adds to the loss"
+        if alone
+        else "compression adds to the loss"
+        if holds["added"]
+        else "there is no difference to vanish",
         question="difference",
-    )  # fmt: skip
+    )
     return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})

@@ -125,10 +125,11 @@ def sections_of(
             table=_told(differences),
         ),
         Section(
-            "One text", f"The first sequence at layer {layer}; only some tokens were merged.",
+            "One text",
+            f"The first sequence at layer {layer}; only some tokens were merged.",
             view=token_view(whole, [COST, "compression", "surprisal"], layer, seq=int(drawn["seq"].min())),
         ),
-    ], figures  # fmt: skip
+    ], figures
 
 
 def _told(policies: pd.DataFrame) -> pd.DataFrame:
@@ -201,9 +202,11 @@ def _costs_by_layer(drawn: pd.DataFrame) -> pd.DataFrame:
     by_layer = drawn.groupby("layer")[COST]
     names = {f"{name}_mean": name for name in (CHANGE, SIMILARITY, "leader_is_same_token")}
     shown_too = ["layer", "n_documents", "n_tokens", f"{COST}_mean", f"{COST}_low", f"{COST}_high", *names]
-    return summary[shown_too].rename(columns=names).assign(
-        cost_median=by_layer.median().to_numpy(), share_below_0=by_layer.apply(lambda costs: costs.lt(0).mean()).to_numpy()
-    )  # fmt: skip
+    return (
+        summary[shown_too]
+        .rename(columns=names)
+        .assign(cost_median=by_layer.median().to_numpy(), share_below_0=by_layer.apply(lambda costs: costs.lt(0).mean()).to_numpy())
+    )
 
 
 def _compared(row: Any) -> str:

@@ -145,8 +145,10 @@ def check_settings(
         StudyError: see there.
     """
     for name, value, least in (
-        ("tokens_per_sequence", tokens_per_sequence, FEWEST_PLACES), ("window", window, 1), ("n_random", n_random, 1),
-    ):  # fmt: skip
+        ("tokens_per_sequence", tokens_per_sequence, FEWEST_PLACES),
+        ("window", window, 1),
+        ("n_random", n_random, 1),
+    ):
         whole(value, name, least=least, error=StudyError)
     given = [shares] if isinstance(shares, int | float) else list(shares)
     if not given or len(set(given)) < len(given) or not all(0 < share < 1 for share in given):
@@ -295,8 +297,18 @@ def _with_costs(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
 def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     """Columns of the table `costs`."""
-    names = [*tables.KEYS, measured.unit, *SCORES, "compression_other_token", "same_token_share", COST, CHANGE, "losses_behind", "leader_pos",
-             "leader_is_same_token"]  # fmt: skip
+    names = [
+        *tables.KEYS,
+        measured.unit,
+        *SCORES,
+        "compression_other_token",
+        "same_token_share",
+        COST,
+        CHANGE,
+        "losses_behind",
+        "leader_pos",
+        "leader_is_same_token",
+    ]
     return drawn[[name for name in dict.fromkeys(names) if name in drawn]]
 
 
@@ -357,10 +369,12 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
     last = one_sided(lambda part: part.copy(), more=False)(declared[-1])
     last["p_floor"] = [p_floor(row) for row in named_rows(last)]
     return found, last.assign(
-        finding=POLICY_FINDING, question="policy", score="compression",
+        finding=POLICY_FINDING,
+        question="policy",
+        score="compression",
         note=f"{last['share'].iloc[0]:g} of the tokens that can be merged, nats per token, on documents that did not set the "
         "levels",
-    )  # fmt: skip
+    )
 
 
 def _mean(rows: pd.DataFrame, measured: Measured) -> pd.DataFrame:

@@ -57,13 +57,22 @@ def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
         rest = others[others["survives"].notna()]
         lost = rest[~rest["survives"].astype(bool)]["setting"].tolist()
         few = others[others["p"].notna() & ~others["within_reach"]]["setting"].tolist()
-        lines.append({
-            "finding": row.finding, "layer": row.layer, "holds_as_run": bool(row.holds), "estimate": row.estimate,
-            "p_corrected": row.p_corrected, "settings": len(rest), "survives": len(rest) - len(lost),
-            "lost_under": "; ".join(lost) or "none", "not_testable": "; ".join(few) or "none",
-            "in_random_twin": bool(twin["survives"].fillna(False).any()) if twin["survives"].notna().any() else None,
-            "not_tested": int(mine["survives"].isna().sum()), "how": row.note,
-        })  # fmt: skip
+        lines.append(
+            {
+                "finding": row.finding,
+                "layer": row.layer,
+                "holds_as_run": bool(row.holds),
+                "estimate": row.estimate,
+                "p_corrected": row.p_corrected,
+                "settings": len(rest),
+                "survives": len(rest) - len(lost),
+                "lost_under": "; ".join(lost) or "none",
+                "not_testable": "; ".join(few) or "none",
+                "in_random_twin": bool(twin["survives"].fillna(False).any()) if twin["survives"].notna().any() else None,
+                "not_tested": int(mine["survives"].isna().sum()),
+                "how": row.note,
+            }
+        )
     return pd.DataFrame(lines)
 
 

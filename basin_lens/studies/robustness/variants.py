@@ -109,9 +109,15 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
     else:
         untested.append("seed_compression: needs the texts as their own bank.")
     made = analyze(
-        model, measured.capture, analyzers, layers=layers, bank=measured.bank, queries=queries(measured.capture), seed=measured.seed,
+        model,
+        measured.capture,
+        analyzers,
+        layers=layers,
+        bank=measured.bank,
+        queries=queries(measured.capture),
+        seed=measured.seed,
         progress=False,
-    )  # fmt: skip
+    )
     for name, kind, analyzer in wanted:
         column = analyzer.columns[0].name
         new = {"compression": column}
@@ -230,9 +236,15 @@ def same_tokens(capture: Capture, model: Any, layers: tuple[int, ...]) -> Captur
     source = "tokens" if capture.passages is None else "texts"
     held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
     return Capture(
-        capture.sequences, capture.passages, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), layers,
-        provenance(model), held,
-    )  # fmt: skip
+        capture.sequences,
+        capture.passages,
+        list(capture.docs),
+        [dict(label) for label in capture.labels],
+        dict(capture.strings),
+        layers,
+        provenance(model),
+        held,
+    )
 
 
 def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
