@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from basin_lens import stats
 from basin_lens.errors import StudyError
@@ -55,9 +56,8 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
 
     Returns:
         a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original
-        guide's test of
-        the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies` (a row per
-        study).
+        guide's test of the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies`
+        (a row per study).
 
     Raises:
         StudyError: none, or a study twice. StoreError: a folder without a study's results.
@@ -77,6 +77,29 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     names = [one["study"] for one in held]
     if len(set(names)) < len(names) or "summary" in names:
         raise StudyError(f"expected different studies, and no summary among them, got {names}.")
+    findings = _one_family(held)
+    about = pd.DataFrame([_overview(one) for one in held])
+    sections, figures = _sections(findings, about)
+    flags = _flags(held)
+    return Study(
+        name="summary",
+        title="What the studies found",
+        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
+        hypothesis=HYPOTHESIS,
+        decision=decide(findings, flags),
+        verdict=tuple(_verdict(findings, about)),
+        findings=findings,
+        flags=flags,
+        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
+        sections=tuple(sections),
+        tables={"studies": about},
+        figures=figures,
+        provenance={one["study"]: one["provenance"] for one in held},
+    )
+
+
+def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The declared tests of all studies, corrected as one family (Holm)."""
     rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(FINDING))
     for name in ("estimate", "low", "high", "null", "p", "p_corrected", "p_floor", "guide_statistic", "guide_r", "guide_p"):
         rows[name] = rows[name].astype(float)
@@ -91,18 +114,26 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     findings["within_reach"] = reachable & within_reach(findings)
     # A study may ask for more than significance (a direction, survival under every setting).
     findings["holds"] = own & (findings["p_corrected"] <= ALPHA)
-    about = pd.DataFrame(
-        [
-            {
-                "study": one["study"],
-                "title": one["title"],
-                "decision": one["decision"],
-                "red_flags": _raised(one),
-                "verdict": one["verdict"][0],
-            }
-            for one in held
-        ]
-    )
+    return findings
+
+
+def _overview(one: dict[str, Any]) -> dict[str, Any]:
+    """A study as one row."""
+    row = {name: one[name] for name in ("study", "title", "decision")}
+    return row | {"red_flags": _raised(one), "verdict": one["verdict"][0]}
+
+
+def _flags(held: Sequence[dict[str, Any]]) -> pd.DataFrame | None:
+    """The red flags of all studies; None if there are none."""
+    flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
+    if not len(flags):
+        return None
+    flags = flags.astype({"raised": "boolean", "layer": "Int64"})
+    flags.insert(0, "study", flags.pop("study"))
+    return flags
+
+
+def _sections(findings: pd.DataFrame, about: pd.DataFrame) -> tuple[list[Section], dict[str, Figure]]:
     figures = {}
     sections = [
         Section(
@@ -122,26 +153,7 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
         figure.axes[0].set_xlabel(_axis(part))
         caption = "95 % intervals over units; filled: p at most 0.05, Holm over all studies."
         sections.append(Section(title, figure=figure, caption=caption))
-    flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
-    if len(flags):
-        flags = flags.astype({"raised": "boolean", "layer": "Int64"})
-        flags.insert(0, "study", flags.pop("study"))
-    decision = decide(findings, flags if len(flags) else None)
-    return Study(
-        name="summary",
-        title="What the studies found",
-        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(findings, about)),
-        findings=findings,
-        flags=flags if len(flags) else None,
-        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
-        sections=tuple(sections),
-        tables={"studies": about},
-        figures=figures,
-        provenance={one["study"]: one["provenance"] for one in held},
-    )
+    return sections, figures
 
 
 def _kinds(findings: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

@@ -164,51 +164,18 @@ def plant(
     """
     say = say or (lambda _text: None)
     say("texts")
-    made = (
-        list(passages)
-        if passages is not None
-        else memorize.make_canaries(
-            model,
-            per_dose=plan.per_dose,
-            doses=plan.doses,
-            kinds=plan.kinds,
-            length=plan.length,
-            sampled=plan.sampled,
-            seed=plan.seed,
-        )
-    )
-    check_classes([bool(p.labels["member"]) for p in made])
+    made = _texts_to_plant(model, plan, passages)
     members = [p for p in made if p.labels["member"]]
-    # The bank's documents are never trained on.
-    docs = sorted({str(p.doc) for p in reference_passages()})
-    bank = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 0]
-    filler = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 1]
+    bank, filler = _bank_and_filler()
     longest = plan.length + 1  # BOS
     every = n_layers(model)
     layers = tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+    _refuse_texts(model, plan, made, longest)
 
-    # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
-    if n_context(model) < 2 * longest:
-        raise StudyError(
-            f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
-            f"{n_context(model)}. Plan shorter ones."
-        )
-    refuse_built_in(made, model)
-    refuse_copies(made, model)
+    # Before the training: what cannot be measured is refused before the long work.
     say("before training")
     shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
-    analyzers = [
-        Compression(k=plan.k),
-        Compression(k=plan.k, context="native", name="compression_native"),
-        Contraction(k=plan.k),
-        RawCompression(k=plan.k),
-        Neighborhood(k=plan.k),
-        Surprisal(),
-        Agreement(),
-        StandardizedLikelihood(),
-        StateNorm(),
-    ]
-    # Before the training: what cannot be measured is refused before the long work.
+    analyzers = _analyzers(plan.k)
     banks = {"base": bank_of(model, bank, layers, longest)}
     before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
 
@@ -228,14 +195,7 @@ def plant(
     say("baselines and extraction")
     texts = _texts(tuned.model, plan, made, before, after, longest, progress)
     probe_layer = layers[len(layers) // 2]
-    for kind in sorted(set(texts["kind"]))[1:]:
-        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
-    label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    parts = memorize.folds(label, pairs, seed=plan.seed)
-    states = memorize.sequence_states(capture, probe_layer)
-    texts["linear_probe"] = memorize.linear_probe(states, label, parts)
-    texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
-    texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
+    states = _add_baselines(texts, made, capture, probe_layer, plan.seed)
 
     say("negatives")
     few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
@@ -245,6 +205,7 @@ def plant(
     others = _others(model, plan, made)
     apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
     elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
+    headline = ("compression", "compression_native")
     return Planted(
         plan,
         tuple(made),
@@ -256,12 +217,8 @@ def plant(
         texts,
         tokens,
         by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts),
-        by_sequence(untaught, ("compression", "compression_native"), texts),
-        by_sequence(
-            with_changes(before, elsewhere, ("compression", "compression_native")),
-            ("compression", "compression_native", "compression_change", "compression_native_change"),
-            texts,
-        ),
+        by_sequence(untaught, headline, texts),
+        by_sequence(with_changes(before, elsewhere, headline), (*headline, *(f"{name}_change" for name in headline)), texts),
         layers,
         probe_layer,
         states,
@@ -274,6 +231,72 @@ def plant(
             "tuned_folder": None if folder is None else str((folder / "tuned").resolve()),
         },
     )
+
+
+def _texts_to_plant(model: Any, plan: Plan, passages: Sequence[Passage] | None) -> list[Passage]:
+    """The passages given, or canaries."""
+    made = (
+        list(passages)
+        if passages is not None
+        else memorize.make_canaries(
+            model,
+            per_dose=plan.per_dose,
+            doses=plan.doses,
+            kinds=plan.kinds,
+            length=plan.length,
+            sampled=plan.sampled,
+            seed=plan.seed,
+        )
+    )
+    check_classes([bool(p.labels["member"]) for p in made])
+    return made
+
+
+def _bank_and_filler() -> tuple[list[Passage], list[Passage]]:
+    """Built-in passages that neighbors come from, which are never trained on, and passages that training mixes in."""
+    docs = sorted({str(p.doc) for p in reference_passages()})
+    halves: tuple[list[Passage], list[Passage]] = ([], [])
+    for passage in reference_passages():
+        halves[docs.index(str(passage.doc)) % 2].append(passage)
+    return halves
+
+
+def _refuse_texts(model: Any, plan: Plan, made: Sequence[Passage], longest: int) -> None:
+    # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
+    if n_context(model) < 2 * longest:
+        raise StudyError(
+            f"expected a context of at least {2 * longest} tokens for texts of {plan.length}, got "
+            f"{n_context(model)}. Plan shorter ones."
+        )
+    refuse_built_in(made, model)
+    refuse_copies(made, model)
+
+
+def _analyzers(k: int) -> list[Any]:
+    return [
+        Compression(k=k),
+        Compression(k=k, context="native", name="compression_native"),
+        Contraction(k=k),
+        RawCompression(k=k),
+        Neighborhood(k=k),
+        Surprisal(),
+        Agreement(),
+        StandardizedLikelihood(),
+        StateNorm(),
+    ]
+
+
+def _add_baselines(texts: pd.DataFrame, made: Sequence[Passage], capture: Capture, probe_layer: int, seed: int) -> Any:
+    """Baselines that are fitted, each on other pairs than it is used on, as columns of the texts; the states that they were fitted to."""
+    for kind in sorted(set(texts["kind"]))[1:]:
+        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
+    label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
+    parts = memorize.folds(label, pairs, seed=seed)
+    states = memorize.sequence_states(capture, probe_layer)
+    texts["linear_probe"] = memorize.linear_probe(states, label, parts)
+    texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
+    texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
+    return states
 
 
 def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:

@@ -1,5 +1,6 @@
 """The memorization study as figures, sections and sentences."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ def sections_of(
 ) -> tuple[list[Section], dict[str, Figure]]:
     """Findings in the order of their questions."""
     layer = tested.chosen
-    top = tested.design["dose"]
     at_layer = planted.sequences[planted.sequences["layer"] == layer]
     figures = {
         "effect-by-layer": result_curve(_of(above_layer_0(tested.effects), CHANGES), by="score"),
@@ -34,7 +34,23 @@ def sections_of(
         "detection": forest(_detected(tested, layer), "score", by="dose", title=f"AUROC by dose, scores at layer {layer}"),
         "negatives": forest(tested.negatives, ["negative", "score"], title=f"Where there is nothing to find, layer {layer}"),
     }
-    sections = [
+    forks = _of(above_layer_0(forked.forks), ("compression", "compression_change"))
+    figures |= {"fork-by-layer": result_curve(forks, by="score"), "damaged-prefixes": _damaged_figure(forked, layer)}
+    if author is not None:
+        figures["author"] = result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")
+    return [
+        *_planting_sections(planted, tested, figures),
+        *_detection_sections(tested, figures),
+        *_counterfactual_sections(forked, figures, layer),
+        *_recitation_sections(recited),
+        *([] if author is None else [_author_section(author, figures)]),
+        _negatives_section(planted, tested, figures),
+    ], figures
+
+
+def _planting_sections(planted: Planted, tested: Tested, figures: Mapping[str, Figure]) -> list[Section]:
+    layer = tested.chosen
+    return [
         Section(
             "Did the planting work?",
             "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction "
@@ -62,6 +78,12 @@ def sections_of(
         Section(
             "The change, text by text", figure=figures["distributions"], caption=f"Mean over a text's tokens at layer {layer}."
         ),
+    ]
+
+
+def _detection_sections(tested: Tested, figures: Mapping[str, Figure]) -> list[Section]:
+    layer, top = tested.chosen, tested.design["dose"]
+    return [
         Section(
             "Detection by every score and baseline",
             "All are oriented so that higher means memorized, but compression and contraction, whose direction is not known "
@@ -99,20 +121,21 @@ def sections_of(
             "has one was harder before the training: compression_base shows how far that alone goes.",
             table=shown(tested.matched, "layer", "score"),
         ),
+    ]
+
+
+def _counterfactual_sections(forked: Forked, figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    return [
         Section(
             "The fork: the same prefix, another continuation",
             "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
             "sampled and four tails of other texts "
             "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
-            figure=(made := result_curve(_of(above_layer_0(forked.forks), ("compression", "compression_change")), by="score")),
+            figure=figures["fork-by-layer"],
             caption="Mean difference over prefixes with 95 % intervals.",
             table=shown(forked.forks, "layer", "score"),
             note=_gap(forked),
         ),
-    ]
-    figures["fork-by-layer"] = made
-    figures["damaged-prefixes"] = _damaged_figure(forked, layer)
-    sections += [
         Section(
             "How wide is the path?",
             "Prefixes of memorized texts with more and more tokens replaced at random; width: replacements at which less than "
@@ -132,6 +155,11 @@ def sections_of(
             ),
             table=shown(forked.where, "layer", "score"),
         ),
+    ]
+
+
+def _recitation_sections(recited: Recited) -> list[Section]:
+    sections = [
         Section(
             "Recitation without planting (exploratory)",
             "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and "
@@ -152,31 +180,31 @@ def sections_of(
                 table=shown(recited.matched, "layer", "score", "n_first", "n_second"),
             )
         )
-    if author is not None:
-        sections.append(
-            Section(
-                "The original guide's contrast",
-                "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
-                "held out passages of the same "
-                "author, in training alone.",
-                figure=(drawn := result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")),
-                table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
-            )
-        )
-        figures["author"] = drawn
-    sections.append(
-        Section(
-            "Negatives",
-            "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
-            f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
-            f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
-            "and the choice of a layer are made anew with labels of other coins.",
-            figure=figures["negatives"],
-            caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
-            table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
-        )
+    return sections
+
+
+def _author_section(author: pd.DataFrame, figures: Mapping[str, Figure]) -> Section:
+    return Section(
+        "The original guide's contrast",
+        "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
+        "held out passages of the same "
+        "author, in training alone.",
+        figure=figures["author"],
+        table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
     )
-    return sections, figures
+
+
+def _negatives_section(planted: Planted, tested: Tested, figures: Mapping[str, Figure]) -> Section:
+    return Section(
+        "Negatives",
+        "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
+        f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
+        f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
+        "and the choice of a layer are made anew with labels of other coins.",
+        figure=figures["negatives"],
+        caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
+        table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
+    )
 
 
 def verdict_of(

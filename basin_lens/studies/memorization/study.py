@@ -144,36 +144,22 @@ def study_memorization(
     if design == "author" and not unrelated:
         raise StudyError("expected texts by others as unrelated=, for the contrast of the design author, got none. Give some.")
     # Everything that can be refused is refused before the training.
-    made = author_passages(model, texts, plan) if design == "author" else None
-    apart = unrelated_passages(model, unrelated, plan, texts) if design == "author" else []
-    copies = copies_said(model, texts, unrelated, plan) if design == "author" else []
-    known, said = prepare(
-        model,
-        count=plan.sources,
-        length=plan.length,
-        seed=plan.seed,
-        files=texts if design == "canaries" else (),
-        paraphrases=paraphrases,
-    )
+    is_author = design == "author"
+    made = author_passages(model, texts, plan) if is_author else None
+    apart = unrelated_passages(model, unrelated, plan, texts) if is_author else []
+    copies = copies_said(model, texts, unrelated, plan) if is_author else []
+    shared: dict[str, Any] = {"length": plan.length, "seed": plan.seed}
+    known, said = prepare(model, count=plan.sources, files=() if is_author else texts, paraphrases=paraphrases, **shared)
     with progress_steps("study memorization", 9, progress) as step:
         planted = plant(model, plan, passages=made, folder=None if folder is None else Path(folder), progress=progress, say=step)
         step("forks")
         forked = fork(planted, progress=progress)
         step("recitation")
-        recited = recite(
-            model,
-            planted.banks["base"],
-            planted.layers,
-            known,
-            said,
-            k=plan.k,
-            length=plan.length,
-            seed=plan.seed,
-            progress=progress,
-        )
+        base_bank = planted.banks["base"]
+        recited = recite(model, base_bank, planted.layers, known, said, k=plan.k, progress=progress, **shared)
         step("tests and figures")
         tested = examine(planted)
-        author = guide_contrast(planted, apart, progress) if design == "author" else None
+        author = guide_contrast(planted, apart, progress) if is_author else None
         sections, figures = sections_of(planted, tested, forked, recited, author)
     decision = decide(tested.findings, tested.flags)
     held = _tables(planted, tested, forked, recited) | ({} if author is None else {"author": author})

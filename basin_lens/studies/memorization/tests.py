@@ -81,50 +81,9 @@ def examine(planted: Planted) -> Tested:
     pairs = matched_pairs(planted.texts)
     alike = _matched_differences(sequences, pairs)
     matched = attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
-    by_pair = _Units(apart["doc"].nunique(), seed)
-    difference = declared_test(
-        apart,
-        partial(stats.before_after, on="compression_change", **shared),
-        by_pair,
-        QUESTIONS["difference"],
-        "difference",
-        "compression_change",
-    )
-    findings = settle(
-        "memorization",
-        [
-            difference,
-            declared_test(
-                apart,
-                partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared),
-                by_pair,
-                QUESTIONS["dose"],
-                "dose",
-                "compression_change",
-                stratify="log2_dose",
-            )
-            if apart["log2_dose"].nunique() > 1
-            else _untested("dose", pairs),
-            declared_test(
-                sequences,
-                partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed),
-                replace(by_pair, unit="pair"),
-                QUESTIONS["added"],
-                "added",
-                "compression",
-            ),
-            declared_test(
-                alike,
-                partial(stats.before_after, on="compression", **shared),
-                _Units(len(pairs), seed),
-                QUESTIONS["matched"],
-                "matched",
-            )
-            if len(pairs) >= FEWEST_UNITS
-            else _untested("matched", pairs),
-        ],
-    )
-    layer = difference["layer"].iloc[0]
+    rows = _declared(planted, apart, alike, pairs)
+    findings = settle("memorization", rows)
+    layer = rows[0]["layer"].iloc[0]
     chosen = int(layer) if pd.notna(layer) else planted.layers[len(planted.layers) // 2]
     detection = _detection(planted, shared)
     detection_by_dose = _detection_by_dose(planted, chosen, shared)
@@ -149,6 +108,29 @@ def examine(planted: Planted) -> Tested:
         chosen,
         design,
     )
+
+
+def _declared(planted: Planted, apart: pd.DataFrame, alike: pd.DataFrame, pairs: pd.DataFrame) -> list[pd.DataFrame]:
+    """The declared tests, a row each: differences within pairs, their slope over doses, added value, pairs of equal loss."""
+    seed = planted.plan.seed
+    shared: dict[str, Any] = {"unit": "document", "seed": seed}
+    by_pair = _Units(apart["doc"].nunique(), seed)
+    change = partial(stats.before_after, on="compression_change", **shared)
+    slope = partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared)
+    gain = partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed)
+    equal_loss = partial(stats.before_after, on="compression", **shared)
+    asked = QUESTIONS
+    rows = [declared_test(apart, change, by_pair, asked["difference"], "difference", "compression_change")]
+    if apart["log2_dose"].nunique() > 1:
+        rows.append(declared_test(apart, slope, by_pair, asked["dose"], "dose", "compression_change", stratify="log2_dose"))
+    else:
+        rows.append(_untested("dose", pairs))
+    rows.append(declared_test(planted.sequences, gain, replace(by_pair, unit="pair"), asked["added"], "added"))
+    if len(pairs) >= FEWEST_UNITS:
+        rows.append(declared_test(alike, equal_loss, _Units(len(pairs), seed), asked["matched"], "matched"))
+    else:
+        rows.append(_untested("matched", pairs))
+    return rows
 
 
 def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -352,61 +334,95 @@ def _flags(
     """The usual ones, of the difference, and those of a planted design, which count for every question."""
     usual = checked_red_flags(above_layer_0(apart), "compression_change", **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
+    lines = [
+        *_design_flags(planted, design),
+        *_negative_flags(negatives, detection),
+        *_training_flags(planted, findings),
+    ]
+    return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})
+
+
+def _flag(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> dict[str, Any]:
+    return {"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers}
+
+
+def _design_flags(planted: Planted, design: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether anything was memorized."""
     lines = []
-
-    def add(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> None:
-        lines.append({"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers})
-
-    add(
-        "the design does not work",
-        not design["estimate"] > 0.9,
-        f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
-        "above 0.9)",
-        value=design["estimate"],
-        limit=0.9,
+    lines.append(
+        _flag(
+            "the design does not work",
+            not design["estimate"] > 0.9,
+            f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
+            "above 0.9)",
+            value=design["estimate"],
+            limit=0.9,
+        )
     )
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == planted.texts["dose"].max())]
-    add(
-        "nothing is extractable",
-        not top["extracted"].any(),
-        f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
+    lines.append(
+        _flag(
+            "nothing is extractable",
+            not top["extracted"].any(),
+            f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
+        )
     )
+    return lines
+
+
+def _negative_flags(negatives: pd.DataFrame, detection: pd.DataFrame) -> list[dict[str, Any]]:
+    """Whether something is found where there is nothing."""
+    lines = []
     real = negatives[negatives["p_corrected"] <= ALPHA]
     off = int((~negatives["at_half"].fillna(True)).sum())
-    add(
-        "a negative is not at 0.5",
-        len(real) > 0,
-        "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in named_rows(real))
-        or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
-        f"{int(negatives['at_half'].isna().sum())} could not be had",
+    lines.append(
+        _flag(
+            "a negative is not at 0.5",
+            len(real) > 0,
+            "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in named_rows(real))
+            or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
+            f"{int(negatives['at_half'].isna().sum())} could not be had",
+        )
     )
     blind = detection[
         (detection["score"] == "blind_classifier") & (detection["metric"] == "auroc") & detection["versus"].isna()
     ].iloc[0]
-    add(
-        "texts can be told apart blindly",
-        bool(blind["low"] > 0.5),
-        f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
+    lines.append(
+        _flag(
+            "texts can be told apart blindly",
+            bool(blind["low"] > 0.5),
+            f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
+        )
     )
+    return lines
+
+
+def _training_flags(planted: Planted, findings: pd.DataFrame) -> list[dict[str, Any]]:
+    """Whether the training reached texts held out, and whether the loss says it all."""
+    lines = []
     held, own = planted.texts[~planted.texts["member"]], planted.texts[planted.texts["member"]]
     shift, gain = (float(part["reference"].mean()) for part in (held, own))
-    add(
-        "texts held out became likely, too",
-        shift > 0.5 * gain,
-        f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}",
-        value=shift,
-        limit=0.5 * gain,
+    lines.append(
+        _flag(
+            "texts held out became likely, too",
+            shift > 0.5 * gain,
+            f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}",
+            value=shift,
+            limit=0.5 * gain,
+        )
     )
     holds = findings.set_index("question")["holds"]
     alone = bool(holds["difference"]) and not bool(holds["added"])
-    add(
-        "vanishes beside the loss",
-        alone,
-        "the difference holds, but nothing shows that compression adds to the loss"
-        if alone
-        else "compression adds to the loss"
-        if holds["added"]
-        else "there is no difference to vanish",
-        question="difference",
+    lines.append(
+        _flag(
+            "vanishes beside the loss",
+            alone,
+            "the difference holds, but nothing shows that compression adds to the loss"
+            if alone
+            else "compression adds to the loss"
+            if holds["added"]
+            else "there is no difference to vanish",
+            question="difference",
+        )
     )
-    return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})
+    return lines

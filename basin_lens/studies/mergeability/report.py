@@ -1,5 +1,6 @@
 """What the study of mergeability says and shows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -55,6 +56,20 @@ def sections_of(
         "policies-against-random": forest(differences, ["budget", "policy"], by="versus"),
     }
     return [
+        *_layer_sections(drawn, found, figures),
+        *_token_sections(figures, layer),
+        *_policy_sections(alone, differences, figures),
+        Section(
+            "One text",
+            f"The first sequence at layer {layer}; only some tokens were merged.",
+            view=token_view(whole, [COST, "compression", "surprisal"], layer, seq=int(drawn["seq"].min())),
+        ),
+    ], figures
+
+
+def _layer_sections(drawn: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Figure]) -> list[Section]:
+    """The cost, and what goes with it, layer by layer."""
+    return [
         Section(
             "What it costs to merge one token",
             "Mean over documents of the rise of the summed loss of all later tokens, in nats, when one token alone is merged in "
@@ -90,6 +105,12 @@ def sections_of(
             caption="Mean partial Spearman correlation of each score with merge_change, standard controls, a family of its own; "
             "all numbers are in the table above.",
         ),
+    ]
+
+
+def _token_sections(figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    """The cost token by token, in one layer."""
+    return [
         Section(
             f"The cost in the quarters of a score, layer {layer}",
             "No control is applied here.",
@@ -102,6 +123,12 @@ def sections_of(
             caption="Compression less its sequence's mean, ranks of the cost within sequences; line by least squares, band from "
             "a bootstrap of documents.",
         ),
+    ]
+
+
+def _policy_sections(alone: pd.DataFrame, differences: pd.DataFrame, figures: Mapping[str, Figure]) -> list[Section]:
+    """Many tokens merged at once."""
+    return [
         Section(
             "Many tokens at once: excess loss of each policy",
             [
@@ -124,12 +151,7 @@ def sections_of(
             "flips of whole documents.",
             table=_told(differences),
         ),
-        Section(
-            "One text",
-            f"The first sequence at layer {layer}; only some tokens were merged.",
-            view=token_view(whole, [COST, "compression", "surprisal"], layer, seq=int(drawn["seq"].min())),
-        ),
-    ], figures
+    ]
 
 
 def _told(policies: pd.DataFrame) -> pd.DataFrame:
