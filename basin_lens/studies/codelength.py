@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.studies.framework import base
 from basin_lens.studies.framework.contrasts import contrast_section
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
@@ -64,8 +64,8 @@ def with_code_lengths(table: pd.DataFrame) -> pd.DataFrame:
     answer[OWN] = answer["surprisal"] / np.log(2)
     ordered = answer.sort_values(["layer", "seq", "pos"])
     answer[NEXT] = ordered.groupby(["layer", "seq"])[OWN].shift(-1)
-    answer.attrs = dict(table.attrs)
-    return base.with_columns(answer, {name: {"unit": "bits", "low": 0.0, "high": None} for name in (OWN, NEXT)})
+    answer = tables.with_provenance(answer, table)
+    return tables.with_columns(answer, dict.fromkeys((OWN, NEXT), tables.Column("bits", low=0.0)))
 
 
 def _study(measured: Measured, step: base.Steps) -> base.Study:

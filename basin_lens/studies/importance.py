@@ -1,5 +1,6 @@
 """Does compression go with the importance of a token, beyond what position, frequency, norm and density already say?"""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -80,8 +81,7 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     unranked = [name for name in MEASURES if name not in there]
 
     step("agreement with erasure")
-    known = table[table[TRUTH].notna()]
-    known.attrs = dict(table.attrs)
+    known = tables.select(table, table[TRUTH].notna())
     agreement = stats.within_sequence_correlation(known, there, TRUTH, **shared)
     beyond = stats.partial_correlation(known, there, TRUTH, controls=["position"], min_tokens=FEWEST_SCORED, **shared)
     agreement = pd.concat([agreement, beyond], ignore_index=True)
@@ -155,12 +155,12 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Signed attributions by size: how much, not in which direction."""
-    answer, known, sizes = table.copy(), tables.scores(table), {}
+    answer, known, sizes = table.copy(), tables.columns(table), {}
     for name in ("gradient_times_activation", "integrated_gradients"):
         if name in table.columns and table[name].notna().any():
             answer[f"{name}_size"] = table[name].abs()
-            sizes[f"{name}_size"] = {**known[name], "low": 0.0}
-    return base.with_columns(answer, sizes)
+            sizes[f"{name}_size"] = replace(known[name], low=0.0)
+    return tables.with_columns(answer, sizes)
 
 
 def _ranking(known: pd.DataFrame, measures: list[str], beyond: pd.DataFrame, measured: Measured) -> pd.DataFrame:

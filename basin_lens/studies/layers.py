@@ -62,9 +62,9 @@ def _study(measured: Measured, step: base.Steps) -> base.Study:
     table = measured.table.copy()
     for name, control in zip(ABOVE, CONTROLS, strict=True):
         table[name] = table["compression"] - table[control]
-    known = tables.scores(measured.table)
-    table = base.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
-    scores = [name for name, fact in known.items() if fact["analyzer"] not in _NOT_SCORES]
+    known = tables.columns(measured.table)
+    table = tables.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
+    scores = [name for name, column in known.items() if column.analyzer not in _NOT_SCORES]
     summary = tables.layer_summary(table, [*scores, *ABOVE])
 
     step("controls")

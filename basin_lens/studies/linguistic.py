@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework import base
@@ -112,7 +112,6 @@ def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, s
     words = word_table(tokens, part)
     words["kind"] = words["tag"].map({**dict.fromkeys(FUNCTION, "function"), **dict.fromkeys(CONTENT, "content")})
     words["noun_verb"] = words["tag"].map({"NOUN": "noun", "VERB": "verb"})
-    words.attrs = dict(measured.table.attrs)
     shared: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
 
     step("function and content words")
@@ -237,15 +236,13 @@ def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     weighted = by_sequence.mul(layers, axis=0).groupby(level=keys).sum() / by_sequence.groupby(level=keys).sum().replace(0, np.nan)
     table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
     table["run"] = shares["run"].iloc[0]
-    table.attrs = dict(shares.attrs)
-    known = table.dropna(subset=[one, other])
-    known.attrs = dict(shares.attrs)
+    table = tables.with_provenance(table, shares)
+    known = tables.select(table, table[[one, other]].notna().all(axis=1))
     one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
 
     def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
         above = base.one_sided(partial(one_sample, on=[one, other]))(part)
-        usable = part.dropna(subset=["difference"])
-        usable.attrs = dict(part.attrs)
+        usable = tables.select(part, part["difference"].notna())
         earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(usable)
         without = len(part) - len(usable)
         return earlier.assign(
@@ -331,8 +328,7 @@ def _shares_section(curves: pd.DataFrame) -> Section:
 
 def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame]:
     values = sorted({str(v) for v in words[label].dropna()})
-    table = words.assign(contrast=Contrast(label, values[0], values[1]).values(words))
-    table.attrs = dict(words.attrs)
+    table = tables.assign(words, contrast=Contrast(label, values[0], values[1]).values(words))
     as_contrast = replace(measured, table=table, contrast=Contrast(label, values[0], values[1]))
     section, found, figure = contrast_section(table, list(SCORES), as_contrast)
     text = "Sentences by their label: means over a sentence's words, sentences compared as wholes."

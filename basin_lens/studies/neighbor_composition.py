@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.studies.framework import base
 from basin_lens.studies.framework.measurement import Measured
 
@@ -48,7 +48,7 @@ def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFr
     for label in (measured.unit,):
         if label in tokens.columns and label not in table.columns:
             table[label] = tokens[label]
-    table.attrs = dict(tokens.attrs)
+    table = tables.with_provenance(table, tokens)
     excess = [f"{name}_excess" for name in SHARES if table[f"{name}_excess"].abs().max() > 0]
     if not excess:  # no share differs from chance anywhere, as with one tag for all
         return table, None

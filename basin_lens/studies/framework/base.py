@@ -109,10 +109,8 @@ class Study:
         (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in {**self.tables, "findings": self.findings}.items():
-            whole = table.copy()
-            whole.attrs["provenance"] = dict(self.provenance)
-            tables.save(whole, folder / "tables" / f"{name}.parquet")
-            tables.save_csv(whole, folder / "tables" / f"{name}.csv")
+            tables.save(table, folder / "tables" / f"{name}.parquet", by_run=self.provenance)
+            tables.save_csv(table, folder / "tables" / f"{name}.csv")
         if self.tokens is not None:  # a row per token and layer: too long to be of use as CSV
             tables.save(self.tokens, folder / "tables" / "tokens.parquet")
         for name, figure in self.figures.items():
@@ -255,18 +253,7 @@ def inner(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of layers above 0, if there are any."""
     if "layer" not in table.columns or not (table["layer"] > 0).any():
         return table
-    part = table[table["layer"] > 0]
-    part.attrs = dict(table.attrs)
-    return part
-
-
-def with_columns(table: pd.DataFrame, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """The table with columns of a study's own described in its provenance, whence figures and findings take units."""
-    answer = table.copy()
-    held = table.attrs.get("provenance", {})
-    described = {run: {**facts, "columns": {**facts["columns"], **columns}} for run, facts in held.items()}
-    answer.attrs = {**table.attrs, "provenance": described}
-    return answer
+    return tables.select(table, table["layer"] > 0)
 
 
 def p_floor(row: Any) -> float:

@@ -338,8 +338,7 @@ def count_units(capture: Capture, unit: str) -> int:
     rows = pd.DataFrame({"doc": np.array(capture.docs, object)[seqs], "seq": seqs})
     if unit not in ("sequence", "document"):
         rows[unit] = np.array([str(label[unit]) for label in capture.labels], object)[seqs]
-    rows.attrs["provenance"] = {"": {"copies": capture.copies}}
-    return stats.design.distinct_units(rows, unit)
+    return stats.design.distinct_units(tables.described(rows, {"": tables.Provenance(copies=capture.copies)}), unit)
 
 
 def spaced_layers(n_layers: int, count: int = 10) -> list[int]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from basin_lens import tables
 from basin_lens.studies.framework import base
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.memorization.counterfactuals import Forked
@@ -225,9 +226,7 @@ _UNITS = {"difference": "nats", "dose": "nats", "added": "nats per text", "match
 
 
 def _of(results: pd.DataFrame, scores: Any) -> pd.DataFrame:
-    part = results[results["score"].isin(list(scores))]
-    part.attrs = dict(results.attrs)
-    return part
+    return tables.select(results, results["score"].isin(list(scores)))
 
 
 def _groups(texts: pd.DataFrame) -> pd.Series:

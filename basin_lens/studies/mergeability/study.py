@@ -1,6 +1,6 @@
 """Does the geometry of a token's state say whether a language model can do without it, merged into an earlier one?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import pandas as pd
 
 from basin_lens import stats, tables
 from basin_lens.capture import Capture
-from basin_lens.distinct import documents_once
 from basin_lens.errors import StudyError
 from basin_lens.merging import TokenMerger
 from basin_lens.studies.framework import base
@@ -39,6 +38,7 @@ from basin_lens.studies.mergeability.report import (
     sections_of,
     verdict_of,
 )
+from basin_lens.tables.distinct import documents_once
 from basin_lens.values import whole, whole_numbers
 
 CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.CONTROLS, SIMILARITY)}
@@ -178,8 +178,8 @@ def _units(capture: Capture, sequences: Sequence[int], unit: str) -> set[Any]:
 def _halves(measured: Measured, sequences: list[int], seed: int) -> tuple[list[int], list[int]]:
     """Sequences that set levels, and those that test them; no unit is in both."""
     rows = pd.DataFrame({"seq": sequences, "unit": [_unit_of(measured.capture, seq, measured.unit) for seq in sequences]})
-    rows.attrs = dict(measured.table.attrs)  # which texts are copies: none is in both
-    first = stats.halves(rows.assign(doc=rows["unit"]), seed=seed).to_numpy(bool)
+    rows = tables.with_provenance(rows, measured.table)  # which texts are copies: none is in both
+    first = stats.halves(tables.assign(rows, doc=rows["unit"]), seed=seed).to_numpy(bool)
     return rows["seq"][first].tolist(), rows["seq"][~first].tolist()
 
 
@@ -187,14 +187,13 @@ def _study(
     measured: Measured, table: pd.DataFrame, setting: Setting, costs: Costs, losses: pd.DataFrame, step: base.Steps
 ) -> base.Study:
     whole = _with_costs(table, costs.table)
-    drawn = whole[whole[COST].notna()].reset_index(drop=True)
-    drawn.attrs = dict(whole.attrs)
+    drawn = tables.with_provenance(whole[whole[COST].notna()].reset_index(drop=True), whole)
 
     step("partial correlations")
     found = _correlations(drawn, measured)
 
     step("declared tests and red flags")
-    policies, last = _policies(losses, measured, whole.attrs)
+    policies, last = _policies(losses, measured, whole)
     findings = base.settle("mergeability", [
         *(
             base.declared(
@@ -217,7 +216,7 @@ def _study(
     quartiles = stats.correct(pd.concat([
         stats.quartile_table(drawn, COST, by, layers=[layer], unit=measured.unit) for by in QUARTERS
     ], ignore_index=True), "bh")  # fmt: skip
-    quartiles.attrs = dict(drawn.attrs)
+    quartiles = tables.with_provenance(quartiles, drawn)
     sections, figures = sections_of(whole, drawn, found, quartiles, policies, layer)
     held = {"partial_correlation": found, "quartiles": quartiles, "costs": _kept(drawn, measured), "policies": policies}
     step("contrast")
@@ -250,16 +249,8 @@ def _study(
 
 def _with_costs(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """The token table with what was found for each forced merge: row of layer n, merge in layer n. NaN where nothing was merged."""
-    answer = table.merge(costs, on=["layer", "seq", "pos"], how="left", validate="one_to_one")
-    provenance = {
-        run: {
-            **facts,
-            "columns": {**facts["columns"], **{name: {"unit": unit, "low": None, "high": None} for name, unit in UNITS.items()}},
-        }
-        for run, facts in tables.provenance(table).items()
-    }
-    answer.attrs = {**table.attrs, "provenance": provenance}
-    return answer
+    answer = tables.merge(table, costs, on=["layer", "seq", "pos"], how="left", validate="one_to_one")
+    return tables.with_columns(answer, {name: tables.Column(unit) for name, unit in UNITS.items()})
 
 
 def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
@@ -286,11 +277,10 @@ def _correlations(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
                     parts.append(one.assign(control_set=name, against=against))
         families.append(stats.correct(pd.concat(parts, ignore_index=True), "bh"))
     found = pd.concat(families, ignore_index=True)
-    found.attrs = dict(drawn.attrs)
-    return found
+    return tables.with_provenance(found, drawn)
 
 
-def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _policies(losses: pd.DataFrame, measured: Measured, tokens: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Excess loss of each policy, and less that of each random one; and the declared test, as a row."""
     held = losses.groupby(["share", "policy", "seq"], sort=False)[
         [EXCESS, "merged_share", "n_tokens"]
@@ -322,7 +312,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
     found = stats.correct(pd.concat(parts, ignore_index=True), "bh").drop(columns="layer")
     first = ["policy", "share", "versus", "merged_share"]
     found = found[[*first, *(name for name in found if name not in first)]]
-    found.attrs = dict(attrs)
+    found = tables.with_provenance(found, tokens)
     last = base.one_sided(lambda part: part.copy(), more=False)(declared[-1])
     last["p_floor"] = [base.p_floor(row) for row in base.rows(last)]
     return found, last.assign(
