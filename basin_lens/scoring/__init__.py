@@ -200,7 +200,7 @@ def score(
         **facts,
     }
     rows, labels = row_facts(capture)
-    return Analysis(tables.build(rows, labels, wanted, values, provenance), kept)
+    return Analysis(tables.build(rows, labels, wanted, values, tables.Provenance.from_json(provenance)), kept)
 
 
 @whole_numbers(CaptureError)

@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
 from basin_lens.studies.framework.measured_texts import SCORES, Measured
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0, with_columns
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"
@@ -67,8 +67,8 @@ def with_code_lengths(table: pd.DataFrame) -> pd.DataFrame:
     answer[OWN] = answer["surprisal"] / np.log(2)
     ordered = answer.sort_values(["layer", "seq", "pos"])
     answer[NEXT] = ordered.groupby(["layer", "seq"])[OWN].shift(-1)
-    answer.attrs = dict(table.attrs)
-    return with_columns(answer, {name: {"unit": "bits", "low": 0.0, "high": None} for name in (OWN, NEXT)})
+    answer = tables.with_provenance(answer, table)
+    return tables.with_columns(answer, dict.fromkeys((OWN, NEXT), tables.Column("bits", low=0.0)))
 
 
 def _analysis(task: Task) -> Analysis:

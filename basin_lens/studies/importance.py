@@ -1,5 +1,6 @@
 """Does compression go with the importance of a token, beyond what position, frequency, norm and density already say?"""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from basin_lens.studies.framework.measured_texts import SCORES, Measured
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0, with_columns
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
@@ -109,8 +110,7 @@ def _analysis(task: Task) -> Analysis:
     there = [name for name in MEASURES if name in table.columns and units_in(table[table[name].notna()], measured) >= FEWEST_UNITS]
 
     task.step("agreement with erasure")
-    known = table[table[TRUTH].notna()]
-    known.attrs = dict(table.attrs)
+    known = tables.select(table, table[TRUTH].notna())
     plain = stats.within_sequence_correlation(known, there, TRUTH, **task.unit_and_seed)
     beyond = stats.partial_correlation(known, there, TRUTH, controls=["position"], min_tokens=FEWEST_SCORED, **task.unit_and_seed)
     ranking = _ranking(known, there, beyond, measured)
@@ -135,12 +135,12 @@ def _analysis(task: Task) -> Analysis:
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Signed attributions by size: how much, not in which direction."""
-    answer, known, sizes = table.copy(), tables.scores(table), {}
+    answer, known, sizes = table.copy(), tables.columns(table), {}
     for name in ("gradient_times_activation", "integrated_gradients"):
         if name in table.columns and table[name].notna().any():
             answer[f"{name}_size"] = table[name].abs()
-            sizes[f"{name}_size"] = {**known[name], "low": 0.0}
-    return with_columns(answer, sizes)
+            sizes[f"{name}_size"] = replace(known[name], low=0.0)
+    return tables.with_columns(answer, sizes)
 
 
 def _ranking(known: pd.DataFrame, measures: list[str], beyond: pd.DataFrame, measured: Measured) -> pd.DataFrame:

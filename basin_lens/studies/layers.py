@@ -26,7 +26,7 @@ from basin_lens.studies.framework.measured_texts import SCORES, Measured
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0, with_columns
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import unit_keys
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
@@ -91,9 +91,9 @@ def _analysis(task: Task) -> Analysis:
     table = measured.table.copy()
     for name, control in zip(ABOVE, CONTROLS, strict=True):
         table[name] = table["compression"] - table[control]
-    known = tables.scores(measured.table)
-    table = with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
-    scores = [name for name, fact in known.items() if fact["analyzer"] not in _NOT_SCORES]
+    known = tables.columns(measured.table)
+    table = tables.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
+    scores = [name for name, column in known.items() if column.analyzer not in _NOT_SCORES]
     summary = tables.layer_summary(table, [*scores, *ABOVE])
 
     task.step("controls")

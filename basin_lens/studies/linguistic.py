@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.attempts import attempt
@@ -161,7 +161,6 @@ def _analysis(task: Task) -> Analysis:
     words = word_table(tokens, options.part)
     words["kind"] = words["tag"].map({**dict.fromkeys(FUNCTION, "function"), **dict.fromkeys(CONTENT, "content")})
     words["noun_verb"] = words["tag"].map({"NOUN": "noun", "VERB": "verb"})
-    words.attrs = dict(measured.table.attrs)
 
     task.step("function and content words")
     groups = _groups(words, task)
@@ -171,7 +170,7 @@ def _analysis(task: Task) -> Analysis:
 
     task.step("neighbors")
     shares, curves = neighbor_shares(tokens, measured)
-    tables = {"groups": groups, "tag_means": means, "tag_effect": effect}
+    held = {"groups": groups, "tag_means": means, "tag_effect": effect}
     pairs: list[tuple[str, dict[str, Any]]] = [
         (" - ".join(sides), {"group": column, "groups": sides, "paired": True}) for column, sides in _PAIRS
     ]
@@ -186,7 +185,7 @@ def _analysis(task: Task) -> Analysis:
             Check("tag", list(SCORES), options={"tag": "tag"}),
         ],
         tokens=tokens,
-        tables=tables if curves is None else {**tables, "neighbor_shares": curves},
+        tables=held if curves is None else {**held, "neighbor_shares": curves},
         details=_Details(source, shares is not None, curves),
     )
 
@@ -286,8 +285,8 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     )
 
 
-def _figures(words: pd.DataFrame, tables: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
-    groups, means, effect = tables["groups"], tables["tag_means"], tables["tag_effect"]
+def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     headline, mine = groups[groups["score"] == "compression"], means[means["score"] == "compression"]
     by_controls = [mine[mine["control_set"] == wording] for wording, _ in _CONTROL_SETS]
     return {
@@ -298,8 +297,8 @@ def _figures(words: pd.DataFrame, tables: Mapping[str, pd.DataFrame], layer: int
     }
 
 
-def _sections(measured: Measured, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
-    groups, means, effect = tables["groups"], tables["tag_means"], tables["tag_effect"]
+def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
     return [
         Section(
@@ -353,8 +352,7 @@ def _shares_section(curves: pd.DataFrame) -> Section:
 
 def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame]:
     values = sorted({str(v) for v in words[label].dropna()})
-    table = words.assign(contrast=Contrast(label, values[0], values[1]).values(words))
-    table.attrs = dict(words.attrs)
+    table = tables.assign(words, contrast=Contrast(label, values[0], values[1]).values(words))
     as_contrast = replace(measured, table=table, contrast=Contrast(label, values[0], values[1]))
     section, found, figure = contrast_section(table, list(SCORES), as_contrast)
     text = "Sentences by their label: means over a sentence's words, sentences compared as wholes."

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import one_sided, p_floor
 from basin_lens.studies.framework.measured_texts import Measured
@@ -60,7 +60,7 @@ def neighbor_shares(tokens: pd.DataFrame, measured: Measured) -> tuple[pd.DataFr
     for label in (measured.unit,):
         if label in tokens.columns and label not in table.columns:
             table[label] = tokens[label]
-    table.attrs = dict(tokens.attrs)
+    table = tables.with_provenance(table, tokens)
     excess = [f"{name}_excess" for name in SHARES if table[f"{name}_excess"].abs().max() > 0]
     if not excess:  # no share differs from chance anywhere, as with one tag for all
         return table, None
@@ -91,15 +91,13 @@ def syntax_first(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     weighted = by_sequence.mul(layers, axis=0).groupby(level=keys).sum() / by_sequence.groupby(level=keys).sum().replace(0, np.nan)
     table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
     table["run"] = shares["run"].iloc[0]
-    table.attrs = dict(shares.attrs)
-    known = table.dropna(subset=[one, other])
-    known.attrs = dict(shares.attrs)
+    table = tables.with_provenance(table, shares)
+    known = tables.select(table, table[[one, other]].notna().all(axis=1))
     one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
 
     def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
         above = one_sided(partial(one_sample, on=[one, other]))(part)
-        usable = part.dropna(subset=["difference"])
-        usable.attrs = dict(part.attrs)
+        usable = tables.select(part, part["difference"].notna())
         earlier = one_sided(partial(one_sample, on="difference"), more=False)(usable)
         without = len(part) - len(usable)
         lacking = f"; {without} sequences have no center: a share is nowhere above chance" if without else ""

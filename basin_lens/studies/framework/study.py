@@ -81,10 +81,8 @@ class Study:
         (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in {**self.tables, "findings": self.findings}.items():
-            whole = table.copy()
-            whole.attrs["provenance"] = dict(self.provenance)
-            tables.save(whole, folder / "tables" / f"{name}.parquet")
-            tables.save_csv(whole, folder / "tables" / f"{name}.csv")
+            tables.save(table, folder / "tables" / f"{name}.parquet", by_run=self.provenance)
+            tables.save_csv(table, folder / "tables" / f"{name}.csv")
         if self.tokens is not None:  # a row per token and layer: too long to be of use as CSV
             tables.save(self.tokens, folder / "tables" / "tokens.parquet")
         for name, figure in self.figures.items():

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 
@@ -54,5 +54,4 @@ def count_units(capture: Capture, unit: str) -> int:
     rows = pd.DataFrame({"doc": np.array(capture.docs, object)[seqs], "seq": seqs})
     if unit not in ("sequence", "document"):
         rows[unit] = np.array([str(label[unit]) for label in capture.labels], object)[seqs]
-    rows.attrs["provenance"] = {"": {"copies": capture.copies}}
-    return stats.design.distinct_units(rows, unit)
+    return stats.design.distinct_units(tables.described(rows, {"": tables.Provenance(copies=capture.copies)}), unit)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from basin_lens import tables
 from basin_lens.capture import Capture
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.texts import TaggedPassage, Word, word_of_tokens, words_of
@@ -78,5 +79,4 @@ def word_table(tokens: pd.DataFrame, part: Part) -> pd.DataFrame:
     share = one_layer["word_text"].value_counts(normalize=True)
     answer["log_frequency"] = np.log(answer["word_text"].map(share).to_numpy(float))
     answer["token_id"] = pd.factorize(answer["word_text"])[0]  # the word's type, as tests over types take it
-    answer.attrs = dict(tokens.attrs)
-    return answer
+    return tables.with_provenance(answer, tokens)

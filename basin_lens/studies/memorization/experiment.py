@@ -354,16 +354,13 @@ def with_changes(before: pd.DataFrame, after: pd.DataFrame, scores: Sequence[str
     for name in scores:
         answer[f"{name}_base"] = before[name].to_numpy()
         answer[f"{name}_change"] = after[name].to_numpy() - before[name].to_numpy()
-    answer.attrs = dict(after.attrs)
-    return answer
+    return tables.with_provenance(answer, after)
 
 
 def by_sequence(tokens: pd.DataFrame, scores: Sequence[str], texts: pd.DataFrame) -> pd.DataFrame:
     """Means over each text's tokens, by layer, with the text's labels and baselines in every row."""
     means = tokens.groupby(["layer", "seq"], sort=True)[list(scores)].mean().reset_index()
-    answer = means.merge(texts, on="seq", how="left", validate="many_to_one")
-    answer.attrs = {}
-    return answer
+    return tables.without_provenance(means.merge(texts, on="seq", how="left", validate="many_to_one"))
 
 
 def analysis_seconds(model: Any, plan: Plan, training: float) -> float:

@@ -259,9 +259,7 @@ _UNITS = {"difference": "nats", "dose": "nats", "added": "nats per text", "match
 
 
 def _of(results: pd.DataFrame, scores: Any) -> pd.DataFrame:
-    part = results[results["score"].isin(list(scores))]
-    part.attrs = dict(results.attrs)
-    return part
+    return tables.select(results, results["score"].isin(list(scores)))
 
 
 def _groups(texts: pd.DataFrame) -> pd.Series:

@@ -43,7 +43,7 @@ def sections_of(
     """The report's sections, and figures by file name."""
     standard, mine = found[found["control_set"] == "standard"], found[found["score"] == "compression"]
     policies = policies.assign(budget=[f"{share:.0%} merged" for share in policies["share"]])
-    policies.attrs = dict(whole.attrs)
+    policies = tables.with_provenance(policies, whole)
     alone, differences = policies[policies["versus"].isna()], policies[policies["versus"].notna()]
     figures = {
         "cost-by-layer": layer_curve(drawn, COST),

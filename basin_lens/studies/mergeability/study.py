@@ -1,6 +1,6 @@
 """Does the geometry of a token's state say whether a language model can do without it, merged into an earlier one?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import pandas as pd
 
 from basin_lens import stats, tables
 from basin_lens.capture import Capture
-from basin_lens.distinct import documents_once
 from basin_lens.errors import StudyError
 from basin_lens.merging import TokenMerger
 from basin_lens.studies.framework.attempts import attempt
@@ -19,7 +18,7 @@ from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task, option
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import named_rows, with_columns
+from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
 from basin_lens.studies.mergeability.forced_merges import (
     LATER,
@@ -45,6 +44,7 @@ from basin_lens.studies.mergeability.report import (
     remarks_of,
     sections_of,
 )
+from basin_lens.tables.distinct import documents_once
 from basin_lens.values import whole, whole_numbers
 
 CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.CONTROLS, SIMILARITY)}
@@ -190,8 +190,8 @@ def _units(capture: Capture, sequences: Sequence[int], unit: str) -> set[Any]:
 def _halves(measured: Measured, sequences: list[int], seed: int) -> tuple[list[int], list[int]]:
     """Sequences that set levels, and those that test them; no unit is in both."""
     rows = pd.DataFrame({"seq": sequences, "unit": [_unit_of(measured.capture, seq, measured.unit) for seq in sequences]})
-    rows.attrs = dict(measured.table.attrs)  # which texts are copies: none is in both
-    first = stats.halves(rows.assign(doc=rows["unit"]), seed=seed).to_numpy(bool)
+    rows = tables.with_provenance(rows, measured.table)  # which texts are copies: none is in both
+    first = stats.halves(tables.assign(rows, doc=rows["unit"]), seed=seed).to_numpy(bool)
     return rows["seq"][first].tolist(), rows["seq"][~first].tolist()
 
 
@@ -228,12 +228,11 @@ def _analysis(task: Task) -> Analysis:
     task.step("many merges at once")
     losses = policy_losses(setting, tested, table, shares=list(options.shares), n_random=options.n_random)
     whole = _with_costs(table, costs.table)
-    drawn = whole[whole[COST].notna()].reset_index(drop=True)
-    drawn.attrs = dict(whole.attrs)
+    drawn = tables.with_provenance(whole[whole[COST].notna()].reset_index(drop=True), whole)
 
     task.step("partial correlations")
     found = _correlations(drawn, measured)
-    policies, policy_test = _policies(losses, measured, whole.attrs)
+    policies, policy_test = _policies(losses, measured, whole)
     findings = (
         "compression goes with the cost of merging the token",
         "it does so beyond the similarity to the token it is merged into",
@@ -267,7 +266,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     layer = int(chosen) if pd.notna(chosen) else measured.layers[-1]
     by_quarter = [stats.quartile_table(drawn, COST, by, layers=[layer], unit=measured.unit) for by in QUARTERS]
     quartiles = stats.correct(pd.concat(by_quarter, ignore_index=True), "bh")
-    quartiles.attrs = dict(drawn.attrs)
+    quartiles = tables.with_provenance(quartiles, drawn)
     sections, figures = sections_of(details.whole, drawn, found, quartiles, details.policies, layer)
     facts = {
         "window": setting.window,
@@ -290,9 +289,8 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
 
 def _with_costs(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """The token table with what was found for each forced merge: row of layer n, merge in layer n. NaN where nothing was merged."""
-    answer = table.merge(costs, on=["layer", "seq", "pos"], how="left", validate="one_to_one")
-    answer.attrs = dict(table.attrs)
-    return with_columns(answer, {name: {"unit": unit, "low": None, "high": None} for name, unit in UNITS.items()})
+    answer = tables.merge(table, costs, on=["layer", "seq", "pos"], how="left", validate="one_to_one")
+    return tables.with_columns(answer, {name: tables.Column(unit) for name, unit in UNITS.items()})
 
 
 def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
@@ -329,11 +327,10 @@ def _correlations(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
                     parts.append(one.assign(control_set=name, against=against))
         families.append(stats.correct(pd.concat(parts, ignore_index=True), "bh"))
     found = pd.concat(families, ignore_index=True)
-    found.attrs = dict(drawn.attrs)
-    return found
+    return tables.with_provenance(found, drawn)
 
 
-def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _policies(losses: pd.DataFrame, measured: Measured, tokens: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Excess loss of each policy, and less that of each random one; and the declared test, as a row."""
     held = losses.groupby(["share", "policy", "seq"], sort=False)[
         [EXCESS, "merged_share", "n_tokens"]
@@ -365,7 +362,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
     found = stats.correct(pd.concat(parts, ignore_index=True), "bh").drop(columns="layer")
     first = ["policy", "share", "versus", "merged_share"]
     found = found[[*first, *(name for name in found if name not in first)]]
-    found.attrs = dict(attrs)
+    found = tables.with_provenance(found, tokens)
     last = one_sided(lambda part: part.copy(), more=False)(declared[-1])
     last["p_floor"] = [p_floor(row) for row in named_rows(last)]
     return found, last.assign(

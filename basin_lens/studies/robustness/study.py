@@ -151,8 +151,7 @@ def _analysis(task: Task) -> Analysis:
     )
     scored = np.tile(queries(measured.capture), len(measured.layers))
     table = with_frequency(table, measured)
-    table = table[scored & table["layer"].isin(few)]
-    table.attrs = dict(measured.table.attrs)
+    table = tables.select(table, scored & table["layer"].isin(few))
     findings = _findings(measured, task.options.importance, tagged)
     return Analysis(
         table=table,
@@ -226,8 +225,7 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
     options: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
 
     def above(part: pd.DataFrame) -> pd.DataFrame:
-        table = part.assign(compression=part["compression"] - part["compression_random"])
-        table.attrs = dict(part.attrs)
+        table = tables.assign(part, compression=part["compression"] - part["compression_random"])
         return stats.before_after(table, "compression", n_resamples=4999, **options)
 
     def goes_with(other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -274,8 +272,7 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
 def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
     """One finding under one setting, at its layer (or the one that stands for it in another model)."""
     layer = finding.layer if setting.at is None else setting.at[finding.layer]
-    part = setting.table[setting.table["layer"] == layer]
-    part.attrs = dict(setting.table.attrs)
+    part = tables.select(setting.table, setting.table["layer"] == layer)
     try:
         if finding.question == "random" and part["compression_random"].isna().all():
             raise StudyError("expected a random-neighbor control, got none for this score.")
@@ -321,7 +318,7 @@ def _sections(
     for subject in dict.fromkeys(finding.subject for finding in findings):
         held = [finding for finding in findings if finding.subject == subject]
         rows = settings[settings["finding"].isin([finding.name for finding in held])]
-        rows.attrs = dict(measured.table.attrs)
+        rows = tables.with_provenance(rows, measured.table)
         title = "; ".join(f"{finding.name}, layer {finding.layer}" for finding in held)
         several = len(held) > 1
         figures[f"robustness-{subject}"] = figure = forest(rows, "setting", by="finding" if several else "kind", title=title)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.analyzers import (
     Analyzer,
     AttentionReceived,
@@ -61,17 +61,13 @@ def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
     """Some of the tokens: without the first positions, and each half of the units."""
     # Of the tokens tested only: all stay neighbors of others.
-    yield Setting(f"tested tokens from position {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
+    yield Setting(
+        f"tested tokens from position {FIRST_POSITIONS} on", "positions", tables.select(table, table["pos"] >= FIRST_POSITIONS)
+    )
     if measured.n_units >= FEWEST_TO_SPLIT:
         half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
-        yield Setting("one half of the documents", "halves", _rows(table, half))
-        yield Setting("the other half", "halves", _rows(table, ~half))
-
-
-def _rows(table: pd.DataFrame, chosen: "pd.Series[bool]") -> pd.DataFrame:
-    part = table[chosen]
-    part.attrs = dict(table.attrs)
-    return part
+        yield Setting("one half of the documents", "halves", tables.select(table, half))
+        yield Setting("the other half", "halves", tables.select(table, ~half))
 
 
 def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
@@ -138,9 +134,7 @@ def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -
     keys = ["layer", "seq", "pos"]
     there = made.set_index(keys)[list(dict.fromkeys(columns.values()))]
     found = there.reindex(pd.MultiIndex.from_frame(table[keys]))
-    answer = table.assign(**{name: found[column].to_numpy() for name, column in columns.items()})
-    answer.attrs = dict(table.attrs)
-    return answer
+    return tables.assign(table, **{name: found[column].to_numpy() for name, column in columns.items()})
 
 
 def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:

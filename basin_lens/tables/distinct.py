@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from basin_lens.tables.frame import runs
+from basin_lens.tables.schema import Facts
 from basin_lens.texts.copies import closed_groups, groups_of_copies
 
 # Documents of several texts are one unit where copies make up this share of the shorter: a book's edition, not a line that many have in common.
@@ -88,9 +90,15 @@ def once(
         what = f"under another {' or '.join(apart)}" if apart else "elsewhere"
         note += f"{'; ' if note else ''}{n_copies - left_out} of {n_texts} texts are copies of texts {what}, and kept"
     return Once(
-        sequence, ~dropped[sequence], documents if unit in ("document", "doc") else units, documents,
-        _joined(units, units[first], sizes, any_stands), n_texts, n_copies, note,
-    )  # fmt: skip
+        sequence,
+        keep=~dropped[sequence],
+        units=documents if unit in ("document", "doc") else units,
+        documents=documents,
+        folds=_joined(units, units[first], sizes, any_stands),
+        n_texts=n_texts,
+        n_copies=n_copies,
+        note=note,
+    )
 
 
 def codes_of(table: pd.DataFrame) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
@@ -132,17 +140,15 @@ def _copies(table: pd.DataFrame, sequence: np.ndarray, first: np.ndarray) -> tup
     return group, rank
 
 
-def recorded(table: pd.DataFrame) -> dict[str, Any] | None:
+def recorded(table: pd.DataFrame) -> Facts | None:
     """What provenance says of copies among the table's texts; None if nothing."""
-    facts = table.attrs.get("provenance")
-    if not isinstance(facts, dict):
-        return None
-    runs = table["run"].unique().tolist() if "run" in table.columns else list(facts)
-    known = [facts[run]["copies"] for run in runs if isinstance(facts.get(run), dict) and "copies" in facts[run]]
-    return known[0] if known else None
+    known = runs(table)
+    there = table["run"].unique().tolist() if "run" in table.columns else list(known)
+    records = [known[run].copies for run in there if run in known]
+    return next((record for record in records if record is not None), None)
 
 
-def _is_of(record: dict[str, Any], names: np.ndarray) -> bool:
+def _is_of(record: Facts, names: np.ndarray) -> bool:
     """Whether the sequences are those that were looked through: a table put together anew numbers others, or some twice."""
     return bool(
         names.dtype.kind in "iu" and len(np.unique(names)) == len(names) and names.min() >= 0 and names.max() < record["sequences"]
