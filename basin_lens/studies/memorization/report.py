@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from basin_lens import tables
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
