@@ -171,7 +171,7 @@ def _analysis(task: Task) -> Analysis:
 
     task.step("neighbors")
     shares, curves = neighbor_shares(tokens, measured)
-    tables = {"groups": groups, "tag_means": means, "tag_effect": effect}
+    held = {"groups": groups, "tag_means": means, "tag_effect": effect}
     pairs: list[tuple[str, dict[str, Any]]] = [
         (" - ".join(sides), {"group": column, "groups": sides, "paired": True}) for column, sides in _PAIRS
     ]
@@ -186,7 +186,7 @@ def _analysis(task: Task) -> Analysis:
             Check("tag", list(SCORES), options={"tag": "tag"}),
         ],
         tokens=tokens,
-        tables=tables if curves is None else {**tables, "neighbor_shares": curves},
+        tables=held if curves is None else {**held, "neighbor_shares": curves},
         details=_Details(source, shares is not None, curves),
     )
 
@@ -286,8 +286,8 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     )
 
 
-def _figures(words: pd.DataFrame, tables: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
-    groups, means, effect = tables["groups"], tables["tag_means"], tables["tag_effect"]
+def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     headline, mine = groups[groups["score"] == "compression"], means[means["score"] == "compression"]
     by_controls = [mine[mine["control_set"] == wording] for wording, _ in _CONTROL_SETS]
     return {
@@ -298,8 +298,8 @@ def _figures(words: pd.DataFrame, tables: Mapping[str, pd.DataFrame], layer: int
     }
 
 
-def _sections(measured: Measured, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
-    groups, means, effect = tables["groups"], tables["tag_means"], tables["tag_effect"]
+def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
     return [
         Section(

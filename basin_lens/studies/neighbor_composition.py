@@ -78,9 +78,9 @@ def syntax_first(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?
 
     Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where
-    a share is
-    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest
-    of three. Above chance is asked of all sequences, also of those that have no center because a share is nowhere above it.
+    a share is that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is
+    the largest of three. Above chance is asked of all sequences, also of those that have no center because a share is nowhere
+    above it.
     """
     one, other = "same_tag_other_word_excess", "same_document_excess"
     shares = above_layer_0(shares)
