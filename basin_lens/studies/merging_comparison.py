@@ -109,10 +109,8 @@ def study_merging(
         generation = _generated(model, held_out, made, prompt, written, prompts)
         mapped = _named_map(model, made, held_out)
         step("tests")
-        rivals = [rival for rival in RIVALS if rival in setting.policies]
-        findings = settle(
-            "merging", [_test(compared.windows, ours, rival, budget, seed) for budget in setting.budgets for rival in rivals]
-        )
+        pairs = [(rival, budget) for budget in setting.budgets for rival in RIVALS if rival in setting.policies]
+        findings = settle("merging", [_test(compared.windows, ours, *pair, seed) for pair in pairs])
     curve = _curve(compared.windows, seed)
     decision = decide(findings, None)
     held: dict[str, pd.DataFrame] = {"pareto": curve, "windows": compared.windows, "context": _context(context, seed)}
