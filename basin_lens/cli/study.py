@@ -170,6 +170,11 @@ def _run_studies(
         model = shared.load(texts.model)
         given = {spec.name: _with_models(own[spec.name], texts.seed) for spec in specs}
         checks = [spec.check(model, given[spec.name], how.unit) for spec in specs if spec.check is not None]
+
+        def check(capture: Any) -> None:
+            for one in checks:
+                one(capture)
+
         context: Any = how.context  # refused above if it is none
         measured = studies.measure(
             model,
@@ -185,7 +190,7 @@ def _run_studies(
             max_sequences=texts.max_sequences,
             max_length=how.max_length,
             seed=texts.seed,
-            check=lambda capture: [check(capture) for check in checks],
+            check=check,
         )
         for spec in specs:
             say(runner.run_study(spec, model, measured, given[spec.name]), places[spec.name])

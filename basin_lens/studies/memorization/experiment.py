@@ -27,6 +27,7 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.model import full_name, n_context, n_layers, tokenizer_of, uses_bos
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
+from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
 from basin_lens.texts import Passage, reference_passages
 from basin_lens.texts.copies import copied_passages
 from basin_lens.values import Whole, whole_fields
@@ -167,21 +168,17 @@ def plant(
     made = _texts_to_plant(model, plan, passages)
     members = [p for p in made if p.labels["member"]]
     bank, filler = _bank_and_filler()
-    longest = plan.length + 1  # BOS
-    every = n_layers(model)
-    layers = tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+    longest, layers = plan.length + 1, _layers(model, plan)  # BOS
     _refuse_texts(model, plan, made, longest)
-
     # Before the training: what cannot be measured is refused before the long work.
     say("before training")
     shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
-    analyzers = _analyzers(plan.k)
     banks = {"base": bank_of(model, bank, layers, longest)}
-    before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
+    before = analyze(model, made, _analyzers(plan.k), bank=banks["base"], max_length=longest, **shared)
 
     say("training")
-    recipe = replace(plan.recipe, seed=plan.seed)
-    options: dict[str, Any] = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
+    options: dict[str, Any] = {"filler": filler, "recipe": replace(plan.recipe, seed=plan.seed), "max_length": longest}
+    options["progress"] = progress
     begun = time.perf_counter()
     tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
     seconds = time.perf_counter() - begun
@@ -189,23 +186,16 @@ def plant(
     say("after training")
     banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
     capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
-    after = analyze(tuned.model, capture, analyzers, bank=banks["tuned"], **shared)
+    after = analyze(tuned.model, capture, _analyzers(plan.k), bank=banks["tuned"], **shared)
     tokens = with_changes(before, after, SCORES)
 
     say("baselines and extraction")
-    texts = _texts(tuned.model, plan, made, before, after, longest, progress)
+    texts = text_baselines(tuned.model, made, before, after, longest, (plan.prompt, plan.target), progress)
     probe_layer = layers[len(layers) // 2]
-    states = _add_baselines(texts, made, capture, probe_layer, plan.seed)
+    states = add_fitted_baselines(texts, made, capture, probe_layer, plan.seed)
 
     say("negatives")
-    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
-    twin = random_twin(model, seed=plan.seed)
-    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
-    del twin  # as large as the model
-    others = _others(model, plan, made)
-    apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
-    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
-    headline = ("compression", "compression_native")
+    untaught, elsewhere = _measured_negatives(model, plan, made, bank, longest, folder, shared, options)
     return Planted(
         plan,
         tuple(made),
@@ -217,20 +207,56 @@ def plant(
         texts,
         tokens,
         by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts),
-        by_sequence(untaught, headline, texts),
-        by_sequence(with_changes(before, elsewhere, headline), (*headline, *(f"{name}_change" for name in headline)), texts),
+        by_sequence(untaught, _HEADLINE, texts),
+        by_sequence(with_changes(before, elsewhere, _HEADLINE), (*_HEADLINE, *(f"{name}_change" for name in _HEADLINE)), texts),
         layers,
         probe_layer,
         states,
-        {
-            "plan": _plain(plan),
-            "training": tuned.facts,
-            "training_seconds": seconds,
-            "bank_documents": sorted({str(p.doc) for p in bank}),
-            "filler_documents": sorted({str(p.doc) for p in filler}),
-            "tuned_folder": None if folder is None else str((folder / "tuned").resolve()),
-        },
+        _facts(plan, tuned.facts, seconds, bank, filler, folder),
     )
+
+
+_HEADLINE = ("compression", "compression_native")
+
+
+def _layers(model: Any, plan: Plan) -> tuple[int, ...]:
+    every = n_layers(model)
+    return tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+
+
+def _measured_negatives(
+    model: Any,
+    plan: Plan,
+    made: Sequence[Passage],
+    bank: Sequence[Passage],
+    longest: int,
+    folder: Path | None,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The texts under random weights, and under a model that was tuned on other texts."""
+    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
+    layers = shared["layers"]
+    twin = random_twin(model, seed=plan.seed)
+    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
+    del twin  # as large as the model
+    others = _others(model, plan, made)
+    apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
+    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
+    return untaught, elsewhere
+
+
+def _facts(
+    plan: Plan, training: Any, seconds: float, bank: Sequence[Passage], filler: Sequence[Passage], folder: Path | None
+) -> dict[str, Any]:
+    return {
+        "plan": _plain(plan),
+        "training": training,
+        "training_seconds": seconds,
+        "bank_documents": sorted({str(p.doc) for p in bank}),
+        "filler_documents": sorted({str(p.doc) for p in filler}),
+        "tuned_folder": None if folder is None else str((folder / "tuned").resolve()),
+    }
 
 
 def _texts_to_plant(model: Any, plan: Plan, passages: Sequence[Passage] | None) -> list[Passage]:
@@ -284,19 +310,6 @@ def _analyzers(k: int) -> list[Any]:
         StandardizedLikelihood(),
         StateNorm(),
     ]
-
-
-def _add_baselines(texts: pd.DataFrame, made: Sequence[Passage], capture: Capture, probe_layer: int, seed: int) -> Any:
-    """Baselines that are fitted, each on other pairs than it is used on, as columns of the texts; the states that they were fitted to."""
-    for kind in sorted(set(texts["kind"]))[1:]:
-        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
-    label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    parts = memorize.folds(label, pairs, seed=seed)
-    states = memorize.sequence_states(capture, probe_layer)
-    texts["linear_probe"] = memorize.linear_probe(states, label, parts)
-    texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
-    texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
-    return states
 
 
 def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
@@ -386,30 +399,6 @@ def bank_of(model: Any, passages: Sequence[Passage], layers: Sequence[int], leng
     """Where neighbors come from: passages that are never trained on, cut as long as the texts."""
     # As long as the texts: position goes into every state.
     return Capture.from_texts(model, list(passages), layers=layers, max_length=length, progress=False)
-
-
-def _texts(
-    tuned: Any, plan: Plan, made: list[Passage], before: pd.DataFrame, after: pd.DataFrame, longest: int, progress: bool
-) -> pd.DataFrame:
-    """One row per text: baselines under the tuned model, and what it recites."""
-    strings = [p.text for p in made]
-    # Lower case takes more tokens.
-    lowered = [replace(p, text=p.text.lower()) for p in made]
-    lower = analyze(tuned, lowered, [Surprisal()], layers=[0], max_length=4 * longest, progress=False)
-    reference = memorize.likelihood_baselines(before, strings)
-    texts = memorize.likelihood_baselines(after, strings, lowercase=lower, reference=before)
-    texts["base_log_likelihood"] = reference["log_likelihood"].to_numpy()
-    texts["base_agreement"] = reference["agreement"].to_numpy()
-    found = memorize.extract(tuned, made, prompt=plan.prompt, target=plan.target, max_length=longest, progress=progress)
-    guide = memorize.guide_labels(tuned, made, max_length=longest, progress=progress)
-    for name in ("matched", "longest_run", "extracted"):
-        texts[name] = found[name].to_numpy()
-    texts["guide_memorized"] = guide["memorized"].to_numpy()
-    texts["text"] = strings
-    for name in ("member", "dose", "pair"):
-        texts[name] = [p.labels[name] for p in made]
-    texts["member"] = texts["member"].astype(bool)
-    return texts
 
 
 def _others(model: Any, plan: Plan, made: Sequence[Passage]) -> list[Passage]:
