@@ -1,7 +1,7 @@
 """Tidy tables: one row per (layer, token), and where it came from.
 
-`schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py` the files that keep
-both. `distinct.py` finds the rows of copied texts, `summary.py` has means by layer.
+`schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py`
+the files that keep both. `distinct.py` finds the rows of copied texts, `summary.py` has means by layer.
 """
 
 from basin_lens.tables.files import csv_text, is_saved, load, save, save_csv

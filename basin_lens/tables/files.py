@@ -40,7 +40,8 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Facts | N
         arrow = pyarrow.Table.from_pandas(without_provenance(table), preserve_index=False)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise TableError(
-            f"expected columns of one kind each (text, numbers, truth values), got: {' '.join(str(error).split())}. Convert the column."
+            f"expected columns of one kind each (text, numbers, truth values), got: {' '.join(str(error).split())}. "
+            "Convert the column."
         ) from error
     try:
         facts = json.dumps(provenance(table if by_run is None else described_by_json(table, by_run))).encode()
@@ -62,8 +63,9 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Facts | N
 def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     r"""Write a table as CSV (without provenance), all of it or nothing.
 
-    Text is quoted, numbers are not, and a missing value is an empty cell: a token that is a line end, `null` or `NA` comes back as it was with the
-    reading call below (name the columns of numbers that may have gaps; without these options, pandas takes such tokens for missing values).
+    Text is quoted, numbers are not, and a missing value is an empty cell: a token that is a line end, `null` or `NA` comes back
+    as it was with the reading call below (name the columns of numbers that may have gaps; without these options, pandas takes
+    such tokens for missing values).
 
     Raises:
         StoreError: the place cannot be written.
@@ -102,7 +104,8 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table that `save` wrote, as it was written.
 
     Raises:
-        StoreError: no such file, one that was changed since, or one without provenance or digest (of another program, or an earlier version).
+        StoreError: no such file, one that was changed since, or one without provenance or digest (of another program, or an
+            earlier version).
     """
     import pyarrow
     import pyarrow.parquet

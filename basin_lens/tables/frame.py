@@ -1,8 +1,8 @@
 """Tables that keep their provenance: it is made, read and carried here, and nowhere else.
 
-Provenance is plain JSON by run in `table.attrs["provenance"]`, where notebooks read it and files keep it; `runs` reads it as `Provenance`. Pandas
-drops `attrs` on concat, on merge and on much else, so a table that is made of another one is made by `select`, `assign`, `merge` or `concat`, or
-passed through `with_provenance`.
+Provenance is plain JSON by run in `table.attrs["provenance"]`, where notebooks read it and files keep it; `runs` reads it as
+`Provenance`. Pandas drops `attrs` on concat, on merge and on much else, so a table that is made of another one is made by
+`select`, `assign`, `merge` or `concat`, or passed through `with_provenance`.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ def with_columns(table: pd.DataFrame, described_columns: Mapping[str, Column]) -
 
 
 def noted(table: pd.DataFrame, **notes: object) -> pd.DataFrame:
-    """The table with notes for its reader in `table.attrs`, by name. They are kept by `select`, `assign` and `merge`, and not in files."""
+    """The table with notes for its reader in `table.attrs`, by name: `select`, `assign` and `merge` keep them, files do not."""
     answer = table.copy(deep=False)
     answer.attrs.update(notes)
     return answer
@@ -208,13 +208,13 @@ def concat(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return with_provenance(pd.concat([without_provenance(table) for table in tables], ignore_index=True), *tables)
 
 
-def require(table: pd.DataFrame, *names: str) -> None:
+def require(table: pd.DataFrame, *columns: str) -> None:
     """Refuse a table without these columns.
 
     Raises:
         TableError: one is missing; the columns there are named.
     """
-    missing = [name for name in names if name not in table.columns]
+    missing = [name for name in columns if name not in table.columns]
     if missing:
         raise TableError(
             f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling."

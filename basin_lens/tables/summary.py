@@ -26,8 +26,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
         columns: scores; None: all.
 
     Returns:
-        columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens) and
-        `_reliability`.
+        columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens)
+        and `_reliability`.
 
     Raises:
         TableError: several runs, or an unknown column.

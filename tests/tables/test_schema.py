@@ -11,13 +11,30 @@ from basin_lens.tables.schema import _KINDS
 from tests.conftest import random_tokens
 
 FULL = Provenance(
-    model={"name": "tiny", "weight_processing": {"layer_norm_folded": False}}, precision="full", texts="ab12", copies={"groups": []},
-    capture={"max_length": 9}, layers=(0, 2), analyzers=("Surprisal()",), columns={"surprisal": Column("nats", 0.0, None, "token", "Surprisal")},
-    controls=(), neighbors="its own", queries="all", seed=0, read_again_for=(), left_out={"surprisal": {"position 0": 2}},
-    bank={"source": "the texts themselves", "points": 8}, search={"backend": "exact"}, routes={"0": "native"}, route_reasons={},
-    check_error={"0": None, "2": 1e-6}, affine_fit={}, reliability={"surprisal": {"0": 0.5, "2": None}}, study={"k": 15},
+    model={"name": "tiny", "weight_processing": {"layer_norm_folded": False}},
+    precision="full",
+    texts="ab12",
+    copies={"groups": []},
+    capture={"max_length": 9},
+    layers=(0, 2),
+    analyzers=("Surprisal()",),
+    columns={"surprisal": Column("nats", 0.0, None, "token", "Surprisal")},
+    controls=(),
+    neighbors="its own",
+    queries="all",
+    seed=0,
+    read_again_for=(),
+    left_out={"surprisal": {"position 0": 2}},
+    bank={"source": "the texts themselves", "points": 8},
+    search={"backend": "exact"},
+    routes={"0": "native"},
+    route_reasons={},
+    check_error={"0": None, "2": 1e-6},
+    affine_fit={},
+    reliability={"surprisal": {"0": 0.5, "2": None}},
+    study={"k": 15},
     others={"note": "by hand"},
-)  # fmt: skip
+)
 
 
 def test_json_round_trip_is_exact():
