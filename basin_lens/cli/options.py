@@ -116,7 +116,7 @@ def layers_of(text: str | None) -> list[int] | None:
 def command_of(function: Callable[..., None], *kinds: type, out: Path) -> Callable[..., None]:
     """A function that typer makes a command of: its parameters are the fields of dataclasses, and `out`.
 
-    A field is a parameter if its type is an `Annotated` one of typer's, or if its metadata hold an `explanation`. One that stands
+    A field is a parameter if its type is an `Annotated` one of typer's, or if its metadata hold a `help`. One that stands
     in several dataclasses is one option and goes to all of them.
 
     Args:
@@ -145,11 +145,10 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
     for one in fields(kind):
         annotation = hints[one.name]
         if not hasattr(annotation, "__metadata__"):
-            explanation = one.metadata.get("explanation")
-            if not explanation:
+            if "help" not in one.metadata:
                 continue
             of_type = str | None if one.metadata.get("model") else annotation
-            annotation = Annotated[of_type, typer.Option(f"--{one.name.replace('_', '-')}", help=explanation)]
+            annotation = Annotated[of_type, typer.Option(f"--{one.name.replace('_', '-')}", help=one.metadata["help"])]
         default = one.default if one.default_factory is MISSING else one.default_factory()
         answer.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return answer

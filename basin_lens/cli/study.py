@@ -86,7 +86,7 @@ def list_studies() -> None:
 
     for name in registry.names():
         spec = registry.find_spec(name)
-        own = [f"--{one.name.replace('_', '-')}" for one in fields(spec.options) if one.metadata.get("explanation")]
+        own = [f"--{one.name.replace('_', '-')}" for one in fields(spec.options) if "help" in one.metadata]
         part = "" if name in registry.OF_TEXTS else " Not part of all."
         typer.echo(f"{name:<14}{spec.question}{part}")
         if own:

@@ -22,15 +22,15 @@ from basin_lens.transport import Context
 from basin_lens.views import Section
 
 
-def option(default: Any, explanation: str = "", *, model: bool = False) -> Any:
-    """A field of a study's options. The command line offers those with an explanation.
+def option(default: Any, help_text: str = "", *, model: bool = False) -> Any:
+    """A field of a study's options. The command line offers those with a help text.
 
     Args:
         default: its value where none is given; a list is made anew each time.
-        explanation: for `--help`.
+        help_text: for `--help`.
         model: the option is a model; on the command line, its name.
     """
-    facts = {"explanation": explanation, "model": model}
+    facts = ({"help": help_text} if help_text else {}) | ({"model": True} if model else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
