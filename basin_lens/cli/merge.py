@@ -166,7 +166,7 @@ def compare(
     from basin_lens.merging import Setting, TokenMerger, windows_of
     from basin_lens.merging.logs import read_log
     from basin_lens.merging.windows import without_seen
-    from basin_lens.studies.framework.base import refuse_folder
+    from basin_lens.studies.framework.storage import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
     refuse_folder(out, "merging", [*(data or []), *(files or [])])

@@ -80,22 +80,21 @@ def sweep(
     copies = {count: _with_k(analyzer, count) for count in counts}
     lines: list[pd.DataFrame] = []
     standing: dict[str, np.ndarray] = {}
-    runs: dict[str, Any] = {}
+    runs: dict[str, tables.Provenance] = {}
     for bank in _banks(capture, options.pop("bank", None), bank_sizes, seed):
         table = analyze(model, capture, list(copies.values()), bank=bank, seed=seed, progress=progress, **options)
-        facts = tables.provenance(table)
-        ((run, settings),) = facts.items()
-        runs |= facts
+        ((run, facts),) = tables.runs(table).items()
+        runs[run] = facts
         names = [column.name for copy in copies.values() for column in copy.columns]
         summary = tables.layer_summary(table, names)
-        layers = settings["layers"]
+        layers = list(facts.layers or ())
         values = {name: table[name].to_numpy().reshape(len(layers), -1) for name in names}
         if not standing:  # the whole bank comes first
             own = copies[analyzer.k].columns
             standing = {score.name: values[c.name] for score, c in zip(analyzer.columns, own, strict=True)}
         for count, copy in copies.items():
             for score, column in zip(analyzer.columns, copy.columns, strict=True):
-                line = {"run": run, "score": score.name, "layer": layers, "k": count, "bank_size": settings["bank"]["points"]}
+                line = {"run": run, "score": score.name, "layer": layers, "k": count, "bank_size": (facts.bank or {})["points"]}
                 for short, long in {"mean": "mean", "low": "low", "high": "high", "nan_share": "nan"}.items():
                     line[short] = summary[f"{column.name}_{long}"]
                 line["reliability"] = summary.get(f"{column.name}_reliability", np.nan)
@@ -106,8 +105,7 @@ def sweep(
     order = {score.name: place for place, score in enumerate(analyzer.columns)}
     answer["place"] = answer["score"].map(order)
     answer = answer.sort_values(["place", "layer", "bank_size", "k"], ignore_index=True).drop(columns="place")
-    answer.attrs["provenance"] = runs
-    return answer
+    return tables.described(answer, runs)
 
 
 def _with_k(analyzer: CloudAnalyzer, k: int) -> CloudAnalyzer:

@@ -13,7 +13,7 @@ With l_t = log p(x_t | x_<t) of a text's tokens from position 1 on, in nats:
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -210,8 +210,7 @@ def _lowercase_mean(
 
 
 def _labels(rows: pd.DataFrame) -> list[str]:
-    facts: Mapping[str, object] = tables.scores(rows) if "provenance" in rows.attrs else {}
-    known = {*tables.KEYS, "span", "surprisal", "agreement", "standardized_likelihood", *facts}
+    known = {*tables.KEYS, "span", "surprisal", "agreement", "standardized_likelihood", *tables.columns(rows)}
     return [name for name in rows.columns if name not in known]
 
 

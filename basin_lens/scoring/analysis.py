@@ -104,7 +104,7 @@ def score(
     kept = None if run is None else _conduct(run, results, progress=request.progress)
     facts = provenance(request, capture, asked, results, read_again_for=again, frozen=frozen is not None)
     rows, labels = row_facts(capture)
-    return Analysis(tables.build(rows, labels, plan.layers, results.values, facts), kept)
+    return Analysis(tables.build(rows, labels, plan.layers, results.values, tables.Provenance.from_json(facts)), kept)
 
 
 def _planned(model: Any, data: Any, request: Request) -> tuple[Capture, Plan]:

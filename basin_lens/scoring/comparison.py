@@ -86,9 +86,7 @@ def compare(
     layer_columns = ["layer_a", "layer_b"] if apart else ["layer"]
     joined = joined[[*layer_columns, *_ROW, f"{on}_a", f"{on}_b"]]
     joined["difference"] = joined[f"{on}_b"] - joined[f"{on}_a"]
-    joined.attrs["provenance"] = tables.provenance(a) | tables.provenance(b)
-    joined.attrs["frozen_neighbors"] = frozen_neighbors
-    return joined
+    return tables.noted(tables.with_provenance(joined, a, b), frozen_neighbors=frozen_neighbors)
 
 
 def _facts(table: pd.DataFrame) -> dict[str, Any]:

@@ -116,6 +116,4 @@ def best_layer(
     wanted = [int(layer) for layer in sorted(picked["layer"].unique())]
     second = test(table[~choosing & table["layer"].isin(wanted)])
     answer = second.reset_index(drop=True).merge(picked, on=[*keys, "layer"], how="inner", sort=False, validate="one_to_one")
-    answer = correct(answer, correction)
-    answer.attrs = dict(second.attrs)
-    return answer
+    return tables.with_provenance(correct(answer, correction), second)

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import tables
-from basin_lens.distinct import documents_once
 from basin_lens.errors import TableError
 from basin_lens.stats.design import Rows, check_run, constant, names_of, numbers, split
 from basin_lens.stats.projection import level, unexplained
+from basin_lens.tables.distinct import documents_once
 
 # name: (column it is made of, whether as a logarithm)
 _MADE_OF = {
@@ -194,5 +194,4 @@ def residuals(
             # Of what the controls explain in full, rounding is left.
             made[rows.values["_row"].astype(int)] = level(codes, values) + (left.values[:, 0] if left.of(0) else 0.0)
         answer[score] = made
-    answer.attrs["controls"] = used
-    return answer
+    return tables.noted(answer, controls=used)

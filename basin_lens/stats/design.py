@@ -9,8 +9,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens import tables
-from basin_lens.distinct import Once, codes_of, once
 from basin_lens.errors import StudyError, TableError
+from basin_lens.tables.distinct import Once, codes_of, once
 from basin_lens.values import whole_or_none
 
 # With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
@@ -154,13 +154,10 @@ def check_run(table: pd.DataFrame) -> None:
     """
     if table.empty:
         raise TableError("expected a table with rows, got none. Check the selection.")
-    facts = table.attrs.get("provenance")
-    facts = facts if isinstance(facts, dict) else {}
-    runs = list(facts)
-    if "run" in table.columns:
-        runs = table["run"].unique().tolist()
-    models = [facts.get(run, {}).get("model", {}) for run in runs]
-    processing = [str(model["weight_processing"]) for model in models if isinstance(model, dict) and "weight_processing" in model]
+    known = tables.runs(table)
+    runs = table["run"].unique().tolist() if "run" in table.columns else list(known)
+    models = [known[run].model or {} for run in runs if run in known]
+    processing = [str(model["weight_processing"]) for model in models if "weight_processing" in model]
     if len(set(processing)) > 1:
         raise TableError(
             f"expected runs of one weight processing, got {sorted(set(processing))}: folding and centering change the variances that "

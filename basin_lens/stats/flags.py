@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.association import NEARLY, partial_correlation, within_sequence_correlation
 from basin_lens.stats.choice import best_layer
@@ -148,9 +149,7 @@ def red_flags(
     answer = pd.DataFrame(flags, columns=list(_COLUMNS))
     answer["layer"] = answer["layer"].astype("Int64")
     answer["raised"] = answer["raised"].astype("boolean")
-    if "provenance" in table.attrs:
-        answer.attrs["provenance"] = table.attrs["provenance"]
-    return answer
+    return tables.with_provenance(answer, table)
 
 
 def _with_layer(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from basin_lens.distinct import documents_once
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.results import joined
+from basin_lens.tables.distinct import documents_once
 from basin_lens.values import whole_numbers
 
 _FEW = 20  # units

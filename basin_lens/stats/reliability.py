@@ -39,7 +39,7 @@ def reliability_bound(
         >>> import pandas as pd
         >>> import basin_lens as bl
         >>> table = pd.DataFrame({"run": "r", "layer": [5, 5], "compression": [0.1, 0.2]})
-        >>> table.attrs["provenance"] = {"r": {"reliability": {"compression": {"5": 0.6}}}}
+        >>> table = bl.tables.described(table, {"r": bl.tables.Provenance(reliability={"compression": {"5": 0.6}})})
         >>> bl.stats.reliability_bound(table, "compression").bound.round(3).tolist()
         [0.866]
     """
@@ -67,9 +67,8 @@ def bounds(table: pd.DataFrame, score: str, against: str | None, layer: Any) -> 
 
 
 def _half(table: pd.DataFrame, score: str, layer: Any) -> float:
-    facts = table.attrs.get("provenance")
-    found = [run.get("reliability", {}).get(score, {}).get(str(layer)) for run in facts.values()] if isinstance(facts, dict) else []
-    return float(found[0]) if len(found) == 1 and found[0] is not None else float("nan")
+    found = [run.half_reliability(score, layer) for run in tables.runs(table).values()]
+    return found[0] if len(found) == 1 else float("nan")
 
 
 def _whole(half: float) -> float:

@@ -67,9 +67,7 @@ def assemble(
     answer["note"] = [
         joined(note, *(str(one.get(name, "")) for name in ("_infinite", "_copies"))) for note, one in zip(notes, lines, strict=True)
     ]
-    if "provenance" in table.attrs:
-        answer.attrs["provenance"] = table.attrs["provenance"]
-    return answer
+    return tables.with_provenance(answer, table)
 
 
 def _explained(answer: pd.DataFrame) -> pd.Series:

@@ -245,8 +245,7 @@ def _words(table: pd.DataFrame, score: str, tag: str, word: str) -> pd.DataFrame
     if (grouped[tag].nunique() > 1).any():
         raise TableError(f"expected one tag per word, got words in {word!r} with several. Number words anew in every sequence.")
     answer = grouped[others].first().join(grouped[score].mean()).reset_index()
-    answer.attrs = dict(table.attrs)
-    return answer
+    return tables.with_provenance(answer, table)
 
 
 def _centered(rows: Rows, score: str) -> Float[np.ndarray, " rows"]:

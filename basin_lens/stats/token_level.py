@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.stats.design import Rows, constant, names_of, split
 from basin_lens.stats.groups import two_groups
@@ -85,9 +86,7 @@ def guide_tests(
             lines.append({"layer": rows.layer, "score": score, **found, "guide_reading": reading, "note": note})
     answer = pd.DataFrame(lines)
     answer["layer"] = answer["layer"].astype("Int64")
-    if "provenance" in table.attrs:
-        answer.attrs["provenance"] = table.attrs["provenance"]
-    return answer
+    return tables.with_provenance(answer, table)
 
 
 def _line(question: str, test: str, statistic: float, r: float, p: float, n: int) -> dict[str, Any]:

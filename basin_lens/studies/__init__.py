@@ -2,8 +2,9 @@
 
     measure -> study_importance | study_linguistic | study_layers | study_codelength | study_robustness -> summarize
 
-Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red flags, what was
-not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME` does all of it.
+Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red
+flags, what was not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME`
+does all of it.
 
 | study | asks |
 | --- | --- |
@@ -19,8 +20,11 @@ not tested, tables and figures. `study.save(folder)` writes them with one offlin
 """
 
 from basin_lens.studies.codelength import study_codelength
-from basin_lens.studies.framework.base import Study
-from basin_lens.studies.framework.measurement import STUDIES, Contrast, Measured, measure
+from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measurement import measure
+from basin_lens.studies.framework.registry import STUDIES
+from basin_lens.studies.framework.study import Study
 from basin_lens.studies.importance import study_importance
 from basin_lens.studies.layers import study_layers
 from basin_lens.studies.linguistic import study_linguistic

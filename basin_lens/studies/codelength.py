@@ -1,5 +1,6 @@
 """Does compression inside the model go with how many bits the model needs for a token, or for the one behind it?"""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens import stats
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens import stats, tables
+from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
-from basin_lens.studies.framework.measurement import SCORES, Measured, ready
+from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.runner import run_study
+from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"
@@ -19,14 +23,15 @@ OWN, NEXT = "code_length", "next_code_length"
 CONTROLS = {OWN: tuple(name for name in stats.CONTROLS if name != "surprisal"), NEXT: stats.CONTROLS}
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token frequency, position, "
-    "norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at the same and the token's own surprisal "
-    "(either direction). Code length is -log2 p of the token given those before it, what direct coding spends on it. Each is tested at the layer "
-    f"(not 0) chosen on half of the documents, on the other half, as one family (Holm). {base.IF_FEW}"
+    "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token "
+    "frequency, position, norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at "
+    "the same and the token's own surprisal (either direction). Code length is -log2 p of the token given those before it, what "
+    "direct coding spends on it. Each is tested at the layer (not 0) chosen on half of the documents, on the other half, as one "
+    f"family (Holm). {IF_FEW}"
 )
 
 
-def study_codelength(model: Any, data: Any, *, progress: bool = True, **options: Any) -> base.Study:
+def study_codelength(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
     """Ask whether a token whose neighborhood a block draws together costs fewer bits, itself or in what follows it.
 
     Args:
@@ -36,8 +41,8 @@ def study_codelength(model: Any, data: Any, *, progress: bool = True, **options:
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `quartiles` (scores in the quarters of
-        the next token's code length), and `contrast` if one was asked for.
+        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `quartiles` (scores in the
+        quarters of the next token's code length), and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -53,9 +58,7 @@ def study_codelength(model: Any, data: Any, *, progress: bool = True, **options:
         >>> sorted(study.tables)
         ['partial_correlation', 'quartiles']
     """
-    measured = ready(model, data, "codelength", progress, options)
-    with base.steps("study codelength", 4, progress) as step:
-        return _study(measured, step)
+    return run_study(SPEC, model, data, progress=progress, measure_options=options)
 
 
 def with_code_lengths(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,57 +67,29 @@ def with_code_lengths(table: pd.DataFrame) -> pd.DataFrame:
     answer[OWN] = answer["surprisal"] / np.log(2)
     ordered = answer.sort_values(["layer", "seq", "pos"])
     answer[NEXT] = ordered.groupby(["layer", "seq"])[OWN].shift(-1)
-    answer.attrs = dict(table.attrs)
-    return base.with_columns(answer, {name: {"unit": "bits", "low": 0.0, "high": None} for name in (OWN, NEXT)})
+    answer = tables.with_provenance(answer, table)
+    return tables.with_columns(answer, dict.fromkeys((OWN, NEXT), tables.Column("bits", low=0.0)))
 
 
-def _study(measured: Measured, step: base.Steps) -> base.Study:
-    table = with_code_lengths(measured.table)
-
-    step("partial correlations")
+def _analysis(task: Task) -> Analysis:
+    measured, table = task.measured, with_code_lengths(task.measured.table)
+    task.step("partial correlations")
     parts = [_correlated(table, list(SCORES), against, measured) for against in (OWN, NEXT)]
-    found = stats.correct(pd.concat(parts, ignore_index=True), "bh")
-
-    step("declared tests and red flags")
-    findings = base.settle("codelength", [
-        base.declared(table, partial(_correlated, scores="compression", against=against, measured=measured), measured, finding, against)
-        for against, finding in ((OWN, "compression goes with the token's code length"), (NEXT, "compression goes with the next token's code length"))
-    ])  # fmt: skip
-    guide = pd.concat([base.guide(table, list(SCORES), against) for against in (OWN, NEXT)], ignore_index=True)
-    findings = base.beside_guide(findings, guide)
-    flags = pd.concat([
-        base.red_flags(
-            table, "compression", against, controls=CONTROLS[against], frequency=measured.frequency, unit=measured.unit, seed=measured.seed
-        ).assign(question=against)
-        for against in (OWN, NEXT)
-    ], ignore_index=True)  # fmt: skip
-
-    step("figures")
-    layer = int(findings["layer"].iloc[1]) if pd.notna(findings["layer"].iloc[1]) else measured.layers[-1]
-    quartiles = stats.quartile_table(table, list(SCORES), NEXT, layers=[layer], unit=measured.unit)
-    sections, figures = _sections(table, found, quartiles, layer)
-    held = {"partial_correlation": found, "quartiles": quartiles}
-    step("contrast")
-    if measured.contrast is not None:
-        section, compared, figure = contrast_section(table, [*SCORES, OWN, NEXT], measured)
-        sections.append(section)
-        held["contrast"], figures["contrast-by-layer"] = compared, figure
-    decision = base.decide(findings, flags)
-    return base.Study(
-        name="codelength",
-        title="Does compression go with code length?",
-        about=tuple(base.about(measured)),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(decision, findings, found, table)),
-        findings=findings,
-        flags=flags,
-        not_tested=_not_tested(measured),
-        sections=tuple(sections),
-        tables=held,
-        figures=figures,
-        provenance=base.provenance(measured),
+    findings = {OWN: "compression goes with the token's code length", NEXT: "compression goes with the next token's code length"}
+    return Analysis(
+        table=table,
+        tests=[
+            DeclaredTest(finding, against, partial(_correlated, scores="compression", against=against, measured=measured))
+            for against, finding in findings.items()
+        ],
+        token_level=[Check(against, list(SCORES), (against,)) for against in findings],
+        red_flags=[
+            Check(against, "compression", (against,), {"controls": CONTROLS[against], "frequency": measured.frequency})
+            for against in findings
+        ],
+        contrast=[*SCORES, OWN, NEXT],
         tokens=measured.table,
+        tables={"partial_correlation": stats.correct(pd.concat(parts, ignore_index=True), "bh")},
     )
 
 
@@ -124,22 +99,41 @@ def _correlated(table: pd.DataFrame, scores: str | list[str], against: str, meas
     )
 
 
-def _sections(
-    table: pd.DataFrame, found: pd.DataFrame, quartiles: pd.DataFrame, layer: int
-) -> tuple[list[Section], dict[str, Figure]]:
+def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
+    measured, table = task.measured, analysis.table
+    chosen = results.findings["layer"].iloc[1]
+    layer = int(chosen) if pd.notna(chosen) else measured.layers[-1]
+    quartiles = stats.quartile_table(table, list(SCORES), NEXT, layers=[layer], unit=measured.unit)
+    found = analysis.tables["partial_correlation"]
     figures = {
-        "code-length-by-layer": result_curve(base.inner(found[found["score"] == "compression"]), by="against"),
+        "code-length-by-layer": result_curve(above_layer_0(found[found["score"] == "compression"]), by="against"),
         "quartiles": quartile_bars(quartiles),
         "scatter": scatter(table, NEXT, "compression", layer, x_scale="rank", y_scale="rank"),
     }
+    return Presentation(
+        sections=_sections(table, found, figures, layer),
+        figures=figures,
+        tables={"quartiles": quartiles},
+        remarks=_remarks(found, table),
+        not_tested=(
+            "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own "
+            "beginning.",
+            "Whether compression makes a token cheap or the reverse: nothing here intervenes.",
+            f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
+        ),
+    )
+
+
+def _sections(table: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    view = token_view(table, ["compression", "surprisal"], layer, seq=int(table["seq"].min()))
     return [
         Section(
             "Compression against code length, layer by layer",
-            "Correlation within sequences with the token's own code length and with the next token's, at fixed frequency, position, norm, radius and "
-            "share of equal tokens; for the next token, also at fixed own surprisal.",
+            "Correlation within sequences with the token's own code length and with the next token's, at fixed frequency, "
+            "position, norm, radius and share of equal tokens; for the next token, also at fixed own surprisal.",
             figure=figures["code-length-by-layer"],
-            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); filled: p at most 0.05 "
-            "after Benjamini-Hochberg over scores, layers and both code lengths.",
+            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
+            "filled: p at most 0.05 after Benjamini-Hochberg over scores, layers and both code lengths.",
             table=shown(found, "layer", "score", "against", "n_documents"),
         ),
         Section(
@@ -153,27 +147,17 @@ def _sections(
             figure=figures["scatter"],
             caption=f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
         ),
-        Section(
-            "One text", f"The first sequence at layer {layer}.",
-            view=token_view(table, ["compression", "surprisal"], layer, seq=int(table["seq"].min())),
-        ),
-    ], figures  # fmt: skip
-
-
-def _verdict(decision: base.Decision, findings: pd.DataFrame, found: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    bits = table[table["layer"] == table["layer"].iloc[0]]
-    told = [
-        base.opening(
-            decision,
-            "Compression goes with code length beyond frequency, position, norm and density.",
-            "At fixed frequency, position, norm and density, compression says nothing reliable about code length here.",
-        ),
-        *(base.sentence(row) for row in base.rows(findings)),
+        Section("One text", f"The first sequence at layer {layer}.", view=view),
     ]
+
+
+def _remarks(found: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    bits = table[table["layer"] == table["layer"].iloc[0]]
+    told = []
     for against, name in ((OWN, "the token's own"), (NEXT, "the next token's")):
-        mine = base.inner(found[(found["score"] == "compression") & (found["against"] == against)])
+        mine = above_layer_0(found[(found["score"] == "compression") & (found["against"] == against)])
         told.append(
-            f"Exploration, {name} code length: {int((mine['p_corrected'] <= base.ALPHA).sum())} of {len(mine)} layers stay "
+            f"Exploration, {name} code length: {int((mine['p_corrected'] <= ALPHA).sum())} of {len(mine)} layers stay "
             "below 0.05 after correction; "
             f"partial correlations from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f}."
         )
@@ -181,10 +165,13 @@ def _verdict(decision: base.Decision, findings: pd.DataFrame, found: pd.DataFram
     return told
 
 
-def _not_tested(measured: Measured) -> tuple[str, ...]:
-    said = [
-        "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own beginning.",
-        "Whether compression makes a token cheap or the reverse: nothing here intervenes.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-    ]
-    return (*said, *(() if measured.contrast is not None else ("Any contrast of spans or labels: none was asked for.",)))
+SPEC = StudySpec(
+    name="codelength",
+    title="Does compression go with code length?",
+    question="Does compression go with how many bits the model needs for a token, or for the next one?",
+    hypothesis=HYPOTHESIS,
+    if_yes="Compression goes with code length beyond frequency, position, norm and density.",
+    if_no="At fixed frequency, position, norm and density, compression says nothing reliable about code length here.",
+    analysis=_analysis,
+    presentation=_presentation,
+)

@@ -1,26 +1,60 @@
 """Does compression go with the importance of a token, beyond what position, frequency, norm and density already say?"""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from basin_lens import stats, tables
+from basin_lens.analyzers import (
+    Analyzer,
+    AttentionReceived,
+    AttentionRollout,
+    Erasure,
+    GradientNorm,
+    GradientTimesActivation,
+    ValueWeightedAttention,
+)
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import ALL_SHOWN
-from basin_lens.studies.framework.measurement import FEWEST_UNITS, SCORES, Measured, ready
+from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.runner import run_study
+from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
+# Measured in the pass that reads the texts, its gradients, and, for erasure, passes of its own.
+IMPORTANCE: tuple[Analyzer, ...] = (
+    AttentionReceived(),
+    AttentionReceived(sink=False),
+    AttentionReceived(normalize=False),
+    AttentionRollout(),
+    AttentionRollout(sink=False),
+    ValueWeightedAttention(),
+    GradientNorm(),
+    GradientNorm(target="last_logit"),
+    GradientTimesActivation(),
+    Erasure(),
+)
 # Measures of importance, by column; those with a sign are taken by size.
 MEASURES = (
-    "attention_received", "attention_received_without_sink", "attention_received_raw", "attention_rollout",
-        "attention_rollout_without_sink",
-    "value_weighted_attention", "gradient_norm", "gradient_norm_scaled", "gradient_norm_last_logit",
-        "gradient_norm_scaled_last_logit",
-    "gradient_times_activation_size", "integrated_gradients_size",
-)  # fmt: skip
+    "attention_received",
+    "attention_received_without_sink",
+    "attention_received_raw",
+    "attention_rollout",
+    "attention_rollout_without_sink",
+    "value_weighted_attention",
+    "gradient_norm",
+    "gradient_norm_scaled",
+    "gradient_norm_last_logit",
+    "gradient_norm_scaled_last_logit",
+    "gradient_times_activation_size",
+    "integrated_gradients_size",
+)
 TRUTH = "erasure"
 WITHOUT_SURPRISAL = tuple(name for name in stats.CONTROLS if name != "surprisal")
 FEWEST_SCORED = 6  # erasure is known at 16 positions of a sequence, and six controls take their share
@@ -30,26 +64,27 @@ HYPOTHESIS = (
     "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
     "Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
     "best with erasure. Both are tested at the layer (not 0, where a state is its token alone) chosen on half of the "
-    f"documents, on the other half, as one family (Holm). {base.IF_FEW}"
+    f"documents, on the other half, as one family (Holm). {IF_FEW}"
 )
 
 
-def study_importance(model: Any, data: Any, *, progress: bool = True, **options: Any) -> base.Study:
+def study_importance(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
     """Rank the measures of token importance by their agreement with erasure, then ask whether compression goes with importance.
 
-    Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half of the
-    documents and reported on the other half. Then, for every measure, score and layer: the partial correlation within sequences given the
-    standard controls, with and without surprisal (which may be a mediator), tested over documents.
+    Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half
+    of the documents and reported on the other half. Then, for every measure, score and layer: the partial correlation within
+    sequences given the standard controls, with and without surprisal (which may be a mediator), tested over documents.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: texts as for `analyze`, or a `Measured` for the study `"importance"`.
         progress: show progress bars.
-        **options: of `basin_lens.studies.measure`, with texts: `layers, k, context, bank, unit, contrast, max_sequences, seed, ...`.
+        **options: of `basin_lens.studies.measure`, with texts: `layers, k, context, bank, unit, contrast, max_sequences, seed,
+            ...`.
 
     Returns:
-        a `Study`; `.save(folder)` writes its tables, figures and report. Its tables: `ranking`, `agreement`, `partial_correlation`, `quartiles`,
-        `mixed_model`, `guide`, and `contrast` if one was asked for.
+        a `Study`; `.save(folder)` writes its tables, figures and report. Its tables: `ranking`, `agreement`,
+        `partial_correlation`, `quartiles`, `mixed_model`, `guide`, and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or other options together with a `Measured`. Others as for `analyze`.
@@ -65,102 +100,47 @@ def study_importance(model: Any, data: Any, *, progress: bool = True, **options:
         >>> "ranking" in study.tables
         True
     """
-    measured = ready(model, data, "importance", progress, options)
-    with base.steps("study importance", 7, progress) as step:
-        return _study(measured, step)
+    return run_study(SPEC, model, data, progress=progress, measure_options=options)
 
 
-def _study(measured: Measured, step: base.Steps) -> base.Study:
+def _analysis(task: Task) -> Analysis:
+    measured = task.measured
     table = _with_sizes(measured.table)
-    shared: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
     # Integrated gradients of a few sequences may be too few for any test.
-    there = [
-        name for name in MEASURES if name in table.columns and base.n_units(table[table[name].notna()], measured) >= FEWEST_UNITS
-    ]
-    unranked = [name for name in MEASURES if name not in there]
+    there = [name for name in MEASURES if name in table.columns and units_in(table[table[name].notna()], measured) >= FEWEST_UNITS]
 
-    step("agreement with erasure")
-    known = table[table[TRUTH].notna()]
-    known.attrs = dict(table.attrs)
-    agreement = stats.within_sequence_correlation(known, there, TRUTH, **shared)
-    beyond = stats.partial_correlation(known, there, TRUTH, controls=["position"], min_tokens=FEWEST_SCORED, **shared)
-    agreement = pd.concat([agreement, beyond], ignore_index=True)
+    task.step("agreement with erasure")
+    known = tables.select(table, table[TRUTH].notna())
+    plain = stats.within_sequence_correlation(known, there, TRUTH, **task.unit_and_seed)
+    beyond = stats.partial_correlation(known, there, TRUTH, controls=["position"], min_tokens=FEWEST_SCORED, **task.unit_and_seed)
     ranking = _ranking(known, there, beyond, measured)
     best = str(ranking["score"].iloc[0])
 
-    step("partial correlations")
-    partial = _partial(table, [TRUTH, *there], measured)
-
-    step("declared tests")
-    rows = []
-    for other, finding in ((TRUTH, "compression goes with erasure"), (best, f"compression goes with {best}")):
-        rows.append(base.declared(table, _test(other, measured), measured, finding, other))
-    findings = base.settle("importance", rows)
-    guide = pd.concat([base.guide(table, list(SCORES), other) for other in (TRUTH, best)], ignore_index=True)
-    findings = base.beside_guide(findings, guide)
-
-    step("red flags")
-    flags = pd.concat(
-        [
-            base.red_flags(table, "compression", other, frequency=measured.frequency, **shared).assign(question=other)
-            for other in (TRUTH, best)
-        ],
-        ignore_index=True,
-    )
-
-    step("quartiles and mixed model")
-    layer = int(findings["layer"].iloc[1])
-    quartiles = stats.quartile_table(table, list(SCORES), best, layers=[layer], unit=measured.unit)
-    mixed = None
-    if measured.n_units >= 10:
-        mixed = stats.mixed_model(
-            table,
-            "compression",
-            best,
-            frequency=measured.frequency,
-            layers=[layer],
-            unit=measured.unit,
-            all_terms=True,
-            correction="holm",
-        )
-
-    step("figures")
-    decision = base.decide(findings, flags)
-    sections, figures = _sections(table, ranking, partial, quartiles, mixed, best, layer)
-    held = {"ranking": ranking, "agreement": agreement, "partial_correlation": partial, "quartiles": quartiles, "guide": guide}
-    if mixed is not None:
-        held["mixed_model"] = mixed
-    step("contrast")
-    if measured.contrast is not None:
-        section, found, figure = contrast_section(table, [*SCORES, TRUTH, *there], measured)
-        sections.append(section)
-        held["contrast"], figures["contrast-by-layer"] = found, figure
-    return base.Study(
-        name="importance",
-        title="Does compression go with token importance?",
-        about=tuple(base.about(measured)),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(decision, findings, ranking, partial, best)),
-        findings=findings,
-        flags=flags,
-        not_tested=_not_tested(measured, unranked),
-        sections=tuple(sections),
-        tables=held,
-        figures=figures,
-        provenance=base.provenance(measured),
+    task.step("partial correlations")
+    return Analysis(
+        table=table,
+        tests=[DeclaredTest(f"compression goes with {other}", other, _test(other, measured)) for other in (TRUTH, best)],
+        token_level=[Check(other, list(SCORES), (other,)) for other in (TRUTH, best)],
+        red_flags=[Check(other, "compression", (other,), {"frequency": measured.frequency}) for other in (TRUTH, best)],
+        contrast=[*SCORES, TRUTH, *there],
         tokens=measured.table,
+        tables={
+            "ranking": ranking,
+            "agreement": pd.concat([plain, beyond], ignore_index=True),
+            "partial_correlation": _partial(table, [TRUTH, *there], measured),
+        },
+        details=best,
     )
 
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Signed attributions by size: how much, not in which direction."""
-    answer, known, sizes = table.copy(), tables.scores(table), {}
+    answer, known, sizes = table.copy(), tables.columns(table), {}
     for name in ("gradient_times_activation", "integrated_gradients"):
         if name in table.columns and table[name].notna().any():
             answer[f"{name}_size"] = table[name].abs()
-            sizes[f"{name}_size"] = {**known[name], "low": 0.0}
-    return base.with_columns(answer, sizes)
+            sizes[f"{name}_size"] = replace(known[name], low=0.0)
+    return tables.with_columns(answer, sizes)
 
 
 def _ranking(known: pd.DataFrame, measures: list[str], beyond: pd.DataFrame, measured: Measured) -> pd.DataFrame:
@@ -173,10 +153,10 @@ def _ranking(known: pd.DataFrame, measures: list[str], beyond: pd.DataFrame, mea
         part = known[known[name].notna()]
         plain = partial(stats.within_sequence_correlation, scores=name, against=TRUTH, unit=measured.unit, seed=measured.seed)
         # A measure that says the opposite of erasure is no good one, however sure that is.
-        test = base.one_sided(plain)
-        units = base.n_units(part, measured)
+        test = one_sided(plain)
+        units = units_in(part, measured)
         found, how = None, f"too few documents to halve ({units}): the best layer of all, which flatters"
-        if units >= base.FEWEST_TO_SPLIT:
+        if units >= FEWEST_TO_SPLIT:
             try:
                 found = stats.best_layer(part, test, unit=measured.unit, seed=measured.seed)
                 how = "layer chosen on half of the documents, reported on the others"
@@ -227,133 +207,125 @@ def _test(other: str, measured: Measured) -> Any:
     return test
 
 
-def _sections(
-    table: pd.DataFrame, ranking: pd.DataFrame, partial: pd.DataFrame, quartiles: pd.DataFrame,
-    mixed: pd.DataFrame | None, best: str, layer: int,
-) -> tuple[list[Section], dict[str, Any]]:  # fmt: skip
-    figures: dict[str, Any] = {}
-    sections = []
-
-    def add(
-        name: str, title: str, text: str, figure: Any, caption: str, shown: pd.DataFrame | None = None, view: Any = None
-    ) -> None:
-        figures[name] = figure
-        sections.append(Section(title, text, figure=figure, caption=caption, table=shown, view=view))
-
-    add(
-        "importance-ranking",
-        "Which cheap measure of importance to believe",
-        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It "
-        "costs a pass per token. Here is how well each cheaper measure agrees with it among the tokens of one text. Early tokens are attended to "
-        "by more that follow, so both may go with position alone: given_position is the agreement at fixed position, over all documents.",
-        forest(ranking, "score", title="Agreement with erasure"),
-        "Mean Spearman correlation with erasure within sequences, 95 % interval over documents; p of agreement above 0 (one-sided), corrected by "
-        "Benjamini-Hochberg over the measures.",
-        ranking[
-            [
-                "score",
-                "layer",
-                "estimate",
-                "low",
-                "high",
-                "p_corrected",
-                "given_position",
-                "given_position_low",
-                "given_position_high",
-                "n_documents",
-                "n_tokens",
-                "how",
-            ]
-        ],
+def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
+    measured, table, best = task.measured, analysis.table, str(analysis.details)
+    layer = int(results.findings["layer"].iloc[1])
+    quartiles = stats.quartile_table(table, list(SCORES), best, layers=[layer], unit=measured.unit)
+    assert results.token_level is not None
+    more = {"quartiles": quartiles, "guide": results.token_level}
+    if measured.n_units >= 10:
+        more["mixed_model"] = stats.mixed_model(
+            table,
+            "compression",
+            best,
+            frequency=measured.frequency,
+            layers=[layer],
+            unit=measured.unit,
+            all_terms=True,
+            correction="holm",
+        )
+    ranking, partials = analysis.tables["ranking"], analysis.tables["partial_correlation"]
+    sections = [
+        _ranking_section(ranking),
+        _layers_section(partials, best),
+        *_one_layer_sections(table, quartiles, best, layer),
+        *([_mixed_section(more["mixed_model"])] if "mixed_model" in more else []),
+        _text_section(table, best, layer),
+    ]
+    names = ("importance-ranking", "partial-correlation-by-layer", "quartiles", "scatter", "joint-density")
+    return Presentation(
+        sections=sections,
+        figures={name: section.figure for name, section in zip(names, sections, strict=False) if section.figure is not None},
+        tables=more,
+        remarks=_remarks(ranking, partials, best),
+        not_tested=_not_tested(measured, [name for name in MEASURES if name not in analysis.contrast]),
     )
-    chosen = partial[partial["against"].isin([TRUTH, best]) & (partial["score"] == "compression")]
-    add(
-        "partial-correlation-by-layer",
+
+
+def _ranking_section(ranking: pd.DataFrame) -> Section:
+    fixed = ("given_position", "given_position_low", "given_position_high")
+    return Section(
+        "Which cheap measure of importance to believe",
+        "Erasure takes a token out of the attention of all later queries and measures what their loss rises by. It costs a pass "
+        "per token. Here is how well each cheaper measure agrees with it among the tokens of one text. Early tokens are "
+        "attended to by more that follow, so both may go with position alone: given_position is the agreement at fixed "
+        "position, over all documents.",
+        figure=forest(ranking, "score", title="Agreement with erasure"),
+        caption="Mean Spearman correlation with erasure within sequences, 95 % interval over documents; p of agreement above 0 "
+        "(one-sided), corrected by Benjamini-Hochberg over the measures.",
+        table=ranking[["score", "layer", "estimate", "low", "high", "p_corrected", *fixed, "n_documents", "n_tokens", "how"]],
+    )
+
+
+def _layers_section(partials: pd.DataFrame, best: str) -> Section:
+    mine = partials[partials["against"].isin([TRUTH, best])]
+    first, then = ("layer", "score", "against", "control_set"), ("uncontrolled", "bound", "n_documents")
+    return Section(
         "Compression against importance, layer by layer",
         f"Correlation within sequences of compression with {TRUTH} and with {best}, at fixed token frequency, position, "
         "norm, radius and share of equal tokens; with and without surprisal, which may carry the effect rather than "
         "confound it.",
-        result_curve(base.inner(chosen), by=["against", "control_set"]),
-        "Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table). "
+        figure=result_curve(above_layer_0(mine[mine["score"] == "compression"]), by=["against", "control_set"]),
+        caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table). "
         "Filled: p at most 0.05 after Benjamini-Hochberg over all measures, scores, layers and control sets.",
-        partial[partial["against"].isin([TRUTH, best])][
-            [
-                "layer",
-                "score",
-                "against",
-                "control_set",
-                "estimate",
-                "low",
-                "high",
-                "p",
-                "p_corrected",
-                "uncontrolled",
-                "bound",
-                "n_documents",
-            ]
-        ],
+        table=mine[[*first, "estimate", "low", "high", "p", "p_corrected", *then]],
     )
-    add(
-        "quartiles",
-        f"Scores in the quartiles of {best}, layer {layer}",
-        f"Tokens of each sequence in four parts by {best}. No control is applied here: position and frequency are still in it.",
-        quartile_bars(quartiles),
-        f"Mean over documents with 95 % intervals; above each panel, the highest quartile less the lowest. {ALL_SHOWN}",
-    )
-    y = "compression"
-    add(
-        "scatter",
-        f"{best} and compression, token by token, layer {layer}",
-        "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what "
-        "most of these correlations are.",
-        scatter(table, best, y, layer, x_scale="rank", y_scale="rank"),
-        f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
-    )
-    add(
-        "joint-density",
-        f"Joint density of {best} and compression, layer {layer}",
-        "",
-        joint_density(table, best, y, layer),
-        f"Number of tokens, with both margins. {ALL_SHOWN}",
-    )
-    if mixed is not None:
-        sections.append(
-            Section(
-                "What explains compression",
-                "A mixed model of compression on importance and the controls at once, a random level for each "
-                f"sequence. Standardized coefficients; the larger, the more of the score it carries. {ALL_SHOWN}",
-                table=mixed[["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
-            )
-        )
-    shown = [name for name in ("compression", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()]
-    sections.append(Section(
-        "One text", f"The first sequence at layer {layer}, by several columns.", view=token_view(table, shown, layer, seq=int(table[
-            "seq"].min())),
-    ))  # fmt: skip
-    return sections, figures
 
 
-def _verdict(decision: base.Decision, findings: pd.DataFrame, ranking: pd.DataFrame, partial: pd.DataFrame, best: str) -> list[str]:
-    opening = base.opening(
-        decision,
-        "Compression goes with token importance beyond frequency, position, norm, density and surprisal.",
-        "At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance here.",
+def _one_layer_sections(table: pd.DataFrame, quartiles: pd.DataFrame, best: str, layer: int) -> list[Section]:
+    return [
+        Section(
+            f"Scores in the quartiles of {best}, layer {layer}",
+            f"Tokens of each sequence in four parts by {best}. No control is applied here: position and frequency are still in it.",
+            figure=quartile_bars(quartiles),
+            caption=f"Mean over documents with 95 % intervals; above each panel, the highest quartile less the lowest. {ALL_SHOWN}",
+        ),
+        Section(
+            f"{best} and compression, token by token, layer {layer}",
+            "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what "
+            "most of these correlations are.",
+            figure=scatter(table, best, "compression", layer, x_scale="rank", y_scale="rank"),
+            caption=f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
+        ),
+        Section(
+            f"Joint density of {best} and compression, layer {layer}",
+            "",
+            figure=joint_density(table, best, "compression", layer),
+            caption=f"Number of tokens, with both margins. {ALL_SHOWN}",
+        ),
+    ]
+
+
+def _mixed_section(mixed: pd.DataFrame) -> Section:
+    return Section(
+        "What explains compression",
+        "A mixed model of compression on importance and the controls at once, a random level for each "
+        f"sequence. Standardized coefficients; the larger, the more of the score it carries. {ALL_SHOWN}",
+        table=mixed[["term", "estimate", "low", "high", "p", "p_corrected", "partial_r2", "icc", "n_units", "n_tokens"]],
     )
+
+
+def _text_section(table: pd.DataFrame, best: str, layer: int) -> Section:
+    columns = [name for name in ("compression", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()]
+    view = token_view(table, columns, layer, seq=int(table["seq"].min()))
+    return Section("One text", f"The first sequence at layer {layer}, by several columns.", view=view)
+
+
+def _remarks(ranking: pd.DataFrame, partials: pd.DataFrame, best: str) -> list[str]:
     first = ranking.iloc[0]
-    told = [opening, *(base.sentence(row) for row in base.rows(findings))]
     fixed = (
         f"; at fixed position, over all documents, {first['given_position']:+.2f} "
         f"({first['given_position_low']:+.2f} to {first['given_position_high']:+.2f})"
         if pd.notna(first["given_position"])
         else ""
     )
-    told.append(
+    told = [
         f"The measure that agrees best with erasure is {best} at layer {first['layer']}: mean Spearman correlation "
         f"{first['estimate']:+.2f} (95 % interval {first['low']:+.2f} to {first['high']:+.2f}){fixed}; {first['how']}."
-    )
+    ]
     for wording in ("with surprisal", "without surprisal"):
-        mine = partial[(partial["control_set"] == wording) & (partial["score"] == "compression") & (partial["against"] == best)]
-        kept = mine[mine["p_corrected"] <= base.ALPHA]
+        mine = partials[(partials["control_set"] == wording) & (partials["score"] == "compression") & (partials["against"] == best)]
+        kept = mine[mine["p_corrected"] <= ALPHA]
         told.append(
             f"Exploration, {wording} among the controls: against {best}, {len(kept)} of {len(mine)} layers stay below "
             f"0.05 after correction; partial correlations from {mine['estimate'].min():+.3f} to "
@@ -379,6 +351,20 @@ def _not_tested(measured: Measured, unranked: list[str]) -> tuple[str, ...]:
         said.append(
             f"Integrated gradients of more than {few} sequences, and of states other than those that enter the middle block."
         )
-    if measured.contrast is None:
-        said.append("Any contrast of spans or labels: none was asked for.")
     return tuple(said)
+
+
+SPEC = StudySpec(
+    name="importance",
+    title="Does compression go with token importance?",
+    question="Does compression go with token importance, beyond frequency, position, norm, density and surprisal?",
+    hypothesis=HYPOTHESIS,
+    if_yes="Compression goes with token importance beyond frequency, position, norm, density and surprisal.",
+    if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance "
+    "here.",
+    analyzers=lambda _: IMPORTANCE,
+    integrated_gradients=True,
+    analysis=_analysis,
+    presentation=_presentation,
+    steps=2,
+)

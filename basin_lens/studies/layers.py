@@ -1,5 +1,6 @@
 """How every score moves over depth, and where it owes anything to the nearest neighbors."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,26 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
-from basin_lens.analyzers import names_of
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.analyzers import (
+    Analyzer,
+    AngularContraction,
+    EffectiveRankChange,
+    LocalDimension,
+    MatrixEntropy,
+    NeighborOverlap,
+    SymmetricContraction,
+    names_of,
+)
+from basin_lens.studies.framework.attempts import attempt
+from basin_lens.studies.framework.control_scores import sampled_controls
+from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measurement import SCORES, Measured, ready
+from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.runner import run_study
+from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.units import unit_keys
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -23,11 +39,11 @@ HYPOTHESIS = (
     "Declared before looking: the neighborhoods of nearest neighbors are compressed more than sets of as many random "
     "points (compression above compression_random) at some layer, and more than equally tight neighborhoods of other "
     "tokens (compression_radius_matched) at some layer. Tested over documents, the layer (not 0, where a state is its "
-    f"token alone) chosen on half of them and tested on the others, as one family (Holm). {base.IF_FEW}"
+    f"token alone) chosen on half of them and tested on the others, as one family (Holm). {IF_FEW}"
 )
 
 
-def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any) -> base.Study:
+def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
     """Follow every score over depth, beside its controls, and ask whether two halves of the documents tell the same story.
 
     Args:
@@ -37,8 +53,9 @@ def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any
         **options: of `basin_lens.studies.measure`, with texts; `layers="all"` for every layer.
 
     Returns:
-        a `Study` with tables `summary` (means, intervals, reliabilities by layer), `controls` (compression less its controls by layer,
-        max-|t| over layers), `halves` (agreement of the curves of two halves of the documents, by score), and `contrast` if one was asked for.
+        a `Study` with tables `summary` (means, intervals, reliabilities by layer), `controls` (compression less its controls by
+        layer, max-|t| over layers), `halves` (agreement of the curves of two halves of the documents, by score), and `contrast` if
+        one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -53,60 +70,47 @@ def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any
         >>> sorted(study.tables)
         ['controls', 'halves', 'summary']
     """
-    measured = ready(model, data, "layers", progress, options)
-    with base.steps("study layers", 5, progress) as step:
-        return _study(measured, step)
+    return run_study(SPEC, model, data, progress=progress, measure_options=options)
 
 
-def _study(measured: Measured, step: base.Steps) -> base.Study:
-    step("curves")
+def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
+    common: dict[str, Any] = {"k": scoring.k, "exclude": scoring.exclude}
+    return [
+        *sampled_controls(scoring),
+        SymmetricContraction(**common),
+        AngularContraction(**common, context=scoring.context),
+        NeighborOverlap(**common),
+        MatrixEntropy(),
+        EffectiveRankChange(k=3 * scoring.k, exclude=scoring.exclude, context="native"),
+        LocalDimension(k=2 * scoring.k, exclude=scoring.exclude),
+    ]
+
+
+def _analysis(task: Task) -> Analysis:
+    measured = task.measured
+    task.step("curves")
     table = measured.table.copy()
     for name, control in zip(ABOVE, CONTROLS, strict=True):
         table[name] = table["compression"] - table[control]
-    known = tables.scores(measured.table)
-    table = base.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
-    scores = [name for name, fact in known.items() if fact["analyzer"] not in _NOT_SCORES]
+    known = tables.columns(measured.table)
+    table = tables.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
+    scores = [name for name, column in known.items() if column.analyzer not in _NOT_SCORES]
     summary = tables.layer_summary(table, [*scores, *ABOVE])
 
-    step("controls")
-    shared: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
-    against = base.attempt(stats.before_after, table, list(ABOVE), correction="max-t", **shared)
+    task.step("controls")
+    against = attempt(stats.before_after, table, list(ABOVE), correction="max-t", **task.unit_and_seed)
 
-    step("halves")
-    agreement = halves_agree(table, scores, measured)
-
-    step("declared tests and red flags")
-    rows = [
-        base.declared(table, base.one_sided(partial(stats.before_after, on=name, **shared)), measured, finding, name, name)
-        for name, finding in zip(ABOVE, _FINDINGS, strict=True)
-    ]
-    findings = base.settle("layers", rows)
-    flags = pd.concat([base.red_flags(table, name, **shared).assign(question=name) for name in ABOVE], ignore_index=True)
-
-    step("figures")
-    layer = int(findings["layer"].iloc[0])
-    sections, figures = _sections(table, measured, summary, against, agreement, layer)
-    held: dict[str, pd.DataFrame] = {"summary": summary, "controls": against, "halves": agreement}
-    if measured.contrast is not None:
-        section, found, figure = contrast_section(table, [*SCORES, *ABOVE], measured)
-        sections.append(section)
-        held["contrast"], figures["contrast-by-layer"] = found, figure
-    decision = base.decide(findings, flags)
-    return base.Study(
-        name="layers",
-        title="How does compression move over depth?",
-        about=tuple(base.about(measured)),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(decision, findings, summary, against, agreement)),
-        findings=findings,
-        flags=flags,
-        not_tested=_not_tested(measured),
-        sections=tuple(sections),
-        tables=held,
-        figures=figures,
-        provenance=base.provenance(measured),
+    task.step("halves")
+    return Analysis(
+        table=table,
+        tests=[
+            DeclaredTest(finding, name, one_sided(partial(stats.before_after, on=name, **task.unit_and_seed)), score=name)
+            for name, finding in zip(ABOVE, _FINDINGS, strict=True)
+        ],
+        red_flags=[Check(name, name) for name in ABOVE],
+        contrast=[*SCORES, *ABOVE],
         tokens=measured.table,
+        tables={"summary": summary, "controls": against, "halves": halves_agree(table, scores, measured)},
     )
 
 
@@ -118,10 +122,10 @@ _NOT_SCORES = names_of("importance", "confound", "control")
 def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> pd.DataFrame:
     """Whether two halves of the units draw the same curve over depth: one row per score.
 
-    Units are halved at random many times; each half's mean curve is correlated with the other's over layers (Spearman). `estimate` is the
-    median over halvings, `low` and `high` the middle 95 % of them: a spread, not a confidence interval.
+    Units are halved at random many times; each half's mean curve is correlated with the other's over layers (Spearman). `estimate`
+    is the median over halvings, `low` and `high` the middle 95 % of them: a spread, not a confidence interval.
     """
-    keys = base.unit_keys(measured.unit)
+    keys = unit_keys(measured.unit)
     # Copies of one text on both sides would agree.
     table = table[stats.design.texts_once(table, measured.unit).keep]
     by_sequence = table.groupby([*dict.fromkeys(["layer", *keys, "doc", "seq"])], dropna=False)[scores].mean()
@@ -141,31 +145,53 @@ def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> 
             if both.sum() >= 3 and np.ptp(one[both]) > 0 and np.ptp(other[both]) > 0:
                 found.append(float(pd.Series(one[both]).corr(pd.Series(other[both]), method="spearman")))
         middle = np.quantile(found, [0.025, 0.5, 0.975]) if found else np.full(3, np.nan)
-        lines.append({
-            "score": name, "estimate": middle[1], "low": middle[0], "high": middle[2], "largest_difference": float(np.median(apart)),
-            "n_layers": len(wide.columns), "n_units": len(wide), "n_halvings": _SPLITS, "unit": measured.unit,
-            "effect": "Spearman correlation over layers of the curves of two halves", "null": 0.0,
-        })  # fmt: skip
+        lines.append(
+            {
+                "score": name,
+                "estimate": middle[1],
+                "low": middle[0],
+                "high": middle[2],
+                "largest_difference": float(np.median(apart)),
+                "n_layers": len(wide.columns),
+                "n_units": len(wide),
+                "n_halvings": _SPLITS,
+                "unit": measured.unit,
+                "effect": "Spearman correlation over layers of the curves of two halves",
+                "null": 0.0,
+            }
+        )
     return pd.DataFrame(lines)
 
 
-def _sections(
-    table: pd.DataFrame, measured: Measured, summary: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame, layer: int
-) -> tuple[list[Section], dict[str, Figure]]:
-    figures = {
+def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
+    layer = int(results.findings["layer"].iloc[0])
+    figures = _figures(analysis)
+    return Presentation(
+        sections=[*_curve_sections(analysis, figures), *_agreement_sections(task.measured, analysis, figures, layer)],
+        figures=figures,
+        remarks=_remarks(results, analysis),
+        not_tested=_not_tested(task.measured),
+    )
+
+
+def _figures(analysis: Analysis) -> dict[str, Figure]:
+    table, against, agreement = analysis.table, analysis.tables["controls"], analysis.tables["halves"]
+    in_nats = [name for name in ("compression", "compression_other_token", "contraction") if name in table]
+    return {
         "compression-and-controls": layer_curve(table, ["compression", *CONTROLS]),
-        "above-controls-by-layer": result_curve(base.inner(against), by="score"),
-        "scores-in-nats": layer_curve(
-            table, [name for name in ("compression", "compression_other_token", "contraction") if name in table]
-        ),
+        "above-controls-by-layer": result_curve(above_layer_0(against), by="score"),
+        "scores-in-nats": layer_curve(table, in_nats),
         "halves-agree": forest(agreement, "score", title="Agreement over layers of the curves of two halves of the documents"),
         "compression-by-position": position_map(table, "compression"),
     }
+
+
+def _curve_sections(analysis: Analysis, figures: Mapping[str, Figure]) -> list[Section]:
+    summary, against = analysis.tables["summary"], analysis.tables["controls"]
     columns = ["layer", "n_documents", "n_sequences", "n_tokens"]
     for name in ("compression", "compression_other_token", "contraction", *CONTROLS):
         columns += [c for c in (f"{name}_mean", f"{name}_low", f"{name}_high", f"{name}_reliability") if c in summary]
     rest = [c for c in summary.columns if c.endswith("_mean") and c not in columns]
-    view = layer_view(measured.table, ["compression", "contraction", "compression_other_token"], seq=int(table["seq"].min()))
     return [
         Section(
             "Compression beside its controls",
@@ -190,13 +216,20 @@ def _sections(
             caption="Mean over documents with 95 % intervals.",
             table=summary[["layer", *rest]],
         ),
+    ]
+
+
+def _agreement_sections(measured: Measured, analysis: Analysis, figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    first = int(analysis.table["seq"].min())
+    view = layer_view(measured.table, ["compression", "contraction", "compression_other_token"], seq=first)
+    return [
         Section(
             "Do halves of the documents agree?",
             f"Documents halved at random {_SPLITS} times; the mean curves of both halves correlated over layers "
             "(Spearman). A score that is noise over depth agrees at 0.",
             figure=figures["halves-agree"],
             caption="Median over halvings and their middle 95 %, which is a spread, not a confidence interval.",
-            table=agreement,
+            table=analysis.tables["halves"],
         ),
         Section(
             "By position",
@@ -205,25 +238,18 @@ def _sections(
             caption="Mean over documents.",
         ),
         Section("One text, all layers", f"The first sequence; layer {layer} is where the declared test was made.", view=view),
-    ], figures
+    ]
 
 
-def _verdict(
-    decision: base.Decision, findings: pd.DataFrame, summary: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame
-) -> list[str]:
-    opening = base.opening(
-        decision,
-        "Nearest neighbors are compressed more than the controls at some layer.",
-        "Nearest neighbors are not compressed more than the controls here.",
-    )
-    told = [opening, *(base.sentence(row) for row in base.rows(findings))]
-    if decision == "no" and (findings["estimate"] < 0).all():
+def _remarks(results: Results, analysis: Analysis) -> list[str]:
+    findings, summary = results.findings, analysis.tables["summary"]
+    against, agreement = analysis.tables["controls"], analysis.tables["halves"]
+    told = []
+    if results.decision == "no" and (findings["estimate"] < 0).all():
         told.append("The differences run the other way: the nearest neighbors are compressed less than the controls (see below).")
     for name, control in zip(ABOVE, CONTROLS, strict=True):
         mine = against[against["score"] == name]
-        more, less = (
-            mine[(mine["p_corrected"] <= base.ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1)
-        )
+        more, less = (mine[(mine["p_corrected"] <= ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1))
         told.append(
             f"Against {control}: more at layers {more or 'none'}, less at {less or 'none'} of {mine['layer'].tolist()} "
             "(max-|t| over layers and controls)."
@@ -231,7 +257,8 @@ def _verdict(
     lowest = summary["compression_reliability"].min() if "compression_reliability" in summary else float("nan")
     told.append(
         f"Mean compression runs from {summary['compression_mean'].min():+.3f} to "
-        f"{summary['compression_mean'].max():+.3f} nats; its lowest split-half reliability over tokens is {lowest:.2f}.")  # fmt: skip
+        f"{summary['compression_mean'].max():+.3f} nats; its lowest split-half reliability over tokens is {lowest:.2f}."
+    )
     own = agreement[agreement["score"] == "compression"].iloc[0]
     told.append(
         f"Curves of two halves of the documents agree at {own['estimate']:.2f} (Spearman over {int(own['n_layers'])} "
@@ -241,12 +268,23 @@ def _verdict(
 
 
 def _not_tested(measured: Measured) -> tuple[str, ...]:
-    said = [
+    return (
         "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
         "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
         "study robustness has the twin).",
         f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-    ]
-    if measured.contrast is None:
-        said.append("Any contrast of spans or labels: none was asked for.")
-    return tuple(said)
+    )
+
+
+SPEC = StudySpec(
+    name="layers",
+    title="How does compression move over depth?",
+    question="How do scores move over depth, and where do they beat their controls?",
+    hypothesis=HYPOTHESIS,
+    if_yes="Nearest neighbors are compressed more than the controls at some layer.",
+    if_no="Nearest neighbors are not compressed more than the controls here.",
+    analyzers=_analyzers,
+    analysis=_analysis,
+    presentation=_presentation,
+    steps=3,
+)

@@ -1,23 +1,28 @@
 """Does compression differ between parts of speech, beyond frequency, position and density? And who are the neighbors, by layer?"""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
-from basin_lens import stats
+from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.contrasts import contrast_section
+from basin_lens.studies.framework.attempts import attempt
+from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.contrast_report import contrast_section
+from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measurement import SCORES, Contrast, Measured, ready
+from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.runner import run_study
+from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task, option
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
-from basin_lens.studies.neighbor_composition import neighbor_shares
-from basin_lens.texts import words_of
+from basin_lens.studies.neighbor_composition import SYNTAX_FINDING, SYNTAX_FIRST, neighbor_shares, syntax_first
+from basin_lens.texts import Passage, words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
@@ -27,8 +32,24 @@ HYPOTHESIS = (
     "Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, on the other "
     "half; with the share of neighbors of the same tag, among those that are another word, having its center over depth "
     "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm). "
-    + base.IF_FEW
+    + IF_FEW
 )
+
+
+_PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
+_PLURALS = {"kind": ("function words", "content words"), "noun_verb": ("nouns", "verbs")}
+_PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
+_CONTROL_SETS = (("none", ()), ("standard", stats.CONTROLS))
+TAGGERS = ("auto", "gold", "nltk", "spacy")
+
+
+@dataclass(frozen=True)
+class LinguisticOptions:
+    """Of `study_linguistic`."""
+
+    tagger: str = option("auto", "Where tags come from: auto, gold, nltk or spacy.")
+    part: Part = option("mean")
+    sentiment: str | None = option(None, "A label with two values, one for each sentence.")
 
 
 def study_linguistic(
@@ -40,28 +61,32 @@ def study_linguistic(
     sentiment: str | None = None,
     progress: bool = True,
     **options: Any,
-) -> base.Study:
+) -> Study:
     """Compare parts of speech in every score, and look at who the neighbors are.
 
-    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Groups of words are compared over whole
-    documents; part-of-speech effects are tested within texts, over texts and words at once, and over word types.
+    Words take the place of tokens: a token belongs to the word it overlaps most, by character offsets. Groups of words are
+    compared over whole documents; part-of-speech effects are tested within texts, over texts and words at once, and over word
+    types.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        data: texts as for `analyze` (gold tags with `TaggedPassage`, as from `nltk:treebank`), or a `Measured` for the study `"linguistic"`.
-        tagger: `"gold"`: the passages' own tags; `"nltk"`: the averaged perceptron; `"spacy"`: en_core_web_sm; `"auto"`: gold where all
-            passages have them, else NLTK.
+        data: texts as for `analyze` (gold tags with `TaggedPassage`, as from `nltk:treebank`), or a `Measured` for the study
+            `"linguistic"`.
+        tagger: `"gold"`: the passages' own tags; `"nltk"`: the averaged perceptron; `"spacy"`: en_core_web_sm; `"auto"`: gold
+            where all passages have them, else NLTK.
         part: a word's score: the mean over its tokens, or that of its first or last token.
-        sentiment: a label of the passages with two values, such as `"positive"` and `"negative"`: sentences are compared between them.
+        sentiment: a label of the passages with two values, such as `"positive"` and `"negative"`: sentences are compared between
+            them.
         progress: show progress bars.
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `groups` (function - content, noun - verb), `tag_means`, `tag_effect`, `neighbor_shares`, `guide`, and `sentiment`
-        and `contrast` where asked for.
+        a `Study` with tables `groups` (function - content, noun - verb), `tag_means`, `tag_effect`, `neighbor_shares`, `guide`,
+        and `sentiment` and `contrast` where asked for.
 
     Raises:
-        StudyError: too few documents, or other options together with a `Measured`. TextError: no offsets, or tags that are not to be had.
+        StudyError: too few documents, or other options together with a `Measured`. TextError: no offsets, or tags that are not to
+            be had.
 
     Source: design of basin_lens, "Parts of speech"; tag set: Petrov et al. 2012.
 
@@ -73,17 +98,31 @@ def study_linguistic(
         >>> "neighbor_shares" in study.tables
         True
     """
-    measured = ready(model, data, "linguistic", progress, options, refusals(tagger, part, sentiment))
-    with base.steps("study linguistic", 7, progress) as step:
-        return _study(measured, tagger, part, sentiment, step)
+    own = LinguisticOptions(tagger, part, sentiment)
+    return run_study(SPEC, model, data, own, progress=progress, measure_options=options)
 
 
-def refusals(tagger: str, part: str, sentiment: str | None) -> Callable[[Capture], None]:
+def refuse(options: LinguisticOptions, passages: Sequence[Passage]) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        StudyError: an unknown tagger, or a sentiment that is not a label of two values.
+    """
+    if options.tagger not in TAGGERS:
+        raise StudyError(f"expected a tagger among {list(TAGGERS)}, got {options.tagger!r}.")
+    label = options.sentiment
+    if label is not None and len({str(p.labels[label]) for p in passages if label in p.labels}) != 2:
+        known = sorted({name for passage in passages for name in passage.labels})
+        raise StudyError(f"expected a label of the texts with two values as sentiment, got {label!r}; labels: {known}.")
+
+
+def check_texts(_model: Any, options: LinguisticOptions, _unit: str) -> Callable[[Capture], None]:
     """What this study refuses, as a check to be made before the model runs.
 
     The check raises StudyError for an unknown option, token ids in place of texts, or a label without two values, and TextError for
     tags that are not to be had.
     """
+    tagger, part, sentiment = options.tagger, options.part, options.sentiment
 
     def check(capture: Capture) -> None:
         if part not in ("mean", "first", "last"):
@@ -106,179 +145,162 @@ def refusals(tagger: str, part: str, sentiment: str | None) -> Callable[[Capture
     return check
 
 
-def _study(measured: Measured, tagger: Any, part: Part, sentiment: str | None, step: base.Steps) -> base.Study:
-    step("tags")
-    tokens, facts = tagged_tokens(measured, tagger)
-    words = word_table(tokens, part)
+@dataclass(frozen=True)
+class _Details:
+    """What is shown beside the declared tests. `source`: where the tags come from."""
+
+    source: str
+    has_shares: bool
+    curves: pd.DataFrame | None
+
+
+def _analysis(task: Task) -> Analysis:
+    measured, options = task.measured, task.options
+    task.step("tags")
+    tokens, source = tagged_tokens(measured, options.tagger)
+    words = word_table(tokens, options.part)
     words["kind"] = words["tag"].map({**dict.fromkeys(FUNCTION, "function"), **dict.fromkeys(CONTENT, "content")})
     words["noun_verb"] = words["tag"].map({"NOUN": "noun", "VERB": "verb"})
-    words.attrs = dict(measured.table.attrs)
-    shared: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
 
-    step("function and content words")
-    parts, effects, means = [], [], []
-    for wording, controls in (("none", ()), ("standard", stats.CONTROLS)):
-        for column, sides in _PAIRS:
-            found = base.attempt(
-                stats.compare_groups, words, list(SCORES), column, groups=sides, paired=True, controls=controls, n_resamples=1999,
-                correction="none", **shared,
-            )  # fmt: skip
-            parts.append(found.assign(group=" - ".join(sides), control_set=wording))
-    groups = stats.correct(pd.concat(parts, ignore_index=True), "bh")
+    task.step("function and content words")
+    groups = _groups(words, task)
 
-    step("tags by layer")
-    for wording, controls in (("none", ()), ("standard", stats.CONTROLS)):
-        found = base.attempt(
-            stats.tag_effect, words, "compression", "tag", controls=controls, n_resamples=499, correction="none", **shared
-        )
-        effects.append(found.assign(control_set=wording))
-        found = stats.tag_means(words, list(SCORES), "tag", controls=controls, unit=measured.unit, correction="none")
-        means.append(found.assign(control_set=wording))
-    effect = stats.correct(pd.concat(effects, ignore_index=True), "bh")
-    tag_table = stats.correct(pd.concat(means, ignore_index=True), "bh")
+    task.step("tags by layer")
+    effect, means = _tag_effects(words, task)
 
-    step("neighbors")
+    task.step("neighbors")
     shares, curves = neighbor_shares(tokens, measured)
-
-    step("declared tests")
-    rows = []
-    for column, sides in _PAIRS:
-        test = partial(
-            stats.compare_groups, scores="compression", group=column, groups=sides, paired=True, controls=stats.CONTROLS, **shared
-        )
-        rows.append(
-            base.declared(words, test, measured, f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}", " - ".join(sides))
-        )
-    by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
-    rows.append(base.declared(words, by_tag, measured, "parts of speech differ over texts and words", "tag"))
-    if shares is not None:
-        rows.append(_earlier(shares, measured))
-    findings = base.settle("linguistic", rows)
-    guide = pd.concat(
-        [
-            base.guide(words, list(SCORES), group="kind", groups=("function", "content")),
-            base.guide(words, list(SCORES), group="noun_verb", groups=("noun", "verb")),
-            base.guide(words, list(SCORES), tag="tag"),
-        ],
-        ignore_index=True,
-    )
-    findings = base.beside_guide(findings, guide)
-
-    step("red flags")
-    asked: list[tuple[str, dict[str, Any]]] = [
+    held = {"groups": groups, "tag_means": means, "tag_effect": effect}
+    pairs: list[tuple[str, dict[str, Any]]] = [
         (" - ".join(sides), {"group": column, "groups": sides, "paired": True}) for column, sides in _PAIRS
     ]
-    flags = pd.concat(
-        [
-            base.red_flags(words, "compression", **one, **shared).assign(question=question)
-            for question, one in [*asked, ("tag", {"tag": "tag", "n_resamples": 499})]
+    return Analysis(
+        table=words,
+        tests=_tests(task, shares),
+        red_flags=[
+            Check(question, "compression", options=one) for question, one in [*pairs, ("tag", {"tag": "tag", "n_resamples": 499})]
         ],
-        ignore_index=True,
-    )
-
-    step("figures")
-    layer = int(findings["layer"].iloc[0])
-    tables = {"groups": groups, "tag_means": tag_table, "tag_effect": effect, "guide": guide}
-    sections, figures = _sections(words, measured, groups, tag_table, effect, layer)
-    if curves is not None:
-        section = _shares_section(curves)
-        sections.append(section)
-        tables["neighbor_shares"], figures["neighbor-shares-by-layer"] = curves, section.figure
-    if sentiment is not None:
-        section, found = _sentiment(words, measured, sentiment)
-        sections.append(section)
-        tables["sentiment"], figures["sentiment-by-layer"] = found, section.figure
-    if measured.contrast is not None:
-        section, found, figure = contrast_section(words, list(SCORES), measured)
-        sections.append(section)
-        tables["contrast"], figures["contrast-by-layer"] = found, figure
-    decision = base.decide(findings[findings["question"] != _EARLIER], flags)
-    told = (
-        *base.about(measured),
-        f"Tags: {facts}; {len(words) // len(measured.layers):,} words, a word's score is {_PARTS[part]}.",
-    )
-    return base.Study(
-        name="linguistic",
-        title="Does compression differ between parts of speech?",
-        about=told,
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(decision, findings, groups, effect)),
-        findings=findings,
-        flags=flags,
-        not_tested=_not_tested(measured, sentiment, shares is not None),
-        sections=tuple(sections),
-        tables=tables,
-        figures=figures,
-        provenance=base.provenance(measured),
+        token_level=[
+            *(Check(" - ".join(sides), list(SCORES), options={"group": column, "groups": sides}) for column, sides in _PAIRS),
+            Check("tag", list(SCORES), options={"tag": "tag"}),
+        ],
         tokens=tokens,
+        tables=held if curves is None else {**held, "neighbor_shares": curves},
+        details=_Details(source, shares is not None, curves),
     )
 
 
-_PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
-_EARLIER = "same tag - same document"
-_PLURALS = {"kind": ("function words", "content words"), "noun_verb": ("nouns", "verbs")}
-_PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
+def _groups(words: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """Function against content words and nouns against verbs, in every score, without and with controls."""
+    parts = []
+    for wording, controls in _CONTROL_SETS:
+        for column, sides in _PAIRS:
+            found = attempt(
+                stats.compare_groups,
+                words,
+                list(SCORES),
+                column,
+                groups=sides,
+                paired=True,
+                controls=controls,
+                n_resamples=1999,
+                correction="none",
+                **task.unit_and_seed,
+            )
+            parts.append(found.assign(group=" - ".join(sides), control_set=wording))
+    return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
-def _earlier(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
-    """Center over depth of the excess shares of each unit: does that of the same tag lie before that of the same document?
+def _tag_effects(words: pd.DataFrame, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How much of the score is between tags, and the mean of each tag, without and with controls."""
+    effects, means = [], []
+    shared: dict[str, Any] = {"correction": "none"}
+    for wording, controls in _CONTROL_SETS:
+        found = attempt(
+            stats.tag_effect, words, "compression", "tag", controls=controls, n_resamples=499, **shared, **task.unit_and_seed
+        )
+        effects.append(found.assign(control_set=wording))
+        found = stats.tag_means(words, list(SCORES), "tag", controls=controls, unit=task.measured.unit, **shared)
+        means.append(found.assign(control_set=wording))
+    return tuple(stats.correct(pd.concat(parts, ignore_index=True), "bh") for parts in (effects, means))  # type: ignore[return-value]
 
-    Other words only: a word has its own tag, and the first layers know the word. And no layer 0, as in every declared test. Where a share is
-    that of chance, its center is that of noise, the middle of the layers: so both must be above chance, too, and p is the largest of three.
-    Above chance is asked of all sequences, also of those that have no center because a share is nowhere above it.
-    """
-    one, other = "same_tag_other_word_excess", "same_document_excess"
-    shares = base.inner(shares)
-    keys = ["doc", "seq"] + [name for name in (measured.unit,) if name in shares.columns]
-    excess = shares.groupby([*keys, "layer"])[[one, other]].mean()
-    by_sequence = excess.clip(lower=0)
-    layers = by_sequence.index.get_level_values("layer").to_numpy(float)
-    weighted = by_sequence.mul(layers, axis=0).groupby(level=keys).sum() / by_sequence.groupby(level=keys).sum().replace(0, np.nan)
-    table = excess.groupby(level=keys).mean().assign(difference=weighted[one] - weighted[other]).reset_index()
-    table["run"] = shares["run"].iloc[0]
-    table.attrs = dict(shares.attrs)
-    known = table.dropna(subset=[one, other])
-    known.attrs = dict(shares.attrs)
-    one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
 
-    def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
-        above = base.one_sided(partial(one_sample, on=[one, other]))(part)
-        usable = part.dropna(subset=["difference"])
-        usable.attrs = dict(part.attrs)
-        earlier = base.one_sided(partial(one_sample, on="difference"), more=False)(usable)
-        without = len(part) - len(usable)
-        return earlier.assign(
-            p=np.max([*earlier["p"], *above["p"]]), p_floor=[base.p_floor(row) for row in base.rows(earlier)],
-            note="the largest p of three: an earlier center, and either share above chance"
-            + (f"; {without} sequences have no center: a share is nowhere above chance" if without else ""),
-        )  # fmt: skip
-
-    found = base.attempt(test, known, "difference", unit=measured.unit)
-    found["effect"] = "center over depth, same tag (of another word) less same document"
-    return found.assign(
-        finding="same-tag neighbors (other words) come earlier than same-document neighbors", question=_EARLIER, score="neighbors",
-        effect_unit="layers",
-    )  # fmt: skip
+def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
+    shared = task.unit_and_seed
+    tests = [
+        DeclaredTest(
+            f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}",
+            " - ".join(sides),
+            partial(
+                stats.compare_groups,
+                scores="compression",
+                group=column,
+                groups=sides,
+                paired=True,
+                controls=stats.CONTROLS,
+                **shared,
+            ),
+        )
+        for column, sides in _PAIRS
+    ]
+    by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
+    tests.append(DeclaredTest("parts of speech differ over texts and words", "tag", by_tag))
+    if shares is not None:
+        held = shares
+        tests.append(
+            DeclaredTest(
+                SYNTAX_FINDING,
+                SYNTAX_FIRST,
+                lambda _: syntax_first(held, task.measured),
+                over_layers=True,
+                decides=False,
+            )
+        )
+    return tests
 
 
 # -- what a reader sees -------------------------------------------------------------------------------------------------------------
 
 
-def _sections(
-    words: pd.DataFrame, measured: Measured, groups: pd.DataFrame, means: pd.DataFrame, effect: pd.DataFrame, layer: int
-) -> tuple[list[Section], dict[str, Any]]:
-    headline = groups[groups["score"] == "compression"]
-    figures: dict[str, Any] = {
-        "function-content-by-layer": result_curve(base.inner(headline), by=["group", "control_set"]),
-        "tag-means": tag_intervals(
-            *(means[(means["score"] == "compression") & (means["control_set"] == wording)] for wording in ("none", "standard")),
-            layer=layer,
-        ),
+def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
+    measured, words, options, details = task.measured, analysis.table, task.options, analysis.details
+    layer = int(results.findings["layer"].iloc[0])
+    figures = _figures(words, analysis.tables, layer)
+    assert results.token_level is not None
+    sections, more = _sections(measured, analysis.tables, figures, layer), {"guide": results.token_level}
+    if details.curves is not None:
+        sections.append(_shares_section(details.curves))
+        figures["neighbor-shares-by-layer"] = sections[-1].figure
+    if options.sentiment is not None:
+        section, more["sentiment"] = _sentiment(words, measured, options.sentiment)
+        sections.append(section)
+        figures["sentiment-by-layer"] = section.figure
+    return Presentation(
+        sections=sections,
+        figures=figures,
+        tables=more,
+        remarks=_remarks(analysis.tables["groups"], analysis.tables["tag_effect"]),
+        not_tested=_not_tested(measured, options.sentiment, details.has_shares),
+        about=[f"Tags: {details.source}; {len(words) // len(measured.layers):,} words, a word's score is {_PARTS[options.part]}."],
+    )
+
+
+def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
+    headline, mine = groups[groups["score"] == "compression"], means[means["score"] == "compression"]
+    by_controls = [mine[mine["control_set"] == wording] for wording, _ in _CONTROL_SETS]
+    return {
+        "function-content-by-layer": result_curve(above_layer_0(headline), by=["group", "control_set"]),
+        "tag-means": tag_intervals(*by_controls, layer=layer),
         "tag-effect-by-layer": result_curve(effect, by=["test", "control_set"]),
         "compression-by-tag": distributions(words[words["tag"].notna()], "compression", "tag", layer),
     }
-    sections = [
+
+
+def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
+    groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
+    view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
+    return [
         Section(
             "Function and content words, nouns and verbs",
             "Differences within sequences, without controls and at fixed frequency, position, norm, radius, share of "
@@ -298,9 +320,10 @@ def _sections(
         ),
         Section(
             "How much of the score is between tags",
-            "Omega squared by three tests: tags permuted within sequences (these words in these texts), over texts and words "
-            "at once (min F'), and over word types (in these texts). Only min F' is a test of tags as such: the others also find words "
-            "with scores of their own, or texts with differences of their own. With controls, of what they leave of the score.",
+            "Omega squared by three tests: tags permuted within sequences (these words in these texts), over texts and words at "
+            "once (min F'), and over word types (in these texts). Only min F' is a test of tags as such: the others also find "
+            "words with scores of their own, or texts with differences of their own. With controls, of what they leave of the "
+            "score.",
             figure=figures["tag-effect-by-layer"],
             caption="Omega squared with 95 % intervals; 0: none.",
             table=shown(effect, "layer", "test", "control_set", "unit", "n_tags"),
@@ -311,10 +334,8 @@ def _sections(
             figure=figures["compression-by-tag"],
             caption="Median and quartiles; the number of words below.",
         ),
+        Section("One text", f"The first sequence at layer {layer}.", view=view),
     ]
-    view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
-    sections.append(Section("One text", f"The first sequence at layer {layer}.", view=view))
-    return sections, figures
 
 
 def _shares_section(curves: pd.DataFrame) -> Section:
@@ -331,8 +352,7 @@ def _shares_section(curves: pd.DataFrame) -> Section:
 
 def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame]:
     values = sorted({str(v) for v in words[label].dropna()})
-    table = words.assign(contrast=Contrast(label, values[0], values[1]).values(words))
-    table.attrs = dict(words.attrs)
+    table = tables.assign(words, contrast=Contrast(label, values[0], values[1]).values(words))
     as_contrast = replace(measured, table=table, contrast=Contrast(label, values[0], values[1]))
     section, found, figure = contrast_section(table, list(SCORES), as_contrast)
     text = "Sentences by their label: means over a sentence's words, sentences compared as wholes."
@@ -341,23 +361,17 @@ def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Sec
     ), found
 
 
-def _verdict(decision: base.Decision, findings: pd.DataFrame, groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
-    opening = base.opening(
-        decision,
-        "Compression differs between parts of speech beyond frequency, position, norm, density and surprisal.",
-        "At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these "
-        "parts of speech here.",
-    )
-    told = [opening, *(base.sentence(row) for row in base.rows(findings))]
+def _remarks(groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
+    told = []
     for wording, said in (("none", "without controls"), ("standard", "with controls")):
         for group in groups["group"].unique():
             mine = groups[(groups["control_set"] == wording) & (groups["score"] == "compression") & (groups["group"] == group)]
-            kept = mine[mine["p_corrected"] <= base.ALPHA]
+            kept = mine[mine["p_corrected"] <= ALPHA]
             told.append(
                 f"Exploration, {group}, {said}: {len(kept)} of {len(mine)} layers below 0.05 after correction; "
                 f"differences from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f} nats."
             )
-    kept = effect[(effect["control_set"] == "standard") & (effect["p_corrected"] <= base.ALPHA)]
+    kept = effect[(effect["control_set"] == "standard") & (effect["p_corrected"] <= ALPHA)]
     by_test = [set(kept[kept["test"] == test]["layer"].tolist()) for test in effect["test"].unique()]
     sound = sorted(set(kept[kept["test"].str.startswith("min F'")]["layer"].tolist()))
     told.append(
@@ -379,6 +393,21 @@ def _not_tested(measured: Measured, sentiment: str | None, shares: bool) -> tupl
         said.append("Sentiment: no labelled sentences were given.")
     if not shares:
         said.append("Who the neighbors are: needs the texts as their own bank, and neighbors of the same document allowed.")
-    if measured.contrast is None:
-        said.append("Any contrast of spans or labels: none was asked for.")
     return tuple(said)
+
+
+SPEC = StudySpec(
+    name="linguistic",
+    title="Does compression differ between parts of speech?",
+    question="Does compression differ between parts of speech? Who are the neighbors, by layer?",
+    hypothesis=HYPOTHESIS,
+    if_yes="Compression differs between parts of speech beyond frequency, position, norm, density and surprisal.",
+    if_no="At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these "
+    "parts of speech here.",
+    options=LinguisticOptions,
+    refuse=refuse,
+    check=check_texts,
+    analysis=_analysis,
+    presentation=_presentation,
+    steps=4,
+)

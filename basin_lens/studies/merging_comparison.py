@@ -7,29 +7,36 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from basin_lens import merging, stats
 from basin_lens.errors import MergeError, StudyError
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.model import full_name, kind_of, n_layers, provenance, tokenizer_of
-from basin_lens.studies.framework import base
+from basin_lens.model import kind_of, provenance, tokenizer_of
+from basin_lens.studies.framework.attempts import attempt
+from basin_lens.studies.framework.declared_tests import decide, one_sided, p_floor, settle
+from basin_lens.studies.framework.progress import progress_steps
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.merging_report import COPIED, RIVALS, about_merging, sections_of, verdict_of
 from basin_lens.texts import token_strings
 from basin_lens.values import whole_numbers
-from basin_lens.views import Section, merge_view, pareto, training_curves
 
-RIVALS = ("random", "stride")
 # One window is shown; the map of all would be a book.
 _SHOWN_TOKENS = 160
-_COPIED = 48  # tokens that the induction probe repeats
 _PROBED = ("cosine", "random", "stride")  # beside ours and the recent window
 
+_NOT_TESTED = (
+    "Other models, languages, lengths and tasks; retrieval over long contexts.",
+    "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what "
+    "they could be.",
+    "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
+    "A second seed of training.",
+)
 HYPOTHESIS = (
-    "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal merging costs "
-    "less loss than "
-    "random causal merging and than merging at a uniform stride, on documents that it was neither trained nor calibrated on. Tested at "
-    "each budget by "
-    "flipping the signs of whole documents' differences, as one family (Holm). Intervals that do not overlap are reported beside."
+    "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal "
+    "merging costs less loss than random causal merging and than merging at a uniform stride, on documents that it was neither "
+    "trained nor calibrated on. Tested at each budget by flipping the signs of whole documents' differences, as one family "
+    "(Holm). Intervals that do not overlap are reported beside."
 )
 
 
@@ -47,7 +54,7 @@ def study_merging(
     prompts: int = 4,
     seed: int = 0,
     progress: bool = True,
-) -> base.Study:
+) -> Study:
     """Set a merger beside all baselines at equal bytes, and look at what perplexity hides.
 
     Args:
@@ -64,8 +71,8 @@ def study_merging(
         progress: show progress.
 
     Returns:
-        a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context` (the
-        protocol of that
+        a `Study` named "merging" with tables `pareto` (a row per policy and budget), `windows` (per held-out window), `context`
+        (the protocol of that
         name), `induction`, `generation`, `map`, `layers` (of every policy and budget), `training`.
 
     Raises:
@@ -90,70 +97,86 @@ def study_merging(
         )
     # Copies among what is tested on would count one text several times.
     held_out, copied = held_out.once()
-    with base.steps("study merging", 5, progress) as step:
+    with progress_steps("study merging", 5, progress) as step:
         step("policies at equal bytes")
         compared = merging.compare_policies(model, calibration, held_out, setting, merger=merger, progress=progress)
-        found, mergers = compared.windows, compared.mergers
         step("context protocol")
         context = merging.context_protocol(model, calibration, held_out, setting, merger=merger)
         step("induction")
-        least = min(setting.budgets)
-        probes, reach = [], {}
-        for budget in sorted(setting.budgets, reverse=True):  # the smallest last: what follows is looked at there
-            made = {policy: mergers[policy, budget] for policy in (ours, *_PROBED) if (policy, budget) in mergers}
-            if "recent" in setting.policies:  # a window is a number of tokens: the right one for these sequences
-                made["recent"] = merging.recent_window(model, budget, 2 * _COPIED + 1, setting)
-                reach[budget] = made["recent"].options.recent
-            probes.append(merging.induction_probe(model, made, length=_COPIED, seed=seed).assign(budget=budget))
-        induction = pd.concat(probes, ignore_index=True)
+        induction, reach = _induction(model, compared.mergers, setting, ours, seed)
+        made = compared.mergers[ours, min(setting.budgets)]
         step("generation and map")
-        generation = _generated(model, held_out, made[ours], prompt, written, prompts)
-        shown = held_out.tokens[:1, :_SHOWN_TOKENS]
-        mapped = merging.merge_map(made[ours], model, shown)
-        text = token_strings(model, shown.unique().tolist())
-        mapped["token"] = [text[int(i)] for i in mapped["token_id"]]
-        layers = compared.layers
+        generation = _generated(model, held_out, made, prompt, written, prompts)
+        mapped = _named_map(model, made, held_out)
         step("tests")
-        findings = base.settle("merging", [
-            _test(found, ours, rival, budget, seed) for budget in setting.budgets for rival in RIVALS if rival in setting.policies
-        ])  # fmt: skip
-    curve = _curve(found, seed)
-    decision = base.decide(findings, None)
-    held: dict[str, pd.DataFrame] = {
-        "pareto": curve, "windows": found, "context": _context(context, seed), "induction": induction, "map": mapped, "layers": layers,
-    }  # fmt: skip
+        pairs = [(rival, budget) for budget in setting.budgets for rival in RIVALS if rival in setting.policies]
+        findings = settle("merging", [_test(compared.windows, ours, *pair, seed) for pair in pairs])
+    curve = _curve(compared.windows, seed)
+    decision = decide(findings, None)
+    held: dict[str, pd.DataFrame] = {"pareto": curve, "windows": compared.windows, "context": _context(context, seed)}
+    held |= {"induction": induction, "map": mapped, "layers": compared.layers}
     if generation is not None:
         held["generation"] = generation.assign(tokens=generation["tokens"].map(lambda ids: " ".join(map(str, ids))))
     if history is not None:
         held["training"] = history
-    sections, figures = _sections(held, mapped, generation, history, ours, least)
+    sections, figures = sections_of(held, mapped, generation, history, ours, min(setting.budgets))
     untold = _untold(model, merger, prompts) if generation is None else []
-    facts = {
-        "model": provenance(model), "setting": asdict(setting), "merger": None if merger is None else _told(merger),
-        "windows": {"length": int(held_out.tokens.shape[1]), "calibration": len(calibration), "held_out": len(held_out), "held_out_copies": copied,
-                    "held_out_documents": sorted(set(held_out.doc))}, "seed": seed,
-    }  # fmt: skip
-    return base.Study(
+    return Study(
         name="merging",
         title="Causal token merging: what it saves and what it costs",
-        about=(*_about(model, calibration, held_out, setting, merger), *_copies(copied)),
+        about=(*about_merging(model, calibration, held_out, setting, merger), *_copies(copied)),
         hypothesis=HYPOTHESIS,
         decision=decision,
-        verdict=tuple(_verdict(decision, findings, curve, induction, ours, reach)),
+        verdict=tuple(verdict_of(decision, findings, curve, induction, ours, reach)),
         findings=findings,
         flags=None,
-        not_tested=(
-            "Other models, languages, lengths and tasks; retrieval over long contexts.",
-            "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what they could be.",
-            "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
-            "A second seed of training.",
-            *untold,
-        ),
+        not_tested=(*_NOT_TESTED, *untold),
         sections=tuple(sections),
         tables=held,
         figures=figures,
-        provenance={"merging": facts},
+        provenance={"merging": _facts(model, calibration, held_out, setting, merger, copied) | {"seed": seed}},
     )
+
+
+def _induction(
+    model: Any, mergers: Mapping[tuple[str, float], TokenMerger], setting: Setting, ours: str, seed: int
+) -> tuple[pd.DataFrame, dict[float, int]]:
+    """How well random tokens are copied under each budget, and how many tokens the recent window holds there."""
+    probes, reach = [], {}
+    for budget in sorted(setting.budgets, reverse=True):
+        made = {policy: mergers[policy, budget] for policy in (ours, *_PROBED) if (policy, budget) in mergers}
+        if "recent" in setting.policies:  # a window is a number of tokens: the right one for these sequences
+            made["recent"] = merging.recent_window(model, budget, 2 * COPIED + 1, setting)
+            reach[budget] = made["recent"].options.recent
+        probes.append(merging.induction_probe(model, made, length=COPIED, seed=seed).assign(budget=budget))
+    return pd.concat(probes, ignore_index=True), reach
+
+
+def _named_map(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
+    """Who merged into whom in the first window, with the tokens' text."""
+    shown = held_out.tokens[:1, :_SHOWN_TOKENS]
+    mapped = merging.merge_map(merger, model, shown)
+    text = token_strings(model, shown.unique().tolist())
+    mapped["token"] = [text[int(i)] for i in mapped["token_id"]]
+    return mapped
+
+
+def _facts(
+    model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None, copied: int
+) -> dict[str, Any]:
+    windows = {
+        "length": int(held_out.tokens.shape[1]),
+        "calibration": len(calibration),
+        "held_out": len(held_out),
+        "held_out_copies": copied,
+        "held_out_documents": sorted(set(held_out.doc)),
+    }
+    return {
+        "model": provenance(model),
+        "setting": asdict(setting),
+        "merger": None if merger is None else _told(merger),
+        "windows": windows,
+    }
 
 
 def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int) -> pd.DataFrame | None:
@@ -242,179 +265,15 @@ def _test(found: pd.DataFrame, ours: str, rival: str, budget: float, seed: int) 
     )
     table = pd.DataFrame({"doc": mean["doc"], "seq": mean["window"], "difference": mean[ours] - mean[rival]})
     test = partial(stats.before_after, unit="document", correction="none", seed=seed)
-    tested = base.one_sided(lambda t: base.attempt(lambda x, s, **_: test(x, s), t, "difference", unit="document"), more=False)(
-        table
-    )
+    tested = one_sided(lambda t: attempt(lambda x, s, **_: test(x, s), t, "difference", unit="document"), more=False)(table)
     shares = {name: float(part.loc[part["policy"] == name, "bytes_share"].mean()) for name in (ours, rival)}
-    (row,) = base.rows(tested)
+    (row,) = named_rows(tested)
     note = f"bytes left: {shares[ours]:.3f} and {shares[rival]:.3f} of the full cache; excess in nats per token"
     return tested.assign(
-        finding=f"{ours} merging costs less than {rival}, aimed at {budget:g} of the cache", question=f"{ours} against {rival}", score="excess",
-        p_floor=base.p_floor(row), effect_unit="nats per token", note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
-    )  # fmt: skip
-
-
-def _about(model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None) -> list[str]:
-    n = n_layers(model)
-    said = "trained" if merger is not None else "not trained"
-    training = {} if merger is None else merger.facts.get("training", {})
-    base_said = "the base model is as it was"
-    if training.get("train_base"):
-        drift, where = training.get("drift"), "windows of the same text" if training.get("pieces") else "texts"
-        unknown = "its drift was not measured" if "drift" in training else "the merger does not tell its drift"
-        told = unknown if drift is None else f"its loss without merging rose by {drift:+.4f} nats per token on {where} held out"
-        base_said = f"the base model was trained with it ({told})"
-    more = []
-    if held_out.pieces:
-        more.append(
-            "Texts are few: every window counts as a document of its own. Windows of one text are less independent than texts, so that intervals "
-            "are too narrow and p-values too small by an amount that these data cannot tell."
-            + (" Budgets were set on earlier windows of the same text, not on other documents." if calibration.pieces else "")
-        )
-    if merger is not None and merger.options.preserve == "surprisal":
-        more.append(
-            "Tokens are preserved by the plain model's surprisal, which takes its pass and its full cache beside: bytes, memory and time count "
-            "the merged pass alone, flops both. This says which tokens matter; it is no cache that can be deployed."
-        )
-    tested = f"{len(set(held_out.source)) or 'few'} texts" if held_out.pieces else f"{len(set(held_out.doc))} other documents"
-    return [
-        f"{full_name(model)}: merging in {len(setting.layers)} of {n} layers, {said}; {base_said}.",
-        *more,
-        f"Windows of {held_out.tokens.shape[1]} tokens: {len(calibration)} to set budgets, {len(held_out)} of {tested} "
-        "to test on. Streaming protocol: every position's loss counts, nothing reads its future.",
-        "Bytes are those of the cache at a window's end: keys and values that are left, their places (4 bytes a row), leaders and sizes "
-        "(8 bytes a cluster), "
-        f"descriptors for comparison ({setting.projection} numbers in float16), over the full cache.",
-        "Levels are set on other texts, so the held-out windows leave a little more or less than the budget; policies that do not look at the "
-        "text (random, stride, recent) are given the bytes that the merger in question left there, to 0.01 of the cache.",
-        "Intervals: bootstrap over documents.",
-    ]
-
-
-def _overlap(curve: pd.DataFrame, ours: str, rival: str, budget: float) -> bool | None:
-    at = curve[np.isclose(curve["budget"], budget)]
-    high, low = (at.loc[at["policy"] == name, end].to_numpy(float) for name, end in ((ours, "high"), (rival, "low")))
-    least, most = (at.loc[at["policy"] == name, end].to_numpy(float) for name, end in ((ours, "low"), (rival, "high")))
-    if not all(np.isfinite(end).any() for end in (high, low, least, most)):
-        return None
-    return bool(high[0] >= low[0] and most[0] >= least[0])
-
-
-def _verdict(
-    decision: base.Decision, findings: pd.DataFrame, curve: pd.DataFrame, induction: pd.DataFrame, ours: str,
-    reach: Mapping[float, int],
-) -> list[str]:  # fmt: skip
-    said = [base.opening(
-        decision, f"At equal bytes, {ours} merging costs less than random and uniform-stride merging.",
-        f"At equal bytes, {ours} merging was not shown to cost less than random and uniform-stride merging.",
-    )]  # fmt: skip
-    said += [base.sentence(row) for row in base.rows(findings)]
-    for budget in sorted(curve["budget"].unique(), reverse=True):
-        at = curve[curve["budget"] == budget].sort_values("estimate")
-        order = ", ".join(
-            f"{r.policy} {r.estimate:+.3f} ({r.low:+.3f} to {r.high:+.3f}; {r.bytes_share:.2f})" for r in base.rows(at)
-        )
-        parts = [
-            f"Aimed at {budget:g} of the cache, from the cheapest on, excess nats per token (95 % interval; share of the cache left): {order}."
-        ]
-        for rival in RIVALS:
-            met = _overlap(curve, ours, rival, budget)
-            if met is not None:
-                parts.append(f"The intervals of {ours} and {rival} {'overlap' if met else 'do not overlap'}.")
-        if at.iloc[0]["policy"] != ours and ours in set(at["policy"]):
-            parts.append(f"{at.iloc[0]['policy']} is cheaper than {ours} here.")
-        parts.append(_why(at.set_index("policy"), ours))
-        said.append(" ".join(parts))
-    for budget in induction["budget"].unique():
-        part = induction[induction["budget"] == budget]
-        mean = part.groupby("policy", sort=False)[["accuracy", "plain_accuracy", "bytes_share"]].mean().reset_index()
-        copied = ", ".join(f"{row.policy} {row.accuracy:.2f} ({row.bytes_share:.2f})" for row in base.rows(mean))
-        said.append(
-            f"Copying random tokens from {_COPIED} places before, levels as for prose at {budget:g}, share right (share of the cache left): "
-            f"{copied}; plain model {float(mean['plain_accuracy'].iloc[0]):.2f}."
-            + (f" The recent window reaches {reach[budget]} places back." if budget in reach else "")
-        )
-    return said
-
-
-def _why(at: pd.DataFrame, ours: str) -> str:
-    """What the excess is made of, by which a loss to a baseline can be understood."""
-    parts = []
-    for name in (ours, *(rival for rival in RIVALS if rival in at.index)):
-        row = at.loc[name]
-        same: str = "" if pd.isna(row["same_id"]) else f"{100 * row['same_id']:.0f} % of its merges are of equal tokens, "
-        parts.append(f"{name}: {same}excess {row['excess_easy']:+.3f} on easy and {row['excess_hard']:+.3f} on hard tokens")
-    return f"Where it comes from: {'; '.join(parts)}."
-
-
-def _sections(
-    held: Mapping[str, pd.DataFrame], mapped: pd.DataFrame, generation: pd.DataFrame | None, history: pd.DataFrame | None, ours: str,
-    least: float,
-) -> tuple[list[Section], dict[str, Figure]]:  # fmt: skip
-    curve, layers = held["pareto"], held["layers"]
-    at = layers[(layers["policy"] == ours) & np.isclose(layers["budget"], least) & (layers["seed"] == layers["seed"].min())]
-    figures = {"pareto": pareto(curve, first=ours)}
-    sections = [
-        Section(
-            "Excess loss against bytes",
-            [f"{name}: {text}." for name, text in merging.POLICIES.items() if name in set(curve["policy"])],
-            figure=figures["pareto"],
-            caption="Mean over held-out documents of the paired excess loss (merged less plain, same tokens), 95 % bootstrap interval "
-            "over documents. Points at equal bytes are drawn side by side, at most 0.012 away from their place.",
-            table=curve,
-            note="excess_easy and excess_hard: tokens below and above the window's median surprisal. kl: plain to merged, nats per token. "
-            "agreement: share of equal "
-            "most likely tokens. flops: of one more token at the window's end, over the plain model. time and memory: of whole passes (in which "
-            "clusters are read by weights on the full pattern, so nothing is saved) over the plain model's, here; memory at its peak, weights "
-            "apart. What generation holds is further down.",
-        ),
-        Section(
-            "Protocol 'context'",
-            "The first half of each window is merged at once, only the second half is scored. Bipartite token merging sees the whole "
-            "context before it "
-            "decides; it has no place in the streaming protocol.",
-            table=held["context"],
-            note="budget: share of the first half's rows that is left, at least 0.52: bipartite merging can merge half of them at most. "
-            "trained: moved to the bytes of random; missing where it cannot be.",
-        ),
-        Section(
-            "Copying (induction)",
-            "Random tokens, then the same again. Perplexity on prose hardly notices when this is lost.",
-            table=held["induction"]
-            .groupby(["budget", "policy"], sort=False)[
-                ["loss", "plain_loss", "excess", "accuracy", "plain_accuracy", "bytes_share"]
-            ]
-            .mean()
-            .reset_index(),
-            note="bytes_share: on these sequences, which merge otherwise than prose, on which levels were set. "
-            f"What is copied stands {_COPIED} places before: a recent window that reaches it copies, a shorter one cannot.",
-        ),
-        Section(
-            "By layer", f"The {ours} merger at {least:g} of the cache, on the held-out windows; every policy and budget in tables/layers.csv.",
-            table=at.drop(columns=["policy", "budget", "seed"]),
-            note="tokens_kept: rows left over tokens. state_error: squared distance of merged tokens' states from what stands for them, over "
-            "that from the mean of all mergeable tokens.",
-        ),
-    ]  # fmt: skip
-    layer = int(at.sort_values("merged")["layer"].iloc[-1])
-    sections.append(Section(
-        "Who merged into whom", f"The layer that merges most ({layer}), the first held-out window.", view=merge_view(mapped, layer),
-    ))  # fmt: skip
-    if generation is not None:
-        numbers = (
-            generation.groupby("cache", sort=False)[["base_loss", "repetition", "bytes_share", "peak_bytes"]].mean().reset_index()
-        )
-        samples = generation[["prompt", "cache", "begun", "text"]]
-        sections += [
-            Section(
-                "Text written with the compressed cache", "Greedy continuations of held-out texts, with the full and with the compressed cache.",
-                table=numbers,
-                note="base_loss: the plain model's loss on what was written, nats per token. repetition: share of 4-token runs that came before. "
-                "peak_bytes: tensors made while writing, at most at one time, all prompts together, weights apart.",
-            ),
-            Section("Side by side", "", table=samples),
-        ]  # fmt: skip
-    if history is not None:
-        figures["training"] = training_curves(history)
-        sections.append(Section("Training", "", figure=figures["training"], caption="Losses of the batch of each step."))
-    return sections, figures
+        finding=f"{ours} merging costs less than {rival}, aimed at {budget:g} of the cache",
+        question=f"{ours} against {rival}",
+        score="excess",
+        p_floor=p_floor(row),
+        effect_unit="nats per token",
+        note=note if pd.isna(row.note) or not row.note else f"{row.note}; {note}",
+    )

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from basin_lens import stats
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.declared_tests import ALPHA, FINDING, decide, p_floor, within_reach
 from basin_lens.studies.framework.storage import read_results
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.framework.wording import sentence
 from basin_lens.views import Section, forest
 from basin_lens.views.marks import plain
 
@@ -20,21 +24,40 @@ HYPOTHESIS = (
     "which is stricter than each study's own."
 )
 _SHOWN = (
-    "study", "finding", "layer", "effect", "effect_unit", "estimate", "low", "high", "p", "p_corrected", "holds",
-        "within_reach", "n_units", "n_documents", "n_tokens", "test",
-    "guide_test", "guide_statistic", "guide_r", "guide_p", "guide_reading",
-)  # fmt: skip
+    "study",
+    "finding",
+    "layer",
+    "effect",
+    "effect_unit",
+    "estimate",
+    "low",
+    "high",
+    "p",
+    "p_corrected",
+    "holds",
+    "within_reach",
+    "n_units",
+    "n_documents",
+    "n_tokens",
+    "test",
+    "guide_test",
+    "guide_statistic",
+    "guide_r",
+    "guide_p",
+    "guide_reading",
+)
 
 
-def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.Study:
+def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     """One table and figure over all studies run.
 
     Args:
         studies: studies, or folders that `Study.save` wrote, each study once.
 
     Returns:
-        a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original guide's test of
-        the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies` (a row per study).
+        a `Study` named `"summary"` with tables `findings` (every declared test, corrected over all of them, beside the original
+        guide's test of the same question: t, point-biserial, ANOVA, Pearson, and its reading of |r| > 0.4 and > 0.2) and `studies`
+        (a row per study).
 
     Raises:
         StudyError: none, or a study twice. StoreError: a folder without a study's results.
@@ -50,28 +73,67 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
     """
     if not studies:
         raise StudyError("expected at least one study, got none. Run one first.")
-    held = [study.as_json() if isinstance(study, base.Study) else read_results(Path(study)) for study in studies]
+    held = [study.as_json() if isinstance(study, Study) else read_results(Path(study)) for study in studies]
     names = [one["study"] for one in held]
     if len(set(names)) < len(names) or "summary" in names:
         raise StudyError(f"expected different studies, and no summary among them, got {names}.")
-    rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(base.FINDING))
+    findings = _one_family(held)
+    about = pd.DataFrame([_overview(one) for one in held])
+    sections, figures = _sections(findings, about)
+    flags = _flags(held)
+    return Study(
+        name="summary",
+        title="What the studies found",
+        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
+        hypothesis=HYPOTHESIS,
+        decision=decide(findings, flags),
+        verdict=tuple(_verdict(findings, about)),
+        findings=findings,
+        flags=flags,
+        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
+        sections=tuple(sections),
+        tables={"studies": about},
+        figures=figures,
+        provenance={one["study"]: one["provenance"] for one in held},
+    )
+
+
+def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The declared tests of all studies, corrected as one family (Holm)."""
+    rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(FINDING))
     for name in ("estimate", "low", "high", "null", "p", "p_corrected", "p_floor", "guide_statistic", "guide_r", "guide_p"):
         rows[name] = rows[name].astype(float)
     rows["layer"] = rows["layer"].astype("Int64")
     # Studies of earlier versions do not tell it; tests of the best of several layers then look within easier reach than they were.
-    floors = [base.p_floor(row) if isinstance(row.test, str) else float("nan") for row in base.rows(rows)]
+    floors = [p_floor(row) if isinstance(row.test, str) else float("nan") for row in named_rows(rows)]
     rows["p_floor"] = rows["p_floor"].fillna(pd.Series(floors, rows.index, dtype=float))
     own = rows["holds"].fillna(False).astype(bool)
     reachable = rows["within_reach"].fillna(False).astype(bool)
     findings = stats.correct(rows, "holm")
     # The larger family has its price here too.
-    findings["within_reach"] = reachable & base.within_reach(findings)
+    findings["within_reach"] = reachable & within_reach(findings)
     # A study may ask for more than significance (a direction, survival under every setting).
-    findings["holds"] = own & (findings["p_corrected"] <= base.ALPHA)
-    about = pd.DataFrame([
-        {"study": one["study"], "title": one["title"], "decision": one["decision"], "red_flags": _raised(one), "verdict": one[
-            "verdict"][0]} for one in held
-    ])  # fmt: skip
+    findings["holds"] = own & (findings["p_corrected"] <= ALPHA)
+    return findings
+
+
+def _overview(one: dict[str, Any]) -> dict[str, Any]:
+    """A study as one row."""
+    row = {name: one[name] for name in ("study", "title", "decision")}
+    return row | {"red_flags": _raised(one), "verdict": one["verdict"][0]}
+
+
+def _flags(held: Sequence[dict[str, Any]]) -> pd.DataFrame | None:
+    """The red flags of all studies; None if there are none."""
+    flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
+    if not len(flags):
+        return None
+    flags = flags.astype({"raised": "boolean", "layer": "Int64"})
+    flags.insert(0, "study", flags.pop("study"))
+    return flags
+
+
+def _sections(findings: pd.DataFrame, about: pd.DataFrame) -> tuple[list[Section], dict[str, Figure]]:
     figures = {}
     sections = [
         Section(
@@ -91,26 +153,7 @@ def summarize(studies: Sequence[base.Study | str | os.PathLike[str]]) -> base.St
         figure.axes[0].set_xlabel(_axis(part))
         caption = "95 % intervals over units; filled: p at most 0.05, Holm over all studies."
         sections.append(Section(title, figure=figure, caption=caption))
-    flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
-    if len(flags):
-        flags = flags.astype({"raised": "boolean", "layer": "Int64"})
-        flags.insert(0, "study", flags.pop("study"))
-    decision = base.decide(findings, flags if len(flags) else None)
-    return base.Study(
-        name="summary",
-        title="What the studies found",
-        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(_verdict(findings, about)),
-        findings=findings,
-        flags=flags if len(flags) else None,
-        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
-        sections=tuple(sections),
-        tables={"studies": about},
-        figures=figures,
-        provenance={one["study"]: one["provenance"] for one in held},
-    )
+    return sections, figures
 
 
 def _kinds(findings: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -144,9 +187,9 @@ def _raised(one: dict[str, Any]) -> int:
 def _verdict(findings: pd.DataFrame, about: pd.DataFrame) -> list[str]:
     kept = findings[findings["holds"]]
     told = [f"{len(kept)} of {len(findings)} declared findings hold when all studies are one family (Holm)."]
-    told += [f"{row.study}: {row.decision}; {row.red_flags} red flags raised. {row.verdict}" for row in base.rows(about)]
-    told += [base.sentence(row) for row in base.rows(findings) if pd.notna(row.estimate)]
-    apart = findings[(findings["guide_p"] <= base.ALPHA) & ~findings["holds"]]
+    told += [f"{row.study}: {row.decision}; {row.red_flags} red flags raised. {row.verdict}" for row in named_rows(about)]
+    told += [sentence(row) for row in named_rows(findings) if pd.notna(row.estimate)]
+    apart = findings[(findings["guide_p"] <= ALPHA) & ~findings["holds"]]
     if len(apart):
         told.append(
             f"By the original guide's tests, which count tokens as independent, {len(apart)} more would have passed: "

@@ -229,8 +229,7 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
         raise TableError(f"expected one score, got {parts[0]['score'].iloc[0]!r} before and {parts[1]['score'].iloc[0]!r} after.")
     order = parts[0].sort_values("estimate", ascending=False, na_position="last").index
     order = order.append(parts[1].index.difference(order))
-    both = pd.concat(parts)
-    both.attrs = before.attrs
+    both = tables.with_provenance(pd.concat(parts), before)
     figure = Figure(figsize=(7.6, 1.5 + max(0.34 * len(order), 1.0)), layout="constrained")
     axes = figure.add_subplot()
     marks.nulls(axes, both, upright=False)

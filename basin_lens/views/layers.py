@@ -189,9 +189,9 @@ def position_map(table: pd.DataFrame, column: str) -> Figure:
     )
     if not len(known):
         marks.say_nothing(axes)
-    facts = tables.scores(table).get(column) if "provenance" in table.attrs else None
+    described = tables.columns(table).get(column)
     bar = figure.colorbar(image, ax=axes, extend=beyond, pad=0.015)
-    bar.set_label(marks.plain(f"{column} [{facts['unit'] if facts else 'unit not known'}]"), fontsize=9)
+    bar.set_label(marks.plain(f"{column} [{described.unit if described else 'unit not known'}]"), fontsize=9)
     bar.ax.tick_params(labelsize=8)
     axes.set_xlabel("position in the sequence [tokens]")
     axes.set_ylabel("layer")

@@ -242,11 +242,9 @@ def effect_label(results: pd.DataFrame) -> str:
 
 def unit_of(results: pd.DataFrame, score: str) -> str:
     """The score's unit, from the provenance that results keep; empty where it is not known."""
-    for facts in results.attrs.get("provenance", {}).values():
-        found = facts.get("columns", {}).get(score.removesuffix("_after").removesuffix("_before"))
-        if found:
-            return str(found["unit"])
-    return ""
+    name = score.removesuffix("_after").removesuffix("_before")
+    described = [run.column(name) for run in tables.runs(results).values()]
+    return next((column.unit for column in described if column is not None), "")
 
 
 def sample(results: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from basin_lens import files, tables
 from basin_lens.cli import main as cli
+from basin_lens.cli import options as cli_options
 from tests.conftest import TEXTS, make_hf, make_tokenizer
 
 
@@ -112,7 +113,7 @@ def no_model(monkeypatch):
     def load(name):
         raise AssertionError(f"loaded {name}")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli_options, "load", load)
 
 
 FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
@@ -136,24 +137,21 @@ def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path,
 
 def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_path, capsys, monkeypatch):
     from basin_lens import studies
+    from basin_lens.studies.framework import runner
 
     measured, made = [], []
-    measure, layers = studies.measure, studies.study_layers
+    measure = studies.measure
 
     def counted(*given, **options):
         measured.append(options["studies"])
         return measure(*given, **options)
 
-    def stand_in(name):
-        def study(model, held, **_):
-            made[:] = made or [layers(model, held)]
-            return replace(made[0], name=name, figures={}, sections=(), findings=made[0].findings.assign(study=name))
-
-        return study
+    def stand_in(spec, model, held, _):  # their own tests run them
+        made[:] = made or [studies.study_layers(model, held)]
+        return replace(made[0], name=spec.name, figures={}, sections=(), findings=made[0].findings.assign(study=spec.name))
 
     monkeypatch.setattr(studies, "measure", counted)
-    for name in studies.STUDIES:  # their own tests run them
-        monkeypatch.setattr(studies, f"study_{name}", stand_in(name))
+    monkeypatch.setattr(runner, "run_study", stand_in)
     out = tmp_path / "all"
     code, said, err = call("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(out), capsys=capsys)
     assert code == 0, err
@@ -296,7 +294,7 @@ def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
     out = tmp_path / "out"
     code, _, err = call(
         "study", "layers", str(path), "--model", str(folder), "--layers", "1", "--k", "5", "--contrast", "span:IO,S",
-        "--cluster", "template", "--exclude", "template", "--bank", "reference", "--out", str(out), capsys=capsys,
+        "--unit", "template", "--exclude", "template", "--bank", "reference", "--out", str(out), capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
     held = json.loads((out / "results.json").read_text())
@@ -345,7 +343,7 @@ def test_bad_studies_are_refused_before_a_model_is_loaded(documents, tmp_path, c
         ("--context", "nonsense"),
         ("--tagger", "nonsense"),
         ("--sentiment", "nonsense"),
-        ("--cluster", "nonsense"),
+        ("--unit", "nonsense"),
     ],
     ids=lambda options: options[0],
 )
@@ -358,7 +356,7 @@ def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_p
     for options, expected in [
         ((*documents[:3],), "expected at least 6 units (document)"),
         ((*documents, "--exclude", "topic"), "topic"),
-        ((*documents, "--cluster", "topic"), "topic"),
+        ((*documents, "--unit", "topic"), "topic"),
         ((*documents, "--contrast", "topic:a,b"), "topic"),
         ((*documents, "--layers", "7"), "layers"),
         ((*documents, "--k", "100000"), "expected k"),
@@ -422,7 +420,7 @@ def test_a_folder_that_another_command_writes_to_is_refused(folder, tmp_path, ca
     thread = threading.Thread(target=other)
     thread.start()
     assert entered.wait(60)
-    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_options, "load", lambda _: pytest.fail("loaded"))
     try:
         for command in ("analyze", "study", "merge", "codec-bench"):
             words = {"study": ["layers"], "merge": ["train"]}.get(command, [])

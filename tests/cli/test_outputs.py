@@ -15,6 +15,7 @@ from basin_lens.capture import fill_columns, read_states, token_columns
 from basin_lens.capture.reading import run_model
 from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import main as cli
+from basin_lens.cli import options as cli_options
 from basin_lens.errors import CaptureError, MergeError, StoreError, TableError
 from basin_lens.merging import TokenMerger, Training, logs, train_merger, windows_of
 from basin_lens.studies.framework import storage
@@ -125,7 +126,7 @@ def table(model):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """A call that must be refused before a model is loaded; what it says."""
-    monkeypatch.setattr(cli, "_load", forbidden)
+    monkeypatch.setattr(cli_options, "load", forbidden)
     monkeypatch.setattr(cli_codec, "_load", forbidden)
 
     def call(*words: str) -> str:

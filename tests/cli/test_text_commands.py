@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from basin_lens import tables
-from basin_lens.cli import main as cli
 from basin_lens.cli import merge as cli_merge
+from basin_lens.cli import options as cli_options
 from tests.cli.test_cli import call, folder  # noqa: F401 - a fixture
 from tests.conftest import TEXTS
 
@@ -19,7 +19,7 @@ def no_model(monkeypatch):
     def load(name):
         raise AssertionError(f"loaded {name}")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli_options, "load", load)
     monkeypatch.setattr(cli_merge, "_load", load)
 
 

@@ -28,9 +28,10 @@ from basin_lens import files, merging, studies, tables
 from basin_lens import model as door
 from basin_lens.cli import main as cli
 from basin_lens.cli import merge as cli_merge
+from basin_lens.cli import options as cli_options
 from basin_lens.memorize import finetune, load_tuned
 from basin_lens.merging import TokenMerger, train
-from basin_lens.studies.framework import storage
+from basin_lens.studies.framework import runner, storage
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -134,7 +135,7 @@ def study(model, folder: Path) -> Doomed:
     studies.measure = lambda *_, **__: held
 
     def run(out: Path, title: str = "new") -> int:
-        studies.study_layers = lambda *_, **__: replace(made, title=f"The {title} study")
+        runner.run_study = lambda *_, **__: replace(made, title=f"The {title} study")
         return call("study", "layers", str(text), "--out", str(out))
 
     def check(out: Path) -> None:
@@ -298,7 +299,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     mpl.rcParams["savefig.dpi"] = 20
     model = make_bridge("llama", tokenizer=make_tokenizer(), num_hidden_layers=2, num_key_value_heads=4)
-    cli._load = cli_merge._load = lambda _: model
+    cli_options.load = cli_merge._load = lambda _: model
     for make in (capture, tune, analyze, study, train_merger):
         begun = time.perf_counter()
         one = make(model, folder)

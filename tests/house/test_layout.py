@@ -72,6 +72,16 @@ def test_only_the_model_room_spells_hook_names_and_block_attributes():
         assert not spelled.search(code), path
 
 
+def test_only_the_tables_room_touches_attrs():
+    """Pandas drops `attrs` here and there; the functions of `basin_lens.tables` do not."""
+    for path in SOURCES:
+        if path.parent.name == "tables":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "attrs"]
+        assert not lines, f"{path}, lines {lines}: use select, assign, merge, concat or with_provenance of basin_lens.tables"
+
+
 def test_no_pickle():
     for path in SOURCES:
         assert not re.search(r"\bpickle\b|torch\.load\(|torch\.save\(", path.read_text(encoding="utf-8")), path

@@ -11,7 +11,8 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import BasinLensError, StudyError
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework import measurement, registry
+from basin_lens.studies.framework.declared_tests import decide
 from basin_lens.studies.mergeability import forced_merges
 from basin_lens.studies.mergeability import study as mergeability
 from basin_lens.studies.mergeability.forced_merges import Setting
@@ -268,7 +269,7 @@ def test_a_policy_that_is_worse_than_chance_does_not_hold(llama, measured, monke
     study = planted_study(llama, measured, monkeypatch, gain=-0.5)
     assert study.findings.holds.tolist() == [True, True, False] and study.decision.startswith("in part")
     assert ": more" in study.verdict[-1]
-    assert base.decide(study.findings[2:], None) == "no"
+    assert decide(study.findings[2:], None) == "no"
 
 
 # -- the whole ----------------------------------------------------------------------------------------------------------------------
@@ -286,8 +287,9 @@ def documents(tmp_path):
 
 def command(monkeypatch, model, *arguments):
     from basin_lens.cli import main as cli
+    from basin_lens.cli import options
 
-    monkeypatch.setattr(cli, "_load", lambda _: model)
+    monkeypatch.setattr(options, "load", lambda _: model)
     monkeypatch.setattr("sys.argv", ["basin-lens", "study", "mergeability", *arguments])
     cli.main()
 
@@ -321,7 +323,7 @@ def forbidden(*_, **__):
 
 def test_refused_before_any_long_work(llama, measured, monkeypatch):
     monkeypatch.setattr(mergeability, "forced_costs", forbidden)
-    monkeypatch.setattr(bl.studies.measured, "score", forbidden)
+    monkeypatch.setattr(measurement, "score", forbidden)
     texts = [made_text(36, seed, f"doc-{seed}") for seed in range(14)]
     for wrong, match in (
         ({"tokens_per_sequence": 8}, "tokens_per_sequence of at least 16"), ({"window": 0}, "window of at least 1"),
@@ -349,8 +351,9 @@ def test_few_tokens_with_a_score_are_refused(llama, measured):
 
 def test_command_refuses_before_a_model_is_loaded(monkeypatch, documents, capsys, tmp_path):
     from basin_lens.cli import main as cli
+    from basin_lens.cli import options
 
-    monkeypatch.setattr(cli, "_load", forbidden)
+    monkeypatch.setattr(options, "load", forbidden)
     monkeypatch.setattr(
         "sys.argv", ["basin-lens", "study", "mergeability", *documents, "--window", "0", "--out", str(tmp_path / "o")]
     )
@@ -361,8 +364,8 @@ def test_command_refuses_before_a_model_is_loaded(monkeypatch, documents, capsys
 
 def test_no_part_of_all_and_documented():
     assert "mergeability" not in S.STUDIES
-    assert bl.studies.measured.check_names("all") == list(S.STUDIES)
-    assert bl.studies.measured.check_names("mergeability") == ["mergeability"]
+    assert registry.check_names("all") == list(S.STUDIES)
+    assert registry.check_names("mergeability") == ["mergeability"]
     for part in ("Args:", "Returns:", "Raises:", "Source:", "Example:"):
         assert part in S.study_mergeability.__doc__
 

@@ -19,9 +19,26 @@ import basin_lens as bl
 from basin_lens import tables
 from basin_lens.analyzers.control import controls_of
 from basin_lens.errors import BasinLensError, CaptureError, ModelError, NeighborError, StoreError, StudyError, TextError
-from basin_lens.studies import Contrast, codelength, importance, linguistic, neighbor_composition
-from basin_lens.studies.framework import base, contrasts, words
+from basin_lens.studies import Contrast, codelength, importance, neighbor_composition
+from basin_lens.studies.framework import contrast_report, registry, sequences, words
 from basin_lens.studies.framework import measurement as room
+from basin_lens.studies.framework.attempts import checked_red_flags
+from basin_lens.studies.framework.declared_tests import (
+    FEWEST_TO_SPLIT,
+    FINDING,
+    IF_FEW,
+    decide,
+    declared_test,
+    one_sided,
+    p_floor,
+    settle,
+    within_reach,
+)
+from basin_lens.studies.framework.measured_texts import study_provenance
+from basin_lens.studies.framework.storage import KIND, refuse_folder
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.framework.wording import about_measured, as_sentence, sentence
 from basin_lens.studies.robustness import stability, variants
 from basin_lens.studies.robustness import study as robustness
 from basin_lens.texts import TaggedPassage, Word
@@ -204,14 +221,14 @@ def test_the_ranking_wants_agreement_not_its_opposite(measured):
     known = known[known.erasure.notna()]
     options = {"controls": ["position"], "min_tokens": importance.FEWEST_SCORED}
     beyond = bl.stats.partial_correlation(known, ["attention_received"], "erasure", **options)
-    (row,) = base.rows(importance._ranking(known, ["attention_received"], beyond, measured))
+    (row,) = named_rows(importance._ranking(known, ["attention_received"], beyond, measured))
     assert row.layer == 1 and row.estimate > 0.4
     fixed = beyond[beyond.layer == 1].iloc[0]
     assert (row.given_position, row.given_position_low) == (fixed.estimate, fixed.low)
     plain = bl.stats.within_sequence_correlation(known, "attention_received", "erasure")
     assert plain.sort_values("p").layer.iloc[0] == 2  # the smallest p of all
     few = known[known.doc.isin(known.doc.unique()[:10])]
-    (small,) = base.rows(importance._ranking(few, ["attention_received"], beyond, measured))
+    (small,) = named_rows(importance._ranking(few, ["attention_received"], beyond, measured))
     assert small.layer == 1 and "too few documents to halve (10)" in small.how
 
 
@@ -220,7 +237,7 @@ def test_red_flags_are_of_the_layers_that_can_be_chosen(measured):
     table = measured.table
     level = standard(table["surprisal"].to_numpy())
     planted = plant(measured, compression=np.where(table["layer"] == 0, level, 0) + noise(table, 2))
-    flags = base.red_flags(planted.table, "compression", "surprisal", controls=["position"])
+    flags = checked_red_flags(planted.table, "compression", "surprisal", controls=["position"])
     assert 0 not in flags.layer.dropna().tolist()
     assert flags.set_index("flag").raised["nothing survives correction"]
     whole = bl.stats.red_flags(planted.table, "compression", "surprisal", controls=["position"])
@@ -249,10 +266,10 @@ def test_every_red_flag_of_importance_can_be_checked(important):
 def test_the_sign_of_importance_is_the_data_s(measured):
     planted = with_importance(measured, -1)
     rows = [
-        base.declared(planted.table, bl.studies.importance._test(other, planted), planted, other, other)
+        declared_test(planted.table, bl.studies.importance._test(other, planted), planted, other, other)
         for other in ("erasure", "attention_received")
     ]
-    found = base.settle("importance", rows)
+    found = settle("importance", rows)
     assert found.holds.all() and (found.estimate < -0.4).all()
 
 
@@ -282,7 +299,7 @@ def test_what_surprisal_explains_is_no_finding(measured):
     planted = by_control(measured, "surprisal")
     found = declared_importance(planted)
     assert not found.holds.any()
-    flags = base.red_flags(planted.table, "compression", "erasure", frequency=measured.frequency)
+    flags = checked_red_flags(planted.table, "compression", "erasure", frequency=measured.frequency)
     assert flags[flags.flag == "vanishes under controls"].raised.all()
 
 
@@ -308,10 +325,10 @@ def test_signed_attributions_can_be_the_best_measure(llama, measured):
 
 def declared_importance(held):
     rows = [
-        base.declared(held.table, bl.studies.importance._test(other, held), held, other, other)
+        declared_test(held.table, bl.studies.importance._test(other, held), held, other, other)
         for other in ("erasure", "attention_received")
     ]
-    return base.settle("importance", rows)
+    return settle("importance", rows)
 
 
 def simulated(measured, seed, effect=0.0, layers=6, docs=16):
@@ -337,7 +354,7 @@ def t_test(name):
 
 
 def declared_differences(held):
-    return base.settle("x", [base.declared(held.table, t_test(name), held, name, name) for name in ("one", "other")])
+    return settle("x", [declared_test(held.table, t_test(name), held, name, name) for name in ("one", "other")])
 
 
 @pytest.fixture
@@ -366,32 +383,32 @@ def test_few_units_are_not_halved_and_all_layers_are_paid_for(measured):
     held = simulated(measured, 0, effect=1, docs=11)
     capture = bl.capture.subset(measured.capture, range(22))
     few = replace(held, capture=capture)
-    assert few.n_units == 11 < base.FEWEST_TO_SPLIT
+    assert few.n_units == 11 < FEWEST_TO_SPLIT
     p = t_test("one")(held.table).p[1:]  # layer 0 is no choice
-    found = base.declared(held.table, t_test("one"), few, "x", "q")
+    found = declared_test(held.table, t_test("one"), few, "x", "q")
     assert found.p.tolist() == pytest.approx([min(1.0, p.min() * 5)])
     assert found.layer.tolist() == [p.idxmin()]
     assert found.note[0] == "too few units to halve (11): the best of 5 tests, p corrected for them (Holm)"
     # The reader of the verdict is told, whatever came out.
     for holds in (True, False):
-        row = base.settle("x", [found]).assign(holds=holds, effect="t", n_units=11).iloc[0]
-        assert base.sentence(row).lower().count("too few units to halve (11): the best of 5 tests") == 1
-    assert "fewer than 16 units" in base.IF_FEW
+        row = settle("x", [found]).assign(holds=holds, effect="t", n_units=11).iloc[0]
+        assert sentence(row).lower().count("too few units to halve (11): the best of 5 tests") == 1
+    assert "fewer than 16 units" in IF_FEW
     for study in ("importance", "layers", "codelength", "robustness"):
-        assert base.IF_FEW in getattr(bl.studies, study).HYPOTHESIS
+        assert IF_FEW in getattr(bl.studies, study).HYPOTHESIS
 
 
 def test_units_that_cannot_be_halved_for_the_test_say_why(measured):
     """Sixteen documents, of which the test can use ten: five would choose, which it refuses."""
     held = simulated(measured, 0, effect=1)
     table = held.table[held.table.doc < 10].assign(compression=lambda t: t.one)
-    found = base.declared(table, lambda part: bl.stats.before_after(part, "compression"), held, "x", "q")
+    found = declared_test(table, lambda part: bl.stats.before_after(part, "compression"), held, "x", "q")
     assert found.note[0].startswith("16 units not halved, for a half would be too few for the test (expected at least 6 units")
     assert "the best of 5 tests, p corrected for them (Holm)" in found.note[0]
     assert "too few units to halve" not in found.note[0]
     assert found.p_floor[0] == pytest.approx(5 * 2 / 2**10)
-    row = base.settle("x", [found]).iloc[0]
-    assert base.sentence(row).endswith(f"documents. {base.as_sentence(found.note[0])}")
+    row = settle("x", [found]).iloc[0]
+    assert sentence(row).endswith(f"documents. {as_sentence(found.note[0])}")
 
 
 def test_notes_are_sentences_of_their_own():
@@ -402,24 +419,24 @@ def test_notes_are_sentences_of_their_own():
     ]).iloc[0]  # fmt: skip
     figures = "mean difference +0.500 nats (95 % interval +0.100 to +0.900) at layer 3, corrected p 0.02, 8 units, 8 documents."
     note = "ayer chosen on 8 documents; controls as straight lines: too few tokens for curves."
-    assert base.sentence(row) == f"x: holds. {figures} L{note}"
+    assert sentence(row) == f"x: holds. {figures} L{note}"
     denied = row.copy()
     denied["holds"] = False
-    assert base.sentence(denied) == f"x: does not hold. {figures} Significant, but l{note}"
+    assert sentence(denied) == f"x: does not hold. {figures} Significant, but l{note}"
     for empty in ("", None, np.nan):
         bare = row.copy()
         bare["note"] = empty
-        assert base.sentence(bare) == f"x: holds. {figures}"
+        assert sentence(bare) == f"x: holds. {figures}"
     for unit, said in ((pd.NA, "+0.500 ("), (None, "+0.500 ("), ("", "+0.500 ("), ("bits", "+0.500 bits (")):
         other = row.copy()
         other["effect_unit"] = unit
-        assert said in base.sentence(other)
-    assert "+0.500 tokens (" in base.sentence(row, "tokens")
+        assert said in sentence(other)
+    assert "+0.500 tokens (" in sentence(row, "tokens")
     out = row.copy()
     out["holds"], out["within_reach"] = False, False
-    assert "x: undecided. " in base.sentence(out.copy())
+    assert "x: undecided. " in sentence(out.copy())
     out["p_floor"] = 0.03
-    assert "undecided, too few units for any p to reach 0.05" in base.sentence(out)
+    assert "undecided, too few units for any p to reach 0.05" in sentence(out)
 
 
 @pytest.mark.parametrize(("first", "second"), [(4, 4), (4, 7), (5, 5)])
@@ -432,15 +449,15 @@ def test_the_smallest_p_that_labels_can_give(first, second, sided):
     def test(part):
         return bl.stats.compare_groups(part, "a", "g")
 
-    (row,) = base.rows((test if sided == "two" else base.one_sided(test))(table))
-    assert row.p == pytest.approx(base.p_floor(row))
+    (row,) = named_rows((test if sided == "two" else one_sided(test))(table))
+    assert row.p == pytest.approx(p_floor(row))
 
 
 def test_the_smallest_p_that_signs_can_give():
     doc = np.arange(7)
     table = pd.DataFrame({"layer": 1, "doc": doc, "seq": doc, "difference": 5.0 + doc})
-    (row,) = base.rows(bl.stats.before_after(table))
-    assert row.p == pytest.approx(base.p_floor(row)) == pytest.approx(2 / 2**7)
+    (row,) = named_rows(bl.stats.before_after(table))
+    assert row.p == pytest.approx(p_floor(row)) == pytest.approx(2 / 2**7)
 
 
 @pytest.mark.parametrize(("docs", "findings"), [(8, 2), (13, 4)])
@@ -449,10 +466,10 @@ def test_too_few_units_for_any_yes_is_undecided(measured, docs, findings):
     held = simulated(measured, 0, effect=1000, layers=10, docs=docs)
     few = replace(held, capture=bl.capture.subset(measured.capture, range(2 * docs)))
     rows = [
-        base.declared(held.table, lambda part: bl.stats.before_after(part, "one"), few, str(name), "one")
+        declared_test(held.table, lambda part: bl.stats.before_after(part, "one"), few, str(name), "one")
         for name in range(findings)
     ]
-    assert base.decide(base.settle("x", rows), None) in ("yes", "undecided")
+    assert decide(settle("x", rows), None) in ("yes", "undecided")
 
 
 @pytest.mark.usefixtures("quick")
@@ -462,23 +479,23 @@ def test_within_reach_by_brute_force():
     for _ in range(20):
         p = rng.choice([0.001, 0.01, 0.02, 0.03, 0.5, np.nan], 5)
         family = bl.stats.correct(pd.DataFrame({"p": p, "p_floor": np.minimum(p, rng.choice([0.0, 0.005, 0.02, 0.03], 5))}), "holm")
-        for at, got in enumerate(base.within_reach(family)):
+        for at, got in enumerate(within_reach(family)):
             best = family.p.to_numpy().copy()
             best[at] = np.where(np.isnan(best[at]), np.nan, family.p_floor[at])
             assert got == (bl.stats.correct(pd.DataFrame({"p": best}), "holm").p_corrected[at] <= 0.05)
-        assert base.within_reach(family)[family.p_corrected <= 0.05].all()
+        assert within_reach(family)[family.p_corrected <= 0.05].all()
 
 
 def test_holm_over_the_declared_tests():
     one = pd.DataFrame({"p": [0.02, 0.03, 0.04], "layer": [1, 1, 1], "p_floor": [0.02, np.nan, 0.0]}).assign(score="s", note="")
-    family = base.settle("importance", [one[:1], one[1:]])
+    family = settle("importance", [one[:1], one[1:]])
     assert family.p_corrected.tolist() == pytest.approx([0.06, 0.06, 0.06])
     assert not family.holds.any()
     assert family.within_reach.tolist() == [False, True, True]  # three times 0.02
-    alone = base.settle("importance", [one[:1], one[1:].assign(p=np.nan)])
+    alone = settle("importance", [one[:1], one[1:].assign(p=np.nan)])
     assert alone.holds.tolist() == [True, False, False]
     assert alone.within_reach.tolist() == [True, False, False]
-    assert list(family.columns) == list(base.FINDING)
+    assert list(family.columns) == list(FINDING)
 
 
 def test_decisions():
@@ -488,16 +505,16 @@ def test_decisions():
     def flags(*raised):
         return pd.DataFrame({"raised": pd.array(raised, "boolean")})
 
-    assert base.decide(findings(False, False), flags(True)) == "no"
-    assert base.decide(findings(False, False, reach=False), flags(True)) == "undecided"
+    assert decide(findings(False, False), flags(True)) == "no"
+    assert decide(findings(False, False, reach=False), flags(True)) == "undecided"
     asked = findings(True, False).assign(question=["a", "b"])
-    assert base.decide(asked, flags(False, True).assign(question=["a", "b"])) == "in part"
-    assert base.decide(asked, flags(True, True).assign(question=["a", "b"])) == "in part, with red flags"
-    assert base.decide(findings(True, True), flags(False, None)) == "yes"
-    assert base.decide(findings(True, True), None) == "yes"
-    assert base.decide(findings(True, True), flags(False, True)) == "yes, with red flags"
-    assert base.decide(findings(True, False), flags(False, None)) == "in part"
-    assert base.decide(findings(True, False), flags(True)) == "in part, with red flags"
+    assert decide(asked, flags(False, True).assign(question=["a", "b"])) == "in part"
+    assert decide(asked, flags(True, True).assign(question=["a", "b"])) == "in part, with red flags"
+    assert decide(findings(True, True), flags(False, None)) == "yes"
+    assert decide(findings(True, True), None) == "yes"
+    assert decide(findings(True, True), flags(False, True)) == "yes, with red flags"
+    assert decide(findings(True, False), flags(False, None)) == "in part"
+    assert decide(findings(True, False), flags(True)) == "in part, with red flags"
 
 
 def test_one_sided():
@@ -505,9 +522,9 @@ def test_one_sided():
         return part.copy()
 
     both = pd.DataFrame({"estimate": [1.0, -1.0, np.nan], "null": 0.0, "p": [0.04, 0.04, np.nan], "test": "t"})
-    assert base.one_sided(test)(both).p.tolist()[:2] == pytest.approx([0.02, 0.98])
-    assert base.one_sided(test, more=False)(both).p.tolist()[:2] == pytest.approx([0.98, 0.02])
-    assert np.isnan(base.one_sided(test)(both).p[2])
+    assert one_sided(test)(both).p.tolist()[:2] == pytest.approx([0.02, 0.98])
+    assert one_sided(test, more=False)(both).p.tolist()[:2] == pytest.approx([0.98, 0.02])
+    assert np.isnan(one_sided(test)(both).p[2])
 
 
 # -- layers -------------------------------------------------------------------------------------------------------------------------
@@ -685,13 +702,13 @@ def test_a_difference_that_is_all_frequency_is_no_finding(measured):
             part, "compression", "kind", groups=("function", "content"), paired=True, controls=controls, n_resamples=499
         )
 
-    before = base.settle("linguistic", [base.declared(table, test(()), measured, "x", "function - content")])
-    after = base.settle("linguistic", [base.declared(table, test(bl.stats.CONTROLS), measured, "x", "function - content")])
+    before = settle("linguistic", [declared_test(table, test(()), measured, "x", "function - content")])
+    after = settle("linguistic", [declared_test(table, test(bl.stats.CONTROLS), measured, "x", "function - content")])
     assert before.holds.all() and before.estimate.iloc[0] > 0.5
     assert not after.holds.any() and abs(after.estimate.iloc[0]) < 0.1
     # Another 1 on top of it is found whole: the controls do not take their share of it.
     table["compression"] += 1.0 * (kind == "function")
-    (row,) = base.rows(base.declared(table, test(bl.stats.CONTROLS), measured, "x", "function - content"))
+    (row,) = named_rows(declared_test(table, test(bl.stats.CONTROLS), measured, "x", "function - content"))
     assert row.low < 1 < row.high and row.estimate == pytest.approx(1, abs=0.1)
 
 
@@ -794,7 +811,7 @@ def drawn(measured):
 
         planted, _ = with_neighbors(measured, draw)
         shares, curves = neighbor_composition.neighbor_shares(tokens, planted)
-        return linguistic._earlier(shares, planted).iloc[0], curves.set_index(["score", "layer"])
+        return neighbor_composition.syntax_first(shares, planted).iloc[0], curves.set_index(["score", "layer"])
 
     return make
 
@@ -827,11 +844,13 @@ def test_a_share_that_is_chance_has_no_late_center(measured):
         for layer in (1, 2, 3)
     ]  # fmt: skip
     shares = pd.concat(parts, ignore_index=True)
-    found = linguistic._earlier(shares, measured).iloc[0]
+    found = neighbor_composition.syntax_first(shares, measured).iloc[0]
     below = int((level + 0.006 <= 0).sum())
     assert found.estimate < -0.5 and found.p > 0.05 and 10 < below < 30
     assert f"{below} sequences have no center" in found.note and 0 < found.p_floor < 1e-3
-    above = linguistic._earlier(shares.assign(same_document_excess=shares.same_document_excess.abs()), measured).iloc[0]
+    above = neighbor_composition.syntax_first(shares.assign(same_document_excess=shares.same_document_excess.abs()), measured).iloc[
+        0
+    ]
     assert above.p < 0.001
 
 
@@ -847,7 +866,7 @@ def test_one_tag_for_all_is_no_excess(measured):
     later = shares[(shares.pos > 0)]
     assert (later.same_tag == 1).all() and (later.same_tag_chance == 1).all() and (later.same_tag_excess == 0).all()
     assert "same_tag_excess" not in set(curves.score)
-    assert np.isnan(linguistic._earlier(shares, measured).p.iloc[0])
+    assert np.isnan(neighbor_composition.syntax_first(shares, measured).p.iloc[0])
 
 
 def test_shares_are_not_made_where_they_would_mean_nothing(measured):
@@ -886,7 +905,7 @@ def prompted(llama):
 
 def test_spans_are_contrasted_within_prompts(llama, prompted):
     assert prompted.n_units == len(TEMPLATES)
-    assert contrasts.is_paired(prompted.table)
+    assert contrast_report.is_paired(prompted.table)
     one = prompted.table[prompted.table.layer == 1]
     for side in ("IO", "S"):
         for passage, part in one[one.contrast == side].groupby("passage"):
@@ -909,11 +928,11 @@ def test_labels_are_contrasted_between_texts(prompted):
     contrast = Contrast("early", "True", "False")
     table = prompted.table.assign(contrast=contrast.values(prompted.table))
     assert (table.contrast == np.where(table.early, "True", "False")).all()
-    assert not contrasts.is_paired(table)
+    assert not contrast_report.is_paired(table)
     side = table.contrast.eq("True").to_numpy()
     held = plant(replace(prompted, contrast=contrast, settings={**prompted.settings, "unit": "document"}), table)
     held = plant(held, compression=2.0 * side + noise(table, 0, 0.5))
-    section, found, _ = contrasts.contrast_section(held.table, ["compression"], held)
+    section, found, _ = contrast_report.contrast_section(held.table, ["compression"], held)
     row = found[found.control_set == "none"].iloc[0]
     assert row.estimate == pytest.approx(2, abs=0.2) and row.p <= 0.001 and row.n_units == 3 * len(TEMPLATES)
     assert "between whole units" in section.text
@@ -989,12 +1008,12 @@ def planned(llama):
 
 
 def test_chosen_sequences(planned):
-    every, short = S.measured.choose_sequences(planned, None, 2, 0)
+    every, short = sequences.choose_sequences(planned, None, 2, 0)
     lengths = planned.lengths.tolist()
-    assert every == [seq for seq, length in enumerate(lengths) if length >= room.FEWEST_TOKENS]
+    assert every == [seq for seq, length in enumerate(lengths) if length >= sequences.FEWEST_TOKENS]
     assert short == len(lengths) - len(every) > 0
     for most in (1, 5, 12, 17, len(every), 999):
-        chosen, same = S.measured.choose_sequences(planned, most, 2, 0)
+        chosen, same = sequences.choose_sequences(planned, most, 2, 0)
         assert len(chosen) == min(most, len(every)) and same == short
         assert chosen == sorted(set(chosen)) and set(chosen) <= set(every)
 
@@ -1002,11 +1021,11 @@ def test_chosen_sequences(planned):
 @pytest.mark.parametrize("per_document", [1, 2, 3])
 def test_sequences_are_spread_over_documents(planned, per_document):
     docs = planned.docs
-    every, _ = S.measured.choose_sequences(planned, None, per_document, 0)
+    every, _ = sequences.choose_sequences(planned, None, per_document, 0)
     able = pd.Series([docs[seq] for seq in every]).value_counts()
     before: set[int] = set()
     for most in range(1, len(every) + 1):
-        chosen, _ = S.measured.choose_sequences(planned, most, per_document, 3)
+        chosen, _ = sequences.choose_sequences(planned, most, per_document, 3)
         assert before < set(chosen)  # more sequences are the same and others
         before = set(chosen)
         held = pd.Series([docs[seq] for seq in chosen]).value_counts().reindex(able.index, fill_value=0)
@@ -1020,7 +1039,7 @@ def test_sequences_are_spread_over_documents(planned, per_document):
 
 
 def test_the_choice_is_seeded(planned):
-    one, same, other = (S.measured.choose_sequences(planned, 6, 1, seed)[0] for seed in (0, 0, 1))
+    one, same, other = (sequences.choose_sequences(planned, 6, 1, seed)[0] for seed in (0, 0, 1))
     assert one == same != other
 
 
@@ -1036,9 +1055,9 @@ def test_what_is_measured_is_said(measured, texts):
     assert sum(measured.frequency.values()) == pytest.approx(1)
     assert len(measured.planned.row_token) > len(measured.capture.row_token)
     json.dumps(made, allow_nan=False)
-    (facts,) = base.provenance(measured).values()
+    (facts,) = study_provenance(measured).values()
     assert facts["study"] == made
-    assert any("32 sequences of 16 documents" in line for line in base.about(measured))
+    assert any("32 sequences of 16 documents" in line for line in about_measured(measured))
     assert len(texts) == 18
 
 
@@ -1069,7 +1088,9 @@ def test_one_pass_serves_the_importance_study(llama, monkeypatch):
         S.measure(llama, data, studies=["linguistic"], **options)
     with counting(monkeypatch) as (forward, backward):
         S.measure(llama, data, studies=["importance"], integrated=0, **options)
-    lengths = [length for length in bl.Capture.plan(llama, data, max_length=40).lengths.tolist() if length >= room.FEWEST_TOKENS]
+    lengths = [
+        length for length in bl.Capture.plan(llama, data, max_length=40).lengths.tolist() if length >= sequences.FEWEST_TOKENS
+    ]
     reading = (len(lengths), max(lengths))
     assert plain.count(reading) == forward.count(reading) == 1
     assert none == [] and len(backward) == 2  # future loss and last logit
@@ -1156,11 +1177,11 @@ def test_compression_that_goes_with_the_next_code_length_is_found_and_chance_is_
 
 
 def test_names():
-    assert room.check_names("all") == list(S.STUDIES)
-    assert room.check_names("layers", "importance") == ["layers", "importance"]
+    assert registry.check_names("all") == list(S.STUDIES)
+    assert registry.check_names("layers", "importance") == ["layers", "importance"]
     for wrong in ((), ("all", "layers"), ("summary",)):
         with pytest.raises(StudyError, match="expected studies among"):
-            room.check_names(*wrong)
+            registry.check_names(*wrong)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, [0]), (3, [0, 1, 2]), (10, list(range(10))), (30, None), (12, None)])
@@ -1389,7 +1410,7 @@ def some_settings(**twin):
 def told(table):
     found = stability.survival_of(stability.corrected(table), SETTLED)
     settled = stability.with_survival(SETTLED, found)
-    return base.decide(settled, None), stability.verdict_of(base.decide(settled, None), settled, found), found, settled
+    return decide(settled, None), stability.verdict_of(decide(settled, None), settled, found), found, settled
 
 
 def test_a_twin_that_was_not_checked_shows_nothing_absent():
@@ -1405,8 +1426,8 @@ def test_a_twin_that_was_not_checked_shows_nothing_absent():
         assert "could not be checked in the random twin" in verdict[0] and "not checked in the random twin" in verdict[1]
         assert any(line.startswith("In the random twin: f.") for line in stability.untestable(found))
         assert stability.flags_of(found).set_index("flag").raised.isna()["appears in the random twin"]
-        row = base.rows(settled.assign(p_floor=0.0, n_tests=1, low=np.nan, n_units=9, n_documents=9))[0]
-        assert "Significant, but survives 2 of 2 settings (lost under: none); not checked in the random twin" in base.sentence(row)
+        row = named_rows(settled.assign(p_floor=0.0, n_tests=1, low=np.nan, n_units=9, n_documents=9))[0]
+        assert "Significant, but survives 2 of 2 settings (lost under: none); not checked in the random twin" in sentence(row)
     decision, verdict, _, settled = told(some_settings(p=0.001))
     assert decision == "no" and "ALSO IN THE RANDOM TWIN" in verdict[1] and settled.within_reach.all()
 
@@ -1417,7 +1438,7 @@ def test_one_finding_without_the_twin_among_others():
     found = stability.survival_of(stability.corrected(settings), pd.concat(both, ignore_index=True))
     settled = stability.with_survival(pd.concat(both, ignore_index=True), found)
     assert settled.holds.tolist() == [True, False]
-    verdict = stability.verdict_of(base.decide(settled, None), settled, found)
+    verdict = stability.verdict_of(decide(settled, None), settled, found)
     assert verdict[1].startswith("1 of 2 findings count as holding under every setting; 1 could not be checked in the random twin")
     assert "absent" not in verdict[0] + verdict[1] + verdict[3] and "absent from the random twin" in verdict[2]
 
@@ -1427,17 +1448,17 @@ def test_a_setting_that_no_p_could_pass_is_not_lost():
     flips = "sign-flip permutation"
     table = some_settings().assign(test=[flips, flips, flips, "t"], n_units=[12, 12, 6, 12], p=[0.001, 0.04, 0.04, 0.5])
     _, verdict, found, settled = told(table)
-    (row,) = base.rows(found)
+    (row,) = named_rows(found)
     assert (row.settings, row.survives, row.lost_under, row.not_testable, row.not_tested) == (1, 0, "a", "b", 1)
     assert not settled.holds.any() and settled.within_reach.all()
     assert "not testable under: b" in verdict[1]
     assert stability.untestable(found) == ["f: too few units for any p to reach 0.05 (Holm) under b."]
     assert "not testable" in stability.corrected(table).set_index("setting").note["b"]
     # The same p with enough units is lost; six units are enough where the other setting passes, so that one test is left.
-    (row,) = base.rows(told(table.assign(n_units=12))[2])
+    (row,) = named_rows(told(table.assign(n_units=12))[2])
     assert (row.settings, row.survives, row.lost_under, row.not_testable) == (2, 0, "a; b", "none")
     for p, survives in ((0.04, 2), (0.06, 1)):
-        (row,) = base.rows(told(table.assign(p=[0.001, 0.01, p, 0.5]))[2])
+        (row,) = named_rows(told(table.assign(p=[0.001, 0.01, p, 0.5]))[2])
         assert (row.settings, row.survives, row.not_testable) == (2, survives, "none")
     # Nothing that could be tested: no yes by default.
     decision, verdict, _, settled = told(table.assign(n_units=4))
@@ -1698,7 +1719,7 @@ def test_figures_are_three_to_five(deep, important, spoken, sturdy):
 def test_every_finding_says_what_it_is(deep, important, spoken, sturdy, summary):
     for study in (deep, important, spoken, sturdy[1], summary):
         rows = study.findings
-        assert list(rows.columns)[: len(base.FINDING)] == list(base.FINDING)
+        assert list(rows.columns)[: len(FINDING)] == list(FINDING)
         tested = rows[rows.p.notna()]
         assert len(tested)
         for column in ("unit", "n_units", "n_sequences", "n_documents", "test", "effect", "estimate", "p", "p_corrected"):
@@ -1737,7 +1758,7 @@ def test_a_failing_save_leaves_the_old_folder(saved, deep, monkeypatch, error, t
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(base.Study, "report", fail)
+    monkeypatch.setattr(Study, "report", fail)
     for target in (saved / "layers", tmp_path / "new"):
         with pytest.raises(StoreError if isinstance(error, OSError) else KeyboardInterrupt):
             deep.save(target)
@@ -1759,17 +1780,17 @@ def test_folders_of_others_are_refused(saved, deep, tmp_path):
         with pytest.raises(StoreError, match=match):
             deep.save(target)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
-    base.refuse_folder(tmp_path / "nothing", "layers")
+    refuse_folder(tmp_path / "nothing", "layers")
     (tmp_path / "empty").mkdir()
-    base.refuse_folder(tmp_path / "empty", "layers")
+    refuse_folder(tmp_path / "empty", "layers")
 
 
 def test_files_beside_an_earlier_study_are_kept(deep, tmp_path, monkeypatch):
     target = tmp_path / "study"
     target.mkdir()
-    (target / "results.json").write_bytes(base.KIND.record(deep.as_json(), {}))
+    (target / "results.json").write_bytes(KIND.record(deep.as_json(), {}))
     (target / "notes.md").write_text("mine")
-    monkeypatch.setattr(base.Study, "_write", lambda *_: None)
+    monkeypatch.setattr(Study, "_write", lambda *_: None)
     with pytest.raises(StoreError, match=r"notes.md"):
         deep.save(target)
     assert (target / "notes.md").exists()
@@ -1777,10 +1798,10 @@ def test_files_beside_an_earlier_study_are_kept(deep, tmp_path, monkeypatch):
 
 def test_the_folder_one_stands_in(deep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(base.Study, "_write", lambda *_: None)
+    monkeypatch.setattr(Study, "_write", lambda *_: None)
     for target in (".", tmp_path):
         with pytest.raises(StoreError, match="in which you stand"):
-            base.refuse_folder(Path(target), "layers")
+            refuse_folder(Path(target), "layers")
         with pytest.raises(StoreError, match="in which you stand"):
             deep.save(target)
     assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []

@@ -9,13 +9,13 @@ import torch
 
 import basin_lens as bl
 from basin_lens import merging, studies, tables
-from basin_lens.distinct import documents_once
 from basin_lens.errors import MergeError, StudyError, TextError
 from basin_lens.stats.added import _cases
 from basin_lens.stats.design import split
-from basin_lens.studies.framework.measurement import count_units
+from basin_lens.studies.framework.units import count_units
 from basin_lens.studies.memorization import experiment as planted
 from basin_lens.studies.memorization import extraction, single_author
+from basin_lens.tables.distinct import documents_once
 from basin_lens.texts import reference_passages
 from basin_lens.texts.copies import COMMON, LONG, groups_of_copies, made_of_runs, runs_of
 from tests.conftest import TEXTS, random_tokens

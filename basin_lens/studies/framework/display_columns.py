@@ -7,10 +7,39 @@ ALL_SHOWN = "All documents are shown, those that chose this layer among them."
 
 _ALWAYS = ("estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units", "n_tokens", "note")
 _ORDER = (
-    "layer", "layer_choice", "score", "against", "contrast", "group", "negative", "tag", "test", "control_set", "dose", "baselines",
-    "metric", "versus", "share", "chance", *_ALWAYS[:6], "rho", "at_half", "mean", "mean_low", "mean_high", "unit", "n_first", "n_second",
-    "n_positive", "n_negative", "n_tags", "n_units", "n_documents", "n_tokens", "note",
-)  # fmt: skip
+    "layer",
+    "layer_choice",
+    "score",
+    "against",
+    "contrast",
+    "group",
+    "negative",
+    "tag",
+    "test",
+    "control_set",
+    "dose",
+    "baselines",
+    "metric",
+    "versus",
+    "share",
+    "chance",
+    *_ALWAYS[:6],
+    "rho",
+    "at_half",
+    "mean",
+    "mean_low",
+    "mean_high",
+    "unit",
+    "n_first",
+    "n_second",
+    "n_positive",
+    "n_negative",
+    "n_tags",
+    "n_units",
+    "n_documents",
+    "n_tokens",
+    "note",
+)
 
 
 def shown(results: pd.DataFrame, *more: str) -> pd.DataFrame:

@@ -13,14 +13,38 @@ from basin_lens.files import check_folder, check_name, check_no_inputs, clear_le
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
 _FIELDS: dict[str, Any] = {
-    "study": str, "title": str, "about": [str], "hypothesis": str, "decision": str, "verdict": [str], "findings": [dict],
-    "red_flags": (list, None), "not_tested": [str], "tables": [str], "figures": [str], "provenance": dict,
-}  # fmt: skip
+    "study": str,
+    "title": str,
+    "about": [str],
+    "hypothesis": str,
+    "decision": str,
+    "verdict": [str],
+    "findings": [dict],
+    "red_flags": (list, None),
+    "not_tested": [str],
+    "tables": [str],
+    "figures": [str],
+    "provenance": dict,
+}
 # Of the findings; null where there is none.
 _NUMBERS = (
-    "layer", "n_units", "n_sequences", "n_documents", "n_tokens", "estimate", "low", "high", "null", "p", "p_corrected", "n_tests", "p_floor",
-    "guide_statistic", "guide_r", "guide_p",
-)  # fmt: skip
+    "layer",
+    "n_units",
+    "n_sequences",
+    "n_documents",
+    "n_tokens",
+    "estimate",
+    "low",
+    "high",
+    "null",
+    "p",
+    "p_corrected",
+    "n_tests",
+    "p_floor",
+    "guide_statistic",
+    "guide_r",
+    "guide_p",
+)
 
 
 def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = ()) -> None:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from basin_lens import tables
 from basin_lens.capture import Capture
-from basin_lens.studies.framework.measurement import Measured
+from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.texts import TaggedPassage, Word, word_of_tokens, words_of
 
 # Universal tags. Auxiliaries are verbs in this tag set, so they count as content words.
@@ -61,7 +62,8 @@ def rows_of_words(rows: pd.DataFrame, words: Mapping[int, tuple[Word, ...]]) -> 
 def word_table(tokens: pd.DataFrame, part: Part) -> pd.DataFrame:
     """One row per word and layer in place of one per token; `log_frequency` is that of the word among the words measured.
 
-    Numbers are the mean over the word's tokens, or those of its first or last token; a word cut by the end of a sequence counts with what is there.
+    Numbers are the mean over the word's tokens, or those of its first or last token; a word cut by the end of a sequence counts
+    with what is there.
     """
     kept = tokens[tokens["word"].notna()].sort_values(["layer", "seq", "pos"], kind="stable")
     keys = ["layer", "doc", "seq", "word"]
@@ -77,5 +79,4 @@ def word_table(tokens: pd.DataFrame, part: Part) -> pd.DataFrame:
     share = one_layer["word_text"].value_counts(normalize=True)
     answer["log_frequency"] = np.log(answer["word_text"].map(share).to_numpy(float))
     answer["token_id"] = pd.factorize(answer["word_text"])[0]  # the word's type, as tests over types take it
-    answer.attrs = dict(tokens.attrs)
-    return answer
+    return tables.with_provenance(answer, tokens)

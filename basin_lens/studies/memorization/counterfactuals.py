@@ -12,7 +12,7 @@ from basin_lens.analyzers import Agreement, Compression, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.model import continuations, tokenizer_of
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt, attempt_each
 from basin_lens.studies.memorization.experiment import Planted, tensor_of, with_changes
 from basin_lens.texts import Passage
 
@@ -24,10 +24,10 @@ _CANDIDATES = 4
 class Forked:
     """What came of it.
 
-    `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base model found
-    either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation, compression by layer.
-    `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text, tuned less base, by layer and
-    score. `spliced`: the table behind it.
+    `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base
+    model found either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation,
+    compression by layer. `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text,
+    tuned less base, by layer and score. `spliced`: the table behind it.
     """
 
     forks: pd.DataFrame
@@ -89,10 +89,15 @@ def _continuations(
     told = table[table["layer"] == planted.layers[0]].groupby(["doc", "true"])["surprisal"].mean().unstack("true")
     apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
     apart["seq"] = apart["doc"]
-    found = base.attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
-    likely = pd.DataFrame({
-        "doc": [f"prefix-{i}" for i in range(count)], "kind": kinds, "true_loss": losses[:, 0], "other_loss": losses[:, 1],
-    })  # fmt: skip
+    found = attempt(stats.before_after, apart, columns, correction="max-t", seed=plan.seed, unit="document")
+    likely = pd.DataFrame(
+        {
+            "doc": [f"prefix-{i}" for i in range(count)],
+            "kind": kinds,
+            "true_loss": losses[:, 0],
+            "other_loss": losses[:, 1],
+        }
+    )
     told = told.rename(columns={True: "true_loss_tuned", False: "other_loss_tuned"}).reset_index()
     likely = likely.merge(told, on="doc", validate="one_to_one")
     return likely, found
@@ -134,10 +139,15 @@ def _damaged(
     path["recited"] = shares[[edits.index(e) for e in path["edits"]], path["member"].to_numpy()]
     path["doc"] = [f"prefix-{m}" for m in path.pop("member")]
     path["seq"] = path["doc"] + "/" + path["edits"].astype(str)
-    widths = pd.DataFrame({
-        "doc": [f"prefix-{i}" for i in range(count)], "kind": [planted.passages[s].labels["kind"] for s in members["seq"]],
-        "dose": members["dose"].to_numpy(), "recited_undamaged": shares[0], "width": memorize.width(edits, shares),
-    })  # fmt: skip
+    widths = pd.DataFrame(
+        {
+            "doc": [f"prefix-{i}" for i in range(count)],
+            "kind": [planted.passages[s].labels["kind"] for s in members["seq"]],
+            "dose": members["dose"].to_numpy(),
+            "recited_undamaged": shares[0],
+            "width": memorize.width(edits, shares),
+        }
+    )
     return path, widths
 
 
@@ -163,15 +173,29 @@ def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.Da
     ]
     before, after = (
         analyze(
-            model, made, analyzers, layers=planted.layers, bank=planted.banks[name], seed=plan.seed, max_length=2 * (plan.length + 1),
+            model,
+            made,
+            analyzers,
+            layers=planted.layers,
+            bank=planted.banks[name],
+            seed=plan.seed,
+            max_length=2 * (plan.length + 1),
             progress=progress,
         )
         for name, model in (("base", planted.base), ("tuned", planted.tuned))
-    )  # fmt: skip
+    )
     table = with_changes(before, after, scores)
     table["part"] = np.where(table["span"] == "memorized", "memorized", "not")
     changes = [f"{name}_change" for name in scores]
-    found = base.attempt_each(
-        stats.compare_groups, table, changes, "part", groups=("memorized", "not"), paired=True, n_resamples=1999, seed=plan.seed, unit="document"
-    )  # fmt: skip
+    found = attempt_each(
+        stats.compare_groups,
+        table,
+        changes,
+        "part",
+        groups=("memorized", "not"),
+        paired=True,
+        n_resamples=1999,
+        seed=plan.seed,
+        unit="document",
+    )
     return stats.correct(found, "bh"), table

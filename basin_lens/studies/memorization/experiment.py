@@ -27,6 +27,7 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.model import full_name, n_context, n_layers, tokenizer_of, uses_bos
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
+from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
 from basin_lens.texts import Passage, reference_passages
 from basin_lens.texts.copies import copied_passages
 from basin_lens.values import Whole, whole_fields
@@ -114,11 +115,11 @@ PRESETS = {
 class Planted:
     """All that was measured.
 
-    `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction, probe, nearest
-    memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base` and `<score>_change` (tuned less
-    base). `sequences`: means of its scores by (layer, text), baselines beside them. `random_twin`, `other_tuned`: the same texts as
-    `sequences` under a model with random weights, and one tuned on other texts. `states`: mean states that enter block `probe_layer` of the tuned
-    model, a row per text.
+    `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction,
+    probe, nearest memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base`
+    and `<score>_change` (tuned less base). `sequences`: means of its scores by (layer, text), baselines beside them.
+    `random_twin`, `other_tuned`: the same texts as `sequences` under a model with random weights, and one tuned on other texts.
+    `states`: mean states that enter block `probe_layer` of the tuned model, a row per text.
     """
 
     plan: Plan
@@ -159,23 +160,134 @@ def plant(
         say: called with each step's name.
 
     Raises:
-        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for `finetune`.
+        StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for
+            `finetune`.
     """
     say = say or (lambda _text: None)
     say("texts")
-    made = list(passages) if passages is not None else memorize.make_canaries(
-        model, per_dose=plan.per_dose, doses=plan.doses, kinds=plan.kinds, length=plan.length, sampled=plan.sampled, seed=plan.seed
-    )  # fmt: skip
-    check_classes([bool(p.labels["member"]) for p in made])
+    made = _texts_to_plant(model, plan, passages)
     members = [p for p in made if p.labels["member"]]
-    # The bank's documents are never trained on.
-    docs = sorted({str(p.doc) for p in reference_passages()})
-    bank = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 0]
-    filler = [p for p in reference_passages() if docs.index(str(p.doc)) % 2 == 1]
-    longest = plan.length + 1  # BOS
-    every = n_layers(model)
-    layers = tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+    bank, filler = _bank_and_filler()
+    longest, layers = plan.length + 1, _layers(model, plan)  # BOS
+    _refuse_texts(model, plan, made, longest)
+    # Before the training: what cannot be measured is refused before the long work.
+    say("before training")
+    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
+    banks = {"base": bank_of(model, bank, layers, longest)}
+    before = analyze(model, made, _analyzers(plan.k), bank=banks["base"], max_length=longest, **shared)
 
+    say("training")
+    options: dict[str, Any] = {"filler": filler, "recipe": replace(plan.recipe, seed=plan.seed), "max_length": longest}
+    options["progress"] = progress
+    begun = time.perf_counter()
+    tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
+    seconds = time.perf_counter() - begun
+
+    say("after training")
+    banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
+    capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
+    after = analyze(tuned.model, capture, _analyzers(plan.k), bank=banks["tuned"], **shared)
+    tokens = with_changes(before, after, SCORES)
+
+    say("baselines and extraction")
+    texts = text_baselines(tuned.model, made, before, after, longest, (plan.prompt, plan.target), progress)
+    probe_layer = layers[len(layers) // 2]
+    states = add_fitted_baselines(texts, made, capture, probe_layer, plan.seed)
+
+    say("negatives")
+    untaught, elsewhere = _measured_negatives(model, plan, made, bank, longest, folder, shared, options)
+    return Planted(
+        plan,
+        tuple(made),
+        model,
+        tuned.model,
+        tuple(bank),
+        banks,
+        pd.DataFrame(tuned.history),
+        texts,
+        tokens,
+        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts),
+        by_sequence(untaught, _HEADLINE, texts),
+        by_sequence(with_changes(before, elsewhere, _HEADLINE), (*_HEADLINE, *(f"{name}_change" for name in _HEADLINE)), texts),
+        layers,
+        probe_layer,
+        states,
+        _facts(plan, tuned.facts, seconds, bank, filler, folder),
+    )
+
+
+_HEADLINE = ("compression", "compression_native")
+
+
+def _layers(model: Any, plan: Plan) -> tuple[int, ...]:
+    every = n_layers(model)
+    return tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
+
+
+def _measured_negatives(
+    model: Any,
+    plan: Plan,
+    made: Sequence[Passage],
+    bank: Sequence[Passage],
+    longest: int,
+    folder: Path | None,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The texts under random weights, and under a model that was tuned on other texts."""
+    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
+    layers = shared["layers"]
+    twin = random_twin(model, seed=plan.seed)
+    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
+    del twin  # as large as the model
+    others = _others(model, plan, made)
+    apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
+    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
+    return untaught, elsewhere
+
+
+def _facts(
+    plan: Plan, training: Any, seconds: float, bank: Sequence[Passage], filler: Sequence[Passage], folder: Path | None
+) -> dict[str, Any]:
+    return {
+        "plan": _plain(plan),
+        "training": training,
+        "training_seconds": seconds,
+        "bank_documents": sorted({str(p.doc) for p in bank}),
+        "filler_documents": sorted({str(p.doc) for p in filler}),
+        "tuned_folder": None if folder is None else str((folder / "tuned").resolve()),
+    }
+
+
+def _texts_to_plant(model: Any, plan: Plan, passages: Sequence[Passage] | None) -> list[Passage]:
+    """The passages given, or canaries."""
+    made = (
+        list(passages)
+        if passages is not None
+        else memorize.make_canaries(
+            model,
+            per_dose=plan.per_dose,
+            doses=plan.doses,
+            kinds=plan.kinds,
+            length=plan.length,
+            sampled=plan.sampled,
+            seed=plan.seed,
+        )
+    )
+    check_classes([bool(p.labels["member"]) for p in made])
+    return made
+
+
+def _bank_and_filler() -> tuple[list[Passage], list[Passage]]:
+    """Built-in passages that neighbors come from, which are never trained on, and passages that training mixes in."""
+    docs = sorted({str(p.doc) for p in reference_passages()})
+    halves: tuple[list[Passage], list[Passage]] = ([], [])
+    for passage in reference_passages():
+        halves[docs.index(str(passage.doc)) % 2].append(passage)
+    return halves
+
+
+def _refuse_texts(model: Any, plan: Plan, made: Sequence[Passage], longest: int) -> None:
     # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
     if n_context(model) < 2 * longest:
         raise StudyError(
@@ -184,59 +296,20 @@ def plant(
         )
     refuse_built_in(made, model)
     refuse_copies(made, model)
-    say("before training")
-    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
-    analyzers = [
-        Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Contraction(k=plan.k),
-        RawCompression(k=plan.k), Neighborhood(k=plan.k), Surprisal(), Agreement(), StandardizedLikelihood(), StateNorm(),
-    ]  # fmt: skip
-    # Before the training: what cannot be measured is refused before the long work.
-    banks = {"base": bank_of(model, bank, layers, longest)}
-    before = analyze(model, made, analyzers, bank=banks["base"], max_length=longest, **shared)
 
-    say("training")
-    recipe = replace(plan.recipe, seed=plan.seed)
-    options: dict[str, Any] = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
-    begun = time.perf_counter()
-    tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
-    seconds = time.perf_counter() - begun
 
-    say("after training")
-    banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
-    capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
-    after = analyze(tuned.model, capture, analyzers, bank=banks["tuned"], **shared)
-    tokens = with_changes(before, after, SCORES)
-
-    say("baselines and extraction")
-    texts = _texts(tuned.model, plan, made, before, after, longest, progress)
-    probe_layer = layers[len(layers) // 2]
-    for kind in sorted(set(texts["kind"]))[1:]:
-        texts[f"kind_{kind}"] = (texts["kind"] == kind).astype(float)
-    label, pairs = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    parts = memorize.folds(label, pairs, seed=plan.seed)
-    states = memorize.sequence_states(capture, probe_layer)
-    texts["linear_probe"] = memorize.linear_probe(states, label, parts)
-    texts["nearest_memorized"] = memorize.nearest_memorized(states, label, parts)
-    texts["blind_classifier"] = memorize.blind_classifier([p.text for p in made], label, parts)
-
-    say("negatives")
-    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
-    twin = random_twin(model, seed=plan.seed)
-    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
-    del twin  # as large as the model
-    others = _others(model, plan, made)
-    apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
-    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
-    return Planted(
-        plan, tuple(made), model, tuned.model, tuple(bank), banks, pd.DataFrame(tuned.history), texts, tokens,
-        by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts), by_sequence(untaught, ("compression", "compression_native"), texts),
-        by_sequence(with_changes(before, elsewhere, ("compression", "compression_native")),
-                    ("compression", "compression_native", "compression_change", "compression_native_change"), texts),
-        layers, probe_layer, states,
-        {"plan": _plain(plan), "training": tuned.facts, "training_seconds": seconds, "bank_documents": sorted({str(p.doc) for p in bank}),
-         "filler_documents": sorted({str(p.doc) for p in filler}),
-         "tuned_folder": None if folder is None else str((folder / "tuned").resolve())},
-    )  # fmt: skip
+def _analyzers(k: int) -> list[Any]:
+    return [
+        Compression(k=k),
+        Compression(k=k, context="native", name="compression_native"),
+        Contraction(k=k),
+        RawCompression(k=k),
+        Neighborhood(k=k),
+        Surprisal(),
+        Agreement(),
+        StandardizedLikelihood(),
+        StateNorm(),
+    ]
 
 
 def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
@@ -247,8 +320,8 @@ def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
     """
     if copied := copied_passages(model, list(texts), reference_passages()):
         raise StudyError(
-            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or copies, nearly or "
-            f"in full: {texts[copied[0]].text[:40]!r}. Give others."
+            f"expected texts other than the built-in ones, which neighbors and filler come from, got {len(copied)} of them or "
+            f"copies, nearly or in full: {texts[copied[0]].text[:40]!r}. Give others."
         )
 
 
@@ -261,8 +334,8 @@ def refuse_copies(texts: Sequence[Passage], model: Any) -> None:
     members, held = ([p for p in texts if bool(p.labels["member"]) == side] for side in (True, False))
     if copied := copied_passages(model, held, members):
         raise StudyError(
-            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be memorized, nearly or "
-            f"in full: {held[copied[0]].text[:40]!r}. Leave them out."
+            f"expected texts held out that are not trained on, got {len(copied)} of {len(held)} that are copies of texts to be "
+            f"memorized, nearly or in full: {held[copied[0]].text[:40]!r}. Leave them out."
         )
 
 
@@ -275,7 +348,8 @@ def check_classes(member: Sequence[bool]) -> None:
     count = sum(member)
     if count in (0, len(member)):
         raise StudyError(
-            f"expected texts to be memorized and texts held out, got {count} and {len(member) - count}. Nothing could be compared: label both."
+            f"expected texts to be memorized and texts held out, got {count} and {len(member) - count}. Nothing could be "
+            "compared: label both."
         )
     if min(count, len(member) - count) < FEWEST_PER_CLASS:
         raise StudyError(
@@ -293,16 +367,13 @@ def with_changes(before: pd.DataFrame, after: pd.DataFrame, scores: Sequence[str
     for name in scores:
         answer[f"{name}_base"] = before[name].to_numpy()
         answer[f"{name}_change"] = after[name].to_numpy() - before[name].to_numpy()
-    answer.attrs = dict(after.attrs)
-    return answer
+    return tables.with_provenance(answer, after)
 
 
 def by_sequence(tokens: pd.DataFrame, scores: Sequence[str], texts: pd.DataFrame) -> pd.DataFrame:
     """Means over each text's tokens, by layer, with the text's labels and baselines in every row."""
     means = tokens.groupby(["layer", "seq"], sort=True)[list(scores)].mean().reset_index()
-    answer = means.merge(texts, on="seq", how="left", validate="many_to_one")
-    answer.attrs = {}
-    return answer
+    return tables.without_provenance(means.merge(texts, on="seq", how="left", validate="many_to_one"))
 
 
 def analysis_seconds(model: Any, plan: Plan, training: float) -> float:
@@ -328,30 +399,6 @@ def bank_of(model: Any, passages: Sequence[Passage], layers: Sequence[int], leng
     """Where neighbors come from: passages that are never trained on, cut as long as the texts."""
     # As long as the texts: position goes into every state.
     return Capture.from_texts(model, list(passages), layers=layers, max_length=length, progress=False)
-
-
-def _texts(
-    tuned: Any, plan: Plan, made: list[Passage], before: pd.DataFrame, after: pd.DataFrame, longest: int, progress: bool
-) -> pd.DataFrame:
-    """One row per text: baselines under the tuned model, and what it recites."""
-    strings = [p.text for p in made]
-    # Lower case takes more tokens.
-    lowered = [replace(p, text=p.text.lower()) for p in made]
-    lower = analyze(tuned, lowered, [Surprisal()], layers=[0], max_length=4 * longest, progress=False)
-    reference = memorize.likelihood_baselines(before, strings)
-    texts = memorize.likelihood_baselines(after, strings, lowercase=lower, reference=before)
-    texts["base_log_likelihood"] = reference["log_likelihood"].to_numpy()
-    texts["base_agreement"] = reference["agreement"].to_numpy()
-    found = memorize.extract(tuned, made, prompt=plan.prompt, target=plan.target, max_length=longest, progress=progress)
-    guide = memorize.guide_labels(tuned, made, max_length=longest, progress=progress)
-    for name in ("matched", "longest_run", "extracted"):
-        texts[name] = found[name].to_numpy()
-    texts["guide_memorized"] = guide["memorized"].to_numpy()
-    texts["text"] = strings
-    for name in ("member", "dose", "pair"):
-        texts[name] = [p.labels[name] for p in made]
-    texts["member"] = texts["member"].astype(bool)
-    return texts
 
 
 def _others(model: Any, plan: Plan, made: Sequence[Passage]) -> list[Passage]:

@@ -12,7 +12,7 @@ from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood,
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TextError
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt_each
 from basin_lens.studies.memorization.experiment import refuse_built_in
 from basin_lens.texts import Passage, find_licences, read_dataset
 from basin_lens.texts.copies import passage_groups
@@ -26,8 +26,9 @@ _CHARACTERS = 5  # per token of running text, about
 class Recited:
     """What came of it.
 
-    `texts`: one row per passage: condition, source, loss baselines, extraction. `contrasts`: opening less each other condition of the same source,
-    by layer and score. `matched`: the same for openings and later passages of equal loss, any source. `said`: what was read and what was not.
+    `texts`: one row per passage: condition, source, loss baselines, extraction. `contrasts`: opening less each other condition of
+    the same source, by layer and score. `matched`: the same for openings and later passages of equal loss, any source. `said`:
+    what was read and what was not.
     """
 
     texts: pd.DataFrame
@@ -44,7 +45,8 @@ def prepare(
     Corpora give a third of `count` each, licences what is left of it.
 
     Raises:
-        TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in texts.
+        TextError: no source is long enough, or one of the user's is not. StudyError: a paraphrase of an unknown source, built-in
+            texts.
     """
     refuse_built_in(files, model)
     said, sources = [], []
@@ -112,13 +114,25 @@ def _of(paraphrases: Mapping[str, str], sources: Sequence[Passage]) -> dict[str,
 
 
 def recite(
-    model: Any, bank: Capture, layers: Sequence[int], made: Sequence[Passage], said: Sequence[str], *, k: int, length: int, seed: int,
+    model: Any,
+    bank: Capture,
+    layers: Sequence[int],
+    made: Sequence[Passage],
+    said: Sequence[str],
+    *,
+    k: int,
+    length: int,
+    seed: int,
     progress: bool = True,
-) -> Recited:  # fmt: skip
+) -> Recited:
     """Measure openings and their controls (from `prepare`) under a model as it is."""
     analyzers = [
-        Compression(k=k), Compression(k=k, context="native", name="compression_native"), Surprisal(), Agreement(), StandardizedLikelihood(),
-    ]  # fmt: skip
+        Compression(k=k),
+        Compression(k=k, context="native", name="compression_native"),
+        Surprisal(),
+        Agreement(),
+        StandardizedLikelihood(),
+    ]
     table = analyze(model, list(made), analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
     texts = memorize.likelihood_baselines(table, [p.text for p in made])
     found = memorize.extract(
@@ -134,7 +148,7 @@ def recite(
         opening, compared = means.xs("opening", level="condition"), means.xs(other, level="condition")
         apart = (opening - compared).dropna(how="all").reset_index()
         apart["seq"] = apart["doc"]
-        part = base.attempt_each(stats.before_after, apart, scores, seed=seed, unit="document")
+        part = attempt_each(stats.before_after, apart, scores, seed=seed, unit="document")
         parts.append(part.assign(contrast=f"opening - {other}"))
     contrasts = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     return Recited(texts, contrasts, _matched(means, texts, seed), tuple(said))
@@ -154,5 +168,5 @@ def _matched(means: pd.DataFrame, texts: pd.DataFrame, seed: int) -> pd.DataFram
     if rows.empty:
         return pd.DataFrame()
     scores = ["compression", "compression_native"]
-    found = base.attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
+    found = attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
     return stats.correct(found, "bh").assign(n_matched=len(pairs), caliper=_MATCHED)

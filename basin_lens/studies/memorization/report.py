@@ -1,13 +1,17 @@
 """The memorization study as figures, sections and sentences."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens.studies.framework import base
+from basin_lens import tables
+from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.wording import in_words, opening, sentence
 from basin_lens.studies.memorization.counterfactuals import Forked
 from basin_lens.studies.memorization.experiment import CHANGES, SCORES, Planted
 from basin_lens.studies.memorization.extraction import Recited
@@ -22,23 +26,37 @@ def sections_of(
 ) -> tuple[list[Section], dict[str, Figure]]:
     """Findings in the order of their questions."""
     layer = tested.chosen
-    top = tested.design["dose"]
     at_layer = planted.sequences[planted.sequences["layer"] == layer]
     figures = {
-        "effect-by-layer": result_curve(_of(base.inner(tested.effects), CHANGES), by="score"),
+        "effect-by-layer": result_curve(_of(above_layer_0(tested.effects), CHANGES), by="score"),
         "dose": _dose_figure(planted, layer),
         "roc": _roc_figure(planted, tested, layer),
         "distributions": distributions(at_layer.assign(group=_groups(at_layer)), "compression_change", "group", layer),
         "detection": forest(_detected(tested, layer), "score", by="dose", title=f"AUROC by dose, scores at layer {layer}"),
         "negatives": forest(tested.negatives, ["negative", "score"], title=f"Where there is nothing to find, layer {layer}"),
-    }  # fmt: skip
-    sections = [
+    }
+    forks = _of(above_layer_0(forked.forks), ("compression", "compression_change"))
+    figures |= {"fork-by-layer": result_curve(forks, by="score"), "damaged-prefixes": _damaged_figure(forked, layer)}
+    if author is not None:
+        figures["author"] = result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")
+    return [
+        *_planting_sections(planted, tested, figures),
+        *_detection_sections(tested, figures),
+        *_counterfactual_sections(forked, figures, layer),
+        *_recitation_sections(recited),
+        *([] if author is None else [_author_section(author, figures)]),
+        _negatives_section(planted, tested, figures),
+    ], figures
+
+
+def _planting_sections(planted: Planted, tested: Tested, figures: Mapping[str, Figure]) -> list[Section]:
+    layer = tested.chosen
+    return [
         Section(
             "Did the planting work?",
-            "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction prompts with "
-            f"{planted.plan.prompt} tokens and compares the next {planted.plan.target}; guide_memorized is the original "
-            "guide's label (prompt of a third, "
-            "more than 80 % of the greedy tokens match).",
+            "Members under the tuned model, by dose, and the texts held out. Log likelihoods are means per token; extraction "
+            f"prompts with {planted.plan.prompt} tokens and compares the next {planted.plan.target}; guide_memorized is the "
+            "original guide's label (prompt of a third, more than 80 % of the greedy tokens match).",
             table=_planting(planted),
         ),
         Section(
@@ -54,12 +72,19 @@ def sections_of(
             f"Change in compression at layer {layer} of the texts of each dose; below, slopes per doubling of the dose of the "
             "difference within pairs.",
             figure=figures["dose"],
-            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their pair.",
+            caption="Mean over texts with Student's 95 % interval; single texts behind it; texts held out by the dose of their "
+            "pair.",
             table=shown(tested.slopes, "layer", "score", "rho"),
         ),
         Section(
             "The change, text by text", figure=figures["distributions"], caption=f"Mean over a text's tokens at layer {layer}."
         ),
+    ]
+
+
+def _detection_sections(tested: Tested, figures: Mapping[str, Figure]) -> list[Section]:
+    layer, top = tested.chosen, tested.design["dose"]
+    return [
         Section(
             "Detection by every score and baseline",
             "All are oriented so that higher means memorized, but compression and contraction, whose direction is not known "
@@ -68,8 +93,8 @@ def sections_of(
             "reference, compression_change "
             "and the like use the base model, which an outsider may not have.",
             figure=figures["detection"],
-            caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The layer was chosen on half "
-            "of these very texts: exploratory.",
+            caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The "
+            "layer was chosen on half of these very texts: exploratory.",
             table=shown(
                 tested.detection[tested.detection["layer_choice"] != "every layer"],
                 "layer_choice",
@@ -84,35 +109,34 @@ def sections_of(
         Section("Curves", figure=figures["roc"], caption=f"Members of dose {top} against texts held out; scores at layer {layer}."),
         Section(
             "What compression adds",
-            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are exchanged within pairs. "
-            "baselines = loss: log likelihood, its change from the base model (reference) and the kind of text; all: every "
-            "other baseline, too. Positive: "
-            "the score helps. compression_base, measured before the training, is a negative: it can know how hard a text is, "
-            "not whether it was trained on.",
+            "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are "
+            "exchanged within pairs. baselines = loss: log likelihood, its change from the base model (reference) and the kind "
+            "of text; all: every other baseline, too. Positive: the score helps. compression_base, measured before the "
+            "training, is a negative: it can know how hard a text is, not whether it was trained on.",
             table=shown(tested.added, "layer", "score", "baselines", "metric"),
         ),
         Section(
             "Where the loss is equal",
-            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model differ by at most "
-            f"{CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what has one was "
-            "harder before the training: "
-            "compression_base shows how far that alone goes.",
+            f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model "
+            f"differ by at most {CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what "
+            "has one was harder before the training: compression_base shows how far that alone goes.",
             table=shown(tested.matched, "layer", "score"),
         ),
+    ]
+
+
+def _counterfactual_sections(forked: Forked, figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    return [
         Section(
             "The fork: the same prefix, another continuation",
             "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
             "sampled and four tails of other texts "
             "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
-            figure=(made := result_curve(_of(base.inner(forked.forks), ("compression", "compression_change")), by="score")),
+            figure=figures["fork-by-layer"],
             caption="Mean difference over prefixes with 95 % intervals.",
             table=shown(forked.forks, "layer", "score"),
             note=_gap(forked),
         ),
-    ]
-    figures["fork-by-layer"] = made
-    figures["damaged-prefixes"] = _damaged_figure(forked, layer)
-    sections += [
         Section(
             "How wide is the path?",
             "Prefixes of memorized texts with more and more tokens replaced at random; width: replacements at which less than "
@@ -127,18 +151,28 @@ def sections_of(
             "Texts of which only the middle was trained on, between parts of held out texts of its kind: tokens of the "
             "memorized part less the others of the "
             "same text, tuned less base. The memorized part always stands in the middle: position is not controlled.",
-            view=token_view(forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())),
+            view=token_view(
+                forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())
+            ),
             table=shown(forked.where, "layer", "score"),
         ),
+    ]
+
+
+def _recitation_sections(recited: Recited) -> list[Section]:
+    sections = [
         Section(
             "Recitation without planting (exploratory)",
-            "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and topic, too.",
+            "The base model on texts that it may know. No coin decided here: openings differ from later passages in style and "
+            "topic, too.",
             table=_recitation(recited),
         ),
         Section(
-            "Openings against their controls", "Opening less the other passage of the same source.",
-            table=shown(recited.contrasts, "contrast", "layer", "score")),
-    ]  # fmt: skip
+            "Openings against their controls",
+            "Opening less the other passage of the same source.",
+            table=shown(recited.contrasts, "contrast", "layer", "score"),
+        ),
+    ]
     if len(recited.matched):
         sections.append(
             Section(
@@ -147,41 +181,41 @@ def sections_of(
                 table=shown(recited.matched, "layer", "score", "n_first", "n_second"),
             )
         )
-    if author is not None:
-        sections.append(
-            Section(
-                "The original guide's contrast",
-                "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
-                "held out passages of the same "
-                "author, in training alone.",
-                figure=(drawn := result_curve(_of(base.inner(author), ("compression",)), by="contrast")),
-                table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
-            )
-        )  # fmt: skip
-        figures["author"] = drawn
-    sections.append(
-        Section(
-            "Negatives",
-            "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
-            f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
-            f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
-            "and the choice of a layer are made anew with labels of other coins.",
-            figure=figures["negatives"],
-            caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
-            table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
-        )
+    return sections
+
+
+def _author_section(author: pd.DataFrame, figures: Mapping[str, Figure]) -> Section:
+    return Section(
+        "The original guide's contrast",
+        "Trained passages against unrelated text differ in author, topic and date as well as in training; against "
+        "held out passages of the same "
+        "author, in training alone.",
+        figure=figures["author"],
+        table=shown(author, "contrast", "layer", "score", "n_first", "n_second"),
     )
-    return sections, figures
+
+
+def _negatives_section(planted: Planted, tested: Tested, figures: Mapping[str, Figure]) -> Section:
+    return Section(
+        "Negatives",
+        "Here nothing should be found: every interval should hold 0.5. The model tuned on other texts saw "
+        f"{planted.plan.others * planted.plan.other_dose} of them, the tuned one "
+        f"{planted.facts['training']['texts_shown']}. Permuted labels: the probe "
+        "and the choice of a layer are made anew with labels of other coins.",
+        figure=figures["negatives"],
+        caption="AUROC with 95 % intervals over texts (permuted labels: of the mean over coin flips).",
+        table=shown(tested.negatives, "negative", "layer", "score", "at_half"),
+    )
 
 
 def verdict_of(
-    decision: base.Decision, planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
+    decision: Decision, planted: Planted, tested: Tested, forked: Forked, recited: Recited, author: pd.DataFrame | None
 ) -> list[str]:
     """Every hypothesis in words, the design's own check first."""
     design = tested.design
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == design["dose"])]
     told = [
-        base.opening(
+        opening(
             decision,
             "Compression sees what was memorized, and adds to the loss.",
             "None of the declared tests shows that compression sees what was memorized.",
@@ -190,15 +224,16 @@ def verdict_of(
         f"{design['dose']} times from texts held "
         f"out with AUROC {design['estimate']:.2f} ({design['low']:.2f} to {design['high']:.2f}); {int(top['extracted'].sum())} "
         f"of {len(top)} are extractable.",
-        *(base.sentence(row, _UNITS[row.question]) for row in base.rows(tested.findings)),
+        *(sentence(row, _UNITS[row.question]) for row in named_rows(tested.findings)),
     ]
     told.append(_by_dose(tested))
     halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
-    for one in base.rows(halved[halved["score"].isin(["compression", "compression_change"])]):
+    for one in named_rows(halved[halved["score"].isin(["compression", "compression_change"])]):
         told.append(
-            f"{one.score} alone: could not be tested ({one.note})." if pd.isna(one.estimate)
+            f"{one.score} alone: could not be tested ({one.note})."
+            if pd.isna(one.estimate)
             else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
-        )  # fmt: skip
+        )
     loss = tested.detection[(tested.detection["score"] == "log_likelihood") & (tested.detection["metric"] == "auroc")].iloc[0]
     told.append(
         f"The log likelihood alone, over all doses: AUROC {loss['estimate']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})."
@@ -206,7 +241,7 @@ def verdict_of(
     known = tested.negatives[tested.negatives["at_half"].notna()]
     told.append(
         f"Negatives: {int(known['at_half'].sum())} of {len(known)} intervals hold 0.5; the smallest corrected p is "
-        f"{base.in_words(float(known['p_corrected'].min()))}."
+        f"{in_words(float(known['p_corrected'].min()))}."
     )
     told.append(_fork(forked))
     told.append(_widths(forked))
@@ -216,7 +251,7 @@ def verdict_of(
         rows = author[(author["score"] == "compression_change") & (author["layer"] == tested.chosen)]
         told += [
             f"{r.contrast}: {r.estimate:+.3f} nats ({r.low:+.3f} to {r.high:+.3f}) at layer {tested.chosen}."
-            for r in base.rows(rows)
+            for r in named_rows(rows)
         ]
     return told
 
@@ -225,9 +260,7 @@ _UNITS = {"difference": "nats", "dose": "nats", "added": "nats per text", "match
 
 
 def _of(results: pd.DataFrame, scores: Any) -> pd.DataFrame:
-    part = results[results["score"].isin(list(scores))]
-    part.attrs = dict(results.attrs)
-    return part
+    return tables.select(results, results["score"].isin(list(scores)))
 
 
 def _groups(texts: pd.DataFrame) -> pd.Series:
@@ -250,10 +283,15 @@ def _planting(planted: Planted) -> pd.DataFrame:
     texts = planted.texts.assign(group=_groups(planted.texts))
     order = [*(f"shown {dose}" for dose in sorted(planted.texts["dose"].unique())), "held out"]
     rows = texts.groupby("group").agg(
-        n_texts=("seq", "size"), log_likelihood_base=("base_log_likelihood", "mean"), log_likelihood_tuned=("log_likelihood", "mean"),
-        agreement_tuned=("agreement", "mean"), matched=("matched", "mean"), longest_run=("longest_run", "mean"), extracted=("extracted", "mean"),
+        n_texts=("seq", "size"),
+        log_likelihood_base=("base_log_likelihood", "mean"),
+        log_likelihood_tuned=("log_likelihood", "mean"),
+        agreement_tuned=("agreement", "mean"),
+        matched=("matched", "mean"),
+        longest_run=("longest_run", "mean"),
+        extracted=("extracted", "mean"),
         guide_memorized=("guide_memorized", "mean"),
-    )  # fmt: skip
+    )
     return rows.loc[order].reset_index()
 
 
@@ -285,10 +323,20 @@ def _damaged_figure(forked: Forked, layer: int) -> Figure:
 
 
 def _recitation(recited: Recited) -> pd.DataFrame:
-    return recited.texts.groupby("condition", sort=False).agg(
-        n_texts=("seq", "size"), n_sources=("doc", "nunique"), log_likelihood=("log_likelihood", "mean"), agreement=("agreement", "mean"),
-        matched=("matched", "mean"), longest_run=("longest_run", "max"), extracted=("extracted", "sum"), guide_memorized=("guide_memorized", "sum"),
-    ).reset_index()  # fmt: skip
+    return (
+        recited.texts.groupby("condition", sort=False)
+        .agg(
+            n_texts=("seq", "size"),
+            n_sources=("doc", "nunique"),
+            log_likelihood=("log_likelihood", "mean"),
+            agreement=("agreement", "mean"),
+            matched=("matched", "mean"),
+            longest_run=("longest_run", "max"),
+            extracted=("extracted", "sum"),
+            guide_memorized=("guide_memorized", "sum"),
+        )
+        .reset_index()
+    )
 
 
 def _matched_doses(tested: Tested) -> str:
@@ -299,21 +347,21 @@ def _matched_doses(tested: Tested) -> str:
 def _gap(forked: Forked) -> str:
     apart = forked.likely["true_loss"] - forked.likely["other_loss"]
     return (
-        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from {apart.min():+.2f} to "
-        f"{apart.max():+.2f}."
+        f"Base model's loss of the true continuation less the other: {apart.mean():+.2f} nats per token on average, from "
+        f"{apart.min():+.2f} to {apart.max():+.2f}."
     )
 
 
 def _fork(forked: Forked) -> str:
-    rows = base.inner(forked.forks[forked.forks["score"] == "compression_change"])
+    rows = above_layer_0(forked.forks[forked.forks["score"] == "compression_change"])
     if not rows["p"].notna().any():
         return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
     best = rows.sort_values("p").iloc[0]
     return (
         "Fork (exploratory): the true continuation changes in compression unlike another as likely at "
-        f"{int((rows['p_corrected'] <= base.ALPHA).sum())} of "
-        f"{len(rows)} layers after correction; smallest p at layer {int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to "
-        f"{best['high']:+.3f}), corrected {base.in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
+        f"{int((rows['p_corrected'] <= ALPHA).sum())} of {len(rows)} layers after correction; smallest p at layer "
+        f"{int(best['layer'])}, {best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), corrected "
+        f"{in_words(best['p_corrected'])}, {int(best['n_units'])} prefixes."
     )
 
 
@@ -321,27 +369,23 @@ def _where(forked: Forked, layer: int) -> str:
     rows = forked.where[(forked.where["score"] == "compression_change") & (forked.where["layer"] == layer)]
     if rows.empty or pd.isna(rows["p"].iloc[0]):
         return f"Where in a text: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no such layer'})."
-    (one,) = base.rows(rows)
-    few = (
-        f"; with {int(one.n_units)} texts no p could survive correction"
-        if 2.0 ** (1 - one.n_units) * one.n_tests > base.ALPHA
-        else ""
-    )
+    (one,) = named_rows(rows)
+    few = f"; with {int(one.n_units)} texts no p could survive correction" if 2.0 ** (1 - one.n_units) * one.n_tests > ALPHA else ""
     return (
-        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats ({one.low:+.3f} to "
-        f"{one.high:+.3f}) at layer {layer}, p {base.in_words(one.p)}, corrected {base.in_words(one.p_corrected)}{few}."
+        f"Where in a text (exploratory): change in compression of memorized tokens less others {one.estimate:+.3f} nats "
+        f"({one.low:+.3f} to {one.high:+.3f}) at layer {layer}, p {in_words(one.p)}, corrected {in_words(one.p_corrected)}{few}."
     )
 
 
 def _by_dose(tested: Tested) -> str:
-    rows = base.inner(tested.by_dose[tested.by_dose["score"] == "compression_change"])
+    rows = above_layer_0(tested.by_dose[tested.by_dose["score"] == "compression_change"])
     best = rows.sort_values("p").iloc[0]
     return (
         f"By dose (exploratory): the smallest p is that of texts shown {best['dose']} times at "
         f"layer {int(best['layer'])}, "
-        f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {base.in_words(best['p'])}, corrected "
+        f"{best['estimate']:+.3f} nats ({best['low']:+.3f} to {best['high']:+.3f}), p {in_words(best['p'])}, corrected "
         "for all doses, layers and scores "
-        f"{base.in_words(best['p_corrected'])}."
+        f"{in_words(best['p_corrected'])}."
     )
 
 
@@ -349,11 +393,11 @@ def _recited(recited: Recited) -> str:
     texts = recited.texts[recited.texts["condition"] == "opening"]
     count = int(texts["guide_memorized"].sum())
     best = recited.contrasts[recited.contrasts["score"].isin(SCORES) & (recited.contrasts["contrast"] == "opening - later")]
-    passed = int((base.inner(best)["p_corrected"] <= base.ALPHA).sum())
+    passed = int((above_layer_0(best)["p_corrected"] <= ALPHA).sum())
     return (
         f"Without planting: {count} of {len(texts)} openings are memorized by the guide's rule, teacher-forced agreement "
-        f"{texts['agreement'].mean():.2f}; compression "
-        f"of openings differs from later passages at {passed} of {len(base.inner(best))} layers and scores after correction (exploratory)."
+        f"{texts['agreement'].mean():.2f}; compression of openings differs from later passages at {passed} of "
+        f"{len(above_layer_0(best))} layers and scores after correction (exploratory)."
     )
 
 

@@ -10,7 +10,7 @@ from basin_lens import memorize, stats
 from basin_lens.analyzers import Compression
 from basin_lens.errors import StudyError
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.memorization.experiment import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
 from basin_lens.texts import Passage
 from basin_lens.texts.copies import copied_passages, passage_groups
@@ -19,7 +19,8 @@ from basin_lens.texts.copies import copied_passages, passage_groups
 def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
     """Passages of one author's works, in pairs of neighbors, of each of which a coin decides which one is trained on.
 
-    A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other out.
+    A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other
+    out.
 
     Raises:
         StudyError: fewer passages than the plan's pairs need. TextError: none long enough.
@@ -33,8 +34,9 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     wanted = plan.per_dose * len(plan.doses)
     if len(pairs) < wanted:
         raise StudyError(
-            f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of {len(plan.doses)} "
-            f"doses), got {len(pairs)}{f' without {copied} copies of others' if copied else ''}. Give more text, or plan fewer."
+            f"expected at least {wanted} pairs of passages of {plan.length} tokens by the author ({plan.per_dose} for each of "
+            f"{len(plan.doses)} doses), got {len(pairs)}{f' without {copied} copies of others' if copied else ''}. Give more "
+            "text, or plan fewer."
         )
     rng = np.random.default_rng(plan.seed)
     chosen = np.sort(rng.permutation(len(pairs))[:wanted])
@@ -100,8 +102,10 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     plan = planted.plan
     analyzers = [Compression(k=plan.k)]
     options: dict[str, Any] = {"layers": planted.layers, "max_length": plan.length + 1, "seed": plan.seed, "progress": progress}
-    before, after = (analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
-              for name, model in (("base", planted.base), ("tuned", planted.tuned)))  # fmt: skip
+    before, after = (
+        analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
+        for name, model in (("base", planted.base), ("tuned", planted.tuned))
+    )
     apart = with_changes(before, after, ("compression",))
     apart = apart.groupby(["layer", "doc", "seq"])[["compression", "compression_change"]].mean().reset_index()
     own = planted.sequences[["layer", "doc", "seq", "member", "compression", "compression_change"]]
@@ -109,9 +113,16 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     rows = pd.concat([own, apart.assign(group="unrelated", seq=apart["seq"] + 1_000_000)], ignore_index=True)
     parts = []
     for other in ("same author", "unrelated"):
-        found = base.attempt(
-            stats.compare_groups, rows, ["compression", "compression_change"], "group", groups=("trained", other), correction="none",
-            n_resamples=1999, seed=plan.seed, unit="document",
-        )  # fmt: skip
+        found = attempt(
+            stats.compare_groups,
+            rows,
+            ["compression", "compression_change"],
+            "group",
+            groups=("trained", other),
+            correction="none",
+            n_resamples=1999,
+            seed=plan.seed,
+            unit="document",
+        )
         parts.append(found.assign(contrast=f"trained - {other}"))
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")

@@ -11,8 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.measurement import FEWEST_UNITS
+from basin_lens.studies.framework.attempts import attempt, attempt_each, checked_red_flags, empty_finding
+from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.units import FEWEST_UNITS
 from basin_lens.studies.memorization.experiment import BEFORE, CHANGES, SCORES, Planted
 
 BASELINES = (*memorize.LOSS_BASELINES, "reference", "linear_probe", "nearest_memorized", "blind_classifier")
@@ -51,7 +53,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class _Units:
-    """What `base.declared` asks of a measurement."""
+    """What `declared_test` asks of a measurement."""
 
     n_units: int
     seed: int
@@ -61,46 +63,27 @@ class _Units:
 def examine(planted: Planted) -> Tested:
     """Every test of the planted texts.
 
-    Within each pair a coin decided: differences, slopes and permutations are of pairs. The layer of a declared test is chosen on half of the
-    units and tested on the others.
+    Within each pair a coin decided: differences, slopes and permutations are of pairs. The layer of a declared test is chosen on
+    half of the units and tested on the others.
     """
     sequences, seed = planted.sequences, planted.plan.seed
     shared: dict[str, Any] = {"unit": "document", "seed": seed}
     apart = pair_differences(sequences, [*CHANGES, *SCORES])
-    effects = base.attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
+    effects = attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
     parts = [
-        base.attempt_each(
+        attempt_each(
             stats.compare_groups, _at_dose(sequences, dose), CHANGES, "member", groups=(True, False), n_resamples=1999, **shared
         ).assign(dose=dose)
         for dose in _doses(planted)
-    ]  # fmt: skip
+    ]
     by_dose = stats.correct(pd.concat(parts, ignore_index=True), "bh")
-    slopes = base.attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
+    slopes = attempt(stats.unit_slope, apart, [*CHANGES, *SCORES], "log2_dose", n_resamples=1999, **shared)
     pairs = matched_pairs(planted.texts)
     alike = _matched_differences(sequences, pairs)
-    matched = (
-        base.attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
-    )
-    by_pair = _Units(apart["doc"].nunique(), seed)
-    difference = base.declared(
-        apart, partial(stats.before_after, on="compression_change", **shared), by_pair, QUESTIONS["difference"], "difference",
-        "compression_change",
-    )  # fmt: skip
-    findings = base.settle("memorization", [
-        difference,
-        base.declared(
-            apart, partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared), by_pair, QUESTIONS["dose"], "dose",
-            "compression_change", stratify="log2_dose",
-        ) if apart["log2_dose"].nunique() > 1 else _untested("dose", pairs),
-        base.declared(
-            sequences, partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed), replace(by_pair, unit="pair"),
-            QUESTIONS["added"], "added", "compression",
-        ),
-        base.declared(
-            alike, partial(stats.before_after, on="compression", **shared), _Units(len(pairs), seed), QUESTIONS["matched"], "matched",
-        ) if len(pairs) >= FEWEST_UNITS else _untested("matched", pairs),
-    ])  # fmt: skip
-    layer = difference["layer"].iloc[0]
+    matched = attempt_each(stats.before_after, alike, [*SCORES, *BEFORE], **shared) if len(pairs) else _untested("matched", pairs)
+    rows = _declared(planted, apart, alike, pairs)
+    findings = settle("memorization", rows)
+    layer = rows[0]["layer"].iloc[0]
     chosen = int(layer) if pd.notna(layer) else planted.layers[len(planted.layers) // 2]
     detection = _detection(planted, shared)
     detection_by_dose = _detection_by_dose(planted, chosen, shared)
@@ -111,9 +94,43 @@ def examine(planted: Planted) -> Tested:
     negatives = _negatives(planted, chosen, shared)
     flags = _flags(planted, apart, negatives, design, detection, findings, shared)
     return Tested(
-        findings, effects, by_dose, slopes, detection, detection_by_dose, _added(planted), pairs,
-        stats.correct(matched, "bh") if len(pairs) else matched, negatives, flags, chosen, design,
-    )  # fmt: skip
+        findings,
+        effects,
+        by_dose,
+        slopes,
+        detection,
+        detection_by_dose,
+        _added(planted),
+        pairs,
+        stats.correct(matched, "bh") if len(pairs) else matched,
+        negatives,
+        flags,
+        chosen,
+        design,
+    )
+
+
+def _declared(planted: Planted, apart: pd.DataFrame, alike: pd.DataFrame, pairs: pd.DataFrame) -> list[pd.DataFrame]:
+    """The declared tests, a row each: differences within pairs, their slope over doses, added value, pairs of equal loss."""
+    seed = planted.plan.seed
+    shared: dict[str, Any] = {"unit": "document", "seed": seed}
+    by_pair = _Units(apart["doc"].nunique(), seed)
+    change = partial(stats.before_after, on="compression_change", **shared)
+    slope = partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared)
+    gain = partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed)
+    equal_loss = partial(stats.before_after, on="compression", **shared)
+    asked = QUESTIONS
+    rows = [declared_test(apart, change, by_pair, asked["difference"], "difference", "compression_change")]
+    if apart["log2_dose"].nunique() > 1:
+        rows.append(declared_test(apart, slope, by_pair, asked["dose"], "dose", "compression_change", stratify="log2_dose"))
+    else:
+        rows.append(_untested("dose", pairs))
+    rows.append(declared_test(planted.sequences, gain, replace(by_pair, unit="pair"), asked["added"], "added"))
+    if len(pairs) >= FEWEST_UNITS:
+        rows.append(declared_test(alike, equal_loss, _Units(len(pairs), seed), asked["matched"], "matched"))
+    else:
+        rows.append(_untested("matched", pairs))
+    return rows
 
 
 def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +140,7 @@ def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
         "matched": f"only {len(pairs)} pairs of texts of one kind have equal loss, within "
         f"{CALIPER} nats per token; {FEWEST_UNITS} are needed",
     }
-    return base.empty_finding("compression", "document").assign(
+    return empty_finding("compression", "document").assign(
         finding=QUESTIONS[question], question=question, p_floor=np.nan, note=why[question]
     )
 
@@ -136,10 +153,11 @@ def matched_pairs(texts: pd.DataFrame) -> pd.DataFrame:
     pairs = stats.match_units(texts, "member", "log_likelihood", caliper=CALIPER, within=["kind"])
     known = texts.set_index("doc")
     return pairs.assign(
-        kind=known["kind"].reindex(pairs["with_label"]).to_numpy(), dose=known["dose"].reindex(pairs["with_label"]).to_numpy(),
+        kind=known["kind"].reindex(pairs["with_label"]).to_numpy(),
+        dose=known["dose"].reindex(pairs["with_label"]).to_numpy(),
         first_before=known["base_log_likelihood"].reindex(pairs["with_label"]).to_numpy(),
         second_before=known["base_log_likelihood"].reindex(pairs["without_label"]).to_numpy(),
-    )  # fmt: skip
+    )
 
 
 def _matched_differences(sequences: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +165,7 @@ def _matched_differences(sequences: pd.DataFrame, pairs: pd.DataFrame) -> pd.Dat
     names = [*SCORES, *BEFORE]
     wide = sequences.set_index(["layer", "doc"])[names]
     parts = []
-    for number, pair in enumerate(base.rows(pairs)):
+    for number, pair in enumerate(named_rows(pairs)):
         apart = wide.xs(pair.with_label, level="doc") - wide.xs(pair.without_label, level="doc")
         parts.append(apart.reset_index().assign(doc=f"match-{number}", seq=f"match-{number}"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -183,17 +201,16 @@ def _gain(table: pd.DataFrame, baselines: Sequence[str], seed: int) -> pd.DataFr
 def _added(planted: Planted) -> pd.DataFrame:
     """Each score added to the loss, and to all baselines, always with the reference and the kind of text.
 
-    Compression before the training (`_base`) is among the scores as a negative: it knows how hard a text is, but not whether it was trained on.
+    Compression before the training (`_base`) is among the scores as a negative: it knows how hard a text is, but not whether it
+    was trained on.
     """
     parts = []
     always = ("reference", *_kinds(planted))
     everything = (*memorize.LOSS_BASELINES, "linear_probe", "nearest_memorized", *always)
     for wording, baselines in (("loss", ("log_likelihood", *always)), ("all", everything)):
         for score in (*SCORES, *CHANGES, "compression_base"):
-            part = base.attempt(
-                stats.added_value, base.inner(planted.sequences), score, "member", list(baselines), correction="none", unit="pair", n_resamples=999,
-                seed=planted.plan.seed,
-            )  # fmt: skip
+            table, shared = above_layer_0(planted.sequences), {"unit": "pair", "seed": planted.plan.seed, "correction": "none"}
+            part = attempt(stats.added_value, table, score, "member", list(baselines), n_resamples=999, **shared)
             # Too few pairs to test: the row says so, and of what.
             parts.append(part.assign(baselines=wording, metric=part.get("metric", "delta log-loss")))
     every = pd.concat(parts, ignore_index=True)
@@ -209,19 +226,22 @@ def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
     scores = [*SCORES, *CHANGES]
     versus = "log_likelihood"
     own = stats.detect(planted.texts, [*BASELINES, "matched"], "member", versus=versus, correction="none", **shared)
-    every = base.attempt_each(stats.detect, base.inner(planted.sequences), scores, "member", versus=versus, **shared)
+    every = attempt_each(stats.detect, above_layer_0(planted.sequences), scores, "member", versus=versus, **shared)
     parts = [own.assign(layer_choice="no layer"), every.assign(layer_choice="every layer")]
     try:
         halved = stats.best_layer(
-            base.inner(planted.sequences), lambda t: stats.detect(t, scores, "member", correction="none", **shared), stratify="member",
-            correction="none", seed=planted.plan.seed,
-        )  # fmt: skip
+            above_layer_0(planted.sequences),
+            lambda t: stats.detect(t, scores, "member", correction="none", **shared),
+            stratify="member",
+            correction="none",
+            seed=planted.plan.seed,
+        )
         # One layer for a score: that of its AUROC.
         layers = halved[halved["metric"] == "auroc"].set_index("score")["layer"]
         halved = halved[halved["layer"] == halved["score"].map(layers)]
         parts.append(halved.assign(layer_choice="chosen on half, reported on the other"))
     except StudyError as error:
-        empty = base.empty_finding("compression", "document").assign(
+        empty = empty_finding("compression", "document").assign(
             metric="auroc", note=f"too few texts to choose a layer on half of them: {error}"
         )
         parts.append(empty.assign(layer_choice="chosen on half, reported on the other"))
@@ -233,8 +253,7 @@ def _detection_by_dose(planted: Planted, layer: int, shared: dict[str, Any]) -> 
     scores = [*BASELINES, *SCORES, *CHANGES]
     table = planted.sequences[planted.sequences["layer"] == layer]
     parts = [
-        base.attempt_each(stats.detect, _at_dose(table, dose), scores, "member", **shared).assign(dose=dose)
-        for dose in _doses(planted)
+        attempt_each(stats.detect, _at_dose(table, dose), scores, "member", **shared).assign(dose=dose) for dose in _doses(planted)
     ]
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
@@ -248,10 +267,10 @@ def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataF
         ("before training", at, [*BEFORE]),
         ("random weights", planted.random_twin[planted.random_twin["layer"] == layer], [*SCORES]),
         ("tuned on other texts", planted.other_tuned[planted.other_tuned["layer"] == layer], [*SCORES, *CHANGES]),
-    ]  # fmt: skip
+    ]
     parts = []
     for name, table, scores in cases:
-        found = base.attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
+        found = attempt_each(stats.detect, table, scores, "member", rates=(), **shared)
         parts.append(found.assign(negative=name))
     answer = pd.concat([*parts, _permuted(planted)], ignore_index=True)
     holds = (answer["low"] <= 0.5) & (answer["high"] >= 0.5)
@@ -265,7 +284,9 @@ def _permuted(planted: Planted) -> pd.DataFrame:
     texts, plan = planted.texts, planted.plan
     rng = np.random.default_rng(plan.seed)
     truth, pair = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    wide = base.inner(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
+    wide = (
+        above_layer_0(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
+    )
     drawn: dict[str, list[float]] = {"linear_probe": [], "compression": []}
     for turn in range(_PERMUTED):
         labels = truth ^ rng.integers(0, 2, int(pair.max()) + 1).astype(bool)[pair]
@@ -280,12 +301,24 @@ def _permuted(planted: Planted) -> pd.DataFrame:
     lines = []
     for score, what in (("linear_probe", "fitted"), ("compression", "layer and direction chosen on half of the pairs")):
         low, high = tables.interval(np.array(drawn[score]))
-        lines.append({
-            "negative": "permuted labels", "score": score, "layer": pd.NA if score == "compression" else planted.probe_layer, "unit": "document",
-            "n_units": len(truth), "n_sequences": len(truth), "n_documents": len(truth), "effect": "auroc", "metric": "auroc",
-            "test": f"mean of {_PERMUTED} coin flips within pairs, {what} anew, with its 95 % interval", "null": 0.5,
-            "estimate": float(np.mean(drawn[score])), "low": low, "high": high,
-        })  # fmt: skip
+        lines.append(
+            {
+                "negative": "permuted labels",
+                "score": score,
+                "layer": pd.NA if score == "compression" else planted.probe_layer,
+                "unit": "document",
+                "n_units": len(truth),
+                "n_sequences": len(truth),
+                "n_documents": len(truth),
+                "effect": "auroc",
+                "metric": "auroc",
+                "test": f"mean of {_PERMUTED} coin flips within pairs, {what} anew, with its 95 % interval",
+                "null": 0.5,
+                "estimate": float(np.mean(drawn[score])),
+                "low": low,
+                "high": high,
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -299,51 +332,97 @@ def _flags(
     shared: dict[str, Any],
 ) -> pd.DataFrame:
     """The usual ones, of the difference, and those of a planted design, which count for every question."""
-    usual = base.red_flags(base.inner(apart), "compression_change", **shared)
+    usual = checked_red_flags(above_layer_0(apart), "compression_change", **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
+    lines = [
+        *_design_flags(planted, design),
+        *_negative_flags(negatives, detection),
+        *_training_flags(planted, findings),
+    ]
+    return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})
+
+
+def _flag(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> dict[str, Any]:
+    return {"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers}
+
+
+def _design_flags(planted: Planted, design: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether anything was memorized."""
     lines = []
-
-    def add(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> None:
-        lines.append({"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers})
-
-    add(
-        "the design does not work", not design["estimate"] > 0.9,
-        f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected above 0.9)",
-        value=design["estimate"], limit=0.9,
-    )  # fmt: skip
+    lines.append(
+        _flag(
+            "the design does not work",
+            not design["estimate"] > 0.9,
+            f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
+            "above 0.9)",
+            value=design["estimate"],
+            limit=0.9,
+        )
+    )
     top = planted.texts[planted.texts["member"] & (planted.texts["dose"] == planted.texts["dose"].max())]
-    add(
-        "nothing is extractable", not top["extracted"].any(),
-        f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
-    )  # fmt: skip
-    real = negatives[negatives["p_corrected"] <= base.ALPHA]
+    lines.append(
+        _flag(
+            "nothing is extractable",
+            not top["extracted"].any(),
+            f"{int(top['extracted'].sum())} of {len(top)} members of the highest dose are extractable",
+        )
+    )
+    return lines
+
+
+def _negative_flags(negatives: pd.DataFrame, detection: pd.DataFrame) -> list[dict[str, Any]]:
+    """Whether something is found where there is nothing."""
+    lines = []
+    real = negatives[negatives["p_corrected"] <= ALPHA]
     off = int((~negatives["at_half"].fillna(True)).sum())
-    add(
-        "a negative is not at 0.5", len(real) > 0,
-        "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in base.rows(real))
-        or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
-           f"{int(negatives['at_half'].isna().sum())} could not be had",
-    )  # fmt: skip
+    lines.append(
+        _flag(
+            "a negative is not at 0.5",
+            len(real) > 0,
+            "; ".join(f"{r.negative}, {r.score}: {r.estimate:.2f} (corrected p {r.p_corrected:.2g})" for r in named_rows(real))
+            or f"no corrected p at most 0.05; {off} of {len(negatives)} intervals leave 0.5 out, "
+            f"{int(negatives['at_half'].isna().sum())} could not be had",
+        )
+    )
     blind = detection[
         (detection["score"] == "blind_classifier") & (detection["metric"] == "auroc") & detection["versus"].isna()
     ].iloc[0]
-    add(
-        "texts can be told apart blindly", bool(blind["low"] > 0.5),
-        f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
-    )  # fmt: skip
+    lines.append(
+        _flag(
+            "texts can be told apart blindly",
+            bool(blind["low"] > 0.5),
+            f"AUROC {blind['estimate']:.2f} ({blind['low']:.2f} to {blind['high']:.2f}) from the text alone",
+        )
+    )
+    return lines
+
+
+def _training_flags(planted: Planted, findings: pd.DataFrame) -> list[dict[str, Any]]:
+    """Whether the training reached texts held out, and whether the loss says it all."""
+    lines = []
     held, own = planted.texts[~planted.texts["member"]], planted.texts[planted.texts["member"]]
     shift, gain = (float(part["reference"].mean()) for part in (held, own))
-    add(
-        "texts held out became likely, too", shift > 0.5 * gain,
-        f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}", value=shift,
-        limit=0.5 * gain,
-    )  # fmt: skip
+    lines.append(
+        _flag(
+            "texts held out became likely, too",
+            shift > 0.5 * gain,
+            f"training raised the log likelihood of texts held out by {shift:+.2f} nats per token, of members by {gain:+.2f}",
+            value=shift,
+            limit=0.5 * gain,
+        )
+    )
     holds = findings.set_index("question")["holds"]
     alone = bool(holds["difference"]) and not bool(holds["added"])
-    add(
-        "vanishes beside the loss", alone,
-        "the difference holds, but nothing shows that compression adds to the loss" if alone
-        else "compression adds to the loss" if holds["added"] else "there is no difference to vanish",
-        question="difference",
-    )  # fmt: skip
-    return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})
+    lines.append(
+        _flag(
+            "vanishes beside the loss",
+            alone,
+            "the difference holds, but nothing shows that compression adds to the loss"
+            if alone
+            else "compression adds to the loss"
+            if holds["added"]
+            else "there is no difference to vanish",
+            question="difference",
+        )
+    )
+    return lines

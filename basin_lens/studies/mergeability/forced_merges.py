@@ -105,16 +105,16 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
 
     merge_change = sum over the same predictions of KL(plain || with this merge), in nats: how much it changes, for better or worse
 
-    Rows of one batch are copies of sequences with a merge of their own each, and one copy without. Only queries that come `window` or more
-    tokens behind the merged one read it through its leader, so only what they predict counts; padding never does.
+    Rows of one batch are copies of sequences with a merge of their own each, and one copy without. Only queries that come `window`
+    or more tokens behind the merged one read it through its leader, so only what they predict counts; padding never does.
 
     Args:
         setting: see there.
         places: of each sequence.
 
     Returns:
-        a table with `layer, seq, pos, merge_cost, merge_change, merge_similarity` (cosine with the leader, of the centered states that enter the
-        layer), `leader_pos`, `leader_is_same_token` (1 or 0), `losses_behind` (how many losses the cost sums over).
+        a table with `layer, seq, pos, merge_cost, merge_change, merge_similarity` (cosine with the leader, of the centered states
+        that enter the layer), `leader_pos`, `leader_is_same_token` (1 or 0), `losses_behind` (how many losses the cost sums over).
     """
     capture, layers = setting.capture, setting.layers
     plain = plain_losses(setting, sorted(places))
@@ -220,8 +220,8 @@ def policy_losses(
         n_random: draws of the random policies.
 
     Returns:
-        one row per policy, share, draw and sequence: `merge_excess` (mean loss with merging less without, nats per token, over `n_tokens`),
-        `merged_share` (of the tokens that could be, mean over layers).
+        one row per policy, share, draw and sequence: `merge_excess` (mean loss with merging less without, nats per token, over
+        `n_tokens`), `merged_share` (of the tokens that could be, mean over layers).
     """
     grids = {
         "low surprisal": {layer: np.where(grid == UNSCORED, UNSCORED, -grid) for layer, grid in score_grid(

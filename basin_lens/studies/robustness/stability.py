@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import stats
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.declared_tests import ALPHA, Decision, p_floor, within_reach
+from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.framework.wording import as_sentence, in_words, opening
 
 TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the finding: families of their own
 
@@ -15,7 +17,8 @@ TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the fi
 def corrected(settings: pd.DataFrame) -> pd.DataFrame:
     """Holm over the settings of each finding, the twin and another score in families of their own; whether sign and significance stay.
 
-    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most 0.05.
+    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most
+    0.05.
     """
     parts = []
     for _, mine in settings.groupby("finding", sort=False):
@@ -23,7 +26,7 @@ def corrected(settings: pd.DataFrame) -> pd.DataFrame:
         done = pd.concat([_family(part) for _, part in mine.groupby(apart, sort=False)]).loc[mine.index]
         own = done.loc[done["setting"] == "as run", "estimate"].iloc[0]
         same = np.sign(done["estimate"] - done["null"].fillna(0)) == np.sign(own)
-        done["survives"] = (same & (done["p_corrected"] <= base.ALPHA)).astype("boolean")
+        done["survives"] = (same & (done["p_corrected"] <= ALPHA)).astype("boolean")
         done.loc[~done["within_reach"], "survives"] = pd.NA
         few = done["p"].notna() & ~done["within_reach"]
         said = "not testable: too few units for any p to reach 0.05 (Holm)"
@@ -38,8 +41,8 @@ def corrected(settings: pd.DataFrame) -> pd.DataFrame:
 def _family(settings: pd.DataFrame) -> pd.DataFrame:
     """Corrected by Holm, and what could have passed that."""
     answer = stats.correct(settings, "holm")
-    answer["p_floor"] = [base.p_floor(row) for row in base.rows(answer)]
-    return answer.assign(within_reach=base.within_reach(answer))
+    answer["p_floor"] = [p_floor(row) for row in named_rows(answer)]
+    return answer.assign(within_reach=within_reach(answer))
 
 
 def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
@@ -48,19 +51,28 @@ def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
     `in_random_twin` is None where the twin could not be checked. `not_testable`: settings that left too few units.
     """
     lines = []
-    for row in base.rows(settled):
+    for row in named_rows(settled):
         mine = settings[(settings["finding"] == row.finding) & (settings["setting"] != "as run") & (settings["kind"] != SCORE)]
         twin, others = mine[mine["kind"] == TWIN], mine[mine["kind"] != TWIN]
         rest = others[others["survives"].notna()]
         lost = rest[~rest["survives"].astype(bool)]["setting"].tolist()
         few = others[others["p"].notna() & ~others["within_reach"]]["setting"].tolist()
-        lines.append({
-            "finding": row.finding, "layer": row.layer, "holds_as_run": bool(row.holds), "estimate": row.estimate,
-            "p_corrected": row.p_corrected, "settings": len(rest), "survives": len(rest) - len(lost),
-            "lost_under": "; ".join(lost) or "none", "not_testable": "; ".join(few) or "none",
-            "in_random_twin": bool(twin["survives"].fillna(False).any()) if twin["survives"].notna().any() else None,
-            "not_tested": int(mine["survives"].isna().sum()), "how": row.note,
-        })  # fmt: skip
+        lines.append(
+            {
+                "finding": row.finding,
+                "layer": row.layer,
+                "holds_as_run": bool(row.holds),
+                "estimate": row.estimate,
+                "p_corrected": row.p_corrected,
+                "settings": len(rest),
+                "survives": len(rest) - len(lost),
+                "lost_under": "; ".join(lost) or "none",
+                "not_testable": "; ".join(few) or "none",
+                "in_random_twin": bool(twin["survives"].fillna(False).any()) if twin["survives"].notna().any() else None,
+                "not_tested": int(mine["survives"].isna().sum()),
+                "how": row.note,
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -76,7 +88,7 @@ def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame
         "; ".join(
             x for x in (_survived(row) if row.holds_as_run else "nothing to lose under other settings", _in_twin(row), row.how) if x
         )
-        for row in base.rows(survival)
+        for row in named_rows(survival)
     ]
     return answer
 
@@ -84,7 +96,7 @@ def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame
 def flags_of(survival: pd.DataFrame) -> pd.DataFrame:
     """A flag per finding for settings that lose it, and one if the twin shows it."""
     lines: list[dict[str, Any]] = []
-    for row in base.rows(survival):
+    for row in named_rows(survival):
         lost: Any = pd.NA
         why = f"not checked: {row.finding} does not hold"
         if row.holds_as_run:
@@ -100,19 +112,17 @@ def flags_of(survival: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).astype({"layer": "Int64", "raised": "boolean"})
 
 
-def verdict_of(decision: base.Decision, settled: pd.DataFrame, survival: pd.DataFrame) -> list[str]:
+def verdict_of(decision: Decision, settled: pd.DataFrame, survival: pd.DataFrame) -> list[str]:
     """The verdict in sentences. "absent from the random twin" is said of what was looked for there only."""
     held, unchecked = int(settled["holds"].sum()), int(survival["in_random_twin"].isna().sum())
     count = f"{held} of {len(settled)} findings hold under every setting that could be tested and are absent from the random twin."
     if unchecked:
         count = (
-            f"{held} of {len(settled)} findings count as holding under every setting; {unchecked} could not be checked in the random twin, "
-            "and so do not count."
+            f"{held} of {len(settled)} findings count as holding under every setting; {unchecked} could not be checked in the "
+            "random twin, and so do not count."
         )
     told = [
-        base.opening(
-            decision, "Every finding survives every setting that could be tested and is absent from the random twin.", count
-        )
+        opening(decision, "Every finding survives every setting that could be tested and is absent from the random twin.", count)
     ]
     if decision == "undecided" and unchecked:
         told = [
@@ -120,8 +130,8 @@ def verdict_of(decision: base.Decision, settled: pd.DataFrame, survival: pd.Data
         ]
     if decision.startswith("in part"):
         told.append(count)
-    for row, last in zip(base.rows(settled), base.rows(survival), strict=True):
-        found = f"{row.effect} {row.estimate:+.3f}{f' {row.effect_unit}' if row.effect_unit else ''}, corrected p {base.in_words(row.p_corrected)}"
+    for row, last in zip(named_rows(settled), named_rows(survival), strict=True):
+        found = f"{row.effect} {row.estimate:+.3f}{f' {row.effect_unit}' if row.effect_unit else ''}, corrected p {in_words(row.p_corrected)}"
         # What is not there cannot be lost.
         rest = f"{_survived(last)}; {_in_twin(last)}" if last.holds_as_run else f"so there is nothing to lose; {_in_twin(last)}"
         if pd.isna(row.p):
@@ -129,7 +139,7 @@ def verdict_of(decision: base.Decision, settled: pd.DataFrame, survival: pd.Data
             continue
         told.append(
             f"{row.finding} (layer {last.layer}): {'holds' if last.holds_as_run else 'does not hold'} as run ({found}); {rest}. "
-            f"{base.as_sentence(last.how)}".rstrip()
+            f"{as_sentence(last.how)}".rstrip()
         )
     return told
 
@@ -138,7 +148,7 @@ def untestable(survival: pd.DataFrame) -> Sequence[str]:
     """What the twin or the number of units kept from being tested, for the list of what was not tested."""
     said = [
         f"{row.finding}: too few units for any p to reach 0.05 (Holm) under {row.not_testable}."
-        for row in base.rows(survival)
+        for row in named_rows(survival)
         if row.not_testable != "none"
     ]
     without = survival[survival["in_random_twin"].isna()]["finding"].tolist()

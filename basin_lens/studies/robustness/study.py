@@ -11,15 +11,31 @@ import torch
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
+from basin_lens.analyzers import Analyzer
 from basin_lens.controls import random_twin
 from basin_lens.errors import BasinLensError, StudyError, TextError
 from basin_lens.model import check_model, full_name, in_dtype
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.contrasts import is_paired
-from basin_lens.studies.framework.measurement import QUICK_IMPORTANCE, Measured, ready, spaced_layers
+from basin_lens.studies.framework.attempts import empty_finding
+from basin_lens.studies.framework.contrast_report import is_paired
+from basin_lens.studies.framework.control_scores import sampled_controls
+from basin_lens.studies.framework.declared_tests import IF_FEW
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measurement import spaced_layers
+from basin_lens.studies.framework.runner import run_study
+from basin_lens.studies.framework.spec import Analysis, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task, option
+from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, tagged_tokens, word_table
 from basin_lens.studies.robustness.stability import corrected, flags_of, survival_of, untestable, verdict_of, with_survival
-from basin_lens.studies.robustness.variants import Setting, banks, other_model, parts, queries, scores, with_frequency
+from basin_lens.studies.robustness.variants import (
+    QUICK_IMPORTANCE,
+    Setting,
+    banks,
+    other_model,
+    parts,
+    queries,
+    scores,
+    with_frequency,
+)
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
@@ -28,7 +44,7 @@ HYPOTHESIS = (
     "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
     "Holm over findings) keeps its sign and a p of at most 0.05 (Holm over settings) under every other setting that "
     "leaves enough units for such a p, and is absent from the random twin of the model; what could not be checked "
-    f"there does not count as holding. {base.IF_FEW}"
+    f"there does not count as holding. {IF_FEW}"
 )
 
 
@@ -43,6 +59,15 @@ class Finding:
     layer: int = -1
 
 
+@dataclass(frozen=True)
+class RobustnessOptions:
+    """Of `study_robustness`."""
+
+    importance: tuple[str, ...] = option(("gradient_norm_scaled", "attention_received"))
+    second_model: Any = option(None, "Another model to read the same texts.", model=True)
+    dtype: torch.dtype | None = option(torch.bfloat16)
+
+
 def study_robustness(
     model: Any,
     data: Any,
@@ -52,21 +77,21 @@ def study_robustness(
     dtype: torch.dtype | None = torch.bfloat16,
     progress: bool = True,
     **options: Any,
-) -> base.Study:
+) -> Study:
     """Test the main findings again under other settings: one table says which survive.
 
-    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with measures of
-    importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast asked for. Each at the
-    layer that half of the documents chose among three (with fewer than 16: all three are tested, p corrected for them); tokens of one
-    sequence of each document are tested, in the whole bank.
+    The findings: nearest neighbors are compressed differently from random points; compression goes with surprisal, and with
+    measures of importance, beyond the controls; function words differ from content words, and nouns from verbs; and the contrast
+    asked for. Each at the layer that half of the documents chose among three (with fewer than 16: all three are tested, p
+    corrected for them); tokens of one sequence of each document are tested, in the whole bank.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: texts as for `analyze`, or a `Measured` for the study `"robustness"`.
-        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or any
-            column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
-        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it and the
-            other number format read the very tokens of the run, token ids too.
+        importance: measures of importance, one or several: `"gradient_norm"`, `"gradient_norm_scaled"`, `"attention_received"`, or
+            any column measured. Other models are measured too; what they cannot give there (integrated gradients) stays unchecked.
+        second_model: another model to read the same texts (layers at the same relative depth). The random twin is always read; it
+            and the other number format read the very tokens of the run, token ids too.
         dtype: other number format, on a copy of the model (twice the memory); None: not tried.
         progress: show progress bars.
         **options: of `basin_lens.studies.measure`, with texts.
@@ -94,16 +119,30 @@ def study_robustness(
     given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
     if not measures or len(set(measures)) < len(measures) or not set(measures) <= given - {"compression", "surprisal"}:
         raise StudyError(
-            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, gradient_norm_scaled and "
-            "attention_received (surprisal is a finding already)."
+            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, "
+            "gradient_norm_scaled and attention_received (surprisal is a finding already)."
         )
-    measured = ready(model, data, "robustness", progress, options)
-    with base.steps("study robustness", 7, progress) as step:
-        return _study(model, measured, measures, second_model, dtype, step)
+    own = RobustnessOptions(tuple(measures), second_model, dtype)
+    return run_study(SPEC, model, data, own, progress=progress, measure_options=options)
 
 
-def _study(model: Any, measured: Measured, importance: list[str], second: Any, dtype: Any, step: base.Steps) -> base.Study:
-    step("findings at the run's own settings")
+@dataclass(frozen=True)
+class _Details:
+    """What the study needs again after its declared tests. `settings`, `survival`: None until every setting was tested."""
+
+    findings: tuple[Finding, ...]
+    untested: list[str]
+    settings: pd.DataFrame | None = None
+    survival: pd.DataFrame | None = None
+
+
+def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
+    return [*QUICK_IMPORTANCE, *sampled_controls(scoring)]
+
+
+def _analysis(task: Task) -> Analysis:
+    measured = task.measured
+    task.step("findings at the run's own settings")
     untested: list[str] = []
     table, tagged = _tagged(measured, untested)
     # Each setting costs a run: a few layers to choose from, and one sequence of each document.
@@ -112,59 +151,60 @@ def _study(model: Any, measured: Measured, importance: list[str], second: Any, d
     )
     scored = np.tile(queries(measured.capture), len(measured.layers))
     table = with_frequency(table, measured)
-    table = table[scored & table["layer"].isin(few)]
-    table.attrs = dict(measured.table.attrs)
-    findings = _findings(measured, importance, tagged)
-    rows = [base.declared(table, finding.test, measured, finding.name, finding.question) for finding in findings]
-    settled = base.settle("robustness", rows)
-    findings = [replace(finding, layer=int(row["layer"].iloc[0])) for finding, row in zip(findings, rows, strict=True)]
-    layers = sorted({finding.layer for finding in findings})
-    table = table[table["layer"].isin(layers)]
+    table = tables.select(table, scored & table["layer"].isin(few))
+    findings = _findings(measured, task.options.importance, tagged)
+    return Analysis(
+        table=table,
+        tests=[DeclaredTest(finding.name, finding.question, finding.test) for finding in findings],
+        contrast=(),  # the contrast asked for is one of the findings
+        details=_Details(tuple(findings), untested),
+    )
 
+
+def _judge(task: Task, analysis: Analysis, results: Results) -> tuple[Analysis, Results]:
+    """Every finding again under every setting: one holds that survives them all."""
+    details: _Details = analysis.details
+    findings = tuple(
+        replace(finding, layer=int(layer)) for finding, layer in zip(details.findings, results.findings["layer"], strict=True)
+    )
+    layers = sorted({finding.layer for finding in findings})
+    table = analysis.table[analysis.table["layer"].isin(layers)]
+    tried = _tried(task, table, layers, details.untested)
+    task.step("tests under every setting")
+    found = [_tested(finding, setting) for finding in findings for setting in tried]
+    settings = corrected(pd.concat(found, ignore_index=True))
+    survival = survival_of(settings, results.findings)
+    settled = with_survival(results.findings, survival)
+    details = replace(details, findings=findings, settings=settings, survival=survival)
+    analysis = replace(analysis, details=details, tables={"settings": settings, "survival": survival})
+    return analysis, replace(results, findings=settled, flags=flags_of(survival))
+
+
+def _tried(task: Task, table: pd.DataFrame, layers: list[int], untested: list[str]) -> list[Setting]:
+    """The run's own tables, and those of every other setting; why one could not be made goes to `untested`."""
+    model, measured, options = task.model, task.measured, task.options
     tried = [Setting("as run", "own", table), *parts(table, measured)]
-    step("k, metric, neighbors, context")
+    task.step("k, metric, neighbors, context")
     tried += scores(model, measured, table, layers, untested)
-    step("banks")
+    task.step("banks")
     tried += banks(model, measured, table, layers, untested)
-    shared: tuple[Any, ...] = (measured, layers, importance, untested)
-    step("number format")
+    shared: tuple[Any, ...] = (measured, layers, list(options.importance), untested)
+    task.step("number format")
+    dtype = options.dtype
     if dtype is None or next(model.parameters()).dtype == dtype:
         untested.append(
             "Other number formats: none was asked for." if dtype is None else f"Number format {dtype}: the model has it already."
         )
     else:
         tried += other_model(lambda: in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype", *shared)
-    step("other models")
+    task.step("other models")
     tried += other_model(lambda: random_twin(model, seed=measured.seed), TWIN, "twin", *shared)
+    second = options.second_model
     if second is None:
         untested.append("A second trained model: none was given (second_model=).")
     else:
         tried += other_model(lambda: second, full_name(second), "model", *shared)
-    step("tests under every setting")
-    found = [_tested(finding, setting) for finding in findings for setting in tried]
-
-    step("figures")
-    settings = corrected(pd.concat(found, ignore_index=True))
-    survival = survival_of(settings, settled)
-    settled = with_survival(settled, survival)
-    decision = base.decide(settled, None)
-    sections, figures = _sections(findings, settings, survival, measured)
-    return base.Study(
-        name="robustness",
-        title="Which findings survive other settings?",
-        about=tuple(base.about(measured)),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(verdict_of(decision, settled, survival)),
-        findings=settled,
-        flags=flags_of(survival),
-        not_tested=tuple(_not_tested(measured, untested, survival)),
-        sections=tuple(sections),
-        tables={"settings": settings, "survival": survival},
-        figures=figures,
-        provenance=base.provenance(measured),
-        tokens=None,
-    )
+    return tried
 
 
 # -- findings -----------------------------------------------------------------------------------------------------------------------
@@ -185,8 +225,7 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
     options: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
 
     def above(part: pd.DataFrame) -> pd.DataFrame:
-        table = part.assign(compression=part["compression"] - part["compression_random"])
-        table.attrs = dict(part.attrs)
+        table = tables.assign(part, compression=part["compression"] - part["compression_random"])
         return stats.before_after(table, "compression", n_resamples=4999, **options)
 
     def goes_with(other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -233,33 +272,45 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
 def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
     """One finding under one setting, at its layer (or the one that stands for it in another model)."""
     layer = finding.layer if setting.at is None else setting.at[finding.layer]
-    part = setting.table[setting.table["layer"] == layer]
-    part.attrs = dict(setting.table.attrs)
+    part = tables.select(setting.table, setting.table["layer"] == layer)
     try:
         if finding.question == "random" and part["compression_random"].isna().all():
             raise StudyError("expected a random-neighbor control, got none for this score.")
         found = finding.test(part)
     except BasinLensError as error:
-        found = base.empty_finding("compression", "").assign(note=f"not tested: {error}", layer=layer)
+        found = empty_finding("compression", "").assign(note=f"not tested: {error}", layer=layer)
     return found.assign(finding=finding.name, question=finding.question, setting=setting.name, kind=setting.kind)
 
 
 # -- what a reader sees -------------------------------------------------------------------------------------------------------------
 
+
+def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
+    details: _Details = analysis.details
+    assert details.settings is not None and details.survival is not None
+    sections, figures = _sections(details.findings, details.settings, details.survival, task.measured)
+    return Presentation(
+        sections=sections,
+        figures=figures,
+        verdict=verdict_of(results.decision, results.findings, details.survival),
+        not_tested=_not_tested(task.measured, details.untested, details.survival),
+    )
+
+
 _COLUMNS = ["setting", "kind", "layer", "estimate", "low", "high", "p", "p_corrected", "survives", "n_units", "n_tokens", "note"]
 
 
 def _sections(
-    findings: list[Finding], settings: pd.DataFrame, survival: pd.DataFrame, measured: Measured
+    findings: Sequence[Finding], settings: pd.DataFrame, survival: pd.DataFrame, measured: Measured
 ) -> tuple[list[Section], dict[str, Figure]]:
     sections = [
         Section(
             "Which findings survive",
-            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting if its sign stays "
-            "and p is at most 0.05, Holm over the settings; where too few units are left for any p "
-            "to reach that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding should appear, "
-            "and what could not be checked there does not count as holding. seed_compression is another score, which changes several things at "
-            "once: it is shown and does not count.",
+            "Under every setting all documents are tested, those that chose the layer among them. A finding survives a setting "
+            "if its sign stays and p is at most 0.05, Holm over the settings; where too few units are left for any p to reach "
+            "that, the setting is not testable and does not count. The random twin has learned nothing: there, no finding "
+            "should appear, and what could not be checked there does not count as holding. seed_compression is another score, "
+            "which changes several things at once: it is shown and does not count.",
             table=survival,
         )
     ]
@@ -267,7 +318,7 @@ def _sections(
     for subject in dict.fromkeys(finding.subject for finding in findings):
         held = [finding for finding in findings if finding.subject == subject]
         rows = settings[settings["finding"].isin([finding.name for finding in held])]
-        rows.attrs = dict(measured.table.attrs)
+        rows = tables.with_provenance(rows, measured.table)
         title = "; ".join(f"{finding.name}, layer {finding.layer}" for finding in held)
         several = len(held) > 1
         figures[f"robustness-{subject}"] = figure = forest(rows, "setting", by="finding" if several else "kind", title=title)
@@ -286,9 +337,23 @@ def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame)
     return [
         *untested,
         *untestable(survival),
-        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods (radius-matched "
-        "control), code length of the next token, tags and documents of the neighbors.",
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
+        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
         "Each finding at other layers than its own, and in more than one sequence of a document.",
         "Settings in combination: each setting that counts was changed alone.",
         f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
     ]
+
+
+SPEC = StudySpec(
+    name="robustness",
+    title="Which findings survive other settings?",
+    question="Which findings survive other settings, and a model that has learned nothing?",
+    hypothesis=HYPOTHESIS,
+    options=RobustnessOptions,
+    analyzers=_analyzers,
+    analysis=_analysis,
+    judge=_judge,
+    presentation=_presentation,
+    steps=6,
+)

@@ -8,19 +8,32 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from basin_lens import stats
-from basin_lens.analyzers import Compression, Neighborhood, SeedCompression, StateNorm, Surprisal
+from basin_lens import stats, tables
+from basin_lens.analyzers import (
+    Analyzer,
+    AttentionReceived,
+    Compression,
+    GradientNorm,
+    Neighborhood,
+    SeedCompression,
+    StateNorm,
+    Surprisal,
+)
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.model import missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
-from basin_lens.studies.framework import base
-from basin_lens.studies.framework.measurement import IMPORTANCE, Measured, choose_sequences
+from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.words import with_words, words_by_passage
+from basin_lens.studies.importance import IMPORTANCE
 from basin_lens.studies.robustness.stability import SCORE
 from basin_lens.texts import Passage, TaggedPassage
 
+# Measures of importance that cost no more than the pass that reads the texts, and its gradient.
+QUICK_IMPORTANCE: tuple[Analyzer, ...] = (AttentionReceived(), GradientNorm())
 KS = (5, 10, 15, 30, 50)
 FIRST_POSITIONS = 8
 _SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
@@ -48,17 +61,13 @@ def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
     """Some of the tokens: without the first positions, and each half of the units."""
     # Of the tokens tested only: all stay neighbors of others.
-    yield Setting(f"tested tokens from position {FIRST_POSITIONS} on", "positions", _rows(table, table["pos"] >= FIRST_POSITIONS))
-    if measured.n_units >= base.FEWEST_TO_SPLIT:
+    yield Setting(
+        f"tested tokens from position {FIRST_POSITIONS} on", "positions", tables.select(table, table["pos"] >= FIRST_POSITIONS)
+    )
+    if measured.n_units >= FEWEST_TO_SPLIT:
         half = stats.halves(table, unit=measured.unit, seed=measured.seed + 1)
-        yield Setting("one half of the documents", "halves", _rows(table, half))
-        yield Setting("the other half", "halves", _rows(table, ~half))
-
-
-def _rows(table: pd.DataFrame, chosen: "pd.Series[bool]") -> pd.DataFrame:
-    part = table[chosen]
-    part.attrs = dict(table.attrs)
-    return part
+        yield Setting("one half of the documents", "halves", tables.select(table, half))
+        yield Setting("the other half", "halves", tables.select(table, ~half))
 
 
 def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
@@ -96,9 +105,15 @@ def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int
     else:
         untested.append("seed_compression: needs the texts as their own bank.")
     made = analyze(
-        model, measured.capture, analyzers, layers=layers, bank=measured.bank, queries=queries(measured.capture), seed=measured.seed,
+        model,
+        measured.capture,
+        analyzers,
+        layers=layers,
+        bank=measured.bank,
+        queries=queries(measured.capture),
+        seed=measured.seed,
         progress=False,
-    )  # fmt: skip
+    )
     for name, kind, analyzer in wanted:
         column = analyzer.columns[0].name
         new = {"compression": column}
@@ -119,9 +134,7 @@ def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -
     keys = ["layer", "seq", "pos"]
     there = made.set_index(keys)[list(dict.fromkeys(columns.values()))]
     found = there.reindex(pd.MultiIndex.from_frame(table[keys]))
-    answer = table.assign(**{name: found[column].to_numpy() for name, column in columns.items()})
-    answer.attrs = dict(table.attrs)
-    return answer
+    return tables.assign(table, **{name: found[column].to_numpy() for name, column in columns.items()})
 
 
 def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
@@ -166,8 +179,8 @@ def other_model(
 ) -> Iterator[Setting]:
     """The same texts read by another model, which finds its own neighbors; layers at the same relative depth.
 
-    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do. Another one
-    reads the texts.
+    A model of the same tokenizer (the random twin, another number format) reads the very tokens of the run, so token ids will do.
+    Another one reads the texts.
     """
     own, chosen = measured.capture, measured.settings
     same = kind in _SAME_TOKENS
@@ -217,9 +230,15 @@ def same_tokens(capture: Capture, model: Any, layers: tuple[int, ...]) -> Captur
     source = "tokens" if capture.passages is None else "texts"
     held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
     return Capture(
-        capture.sequences, capture.passages, list(capture.docs), [dict(label) for label in capture.labels], dict(capture.strings), layers,
-        provenance(model), held,
-    )  # fmt: skip
+        capture.sequences,
+        capture.passages,
+        list(capture.docs),
+        [dict(label) for label in capture.labels],
+        dict(capture.strings),
+        layers,
+        provenance(model),
+        held,
+    )
 
 
 def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:

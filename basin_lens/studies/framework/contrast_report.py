@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measurement import Measured
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.views import Section, result_curve
 
 
@@ -26,7 +27,7 @@ def contrast_section(table: pd.DataFrame, scores: list[str], measured: Measured)
             parts.append(_compared(table, score, sides, paired, controls, measured).assign(control_set=wording))
     found = stats.correct(pd.concat(parts, ignore_index=True), "bh")
     curve = found[found["score"].isin(scores[:2])]
-    figure = result_curve(base.inner(curve), by=["score", "control_set"], title=measured.contrast.title)
+    figure = result_curve(above_layer_0(curve), by=["score", "control_set"], title=measured.contrast.title)
     how = "paired within sequences" if paired else "between whole units"
     section = Section(
         f"Contrast: {measured.contrast.title}",
@@ -48,7 +49,7 @@ def _compared(
     table: pd.DataFrame, score: str, sides: tuple[str, str], paired: bool, controls: Any, measured: Measured
 ) -> pd.DataFrame:
     """One score's rows."""
-    return base.attempt(
+    return attempt(
         stats.compare_groups,
         table,
         score,

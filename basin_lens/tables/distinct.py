@@ -1,7 +1,8 @@
 """Which rows of a table are of copied texts, so that whoever counts texts counts each once.
 
-Copies are found where texts are measured (`basin_lens.texts.copies`) and kept in provenance. A table that was made by hand, or whose texts were put
-together anew, has no such record of them: there they are found in its own tokens, where all of a sequence's tokens are there.
+Copies are found where texts are measured (`basin_lens.texts.copies`) and kept in provenance. A table that was made by hand, or
+whose texts were put together anew, has no such record of them: there they are found in its own tokens, where all of a sequence's
+tokens are there.
 """
 
 import hashlib
@@ -13,9 +14,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from basin_lens.tables.frame import runs
+from basin_lens.tables.schema import Facts
 from basin_lens.texts.copies import closed_groups, groups_of_copies
 
-# Documents of several texts are one unit where copies make up this share of the shorter: a book's edition, not a line that many have in common.
+# Documents of several texts are one unit where copies make up this share of the shorter: a book's edition, not a line that many
+# have in common.
 SHARE_OF_DOCUMENT = 0.1
 _found: dict[bytes, list[list[int]]] = {}  # the last groups found in tables' own tokens: every test asks again
 _MOST_FOUND = 8
@@ -57,8 +61,8 @@ def once(
 ) -> Once:
     """Every text of the table once.
 
-    Of a group of copies, one stands for all. Copies with different labels, or in different units where units are a label, are all kept: they may
-    be what is compared.
+    Of a group of copies, one stands for all. Copies with different labels, or in different units where units are a label, are all
+    kept: they may be what is compared.
 
     Args:
         table: with `doc` and `seq`.
@@ -88,9 +92,15 @@ def once(
         what = f"under another {' or '.join(apart)}" if apart else "elsewhere"
         note += f"{'; ' if note else ''}{n_copies - left_out} of {n_texts} texts are copies of texts {what}, and kept"
     return Once(
-        sequence, ~dropped[sequence], documents if unit in ("document", "doc") else units, documents,
-        _joined(units, units[first], sizes, any_stands), n_texts, n_copies, note,
-    )  # fmt: skip
+        sequence,
+        keep=~dropped[sequence],
+        units=documents if unit in ("document", "doc") else units,
+        documents=documents,
+        folds=_joined(units, units[first], sizes, any_stands),
+        n_texts=n_texts,
+        n_copies=n_copies,
+        note=note,
+    )
 
 
 def codes_of(table: pd.DataFrame) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
@@ -132,17 +142,15 @@ def _copies(table: pd.DataFrame, sequence: np.ndarray, first: np.ndarray) -> tup
     return group, rank
 
 
-def recorded(table: pd.DataFrame) -> dict[str, Any] | None:
+def recorded(table: pd.DataFrame) -> Facts | None:
     """What provenance says of copies among the table's texts; None if nothing."""
-    facts = table.attrs.get("provenance")
-    if not isinstance(facts, dict):
-        return None
-    runs = table["run"].unique().tolist() if "run" in table.columns else list(facts)
-    known = [facts[run]["copies"] for run in runs if isinstance(facts.get(run), dict) and "copies" in facts[run]]
-    return known[0] if known else None
+    known = runs(table)
+    there = table["run"].unique().tolist() if "run" in table.columns else list(known)
+    records = [known[run].copies for run in there if run in known]
+    return next((record for record in records if record is not None), None)
 
 
-def _is_of(record: dict[str, Any], names: np.ndarray) -> bool:
+def _is_of(record: Facts, names: np.ndarray) -> bool:
     """Whether the sequences are those that were looked through: a table put together anew numbers others, or some twice."""
     return bool(
         names.dtype.kind in "iu" and len(np.unique(names)) == len(names) and names.min() >= 0 and names.max() < record["sequences"]
@@ -152,8 +160,8 @@ def _is_of(record: dict[str, Any], names: np.ndarray) -> bool:
 def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray]]:
     """Groups of copies by the table's own tokens at one layer, as the sequence codes of each member.
 
-    Only of sequences whose tokens are all there, from the first or second on (or many in a row), and not a few: of chosen tokens, two texts may have
-    the same.
+    Only of sequences whose tokens are all there, from the first or second on (or many in a row), and not a few: of chosen tokens,
+    two texts may have the same.
     """
     if not {"token_id", "pos"} <= set(table.columns):
         return []
@@ -204,7 +212,7 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
 
 
 def _whole_numbers(column: "pd.Series[Any]") -> Int[np.ndarray, " rows"] | None:
-    """A column of whole numbers, of whatever type (one that was read or joined with gaps may hold floats); None: others are in it."""
+    """A column of whole numbers, of whatever type (read or joined with gaps, it may hold floats); None: others are in it."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
     if not pd.api.types.is_numeric_dtype(column.dtype):

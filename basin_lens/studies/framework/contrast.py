@@ -1,0 +1,78 @@
+"""Two kinds of tokens or texts to be compared in every study."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.capture import Capture
+from basin_lens.errors import StudyError
+from basin_lens.scoring.token_rows import row_facts
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two kinds of tokens or texts to be compared: values of a label, or names of spans (`by="span"`).
+
+    Args:
+        by: `"span"`, or a label of the passages.
+        first, second: two span names, or two values of the label (compared as text, so that `"True"` is True). The difference is
+            first - second.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> bl.studies.Contrast("span", "IO", "S").title
+        'span: IO - S'
+    """
+
+    by: str
+    first: str
+    second: str
+
+    @property
+    def title(self) -> str:
+        """What is compared, in words."""
+        return f"{self.by}: {self.first} - {self.second}"
+
+    def values(self, table: pd.DataFrame) -> "pd.Series[Any]":
+        """Each row's side: `first`, `second`, or None (neither, or spans of both).
+
+        Raises:
+            StudyError: a label that the table lacks, or a side without tokens.
+        """
+        if self.by not in table.columns:
+            raise StudyError(f"expected a label of the texts or span as contrast, got {self.by!r}. Give the passages that label.")
+        held = table[self.by]
+        found = _names if self.by == "span" else _spellings
+        one, two = (
+            held.map(lambda value, side=side: side in found(value, side)).astype(bool) for side in (self.first, self.second)
+        )
+        side = pd.Series([None] * len(table), index=table.index, dtype=object)
+        side[one & ~two], side[two & ~one] = self.first, self.second
+        for name in (self.first, self.second):
+            if not (side == name).any():
+                there = sorted({str(v) for v in held.dropna().unique() if str(v)})[:8]
+                raise StudyError(f"expected tokens with {self.by} = {name!r} for the contrast, got none; there are {there}.")
+        return side
+
+
+def _names(found: Any, side: str) -> set[str]:
+    """The span asked for, if it is among those of a token, which the table joins by plus signs; a name may hold one itself."""
+    return {side} if isinstance(found, str) and f"+{side}+" in f"+{found}+" else set()
+
+
+def _spellings(found: Any, _side: str) -> set[str]:
+    """A label's value as text. pandas makes 1 into 1.0 where another text has no value."""
+    if found is None or (isinstance(found, float) and np.isnan(found)):
+        return set()
+    return {str(found)} | ({str(int(found))} if isinstance(found, float) and found.is_integer() else set())
+
+
+def refuse_contrast(capture: Capture, contrast: Contrast) -> None:
+    """Before the model runs: both sides must be among the tokens chosen."""
+    if contrast.first == contrast.second or contrast.by in tables.KEYS:
+        raise StudyError(f"expected two different values of a label, or two spans, to contrast, got {contrast.title!r}.")
+    rows, labels = row_facts(capture)
+    contrast.values(pd.DataFrame({"span": rows["span"], **labels}))

@@ -1,0 +1,30 @@
+"""Integrated gradients of a few sequences, beside what is measured of all."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.analyzers import IntegratedGradients
+from basin_lens.capture import Capture, subset
+from basin_lens.scoring import analyze
+
+
+def add_integrated_gradients(model: Any, capture: Capture, table: pd.DataFrame, most: int, seed: int, progress: bool) -> int:
+    """Integrated gradients of some sequences, each of another document where there are enough, written into the table."""
+    order = np.random.default_rng(seed).permutation(len(capture.sequences)).tolist()
+    first_of_doc = {capture.docs[seq]: seq for seq in reversed(order)}
+    chosen = sorted(sorted(order, key=lambda seq: (first_of_doc[capture.docs[seq]] != seq, order.index(seq)))[:most])
+    part = subset(capture, chosen)
+    # From the middle block on: the way from the embeddings is too rough to integrate on a trained model.
+    analyzer = IntegratedGradients(layer=capture.model["layers"] // 2, steps=24)
+    found = analyze(model, part, [analyzer], layers=[capture.layers[0]], progress=progress)
+    (facts,), (mine,) = tables.provenance(found).values(), tables.provenance(table).values()
+    column = "integrated_gradients"
+    values = np.full(capture.n_rows, np.nan)
+    values[np.isin(capture.row_seq.numpy(), chosen)] = found[column].to_numpy()
+    table[column] = np.tile(values, table["layer"].nunique())
+    mine["columns"][column] = facts["columns"][column]
+    mine["analyzers"] += facts["analyzers"]
+    return len(chosen)

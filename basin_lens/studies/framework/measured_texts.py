@@ -1,0 +1,62 @@
+"""What a study takes in place of texts: the texts, what was measured on them, and how."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.capture import Capture
+from basin_lens.scoring import KeptNeighbors
+from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.units import count_units
+
+# The scores that every study looks at, the headline first.
+SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Texts, what was measured on them, and how: what a study takes in place of texts.
+
+    `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of the
+    headline score. `bank`: as for `analyze`. `frequency`: share of each token id among all tokens of the texts given, whether
+    measured or not. `settings`: plain JSON. `studies`: those whose scores are there. `planned`: all sequences given, unread unless
+    a capture was given.
+    """
+
+    capture: Capture
+    planned: Capture
+    table: pd.DataFrame
+    neighbors: KeptNeighbors | None
+    bank: Any
+    frequency: Mapping[int, float]
+    contrast: Contrast | None
+    settings: dict[str, Any]
+    studies: tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        """What statistics take as independent: `"document"`, `"sequence"` or a label."""
+        return str(self.settings["unit"])
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice."""
+        return int(self.settings["seed"])
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers measured, ascending."""
+        return sorted(int(layer) for layer in self.table["layer"].unique())
+
+    @property
+    def n_units(self) -> int:
+        """How many independent units there are."""
+        return count_units(self.capture, self.unit)
+
+
+def study_provenance(measured: Measured) -> dict[str, Any]:
+    """Of the tokens' run, with the study's own settings in it."""
+    return {run: {**facts, "study": measured.settings} for run, facts in tables.provenance(measured.table).items()}

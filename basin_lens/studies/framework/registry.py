@@ -1,0 +1,67 @@
+"""The one list of studies. The command line, `study all`, `study list`, `measure` and the summary take them from here.
+
+To add a study: one module that defines `SPEC`, and one line here.
+"""
+
+import importlib
+
+from basin_lens.errors import StudyError
+from basin_lens.studies.framework.spec import ExperimentSpec, StudySpec
+
+# Studies of texts: measured together, parts of `study all`, in this order. Modules by name, so that a command loads no more than its own study.
+OF_TEXTS = {
+    "importance": "basin_lens.studies.importance",
+    "linguistic": "basin_lens.studies.linguistic",
+    "layers": "basin_lens.studies.layers",
+    "codelength": "basin_lens.studies.codelength",
+    "robustness": "basin_lens.studies.robustness.study",
+}
+# Measured like the others, but too slow to be part of `study all`.
+SLOW = {"mergeability": "basin_lens.studies.mergeability.study"}
+# With texts and a training of their own.
+EXPERIMENTS = {"memorization": "basin_lens.studies.memorization.study"}
+
+STUDIES = tuple(OF_TEXTS)
+
+
+def names() -> list[str]:
+    """All studies, in the order of lists."""
+    return [*OF_TEXTS, *SLOW, *EXPERIMENTS]
+
+
+def find_spec(name: str) -> StudySpec | ExperimentSpec:
+    """What the study declares.
+
+    Raises:
+        StudyError: an unknown study.
+    """
+    modules = OF_TEXTS | SLOW | EXPERIMENTS
+    if name not in modules:
+        raise StudyError(f"expected studies among {names()}, or all, got {[name]}.")
+    found = importlib.import_module(modules[name]).SPEC
+    assert found.name == name, (found.name, name)
+    return found
+
+
+def specs_of_texts(*chosen: str) -> list[StudySpec]:
+    """The specs of studies that measure texts, in the order given.
+
+    Raises:
+        StudyError: see `check_names`.
+    """
+    found = [find_spec(name) for name in check_names(*chosen)]
+    return [spec for spec in found if isinstance(spec, StudySpec)]
+
+
+def check_names(*chosen: str) -> list[str]:
+    """Names of studies that measure texts; `"all"` stands for all of them but the slow ones.
+
+    Raises:
+        StudyError: none, or an unknown one.
+    """
+    if chosen == ("all",):
+        return list(OF_TEXTS)
+    known = [*OF_TEXTS, *SLOW]
+    if not chosen or any(name not in known for name in chosen):
+        raise StudyError(f"expected studies among {known}, or all, got {list(chosen)}.")
+    return list(chosen)

@@ -1,0 +1,19 @@
+"""Rows and columns of a study's tables."""
+
+from typing import Any
+
+import pandas as pd
+
+from basin_lens import tables
+
+
+def named_rows(table: pd.DataFrame) -> list[Any]:
+    """The rows as named tuples."""
+    return list(table.itertuples())
+
+
+def above_layer_0(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of layers above 0, if there are any."""
+    if "layer" not in table.columns or not (table["layer"] > 0).any():
+        return table
+    return tables.select(table, table["layer"] > 0)

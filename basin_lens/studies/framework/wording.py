@@ -1,0 +1,73 @@
+"""Sentences that all studies share: what was measured, and what came out."""
+
+from typing import Any
+
+import pandas as pd
+
+from basin_lens.studies.framework.declared_tests import ALPHA, Decision
+from basin_lens.studies.framework.measured_texts import Measured
+
+
+def about_measured(measured: Measured) -> list[str]:
+    """What was measured on what, in sentences."""
+    capture, chosen = measured.capture, measured.settings
+    model = capture.model
+    layers = measured.layers
+    which = f"all {len(layers)}" if len(layers) == model["layers"] else f"{', '.join(map(str, layers))} of {model['layers']}"
+    passed = f"{chosen['sequences_too_short']} sequences were too short" if chosen["sequences_too_short"] else ""
+    left = chosen["sequences_given"] - chosen["sequences_too_short"] - len(capture.sequences)
+    rest = ", ".join(x for x in (passed, f"{left} were left unread" if left else "") if x)
+    sentences = [
+        f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
+        f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents"
+        + (f"; {rest}." if rest else "."),
+        f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
+        f"the same {chosen['exclude']}.",
+        f"Tests and intervals are over {measured.n_units} units ({measured.unit}); tokens of one text are not independent.",
+    ]
+    if measured.contrast is not None:
+        sentences.append(f"Contrast: {measured.contrast.title}.")
+    return sentences
+
+
+def opening(decision: Decision, yes: str, no: str) -> str:
+    """The first sentence of a verdict."""
+    if decision == "undecided":
+        return "Undecided: with these texts no data could have passed the declared tests. More documents are needed."
+    if decision == "no":
+        return f"No. {no}"
+    said = f"Yes. {yes}" if decision.startswith("yes") else "In part: some of the declared tests hold, others do not."
+    return said + (" But red flags are raised (below): do not cite this as it stands." if decision.endswith("flags") else "")
+
+
+def sentence(row: Any, unit: str = "") -> str:
+    """One finding in words, with its figures and its note. `unit`: of the estimate; if not given, what the column `effect_unit` says."""
+    told = unit or getattr(row, "effect_unit", None)
+    measure = f" {told}" if isinstance(told, str) and told else ""
+    layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
+    if pd.isna(row.p):
+        return f"{row.finding}: could not be tested ({row.note})."
+    p = f"corrected p {in_words(row.p_corrected)}"
+    interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
+    out = "undecided, too few units for any p to reach 0.05" if row.p_floor * row.n_tests > ALPHA else "undecided"
+    holds = "holds" if row.holds else "does not hold" if row.within_reach else out
+    # A study may ask for more than significance; then the note begins with what is lacking.
+    denied = bool(row.p_corrected <= ALPHA and not row.holds)
+    note = as_sentence(row.note, "Significant, but " if denied else "")
+    return (
+        f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
+        f"units, {int(row.n_documents)} documents.{note and ' '}{note}"
+    )
+
+
+def as_sentence(note: Any, opening: str = "") -> str:
+    """A note as a sentence of its own; nothing if there is none."""
+    if not isinstance(note, str) or not note:
+        return ""
+    said = f"{opening}{note.rstrip('.')}."
+    return said[0].upper() + said[1:]
+
+
+def in_words(p: float) -> str:
+    """A p-value as a reader wants it."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"

@@ -1,0 +1,235 @@
+"""Tables that keep their provenance: it is made, read and carried here, and nowhere else.
+
+Provenance is plain JSON by run in `table.attrs["provenance"]`, where notebooks read it and files keep it; `runs` reads it as
+`Provenance`. Pandas drops `attrs` on concat, on merge and on much else, so a table that is made of another one is made by
+`select`, `assign`, `merge` or `concat`, or passed through `with_provenance`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from basin_lens.errors import TableError
+from basin_lens.tables.schema import Column, Facts, Provenance
+from basin_lens.values import KEYS, whole_numbers
+
+_NAME = "provenance"
+
+
+def build(
+    rows: Mapping[str, Sequence[Any] | np.ndarray],
+    labels: Mapping[str, Sequence[Any]],
+    layers: Sequence[int],
+    values: Mapping[str, np.ndarray],
+    provenance: Provenance,
+) -> pd.DataFrame:
+    """The table of one run.
+
+    Args:
+        rows: what is known of each token, by the names in `KEYS` except `run` and `layer`, and `span`; `n` entries each.
+        labels: label columns, `n` entries each.
+        layers: the layers measured.
+        values: analyzer columns, `[len(layers), n]`.
+        provenance: of the run; the run's name is its hash.
+
+    Raises:
+        TableError: two columns of one name.
+    """
+    check_names([*labels, *values])
+    run = hashlib.blake2b(json.dumps(provenance.as_json(), sort_keys=True).encode(), digest_size=5).hexdigest()
+    count = len(rows["token"])
+    data: dict[str, Any] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
+    for name in KEYS[2:]:
+        data[name] = _tiled(rows[name], len(layers))
+    for name, column in labels.items():
+        data[name] = _tiled(column, len(layers))
+    data["span"] = _tiled(rows["span"], len(layers))
+    for name, value in values.items():
+        data[name] = value.reshape(-1).astype(np.float64)
+    return described(pd.DataFrame(data), {run: provenance})
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse labels and analyzer columns that would share a name, or take one of the table's own.
+
+    Raises:
+        TableError: a name used twice.
+    """
+    every = [*KEYS, "span", *names]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise TableError(
+            f"expected different column names, got {twice[0]!r} twice. Rename the label, or give the analyzer a name=."
+        )
+
+
+def _tiled(column: Sequence[Any] | np.ndarray, times: int) -> Any:
+    if isinstance(column, np.ndarray):
+        return np.tile(column, times)
+    return pd.concat([pd.Series(list(column))] * times, ignore_index=True)
+
+
+def provenance(table: pd.DataFrame) -> dict[str, Any]:
+    """Provenance by run, as plain JSON.
+
+    Raises:
+        TableError: the table has none (pandas drops it on merge: use `basin_lens.tables`).
+    """
+    found = _held(table)
+    if not found:
+        raise TableError("expected a table with provenance, got one without. Keep it through basin_lens.tables.save/load/concat.")
+    return found
+
+
+def _held(table: pd.DataFrame) -> dict[str, Any]:
+    """Provenance by run, as plain JSON; empty if the table has none."""
+    found = table.attrs.get(_NAME)
+    return found if isinstance(found, dict) else {}
+
+
+def runs(table: pd.DataFrame) -> dict[str, Provenance]:
+    """Provenance by run; empty if the table has none.
+
+    Example:
+        >>> import pandas as pd
+        >>> from basin_lens import tables
+        >>> table = tables.described(pd.DataFrame({"run": ["r"]}), {"r": tables.Provenance(seed=3)})
+        >>> tables.runs(table)["r"].seed
+        3
+    """
+    return {run: Provenance.from_json(facts) for run, facts in _held(table).items() if isinstance(facts, dict)}
+
+
+def scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The analyzers' columns in the table: unit, range and rows by name, in table order."""
+    known: dict[str, dict[str, Any]] = {}
+    for facts in provenance(table).values():
+        known |= facts["columns"]
+    return {name: known[name] for name in table.columns if name in known}
+
+
+def columns(table: pd.DataFrame) -> dict[str, Column]:
+    """The columns in the table that its provenance describes, in table order; none if it has no provenance."""
+    known: dict[str, Column] = {}
+    for run in runs(table).values():
+        known |= run.columns or {}
+    return {name: known[name] for name in table.columns if name in known}
+
+
+def described(table: pd.DataFrame, by_run: Mapping[str, Provenance]) -> pd.DataFrame:
+    """The table with this provenance in place of its own."""
+    return described_by_json(table, {run: facts.as_json() for run, facts in by_run.items()})
+
+
+def described_by_json(table: pd.DataFrame, held: Facts) -> pd.DataFrame:
+    """The table with plain JSON by run as its provenance."""
+    answer = table.copy(deep=False)
+    answer.attrs = {name: note for name, note in table.attrs.items() if name != _NAME}
+    if held:
+        answer.attrs[_NAME] = dict(held)
+    return answer
+
+
+def with_provenance(table: pd.DataFrame, *sources: pd.DataFrame) -> pd.DataFrame:
+    """The table with the provenance of the tables that it was made of, in place of its own; without any if they have none.
+
+    Example:
+        >>> import pandas as pd
+        >>> from basin_lens import tables
+        >>> source = tables.described(pd.DataFrame({"doc": ["a"], "score": [1.0]}), {"r": tables.Provenance(seed=3)})
+        >>> means = tables.with_provenance(source.groupby("doc", as_index=False).mean(), source)
+        >>> list(tables.runs(means))
+        ['r']
+    """
+    held: dict[str, Any] = {}
+    for source in sources:
+        held |= _held(source)
+    return described_by_json(table, held)
+
+
+def without_provenance(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as pandas alone would make it: without provenance and notes."""
+    answer = table.copy(deep=False)
+    answer.attrs = {}
+    return answer
+
+
+def with_columns(table: pd.DataFrame, described_columns: Mapping[str, Column]) -> pd.DataFrame:
+    """The table with columns made later described in the provenance of every run, whence figures and findings take units."""
+    added = {name: column.as_json() for name, column in described_columns.items()}
+    return described_by_json(
+        table, {run: {**facts, "columns": {**facts["columns"], **added}} for run, facts in _held(table).items()}
+    )
+
+
+def noted(table: pd.DataFrame, **notes: object) -> pd.DataFrame:
+    """The table with notes for its reader in `table.attrs`, by name: `select`, `assign` and `merge` keep them, files do not."""
+    answer = table.copy(deep=False)
+    answer.attrs.update(notes)
+    return answer
+
+
+def _like(answer: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """A table just made, with all that the other one says of itself."""
+    answer.attrs = dict(table.attrs)
+    return answer
+
+
+def select(table: pd.DataFrame, rows: "pd.Series[bool] | Bool[np.ndarray, ' rows']") -> pd.DataFrame:
+    """The rows chosen, with their provenance."""
+    return _like(table[rows], table)
+
+
+def assign(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """A copy with columns added or replaced, as `DataFrame.assign`, with its provenance."""
+    return _like(table.assign(**values), table)
+
+
+def merge(table: pd.DataFrame, other: pd.DataFrame, **how: Any) -> pd.DataFrame:
+    """`table.merge(other, **how)`, with the provenance of the first table."""
+    return _like(table.merge(other, **how), table)
+
+
+def concat(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables under one another, with the provenance of all their runs.
+
+    Raises:
+        TableError: no tables, or one without provenance.
+    """
+    if not tables:
+        raise TableError("expected at least one table, got none.")
+    for table in tables:
+        provenance(table)
+    return with_provenance(pd.concat([without_provenance(table) for table in tables], ignore_index=True), *tables)
+
+
+def require(table: pd.DataFrame, *columns: str) -> None:
+    """Refuse a table without these columns.
+
+    Raises:
+        TableError: one is missing; the columns there are named.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise TableError(
+            f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling."
+        )
+
+
+@whole_numbers(TableError)
+def at_layer(table: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """The rows of one layer.
+
+    Raises:
+        TableError: the table does not have it.
+    """
+    require(table, "layer")
+    chosen = select(table, table["layer"] == layer)
+    if chosen.empty:
+        raise TableError(f"expected a layer of the table, got {layer}; it has {sorted(table['layer'].unique().tolist())}.")
+    return chosen

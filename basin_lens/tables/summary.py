@@ -1,0 +1,77 @@
+"""Means of scores by layer, with their intervals over documents."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from basin_lens.errors import TableError
+from basin_lens.tables.distinct import documents_once
+from basin_lens.tables.frame import assign, provenance, require, scores, select
+from basin_lens.tables.schema import Provenance
+
+
+def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
+
+    Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
+    with fewer than two documents. Of texts that are copies of one another, one counts.
+    `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
+    neighbors (only for scores that have one).
+
+    Args:
+        table: from `analyze`, of one run.
+        columns: scores; None: all.
+
+    Returns:
+        columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens)
+        and `_reliability`.
+
+    Raises:
+        TableError: several runs, or an unknown column.
+    """
+    names = list(scores(table)) if columns is None else list(columns)
+    require(table, *names)
+    runs = table["run"].unique().tolist()
+    if len(runs) != 1:
+        raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
+    facts = Provenance.from_json(provenance(table)[runs[0]])
+    # One text several times is one document: its copies would narrow the interval.
+    found = documents_once(table)
+    table = select(assign(table, _document=found.documents), found.keep)
+    by_sequence = table.groupby(["layer", "_document", "doc", "seq"], sort=True)[names].mean()
+    by_document = by_sequence.groupby(level=["layer", "_document"]).mean()
+    lines = []
+    for layer, group in table.groupby("layer", sort=True):
+        line: dict[str, Any] = {
+            "layer": layer,
+            "n_documents": group["_document"].nunique(),
+            "n_sequences": group["seq"].nunique(),
+            "n_tokens": len(group),
+        }
+        for name in names:
+            means = by_document[name].xs(layer, level="layer").dropna()
+            low, high = interval(means.to_numpy())
+            line |= {
+                f"{name}_mean": means.mean() if len(means) else np.nan,
+                f"{name}_low": low,
+                f"{name}_high": high,
+                f"{name}_nan": float(group[name].isna().mean()),
+            }
+            if name in (facts.reliability or {}):
+                line[f"{name}_reliability"] = facts.half_reliability(name, layer)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of independent values; NaN with fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    error = stats.sem(values)
+    if error == 0:
+        return float(values.mean()), float(values.mean())
+    low, high = stats.t.interval(level, len(values) - 1, loc=values.mean(), scale=error)
+    return float(low), float(high)
