@@ -6,7 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from basin_lens import files as writing
+from basin_lens.cli.dataclass_options import options_of, taking
 from basin_lens.errors import MergeError
+from basin_lens.merging.options import Options
+from basin_lens.merging.training_options import Training
 
 app = typer.Typer(
     help="Causal token merging: train where a model may merge, test it beside baselines, write with a compressed cache.",
@@ -42,7 +45,13 @@ Length = Annotated[int | None, typer.Option("--length", help="Tokens per window;
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
+# Those of `Training`; the number of steps is the preset's, and one seed is for all.
+_TRAINING = options_of(Training, without=("seed",), defaults={"steps": None})
+_MERGER = options_of(Options, defaults={"adaptive": True, "projection": 32}, flags={"adaptive": "--adaptive/--fixed"})
+
+
 @app.command("train")
+@taking(_MERGER, _TRAINING)
 def train(
     files: More = None,
     data: Data = None,
@@ -52,68 +61,38 @@ def train(
     model: Model = "smollm2-135m",
     preset: Preset = "quick",
     layers: Layers = None,
-    target_rate: Annotated[float | None, typer.Option("--target-rate", help="Share of the tokens to merge, on average.")] = None,
-    target_bytes: Annotated[float | None, typer.Option("--target-bytes", help="Share of the cache to be left.")] = None,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="Cosine to begin from, in place of a target.")] = None,
-    progressive: Annotated[bool, typer.Option("--progressive", help="Merge less in early layers, more in late ones.")] = False,
-    adaptive: Annotated[bool, typer.Option("--adaptive/--fixed", help="Thresholds that move with what came before.")] = True,
-    projection: Annotated[int, typer.Option("--projection", help="Numbers that a token is compared by.")] = 32,
-    attention_weight: Annotated[float, typer.Option("--attention-weight", help="Share of attention rows in the similarity.")] = 0.0,
-    representative: Annotated[str, typer.Option("--representative", help="leader or mean.")] = "leader",
-    residual: Annotated[str, typer.Option("--residual", help="none or gated.")] = "none",
-    residual_width: Annotated[int, typer.Option("--residual-width", help="Numbers that a cluster's residual is kept in.")] = 8,
-    preserve: Annotated[
-        str, typer.Option("--preserve", help="none, norm, or surprisal (takes the plain model beside, so no generate).")
-    ] = "none",
-    preserve_share: Annotated[float, typer.Option("--preserve-share", help="Share of the tokens that is preserved.")] = 0.05,
-    contrastive_weight: Annotated[float, typer.Option("--contrastive-weight", help="Of the hinge between clusters.")] = 0.0,
-    margin: Annotated[float, typer.Option("--margin", help="Cosine between clusters from which the hinge acts.")] = 0.5,
-    floor: Annotated[float, typer.Option("--floor", help="Lowest threshold.")] = 0.0,
-    recent: Annotated[int, typer.Option("--recent", help="Tokens that stay raw behind the current one.")] = 8,
-    steps: Annotated[int | None, typer.Option("--steps", help="From the preset if left out.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per pass.")] = 4,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Passes per step.")] = 1,
-    evaluate_every: Annotated[int, typer.Option("--evaluate-every", help="Steps between looks at held-out windows; 0: none.")] = 20,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of projection and residual.")] = 1e-3,
-    threshold_rate: Annotated[float, typer.Option("--threshold-rate", help="Learning rate of the thresholds.")] = 0.05,
-    train_base: Annotated[
-        bool, typer.Option("--train-base", help="Train a copy of the base model, too; its drift is reported.")
-    ] = False,
     length: Length = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the merger; an interrupted training goes on from it.")] = Path(
         "merger"
     ),
     seed: Seed = 0,
+    **options: Any,
 ) -> None:
     """Train thresholds, what moves them, and the projection by the language model's own loss; the base model is frozen.
 
-    Without files or --dataset, the built-in passages are read: enough to try, not to publish.
+    Without files or --dataset, the built-in passages are read: enough to try, not to publish. The number of steps is the preset's, if it is left
+    out; without a target or a threshold, half of the tokens are merged.
 
     Examples: basin-lens merge train --data book.txt --progressive --target-rate 0.5 --out run/
               basin-lens merge train --dataset nltk:brown --target-bytes 0.5 --out run/
     """
-    from basin_lens.merging import TokenMerger, Training, surprisal_for, train_merger, windows_of
+    from basin_lens.merging import TokenMerger, surprisal_for, train_merger, windows_of
     from basin_lens.model import device_of
     from basin_lens.views import training_curves
 
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
-    if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
-        target_rate = 0.5
+    asked = {one.name: options[one.name] for one in _MERGER}
+    if all(asked[name] is None for name in ("target_rate", "target_bytes", "threshold")):
+        asked["target_rate"] = 0.5
     texts = _texts(data, files, dataset, config, split, n_train + n_held, own="train")
-    training = Training(
-        steps=n_steps if steps is None else steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every,
-        learning_rate=learning_rate, threshold_rate=threshold_rate, train_base=train_base, seed=seed,
-    )  # fmt: skip
+    chosen = {one.name: options[one.name] for one in _TRAINING}
+    if chosen["steps"] is None:
+        chosen["steps"] = n_steps
+    training = Training(**chosen, seed=seed)
     with writing.lock_folder(out, MergeError):
         _unfinished(out)
         loaded = _load(model)
-        chosen = _layers(layers, loaded)
-        merger = TokenMerger(
-            chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
-            projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
-            residual_width=residual_width, preserve=preserve, preserve_share=preserve_share, contrastive_weight=contrastive_weight,
-            margin=margin, floor=floor, recent=recent, seed=seed,
-        )  # fmt: skip
+        merger = TokenMerger(_layers(layers, loaded), **asked, seed=seed)
         windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
         held, own = _apart(windows, n_held)
         watched = len(_others(held, own, "to train on"))  # train_merger leaves the same out, and keeps how many
@@ -131,7 +110,7 @@ def train(
         typer.echo(
             f"last step: excess {last.excess:+.3f} nats per token, {last.rate:.2f} of the tokens merged (target {last.target:.2f})"
         )
-        if train_base:
+        if training.train_base:
             typer.echo(
                 f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}"
             )
@@ -164,7 +143,7 @@ def compare(
     """
     from basin_lens import studies
     from basin_lens.merging import Setting, TokenMerger, windows_of
-    from basin_lens.merging.logs import read_log
+    from basin_lens.merging.training_log import read_log
     from basin_lens.merging.windows import without_seen
     from basin_lens.studies.framework.base import refuse_folder
 
@@ -370,7 +349,7 @@ def _trained(run: Path) -> None:
 
 def _unfinished(folder: Path) -> None:
     """Before any long work: a folder that holds no finished merger."""
-    from basin_lens.merging.logs import clear_checkpoint, refuse_foreign_log
+    from basin_lens.merging.training_log import clear_checkpoint, refuse_foreign_log
 
     refuse_foreign_log(folder)
     if (folder / "merger.json").exists():

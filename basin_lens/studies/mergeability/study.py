@@ -16,8 +16,8 @@ from basin_lens.studies.framework import base
 from basin_lens.studies.framework.contrasts import contrast_section
 from basin_lens.studies.framework.measurement import FEWEST_UNITS, Measured, count_units, ready
 from basin_lens.studies.mergeability.forced_merges import (
+    CHOICES,
     LATER,
-    POLICIES,
     Costs,
     Setting,
     able_places,
@@ -307,7 +307,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, attrs: Mapping[Any, Any]
         facts = pd.DataFrame({"seq": wide.index, "doc": document[wide.index].to_numpy()})
         if measured.unit not in ("sequence", "document"):
             facts[measured.unit] = [_unit_of(capture, seq, measured.unit) for seq in wide.index]
-        for policy in POLICIES:
+        for policy in CHOICES:
             for versus in (None, BASELINE, "random"):
                 if policy == versus or (policy, versus) == (BASELINE, "random"):
                     continue

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from basin_lens import records
 from basin_lens.errors import StoreError
 from basin_lens.files import write_file
-from basin_lens.merging.hook import RECORD
+from basin_lens.merging.merger_files import RECORD
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 _KIND = records.Kind("the log of a training", "json lines", "Train again, or delete the log to do without its figure.")

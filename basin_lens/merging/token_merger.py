@@ -1,7 +1,5 @@
 """Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
 
-import hashlib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,35 +9,16 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from basin_lens import records
-from basin_lens.errors import MergeError, StoreError
-from basin_lens.files import lock_folder, write_file
-from basin_lens.merging.budget import meet_target
+from basin_lens.errors import MergeError
+from basin_lens.merging.calibration import calibrate_parameters
+from basin_lens.merging.merge_pass import Given, MergePass, alone_in
+from basin_lens.merging.merger_files import read_merger, write_merger
 from basin_lens.merging.options import Options
-from basin_lens.merging.passes import N_FEATURES, Pass, alone_in
-from basin_lens.model import (
-    check_model,
-    device_of,
-    fingerprint,
-    forward_pass,
-    full_name,
-    kv_shape,
-    measuring,
-    missing_points,
-    n_layers,
-    obeys_pattern,
-    parameters_of,
-    reading,
-)
-from basin_lens.model import width as width_of
+from basin_lens.merging.parameters import Parameters, check_able, shape_of
+from basin_lens.model import check_model, fingerprint, full_name, measuring, reading
 from basin_lens.values import Whole, whole
-
-_KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
-_FIELDS = {"options": dict, "base": str, "calibrated": bool, "facts": dict}
-_WEIGHTS, RECORD = "merger", "merger.json"
 
 
 class TokenMerger(nn.Module):
@@ -56,8 +35,7 @@ class TokenMerger(nn.Module):
         threshold: similarity from which a token joins, `floor` to 1; from 1 on nothing is merged. Or
         target_rate: share of the tokens to merge in these layers, on average. Or
         target_bytes: share of the full key/value cache to be left, all layers counted. Both targets need `calibrate`.
-        rule: who joins whom: `basin_lens.merging.RULES`, or `"key_norm"` (with `drop`: evicts keys of large norm). All but "cosine" are
-            baselines.
+        rule: who joins whom: see `basin_lens.merging.RULES`. All but "cosine" are baselines.
         drop: tokens that would join are forgotten instead.
         representative: `"leader"` (the first member) or `"mean"` (running mean of the values; keys stay the leader's).
         adaptive: the threshold moves with what came before the token (place, norm, novelty), by learned weights.
@@ -94,18 +72,7 @@ class TokenMerger(nn.Module):
         [10, 20]
     """
 
-    center: Tensor
-    levels: Tensor
-    norm_cutoff: Tensor
-    surprisal_cutoff: Tensor
-    feature_mean: Tensor
-    feature_scale: Tensor
-    offset: Tensor
-    head: nn.Parameter | None
-    down: nn.Parameter | None
-    up: nn.Parameter | None
-    gate: nn.Parameter | None
-    slope: nn.Parameter | None
+    weights: Parameters  # made by `prepare`, when the model is known
 
     def __init__(self, layers: Sequence[Whole], **options: Any) -> None:
         super().__init__()
@@ -117,13 +84,11 @@ class TokenMerger(nn.Module):
         self.base_changes = False  # while the base model is trained
         self.calibrated = False
         self.facts: dict[str, Any] = {}
-        self._records: list[dict[str, Any]] = []
-        self._passes = 0
-        self.pass_: Pass | None = None
+        self.pass_: MergePass | None = None  # inside a block of `attached`
+        self._noted: list[dict[str, Any]] = []
 
     # ---- one model -------------------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # parameters and buffers are written to later, whatever mode the caller is in
     def prepare(self, model: Any) -> "TokenMerger":
         """Make the parameters for this model; nothing if that was done.
 
@@ -134,106 +99,35 @@ class TokenMerger(nn.Module):
             return self
         check_model(model)
         name = fingerprint(model)
-        if self.base == name:
-            return self
-        if self.base is not None:
+        if self.base is None:
+            check_able(model, self.options)
+            self.weights = Parameters(self.options, shape_of(model))
+            self.base = name
+        elif self.base != name:
             raise MergeError(
                 f"expected the model that this merger was made for ({self.base}), got {full_name(model)} ({name}). Make another merger."
             )
-        o, n = self.options, n_layers(model)
-        if max(o.layers) >= n:
-            raise MergeError(f"expected layers below {n}, got {max(o.layers)}.")
-        points = {"resid_pre", "pattern"} | ({"v", "z"} if o.residual == "gated" else set())
-        points |= {"k"} if o.rule == "key_norm" else set()
-        if missing := missing_points(model, points, list(o.layers)):
-            raise MergeError(f"expected the hook points of merging, got a model without {missing[0]}.")
-        if not obeys_pattern(model, o.layers[0]):
-            raise MergeError(
-                f"expected attention that reads the pattern that a hook returns, got {full_name(model)}, which goes past it. Use another model."
-            )
-        width, count, device = width_of(model), len(o.layers), device_of(model)
-        kv, d_head = kv_shape(model)
-        self.kv, self.d_head = kv, d_head
-        self.n_layers = n
-        self.element_bytes = next(iter(parameters_of(model).values())).element_size()
-        self.row_bytes = 2 * kv * d_head * self.element_bytes
-        draw = torch.Generator(device="cpu").manual_seed(o.seed)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        self.register_buffer("center", zeros(count, width))
-        self.register_buffer("levels", zeros(count))
-        self.register_buffer("norm_cutoff", torch.full((count,), math.inf, device=device))
-        self.register_buffer("surprisal_cutoff", torch.full((), math.inf, device=device))
-        self.register_buffer("feature_mean", zeros(count, N_FEATURES))
-        self.register_buffer("feature_scale", torch.ones(count, N_FEATURES, device=device))
-        self.register_buffer("offset", zeros())
-        self.raw = nn.Parameter(zeros(count))
-        self.slope = nn.Parameter(zeros(count, N_FEATURES)) if o.adaptive else None
-        self.head = None
-        if o.projection is not None and o.compares:
-            if o.projection > width:
-                raise MergeError(f"expected a projection of at most {width} numbers (the model's width), got {o.projection}.")
-            square = torch.linalg.qr(torch.randn(count, width, o.projection, generator=draw)).Q
-            self.head = nn.Parameter(square.transpose(1, 2).contiguous().to(device))
-        self.down = self.up = self.gate = None
-        if o.residual == "gated":
-            q, flat = min(o.residual_width, kv * d_head), kv * d_head
-            basis = torch.linalg.qr(torch.randn(count, flat, q, generator=draw)).Q.to(device)
-            self.down = nn.Parameter(basis.transpose(1, 2).contiguous())
-            self.up = nn.Parameter(basis.contiguous())
-            self.gate = nn.Parameter(zeros(count))  # sigmoid of it: half open
-        self.base = name
-        if o.threshold is not None:
-            for index, layer in enumerate(o.layers):
-                factor = o.strictness(layer, n)
-                # Half as eager: half-way to 1; half again as eager: as much below.
-                level = o.threshold if o.threshold >= 1 or not o.learned else 1 - (1 - o.threshold) * factor
-                # Of other rules the level is a share of the tokens, but a score has no factor.
-                self.set_level(index, max(level, o.floor) if o.learned else level if o.scored else min(level * factor, 1.0))
         return self
 
-    def set_level(self, index: int, level: float) -> None:
-        """Put the threshold (or the rule's level) of the merger's layer number `index`."""
-        with torch.no_grad():
-            self.levels[index] = level
-            if self.options.learned:
-                inside = (level - self.options.floor) / (1 - self.options.floor)
-                self.raw[index] = math.inf if level >= 1 else math.log(max(inside, 1e-6) / max(1 - inside, 1e-6))
+    def ready(self, model: Any) -> "TokenMerger":
+        """Prepare, and refuse to run what cannot.
 
-    def level_of(self, index: int, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows"]:
-        """The threshold that each token is held to; between floor and 1, moved towards 1 by the parachute's offset."""
-        if not self.options.learned:
-            return self.levels[index].expand(features.shape[:-1])
-        raw = self.raw[index].expand(features.shape[:-1])
-        if self.slope is not None:
-            scaled = (features.float() - self.feature_mean[index]) / self.feature_scale[index]
-            raw = raw + scaled @ self.slope[index]
-        level = self.options.floor + (1 - self.options.floor) * torch.sigmoid(raw)
-        return level + self.offset * (1 - level)
+        Raises:
+            MergeError: not calibrated, attached, or made for another model.
+        """
+        o = self.prepare(model).options
+        aimed = o.threshold is None and o.decision.has_level
+        if (aimed or o.preserve != "none") and not self.calibrated:
+            raise MergeError(
+                f"expected a calibrated merger, for it has {'a target' if aimed else 'tokens to preserve'}, got one that is not. "
+                "Call calibrate(model, tokens) first."
+            )
+        self._check_free()
+        return self
 
-    def describe(self, index: int, states: Float[Tensor, "*rows d"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "*rows"]]:
-        """Unit descriptor of each state, rounded to float16 as it would be stored, and the norm of the centered state."""
-        centered = states - self.center[index].to(states.dtype)
-        norms = centered.detach().norm(dim=-1)
-        if not self.options.compares:
-            return centered.new_zeros(*centered.shape[:-1], 0), norms  # a view would keep all of it
-        compared = centered if self.head is None else centered @ self.head[index].to(states.dtype).T
-        unit = compared / compared.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        rounded = unit.half().to(states.dtype)
-        # The gradient goes past the rounding, which would lose what float16 cannot hold.
-        return unit + (rounded - unit).detach() if unit.requires_grad else rounded, norms
-
-    def shrink_residual(self, index: int, change: Float[Tensor, "*rows flat"]) -> Float[Tensor, "*rows q"]:
-        """What a cluster keeps of the difference between a member's values and its leader's."""
-        assert self.down is not None
-        return change @ self.down[index].to(change.dtype).T
-
-    def expand_residual(self, index: int, kept: Float[Tensor, "*rows q"]) -> Float[Tensor, "*rows flat"]:
-        """What is read of it."""
-        assert self.up is not None and self.gate is not None
-        return torch.sigmoid(self.gate[index]).to(kept.dtype) * (kept @ self.up[index].to(kept.dtype).T)
+    def _check_free(self) -> None:
+        if self.pass_ is not None:
+            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
 
     # ---- running ---------------------------------------------------------------------------------------------------------------------
 
@@ -280,8 +174,9 @@ class TokenMerger(nn.Module):
             raise MergeError("expected surprisal with preserve='surprisal', and only then. Give it, or use preserve='norm'.")
         if o.rule != "score" and scores is not None:
             raise MergeError(f"expected scores with the rule 'score' only, got them with {o.rule!r}. Leave them out.")
-        made = Pass(self, valid=valid, surprisal=surprisal, scores=scores, context=context, soft=soft)
-        made.check_given()
+        given = Given(valid, surprisal, scores, context)
+        given.check(o)
+        made = MergePass(o, self.weights, given, soft=soft)
         with (
             alone_in(model, o.layers),
             measuring(model, gradients=torch.is_grad_enabled()),
@@ -292,28 +187,18 @@ class TokenMerger(nn.Module):
                 yield self
             finally:
                 self.pass_ = None
-
-    def ready(self, model: Any) -> "TokenMerger":
-        """Whether it can run, told by not raising.
-
-        Raises:
-            MergeError: not calibrated, attached, or made for another model.
-        """
-        o = self.prepare(model).options
-        aimed = o.threshold is None and o.rule != "all"
-        if (aimed or o.preserve != "none") and not self.calibrated:
-            raise MergeError(
-                f"expected a calibrated merger, for it has {'a target' if aimed else 'tokens to preserve'}, got one that is not. "
-                "Call calibrate(model, tokens) first."
-            )
-        if self.pass_ is not None:
-            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
-        return self
+                self._noted += made.noted
 
     def calibrate(
-        self, model: Any, tokens: Int[Tensor, "batch pos"], *, surprisal: Float[Tensor, "batch pos"] | None = None, context: int | None = None,
-        scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None, valid: Bool[Tensor, "batch pos"] | None = None,
-    ) -> "TokenMerger":  # fmt: skip
+        self,
+        model: Any,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        surprisal: Float[Tensor, "batch pos"] | None = None,
+        context: int | None = None,
+        scores: Mapping[int, Float[Tensor, "batch pos"]] | None = None,
+        valid: Bool[Tensor, "batch pos"] | None = None,
+    ) -> "TokenMerger":
         """Center the states, find principal directions, quantiles, and the thresholds that meet the target, on these tokens.
 
         Texts that nothing is tested on. Layers are set in turn, each above those already merging, in one pass more (a few for `target_bytes`).
@@ -338,40 +223,17 @@ class TokenMerger(nn.Module):
             >>> model = bl.load_model()
             >>> tokens = model.to_tokens("The lamp hums, and the lamp hums, and the lamp hums in the wind.")
             >>> merger = bl.merging.TokenMerger(layers=[10, 20], target_rate=0.25, recent=4).calibrate(model, tokens)
-            >>> bool((merger.levels < 1).all())
+            >>> bool((merger.weights.levels < 1).all())
             True
         """
-        o = self.prepare(model).options
-        aimed = o.target_rate is not None or o.target_bytes is not None
-        if self.pass_ is not None:
-            raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
-        if o.preserve == "surprisal" and surprisal is None:
-            raise MergeError("expected surprisal with preserve='surprisal', got none. Give it to calibrate.")
-        given: dict[str, Any] = {"valid": valid, "surprisal": surprisal, "scores": scores, "context": context}
-        gathered = Pass(self, **given, soft=False)
-        gathered.check_given(needed=aimed)
-        with alone_in(model, o.layers), measuring(model):
-            forward_pass(model, tokens, gathered.gatherers())
-            gathered.settle(surprisal)
-
-            def run(rates: dict[int, float]) -> list[dict[str, Any]]:
-                tuned = Pass(self, **given, soft=False, rates=rates)
-                forward_pass(model, tokens, tuned.readers())
-                return tuned.noted
-
-            if aimed:
-                length = tokens.shape[1] if valid is None else round(float(valid.sum(1).float().mean()))
-                meet_target(self, run, length, context)
+        self.prepare(model)
+        self._check_free()
+        calibrate_parameters(self.weights, model, tokens, Given(valid, surprisal, scores, context))
         self.calibrated = True
         self.facts["calibration"] = {"tokens": int(tokens.numel()), "length": int(tokens.shape[1])}
         return self
 
     # ---- what happened ---------------------------------------------------------------------------------------------------------------
-
-    def record(self, rows: list[dict[str, Any]], *, first: bool) -> None:
-        """Called by a pass, layer by layer."""
-        self._passes += first
-        self._records += [{"pass": self._passes - 1, **row} for row in rows]
 
     def statistics(self) -> pd.DataFrame:
         """One row per pass and layer since the last `forget`.
@@ -383,11 +245,17 @@ class TokenMerger(nn.Module):
         `similarity` (mean cosine of merged tokens with their leader), `state_error` (squared distance of merged tokens' states from what stands
         for them, the leader's state or the cluster's mean, over that from the mean of all mergeable tokens; 1: no better than that mean).
         """
-        return pd.DataFrame(self._records)
+        found = pd.DataFrame(self._noted + ([] if self.pass_ is None else self.pass_.noted))
+        if len(found):
+            # Every pass begins at the first layer.
+            found.insert(0, "pass", (found["layer"] == self.options.layers[0]).cumsum() - 1)
+        return found
 
     def forget(self) -> None:
         """Empty the statistics."""
-        self._records, self._passes = [], 0
+        self._noted = []
+        if self.pass_ is not None:
+            self.pass_.noted.clear()
 
     # ---- on disk ---------------------------------------------------------------------------------------------------------------------
 
@@ -407,22 +275,8 @@ class TokenMerger(nn.Module):
             raise MergeError(
                 "expected a merger prepared for a model, got one that saw none. Call prepare(model) or calibrate first."
             )
-        target = Path(folder)
-        held = save({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()})
-        weights = f"{_WEIGHTS}-{hashlib.blake2b(held, digest_size=8).hexdigest()}.safetensors"
         facts = {"options": self.options.plain(), "base": self.base, "calibrated": self.calibrated, "facts": self.facts}
-        record = _KIND.record(facts, {weights: records.digest(held)}, indent=1)
-        try:
-            with lock_folder(target):
-                # The record goes last: it names its weights, so that until then the folder is the old merger.
-                write_file(target / weights, held)
-                write_file(target / RECORD, record)
-                for old in target.glob(f"{_WEIGHTS}-*.safetensors"):
-                    if old.name != weights:
-                        old.unlink()
-        except OSError as error:
-            raise StoreError(f"expected a folder that can be written, got {str(target)!r}: {error}. Choose another.") from error
-        return target
+        return write_merger(Path(folder), self.weights, facts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any) -> "TokenMerger":
@@ -438,17 +292,8 @@ class TokenMerger(nn.Module):
         Raises:
             StoreError: nothing there, not as it was saved, or of another version. MergeError: another model.
         """
-        path = Path(folder)
-        record = _KIND.read(path / RECORD, _FIELDS)
-        if record["base"] != fingerprint(model):
-            raise MergeError(
-                f"expected the model that the merger in {str(path)!r} was made for ({record['base']}), got {full_name(model)} "
-                f"({fingerprint(model)}). Load that model."
-            )
-        with _KIND.reading(path):
-            ((weights, listed),) = record["files"].items()
-            held = load_file(_KIND.check(path, weights, listed))
+        with read_merger(Path(folder), model) as (record, held):
             merger = cls(**record["options"]).prepare(model)
-            merger.load_state_dict(held)
+            merger.weights.load_state_dict(held)
             merger.calibrated, merger.facts = record["calibrated"], record["facts"]
         return merger
