@@ -1,5 +1,6 @@
 """`basin-lens merge train | test | generate` from end to end, on a tiny model in a folder, as a user's own would be."""
 
+import dataclasses
 import json
 import random
 import re
@@ -9,6 +10,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from basin_lens import merging, studies
@@ -16,7 +18,7 @@ from basin_lens import model as door
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli.main import app
 from basin_lens.errors import MergeError, StoreError
-from basin_lens.merging import TokenMerger, Training
+from basin_lens.merging import Options, TokenMerger, Training
 from basin_lens.merging.training_run import TrainingRun
 from basin_lens.merging.windows import text_digest
 from basin_lens.texts import read_texts
@@ -207,6 +209,20 @@ def test_a_folder_without_a_merger_is_refused_before_any_work(words, tmp_path, m
     monkeypatch.setattr(cli_merge, "_load", forbidden)
     with pytest.raises(MergeError, match=r"merger\.json"):
         merge(words[0], str(tmp_path), *words[1:])
+
+
+@pytest.mark.parametrize(("record", "differ"), [(Training, {"steps"}), (Options, {"adaptive", "projection"})])
+def test_options_of_train_are_those_of_the_dataclass(record, differ):
+    """Name, default and text; a preset sets the steps, and a training from the command line is adaptive and projects."""
+    command = get_command(app).commands["merge"].commands["train"]
+    options = {one.name: one for one in command.params}
+    told = [one for one in dataclasses.fields(record) if "help" in one.metadata]
+    assert len(told) > 10
+    for one in told:
+        if one.name == "seed":  # one for all
+            continue
+        assert options[one.name].help == one.metadata["help"], one.name
+        assert options[one.name].default == one.default or one.name in differ, one.name
 
 
 # ---- test ------------------------------------------------------------------------------------------------------------
