@@ -55,8 +55,8 @@ def taking(*groups: list[inspect.Parameter]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command)
         own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        # For typer, which reads the signature.
-        command.__signature__ = signature.replace(parameters=[*own, *(one for group in groups for one in group)])  # type: ignore[attr-defined]
+        whole = signature.replace(parameters=[*own, *(one for group in groups for one in group)])
+        command.__signature__ = whole  # type: ignore[attr-defined]  # typer reads it
         return command
 
     return decorate

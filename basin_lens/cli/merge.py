@@ -70,8 +70,8 @@ def train(
 ) -> None:
     """Train thresholds, what moves them, and the projection by the language model's own loss; the base model is frozen.
 
-    Without files or --dataset, the built-in passages are read: enough to try, not to publish. The number of steps is the preset's, if it is left
-    out; without a target or a threshold, half of the tokens are merged.
+    Without files or --dataset, the built-in passages are read: enough to try, not to publish. The number of steps is the preset's,
+    if it is left out; without a target or a threshold, half of the tokens are merged.
 
     Examples: basin-lens merge train --data book.txt --progressive --target-rate 0.5 --out run/
               basin-lens merge train --dataset nltk:brown --target-bytes 0.5 --out run/
@@ -97,7 +97,8 @@ def train(
         held, own = _apart(windows, n_held)
         watched = len(_others(held, own, "to train on"))  # train_merger leaves the same out, and keeps how many
         typer.echo(
-            f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {watched} held out; {training.steps} steps of {training.batch_size}."
+            f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {watched} held out; {training.steps} steps of "
+            f"{training.batch_size}."
         )
         first = own.tokens[: max(4, n_held)].to(device_of(loaded))
         merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
@@ -136,7 +137,8 @@ def compare(
 ) -> None:
     """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
 
-    What the merger was trained on is left out, and said. Of fewer than 8 documents to test on, every window counts as one, and the report says so.
+    What the merger was trained on is left out, and said. Of fewer than 8 documents to test on, every window counts as one, and the
+    report says so.
 
     Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
               basin-lens merge test run/ --dataset nltk:treebank
@@ -262,9 +264,17 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _texts(
-    data: list[Path] | None, more: list[Path] | None, dataset: str | None, config: str | None, split: str | None, windows: int, *, own: str
-) -> list[Any]:  # fmt: skip
-    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many windows.
+    data: list[Path] | None,
+    more: list[Path] | None,
+    dataset: str | None,
+    config: str | None,
+    split: str | None,
+    windows: int,
+    *,
+    own: str,
+) -> list[Any]:
+    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many
+    windows.
 
     `own`: the split of a data set that has some, where none is named.
     """
@@ -298,7 +308,9 @@ def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
 
 
 def _apart(windows: Any, wanted: int) -> Any:
-    """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others, which is said."""
+    """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others,
+    which is said.
+    """
     if len(set(windows.doc)) < 2:
         typer.echo("one text: its first windows are set apart from the others", err=True)
         windows = windows.in_pieces()
@@ -355,7 +367,8 @@ def _unfinished(folder: Path) -> None:
     if (folder / "merger.json").exists():
         clear_checkpoint(folder)
         raise MergeError(
-            f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose another, or delete it."
+            f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose "
+            "another, or delete it."
         )
 
 

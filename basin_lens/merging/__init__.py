@@ -1,7 +1,7 @@
 """Causal token merging: compression inside the model, without a look at the future.
 
-`TokenMerger` merges in any pass (`attached`), `generate` keeps a compressed cache, `train_merger` learns where to merge, `compare_policies` sets
-it beside baselines at equal bytes.
+`TokenMerger` merges in any pass (`attached`), `generate` keeps a compressed cache, `train_merger` learns where to merge,
+`compare_policies` sets it beside baselines at equal bytes.
 """
 
 from importlib import import_module

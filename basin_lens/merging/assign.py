@@ -16,13 +16,14 @@ from basin_lens.merging.similarity import cosines, row_likeness, row_read
 class Clusters:
     """The clusters of one sequence in one layer, as they stand after the tokens offered so far.
 
-    Training offers all tokens of a sequence in turn, generation one at each step, and both get the same answers. A cluster is compared
-    through its representative's descriptor, kept in float16, by which alone it is known.
+    Training offers all tokens of a sequence in turn, generation one at each step, and both get the same answers. A cluster is
+    compared through its representative's descriptor, kept in float16, by which alone it is known.
 
     Args:
         rule: name of a rule that does not see the future: see `RULES`.
         width: numbers per descriptor.
-        room: clusters to set memory aside for, also for what makes comparing fast; 0: only what is needed is held, grown one by one.
+        room: clusters to set memory aside for, also for what makes comparing fast; 0: only what is needed is held, grown one by
+            one.
         mean: the representative is the running mean of the members, not the first of them.
         seed: of the rule "random"; the draw depends on the token's place only, not on what else is in the batch.
     """
@@ -143,8 +144,8 @@ def assign(
 ) -> Assigned:
     """Offer every token to the clusters before it, sequence by sequence.
 
-    A token is offered when `recent` more have come after it; with `context`, all tokens before that place are offered at that place, and
-    none after it. Tokens that are not eligible, and position 0, stay as they are and belong to no cluster.
+    A token is offered when `recent` more have come after it; with `context`, all tokens before that place are offered at that
+    place, and none after it. Tokens that are not eligible, and position 0, stay as they are and belong to no cluster.
 
     Args:
         descriptors: float16.
@@ -216,7 +217,8 @@ def _at_once(
     levels: Float[np.ndarray, " tokens"],
     scores: Float[np.ndarray, " tokens"] | None,
 ) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
-    """`Clusters.offer` for all tokens of a sequence, whose leaders never change: a leader tells all that come after it how near it is.
+    """`Clusters.offer` for all tokens of a sequence, whose leaders never change: a leader tells all that come after it how near it
+    is.
 
     That is a step of numpy for each cluster, not one for each token and all clusters before it.
     """

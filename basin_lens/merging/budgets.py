@@ -68,7 +68,7 @@ def fit_budget(
         with torch.no_grad():
             merger.weights.raw.copy_(begun)
         raise MergeError(
-            f"expected thresholds that leave {share:.2f} of the cache, got {found:.2f} at best. Merge in more layers, lower the floor, or ask "
-            "for more."
+            f"expected thresholds that leave {share:.2f} of the cache, got {found:.2f} at best. Merge in more layers, lower the "
+            "floor, or ask for more."
         )
     return found

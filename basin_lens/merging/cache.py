@@ -281,8 +281,8 @@ def generate(
         length: most tokens to write.
         temperature: 0: the most likely token each time; else of the softmax they are drawn from.
         seed: of the draw.
-        past_end: go on behind the end of a text; else a sequence ends with its end-of-text token (`model.end_tokens`), which fills its row
-            while others are being written, and all is over when every sequence has ended.
+        past_end: go on behind the end of a text; else a sequence ends with its end-of-text token (`model.end_tokens`), which fills
+            its row while others are being written, and all is over when every sequence has ended.
         progress: show a bar.
 
     Returns:
@@ -290,8 +290,8 @@ def generate(
         descriptors, residuals), `full_rows`, `full_bytes`, all sequences together.
 
     Raises:
-        ModelError: no bridge. MergeError: no token ids of the model, longer than its context, a temperature below 0, logits that are no numbers;
-            see `streaming`.
+        ModelError: no bridge. MergeError: no token ids of the model, longer than its context, a temperature below 0, logits that
+            are no numbers; see `streaming`.
 
     Example:
         >>> import basin_lens as bl
@@ -306,8 +306,8 @@ def generate(
     batch, begun = tokens.shape
     if length < 1 or begun + length > n_context(model):
         raise MergeError(
-            f"expected a prompt and a continuation within the model's context of {n_context(model)} tokens, got {begun} + {length}. "
-            "Ask for less."
+            f"expected a prompt and a continuation within the model's context of {n_context(model)} tokens, got {begun} + "
+            f"{length}. Ask for less."
         )
     if not 0 <= temperature < float("inf"):
         raise MergeError(f"expected a temperature from 0 on, got {temperature}. 0 takes the most likely token each time.")

@@ -1,4 +1,6 @@
-"""Calibration: centers, directions and quantiles of the states, and levels that meet a target on texts that nothing is tested on."""
+"""Calibration: centers, directions and quantiles of the states, and levels that meet a target on texts that nothing is tested
+on.
+"""
 
 import math
 from collections.abc import Callable, Mapping

@@ -26,7 +26,9 @@ from basin_lens.values import Whole, whole_fields, whole_numbers
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a policy is tried: `layers` that merge, `projection` width, `recent` window, and the budgets as shares of the full cache."""
+    """Where a policy is tried: `layers` that merge, `projection` width, `recent` window, and the budgets as shares of the full
+    cache.
+    """
 
     layers: tuple[int, ...]
     budgets: tuple[float, ...] = (0.75, 0.5)
@@ -68,7 +70,8 @@ class Compared:
 
     Attributes:
         windows: a row per policy, budget, seed and held-out window.
-        layers: a row per policy, budget, seed and merged layer: what is left of the tokens and of the cache, on the held-out windows.
+        layers: a row per policy, budget, seed and merged layer: what is left of the tokens and of the cache, on the held-out
+            windows.
         mergers: what was compared, as it was set, by policy and budget (the first seed).
     """
 
@@ -97,9 +100,10 @@ def compare_policies(
 ) -> Compared:
     """Excess loss of every policy at every budget.
 
-    Each is set to the budget on the calibration windows, and tested on the held-out ones. There, other texts leave a little more or less.
-    The policies that do not look at the text (random, stride, recent) are therefore given the bytes that the first of the others (the trained
-    merger, if there is one, else cosine) left on the held-out windows: equal bytes on the same texts, to 0.01 of the cache.
+    Each is set to the budget on the calibration windows, and tested on the held-out ones. There, other texts leave a little more or
+    less. The policies that do not look at the text (random, stride, recent) are therefore given the bytes that the first of the
+    others (the trained merger, if there is one, else cosine) left on the held-out windows: equal bytes on the same texts, to 0.01
+    of the cache.
 
     Args:
         model: a hooked model.
@@ -110,9 +114,9 @@ def compare_policies(
         progress: show a bar.
 
     Returns:
-        a `Compared`. `windows`: the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`, `plain_seconds` (of the
-        pass without merging, per token, measured once), `peak_bytes` and `plain_peak_bytes` (tensors made in one pass of the first windows,
-        at most at one time), `flops` (`flops_share`). `layers`: the columns of `by_layer`.
+        a `Compared`. `windows`: the rows of `excess`, with `policy`, `budget` (share of the full cache aimed at), `seed`,
+        `plain_seconds` (of the pass without merging, per token, measured once), `peak_bytes` and `plain_peak_bytes` (tensors made
+        in one pass of the first windows, at most at one time), `flops` (`flops_share`). `layers`: the columns of `by_layer`.
 
     Raises:
         MergeError: windows of different lengths, documents or copies in both, or a budget out of reach.
@@ -168,8 +172,8 @@ def _check_apart(calibration: Windows, held_out: Windows) -> None:
         raise MergeError(f"expected documents of their own to test on, got {sorted(shared)[:3]} in both. Hold whole documents out.")
     if copied := held_out.without_copies_of(calibration)[1]:
         raise MergeError(
-            f"expected texts of their own to test on, got {copied} of {len(held_out)} windows that are copies of calibration windows. "
-            "Leave them out: held_out.without_copies_of(calibration)[0]."
+            f"expected texts of their own to test on, got {copied} of {len(held_out)} windows that are copies of calibration "
+            "windows. Leave them out: held_out.without_copies_of(calibration)[0]."
         )
 
 
@@ -193,8 +197,8 @@ def _at_budget(policy: Policy, merger: TokenMerger, model: Any, calibration: Win
 def by_layer(statistics: pd.DataFrame) -> pd.DataFrame:
     """Statistics of several passes as a row per merged layer.
 
-    `rate` (merged / tokens), `tokens_kept` (rows left / tokens), `bytes_share` (of that layer's full cache), and sums and means of what
-    `TokenMerger.statistics` tells.
+    `rate` (merged / tokens), `tokens_kept` (rows left / tokens), `bytes_share` (of that layer's full cache), and sums and means of
+    what `TokenMerger.statistics` tells.
     """
     sums = statistics.groupby("layer")[["tokens", "eligible", "merged", "clusters", "rows", "bytes", "full_bytes"]].sum()
     means = statistics.groupby("layer")[["level", "similarity", "state_error"]].mean()
@@ -232,9 +236,9 @@ def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
 def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int) -> float:
     """Arithmetic of one more token behind `length` others, clustering counted, over that of the plain model.
 
-    Two per parameter of the blocks and per weight of the output matrix (looking up embeddings costs nothing), and four per head dimension and row
-    read. Comparing costs two per number of each descriptor compared with, attention rows among them; a residual is expanded where it is
-    read; tokens preserved by surprisal need the plain model's pass beside.
+    Two per parameter of the blocks and per weight of the output matrix (looking up embeddings costs nothing), and four per head
+    dimension and row read. Comparing costs two per number of each descriptor compared with, attention rows among them; a residual
+    is expanded where it is read; tokens preserved by surprisal need the plain model's pass beside.
     """
     o, vocabulary, shape = merger.options, vocabulary_size(model), merger.weights.shape
     tables = ("embed", "wte", "wpe", "lm_head")
@@ -260,9 +264,9 @@ def context_protocol(
 ) -> pd.DataFrame:
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 
-    Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides. A budget is the share
-    of the first half's rows that is left; a trained merger is moved, on the calibration windows, to the bytes that random merging leaves,
-    and is missing where that is out of its reach.
+    Here bipartite token merging (Bolya et al. 2023) has its place, which looks at all of the context before it decides. A budget is
+    the share of the first half's rows that is left; a trained merger is moved, on the calibration windows, to the bytes that random
+    merging leaves, and is missing where that is out of its reach.
 
     Raises:
         MergeError: a merger without thresholds, or windows that do not fit.

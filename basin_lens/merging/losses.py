@@ -68,12 +68,12 @@ def excess(
         scores: see `TokenMerger.attached`.
 
     Returns:
-        a row per window: `doc`, `window`, `excess` (nats per token: mean of -log p merged less plain), `excess_easy` and `excess_hard` (halves of
-        the tokens by the plain model's surprisal), `kl` (nats per token, plain to merged), `agreement` (share of equal most likely
-        tokens), `seconds` (of the merged pass, per token), `bytes_share` (of the full cache at the window's end, all layers), `rate`
-        (merged / tokens, mean over merged layers), `same_id` (share of merges between
-        identical token ids; NaN without merges or for rules that drop). Time, bytes, rate and same ids are those of the pass that the window was
-        in, a few windows together. `merger.statistics()` then holds all passes.
+        a row per window: `doc`, `window`, `excess` (nats per token: mean of -log p merged less plain), `excess_easy` and
+        `excess_hard` (halves of the tokens by the plain model's surprisal), `kl` (nats per token, plain to merged), `agreement`
+        (share of equal most likely tokens), `seconds` (of the merged pass, per token), `bytes_share` (of the full cache at the
+        window's end, all layers), `rate` (merged / tokens, mean over merged layers), `same_id` (share of merges between
+        identical token ids; NaN without merges or for rules that drop). Time, bytes, rate and same ids are those of the pass that
+        the window was in, a few windows together. `merger.statistics()` then holds all passes.
 
     Example:
         >>> import basin_lens as bl
@@ -147,7 +147,8 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
 
 
 def surprisal_for(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"] | None:
-    """What `TokenMerger.attached` and `calibrate` need to preserve surprising tokens, nats, by a plain pass; None if it preserves none.
+    """What `TokenMerger.attached` and `calibrate` need to preserve surprising tokens, nats, by a plain pass; None if it preserves
+    none.
 
     Example:
         >>> import basin_lens as bl

@@ -109,8 +109,8 @@ class Undecided:
 class MergePass:
     """The passes of one block in which a model merges. It reads options and parameters and changes neither.
 
-    `assigned`, `share`, `factors`, `levels`, `units`: of each merged layer of the latest pass, by its number in the model. `noted`: a row of
-    statistics for each layer of each pass.
+    `assigned`, `share`, `factors`, `levels`, `units`: of each merged layer of the latest pass, by its number in the model. `noted`:
+    a row of statistics for each layer of each pass.
 
     Args:
         options: of the merger.
@@ -141,7 +141,7 @@ class MergePass:
         self.recent = 0 if options.simulate else options.recent
         self._mean = options.representative == "mean"
 
-    # ---- hooks -----------------------------------------------------------------------------------------------------------------------
+    # ---- hooks -------------------------------------------------------------------------------------------------------------------
 
     def readers(self) -> dict[str, Reader]:
         """What to do at which point; see `model.reading`."""
@@ -180,8 +180,8 @@ class MergePass:
     def _attend(self, index: int, layer: int, pattern: Float[Tensor, "batch head query key"]) -> Tensor:
         if pattern.shape[2] != pattern.shape[3]:
             raise MergeError(
-                f"expected a pass over whole sequences, got {pattern.shape[2]} queries of {pattern.shape[3]} keys: a key/value cache. Use "
-                "basin_lens.merging.generate, or generate(use_past_kv_cache=False)."
+                f"expected a pass over whole sequences, got {pattern.shape[2]} queries of {pattern.shape[3]} keys: a key/value "
+                "cache. Use basin_lens.merging.generate, or generate(use_past_kv_cache=False)."
             )
         self._decide(index, layer, pattern)
         assigned, share = self.assigned[layer], self.share[layer]
@@ -214,7 +214,7 @@ class MergePass:
         )
         return mixed + added.reshape(mixed.shape)
 
-    # ---- decisions -------------------------------------------------------------------------------------------------------------------
+    # ---- decisions ---------------------------------------------------------------------------------------------------------------
 
     def eligible(self, index: int, norms: Float[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Tokens that may be merged: real, behind position 0, not preserved, and offered before their own sequence ends."""

@@ -129,7 +129,8 @@ class Options:
         """
         if not 0 <= rate <= most and strict:
             raise MergeError(
-                f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to {most:.3f} "
+                f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to "
+                f"{most:.3f} "
                 f"that can be. "
                 "Ask for less, merge in more layers, or shorten the recent window."
             )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 class Parachute:
     """Backs off when merging suddenly costs more, and relaxes when it no longer does.
 
-    It sees the excess loss of the batch (merged less plain, the same tokens), in nats per token. Above the running mean by `spike`, all
-    thresholds move a part of the way to 1; once the excess is back within a quarter of `spike`, they return in half steps. After each event it waits.
+    It sees the excess loss of the batch (merged less plain, the same tokens), in nats per token. Above the running mean by `spike`,
+    all thresholds move a part of the way to 1; once the excess is back within a quarter of `spike`, they return in half steps.
+    After each event it waits.
     """
 
     spike: float = 0.5

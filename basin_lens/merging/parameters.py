@@ -1,4 +1,6 @@
-"""What a merger learns or is calibrated to, for one model: thresholds, projection, residual, and the statistics that they rest on."""
+"""What a merger learns or is calibrated to, for one model: thresholds, projection, residual, and the statistics that they rest
+on.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -56,7 +58,8 @@ def check_able(model: Any, options: Options) -> None:
     """Refuse a model in which such a merger cannot work.
 
     Raises:
-        ModelError: no model that can be hooked. MergeError: layers or points it does not have, or attention that does not obey its pattern.
+        ModelError: no model that can be hooked. MergeError: layers or points it does not have, or attention that does not obey its
+            pattern.
     """
     check_model(model)
     layers, n = options.layers, n_layers(model)
@@ -68,7 +71,8 @@ def check_able(model: Any, options: Options) -> None:
         raise MergeError(f"expected the hook points of merging, got a model without {missing[0]}.")
     if not obeys_pattern(model, layers[0]):
         raise MergeError(
-            f"expected attention that reads the pattern that a hook returns, got {full_name(model)}, which goes past it. Use another model."
+            f"expected attention that reads the pattern that a hook returns, got {full_name(model)}, which goes past it. Use "
+            "another model."
         )
     if options.projection is not None and options.compares and options.projection > width_of(model):
         raise MergeError(
@@ -79,7 +83,8 @@ def check_able(model: Any, options: Options) -> None:
 class Parameters(nn.Module):
     """Tensors of a `TokenMerger`, one row for each layer that merges.
 
-    Learned: `raw` (thresholds), `slope` (what moves them), `head` (projection), `down`, `up` and `gate` (residual). Calibrated: the others.
+    Learned: `raw` (thresholds), `slope` (what moves them), `head` (projection), `down`, `up` and `gate` (residual). Calibrated: the
+        others.
 
     Args:
         options: of the merger.

@@ -76,9 +76,9 @@ def generation_quality(
     """Text written greedily with the compressed cache, beside the plain model's from the same prompts.
 
     Returns:
-        a row per prompt and `cache` ("full", "compressed"): `text` ids as `tokens`, `base_loss` (nats per token: the plain model's loss on what was
-        written), `repetition` (share of its 4-token runs that were there before), `bytes_share` (of the full cache at the end),
-        `peak_bytes` (tensors made while writing, at most at one time, all prompts together).
+        a row per prompt and `cache` ("full", "compressed"): `text` ids as `tokens`, `base_loss` (nats per token: the plain model's
+        loss on what was written), `repetition` (share of its 4-token runs that were there before), `bytes_share` (of the full cache
+        at the end), `peak_bytes` (tensors made while writing, at most at one time, all prompts together).
 
     Raises:
         ModelError: a model whose cache cannot be rewritten.
@@ -94,7 +94,7 @@ def generation_quality(
     """
     with counting_memory() as memory:
         written, table = generate(merger, model, prompts, length, past_end=True, progress=progress)
-    # The same steps over a cache that is never compressed: one pass over the prompt would take memory for all of its logits at once.
+    # The same steps over a cache that is never compressed: one pass over the prompt would hold all of its logits at once.
     with counting_memory() as plain_memory:
         generate(TokenMerger([0], threshold=1.0), model, prompts, length, past_end=True)
     plain = continuations(model, prompts, length)
@@ -128,8 +128,9 @@ def repetition(tokens: Sequence[int], run: int = 4) -> float:
 def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
     """Who merged into whom: a row per merged layer, sequence and token.
 
-    Columns: `layer`, `seq`, `pos`, `token_id`, `leader` (place of the cluster's first token; its own place if it opened one or stayed
-    raw), `merged`, `cluster_size` (tokens in its cluster at the end), `merged_layers` (share of the merged layers in which the token is merged).
+    Columns: `layer`, `seq`, `pos`, `token_id`, `leader` (place of the cluster's first token; its own place if it opened one or
+    stayed raw), `merged`, `cluster_size` (tokens in its cluster at the end), `merged_layers` (share of the merged layers in which
+    the token is merged).
 
     Example:
         >>> import basin_lens as bl

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 def cosines(some: Float[np.ndarray, "n width"], others: Float[np.ndarray, "m width"]) -> Float[np.ndarray, "n m"]:
     """Cosine of float16 descriptors, the same to the last bit one by one as all at once.
 
-    Numbers of float16 are multiples of 2^-24, so their products are multiples of 2^-48, and in float64 a sum of them is exact, in whatever
-    order, while it stays below 32: descriptors are no longer than 1. A descriptor of length 0 has no direction: its cosine is 0 with every other,
-    so that at a level above 0 it joins no cluster, and none joins it.
+    Numbers of float16 are multiples of 2^-24, so their products are multiples of 2^-48, and in float64 a sum of them is exact, in
+    whatever order, while it stays below 32: descriptors are no longer than 1. A descriptor of length 0 has no direction: its cosine
+    is 0 with every other, so that at a level above 0 it joins no cluster, and none joins it.
     """
     # By torch: a second pool of threads, numpy's, would stand in the way of the model's.
     one, two = (torch.from_numpy(np.asarray(rows, float)) for rows in (some, others))

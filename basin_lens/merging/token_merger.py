@@ -22,13 +22,14 @@ from basin_lens.values import Whole, whole
 
 
 class TokenMerger(nn.Module):
-    """Causal token merging: in chosen layers, a new token joins the cluster of an earlier one, and attention reads the cluster once.
+    """Causal token merging: in chosen layers, a new token joins the cluster of an earlier one, and attention reads the cluster
+    once.
 
     Streaming protocol. When `recent` more tokens have come, a token is compared with the clusters made before it; it joins the most
-    similar one if the similarity reaches the threshold, else it opens one. From then on queries read the cluster in its place: one key
-    (the leader's, with its rotary position), one value, log(size) on the logit. What an earlier query read never changes, position 0 and
-    the recent window stay raw, and nothing is shared between sequences. The similarity is the cosine of the states that enter the layer,
-    centered by calibration (and projected), mixed with that of the attention rows.
+    similar one if the similarity reaches the threshold, else it opens one. From then on queries read the cluster in its place: one
+    key (the leader's, with its rotary position), one value, log(size) on the logit. What an earlier query read never changes,
+    position 0 and the recent window stay raw, and nothing is shared between sequences. The similarity is the cosine of the states
+    that enter the layer, centered by calibration (and projected), mixed with that of the attention rows.
 
     Args:
         layers: where to merge.
@@ -41,26 +42,28 @@ class TokenMerger(nn.Module):
         adaptive: the threshold moves with what came before the token (place, norm, novelty), by learned weights.
         progressive: merge less in early layers (depth below 0.3: half), more in late ones (from 0.7: one and a half times).
         attention_weight: share of the attention rows in the similarity, 0 to 1. The rows have to be kept, and are counted.
-        projection: width to which states are projected before they are compared (principal directions until trained); None: not at all.
-        residual: `"gated"`: a cluster keeps the mean difference of its members' values from its leader's, in `residual_width` numbers.
+        projection: width to which states are projected before they are compared (principal directions until trained); None: not at
+            all.
+        residual: `"gated"`: a cluster keeps the mean difference of its members' values from its leader's, in `residual_width`
+            numbers.
         residual_width: see above.
-        preserve: `"norm"` or `"surprisal"`: tokens above the calibrated quantile are never merged. Surprisal (of the plain model) must be
-            given to `attached`.
+        preserve: `"norm"` or `"surprisal"`: tokens above the calibrated quantile are never merged. Surprisal (of the plain model)
+            must be given to `attached`.
         preserve_share: share of tokens above it.
         contrastive_weight: in training, of the hinge on the cosine between clusters of one sequence.
         margin: cosine from which it acts.
         recent: tokens that stay raw behind the current one, itself counted; of no effect with `simulate`.
         floor: lowest threshold.
         temperature: of the soft mask that training goes by.
-        simulate: overwrite the states of merged tokens with their representative's instead, as soon as they come, in a stream that keeps its
-            length: saves no memory.
+        simulate: overwrite the states of merged tokens with their representative's instead, as soon as they come, in a stream that
+            keeps its length: saves no memory.
         seed: of random merging.
 
     Raises:
         MergeError: options that do not fit.
 
-    Source: online leader clustering (Hartigan 1975); Bolya et al. 2023 (token merging, size on the logit); Nawrot et al. 2024 (dynamic memory
-    compression); Bonnaerens and Dambre 2023 (learned thresholds).
+    Source: online leader clustering (Hartigan 1975); Bolya et al. 2023 (token merging, size on the logit); Nawrot et al. 2024
+    (dynamic memory compression); Bonnaerens and Dambre 2023 (learned thresholds).
 
     Example:
         >>> import basin_lens as bl
@@ -87,7 +90,7 @@ class TokenMerger(nn.Module):
         self.pass_: MergePass | None = None  # inside a block of `attached`
         self._noted: list[dict[str, Any]] = []
 
-    # ---- one model -------------------------------------------------------------------------------------------------------------------
+    # ---- one model ---------------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: Any) -> "TokenMerger":
         """Make the parameters for this model; nothing if that was done.
@@ -105,7 +108,8 @@ class TokenMerger(nn.Module):
             self.base = name
         elif self.base != name:
             raise MergeError(
-                f"expected the model that this merger was made for ({self.base}), got {full_name(model)} ({name}). Make another merger."
+                f"expected the model that this merger was made for ({self.base}), got {full_name(model)} ({name}). Make another "
+                "merger."
             )
         return self
 
@@ -129,7 +133,12 @@ class TokenMerger(nn.Module):
         if self.pass_ is not None:
             raise MergeError("expected a merger that is not attached, got one that is. Leave its block first.")
 
-    # ---- running ---------------------------------------------------------------------------------------------------------------------
+    @property
+    def levels(self) -> Float[Tensor, " layers"]:
+        """The threshold of each merged layer, or what its rule calls its level; prepared for a model."""
+        return self.weights.levels
+
+    # ---- running -----------------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def attached(
@@ -144,20 +153,21 @@ class TokenMerger(nn.Module):
     ) -> Iterator["TokenMerger"]:
         """Every pass inside the block merges; the hooks are gone after it, also on errors.
 
-        Passes are over whole sequences, and so is `model.generate(use_past_kv_cache=False)`; `basin_lens.merging.generate` keeps a compressed
-        cache. Attention is eager and dropout is off inside.
+        Passes are over whole sequences, and so is `model.generate(use_past_kv_cache=False)`; `basin_lens.merging.generate` keeps a
+        compressed cache. Attention is eager and dropout is off inside.
 
         Args:
             model: a hooked model.
             valid: real tokens, if the passes are padded on the right: padding belongs to no cluster.
             surprisal: -log p of each token given those before it, nats, of the plain model: for `preserve="surprisal"`.
             scores: of the tokens, by layer: for the rule "score".
-            context: the protocol named so: all tokens before this place are merged at once when it is reached, none after it, and only what
-                comes after it may be scored.
+            context: the protocol named so: all tokens before this place are merged at once when it is reached, none after it, and
+                only what comes after it may be scored.
             soft: read by the soft mask, not the hard decision: no model that can be run with a compressed cache; to test gradients.
 
         Raises:
-            MergeError: not calibrated for what it needs that for, something missing, another model, a layer with a merger, or a cache.
+            MergeError: not calibrated for what it needs that for, something missing, another model, a layer with a merger, or a
+                cache.
 
         Example:
             >>> import basin_lens as bl
@@ -201,8 +211,9 @@ class TokenMerger(nn.Module):
     ) -> "TokenMerger":
         """Center the states, find principal directions, quantiles, and the thresholds that meet the target, on these tokens.
 
-        Texts that nothing is tested on. Layers are set in turn, each above those already merging, in one pass more (a few for `target_bytes`).
-        A target is met within a token or two, or refused; the rule "random" meets it on average, and with `context` as near as that allows.
+        Texts that nothing is tested on. Layers are set in turn, each above those already merging, in one pass more (a few for
+        `target_bytes`). A target is met within a token or two, or refused; the rule "random" meets it on average, and with
+        `context` as near as that allows.
 
         Args:
             model: a hooked model.
@@ -223,7 +234,7 @@ class TokenMerger(nn.Module):
             >>> model = bl.load_model()
             >>> tokens = model.to_tokens("The lamp hums, and the lamp hums, and the lamp hums in the wind.")
             >>> merger = bl.merging.TokenMerger(layers=[10, 20], target_rate=0.25, recent=4).calibrate(model, tokens)
-            >>> bool((merger.weights.levels < 1).all())
+            >>> bool((merger.levels < 1).all())
             True
         """
         self.prepare(model)
@@ -233,17 +244,18 @@ class TokenMerger(nn.Module):
         self.facts["calibration"] = {"tokens": int(tokens.numel()), "length": int(tokens.shape[1])}
         return self
 
-    # ---- what happened ---------------------------------------------------------------------------------------------------------------
+    # ---- what happened -----------------------------------------------------------------------------------------------------------
 
     def statistics(self) -> pd.DataFrame:
         """One row per pass and layer since the last `forget`.
 
-        Columns: `pass`, `layer`, `sequences`, `tokens`, `eligible` (tokens that could have been merged), `merged`, `rate` (merged / tokens),
-        `clusters`, `largest` (tokens in the largest cluster), `rows` (keys and values left at the end of the sequences), `bytes` and
-        `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging), `level` (mean
-        threshold, or the rule's level),
-        `similarity` (mean cosine of merged tokens with their leader), `state_error` (squared distance of merged tokens' states from what stands
-        for them, the leader's state or the cluster's mean, over that from the mean of all mergeable tokens; 1: no better than that mean).
+        Columns: `pass`, `layer`, `sequences`, `tokens`, `eligible` (tokens that could have been merged), `merged`, `rate` (merged /
+        tokens), `clusters`, `largest` (tokens in the largest cluster), `rows` (keys and values left at the end of the sequences),
+        `bytes` and `full_bytes` (of the layer's cache then, with indices, sizes, descriptors and residuals; without merging),
+        `level` (mean threshold, or the rule's level),
+        `similarity` (mean cosine of merged tokens with their leader), `state_error` (squared distance of merged tokens' states from
+        what stands for them, the leader's state or the cluster's mean, over that from the mean of all mergeable tokens; 1: no
+        better than that mean).
         """
         found = pd.DataFrame(self._noted + ([] if self.pass_ is None else self.pass_.noted))
         if len(found):
@@ -257,7 +269,7 @@ class TokenMerger(nn.Module):
         if self.pass_ is not None:
             self.pass_.noted.clear()
 
-    # ---- on disk ---------------------------------------------------------------------------------------------------------------------
+    # ---- on disk -----------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Parameters as safetensors, options and provenance as JSON.

@@ -25,8 +25,8 @@ from basin_lens.model import fingerprint, save_tuned
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained merger. `model`: the base, or its trained copy. `history`: a row per step; `drift`: by how much the base's loss without merging
-    rose on the held-out windows, nats per token; 0 for a frozen base, NaN without held-out windows."""
+    """A trained merger. `model`: the base, or its trained copy. `history`: a row per step; `drift`: by how much the base's loss
+    without merging rose on the held-out windows, nats per token; 0 for a frozen base, NaN without held-out windows."""
 
     merger: TokenMerger
     model: Any
@@ -48,9 +48,9 @@ def train_merger(
 ) -> Trained:
     """Train a calibrated merger on windows of text; the base model is frozen unless asked for.
 
-    The loss of a step: cross-entropy of the model with merging (every position counts), plus `rate_weight` times the squared shortfall of the
-    mean merge rate below its target, plus the contrastive hinge between clusters. The decision is hard in the forward pass, with the soft
-    mask's gradient.
+    The loss of a step: cross-entropy of the model with merging (every position counts), plus `rate_weight` times the squared
+    shortfall of the mean merge rate below its target, plus the contrastive hinge between clusters. The decision is hard in the
+    forward pass, with the soft mask's gradient.
 
     Args:
         merger: calibrated; it is changed.
@@ -58,19 +58,22 @@ def train_merger(
         windows: to train on.
         held_out: to evaluate on; windows that are copies of those to train on are left out.
         training: how.
-        folder: where the log (JSON lines), checkpoints and the merger are kept; an interrupted training goes on from there with the same result.
-        also: called with the result before the merger is written to the folder: for what belongs to it, as a figure. The merger comes last: where
-            it is, all is.
+        folder: where the log (JSON lines), checkpoints and the merger are kept; an interrupted training goes on from there with the
+            same result.
+        also: called with the result before the merger is written to the folder: for what belongs to it, as a figure. The merger
+            comes last: where it is, all is.
         progress: show a bar.
 
     Returns:
-        a `Trained`. `history` columns: `step`, `loss` and `plain_loss` (nats per token), `excess`, `rate` and `target` (merged / tokens,
-        mean over layers), `contrastive`, `level` (mean threshold), `offset` and `event` (parachute), `bytes_share` (of the full cache, all layers),
-        `held_out_excess` and `held_out_bytes_share` (where evaluated; merged less plain of the model as it then is).
+        a `Trained`. `history` columns: `step`, `loss` and `plain_loss` (nats per token), `excess`, `rate` and `target` (merged /
+        tokens, mean over layers), `contrastive`, `level` (mean threshold), `offset` and `event` (parachute), `bytes_share` (of the
+        full cache, all layers), `held_out_excess` and `held_out_bytes_share` (where evaluated; merged less plain of the model as it
+        then is).
 
     Raises:
-        MergeError: nothing to learn, not calibrated, nothing held out but copies of what is trained on, or a loss that is not finite (the last
-        checkpoint stays). StoreError: the folder holds another training, cannot be written, or is being written to by somebody else.
+        MergeError: nothing to learn, not calibrated, nothing held out but copies of what is trained on, or a loss that is not
+        finite (the last checkpoint stays). StoreError: the folder holds another training, cannot be written, or is being written to
+        by somebody else.
 
     Source: Bonnaerens and Dambre 2023 (learned thresholds token merging); Nawrot et al. 2024 (one-sided compression target).
 
@@ -100,7 +103,8 @@ def train_merger(
         held_out, copied = held_out.without_copies_of(windows)
         if not len(held_out):
             raise MergeError(
-                f"expected held-out windows of other texts, got {copied} that are copies of windows to train on. Hold other texts out."
+                f"expected held-out windows of other texts, got {copied} that are copies of windows to train on. Hold other texts "
+                "out."
             )
     with nullcontext() if folder is None else lock_folder(folder):
         run = TrainingRun(merger, model, windows, training)

@@ -41,7 +41,8 @@ def refuse_other(folder: Path, key: str) -> None:
         known = key
     if known != key:
         raise StoreError(
-            f"expected a folder of this training ({key}), got {str(folder)!r} with the merger of another ({known}). Choose another folder, or "
+            f"expected a folder of this training ({key}), got {str(folder)!r} with the merger of another ({known}). Choose "
+            "another folder, or "
             "delete it."
         )
     refuse_foreign_log(folder)

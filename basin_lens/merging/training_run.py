@@ -31,7 +31,8 @@ _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it t
 
 
 def contrastive_hinge(merger: TokenMerger) -> Float[Tensor, ""]:
-    """Hinge on the cosine between clusters of one sequence, mean over pairs; a cluster is its leader, or its mean if that represents it.
+    """Hinge on the cosine between clusters of one sequence, mean over pairs; a cluster is its leader, or its mean if that
+    represents it.
 
     Of the passes inside the merger's block.
     """
@@ -170,14 +171,15 @@ class TrainingRun:
             total = loss + t.rate_weight * shortfall.square() + merger.options.contrastive_weight * hinge
             if not math.isfinite(float(total.detach())):
                 raise MergeError(
-                    f"expected a finite loss at step {self.step} of {t.steps}, got {float(total.detach())}: training was stopped; the last "
+                    f"expected a finite loss at step {self.step} of {t.steps}, got {float(total.detach())}: training was stopped; "
+                    "the last "
                     "checkpoint stays. Lower the learning rates."
                 )
             (total / t.accumulate).backward()
         found = {"loss": loss, "rate": merged, "contrastive": hinge}
         return {name: float(value.detach()) for name, value in found.items()} | {"plain_loss": plain}
 
-    # ---- on disk ---------------------------------------------------------------------------------------------------------------------
+    # ---- on disk -----------------------------------------------------------------------------------------------------------------
 
     def _named(self) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {f"merger.{n}": p for n, p in self.merger.weights.named_parameters()}

@@ -26,8 +26,8 @@ TOKENS_PER_PASS = 1024
 class Windows:
     """Token windows of equal length.
 
-    `doc`: the document of each. `source`: a hash of the whole document's text, if it is known. `pieces`: whether `doc` are pieces of
-    documents.
+    `doc`: the document of each. `source`: a hash of the whole document's text, if it is known. `pieces`: whether `doc` are pieces
+    of documents.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -44,7 +44,9 @@ class Windows:
         return Windows(self.tokens[rows], tuple(self.doc[r] for r in rows), source, self.pieces)
 
     def in_pieces(self) -> "Windows":
-        """Every window as a document of its own, for texts that are too few: less independent than documents are, and to be said."""
+        """Every window as a document of its own, for texts that are too few: less independent than documents are, and to be
+        said.
+        """
         count: dict[str, int] = {}
         for doc in self.doc:
             count[doc] = count.get(doc, 0) + 1
@@ -66,7 +68,8 @@ class Windows:
     def without_runs(self, known: Int[np.ndarray, " runs"], equal: Set[str]) -> tuple["Windows", int]:
         """Those that are not made of known runs (of `runs_of`) nor have a known digest, and how many were.
 
-        A document of which half of the windows are known is known in full: of a text that was trained on, some tokens were in no window.
+        A document of which half of the windows are known is known in full: of a text that was trained on, some tokens were in no
+            window.
         """
         copied = made_of_runs(self.tokens.numpy(), known) | np.array([digest in equal for digest in self.digests()], bool)
         share = pd.Series(copied).groupby(list(self.doc)).transform("mean").to_numpy(float)
@@ -99,7 +102,8 @@ class Windows:
 
 @whole_numbers(MergeError)
 def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -> Windows:
-    """Cut texts into windows of exactly `length` tokens (BOS counted, if the model uses one); what is left at a text's end is not used.
+    """Cut texts into windows of exactly `length` tokens (BOS counted, if the model uses one); what is left at a text's end is not
+    used.
 
     Args:
         model: a hooked model with a tokenizer.
@@ -146,7 +150,9 @@ def seen_of(windows: Windows) -> str:
 
 
 def without_seen(windows: Windows, training: Mapping[str, Any]) -> tuple[Windows, int]:
-    """Windows that a merger was not trained on, nearly or in full, by what it says of its training; and how many others there were."""
+    """Windows that a merger was not trained on, nearly or in full, by what it says of its training; and how many others there
+    were.
+    """
     known = np.frombuffer(base64.b64decode(training.get("seen_runs", "")), "<i8").astype(np.int64)
     return windows.without_runs(known, set(training.get("seen", [])))
 

@@ -628,7 +628,7 @@ def test_progressive_merges_less_early(tiny):
     merged_logits(merger, tiny, tokens)
     rates = merger.statistics().rate
     assert rates[0] < rates[1] - 0.1 and rates.mean() == pytest.approx(0.4, abs=0.02)
-    given = TokenMerger([0, 1, 2], threshold=0.5, progressive=True).prepare(tiny).weights.levels.tolist()
+    given = TokenMerger([0, 1, 2], threshold=0.5, progressive=True).prepare(tiny).levels.tolist()
     assert given[0] > given[1] and given[0] == pytest.approx(0.75)
 
 
@@ -827,7 +827,7 @@ def test_an_interrupted_save_leaves_the_old_one(tiny, tmp_path, monkeypatch):
                 merger.save(tmp_path)
         assert torch.equal(merged_logits(TokenMerger.load(tmp_path, tiny), tiny, tokens), old)
     merger.save(tmp_path)
-    assert TokenMerger.load(tmp_path, tiny).weights.levels[0] == merger.weights.levels[0]
+    assert TokenMerger.load(tmp_path, tiny).levels[0] == merger.levels[0]
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]) == 1
 
 

@@ -43,8 +43,8 @@ class Choice(NamedTuple):
 class Rule:
     """Who joins whom. A rule has no state of its own; what it needs to know of a token is in the `Offer`.
 
-    A rule states what has to be kept for it (`compares`, `last_only`, `needs_keys`), what its level is (`learned`, `scored`), and when it can
-    run (`sees_future`). `join` decides. Memory, calibration, generation and checks of options follow from these.
+    A rule states what has to be kept for it (`compares`, `last_only`, `needs_keys`), what its level is (`learned`, `scored`), and
+    when it can run (`sees_future`). `join` decides. Memory, calibration, generation and checks of options follow from these.
     """
 
     name: ClassVar[str]
@@ -167,9 +167,8 @@ class Policy:
 
     def options_for(self, budget: Budget) -> dict[str, Any]:
         """Options of a `TokenMerger`."""
-        found: dict[str, Any] = {
-            "rule": self.rule.name, "recent": budget.recent, "target_bytes": budget.share, "seed": budget.seed, **self.options,
-        }  # fmt: skip
+        common = {"recent": budget.recent, "target_bytes": budget.share, "seed": budget.seed}
+        found: dict[str, Any] = {"rule": self.rule.name, **common, **self.options}
         if self.rule.compares:
             # No floor: it is there for training, and would put budgets out of a baseline's reach.
             found |= {"projection": budget.projection, "floor": -1.0}

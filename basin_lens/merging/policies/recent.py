@@ -28,7 +28,8 @@ class Recent(Policy):
         rows = int(left / budget.n_merged / (budget.row_bytes + 4))  # a row and its place
         if rows < 2:
             raise MergeError(
-                f"expected a budget that leaves two rows in each merged layer, got {budget.share}. Ask for more, or merge in more layers."
+                f"expected a budget that leaves two rows in each merged layer, got {budget.share}. Ask for more, or merge in more "
+                "layers."
             )
         return {"rule": self.rule.name, **self.options, "recent": min(budget.length, rows - 1)}
 
