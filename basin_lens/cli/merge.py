@@ -144,9 +144,8 @@ def compare(
               basin-lens merge test run/ --dataset nltk:treebank
     """
     from basin_lens import studies
-    from basin_lens.merging import Setting, TokenMerger, windows_of
+    from basin_lens.merging import Setting, TokenMerger
     from basin_lens.merging.training_log import read_log
-    from basin_lens.merging.windows import without_seen
     from basin_lens.studies.framework.base import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
@@ -157,22 +156,9 @@ def compare(
         _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
-    seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
-    size = length or (int(merger.facts["training"]["length"]) if merger is not None and seen else n_length)
     known = {} if merger is None else merger.facts.get("training", {})
-    if seen and "seen_texts" not in known:
-        typer.echo(
-            "the merger does not say which texts it was trained on, its windows alone: look to it that these are others", err=True
-        )
-    texts = _unseen(texts, set(known.get("seen_texts", [])))
-    windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
-    windows, copied = without_seen(windows, known)
-    if not len(windows):
-        raise MergeError(
-            f"expected texts that the merger was not trained on, got {copied} windows of its training. Give other texts."
-        )
-    if copied:
-        typer.echo(f"left out {copied} windows that are copies of what the merger was trained on", err=True)
+    size = length or (int(known["length"]) if known.get("seen") else n_length)
+    windows = _unseen_windows(loaded, texts, known, size, n_calibration + n_test)
     calibration, held_out = _apart(windows, n_calibration)
     held_out = _others(held_out, calibration, "that set budgets")
     if (count := len(set(held_out.doc))) < _FEW_DOCUMENTS and not held_out.pieces:
@@ -293,6 +279,26 @@ def _texts(
     most = None if dataset == "built-in" or dataset.startswith("nltk:") else _ROWS_PER_WINDOW * windows
     chosen = own if split is None and has_splits(dataset) else split
     return list(read_dataset(dataset, config=config, split=chosen, max_passages=most))
+
+
+def _unseen_windows(model: Any, texts: list[Any], known: dict[str, Any], size: int, most: int) -> Any:
+    """Windows without those of the merger's training, of which `known` is what the merger keeps; what is left out is said."""
+    from basin_lens.merging import windows_of
+    from basin_lens.merging.windows import without_seen
+
+    if known.get("seen") and "seen_texts" not in known:
+        typer.echo(
+            "the merger does not say which texts it was trained on, its windows alone: look to it that these are others", err=True
+        )
+    windows = windows_of(model, _unseen(texts, set(known.get("seen_texts", []))), size, most=most)
+    windows, copied = without_seen(windows, known)
+    if not len(windows):
+        raise MergeError(
+            f"expected texts that the merger was not trained on, got {copied} windows of its training. Give other texts."
+        )
+    if copied:
+        typer.echo(f"left out {copied} windows that are copies of what the merger was trained on", err=True)
+    return windows
 
 
 def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:

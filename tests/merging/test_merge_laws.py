@@ -11,7 +11,7 @@ import torch
 from basin_lens import merging
 from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
-from basin_lens.merging import Assigned, Clusters, Parachute, TokenMerger, Training, Windows, train_merger
+from basin_lens.merging import Assigned, Clusters, Parachute, TokenMerger, Training, Windows, train_merger, training_run
 from basin_lens.merging.merge_pass import MergePass
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.training_run import TrainingRun, contrastive_hinge
@@ -273,7 +273,7 @@ def the_same(one, other, folder_one, folder_other) -> None:
 
 def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, monkeypatch):
     # So low a spike that the noise from batch to batch is one; a checkpoint says what it was, so that only a fresh one is made so.
-    monkeypatch.setattr(train, "Parachute", partial(Parachute, spike=1e-3, wait=1))
+    monkeypatch.setattr(training_run, "Parachute", partial(Parachute, spike=1e-3, wait=1))
     go = lambda folder: train_merger(  # noqa: E731
         learner(tiny, adaptive=True), tiny, windows(), windows(4, seed=8), training=WHOLE, folder=folder, progress=False
     )
@@ -290,7 +290,7 @@ def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, m
 
 def test_the_merger_is_left_with_the_offset_that_the_history_ends_with(tiny, monkeypatch):
     """Also where the last step's batch was the spike."""
-    monkeypatch.setattr(train, "Parachute", partial(Parachute, spike=1e-3, wait=1))
+    monkeypatch.setattr(training_run, "Parachute", partial(Parachute, spike=1e-3, wait=1))
     training = Training(steps=2, batch_size=2, evaluate_every=0)
     made = train_merger(learner(tiny, adaptive=True), tiny, windows(), training=training, progress=False)
     assert made.history["event"].tolist()[-1] == "back off"
