@@ -6,7 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from basin_lens import files as writing
+from basin_lens.cli.dataclass_options import options_of, taking
 from basin_lens.errors import MergeError
+from basin_lens.merging.options import Options
+from basin_lens.merging.training_options import Training
 
 app = typer.Typer(
     help="Causal token merging: train where a model may merge, test it beside baselines, write with a compressed cache.",
@@ -42,7 +45,13 @@ Length = Annotated[int | None, typer.Option("--length", help="Tokens per window;
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
+# Those of `Training`; the number of steps is the preset's, and one seed is for all.
+_TRAINING = options_of(Training, without=("seed",), defaults={"steps": None})
+_MERGER = options_of(Options, defaults={"adaptive": True, "projection": 32}, flags={"adaptive": "--adaptive/--fixed"})
+
+
 @app.command("train")
+@taking(_MERGER, _TRAINING)
 def train(
     files: More = None,
     data: Data = None,
@@ -52,73 +61,44 @@ def train(
     model: Model = "smollm2-135m",
     preset: Preset = "quick",
     layers: Layers = None,
-    target_rate: Annotated[float | None, typer.Option("--target-rate", help="Share of the tokens to merge, on average.")] = None,
-    target_bytes: Annotated[float | None, typer.Option("--target-bytes", help="Share of the cache to be left.")] = None,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="Cosine to begin from, in place of a target.")] = None,
-    progressive: Annotated[bool, typer.Option("--progressive", help="Merge less in early layers, more in late ones.")] = False,
-    adaptive: Annotated[bool, typer.Option("--adaptive/--fixed", help="Thresholds that move with what came before.")] = True,
-    projection: Annotated[int, typer.Option("--projection", help="Numbers that a token is compared by.")] = 32,
-    attention_weight: Annotated[float, typer.Option("--attention-weight", help="Share of attention rows in the similarity.")] = 0.0,
-    representative: Annotated[str, typer.Option("--representative", help="leader or mean.")] = "leader",
-    residual: Annotated[str, typer.Option("--residual", help="none or gated.")] = "none",
-    residual_width: Annotated[int, typer.Option("--residual-width", help="Numbers that a cluster's residual is kept in.")] = 8,
-    preserve: Annotated[
-        str, typer.Option("--preserve", help="none, norm, or surprisal (takes the plain model beside, so no generate).")
-    ] = "none",
-    preserve_share: Annotated[float, typer.Option("--preserve-share", help="Share of the tokens that is preserved.")] = 0.05,
-    contrastive_weight: Annotated[float, typer.Option("--contrastive-weight", help="Of the hinge between clusters.")] = 0.0,
-    margin: Annotated[float, typer.Option("--margin", help="Cosine between clusters from which the hinge acts.")] = 0.5,
-    floor: Annotated[float, typer.Option("--floor", help="Lowest threshold.")] = 0.0,
-    recent: Annotated[int, typer.Option("--recent", help="Tokens that stay raw behind the current one.")] = 8,
-    steps: Annotated[int | None, typer.Option("--steps", help="From the preset if left out.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per pass.")] = 4,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Passes per step.")] = 1,
-    evaluate_every: Annotated[int, typer.Option("--evaluate-every", help="Steps between looks at held-out windows; 0: none.")] = 20,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of projection and residual.")] = 1e-3,
-    threshold_rate: Annotated[float, typer.Option("--threshold-rate", help="Learning rate of the thresholds.")] = 0.05,
-    train_base: Annotated[
-        bool, typer.Option("--train-base", help="Train a copy of the base model, too; its drift is reported.")
-    ] = False,
     length: Length = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the merger; an interrupted training goes on from it.")] = Path(
         "merger"
     ),
     seed: Seed = 0,
+    **options: Any,
 ) -> None:
     """Train thresholds, what moves them, and the projection by the language model's own loss; the base model is frozen.
 
-    Without files or --dataset, the built-in passages are read: enough to try, not to publish.
+    Without files or --dataset, the built-in passages are read: enough to try, not to publish. The number of steps is the preset's,
+    if it is left out; without a target or a threshold, half of the tokens are merged.
 
     Examples: basin-lens merge train --data book.txt --progressive --target-rate 0.5 --out run/
               basin-lens merge train --dataset nltk:brown --target-bytes 0.5 --out run/
     """
-    from basin_lens.merging import TokenMerger, Training, surprisal_for, train_merger, windows_of
+    from basin_lens.merging import TokenMerger, surprisal_for, train_merger, windows_of
     from basin_lens.model import device_of
     from basin_lens.views import training_curves
 
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
-    if sum(x is not None for x in (target_rate, target_bytes, threshold)) == 0:
-        target_rate = 0.5
+    asked = {one.name: options[one.name] for one in _MERGER}
+    if all(asked[name] is None for name in ("target_rate", "target_bytes", "threshold")):
+        asked["target_rate"] = 0.5
     texts = _texts(data, files, dataset, config, split, n_train + n_held, own="train")
-    training = Training(
-        steps=n_steps if steps is None else steps, batch_size=batch_size, accumulate=accumulate, evaluate_every=evaluate_every,
-        learning_rate=learning_rate, threshold_rate=threshold_rate, train_base=train_base, seed=seed,
-    )  # fmt: skip
+    chosen = {one.name: options[one.name] for one in _TRAINING}
+    if chosen["steps"] is None:
+        chosen["steps"] = n_steps
+    training = Training(**chosen, seed=seed)
     with writing.lock_folder(out, MergeError):
         _unfinished(out)
         loaded = _load(model)
-        chosen = _layers(layers, loaded)
-        merger = TokenMerger(
-            chosen, threshold=threshold, target_rate=target_rate, target_bytes=target_bytes, progressive=progressive, adaptive=adaptive,
-            projection=projection, attention_weight=attention_weight, representative=representative, residual=residual,
-            residual_width=residual_width, preserve=preserve, preserve_share=preserve_share, contrastive_weight=contrastive_weight,
-            margin=margin, floor=floor, recent=recent, seed=seed,
-        )  # fmt: skip
+        merger = TokenMerger(_layers(layers, loaded), **asked, seed=seed)
         windows = windows_of(loaded, texts, length or n_length, most=n_train + n_held)
         held, own = _apart(windows, n_held)
         watched = len(_others(held, own, "to train on"))  # train_merger leaves the same out, and keeps how many
         typer.echo(
-            f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {watched} held out; {training.steps} steps of {training.batch_size}."
+            f"{len(own)} windows of {own.tokens.shape[1]} tokens to train on, {watched} held out; {training.steps} steps of "
+            f"{training.batch_size}."
         )
         first = own.tokens[: max(4, n_held)].to(device_of(loaded))
         merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
@@ -131,7 +111,7 @@ def train(
         typer.echo(
             f"last step: excess {last.excess:+.3f} nats per token, {last.rate:.2f} of the tokens merged (target {last.target:.2f})"
         )
-        if train_base:
+        if training.train_base:
             typer.echo(
                 f"base model: drift {made.drift:+.4f} nats per token on held-out text without merging; kept in {out / 'base'}"
             )
@@ -157,15 +137,15 @@ def compare(
 ) -> None:
     """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
 
-    What the merger was trained on is left out, and said. Of fewer than 8 documents to test on, every window counts as one, and the report says so.
+    What the merger was trained on is left out, and said. Of fewer than 8 documents to test on, every window counts as one, and the
+    report says so.
 
     Examples: basin-lens merge test run/ --data other.txt another.txt --out merging/
               basin-lens merge test run/ --dataset nltk:treebank
     """
     from basin_lens import studies
-    from basin_lens.merging import Setting, TokenMerger, windows_of
-    from basin_lens.merging.logs import read_log
-    from basin_lens.merging.windows import without_seen
+    from basin_lens.merging import Setting, TokenMerger
+    from basin_lens.merging.training_log import read_log
     from basin_lens.studies.framework.storage import refuse_folder
 
     _, n_length, _, _, n_calibration, n_test = _preset(preset)
@@ -176,22 +156,9 @@ def compare(
         _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = None if str(run) == "-" else TokenMerger.load(run, loaded)
-    seen = set() if merger is None else set(merger.facts.get("training", {}).get("seen", []))
-    size = length or (int(merger.facts["training"]["length"]) if merger is not None and seen else n_length)
     known = {} if merger is None else merger.facts.get("training", {})
-    if seen and "seen_texts" not in known:
-        typer.echo(
-            "the merger does not say which texts it was trained on, its windows alone: look to it that these are others", err=True
-        )
-    texts = _unseen(texts, set(known.get("seen_texts", [])))
-    windows = windows_of(loaded, texts, size, most=n_calibration + n_test)
-    windows, copied = without_seen(windows, known)
-    if not len(windows):
-        raise MergeError(
-            f"expected texts that the merger was not trained on, got {copied} windows of its training. Give other texts."
-        )
-    if copied:
-        typer.echo(f"left out {copied} windows that are copies of what the merger was trained on", err=True)
+    size = length or (int(known["length"]) if known.get("seen") else n_length)
+    windows = _unseen_windows(loaded, texts, known, size, n_calibration + n_test)
     calibration, held_out = _apart(windows, n_calibration)
     held_out = _others(held_out, calibration, "that set budgets")
     if (count := len(set(held_out.doc))) < _FEW_DOCUMENTS and not held_out.pieces:
@@ -283,9 +250,17 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _texts(
-    data: list[Path] | None, more: list[Path] | None, dataset: str | None, config: str | None, split: str | None, windows: int, *, own: str
-) -> list[Any]:  # fmt: skip
-    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many windows.
+    data: list[Path] | None,
+    more: list[Path] | None,
+    dataset: str | None,
+    config: str | None,
+    split: str | None,
+    windows: int,
+    *,
+    own: str,
+) -> list[Any]:
+    """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many
+    windows.
 
     `own`: the split of a data set that has some, where none is named.
     """
@@ -306,6 +281,26 @@ def _texts(
     return list(read_dataset(dataset, config=config, split=chosen, max_passages=most))
 
 
+def _unseen_windows(model: Any, texts: list[Any], known: dict[str, Any], size: int, most: int) -> Any:
+    """Windows without those of the merger's training, of which `known` is what the merger keeps; what is left out is said."""
+    from basin_lens.merging import windows_of
+    from basin_lens.merging.windows import without_seen
+
+    if known.get("seen") and "seen_texts" not in known:
+        typer.echo(
+            "the merger does not say which texts it was trained on, its windows alone: look to it that these are others", err=True
+        )
+    windows = windows_of(model, _unseen(texts, set(known.get("seen_texts", []))), size, most=most)
+    windows, copied = without_seen(windows, known)
+    if not len(windows):
+        raise MergeError(
+            f"expected texts that the merger was not trained on, got {copied} windows of its training. Give other texts."
+        )
+    if copied:
+        typer.echo(f"left out {copied} windows that are copies of what the merger was trained on", err=True)
+    return windows
+
+
 def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
     """Without the texts of the merger's training, which is said."""
     from basin_lens.merging.windows import text_digest
@@ -319,7 +314,9 @@ def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
 
 
 def _apart(windows: Any, wanted: int) -> Any:
-    """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others, which is said."""
+    """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others,
+    which is said.
+    """
     if len(set(windows.doc)) < 2:
         typer.echo("one text: its first windows are set apart from the others", err=True)
         windows = windows.in_pieces()
@@ -370,13 +367,14 @@ def _trained(run: Path) -> None:
 
 def _unfinished(folder: Path) -> None:
     """Before any long work: a folder that holds no finished merger."""
-    from basin_lens.merging.logs import clear_checkpoint, refuse_foreign_log
+    from basin_lens.merging.training_log import clear_checkpoint, refuse_foreign_log
 
     refuse_foreign_log(folder)
     if (folder / "merger.json").exists():
         clear_checkpoint(folder)
         raise MergeError(
-            f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose another, or delete it."
+            f"expected a new folder or one of an interrupted training, got {str(folder)!r} with a finished merger. Choose "
+            "another, or delete it."
         )
 
 

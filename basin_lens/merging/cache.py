@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.assign import Clusters, row_likeness, row_read
-from basin_lens.merging.hook import TokenMerger
-from basin_lens.merging.merge import normalized
-from basin_lens.merging.passes import alone_in, context_statistics
+from basin_lens.merging.assign import Clusters
+from basin_lens.merging.attention import normalized
+from basin_lens.merging.merge_pass import Carry, alone_in, context_statistics
+from basin_lens.merging.parameters import Parameters
+from basin_lens.merging.similarity import row_likeness, row_read
+from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.model import device_of, end_tokens, measuring, n_context, n_layers, own_rows, point_name, reading, vocabulary_size
 from basin_lens.values import whole_numbers
 
@@ -37,27 +39,25 @@ class _Waiting:
 class _Sequence:
     """Keys and values of one sequence in one layer."""
 
-    def __init__(self, merger: TokenMerger | None, index: int, layer: int) -> None:
-        self.merger, self.index = merger, index
+    def __init__(self, parameters: Parameters | None, index: int, layer: int) -> None:
+        self.parameters, self.index = parameters, index
         self.keys: Float[Tensor, "kv rows d_head"] | None = None
         self.values: Float[Tensor, "kv rows d_head"] | None = None
         self.places = np.zeros(0, np.int32)
         self.waiting: deque[_Waiting] = deque()
         self.residuals: list[Tensor] = []
         self.rows: list[Float[np.ndarray, " pos"]] = []
-        if merger is not None:
-            o = merger.options
-            width = 0 if not o.compares else merger.center.shape[1] if merger.head is None else merger.head.shape[1]
-            self.clusters = Clusters(
-                "score" if o.rule == "key_norm" else o.rule, width, mean=o.representative == "mean", seed=(o.seed, layer)
-            )
+        if parameters is not None:
+            o = parameters.options
+            mean = o.representative == "mean"
+            self.clusters = Clusters(o.rule, parameters.compared_width, mean=mean, seed=(o.seed, layer))
 
     def settle(self, token: _Waiting) -> None:
         """The token leaves the recent window: it joins a cluster, opens one, or stays raw for good."""
-        assert self.merger is not None and self.keys is not None and self.values is not None
+        assert self.parameters is not None and self.keys is not None and self.values is not None
         if not token.eligible:
             return
-        o, clusters = self.merger.options, self.clusters
+        o, clusters = self.parameters.options, self.clusters
         likeness = None
         if o.attention_weight and clusters.count:
             # A row is as long as its token's past; the later one decides how long both have to be.
@@ -68,8 +68,8 @@ class _Sequence:
         if not joins:
             if token.row is not None:
                 self.rows.append(token.row)
-            if self.merger.down is not None:
-                self.residuals.append(torch.zeros(self.merger.down.shape[1], device=self.keys.device))
+            if self.parameters.down is not None:
+                self.residuals.append(torch.zeros(self.parameters.down.shape[1], device=self.keys.device))
             return
         row = int(np.flatnonzero(self.places == token.place)[0])
         if not o.drop:
@@ -80,16 +80,16 @@ class _Sequence:
 
     def _absorb(self, row: int, leader: int) -> None:
         """The member's value goes into its cluster's mean, or residual."""
-        assert self.merger is not None and self.values is not None
-        o = self.merger.options
+        assert self.parameters is not None and self.values is not None
+        o = self.parameters.options
         at = int(np.flatnonzero(self.places == leader)[0])
         number = int(np.flatnonzero(self.clusters.leaders[: self.clusters.count] == leader)[0])
         size = int(self.clusters.sizes[number])
         if o.representative == "mean":
             self.values[:, at] += (self.values[:, row] - self.values[:, at]) / size
-        elif self.merger.down is not None:
+        elif self.parameters.down is not None:
             change = (self.values[:, row] - self.values[:, at]).reshape(-1)
-            self.residuals[number] = self.residuals[number] + self.merger.shrink_residual(self.index, change).float()
+            self.residuals[number] = self.residuals[number] + self.parameters.shrink_residual(self.index, change).float()
 
     def append(self, keys: Float[Tensor, "kv 1 d_head"], values: Float[Tensor, "kv 1 d_head"], place: int) -> None:
         """The current token's row."""
@@ -100,12 +100,12 @@ class _Sequence:
     def read_values(self) -> Float[Tensor, "kv rows d_head"]:
         """Values with their residuals put back."""
         assert self.values is not None
-        if self.merger is None or self.merger.down is None or not self.residuals:
+        if self.parameters is None or self.parameters.down is None or not self.residuals:
             return self.values
         read = self.values.clone()
         sizes = torch.from_numpy(self.clusters.sizes[: self.clusters.count]).to(read.device)
         means = torch.stack(self.residuals) / sizes[:, None]
-        change = self.merger.expand_residual(self.index, means.to(read.dtype))
+        change = self.parameters.expand_residual(self.index, means.to(read.dtype))
         rows = torch.from_numpy(np.searchsorted(self.places, self.clusters.leaders[: self.clusters.count])).to(read.device)
         read[:, rows] += change.reshape(len(rows), read.shape[0], -1).transpose(0, 1)
         return read
@@ -113,7 +113,7 @@ class _Sequence:
     def sizes(self) -> Float[np.ndarray, " rows"]:
         """Factor of each row's attention mass."""
         made = np.ones(len(self.places))
-        if self.merger is not None and not self.merger.options.drop:
+        if self.parameters is not None and not self.parameters.options.drop:
             rows = np.searchsorted(self.places, self.clusters.leaders[: self.clusters.count])
             made[rows] = self.clusters.sizes[: self.clusters.count]
         return made
@@ -125,17 +125,17 @@ class _Sequence:
         arrays = [row for row in (*self.rows, *(w.row for w in self.waiting)) if row is not None]
         arrays += [w.descriptor for w in self.waiting]
         held = sum(t.numel() * t.element_size() for t in tensors) + sum(a.nbytes for a in arrays)
-        return held if self.merger is None else held + self.places.nbytes + self.clusters.nbytes
+        return held if self.parameters is None else held + self.places.nbytes + self.clusters.nbytes
 
 
 class _Layer:
     """`model.RowStore` of one layer: all sequences of the batch."""
 
-    def __init__(self, merger: TokenMerger | None, index: int, layer: int, batch: int) -> None:
-        self.merger, self.index, self.layer = merger, index, layer
+    def __init__(self, parameters: Parameters | None, index: int, layer: int, batch: int) -> None:
+        self.parameters, self.index, self.layer = parameters, index, layer
         self.length = 0
-        self.sequences = [_Sequence(merger, index, layer) for _ in range(batch)]
-        self._carry: Any = None
+        self.sequences = [_Sequence(parameters, index, layer) for _ in range(batch)]
+        self._carry: Carry | None = None
 
     @property
     def nbytes(self) -> int:
@@ -146,15 +146,15 @@ class _Layer:
 
     def enter(self, states: Float[Tensor, "batch 1 d"]) -> None:
         """The current token's state: settle the one that leaves the window."""
-        assert self.merger is not None
-        units, norms = self.merger.describe(self.index, states)
+        assert self.parameters is not None
+        units, norms = self.parameters.describe(self.index, states)
         features, carry = context_statistics(units, norms, self._carry)
-        self._carry = carry if self.merger.options.adaptive else None  # only an adaptive threshold asks for it
-        levels = self.merger.level_of(self.index, features)
-        o = self.merger.options
+        self._carry = carry if self.parameters.options.adaptive else None  # only an adaptive threshold asks for it
+        levels = self.parameters.level_of(self.index, features)
+        o = self.parameters.options
         for b, sequence in enumerate(self.sequences):
             if self.length:
-                eligible = o.preserve != "norm" or bool(norms[b, 0] <= self.merger.norm_cutoff[self.index])
+                eligible = o.preserve != "norm" or bool(norms[b, 0] <= self.parameters.norm_cutoff[self.index])
                 descriptor = units[b, 0].cpu().half().numpy()
                 sequence.waiting.append(_Waiting(self.length, descriptor, float(levels[b, 0]), eligible))
             if len(sequence.waiting) > o.recent:
@@ -176,14 +176,14 @@ class _Layer:
 
     def attend(self, pattern: Float[Tensor, "batch head 1 rows"]) -> Tensor | None:
         """Sizes onto the mass; rows remembered if they are compared."""
-        assert self.merger is not None
+        assert self.parameters is not None
         sizes = [torch.from_numpy(s.sizes()) for s in self.sequences]
         factors = pad_sequence(sizes, batch_first=True).to(pattern)
         read = pattern
         if bool((factors != 1).any()):
             mixed = factors[:, None, None] * pattern
             read = normalized(mixed, pattern)
-        if self.merger.options.attention_weight:
+        if self.parameters.options.attention_weight:
             for b, sequence in enumerate(self.sequences):
                 if sequence.waiting and sequence.waiting[-1].place == self.length - 1:
                     row = np.zeros(self.length, np.float32)
@@ -236,15 +236,15 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
         True
     """
     o = merger.ready(model).options
-    if o.simulate or o.preserve == "surprisal" or o.rule in ("score", "key_norm", "bipartite"):
+    if o.simulate or o.preserve == "surprisal" or o.decision.scored or o.decision.sees_future:
         raise MergeError(
             f"expected a merger that can run token by token, got rule {o.rule!r}, preserve {o.preserve!r}, simulate {o.simulate}: "
-            f"simulation saves "
-            "no memory, surprisal needs the plain model's pass, and scores are given for whole sequences. Use rule='cosine', preserve='norm'."
+            "simulation saves no memory, surprisal needs the plain model's pass, and scores are given for whole sequences. "
+            "Use rule='cosine', preserve='norm'."
         )
     number = {layer: index for index, layer in enumerate(o.layers)}
     layers = tuple(
-        _Layer(merger if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(n_layers(model))
+        _Layer(merger.weights if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(n_layers(model))
     )
     readers: dict[str, Any] = {}
     for layer in o.layers:
@@ -262,9 +262,16 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
 
 @whole_numbers(MergeError)
 def generate(
-    merger: TokenMerger, model: Any, prompts: Int[Tensor, "*batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0,
-    past_end: bool = False, progress: bool = False,
-) -> tuple[Int[Tensor, "batch length"], pd.DataFrame]:  # fmt: skip
+    merger: TokenMerger,
+    model: Any,
+    prompts: Int[Tensor, "*batch pos"],
+    length: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    past_end: bool = False,
+    progress: bool = False,
+) -> tuple[Int[Tensor, "batch length"], pd.DataFrame]:
     """Write up to `length` tokens behind each prompt over a compressed cache.
 
     Args:
@@ -274,8 +281,8 @@ def generate(
         length: most tokens to write.
         temperature: 0: the most likely token each time; else of the softmax they are drawn from.
         seed: of the draw.
-        past_end: go on behind the end of a text; else a sequence ends with its end-of-text token (`model.end_tokens`), which fills its row
-            while others are being written, and all is over when every sequence has ended.
+        past_end: go on behind the end of a text; else a sequence ends with its end-of-text token (`model.end_tokens`), which fills
+            its row while others are being written, and all is over when every sequence has ended.
         progress: show a bar.
 
     Returns:
@@ -283,8 +290,8 @@ def generate(
         descriptors, residuals), `full_rows`, `full_bytes`, all sequences together.
 
     Raises:
-        ModelError: no bridge. MergeError: no token ids of the model, longer than its context, a temperature below 0, logits that are no numbers;
-            see `streaming`.
+        ModelError: no bridge. MergeError: no token ids of the model, longer than its context, a temperature below 0, logits that
+            are no numbers; see `streaming`.
 
     Example:
         >>> import basin_lens as bl
@@ -299,8 +306,8 @@ def generate(
     batch, begun = tokens.shape
     if length < 1 or begun + length > n_context(model):
         raise MergeError(
-            f"expected a prompt and a continuation within the model's context of {n_context(model)} tokens, got {begun} + {length}. "
-            "Ask for less."
+            f"expected a prompt and a continuation within the model's context of {n_context(model)} tokens, got {begun} + "
+            f"{length}. Ask for less."
         )
     if not 0 <= temperature < float("inf"):
         raise MergeError(f"expected a temperature from 0 on, got {temperature}. 0 takes the most likely token each time.")
@@ -322,9 +329,14 @@ def generate(
                 break
         seen = begun + len(written) - 1
         table = pd.DataFrame(
-            {"layer": range(len(stream.layers)), "rows": stream.rows(), "bytes": stream.nbytes(),
-             "full_rows": seen * batch, "full_bytes": seen * batch * merger.row_bytes}
-        )  # fmt: skip
+            {
+                "layer": range(len(stream.layers)),
+                "rows": stream.rows(),
+                "bytes": stream.nbytes(),
+                "full_rows": seen * batch,
+                "full_bytes": seen * batch * merger.weights.shape.row_bytes,
+            }
+        )
     return torch.stack(written, 1), table
 
 

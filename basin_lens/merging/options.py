@@ -1,109 +1,119 @@
 """What a `TokenMerger` can be asked for."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.assign import RULES
+from basin_lens.merging.policies import Rule, rule_named
 from basin_lens.values import Whole, whole_fields, whole_or_none
 
 # The latest layers bear most: which share of depth is early, which middle, and how strictly each merges.
 _STRICT = ((0.3, 0.5), (0.7, 1.0), (1.0, 1.5))
 _CHOICES = {
-    "rule": (*RULES, "key_norm"), "representative": ("leader", "mean"), "residual": ("none", "gated"),
+    "representative": ("leader", "mean"),
+    "residual": ("none", "gated"),
     "preserve": ("none", "norm", "surprisal"),
-}  # fmt: skip
-# Of these rules, the level is a cosine that can be learned.
-LEARNED = ("cosine", "adjacent")
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a `TokenMerger`; see there."""
+    """Options of a `TokenMerger`; see there. The texts beside the fields are those of the command line."""
 
     layers: tuple[int, ...]
-    threshold: float | None = None
-    target_rate: float | None = None
-    target_bytes: float | None = None
+    threshold: float | None = field(default=None, metadata={"help": "Cosine to begin from, in place of a target."})
+    target_rate: float | None = field(default=None, metadata={"help": "Share of the tokens to merge, on average."})
+    target_bytes: float | None = field(default=None, metadata={"help": "Share of the cache to be left."})
     rule: str = "cosine"
     drop: bool = False
-    representative: str = "leader"
-    adaptive: bool = False
-    progressive: bool = False
-    attention_weight: float = 0.0
-    projection: Whole | None = None
-    residual: str = "none"
-    residual_width: Whole = 8
-    preserve: str = "none"
-    preserve_share: float = 0.05
-    contrastive_weight: float = 0.0
-    margin: float = 0.5
-    recent: Whole = 8
-    floor: float = 0.0
+    representative: str = field(default="leader", metadata={"help": "leader or mean."})
+    adaptive: bool = field(default=False, metadata={"help": "Thresholds that move with what came before."})
+    progressive: bool = field(default=False, metadata={"help": "Merge less in early layers, more in late ones."})
+    attention_weight: float = field(default=0.0, metadata={"help": "Share of attention rows in the similarity."})
+    projection: Whole | None = field(default=None, metadata={"help": "Numbers that a token is compared by."})
+    residual: str = field(default="none", metadata={"help": "none or gated."})
+    residual_width: Whole = field(default=8, metadata={"help": "Numbers that a cluster's residual is kept in."})
+    preserve: str = field(
+        default="none", metadata={"help": "none, norm, or surprisal (takes the plain model beside, so no generate)."}
+    )
+    preserve_share: float = field(default=0.05, metadata={"help": "Share of the tokens that is preserved."})
+    contrastive_weight: float = field(default=0.0, metadata={"help": "Of the hinge between clusters."})
+    margin: float = field(default=0.5, metadata={"help": "Cosine between clusters from which the hinge acts."})
+    recent: Whole = field(default=8, metadata={"help": "Tokens that stay raw behind the current one."})
+    floor: float = field(default=0.0, metadata={"help": "Lowest threshold."})
     temperature: float = 0.05
     simulate: bool = False
     seed: Whole = 0
 
     def __post_init__(self) -> None:
         whole_fields(self, MergeError)
+        rule = rule_named(self.rule)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise MergeError(f"expected {name} among {', '.join(known)}, got {getattr(self, name)!r}.")
         given = [n for n in ("threshold", "target_rate", "target_bytes") if getattr(self, n) is not None]
-        if self.rule != "all" and len(given) != 1:
+        if rule.has_level and len(given) != 1:
             raise MergeError(f"expected one of threshold, target_rate and target_bytes, got {given or 'none'}. Give one.")
-        layers = self.layers
         for name in ("recent", "residual_width", "projection", "seed"):
             self._need(getattr(self, name) is None or whole_or_none(getattr(self, name)) is not None, name, "a whole number")
-        self._need(all(whole_or_none(layer) is not None for layer in layers), "layers", "distinct numbers from 0 on")
-        self._need(self.seed >= 0, "seed", "0 or more")
-        self._need(0 <= self.contrastive_weight < math.inf, "contrastive_weight", "a number from 0 on")
-        self._need(-1 <= self.margin <= 1, "margin", "a cosine from -1 to 1")
-        self._need(bool(layers) and len(set(layers)) == len(layers) and min(layers) >= 0, "layers", "distinct numbers from 0 on")
-        for name in ("target_rate", "target_bytes", "preserve_share"):
-            value = getattr(self, name)
-            self._need(value is None or 0 < value < 1, name, "a share between 0 and 1")
-        self._need(self.recent >= 1, "recent", "a window of 1 token or more, for a query reads itself")
-        self._need(0 <= self.attention_weight <= 1, "attention_weight", "a share from 0 to 1")
-        self._need(-1 <= self.floor < 1, "floor", "a cosine from -1 to below 1")
-        self._need(
-            self.threshold is None or self.threshold >= self.floor, "threshold", f"a number not below the floor {self.floor}"
-        )
-        self._need(self.temperature > 0, "temperature", "a number above 0")
-        self._need(self.projection is None or self.projection >= 1, "projection", "a width of 1 or more")
-        self._need(self.residual_width >= 1, "residual_width", "a width of 1 or more")
-        self._need(self.contrastive_weight == 0 or self.projection is not None, "contrastive_weight",
-                   "0 without a projection: states of a frozen model have no gradient")  # fmt: skip
-        for one, other in (
-            (self.residual == "gated", self.representative == "mean"), (self.residual == "gated", self.drop),
-            (self.simulate, self.drop), (self.simulate, self.residual == "gated"), (self.simulate, self.attention_weight > 0),
-            (self.rule == "all", not self.drop), (self.rule == "key_norm", not self.drop),
-            (self.contrastive_weight > 0, not self.compares), (self.simulate, self.rule == "bipartite"),
-            (self.simulate, self.target_bytes is not None), (self.progressive, self.scored and self.threshold is not None),
-            (self.adaptive, self.rule not in LEARNED), (self.attention_weight > 0, self.rule not in ("cosine", "score")),
-        ):  # fmt: skip
-            if one and other:
-                raise MergeError(f"expected options that go together, got {self}. See the docstring of TokenMerger.")
+        for met, name, what in self._bounds():
+            self._need(met, name, what)
+        if any(one and other for one, other in self._excluded(rule)):
+            raise MergeError(f"expected options that go together, got {self}. See the docstring of TokenMerger.")
 
     def _need(self, met: bool, name: str, what: str) -> None:
         if not met:
             raise MergeError(f"expected {name} to be {what}, got {getattr(self, name)!r}.")
 
+    def _bounds(self) -> Iterator[tuple[bool, str, str]]:
+        """Whether each option is what it has to be, one after another: a later one may be taken for granted by those before it."""
+        layers = self.layers
+        yield all(whole_or_none(layer) is not None for layer in layers), "layers", "distinct numbers from 0 on"
+        yield self.seed >= 0, "seed", "0 or more"
+        yield 0 <= self.contrastive_weight < math.inf, "contrastive_weight", "a number from 0 on"
+        yield -1 <= self.margin <= 1, "margin", "a cosine from -1 to 1"
+        yield bool(layers) and len(set(layers)) == len(layers) and min(layers) >= 0, "layers", "distinct numbers from 0 on"
+        for name in ("target_rate", "target_bytes", "preserve_share"):
+            value = getattr(self, name)
+            yield value is None or 0 < value < 1, name, "a share between 0 and 1"
+        yield self.recent >= 1, "recent", "a window of 1 token or more, for a query reads itself"
+        yield 0 <= self.attention_weight <= 1, "attention_weight", "a share from 0 to 1"
+        yield -1 <= self.floor < 1, "floor", "a cosine from -1 to below 1"
+        reached = self.threshold is None or self.threshold >= self.floor
+        yield reached, "threshold", f"a number not below the floor {self.floor}"
+        yield self.temperature > 0, "temperature", "a number above 0"
+        yield self.projection is None or self.projection >= 1, "projection", "a width of 1 or more"
+        yield self.residual_width >= 1, "residual_width", "a width of 1 or more"
+        moved = self.contrastive_weight == 0 or self.projection is not None
+        yield moved, "contrastive_weight", "0 without a projection: states of a frozen model have no gradient"
+
+    def _excluded(self, rule: Rule) -> Iterator[tuple[bool, bool]]:
+        """Pairs of which one at most may hold."""
+        yield self.residual == "gated", self.representative == "mean"
+        yield self.residual == "gated", self.drop
+        yield self.simulate, self.drop
+        yield self.simulate, self.residual == "gated"
+        yield self.simulate, self.attention_weight > 0
+        yield self.simulate, rule.sees_future
+        yield self.simulate, self.target_bytes is not None
+        yield rule.drops, not self.drop
+        yield self.contrastive_weight > 0, not self.compares
+        yield self.progressive, rule.scored and self.threshold is not None
+        yield self.adaptive, not rule.learned
+        yield self.attention_weight > 0, not rule.takes_rows
+
+    @property
+    def decision(self) -> Rule:
+        """The rule by its name: who joins whom."""
+        return rule_named(self.rule)
+
     @property
     def compares(self) -> bool:
         """Whether tokens are compared at all, so that descriptors have to be kept."""
-        return self.rule in ("cosine", "adjacent", "bipartite") or (self.rule == "score" and not self.drop)
-
-    @property
-    def scored(self) -> bool:
-        """Whether tokens are chosen by a score, not by what they are compared with."""
-        return self.rule in ("score", "key_norm")
-
-    @property
-    def learned(self) -> bool:
-        """Whether the level is a threshold that can be learned."""
-        return self.rule in LEARNED
+        rule = self.decision
+        return rule.compares and not (rule.scored and self.drop)
 
     def strictness(self, layer: int, n_layers: int) -> float:
         """Factor of the rate in this layer; 1 unless progressive."""
@@ -119,7 +129,8 @@ class Options:
         """
         if not 0 <= rate <= most and strict:
             raise MergeError(
-                f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to {most:.3f} "
+                f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to "
+                f"{most:.3f} "
                 f"that can be. "
                 "Ask for less, merge in more layers, or shorten the recent window."
             )

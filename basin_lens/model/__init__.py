@@ -53,7 +53,7 @@ from basin_lens.model.identity import (
 )
 from basin_lens.model.incremental_decoding import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
 from basin_lens.model.knockout import knocked_out
-from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows
+from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows, query_width
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
@@ -110,6 +110,7 @@ __all__ = [
     "point_name",
     "provenance",
     "put_tuned",
+    "query_width",
     "random_twin",
     "reading",
     "record_calls",

@@ -24,6 +24,11 @@ def kv_shape(model: Any) -> tuple[int, int]:
     return int(heads), int(model.cfg.d_head)
 
 
+def query_width(model: Any) -> int:
+    """Numbers of all heads' queries of one token."""
+    return int(model.cfg.n_heads) * int(model.cfg.d_head)
+
+
 def obeys_pattern(model: Any, layer: int) -> bool:
     """Whether the attention of `layer` reads by what hook_pattern returns: one pass of three tokens, remembered per model."""
     if model not in _obeying:

@@ -147,7 +147,7 @@ def _protocol_sections(held: Mapping[str, pd.DataFrame], figure: Figure) -> list
     return [
         Section(
             "Excess loss against bytes",
-            [f"{name}: {text}." for name, text in merging.POLICIES.items() if name in set(curve["policy"])],
+            [f"{name}: {policy.description}." for name, policy in merging.POLICIES.items() if name in set(curve["policy"])],
             figure=figure,
             caption="Mean over held-out documents of the paired excess loss (merged less plain, same tokens), 95 % bootstrap "
             "interval over documents. Points at equal bytes are drawn side by side, at most 0.012 away from their place.",

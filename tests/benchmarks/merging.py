@@ -19,7 +19,7 @@ import torch
 import basin_lens as bl
 from basin_lens import merging
 from basin_lens import model as door
-from basin_lens.merging import passes
+from basin_lens.merging import merge_pass
 from basin_lens.texts import read_dataset
 
 ROUNDS = 5
@@ -40,7 +40,7 @@ def main() -> None:
     inside: list[float] = []
 
     def timed(name: str):
-        plain = getattr(passes.Pass, name)
+        plain = getattr(merge_pass.MergePass, name)
 
         def run(self, *args):
             begun = time.perf_counter()
@@ -52,7 +52,7 @@ def main() -> None:
         return run
 
     plain_times, merged_times, cluster_times = [], [], []
-    whole = {name: getattr(passes.Pass, name) for name in ("_decide", "_enter")}
+    whole = {name: getattr(merge_pass.MergePass, name) for name in ("_decide", "_enter")}
     for _ in range(ROUNDS):
         with door.measuring(model):
             plain_times.append(seconds(lambda: door.forward_pass(model, tokens, {})))
@@ -60,11 +60,11 @@ def main() -> None:
             merged_times.append(seconds(lambda: door.forward_pass(model, tokens, {})))
         inside.clear()
         for name in whole:
-            setattr(passes.Pass, name, timed(name))
+            setattr(merge_pass.MergePass, name, timed(name))
         with merger.attached(model), torch.no_grad():
             door.forward_pass(model, tokens, {})
         for name, method in whole.items():
-            setattr(passes.Pass, name, method)
+            setattr(merge_pass.MergePass, name, method)
         cluster_times.append(sum(inside))
     plain = statistics.median(plain_times)
     held = merger.statistics()

@@ -1,5 +1,6 @@
 """`basin-lens merge train | test | generate` from end to end, on a tiny model in a folder, as a user's own would be."""
 
+import dataclasses
 import json
 import random
 import re
@@ -9,6 +10,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from basin_lens import merging, studies
@@ -16,7 +18,9 @@ from basin_lens import model as door
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli.main import app
 from basin_lens.errors import MergeError, StoreError
-from basin_lens.merging import TokenMerger, train
+from basin_lens.merging import Options, TokenMerger, Training
+from basin_lens.merging.training_run import TrainingRun
+from basin_lens.merging.windows import text_digest
 from basin_lens.texts import read_texts
 from tests.conftest import TEXTS, make_hf, make_tokenizer
 
@@ -123,9 +127,7 @@ def test_train_again_gives_the_same(run, folder, texts, tmp_path):
 
 
 def test_train_goes_on_after_an_interruption(run, folder, texts, tmp_path, monkeypatch):
-    real, seen = train._Run.take, []
-    # Every step a checkpoint, for there are three.
-    monkeypatch.setattr(merging, "Training", lambda **given: train.Training(**given, checkpoint_every=1))
+    real, seen = TrainingRun.take, []
 
     def stop(self):
         seen.append(self.step)
@@ -133,8 +135,9 @@ def test_train_goes_on_after_an_interruption(run, folder, texts, tmp_path, monke
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(train._Run, "take", stop)
-    words = ["merge", "train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path)]
+    monkeypatch.setattr(TrainingRun, "take", stop)
+    # Every step a checkpoint, for there are three.
+    words = ["merge", "train", texts["train"], "--model", folder, *SMALL, "--checkpoint-every", "1", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, words).exit_code != 0
     assert (tmp_path / "checkpoint.safetensors").is_file() and not (tmp_path / "merger.json").exists()
     merge(*words[1:])
@@ -146,10 +149,10 @@ def test_train_refuses_a_folder_with_another_training_and_leaves_it(folder, text
     model = door.load_model(folder)
     windows = merging.windows_of(model, read_texts(texts["train"]), 32)
     other = TokenMerger([0], target_rate=0.2, recent=4).calibrate(model, windows.tokens)
-    train._Run(other, model, windows, train.Training(seed=5)).keep(tmp_path)
+    TrainingRun(other, model, windows, Training(seed=5)).keep(tmp_path)
     (tmp_path / "log.jsonl").write_text("the other's\n")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(train._Run, "take", forbidden)
+    monkeypatch.setattr(TrainingRun, "take", forbidden)
     with pytest.raises(StoreError, match="another"):
         merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -206,6 +209,20 @@ def test_a_folder_without_a_merger_is_refused_before_any_work(words, tmp_path, m
     monkeypatch.setattr(cli_merge, "_load", forbidden)
     with pytest.raises(MergeError, match=r"merger\.json"):
         merge(words[0], str(tmp_path), *words[1:])
+
+
+@pytest.mark.parametrize(("record", "differ"), [(Training, {"steps"}), (Options, {"adaptive", "projection"})])
+def test_options_of_train_are_those_of_the_dataclass(record, differ):
+    """Name, default and text; a preset sets the steps, and a training from the command line is adaptive and projects."""
+    command = get_command(app).commands["merge"].commands["train"]
+    options = {one.name: one for one in command.params}
+    told = [one for one in dataclasses.fields(record) if "help" in one.metadata]
+    assert len(told) > 10
+    for one in told:
+        if one.name == "seed":  # one for all
+            continue
+        assert options[one.name].help == one.metadata["help"], one.name
+        assert options[one.name].default == one.default or one.name in differ, one.name
 
 
 # ---- test ------------------------------------------------------------------------------------------------------------
@@ -328,7 +345,7 @@ def test_held_out_copies_are_left_out_of_training_and_said(folder, texts, tmp_pa
 
 def texts_of_training(run, folder, texts) -> set[str]:
     facts = TokenMerger.load(run[0], door.load_model(folder)).facts["training"]
-    return {p.text for p in read_texts(texts["train"]) if merging.windows.text_digest(p.text) in facts["seen_texts"]}
+    return {p.text for p in read_texts(texts["train"]) if text_digest(p.text) in facts["seen_texts"]}
 
 
 @pytest.mark.parametrize("length", [(), ("--length", "24")])
@@ -439,7 +456,7 @@ def test_surprising_tokens_are_preserved_by_train_and_test_and_refused_by_genera
     out, made = tmp_path / "run", tmp_path / "report"
     merge("train", texts["train"], "--model", folder, *SMALL, "--preserve", "surprisal", "--out", str(out))
     merger = TokenMerger.load(out, door.load_model(folder))
-    assert merger.options.preserve == "surprisal" and 0 < float(merger.surprisal_cutoff) < float("inf")
+    assert merger.options.preserve == "surprisal" and 0 < float(merger.weights.surprisal_cutoff) < float("inf")
     monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
     merge("test", str(out), texts["other"], "--model", folder, *QUICK, "--out", str(made))
     held, pareto = report(made)
@@ -471,7 +488,7 @@ def test_a_checkpoint_left_beside_its_merger_goes_and_anothers_stays(run, folder
     shutil.copytree(run[0], out)
     own = json.loads((out / "merger.json").read_text())["facts"]["training"]["key"]
     for key in ("another", own):
-        made = train._Run(other, model, windows, train.Training(seed=5))
+        made = TrainingRun(other, model, windows, Training(seed=5))
         made.key = key
         made.keep(out)
         with pytest.raises(MergeError, match="finished merger"):

@@ -17,7 +17,7 @@ from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import main as cli
 from basin_lens.cli import options as cli_options
 from basin_lens.errors import CaptureError, MergeError, StoreError, TableError
-from basin_lens.merging import TokenMerger, Training, logs, train_merger, windows_of
+from basin_lens.merging import TokenMerger, Training, train_merger, training_log, windows_of
 from basin_lens.studies.framework import storage
 from tests.conftest import TEXTS, make_bridge, random_tokens
 
@@ -198,11 +198,11 @@ def test_a_finished_training_is_not_replaced_by_another(model, tmp_path):
         run(1)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     pd.testing.assert_frame_equal(run(0).history, first.history)  # the same again is the same
-    pd.testing.assert_frame_equal(logs.read_log(tmp_path / "run", 2), first.history)
+    pd.testing.assert_frame_equal(training_log.read_log(tmp_path / "run", 2), first.history)
     for damage in ("", '{"step": 1}\n', "no json\n", "[1]\n" * 2, '{"step": 2}\n{"step": 1}\n'):
         (tmp_path / "run" / "log.jsonl").write_text(damage)
         with pytest.raises(StoreError, match=r"expected the log of a training .*delete the log"):
-            logs.read_log(tmp_path / "run", 2)
+            training_log.read_log(tmp_path / "run", 2)
 
 
 def test_a_model_is_never_saved_in_place_of_its_base(model, tmp_path):

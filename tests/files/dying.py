@@ -24,13 +24,13 @@ import torch
 from matplotlib.figure import Figure
 
 import basin_lens as bl
-from basin_lens import files, merging, studies, tables
+from basin_lens import files, studies, tables
 from basin_lens import model as door
 from basin_lens.cli import main as cli
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli import options as cli_options
 from basin_lens.memorize import finetune, load_tuned
-from basin_lens.merging import TokenMerger, train
+from basin_lens.merging import TokenMerger
 from basin_lens.studies.framework import runner, storage
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 
@@ -154,7 +154,6 @@ def study(model, folder: Path) -> Doomed:
 def train_merger(model, folder: Path) -> Doomed:
     text = folder / "train.jsonl"
     text.write_text("".join(json.dumps({"text": t, "doc": str(i)}) + "\n" for i, t in enumerate(TEXTS)), encoding="utf-8")
-    merging.Training = partial(train.Training, checkpoint_every=1)
 
     def run(out: Path) -> int:
         small = (
@@ -169,6 +168,8 @@ def train_merger(model, folder: Path) -> Doomed:
             "--steps",
             "3",
             "--batch-size",
+            "1",
+            "--checkpoint-every",
             "1",
         )
         return call("merge", "train", str(text), *small, "--out", str(out))

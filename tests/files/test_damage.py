@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import basin_lens as bl
-from basin_lens import merging, records, tables
 from basin_lens import model as door
+from basin_lens import records, tables
 from basin_lens.capture import reference_capture
 from basin_lens.errors import CaptureError, MergeError, ModelError, StoreError, TableError
 from basin_lens.memorize import Recipe
 from basin_lens.merging import TokenMerger, Training, Windows
+from basin_lens.merging.training_run import TrainingRun
 from basin_lens.studies.framework import storage
 from tests.conftest import TEXTS, make_bridge, random_tokens
 
@@ -162,7 +163,7 @@ def trainings(base, tmp: Path) -> Subject:
     calibrated.save(tmp / "merger")
 
     def begun() -> Any:
-        return merging.train._Run(TokenMerger.load(tmp / "merger", base), base, windows, Training(steps=6, batch_size=2))
+        return TrainingRun(TokenMerger.load(tmp / "merger", base), base, windows, Training(steps=6, batch_size=2))
 
     for seed in (1, 2):
         run = begun()

@@ -11,8 +11,10 @@ import torch
 from basin_lens import merging
 from basin_lens import model as door
 from basin_lens.capture.passes import token_losses
-from basin_lens.merging import Assigned, Clusters, Parachute, TokenMerger, Training, Windows, train, train_merger
-from basin_lens.merging.passes import Pass
+from basin_lens.merging import Assigned, Clusters, Parachute, TokenMerger, Training, Windows, train_merger, training_run
+from basin_lens.merging.merge_pass import MergePass
+from basin_lens.merging.parameters import Parameters
+from basin_lens.merging.training_run import TrainingRun, contrastive_hinge
 from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge, random_tokens
 from tests.merging.test_merging import LENGTH, loss_of, make_merger, merged_logits
@@ -43,13 +45,13 @@ def learner(model, **changes) -> TokenMerger:
 
 
 def a_run(merger, model, **changes):
-    return train._Run(merger, model, windows(), Training(**{"steps": 8, "batch_size": 2, "evaluate_every": 0} | changes))
+    return TrainingRun(merger, model, windows(), Training(**{"steps": 8, "batch_size": 2, "evaluate_every": 0} | changes))
 
 
 def step_gradients(run, monkeypatch) -> dict[str, torch.Tensor]:
     """The gradients of one step, as the optimizer gets them but for the clipping."""
     held = {}
-    names = {id(p): name for name, p in run.merger.named_parameters()}
+    names = {id(p): name for name, p in run.merger.weights.named_parameters()}
     real = torch.nn.utils.clip_grad_norm_
 
     def see(parameters, most):
@@ -94,16 +96,16 @@ def test_the_hinge_has_the_value_that_a_hand_computes(tiny):
     run = a_run(learner(tiny, contrastive_weight=0.5, margin=0.2), tiny)
     hinge_case(run)
     # First layer: cosines .6, 0, .8 and .6, above the margin by .4, 0, .6 and .4, over 4 pairs. Second: one pair, -1. Mean over layers.
-    assert run._contrast().item() == pytest.approx((1.4 / 4 + 0) / 2, abs=1e-6)
+    assert contrastive_hinge(run.merger).item() == pytest.approx((1.4 / 4 + 0) / 2, abs=1e-6)
     off = a_run(learner(tiny), tiny)
     hinge_case(off)
-    assert off._contrast().item() == 0
+    assert contrastive_hinge(off.merger).item() == 0
 
 
 def test_down_the_hinge_clusters_move_apart_and_nothing_else_moves(tiny):
     run = a_run(learner(tiny, contrastive_weight=0.5, margin=0.2), tiny)
     first, second = hinge_case(run)
-    run._contrast().backward()
+    contrastive_hinge(run.merger).backward()
     # No leaders (position 0, the last one, the member), and leaders that no pair above the margin has.
     for row, places in ((0, (0, 4)), (1, (0, 2, 4))):
         assert (first.grad[row, list(places)] == 0).all()
@@ -127,7 +129,7 @@ def test_the_contrastive_weight_turns_the_projection_so_that_clusters_lie_apart(
     def closeness(merger) -> float:
         over = []
         for layer, leads in clusters.items():
-            units = merger.describe(layer, states[layer])[0].detach()
+            units = merger.weights.describe(layer, states[layer])[0].detach()
             for row, places in zip(units, leads, strict=True):
                 at = places.nonzero().ravel().tolist()
                 over += [max(0.0, float(row[p] @ row[q])) for p in at for q in at if p < q]
@@ -158,7 +160,11 @@ def test_accumulated_passes_are_one_batch_of_all(llama64, monkeypatch, changes):
     for name in parts:
         assert whole[name].abs().max() > 0
         assert (parts[name] - whole[name]).abs().max() < 1e-4 * whole[name].abs().max(), name
-    assert (stepped.raw - at_once.raw).abs().max() < 1e-4 < (stepped.raw - learner(llama64, **changes).raw).abs().min()
+    assert (
+        (stepped.weights.raw - at_once.weights.raw).abs().max()
+        < 1e-4
+        < (stepped.weights.raw - learner(llama64, **changes).weights.raw).abs().min()
+    )
 
 
 def test_accumulation_is_the_mean_over_its_passes_whatever_the_loss_holds(llama64, monkeypatch):
@@ -188,15 +194,15 @@ def language_loss_gradients(run) -> dict[str, torch.Tensor]:
     merger, tokens = run.merger, run.windows.tokens[run._rows(0)]
     with merger.attached(run.model):
         loss = token_losses(door.forward_pass(run.model, tokens, {}), tokens).mean()
-    names, parameters = zip(*merger.named_parameters(), strict=True)
+    names, parameters = zip(*merger.weights.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def with_weight(model, monkeypatch, weight: float, target: float):
     run = a_run(learner(model), model, rate_weight=weight)
     run.target = target
-    before = run.merger.raw.detach().clone()
-    return step_gradients(run, monkeypatch), (run.merger.raw.detach() - before)
+    before = run.merger.weights.raw.detach().clone()
+    return step_gradients(run, monkeypatch), (run.merger.weights.raw.detach() - before)
 
 
 def test_more_merging_than_the_target_is_not_punished(tiny, monkeypatch):
@@ -214,7 +220,7 @@ def test_less_merging_than_the_target_pushes_thresholds_down(tiny, monkeypatch):
     with run.merger.attached(tiny):
         door.forward_pass(tiny, tokens, {})
         rate = torch.stack([share.mean() for share in run.merger.pass_.share.values()]).mean()
-    (slope,) = torch.autograd.grad(rate, [run.merger.raw])
+    (slope,) = torch.autograd.grad(rate, [run.merger.weights.raw])
     assert (slope < 0).all() and 0.3 < rate.item() < 0.5
     light, _ = with_weight(tiny, monkeypatch, 1e-9, target=0.7)
     heavy, step = with_weight(tiny, monkeypatch, 1000.0, target=0.7)
@@ -242,7 +248,7 @@ WHOLE = Training(steps=6, batch_size=2, evaluate_every=2, checkpoint_every=3)
 
 def interrupted(monkeypatch, folder, go, *, after: int) -> None:
     """The same training, cut short during a step, then begun once more."""
-    real, seen = train._Run.take, []
+    real, seen = TrainingRun.take, []
 
     def stop(self):
         if len(seen) == after:
@@ -251,7 +257,7 @@ def interrupted(monkeypatch, folder, go, *, after: int) -> None:
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "take", stop)
+        patch.setattr(TrainingRun, "take", stop)
         with pytest.raises(KeyboardInterrupt):
             go(folder)
     assert (folder / "checkpoint.safetensors").is_file()
@@ -260,14 +266,14 @@ def interrupted(monkeypatch, folder, go, *, after: int) -> None:
 def the_same(one, other, folder_one, folder_other) -> None:
     pd.testing.assert_frame_equal(one.history, other.history)
     assert (folder_one / "log.jsonl").read_text() == (folder_other / "log.jsonl").read_text()
-    for name, value in one.merger.state_dict().items():
-        assert torch.equal(value, other.merger.state_dict()[name]), name
+    for name, value in one.merger.weights.state_dict().items():
+        assert torch.equal(value, other.merger.weights.state_dict()[name]), name
     assert one.drift == other.drift
 
 
 def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, monkeypatch):
     # So low a spike that the noise from batch to batch is one; a checkpoint says what it was, so that only a fresh one is made so.
-    monkeypatch.setattr(train, "Parachute", partial(Parachute, spike=1e-3, wait=1))
+    monkeypatch.setattr(training_run, "Parachute", partial(Parachute, spike=1e-3, wait=1))
     go = lambda folder: train_merger(  # noqa: E731
         learner(tiny, adaptive=True), tiny, windows(), windows(4, seed=8), training=WHOLE, folder=folder, progress=False
     )
@@ -278,17 +284,17 @@ def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, m
     # What was done is forgotten: a run that begins with a closed parachute would tell.
     again = go(tmp_path / "cut")
     the_same(whole, again, tmp_path / "whole", tmp_path / "cut")
-    assert whole.merger.offset.item() == again.merger.offset.item() > 0
+    assert whole.merger.weights.offset.item() == again.merger.weights.offset.item() > 0
     assert history["held_out_excess"].notna().tolist() == [False, True] * 3
 
 
 def test_the_merger_is_left_with_the_offset_that_the_history_ends_with(tiny, monkeypatch):
     """Also where the last step's batch was the spike."""
-    monkeypatch.setattr(train, "Parachute", partial(Parachute, spike=1e-3, wait=1))
+    monkeypatch.setattr(training_run, "Parachute", partial(Parachute, spike=1e-3, wait=1))
     training = Training(steps=2, batch_size=2, evaluate_every=0)
     made = train_merger(learner(tiny, adaptive=True), tiny, windows(), training=training, progress=False)
     assert made.history["event"].tolist()[-1] == "back off"
-    assert made.merger.offset.item() == pytest.approx(made.history["offset"].iloc[-1])
+    assert made.merger.weights.offset.item() == pytest.approx(made.history["offset"].iloc[-1])
 
 
 def test_a_trained_base_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
@@ -328,7 +334,7 @@ def storages(thing, found=None) -> dict[int, int]:
     elif isinstance(thing, dict):
         for value in thing.values():
             storages(value, found)
-    elif hasattr(thing, "__dict__") and not isinstance(thing, TokenMerger):
+    elif hasattr(thing, "__dict__") and not isinstance(thing, Parameters):
         storages(vars(thing), found)
     elif not isinstance(thing, str | bytes) and hasattr(thing, "__iter__"):
         for value in thing:
@@ -421,9 +427,9 @@ def test_rules_by_score_know_nothing_of_the_future(wide, kind, monkeypatch):
     assert found["prefix"] < 1e-5 and found["changed"] == 0 and found["gradient"] == 0, found
     # The same with scores that hold the future, which must be seen.
     if scores is None:
-        real = Pass._scores
+        real = MergePass._scores
         monkeypatch.setattr(
-            Pass,
+            MergePass,
             "_scores",
             lambda self, layer: (lambda made: made + 3 * np.sin(40 * made.mean(1, keepdims=True)))(real(self, layer)),
         )
@@ -482,7 +488,7 @@ def test_hard_gradients_point_where_a_monotone_soft_loss_goes():
         similarity = float(units[1] @ units[2])
 
         def at(level: float, *, soft: bool, merger=merger, model=model, tokens=tokens):
-            merger.set_level(0, level)
+            merger.weights.set_level(0, level)
             return last_loss(merger, model, tokens, soft=soft)
 
         with torch.no_grad():
@@ -492,12 +498,12 @@ def test_hard_gradients_point_where_a_monotone_soft_loss_goes():
             continue
         monotone += 1
         for away in (-0.1, 0.1):
-            merger.raw.grad = None
+            merger.weights.raw.grad = None
             at(similarity + away, soft=False).backward()
             assert bool(merger.statistics()["merged"].iloc[-1]) is (away < 0)
             with torch.no_grad():
                 difference = at(similarity + away + 0.01, soft=True) - at(similarity + away - 0.01, soft=True)
-            assert merger.raw.grad.sign().item() == difference.sign().item() != 0, (seed, away)
+            assert merger.weights.raw.grad.sign().item() == difference.sign().item() != 0, (seed, away)
     assert monotone >= 3
 
 
@@ -509,14 +515,14 @@ def test_hard_gradients_mostly_point_where_the_soft_loss_goes(llama64):
     for layer in range(3):
         merger = TokenMerger([layer], threshold=0.4, recent=2).calibrate(llama64, random_tokens(4, LENGTH, seed=9)).double()
         for seed in range(8):
-            tokens, ends, merger.raw.grad = random_tokens(2, LENGTH, seed=20 + seed), [], None
+            tokens, ends, merger.weights.raw.grad = random_tokens(2, LENGTH, seed=20 + seed), [], None
             loss_of(merger, llama64, tokens, soft=False)[0].backward()
             for step in (0.01, -0.01):
                 with torch.no_grad():
-                    merger.raw += step
+                    merger.weights.raw += step
                     ends.append(loss_of(merger, llama64, tokens, soft=True)[0].item())
-                    merger.raw -= step
-            agree.append(np.sign(ends[0] - ends[1]) == np.sign(merger.raw.grad.item()))
+                    merger.weights.raw -= step
+            agree.append(np.sign(ends[0] - ends[1]) == np.sign(merger.weights.raw.grad.item()))
     assert np.mean(agree) >= 0.75, agree
 
 

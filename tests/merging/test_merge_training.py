@@ -14,7 +14,9 @@ from basin_lens import merging
 from basin_lens import model as door
 from basin_lens.cli.main import app
 from basin_lens.errors import MergeError, StoreError
-from basin_lens.merging import Parachute, Setting, TokenMerger, Training, Windows, train_merger
+from basin_lens.merging import Parachute, Setting, TokenMerger, Training, Windows, train_merger, training_run
+from basin_lens.merging.probes import repetition
+from basin_lens.studies import merging_comparison
 from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, random_tokens, replace_in_all_rooms
 
 SHORT = {"steps": 4, "batch_size": 2, "evaluate_every": 2, "checkpoint_every": 2}
@@ -41,7 +43,7 @@ def made_merger(model, **changes) -> TokenMerger:
 
 
 def parameters(merger) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in merger.named_parameters()}
+    return {name: value.detach().clone() for name, value in merger.weights.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_training_changes_what_it_should_and_nothing_else(tiny, changes):
     before, weights = parameters(merger), {n: p.detach().clone() for n, p in door.parameters_of(tiny).items()}
     needed = {n: p.requires_grad for n, p in door.parameters_of(tiny).items()}
     made = train_merger(merger, tiny, windows(), windows(6, seed=8), training=Training(**SHORT), progress=False)
-    assert all(not torch.equal(value, before[name]) for name, value in merger.named_parameters())
+    assert all(not torch.equal(value, before[name]) for name, value in merger.weights.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in door.parameters_of(tiny).items())
     assert needed == {n: p.requires_grad for n, p in door.parameters_of(tiny).items()}
     assert made.history["step"].tolist() == [1, 2, 3, 4] and made.history["held_out_excess"].notna().tolist() == [
@@ -67,7 +69,7 @@ def test_training_changes_what_it_should_and_nothing_else(tiny, changes):
 
 def test_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     whole = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "whole", progress=False)
-    real, seen = merging.train._Run.take, []
+    real, seen = training_run.TrainingRun.take, []
 
     def stop(self):
         seen.append(1)
@@ -75,22 +77,22 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(merging.train._Run, "take", stop)
+    monkeypatch.setattr(training_run.TrainingRun, "take", stop)
     with pytest.raises(KeyboardInterrupt):
         train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "cut", progress=False)
     monkeypatch.undo()
     assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
     again = train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), folder=tmp_path / "cut", progress=False)
-    for name, value in whole.merger.named_parameters():
-        assert torch.equal(value, dict(again.merger.named_parameters())[name]), name
+    for name, value in whole.merger.weights.named_parameters():
+        assert torch.equal(value, dict(again.merger.weights.named_parameters())[name]), name
     assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 4
     loaded = TokenMerger.load(tmp_path / "cut", tiny)
-    assert torch.equal(loaded.raw, whole.merger.raw) and loaded.facts["training"]["seen"] == windows().digests()
+    assert torch.equal(loaded.weights.raw, whole.merger.weights.raw) and loaded.facts["training"]["seen"] == windows().digests()
 
 
 def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path):
-    run = merging.train._Run(made_merger(tiny), tiny, windows(), Training(**SHORT))
+    run = training_run.TrainingRun(made_merger(tiny), tiny, windows(), Training(**SHORT))
     run.keep(tmp_path)
     with pytest.raises(StoreError, match="another"):
         train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT | {"seed": 1}), folder=tmp_path, progress=False)
@@ -100,7 +102,7 @@ def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch):
-    monkeypatch.setattr(merging.train, "token_losses", lambda logits, _: logits[:, 1:, 0] * float("nan"))
+    monkeypatch.setattr(training_run, "token_losses", lambda logits, _: logits[:, 1:, 0] * float("nan"))
     with pytest.raises(MergeError, match="finite"):
         train_merger(made_merger(tiny), tiny, windows(), training=Training(**SHORT), progress=False)
     assert all(p.requires_grad for p in door.parameters_of(tiny).values())
@@ -134,7 +136,7 @@ def test_parachute():
     merger = made_merger(model)
     rates = []
     for offset in (0.0, 0.5, 0.9):
-        merger.offset.fill_(offset)
+        merger.weights.offset.fill_(offset)
         merger.forget()
         with merger.attached(model), torch.no_grad():
             door.forward_pass(model, windows().tokens, {})
@@ -189,10 +191,10 @@ def test_excess_is_the_paired_loss_and_nothing_where_nothing_merges(tiny):
 
 def test_fit_budget_moves_all_thresholds_together(tiny):
     merger = made_merger(tiny)
-    before = merger.raw.detach().clone()
+    before = merger.weights.raw.detach().clone()
     reached = merging.fit_budget(merger, tiny, windows(), 0.8, tolerance=0.02)
     assert abs(reached - 0.8) <= 0.02
-    moved = merger.raw - before
+    moved = merger.weights.raw - before
     assert torch.allclose(moved, moved[0].expand_as(moved), atol=1e-5)
     with pytest.raises(MergeError, match="at best"):
         merging.fit_budget(merger, tiny, windows(), 0.01)
@@ -201,12 +203,12 @@ def test_fit_budget_moves_all_thresholds_together(tiny):
 def test_policies_meet_their_budget(tiny):
     setting = Setting((0, 1, 2), budgets=(0.8,), projection=6, recent=2, seeds=2)
     merger = made_merger(tiny)
-    raw = merger.raw.detach().clone()
+    raw = merger.weights.raw.detach().clone()
     found = merging.compare_policies(
         tiny, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting, merger=merger, progress=False
     ).windows
     assert set(found["policy"]) == set(merging.POLICIES) and found.loc[found["policy"] == "random", "seed"].nunique() == 2
-    assert torch.equal(merger.raw, raw)
+    assert torch.equal(merger.weights.raw, raw)
     shares = found.groupby("policy")["bytes_share"].mean()
     assert ((shares - 0.8).abs() < 0.06).all(), shares
     # What does not look at the text gets the bytes that the trained merger left on it.
@@ -222,7 +224,7 @@ def test_policies_meet_their_budget(tiny):
 def test_what_was_compared_is_handed_over_as_it_was_set(tiny):
     setting = Setting((0, 1, 2), budgets=(0.85, 0.7), projection=6, recent=2, seeds=2, policies=("trained", "cosine", "random"))
     merger = made_merger(tiny)
-    raw, held_out = merger.raw.detach().clone(), Windows(windows(8).tokens, tuple("abcdefgh"))
+    raw, held_out = merger.weights.raw.detach().clone(), Windows(windows(8).tokens, tuple("abcdefgh"))
     compared = merging.compare_policies(tiny, windows(8, seed=5), held_out, setting, merger=merger, progress=False)
     found, kept, layers = compared.windows, compared.mergers, compared.layers
     assert set(kept) == {(p, b) for p in setting.policies for b in setting.budgets}
@@ -231,7 +233,7 @@ def test_what_was_compared_is_handed_over_as_it_was_set(tiny):
     mean = layers.groupby(["policy", "budget", "seed"])[["bytes_share", "rate"]].mean()
     assert np.allclose(mean, found.groupby(["policy", "budget", "seed"])[["bytes_share", "rate"]].mean())
     assert np.allclose(layers["tokens_kept"], 1 - layers["rate"])
-    assert torch.equal(merger.raw, raw)  # while those handed over stay where they were moved
+    assert torch.equal(merger.weights.raw, raw)  # while those handed over stay where they were moved
     plain = merging.plain_pass(tiny, held_out)
     for (policy, budget), made in kept.items():
         was = found[(found["policy"] == policy) & (found["budget"] == budget) & (found["seed"] == 0)]
@@ -253,12 +255,12 @@ def test_baselines_have_no_floor_below_which_a_budget_is_out_of_reach(tiny):
 
 def test_in_the_context_protocol_the_trained_merger_is_moved_to_the_bytes_of_the_others(tiny):
     merger = made_merger(tiny)
-    raw = merger.raw.detach().clone()
+    raw = merger.weights.raw.detach().clone()
     setting = Setting((0, 1, 2), budgets=(0.8, 0.6), projection=6, recent=2)
     found = merging.context_protocol(
         tiny, windows(8, seed=5), Windows(windows(8).tokens, tuple("abcdefgh")), setting, merger=merger
     )
-    assert torch.equal(merger.raw, raw) and (found.groupby(["policy", "budget"]).size() == 8).all()
+    assert torch.equal(merger.weights.raw, raw) and (found.groupby(["policy", "budget"]).size() == 8).all()
     shares = found.groupby(["budget", "policy"])["bytes_share"].mean().unstack()
     assert (shares["trained"] - shares["random"]).abs().max() < 0.06, shares
 
@@ -267,7 +269,7 @@ def test_induction_repetition_and_map(tiny):
     merger = made_merger(tiny)
     probe = merging.induction_probe(tiny, {"ours": merger, "off": TokenMerger([0], threshold=1.0)}, length=12, sequences=3)
     assert (probe.loc[probe["policy"] == "off", "excess"].abs() < 1e-6).all() and len(probe) == 6
-    assert merging.compare.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
     table = merging.merge_map(merger, tiny, windows(2).tokens)
     assert len(table) == 3 * 2 * 24
     merged = table[table["merged"]]
@@ -322,7 +324,7 @@ def test_surprising_tokens_are_preserved_from_training_to_report(llama):
     taken = study.tables["map"]
     surprisal = merging.surprisal_for(merger, llama, held_out.tokens[:1])[0].numpy()
     assert taken["merged"].any()
-    assert (surprisal[taken.loc[taken["merged"], "pos"]] <= float(merger.surprisal_cutoff)).all()
+    assert (surprisal[taken.loc[taken["merged"], "pos"]] <= float(merger.weights.surprisal_cutoff)).all()
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_surprising_tokens_are_preserved_from_training_to_report(llama):
 )
 def test_intervals_overlap_or_lie_apart_on_either_side(low, high, met):
     curve = pd.DataFrame({"policy": ["trained", "random"], "budget": 0.5, "low": [low, 0.1], "high": [high, 0.2]})
-    assert bl.studies.merged._overlap(curve, "trained", "random", 0.5) is met
+    assert merging_comparison._overlap(curve, "trained", "random", 0.5) is met
 
 
 @pytest.mark.parametrize("representative", ["leader", "mean"])
@@ -382,7 +384,7 @@ def test_an_interrupted_training_of_the_base_leaves_a_merger_of_its_model(tiny, 
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging.train._Run, "take", stop)
+    monkeypatch.setattr(training_run.TrainingRun, "take", stop)
     with pytest.raises(KeyboardInterrupt):
         train_merger(merger, tiny, windows(), training=Training(**SHORT | {"train_base": True}), progress=False)
     with pytest.raises(MergeError, match="made for"):

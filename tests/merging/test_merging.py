@@ -18,8 +18,10 @@ from tokenizers import AddedToken
 from basin_lens import merging, records
 from basin_lens import model as door
 from basin_lens.errors import MergeError, ModelError, StoreError
-from basin_lens.merging import Assigned, Clusters, TokenMerger, cache, merge, passes
-from basin_lens.merging.assign import assign, cosines
+from basin_lens.merging import Assigned, Clusters, TokenMerger, attention, cache, merge_pass
+from basin_lens.merging.assign import assign
+from basin_lens.merging.parameters import Parameters
+from basin_lens.merging.similarity import cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
 
 FAMILIES = ("llama", "gpt2", "gemma2")
@@ -55,9 +57,9 @@ def tiny():
 def make_merger(model, kind: str, **changes) -> merging.TokenMerger:
     merger = merging.TokenMerger([0, 1, 2], **{"recent": 2} | KINDS[kind] | changes)
     merger.calibrate(model, random_tokens(4, LENGTH, seed=9))
-    if merger.slope is not None:
+    if merger.weights.slope is not None:
         with torch.no_grad():
-            merger.slope += 0.4
+            merger.weights.slope += 0.4
     return merger
 
 
@@ -153,19 +155,19 @@ def test_nothing_knows_its_future_in_other_families(family, threshold, soft):
 
 def read_at_once(monkeypatch):
     """Members are read through their cluster by queries that came before the decision."""
-    honest = merge.read_weights
+    honest = attention.read_weights
     early = lambda a, share, *, drop: honest(Assigned(a.leader, a.joined, torch.zeros_like(a.since)), share, drop=drop)  # noqa: E731
-    monkeypatch.setattr(merge, "read_weights", early)
+    monkeypatch.setattr(attention, "read_weights", early)
 
 
 def decided_at_once(monkeypatch):
-    honest = passes.assign
+    honest = merge_pass.assign
 
     def early(*args, **kwargs):
         found = honest(*args, **kwargs)
         return Assigned(found.leader, found.joined, torch.ones_like(found.since))
 
-    monkeypatch.setattr(passes, "assign", early)
+    monkeypatch.setattr(merge_pass, "assign", early)
 
 
 def means_written_back(monkeypatch):
@@ -177,14 +179,14 @@ def means_written_back(monkeypatch):
         same = (cluster[:, :, None] == cluster[:, None]).to(values)
         return same @ values / same.sum(2, keepdim=True)
 
-    monkeypatch.setattr(merge, "leader_rows", whole)
+    monkeypatch.setattr(attention, "leader_rows", whole)
 
 
 def levels_of_the_whole(monkeypatch):
     """Stricter or looser by the mean norm of the whole sequence."""
-    honest = TokenMerger.level_of
+    honest = Parameters.level_of
     moved = lambda self, i, features: honest(self, i, features) + 0.4 * (50 * features[..., 1].mean(1, keepdim=True)).sin()  # noqa: E731
-    monkeypatch.setattr(TokenMerger, "level_of", moved)
+    monkeypatch.setattr(Parameters, "level_of", moved)
 
 
 LEAKY = {
@@ -242,7 +244,7 @@ def test_from_threshold_1_on_the_model_is_the_plain_one_bit_by_bit(tiny, kind, c
 def test_a_threshold_of_1_comes_back_as_1(tiny, floor):
     for threshold in (1.0, 0.8):
         merger = TokenMerger([0], threshold=threshold, floor=floor).prepare(tiny)
-        level = merger.level_of(0, torch.zeros(4)).detach().item()
+        level = merger.weights.level_of(0, torch.zeros(4)).detach().item()
         assert level == pytest.approx(threshold, abs=1e-6) and (level == 1) is (threshold == 1)
 
 
@@ -252,7 +254,7 @@ def test_the_first_token_and_the_window_stay_raw(tiny, recent):
     merger = TokenMerger([0], threshold=0.2, recent=recent)
     with merger.attached(tiny), torch.no_grad():
         door.forward_pass(tiny, tokens, {})
-        weights, found = merger.pass_.weights[0][0], merger.pass_.assigned[0]
+        weights, found = merger.pass_.factors[0][0], merger.pass_.assigned[0]
     for t in range(LENGTH):
         raw = range(max(0, t - recent + 1), t + 1)
         assert weights[t, 0] == 1 and not found.joined[0, 0] and not (found.leader[0] == 0).any()
@@ -307,10 +309,12 @@ def reference_z(q, k, v, found, merger, *, mean: bool) -> np.ndarray:
                 values = []
                 for leader, members in rows.items():
                     value = v[b, members, h].mean(0) if mean else v[b, leader, h]
-                    if merger.down is not None:
-                        down, up = (x.detach().double().numpy()[0] for x in (merger.down, merger.up))
+                    if merger.weights.down is not None:
+                        down, up = (x.detach().double().numpy()[0] for x in (merger.weights.down, merger.weights.up))
                         kept = np.mean([down @ (v[b, m] - v[b, leader]).reshape(-1) for m in members], 0)
-                        value = value + 1 / (1 + math.exp(-float(merger.gate.detach()[0]))) * (up @ kept).reshape(heads, d)[h]
+                        value = (
+                            value + 1 / (1 + math.exp(-float(merger.weights.gate.detach()[0]))) * (up @ kept).reshape(heads, d)[h]
+                        )
                     values.append(value)
                 made[b, t, h] = weights / weights.sum() @ np.array(values)
     return made
@@ -320,8 +324,8 @@ def reference_z(q, k, v, found, merger, *, mean: bool) -> np.ndarray:
 def test_attention_over_clusters_as_a_plain_loop_computes_it(gpt2, kind):
     merger = TokenMerger([1], **{"recent": 2} | KINDS[kind])
     merger.calibrate(gpt2, random_tokens(4, LENGTH, seed=9))
-    if merger.gate is not None:
-        merger.gate.data += 0.7
+    if merger.weights.gate is not None:
+        merger.weights.gate.data += 0.7
     held = {}
     readers = {
         door.point_name(f"attn.hook_{x}", 1): lambda t, x=x: held.__setitem__(x, t.double().reshape(2, LENGTH, 4, 8).numpy())
@@ -430,7 +434,7 @@ def test_every_member_has_a_leader_before_it(data):
     assert set(offered) == {p for p in range(1, length) if eligible[p] and p + recent < length}
     for p in np.flatnonzero(joined):
         assert 0 < leader[p] < p and not joined[leader[p]] and leader[p] in offered
-    weights = merge.read_weights(found, found.joined.double(), drop=False)[0]
+    weights = attention.read_weights(found, found.joined.double(), drop=False)[0]
     sizes = weights[-1].numpy()
     assert sizes[offered].sum() == len(offered) and (sizes[joined] == 0).all() and sizes.min() >= 0
     assert (weights.tril().sum(1) == torch.arange(1, length + 1)).all()
@@ -456,7 +460,7 @@ def test_in_the_context_protocol_nothing_changes_before_the_end(tiny, rule):
     stats = merger.statistics()
     assert (stats.eligible == 2 * 13).all() and (stats.merged > 0).all()
     # Nothing more is compared: rows, their places, leaders and sizes.
-    assert (stats.bytes == stats.rows * (merger.row_bytes + 4) + stats.clusters * 8).all()
+    assert (stats.bytes == stats.rows * (merger.weights.shape.row_bytes + 4) + stats.clusters * 8).all()
     # Causal behind the context, given the context.
     assert (merged_logits(merger, tiny, tokens[:, :19], context=14)[:, 14:] - full[:, 14:19]).abs().max() < 1e-9
 
@@ -497,7 +501,7 @@ def test_what_is_trained_has_a_gradient(tiny, kind, names, changes):
     merger = make_merger(tiny, kind, **changes)
     loss_of(merger, tiny, random_tokens(2, LENGTH), soft=False)[0].backward()
     for name in names:
-        grad = getattr(merger, name).grad
+        grad = getattr(merger.weights, name).grad
         assert torch.isfinite(grad).all() and (grad.flatten(1) if grad.ndim > 1 else grad[:, None]).abs().amax(1).min() > 0, name
 
 
@@ -508,7 +512,7 @@ def test_a_threshold_above_everything_still_has_a_gradient(tiny, changes):
     loss, joined = loss_of(merger, tiny, tokens, soft=False)
     assert not any(bool(j.any()) for j in joined.values())
     loss.backward()
-    assert merger.raw.grad.abs().min() > 0
+    assert merger.weights.raw.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize(("kind", "names"), GRADED.values(), ids=GRADED)
@@ -523,7 +527,7 @@ def test_soft_gradients_equal_finite_differences(gpt2, monkeypatch, kind, names)
     loss.backward()
     draw = torch.Generator().manual_seed(0)
     for name in names:
-        parameter = getattr(merger, name)
+        parameter = getattr(merger.weights, name)
         way = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
         said = float((parameter.grad * way).sum())
         sides = []
@@ -639,9 +643,9 @@ def test_targets_out_of_reach_are_refused(tiny, options):
 
 def test_with_a_threshold_calibration_sets_no_level(tiny):
     merger = TokenMerger([0, 1], threshold=0.4).prepare(tiny)
-    before = {name: value.clone() for name, value in merger.state_dict().items()}
+    before = {name: value.clone() for name, value in merger.weights.state_dict().items()}
     merger.calibrate(tiny, random_tokens())
-    changed = {name for name, value in merger.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in merger.weights.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"center", "feature_mean", "feature_scale"}
 
 
@@ -671,9 +675,9 @@ def test_important_tokens_are_never_merged(tiny, kind):
         door.forward_pass(tiny, tokens, {door.point_name("resid_pre", 0): lambda t: held.setdefault("states", t)})
         found = merger.pass_.assigned[0]
     far = (
-        (held["states"] - merger.center[0]).norm(dim=-1) > merger.norm_cutoff[0]
+        (held["states"] - merger.weights.center[0]).norm(dim=-1) > merger.weights.norm_cutoff[0]
         if surprisal is None
-        else surprisal > merger.surprisal_cutoff
+        else surprisal > merger.weights.surprisal_cutoff
     )
     assert 0.3 < far[:, 1:].float().mean() < 0.5
     assert found.joined.sum() > 10 and not (found.joined & far).any()
@@ -807,7 +811,7 @@ def test_an_interrupted_save_leaves_the_old_one(tiny, tmp_path, monkeypatch):
     merger, tokens, real = make_merger(tiny, "leader"), random_tokens(1, LENGTH), os.replace
     merger.save(tmp_path)
     old = merged_logits(merger, tiny, tokens)
-    merger.set_level(0, 0.9)
+    merger.weights.set_level(0, 0.9)
     for good in (0, 1):
         left = [good]
 
@@ -886,7 +890,7 @@ def test_generation_equals_a_rollout_over_whole_sequences(tiny, kind):
     merger.forget()
     merged_logits(merger, tiny, text[:1, :16])
     assert each[0][1]["bytes"].tolist() == merger.statistics().bytes.tolist()
-    assert (table.full_bytes == 2 * 16 * merger.row_bytes).all() and (table.full_rows == 32).all()
+    assert (table.full_bytes == 2 * 16 * merger.weights.shape.row_bytes).all() and (table.full_rows == 32).all()
 
 
 def test_layers_that_do_not_merge_keep_the_full_cache(tiny):
@@ -1087,7 +1091,7 @@ def test_calibrating_inside_inference_mode(options):
     with torch.inference_mode():
         merger = TokenMerger([0, 1], recent=2, **options).calibrate(model, random_tokens(4, LENGTH, seed=9))
         assert torch.is_inference_mode_enabled()
-    own = merger.state_dict()
+    own = merger.weights.state_dict()
     assert not any(value.is_inference() for value in own.values())
-    assert all(torch.equal(value, own[name]) for name, value in expected.state_dict().items())
+    assert all(torch.equal(value, own[name]) for name, value in expected.weights.state_dict().items())
     merger.calibrate(model, tokens)

@@ -214,7 +214,7 @@ def planted_losses(gain):
 
     def losses(_setting, tested, _table, *, shares, **_):
         rng = np.random.default_rng(1)
-        rows = [(policy, share, 0, seq) for share in shares for policy in forced_merges.POLICIES for seq in tested]
+        rows = [(policy, share, 0, seq) for share in shares for policy in forced_merges.CHOICES for seq in tested]
         made = pd.DataFrame(rows, columns=["policy", "share", "draw", "seq"]).assign(merged_share=shares[0], n_tokens=40)
         better = gain * (made.policy == "high compression")
         return made.assign(merge_excess=1 - better + rng.normal(size=len(rows)) * 0.05)

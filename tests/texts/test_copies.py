@@ -10,6 +10,7 @@ import torch
 import basin_lens as bl
 from basin_lens import merging, studies, tables
 from basin_lens.errors import MergeError, StudyError, TextError
+from basin_lens.merging.windows import without_seen
 from basin_lens.stats.added import _cases
 from basin_lens.stats.design import split
 from basin_lens.studies.framework.units import count_units
@@ -466,7 +467,7 @@ def test_windows_that_are_copies_are_left_out_of_what_is_tested(llama):
     merging.train_merger(merger, llama, own, held, training=training, progress=False)
     facts = merger.facts["training"]
     assert facts["held_out_copies"] == copied
-    assert merging.windows.without_seen(held, facts)[0].doc == rest.doc
+    assert without_seen(held, facts)[0].doc == rest.doc
     with pytest.raises(MergeError, match="expected held-out windows of other texts"):
         merging.train_merger(merger, llama, own, held.take([0]), training=training, progress=False)
     setting = merging.Setting((0, 1), budgets=(0.9,), seeds=1, policies=("stride",))

@@ -24,8 +24,8 @@ CALIBRATION_TOKENS = 2048
 UNSCORED = -1e9
 NOTHING = 0  # a place that is never merged, so: a row without any merge
 
-# Name of each policy: rule of the merger, and whether it is drawn at random.
-POLICIES = {
+# Who chooses the tokens to merge: rule of the merger, and whether it is drawn at random.
+CHOICES = {
     "cosine": ("cosine", False),
     "low surprisal": ("score", False),
     "high compression": ("score", False),
@@ -126,7 +126,7 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
     with tqdm(total=len(layers) * len(jobs), desc="forced merges", unit="merge", disable=not setting.progress) as bar:
         for index, layer in enumerate(layers):
             merger = _forcing([layer], setting.window).prepare(setting.model)
-            merger.center.copy_(centers.center[index : index + 1])
+            merger.weights.center.copy_(centers.weights.center[index : index + 1])
             for part in in_passes([len(capture.sequences[seq].tokens) for seq, _ in jobs]):
                 alike = [(seq, NOTHING) for seq in dict.fromkeys(jobs[at][0] for at in part)]
                 for found in _forced(setting, merger, layer, [*alike, *(jobs[at] for at in part)]):
@@ -208,7 +208,7 @@ def score_grid(table: pd.DataFrame, capture: Capture, column: str) -> dict[int, 
 def policy_losses(
     setting: Setting, tested: Sequence[int], table: pd.DataFrame, *, shares: Sequence[float], n_random: int
 ) -> pd.DataFrame:
-    """Merge the same share of the tokens in all layers at once, chosen by each of `POLICIES`.
+    """Merge the same share of the tokens in all layers at once, chosen by each of `CHOICES`.
 
     Levels are set on the calibration sequences, so that this share of the tokens that can be merged joins in every layer.
 
@@ -232,13 +232,13 @@ def policy_losses(
     runs = [
         (share, policy, draw)
         for share in shares
-        for policy, (_, by_chance) in POLICIES.items()
+        for policy, (_, by_chance) in CHOICES.items()
         for draw in range(n_random if by_chance else 1)
     ]
     lines: list[dict[str, Any]] = []
     for share, policy, draw in tqdm(runs, desc="merging policies", unit="run", disable=not setting.progress):
         grid = _chance(setting, draw) if policy == "random choice" else grids.get(policy)
-        merger = _calibrated(setting, POLICIES[policy][0], share, grid, draw)
+        merger = _calibrated(setting, CHOICES[policy][0], share, grid, draw)
         lines += [
             {"policy": policy, "share": share, "draw": draw, **line} for line in _merged(setting, merger, tested, grid, plain)
         ]

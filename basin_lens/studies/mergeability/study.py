@@ -21,8 +21,8 @@ from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
 from basin_lens.studies.mergeability.forced_merges import (
+    CHOICES,
     LATER,
-    POLICIES,
     Costs,
     Setting,
     able_places,
@@ -347,7 +347,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, tokens: pd.DataFrame) ->
         facts = pd.DataFrame({"seq": wide.index, "doc": document[wide.index].to_numpy()})
         if measured.unit not in ("sequence", "document"):
             facts[measured.unit] = [_unit_of(capture, seq, measured.unit) for seq in wide.index]
-        for policy in POLICIES:
+        for policy in CHOICES:
             for versus in (None, BASELINE, "random"):
                 if policy == versus or (policy, versus) == (BASELINE, "random"):
                     continue

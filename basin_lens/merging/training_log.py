@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from basin_lens import records
 from basin_lens.errors import StoreError
 from basin_lens.files import write_file
-from basin_lens.merging.hook import RECORD
+from basin_lens.merging.merger_files import RECORD
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 _KIND = records.Kind("the log of a training", "json lines", "Train again, or delete the log to do without its figure.")
@@ -41,7 +41,8 @@ def refuse_other(folder: Path, key: str) -> None:
         known = key
     if known != key:
         raise StoreError(
-            f"expected a folder of this training ({key}), got {str(folder)!r} with the merger of another ({known}). Choose another folder, or "
+            f"expected a folder of this training ({key}), got {str(folder)!r} with the merger of another ({known}). Choose "
+            "another folder, or "
             "delete it."
         )
     refuse_foreign_log(folder)

@@ -17,8 +17,8 @@ def share_of(
 ) -> Float[Tensor, "batch pos"]:
     """How much of each token is read through its cluster, 0 to 1.
 
-    sigmoid((similarity - level) / temperature) where there is a cluster to join. The hard decision in the forward pass, with the soft
-    one's gradient (straight-through), unless `soft`.
+    sigmoid((similarity - level) / temperature) where there is a cluster to join. The hard decision in the forward pass, with the
+    soft one's gradient (straight-through), unless `soft`.
     """
     m = torch.sigmoid((similarity - levels) / temperature) * (assigned.leader >= 0)
     return m if soft else assigned.joined.to(m) + (m - m.detach())
@@ -27,8 +27,8 @@ def share_of(
 def read_weights(assigned: Assigned, share: Float[Tensor, "batch pos"], *, drop: bool) -> Float[Tensor, "batch query key"]:
     """Factor of each key's attention mass at each query: 1 for a raw token, 0 for a merged one, its size for a leader.
 
-    A factor of n on the mass is log(n) on the logit. A query sees only what was decided before it: row t sums the tokens whose `since`
-    is at most t.
+    A factor of n on the mass is log(n) on the logit. A query sees only what was decided before it: row t sums the tokens whose
+    `since` is at most t.
     """
     batch, length = share.shape
     change = share.new_zeros(batch, length + 1, length)
@@ -52,8 +52,8 @@ def read_pattern(
 ) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch query key"]]:
     """Attention over clusters, written as attention over tokens, from the plain pattern.
 
-    With `mean`, a member's value counts with its leader's key: that is the same as one row with the leader's key, the mean of the values,
-    and log(size) on the logit. Otherwise the leader's row alone is read, with log(size).
+    With `mean`, a member's value counts with its leader's key: that is the same as one row with the leader's key, the mean of the
+    values, and log(size) on the logit. Otherwise the leader's row alone is read, with log(size).
 
     Returns:
         the pattern, and the factors of `read_weights`.

@@ -1,0 +1,25 @@
+"""Keys of large norm are dropped (Devoto et al. 2024)."""
+
+from typing import Any
+
+from jaxtyping import Float
+
+from basin_lens.merging.policies.contract import Policy
+from basin_lens.merging.policies.score import Score
+
+
+class KeyNorm(Score):
+    """The score of a token is the norm of its key, mean over heads."""
+
+    name = "key_norm"
+    description = "no cluster: tokens whose keys have a norm above the level are dropped"
+    compares = False
+    takes_rows = False
+    needs_keys = True
+    drops = True
+
+    def key_scores(self, keys: Float[Any, "batch pos kv d_head"]) -> Float[Any, "batch pos"]:
+        return keys.double().norm(dim=3).mean(2)
+
+
+KEY_NORM = Policy("key norm", "keys of large norm dropped", rule=KeyNorm(), options={"drop": True})
