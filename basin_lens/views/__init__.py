@@ -3,10 +3,11 @@
 Each returns a value; showing and saving are separate.
 """
 
+from basin_lens.views.categories import distributions
 from basin_lens.views.codec_figures import size_bars
 from basin_lens.views.detection import dose_curve, roc
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
-from basin_lens.views.joint import distributions, joint_density, scatter
+from basin_lens.views.joint import joint_density, scatter
 from basin_lens.views.layers import layer_curve, position_map, result_curve
 from basin_lens.views.merges import merge_view, pareto, training_curves
 from basin_lens.views.pages.codec import code_page
