@@ -46,9 +46,12 @@ def size_bars(table: pd.DataFrame, *, column: str = "bits_per_byte", title: str 
     axes = figure.subplots()
     own = (shown["kind"] == "model").tolist()
     bars = axes.barh(
-        [marks.plain(name) for name in shown["coder"]], shown[column], color=[marks.COLORS[0] if mine else "#c8ccd0" for mine in own],
-        hatch=["//" if mine else "" for mine in own], edgecolor="#ffffff",
-    )  # fmt: skip
+        [marks.plain(name) for name in shown["coder"]],
+        shown[column],
+        color=[marks.COLORS[0] if mine else "#c8ccd0" for mine in own],
+        hatch=["//" if mine else "" for mine in own],
+        edgecolor="#ffffff",
+    )
     axes.bar_label(bars, [f"{value:.3f}" for value in shown[column]], padding=3, fontsize=8)
     axes.set_xlabel(marks.plain(column.replace("_", " ")))
     axes.set_title(marks.plain(title, 90), loc="left", fontsize=10)
