@@ -81,6 +81,23 @@ def write_file(
         ) from error
 
 
+def append_line(path: Place, line: str) -> None:
+    """Add a line to a text file, which is made if it is not there; a death may leave the last line cut.
+
+    Raises:
+        StoreError: what `write_file` refuses, or a place that cannot be written.
+    """
+    target = Path(path)
+    check_file(target)
+    try:
+        with target.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise StoreError(
+            f"expected a place that can be written, got {str(target)!r}: {error.strerror or error}. Choose another."
+        ) from error
+
+
 def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | int] = ()) -> None:
     """Refuse what `write_file` would: to be called before any long work, too.
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from basin_lens import records
 from basin_lens.errors import StoreError
-from basin_lens.files import write_file
+from basin_lens.files import append_line, write_file
 from basin_lens.merging.merger_files import RECORD
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -91,8 +91,4 @@ def rewrite_log(folder: Path, history: Sequence[dict[str, Any]]) -> None:
 
 def append_log(folder: Path, record: dict[str, Any]) -> None:
     """A line for a step."""
-    try:
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise StoreError(f"expected a folder that can be written, got {str(folder)!r}: {error}. Choose another.") from error
+    append_line(folder / LOG, json.dumps(record))

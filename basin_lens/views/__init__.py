@@ -3,14 +3,17 @@
 Each returns a value; showing and saving are separate.
 """
 
-from basin_lens.views.codes import code_page, size_bars
+from basin_lens.views.categories import distributions
+from basin_lens.views.codec_figures import size_bars
 from basin_lens.views.detection import dose_curve, roc
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
-from basin_lens.views.joint import distributions, joint_density, scatter
+from basin_lens.views.joint import joint_density, scatter
 from basin_lens.views.layers import layer_curve, position_map, result_curve
 from basin_lens.views.merges import merge_view, pareto, training_curves
-from basin_lens.views.pages import Section, study_page
-from basin_lens.views.report import Report, make_report
+from basin_lens.views.pages.codec import code_page
+from basin_lens.views.pages.page import Report
+from basin_lens.views.pages.report import make_report
+from basin_lens.views.pages.study import Section, study_page
 from basin_lens.views.tokens import TokenView, layer_view, token_view
 
 __all__ = [

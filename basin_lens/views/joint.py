@@ -1,7 +1,6 @@
-"""Two columns against each other at one layer, and one column by category."""
+"""Two columns against each other at one layer."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -9,16 +8,14 @@ from jaxtyping import Float
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
+from basin_lens.views.columns import BEFORE_UNIT, axis_words, is_flat, layer_of, numbers_of
 
 Scale = Literal["linear", "log", "rank"]
 
 _MOST_POINTS = 20_000  # drawn; lines and counts are of all
-_MOST_CATEGORIES = 24
-_BEFORE_UNIT = "\x00"  # in the words for an axis: where more words may come
 _FEWEST = 6  # documents, for an interval over them
 
 
@@ -86,8 +83,8 @@ def scatter(
         words.append(f"{len(drawn):,} of them drawn")
     if not len(rows):
         marks.say_nothing(axes)
-    elif _flat(rows["x"]) or _flat(rows["y"]):
-        words.append(f"no line: {x if _flat(rows['x']) else y} does not vary within sequences")
+    elif is_flat(rows["x"]) or is_flat(rows["y"]):
+        words.append(f"no line: {x if is_flat(rows['x']) else y} does not vary within sequences")
     else:
         grid = np.linspace(rows["x"].min(), rows["x"].max(), 60)
         slope, intercept, slopes, intercepts = _lines(rows, n_resamples, seed)
@@ -104,7 +101,7 @@ def scatter(
     axes.axhline(0.5 if y_scale == "rank" else 0, color=marks.GRAY, linewidth=0.7, zorder=1)
     axes.axvline(0.5 if x_scale == "rank" else 0, color=marks.GRAY, linewidth=0.7, zorder=1)
     for setter, name, scale in ((axes.set_xlabel, names[0], x_scale), (axes.set_ylabel, names[1], y_scale)):
-        setter(name if scale == "rank" else name.replace(_BEFORE_UNIT, "\ndeviation from its sequence's mean"))
+        setter(name if scale == "rank" else name.replace(BEFORE_UNIT, "\ndeviation from its sequence's mean"))
     marks.bare(axes)
     words += [note for note in (left_out, controls_note) if note]
     marks.finish(figure, f"{y} and {x} within sequences, layer {layer}", "; ".join(words))
@@ -156,7 +153,7 @@ def joint_density(
         beside.hist(rows["y"], bins=40, range=spans[1], color=marks.COLORS[0], orientation="horizontal")
     else:
         marks.say_nothing(axes)
-    axes.set(xlabel=names[0].replace(_BEFORE_UNIT, ""), ylabel=names[1].replace(_BEFORE_UNIT, ""), xlim=spans[0], ylim=spans[1])
+    axes.set(xlabel=names[0].replace(BEFORE_UNIT, ""), ylabel=names[1].replace(BEFORE_UNIT, ""), xlim=spans[0], ylim=spans[1])
     marks.bare(axes)
     for side, hidden, label in ((above, "x", "y"), (beside, "y", "x")):
         marks.bare(side)
@@ -168,139 +165,17 @@ def joint_density(
     return figure
 
 
-@whole_numbers(TableError)
-def distributions(
-    table: pd.DataFrame,
-    column: str,
-    by: str,
-    layer: int,
-    *,
-    order: Sequence[Any] | None = None,
-    y_scale: Literal["linear", "log"] = "linear",
-) -> Figure:
-    """How a score is distributed in each category of tokens at one layer: violins with median and quartiles.
-
-    Args:
-        table: from `analyze`, of one run; any table with a column `layer`.
-        column: numeric column.
-        by: label column; tokens without a label are left out and counted.
-        layer: block index.
-        order: which categories, from left to right; None: all, numbers by size, others from frequent to rare.
-        y_scale: `"linear"`, or `"log"`: log10 of the column, positive values only.
-
-    Returns:
-        a matplotlib Figure, with the number of tokens under each category. Categories with fewer than 5 tokens, or with one value, have
-        no violin. The axis ends at the 0.5th and 99.5th percentile of all values, and the line below counts what lies beyond.
-
-    Raises:
-        TableError: missing or not numeric columns, no such layer, several runs, unknown categories or more than 24.
-
-    Example:
-        >>> import numpy as np
-        >>> import pandas as pd
-        >>> import basin_lens as bl
-        >>> table = pd.DataFrame({"layer": 3, "tag": ["A", "B"] * 20, "a": np.random.default_rng(0).normal(size=40)})
-        >>> [text.get_text() for text in bl.views.distributions(table, "a", "tag", layer=3).axes[0].get_xticklabels()]
-        ['A\\nn = 20', 'B\\nn = 20']
-    """
-    rows = _at(table, [column, by], layer)
-    values, labels = _numbers(rows, column), rows[by]
-    if y_scale not in ("linear", "log"):
-        raise TableError(f'expected a scale "linear" or "log", got {y_scale!r}.')
-    if y_scale == "log":
-        values = np.log10(values.where(values > 0))
-    there = np.isfinite(values) & labels.notna()
-    values, labels = values[there], labels[there]
-    kinds = _order(labels, by, order)
-    inside = labels.isin(kinds)
-    known = values[inside].to_numpy()
-    figure = Figure(figsize=(max(4.6, 0.72 * len(kinds) + 1.4), 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = np.percentile(known, (0.5, 99.5)) if len(known) else (0.0, 1.0)
-    for place, kind in enumerate(kinds):
-        _violin(axes, place, values[labels == kind].to_numpy(), float(low), float(high))
-    if not len(known):
-        marks.say_nothing(axes)
-    counts = [int((labels == kind).sum()) for kind in kinds]
-    axes.set_xticks(
-        range(len(kinds)), [f"{marks.plain(kind, 14)}\nn = {count:,}" for kind, count in zip(kinds, counts, strict=True)]
-    )
-    axes.set_xlim(-0.6, len(kinds) - 0.4)
-    margin = 0.04 * (high - low) or 0.5 * abs(low) or 0.5
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_xlabel(marks.plain(by))
-    name = _titled(table, column).replace(_BEFORE_UNIT, "")
-    axes.set_ylabel(f"log10 {name}" if y_scale == "log" else name)
-    marks.bare(axes)
-    beyond = int(((known < low - margin) | (known > high + margin)).sum())
-    words = [f"{len(known):,} tokens" + (f" of {rows['doc'].nunique():,} documents" if "doc" in rows else "")]
-    words.append("white dot: median; thick line: quartiles; shape: density, as wide for each")
-    if beyond:
-        words.append(f"{beyond:,} values beyond the axis")
-    if (~there).any():
-        words.append(f"{int((~there).sum()):,} tokens without a {'positive ' * (y_scale == 'log')}value or label left out")
-    marks.finish(figure, f"{column} by {by}, layer {layer}", "; ".join(words))
-    return figure
-
-
-def _violin(axes: Any, place: int, values: np.ndarray, low: float, high: float) -> None:
-    """One category. The density is of the values on the axis only: a far one would smooth all others away."""
-    if not len(values):
-        axes.text(place, 0.5, "no values", transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="center", fontsize=8)
-        return
-    near = values[(values >= low) & (values <= high)]
-    if len(near) >= 5 and not _flat(pd.Series(near)):
-        for body in axes.violinplot([near], [place], widths=0.8, showextrema=False)["bodies"]:
-            body.set(facecolor=marks.COLORS[5], edgecolor=marks.COLORS[0], alpha=0.65, linewidth=0.8)
-    else:
-        axes.plot(np.full(len(values), place), values, "_", color=marks.COLORS[0], markersize=9, gid="values")
-    first, median, last = np.percentile(values, (25, 50, 75))
-    axes.vlines([place], [first], [last], color="#1a1a1a", linewidth=3.5, zorder=3).set_gid("quartiles")
-    axes.plot([place], [median], "o", color="#1a1a1a", markerfacecolor="white", markersize=5, zorder=4, gid="median")
-
-
-def _order(labels: pd.Series, by: str, order: Sequence[Any] | None) -> list[Any]:
-    there = labels.value_counts()
-    if order is not None:
-        unknown = [kind for kind in order if kind not in there.index]
-        if unknown or not len(order):
-            raise TableError(f"expected values of {by!r} as order, got {list(order)}; it has {there.index.tolist()[:30]}.")
-        kinds = list(order)
-    elif pd.api.types.is_numeric_dtype(labels):
-        kinds = sorted(there.index.tolist())
-    else:
-        kinds = there.index.tolist()
-    if len(kinds) > _MOST_CATEGORIES:
-        raise TableError(f"expected at most {_MOST_CATEGORIES} categories, got {len(kinds)} of {by!r}. Choose some: order=[...].")
-    return kinds
-
-
-def _at(table: pd.DataFrame, columns: Sequence[str], layer: int) -> pd.DataFrame:
-    tables.require(table, *columns)
-    if "run" in table and table["run"].nunique() != 1:
-        raise TableError(f"expected a table of one run, got {table['run'].nunique()}. Choose one: table[table.run == ...].")
-    return tables.at_layer(table, layer)
-
-
-def _numbers(rows: pd.DataFrame, column: str) -> pd.Series:
-    if not pd.api.types.is_numeric_dtype(rows[column]):
-        raise TableError(
-            f"expected a numeric column, got {column!r} of {rows[column].dtype}. Pass it as by=, or turn it into numbers."
-        )
-    return rows[column].astype(float)
-
-
 def _pairs(
     table: pd.DataFrame, x: str, y: str, layer: int, x_scale: str, y_scale: str
 ) -> tuple[pd.DataFrame, tuple[str, str], str]:
     """Rows `x, y, seq, doc` with both values, the words for the axes, and what was left out."""
-    held = _at(table, [x, y, "seq", "doc"], layer)
-    rows = pd.DataFrame({"x": _numbers(held, x), "y": _numbers(held, y), "seq": held["seq"], "doc": held["doc"]})
+    held = layer_of(table, [x, y, "seq", "doc"], layer)
+    rows = pd.DataFrame({"x": numbers_of(held, x), "y": numbers_of(held, y), "seq": held["seq"], "doc": held["doc"]})
     names, notes = [], []
     for name, column, scale in (("x", x, x_scale), ("y", y, y_scale)):
         if scale not in ("linear", "log", "rank"):
             raise TableError(f'expected a scale "linear", "log" or "rank", got {scale!r}.')
-        title = _titled(table, column)
+        title = axis_words(table, column)
         if scale == "log":
             negative = int((rows[name] <= 0).sum())
             rows[name] = np.log10(rows[name].where(rows[name] > 0))
@@ -316,15 +191,6 @@ def _pairs(
             grouped = rows.groupby("seq")[name]
             rows[name] = grouped.rank() / (grouped.transform("size") + 1)
     return rows, (names[0], names[1]), "; ".join(notes)
-
-
-def _titled(table: pd.DataFrame, column: str) -> str:
-    unit = marks.unit_of(table, column)
-    return f"{marks.plain(column)}{_BEFORE_UNIT}{f' [{marks.plain(unit)}]' if unit else ''}"
-
-
-def _flat(values: pd.Series) -> bool:
-    return bool(np.ptp(values.to_numpy()) <= 1e-10 * max(1e-300, float(np.abs(values).max())))
 
 
 def _span(values: pd.Series) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Token merging as pictures: what it costs against what it saves, how training went, who merged into whom."""
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from matplotlib.figure import Figure
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
-from basin_lens.views.tokens import TokenView
+from basin_lens.views.pages.page import render, within_script
+from basin_lens.views.tokens import TokenView, shown_text
 
 _MARKS = "oDs^vPX<>*hd"
 _HUES = 12
@@ -150,24 +150,32 @@ def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequenc
         raise TableError("expected token texts, got none. Give tokens=, or a column token.")
     texts = list(tokens) if tokens is not None else rows["token"].astype(str).tolist()
     clusters = {leader: i for i, leader in enumerate(rows.loc[rows["cluster_size"] > 1, "leader"].unique())}
-    parts = []
-    lines: list[Any] = list(rows.itertuples())
-    for row, text in zip(lines, texts, strict=True):
-        said = f"place {row.pos}: "
-        if row.merged:
-            said += f"merged into {texts[int(row.leader)]!r} at place {row.leader}; cluster of {row.cluster_size} tokens"
-        elif row.cluster_size > 1:
-            said += f"leader of a cluster of {row.cluster_size} tokens"
-        else:
-            said += "a row of its own"
-        number = clusters.get(row.leader)
-        style = "" if number is None else f"background:hsl({number % _HUES * 360 // _HUES} 70% {88 - 8 * (number // _HUES % 3)}%);"
-        style += "text-decoration:underline;" if row.merged else "font-weight:600;" if number is not None else ""
-        shown = html.escape(text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") or "∅")
-        parts.append(f'<span title="{html.escape(said, quote=True)}" style="{style}white-space:pre-wrap">{shown}</span>')
     caption = (
         f"Layer {layer}: {int(rows['merged'].sum())} of {len(rows)} tokens merged. One color per cluster (colors repeat), the leader bold, members "
         "underlined; hover for who and where."
     )
-    body = f'<p class="token-caption">{html.escape(caption)}</p><p style="line-height:1.7">{"".join(parts)}</p>'
-    return TokenView(body, "", "", f"Merges, layer {layer}")
+    shown = [
+        {"text": shown_text(text), "said": _said(row, texts), "style": _style(bool(row.merged), clusters.get(row.leader))}
+        for row, text in zip(rows.itertuples(), texts, strict=True)
+    ]
+    body = render("merges.html", caption=caption, tokens=shown)
+    return TokenView(body, within_script(""), within_script(""), f"Merges, layer {layer}")
+
+
+def _said(row: Any, texts: Sequence[str]) -> str:
+    """What is shown of a token on hover."""
+    if row.merged:
+        what = f"merged into {texts[int(row.leader)]!r} at place {row.leader}; cluster of {row.cluster_size} tokens"
+    elif row.cluster_size > 1:
+        what = f"leader of a cluster of {row.cluster_size} tokens"
+    else:
+        what = "a row of its own"
+    return f"place {row.pos}: {what}"
+
+
+def _style(merged: bool, cluster: int | None) -> str:
+    """CSS of a token in the cluster of this number; None: in none."""
+    ground = ""
+    if cluster is not None:
+        ground = f"background:hsl({cluster % _HUES * 360 // _HUES} 70% {88 - 8 * (cluster // _HUES % 3)}%);"
+    return ground + ("text-decoration:underline;" if merged else "font-weight:600;" if cluster is not None else "")

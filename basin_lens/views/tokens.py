@@ -1,6 +1,5 @@
 """Text colored by scores, with CircuitsVis: one or several at one layer, or all layers."""
 
-import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,25 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from markupsafe import Markup, escape
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.files import write_file
 from basin_lens.values import whole_numbers
-
-_PAGE = (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    '<title>{title}</title></head><body style="font-family:system-ui,sans-serif;margin:2rem auto;max-width:52rem;'
-    'color:#1b1b1b;background:#fff">{body}</body></html>'
-)
-_STYLE = (
-    "<style>.colored-tokens em{color:#777;font-style:normal;border-bottom:1px dotted #777}"
-    # On a pad of its own: CircuitsVis writes white on white where there is no value.
-    ".colored-tokens i{font-style:normal;border-bottom:1px dotted #777;color:#1b1b1b;background:rgba(255,255,255,.6)}"
-    ".colored-tokens small{font-style:italic}"
-    ".token-caption{font-size:.9rem;color:#555}.token-scale{font-size:.8rem;color:#555;border-collapse:collapse}"
-    ".token-scale th,.token-scale td{padding:.1rem .6rem;text-align:right;font-variant-numeric:tabular-nums}</style>"
-)
+from basin_lens.views.pages.page import page_of, render, within_script
 
 
 @dataclass(frozen=True)
@@ -37,16 +23,15 @@ class TokenView:
     only once.
     """
 
-    body: str
-    call: str = field(repr=False)
-    script: str = field(repr=False)
+    body: Markup
+    call: Markup = field(repr=False)
+    script: Markup = field(repr=False)
     title: str
 
     @property
     def html(self) -> str:
         """A fragment that carries its own script."""
-        # A module, as CircuitsVis makes it: run when the element is there, and its names are its own.
-        return f'{self.body}<script type="module">{self.script}\n{self.call}</script>'
+        return str(render("view.html", view=self))
 
     def _repr_html_(self) -> str:
         return self.html
@@ -57,7 +42,7 @@ class TokenView:
         Raises:
             StoreError: the place cannot be written.
         """
-        write_file(path, _PAGE.format(title=html.escape(self.title), body=self.html))
+        page_of("view_page.html", title=self.title, view=self).save(path)
 
 
 @whole_numbers(TableError)
@@ -199,25 +184,27 @@ def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | 
         "from it in the score's unit. Gray and underlined: no score at all; underlined: no score at some layer or of some kind, where it "
         "shows 0. The last two boxes are the ends of the scale."
     )
-    return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", _scale_table(layers, units, scales, there))
+    return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", _scales(layers, units, scales, there))
 
 
-def _scale_table(layers: Sequence[int], units: dict[str, str], scales: np.ndarray, there: np.ndarray) -> str:
-    """What white and the ends of the colors are at each layer."""
-    top = "".join(
-        f"<th>{html.escape(f'{name} [{unit}]: middle')}</th><th>± end</th><th>without</th>" for name, unit in units.items()
-    )
-    lines = []
-    for at, layer in enumerate(layers):
-        cells = "".join(
-            f"<td>{middle:.3g}</td><td>{bound:.3g}</td><td>{int((~known).sum())}</td>"
+@dataclass(frozen=True)
+class _Scales:
+    """What white and the ends of the colors are: names of the scores, and for each layer its cells, three to a score."""
+
+    names: list[str]
+    layers: dict[int, list[str]]
+
+
+def _scales(layers: Sequence[int], units: dict[str, str], scales: np.ndarray, there: np.ndarray) -> _Scales:
+    cells = {
+        layer: [
+            text
             for (middle, bound), known in zip(scales[at], there[:, at].T, strict=True)
-        )
-        lines.append(f"<tr><td>{layer}</td>{cells}</tr>")
-    return (
-        "<details><summary class='token-caption'>Middle and ends of the colors at each layer, and tokens without a score</summary>"
-        f"<div style='overflow-x:auto'><table class='token-scale'><tr><th>layer</th>{top}</tr>{''.join(lines)}</table></div></details>"
-    )
+            for text in (f"{middle:.3g}", f"{bound:.3g}", str(int((~known).sum())))
+        ]
+        for at, layer in enumerate(layers)
+    }
+    return _Scales([f"{name} [{unit}]" for name, unit in units.items()], cells)
 
 
 # Tags without attributes, for the reason given in `visible`; unlike tokens, in small italics.
@@ -265,21 +252,24 @@ def _sequence(rows: pd.DataFrame, table: pd.DataFrame, seq: int | None) -> tuple
     return rows, seq
 
 
-def _assemble(drawn: str, captions: Sequence[str], title: str, below: str = "") -> TokenView:
+def _assemble(drawn: str, captions: Sequence[str], title: str, scales: _Scales | None = None) -> TokenView:
     """A view from CircuitsVis' own markup, with its script apart."""
     head, rest = drawn.split('<script crossorigin type="module">', 1)
     start, end = rest.index("CircuitsVis.render("), rest.rindex("</script>")
     element = head.split('id="', 1)[1].split('"', 1)[0]
-    # CircuitsVis leaves its element open, and would clear away whatever follows it on the page.
-    place = f'<div id="{element}" style="margin:15px 0"></div>'
-    words = "".join(f'<p class="token-caption">{html.escape(caption)}</p>' for caption in captions)
     # Names of scores are text within a script: "<" must not begin a tag there.
     call = rest[start:end].strip().replace("<", "\\u003c")
-    return TokenView(f"{_STYLE}{words}{place}{below}", call, rest[:start].strip(), title)
+    body = render("tokens.html", captions=captions, element=element, scales=scales)
+    return TokenView(body, within_script(call), within_script(rest[:start].strip()), title)
 
 
 def visible(token: str, scored: bool, everywhere: bool = True) -> str:
     """Token text as harmless HTML (CircuitsVis writes it into the page as it is), with line ends and empty tokens made visible."""
-    text = html.escape(token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥") or "∅")
+    text = escape(shown_text(token))
     # CircuitsVis turns every space into &nbsp;, so the tag can have no attributes: the style is set beside it.
-    return f"<em>{text}</em>" if not scored else text if everywhere else f"<i>{text}</i>"
+    return str(Markup("<em>%s</em>") % text if not scored else text if everywhere else Markup("<i>%s</i>") % text)
+
+
+def shown_text(token: str) -> str:
+    """Token text with line ends, tabs and an empty token made visible."""
+    return token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥") or "∅"

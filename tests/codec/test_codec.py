@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 import random
 import re
@@ -44,6 +45,7 @@ from basin_lens.errors import (
     WrongEnvironmentError,
     WrongModelError,
 )
+from basin_lens.views.codec_figures import growth_lines, rank_bars, rank_shares
 from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, make_tokenizer, random_tokens
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "codec_v1.blz"
@@ -911,7 +913,8 @@ def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
     page, folder = tmp_path / "page.html", tmp_path / "bench"
     assert call(monkeypatch, "codec-view", str(text), "--out", str(page))[0] == 0
     made = page.read_text(encoding="utf-8")
-    assert "<script" not in made and "http" not in made.replace("http://www.w3.org/2000/svg", "") and "\0" not in made
+    assert "<script" not in made and not re.search("https?:", made) and "\0" not in made
+    assert re.findall(r'(?:src|href)="(.{22})', made) == ["data:image/png;base64,"] * 2
     assert made.count('<span class="b') == len(codec.TextCodec(cli_codec._load("")).ranks(text.read_bytes()))
     code, said, _ = call(monkeypatch, "codec-bench", str(text), str(text), "--out", str(folder))
     assert code == 0 and said.count(b"xz -9e") == 2
@@ -969,12 +972,32 @@ def test_drawings_keep_their_words_apart_and_name_their_units():
     row = {"token": "a", "probability": 0.5, "bits": 1.0, "top": ["a"], "top_probability": [0.5]}
     table = pd.DataFrame([row | {"rank": rank} for rank in (0, 1, 700, 40_000)])
     growth = pd.DataFrame({"original": [0, 900], "model": [0.0, 300.0], "gzip": [0, 302], "xz": [0, 302]})
-    made = bl.views.code_page(table, growth=growth).html
-    found = {name: float(y) for y, name in re.findall(r'<text x="545" y="([\d.]+)" font-size="12">(\w+) ', made)}
-    heights = sorted(found.values())
-    assert len(heights) == 3 and min(np.diff(heights)) > 13.9 and heights[-1] < 252
-    for word in ("302 bytes compressed", "900 bytes of text", "share of tokens", ">rank<", ">0<", ">512+<", ">2\u00b9\u2075+<"):
-        assert word in made
+    lines, bars = growth_lines(growth), rank_bars(table["rank"].to_numpy())
+    for figure in (lines, bars):
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        words = [text for text in (*axes.texts, *axes.get_xticklabels(), axes.xaxis.label) if text.get_text()]
+        boxes = [word.get_window_extent() for word in words]
+        assert not [(one, other) for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+        assert all(0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
+    assert [text.get_text() for text in lines.axes[0].texts] == ["model 300", "gzip 302", "xz 302"]
+    assert (lines.axes[0].get_xlabel(), lines.axes[0].get_ylabel()) == ("bytes of text", "bytes compressed")
+    assert (bars.axes[0].get_xlabel(), bars.axes[0].get_ylabel()) == ("rank", "share of tokens")
+    names = [label.get_text() for label in bars.axes[0].get_xticklabels()]
+    assert names[:3] == ["0", "1", "2+"] and names[10:12] == ["512+", "2\u00b9\u2070+"] and names[-1] == "2\u00b9\u2075+"
+    # What the pictures show can be heard, too.
+    first, second = re.findall(r' alt="([^"]*)"', bl.views.code_page(table, growth=growth).html)
+    assert first.endswith("Bytes compressed of 900 bytes of text: model 300, gzip 302, xz 302")
+    assert "Share of tokens by rank: 0: 25.0%, 1: 25.0%, 2+: 0.0%" in second
+
+
+def test_shares_of_ranks_are_those_of_their_ranges():
+    ranks = np.array([0, 0, 1, 2, 3, 4, 7, 8])
+    names, shares, expected = rank_shares(ranks, np.full(100, 0.01))
+    assert names == ["0", "1", "2+", "4+", "8+"]
+    np.testing.assert_allclose(shares, [2 / 8, 1 / 8, 2 / 8, 2 / 8, 1 / 8])
+    np.testing.assert_allclose(expected, [0.01, 0.01, 0.02, 0.04, 0.08])
+    assert rank_shares(ranks) == (names, shares, [])
 
 
 def test_growth_ends_at_the_whole_text(llama):

@@ -105,6 +105,17 @@ def test_never_onto_the_input_by_whatever_name(tmp_path, monkeypatch):
     assert source.read_text() == "mine"
 
 
+def test_a_line_is_added_to_a_file_and_never_through_a_link(tmp_path):
+    for line in ("one", "é"):
+        files.append_line(tmp_path / "log", line)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\né\n"
+    (tmp_path / "link").symlink_to(tmp_path / "log")
+    for place in (tmp_path / "link", tmp_path, tmp_path / "none" / "log"):
+        with pytest.raises(StoreError):
+            files.append_line(place, "x")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\né\n"
+
+
 def test_never_through_a_link_nor_in_place_of_a_folder(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "link").symlink_to("theirs")

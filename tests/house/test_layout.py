@@ -13,6 +13,19 @@ import basin_lens as bl
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "basin_lens").rglob("*.py"))
+TEMPLATES = [str(path.relative_to(ROOT)) for path in (ROOT / "basin_lens" / "views" / "pages" / "templates").iterdir()]
+
+WRITERS = {"files.py", "locks.py"}
+# Functions that fill a folder or a path which `files` made, and which takes its place whole when they are done.
+FILL = {
+    "_download": "the scratch folder of write_file",
+    "_write": "the new folder of a study",
+    "copy_borders": "the new folder of a capture",
+    "seal_file": "the path of write_file, or a file in a new folder",
+    "write_borders": "the new folder of a capture",
+    "write_record": "the new folder of a capture",
+    "write_tensors": "the path of write_file",
+}
 
 
 def test_import_contracts_hold():
@@ -87,6 +100,108 @@ def test_no_pickle():
         assert not re.search(r"\bpickle\b|torch\.load\(|torch\.save\(", path.read_text(encoding="utf-8")), path
 
 
+WRITE_TO_FIRST = {
+    "savefig",
+    "to_csv",
+    "to_parquet",
+    "to_json",
+    "to_html",
+    "to_excel",
+    "to_feather",
+    "to_hdf",
+    "to_pickle",
+    "tofile",
+}
+WRITE_ALWAYS = {"write_text", "write_bytes", "save_file", "write_table", "copyfile", "copy2", "copytree", "move", "savez", "imsave"}
+WRITE_IN = {("json", "dump"), ("np", "save"), ("np", "savetxt"), ("numpy", "save"), ("os", "replace"), ("shutil", "copy")}
+
+
+def writes(call: ast.Call, buffers: set[str]) -> bool:
+    """Whether a call writes to a file: by its name, and by the mode of what it opens. Buffers in memory are no files."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = call.func.value.id if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) else ""
+    if name in WRITE_TO_FIRST:
+        targets = [*call.args[:1], *(word.value for word in call.keywords if word.arg in ("path_or_buf", "path", "fname"))]
+        return any(not (isinstance(target, ast.Name) and target.id in buffers) for target in targets)
+    if name in ("open", "fdopen", "ZipFile") and owner != "os":
+        modes = [one.value for one in (*call.args[:2], *(word.value for word in call.keywords)) if isinstance(one, ast.Constant)]
+        return any(isinstance(mode, str) and re.fullmatch("[rwaxbt+]{1,4}", mode) and set(mode) & set("wax+") for mode in modes)
+    if (owner, name) == ("os", "open"):
+        return "O_WRONLY" in ast.unparse(call) or "O_RDWR" in ast.unparse(call)
+    return name in WRITE_ALWAYS or (owner, name) in WRITE_IN
+
+
+def unattended(tree: ast.Module) -> list[tuple[int, str]]:
+    """Lines that write, outside of what `write_file` is given to call, with the name of their function."""
+    found: list[tuple[int, str]] = []
+
+    def visit(node: ast.AST, function: str, buffers: set[str], given: set[str]) -> None:
+        if isinstance(node, ast.FunctionDef):
+            if node.name in given:
+                return
+            function = node.name
+            calls = [one for one in ast.walk(node) if isinstance(one, ast.Call)]
+            given = given | {
+                arg.id
+                for one in calls
+                if getattr(one.func, "id", getattr(one.func, "attr", "")) == "write_file"
+                for arg in one.args[1:]
+                if isinstance(arg, ast.Name)
+            }
+            buffers = {
+                target.id
+                for one in ast.walk(node)
+                if isinstance(one, ast.Assign) and ast.unparse(one.value).endswith("BytesIO()")
+                for target in one.targets
+                if isinstance(target, ast.Name)
+            }
+        if isinstance(node, ast.Call):
+            if getattr(node.func, "id", getattr(node.func, "attr", "")) == "write_file":
+                return
+            if writes(node, buffers):
+                found.append((node.lineno, function))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function, buffers, given)
+
+    visit(tree, "", set(), set())
+    return found
+
+
+def test_nothing_but_the_files_room_writes():
+    filled = set()
+    for path in SOURCES:
+        if path.name in WRITERS and path.parent.name == "basin_lens":
+            continue
+        for line, function in unattended(ast.parse(path.read_text(encoding="utf-8"))):
+            assert function in FILL, (
+                f"{path.relative_to(ROOT)}:{line}: write through basin_lens.files, or say in FILL what it fills"
+            )
+            filled.add(function)
+    assert filled == set(FILL), "functions that write no more leave the list"
+
+
+@pytest.mark.parametrize(
+    ("code", "is_a_writer"),
+    [
+        ("path.write_text(text)", True),
+        ("with open(path, 'w') as file: file.write(text)", True),
+        ("with path.open('ab') as file: file.write(text)", True),
+        ("with path.open(mode='r+b') as file: file.write(text)", True),
+        ("figure.savefig(path)", True),
+        ("table.to_csv(path)", True),
+        ("json.dump(facts, file)", True),
+        ("def f():\n    drawn = io.BytesIO()\n    figure.savefig(drawn)", False),
+        ("text = table.to_csv(index=False)", False),
+        ("with path.open() as file: file.read()", False),
+        ("with path.open('rb') as file: file.read()", False),
+        ("write_file(path, lambda place: figure.savefig(place))", False),
+        ("def f():\n    def fill(place): place.write_bytes(b'')\n    write_file(path, fill)", False),
+    ],
+)
+def test_writers_are_recognized(code, is_a_writer):
+    assert bool(unattended(ast.parse(code))) == is_a_writer
+
+
 def test_no_file_has_outgrown_its_room():
     long = {path.name: count for path in SOURCES if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450}
     assert not long, "a stage that outgrows about 400 lines becomes a folder"
@@ -102,6 +217,6 @@ def test_package_data_is_in_the_wheel(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("basin_lens/py.typed", "basin_lens/views/report.html", "basin_lens/data/passages/fiction.txt"):
+    for needed in ("basin_lens/py.typed", *TEMPLATES, "basin_lens/data/passages/fiction.txt"):
         assert needed in names
     assert not [name for name in names if name.startswith("tests")]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -254,6 +255,32 @@ def test_study_page_never_turns_text_into_markup():
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in page
 
 
+def test_only_one_module_makes_markup_and_every_template_escapes():
+    from basin_lens.views.pages import page
+
+    rooms = Path(bl.__file__).parent
+    templates = sorted((rooms / "views" / "pages" / "templates").iterdir())
+    assert {path.suffix for path in templates} == {".html", ".css", ".js"}
+    for path in templates:
+        assert not re.search(r"\|\s*safe\b|autoescape|Markup", path.read_text(encoding="utf-8")), path
+    assert page._ENVIRONMENT.autoescape is True
+    makers = {path.name for path in rooms.rglob("*.py") if re.search(r"\bMarkup\((?!\"<)", path.read_text(encoding="utf-8"))}
+    assert makers == {"page.py"}
+    assert [path.name for path in rooms.rglob("*.py") if re.search(r"\bEnvironment\(", path.read_text(encoding="utf-8"))] == [
+        "page.py"
+    ]
+    written_by_hand = re.compile(r"</(?!script)\w+>")
+    shown_with_tags = {path.name for path in rooms.rglob("*.py") if written_by_hand.search(path.read_text(encoding="utf-8"))}
+    assert shown_with_tags == {"tokens.py", "report.py"}, "the tags that CircuitsVis takes; an example"
+
+
+def test_code_within_a_script_cannot_end_it():
+    from basin_lens.views.pages.page import within_script
+
+    with pytest.raises(AssertionError):
+        within_script("1</Script>")
+
+
 def test_study_page_holds_figures_and_shares_the_script_of_its_views(run):
     import base64
 
@@ -293,7 +320,7 @@ def test_study_page_says_once_what_every_row_of_a_wide_table_says():
     table = pd.DataFrame({"layer": range(3), "estimate": [0.1, 0.2, 0.3], **dict.fromkeys("abcdefg", "same"), "note": ""})
     page = study(sections=[bl.views.Section("t", table=table)], flags=None)
     assert "In every row: a same; b same;" in page
-    assert re.findall(r"<th(?: class=n)?>(.*?)</th>", page) == ["layer", "estimate"]
+    assert re.findall(r'<th(?: class="n")?>(.*?)</th>', page) == ["layer", "estimate"]
 
 
 def test_layer_curve_shows_the_summary(run):

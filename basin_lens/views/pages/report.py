@@ -1,12 +1,8 @@
 """One offline page for a run: token view by layer and score, layer curve, neighbors on click, what was left out."""
 
 import base64
-import html
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +10,7 @@ import pandas as pd
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.files import write_file
+from basin_lens.views.pages.page import Report, page_of
 
 _NOTES = (
     "compression is how much more the block shrinks the variance of a token's neighborhood than it shrinks unrelated states "
@@ -45,21 +41,6 @@ class KeptLike(Protocol):
     def score(self) -> str: ...
     @property
     def own(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Report:
-    """A self-contained page. It carries its data and script, and asks no outside site for anything."""
-
-    html: str
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page, all of it or nothing.
-
-        Raises:
-            StoreError: the place cannot be written.
-        """
-        write_file(path, self.html)
 
 
 def make_report(
@@ -117,11 +98,7 @@ def make_report(
         "provenance": json.dumps({runs[0]: facts}, indent=1),
         "neighbors": None if neighbors is None else _neighbors(neighbors, codes[len(first) :]),
     }
-    # "<" never appears in the data, so no token can end the script element or open one.
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    page = (resources.files("basin_lens") / "views" / "report.html").read_text(encoding="utf-8")
-    head, tail = page.split("__DATA__")
-    return Report(head.replace("__TITLE__", html.escape(title)) + text + tail)
+    return page_of("report.html", title=title, data=data)
 
 
 def _about(facts: dict[str, Any], first: pd.DataFrame, bank: dict[str, Any]) -> str:
@@ -166,10 +143,8 @@ def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> dict[str, Any]:
             return None
         return [None if not np.isfinite(v) else float(v) for v in summary[f"{name}_{suffix}"]]
 
-    return {
-        "mean": column("mean"), "low": column("low"), "high": column("high"), "reliability": column("reliability"),
-        "shown": analyzer != "Neighborhood",
-    }  # fmt: skip
+    columns = {suffix: column(suffix) for suffix in ("mean", "low", "high", "reliability")}
+    return {**columns, "shown": analyzer != "Neighborhood"}
 
 
 def _neighbors(kept: KeptLike, tokens: np.ndarray) -> dict[str, Any]:
