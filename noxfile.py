@@ -1,8 +1,6 @@
-"""What `.ci/run` proves, in sessions. Every environment is built from nothing.
+"""What `.ci/run` proves, in sessions; every environment is built from nothing.
 
-nox                            # both lanes of tests, lint, notebooks
-nox -s "tests(3.9)"
-nox -s benchmarks -- codec.py FILE
+`nox` runs both lanes of tests, lint and notebooks; `nox -s "tests(3.9)"` one of them; `nox -s benchmarks -- codec.py FILE` a benchmark.
 """
 
 import re
@@ -24,7 +22,7 @@ TWO_CORES = "-n 2 --dist loadfile"
 
 def environment(session: nox.Session, *packages: str) -> dict[str, str]:
     """Install the packages with the CPU build of torch, and give the variables that every command needs."""
-    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints = Path(session.virtualenv.location).resolve() / "constraints.txt"
     constraints.write_text("torch==2.13.0\n", encoding="utf-8")  # a plain torch would take a CUDA build of several GB
     variables = {**OFFLINE, "PIP_CONSTRAINT": str(constraints)}
     session.install("-q", "-U", "pip", env=variables)

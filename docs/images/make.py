@@ -1,6 +1,6 @@
 """Run the README's first example and photograph its token view: 40 seconds of one core.
 
-python docs/images/make.py        # needs Chromium (Debian package chromium) and an installed basin_lens
+`python docs/images/make.py`, with an installed basin_lens and Chromium (Debian package chromium).
 """
 
 import os
