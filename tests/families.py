@@ -1,8 +1,8 @@
-"""Tiny random models of every decoder family, and the README's table of which route serves which.
+"""Tiny random models of every decoder family, and the table of docs/benchmarks/transport.md: which route serves which.
 
     python -m tests.families            # prints the table as this environment's TransformerLens gives it
 
-`tests/contracts/test_transport.py` runs over the list.
+`tests/transport/test_contract.py` runs over the list.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,5 @@
 """The real SmolLM2-135M: what needs a trained model."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 import basin_lens as bl
 from basin_lens.texts import reference_passages
+from tests.house.test_documents import python_blocks
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
 ROOT = Path(__file__).parents[2]
@@ -50,13 +50,33 @@ def test_first_token_is_massive(table):
     assert rows[rows.pos == 0]["state_norm"].median() > 10 * rows[rows.pos > 0]["state_norm"].median()
 
 
-def test_readme_code_runs(real_model, tmp_path, monkeypatch):
-    """Every Python block of the README, in order, in one namespace."""
+PAGES = ("README.md", "docs/scores.md", "docs/memorization.md", "docs/codec.md", "docs/merging.md")
+
+
+def test_code_of_the_readme_and_the_pages_runs(real_model, tmp_path, monkeypatch, capsys):
+    """Every Python block, in order, in one namespace; what the README's first block prints is what stands below it."""
     monkeypatch.setenv("BASIN_LENS_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("basin_lens.model.load_model", lambda *_, **__: real_model)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) >= 2
     space: dict = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), space)
-    assert space["table"]["centroid_shift"].notna().any()
+    for page in PAGES:
+        blocks = python_blocks(ROOT / page)
+        assert blocks, page
+        for number, block in enumerate(blocks):
+            capsys.readouterr()
+            exec(compile(block, f"{page}, block {number}", "exec"), space)
+            if page == "README.md":
+                check_printed(block, capsys.readouterr().out)
+        if page == "README.md":
+            assert space["table"]["centroid_shift"].notna().any()
+            assert (tmp_path / "first_look.html").stat().st_size > 0
+
+
+def check_printed(block: str, printed: str) -> None:
+    """Words are the same; numbers too, to the last digit shown: processors round differently."""
+    shown = [line.removeprefix("#") for line in block.splitlines() if line.startswith("#")]
+    for ours, theirs in zip(" ".join(shown).split(), printed.split(), strict=True):
+        try:
+            assert float(theirs) == pytest.approx(float(ours), abs=0.011), (ours, theirs)
+        except ValueError:
+            assert theirs == ours

@@ -17,7 +17,7 @@ from tests.families import FAMILIES, LENGTHS, capture_of, families, model_of, se
 
 A = bl.analyzers
 EXACT = 1e-4
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "transport.md"
 REFUSED = {"Mamba": "state-space", "T5": "encoder-decoder"}
 WHOLE_ONLY = {"Bloom", "MPT", "Falcon", "native", "native, rotary", "shortformer positions"}
 HERE = [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families()]
@@ -170,10 +170,10 @@ def test_what_cannot_be_served_is_refused_before_it_runs(family, monkeypatch):
 
 
 @pytest.mark.parametrize("kinds", [("bridge", "native"), ("hooked",)], ids=["bridge", "hooked"])
-def test_the_readme_has_the_table(kinds):
+def test_the_page_of_transport_has_the_table(kinds):
     if not families(*kinds):
         pytest.skip("needs TransformerLens 3.9")
-    assert table(*kinds) in README.read_text(encoding="utf-8"), "python -m tests.families prints it"
+    assert table(*kinds) in PAGE.read_text(encoding="utf-8"), "python -m tests.families prints it"
 
 
 def test_hooked_transformer_is_ten_times_cheaper_than_the_rerun():
