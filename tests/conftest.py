@@ -122,13 +122,14 @@ def make_hooked(seed: int = 0, **changes):
 
 
 def replace_in_all_rooms(monkeypatch, name: str, new) -> None:
-    """Put something else in the place of a name of the model room, in every module that has imported it."""
+    """Put something else in the place of a name of the model room, in every module outside that room that has imported it."""
     import basin_lens.cli.main
     import basin_lens.studies
 
     old = getattr(basin_lens.model, name)
     for path, module in list(sys.modules.items()):
-        if path.startswith("basin_lens") and module.__dict__.get(name) is old:
+        own = path.startswith("basin_lens.model.")
+        if path.startswith("basin_lens") and not own and module.__dict__.get(name) is old:
             monkeypatch.setattr(module, name, new)
 
 

@@ -377,8 +377,8 @@ def test_few_units_are_not_halved_and_all_layers_are_paid_for(measured):
         row = base.settle("x", [found]).assign(holds=holds, effect="t", n_units=11).iloc[0]
         assert base.sentence(row).lower().count("too few units to halve (11): the best of 5 tests") == 1
     assert "fewer than 16 units" in base.IF_FEW
-    for study in ("importance", "layers", "codelength", "robustness"):
-        assert base.IF_FEW in getattr(bl.studies, study).HYPOTHESIS
+    for module in (importance, bl.studies.layers, codelength, robustness):
+        assert base.IF_FEW in module.HYPOTHESIS
 
 
 def test_units_that_cannot_be_halved_for_the_test_say_why(measured):
