@@ -2,7 +2,7 @@
 
     python -m tests.families            # prints the table as this environment's TransformerLens gives it
 
-`tests/contracts/test_transport.py` runs over the list.
+`tests/transport/test_contract.py` runs over the list.
 """
 
 from collections.abc import Callable

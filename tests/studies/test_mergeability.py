@@ -11,7 +11,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import BasinLensError, StudyError
-from basin_lens.studies.framework import base
+from basin_lens.studies.framework import base, measurement
 from basin_lens.studies.mergeability import forced_merges
 from basin_lens.studies.mergeability import study as mergeability
 from basin_lens.studies.mergeability.forced_merges import Setting
@@ -321,7 +321,7 @@ def forbidden(*_, **__):
 
 def test_refused_before_any_long_work(llama, measured, monkeypatch):
     monkeypatch.setattr(mergeability, "forced_costs", forbidden)
-    monkeypatch.setattr(bl.studies.measured, "score", forbidden)
+    monkeypatch.setattr(measurement, "score", forbidden)
     texts = [made_text(36, seed, f"doc-{seed}") for seed in range(14)]
     for wrong, match in (
         ({"tokens_per_sequence": 8}, "tokens_per_sequence of at least 16"), ({"window": 0}, "window of at least 1"),
@@ -361,8 +361,8 @@ def test_command_refuses_before_a_model_is_loaded(monkeypatch, documents, capsys
 
 def test_no_part_of_all_and_documented():
     assert "mergeability" not in S.STUDIES
-    assert bl.studies.measured.check_names("all") == list(S.STUDIES)
-    assert bl.studies.measured.check_names("mergeability") == ["mergeability"]
+    assert measurement.check_names("all") == list(S.STUDIES)
+    assert measurement.check_names("mergeability") == ["mergeability"]
     for part in ("Args:", "Returns:", "Raises:", "Source:", "Example:"):
         assert part in S.study_mergeability.__doc__
 

@@ -989,12 +989,12 @@ def planned(llama):
 
 
 def test_chosen_sequences(planned):
-    every, short = S.measured.choose_sequences(planned, None, 2, 0)
+    every, short = room.choose_sequences(planned, None, 2, 0)
     lengths = planned.lengths.tolist()
     assert every == [seq for seq, length in enumerate(lengths) if length >= room.FEWEST_TOKENS]
     assert short == len(lengths) - len(every) > 0
     for most in (1, 5, 12, 17, len(every), 999):
-        chosen, same = S.measured.choose_sequences(planned, most, 2, 0)
+        chosen, same = room.choose_sequences(planned, most, 2, 0)
         assert len(chosen) == min(most, len(every)) and same == short
         assert chosen == sorted(set(chosen)) and set(chosen) <= set(every)
 
@@ -1002,11 +1002,11 @@ def test_chosen_sequences(planned):
 @pytest.mark.parametrize("per_document", [1, 2, 3])
 def test_sequences_are_spread_over_documents(planned, per_document):
     docs = planned.docs
-    every, _ = S.measured.choose_sequences(planned, None, per_document, 0)
+    every, _ = room.choose_sequences(planned, None, per_document, 0)
     able = pd.Series([docs[seq] for seq in every]).value_counts()
     before: set[int] = set()
     for most in range(1, len(every) + 1):
-        chosen, _ = S.measured.choose_sequences(planned, most, per_document, 3)
+        chosen, _ = room.choose_sequences(planned, most, per_document, 3)
         assert before < set(chosen)  # more sequences are the same and others
         before = set(chosen)
         held = pd.Series([docs[seq] for seq in chosen]).value_counts().reindex(able.index, fill_value=0)
@@ -1020,7 +1020,7 @@ def test_sequences_are_spread_over_documents(planned, per_document):
 
 
 def test_the_choice_is_seeded(planned):
-    one, same, other = (S.measured.choose_sequences(planned, 6, 1, seed)[0] for seed in (0, 0, 1))
+    one, same, other = (room.choose_sequences(planned, 6, 1, seed)[0] for seed in (0, 0, 1))
     assert one == same != other
 
 
