@@ -24,7 +24,9 @@ def sources() -> list[Path]:
 
 
 def branches(function: ast.AST) -> int:
-    return sum(isinstance(node, _ONE) + (len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0) for node in ast.walk(function))
+    return sum(
+        isinstance(node, _ONE) + (len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0) for node in ast.walk(function)
+    )
 
 
 def lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -70,7 +72,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         for module in graph:
             if through in reach[module]:
                 reach[module] |= reach[through]
-    found = {tuple(sorted(m for m in graph if m in reach[module] and module in reach[m])) for module in graph if module in reach[module]}
+    found = {
+        tuple(sorted(m for m in graph if m in reach[module] and module in reach[m])) for module in graph if module in reach[module]
+    }
     return [list(circle) for circle in sorted(found)]
 
 

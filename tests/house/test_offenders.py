@@ -57,4 +57,8 @@ def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e2"}, "e2": {"e"}}
     assert offenders.circles(graph) == [["a", "b", "c"], ["e", "e2"]]
     trees = {"p": "import p.q", "p.q": "def f():\n    from p.r import x", "p.r": "from p import q"}
-    assert offenders.imports({name: ast.parse(text) for name, text in trees.items()}) == {"p": {"p.q"}, "p.q": {"p.r"}, "p.r": {"p.q"}}
+    assert offenders.imports({name: ast.parse(text) for name, text in trees.items()}) == {
+        "p": {"p.q"},
+        "p.q": {"p.r"},
+        "p.r": {"p.q"},
+    }
