@@ -138,6 +138,13 @@ def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> torch.Tens
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Named tests run in this process: each worker would first import torch and TransformerLens for ten seconds."""
+    named = [name for name in config.invocation_params.args if "::" in str(name) or str(name).endswith(".py")]
+    return 0 if 0 < len(named) < 4 else None
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now lives as long as the tests: statsmodels collects all garbage in every correction of p values, and
     need not walk through it (a third of a second each time)."""

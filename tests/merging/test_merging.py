@@ -1,7 +1,6 @@
 """Token merging: causality first, then the same numbers by another way, then options."""
 
 import dataclasses
-import doctest
 import inspect
 import json
 import math
@@ -1061,16 +1060,6 @@ def test_docstrings_have_their_parts(thing, parts):
     names = (f.name for f in dataclasses.fields(merging.Options)) if thing is TokenMerger else inspect.signature(thing).parameters
     for name in set(names) - {"self", "cls"}:
         assert f"{name}:" in text, name
-
-
-@pytest.mark.real
-@pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("name", [name for name, (_, parts) in DOCUMENTED.items() if "Example:" in parts])
-def test_examples_run(name, real_model, monkeypatch):
-    monkeypatch.setattr("basin_lens.model.load_model", lambda: real_model)
-    thing, said = DOCUMENTED[name][0], []
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), {}, name, None, None)
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
 
 
 def test_a_descriptor_of_no_direction_has_no_likeness():

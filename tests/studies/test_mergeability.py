@@ -367,17 +367,6 @@ def test_no_part_of_all_and_documented():
         assert part in S.study_mergeability.__doc__
 
 
-@pytest.mark.real
-@pytest.mark.usefixtures("real_model")
-def test_example_of_the_docstring():
-    import doctest
-    import inspect
-
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(S.study_mergeability), {}, "example", None, None)
-    said = []
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
-
-
 def test_sequences_as_units_and_a_label(llama, monkeypatch):
     """One document of many sequences; then a label."""
     monkeypatch.setattr(mergeability, "forced_costs", planted_costs(Always(), Always()))
