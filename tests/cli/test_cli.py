@@ -227,6 +227,7 @@ def studied(out: Path, name: str) -> dict:
     return held
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_study_importance_for_real(folder, documents, tmp_path, capsys):
     """Eight documents: none are set aside, and the report says so."""
@@ -241,6 +242,7 @@ def test_study_importance_for_real(folder, documents, tmp_path, capsys):
     assert ranking["given_position"].notna().any() and ranking["how"].str.contains("which flatters").all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
     """Another number format and a second model, as asked for by default and by an option."""
@@ -262,6 +264,7 @@ def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
     assert (survival["settings"] > 15).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_study_all_for_real(folder, documents, tmp_path, capsys):
     """Every study of texts on one measurement, none replaced."""
@@ -284,6 +287,7 @@ def test_study_all_for_real(folder, documents, tmp_path, capsys):
             assert row["within_reach"]
 
 
+@pytest.mark.slow
 def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
     lines = []
     for number in range(18):
