@@ -23,7 +23,9 @@ def _examples() -> list[object]:
         if module.name.endswith("__main__"):
             continue
         for test in doctest.DocTestFinder().find(importlib.import_module(module.name)):
-            marks = [pytest.mark.real] if any(name in step.source for step in test.examples for name in ("load_model", "nltk")) else []
+            marks = (
+                [pytest.mark.real] if any(name in step.source for step in test.examples for name in ("load_model", "nltk")) else []
+            )
             if test.examples:
                 found.append(pytest.param(test, marks=marks, id=test.name.removeprefix("basin_lens.")))
     return found
