@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -12,8 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import tests.typechecks  # noqa: F401 - the hook finds it by name
+
 # Shapes and types in signatures are checked in tests only; users pay nothing for them.
-_hook = install_import_hook("basin_lens", "beartype.beartype")
+_hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
 _hook.__enter__()
 
 import pytest  # noqa: E402
@@ -25,6 +28,7 @@ torch.set_num_threads(1)
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
 VOCAB = 211
+TRAINED = Path(__file__).parent / "fixtures" / "trained"
 
 
 def has_hooked_transformer() -> bool:
@@ -173,6 +177,14 @@ def capture(llama):
     import basin_lens as bl
 
     return bl.Capture.from_texts(llama, TEXTS, progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A tiny trained GPT-2 with a tokenizer of its own (tests/fixtures/make_trained.py), shared: tests must leave it as they found it."""
+    import basin_lens as bl
+
+    return bl.load_model(TRAINED)
 
 
 @pytest.fixture(scope="session")

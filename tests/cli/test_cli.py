@@ -15,7 +15,7 @@ import pytest
 
 from basin_lens import files, tables
 from basin_lens.cli import main as cli
-from tests.conftest import TEXTS, make_hf, make_tokenizer
+from tests.conftest import TEXTS, TRAINED, make_hf, make_tokenizer
 
 
 def call(*arguments: str, capsys=None) -> tuple[int, str, str]:
@@ -182,16 +182,6 @@ def spoken(folder) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def second(folder) -> str:
-    """Another tiny model on disk, of other depth and width."""
-    path = folder.parent / "second"
-    tokenizer = make_tokenizer()
-    make_hf("gpt2", seed=3, vocab_size=len(tokenizer), n_layer=4).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Coarse pictures, and no collecting of all garbage in every Holm correction of statsmodels: half of the time that these runs take."""
@@ -244,10 +234,10 @@ def test_study_importance_for_real(folder, documents, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
+def test_study_robustness_for_real(folder, spoken, tmp_path, capsys):
     """Another number format and a second model, as asked for by default and by an option."""
     out = tmp_path / "robustness"
-    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", second, "--out", str(out))
+    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", str(TRAINED), "--out", str(out))
     code, _, err = call(*call_, capsys=capsys)
     assert code == 0, err
     held = studied(out, "robustness")

@@ -21,7 +21,7 @@ from basin_lens.merging import Assigned, Clusters, TokenMerger, cache, merge, pa
 from basin_lens.merging.assign import assign, cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
 
-FAMILIES = ("llama", "gpt2", "gemma2")
+FAMILIES = ("llama", "gemma2", pytest.param("gpt2", marks=pytest.mark.slow))
 LENGTH = 24
 KINDS = {
     "leader": {"threshold": 0.3},

@@ -1537,6 +1537,20 @@ def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(sturdy):
     assert one.estimate == pytest.approx(other.estimate)
 
 
+def test_a_trained_model_of_another_architecture_and_tokenizer_as_second_model(sturdy, trained):
+    """Four layers for three, other tokens of the same words: every text, its documents and its words are there."""
+    held, _ = sturdy
+    untested = []
+    (made,) = variants.other_model(lambda: trained, "trained", "model", held, [1], ["gradient_norm_scaled"], untested)
+    assert untested == [] and made.at == {1: 2}
+    assert set(made.table.doc) == set(held.table.doc) and len(made.table) != len(held.table)
+    own, other = (words.tagged_tokens(held, "auto")[0], made.table)
+    for doc in held.table.doc.unique()[:3]:
+        spoken = [dict.fromkeys(table[table.doc == doc].word_text.dropna()) for table in (own, other)]
+        assert list(spoken[0]) == list(spoken[1])
+    assert made.table[made.table.pos > 0][["surprisal", "compression", "gradient_norm_scaled"]].notna().any().all()
+
+
 # -- summary ------------------------------------------------------------------------------------------------------------------------
 
 
