@@ -118,6 +118,7 @@ def no_model(monkeypatch):
 FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
 
 
+@pytest.mark.usefixtures("quick")
 def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path, capsys):
     out = tmp_path / "layers"
     call_ = ("study", "layers", *documents, "--model", str(folder), *FAST, "--out", str(out))
