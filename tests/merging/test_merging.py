@@ -21,7 +21,8 @@ from basin_lens.merging import Assigned, Clusters, TokenMerger, cache, merge, pa
 from basin_lens.merging.assign import assign, cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
 
-FAMILIES = ("llama", "gemma2", pytest.param("gpt2", marks=pytest.mark.slow))
+# Other families in the quick tests: `test_nothing_knows_its_future_in_other_families`, `test_other_bridges`.
+FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2")))
 LENGTH = 24
 KINDS = {
     "leader": {"threshold": 0.3},

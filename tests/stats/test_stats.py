@@ -189,7 +189,7 @@ def test_false_positives_of_paired_groups_at_a_fixed_control(spread, tokens):
     assert abs(answer.estimate.mean()) < 0.03
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.5])
+@pytest.mark.parametrize("spread", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_difference_at_a_fixed_control_is_recovered_whole(spread):
     """Residuals of the score alone would leave the part of it that the control does not tell, some 0.7; and small ones are found."""
     answer = given(bent(200, 1.0, spread, seed=30))
