@@ -539,6 +539,7 @@ def test_soft_gradients_equal_finite_differences(gpt2, monkeypatch, kind, names)
 # ---- what it says happened -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_that_are_held(tiny, kind):
     merger, tokens = make_merger(tiny, kind), random_tokens(1, LENGTH)

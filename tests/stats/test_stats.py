@@ -544,6 +544,7 @@ def test_a_large_mean_keeps_its_place_in_the_family():
     assert given.p < 0.01 and given.estimate == pytest.approx(3, abs=1)
 
 
+@pytest.mark.slow
 def test_the_tags_flag_is_not_fooled_by_words_with_scores_of_their_own():
     """Tags permuted within sequences find something in every second such data set; min F' does not."""
     table = simulate(24, ("a",), tokens=30, seed=7)
