@@ -255,6 +255,7 @@ def check_steps(model):
     assert (first - full).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_threads_are_those_of_the_file_and_put_back(llama, monkeypatch):
     before, used, step = torch.get_num_threads(), set(), lockstep._step
     with pytest.raises(ZeroDivisionError), door.thread_count(before + 1):
