@@ -519,6 +519,7 @@ def test_forged_chunks_give_an_error_and_no_text(llama, blob):
         coder.decode(moved.to_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "backend"), METHODS, ids=lambda name: name)
 def test_forged_chunks_with_right_checksums_never_give_another_text(llama, method, backend):
     coder, rng, text = codec.TextCodec(llama, method, backend, context=20), random.Random(0), TEXT[:90]
