@@ -1,8 +1,10 @@
 """Tiny random models, a tokenizer made here, and run-time checks of shapes and types in basin_lens."""
 
+import gc
 import os
 import shutil
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -11,8 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import tests.typechecks  # noqa: F401 - the hook finds it by name
+
 # Shapes and types in signatures are checked in tests only; users pay nothing for them.
-_hook = install_import_hook("basin_lens", "beartype.beartype")
+_hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
 _hook.__enter__()
 
 import pytest  # noqa: E402
@@ -24,6 +28,7 @@ torch.set_num_threads(1)
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
 VOCAB = 211
+TRAINED = Path(__file__).parent / "fixtures" / "trained"
 
 
 def has_hooked_transformer() -> bool:
@@ -121,19 +126,39 @@ def make_hooked(seed: int = 0, **changes):
 
 
 def replace_in_all_rooms(monkeypatch, name: str, new) -> None:
-    """Put something else in the place of a name of the model room, in every module that has imported it."""
+    """Put something else in the place of a name of the model room, in every module outside that room that has imported it."""
     import basin_lens.cli.main
     import basin_lens.studies
 
     old = getattr(basin_lens.model, name)
     for path, module in list(sys.modules.items()):
-        if path.startswith("basin_lens") and module.__dict__.get(name) is old:
+        own = path.startswith("basin_lens.model.")
+        if path.startswith("basin_lens") and not own and module.__dict__.get(name) is old:
             monkeypatch.setattr(module, name, new)
 
 
 def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> torch.Tensor:
     """Random token ids that any tiny model takes."""
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Named tests run in this process: each worker would first import torch and TransformerLens for ten seconds."""
+    named = [name for name in config.invocation_params.args if "::" in str(name) or str(name).endswith(".py")]
+    return 0 if 0 < len(named) < 4 else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives as long as the tests: statsmodels collects all garbage in every correction of p values, and
+    need not walk through it (a third of a second each time)."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +177,14 @@ def capture(llama):
     import basin_lens as bl
 
     return bl.Capture.from_texts(llama, TEXTS, progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A tiny trained GPT-2 with a tokenizer of its own (tests/fixtures/make_trained.py), shared: tests must leave it as they found it."""
+    import basin_lens as bl
+
+    return bl.load_model(TRAINED)
 
 
 @pytest.fixture(scope="session")

@@ -46,12 +46,13 @@ from dataclasses import dataclass, field
 
 import zstandard
 
+from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.errors import CodecError, CorruptFileError, FileVersionError, TruncatedFileError, UnknownFileError
 
 MAGIC = b"\x8fBLZ"
 VERSION = 1
 METHODS = ("raw", "zstd", "direct", "ranks")
-BACKENDS = ("none", "range", "zlib", "huffman", "adaptive", "zipf", "entropy")
+BACKENDS = ("none", "range", *RANK_CODERS)  # a file holds the place: a new one goes to the end
 WHY_STORED = (
     "not told", "not UTF-8", "the tokenizer does not give the text back", "no smaller with the model", "too long for the model",
 )  # fmt: skip

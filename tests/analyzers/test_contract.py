@@ -128,11 +128,9 @@ def test_docstring_tells(cls, words):
     assert any(word in inspect.getdoc(cls) for word in words)
 
 
-def test_example_runs(cls):
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(cls), {}, cls.__name__, None, None)
-    assert len(examples.examples) >= 2
-    said = []
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
+def test_has_an_example(cls):
+    """They are run by tests/house/test_examples.py."""
+    assert len(doctest.DocTestParser().get_examples(inspect.getdoc(cls))) >= 2
 
 
 def test_docstring_names_every_option(cls):

@@ -499,6 +499,7 @@ def captum_forward(model, tokens, layer, target):
     return lambda states: torch.cat([target_after(model, tokens[i % 2], layer, s[None], each[i % 2]) for i, s in enumerate(states)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_is")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -903,6 +903,12 @@ def folder(monkeypatch, tmp_path):
     return tmp_path / "cache" / "reference"
 
 
+@pytest.fixture
+def few_passages(monkeypatch):
+    """What is kept of the bank, and when, is the same for twelve passages as for all."""
+    monkeypatch.setattr("basin_lens.capture.reference.reference_passages", lambda: reference_passages()[:12])
+
+
 def test_reference_is_made_once(reader, folder):
     first = reference_capture(reader, progress=False)
     with counting(reader) as seen:
@@ -913,6 +919,7 @@ def test_reference_is_made_once(reader, folder):
     assert second.passages == list(reference_passages())
 
 
+@pytest.mark.slow
 def test_reference_holds_the_models_states(llama, folder):  # noqa: ARG001 - sets the cache folder
     bank = reference_capture(llama, progress=False)
     sequences = [s.tokens for s in bank.sequences]
@@ -921,6 +928,7 @@ def test_reference_holds_the_models_states(llama, folder):  # noqa: ARG001 - set
     assert_same(bank.resid_pre(1)[:rows], expected[1])
 
 
+@pytest.mark.usefixtures("few_passages")
 def test_the_slower_of_two_that_make_the_reference_takes_the_others(llama, folder, monkeypatch):
     real, made = bl.Capture.from_texts, []
 
@@ -933,6 +941,7 @@ def test_the_slower_of_two_that_make_the_reference_takes_the_others(llama, folde
     assert len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.usefixtures("few_passages")
 def test_another_model_has_another_reference(llama, tokenizer, folder):
     reference_capture(llama, progress=False)
     other = make_bridge("llama", seed=5, tokenizer=tokenizer)
@@ -941,12 +950,14 @@ def test_another_model_has_another_reference(llama, tokenizer, folder):
     bank.check_model_is(other)
 
 
+@pytest.mark.usefixtures("few_passages")
 def test_reference_with_and_without_bos_are_two(llama, folder):
     banks = [reference_capture(llama, prepend_bos=bos, progress=False) for bos in (True, False)]
     assert len(list(folder.iterdir())) == 2
     assert [bank.sequences[0].tokens[0] == llama.tokenizer.bos_token_id for bank in banks] == [True, False]
 
 
+@pytest.mark.usefixtures("few_passages")
 def test_interrupted_reference_leaves_nothing(llama, folder):
     with pytest.raises(BrokenError), breaking(llama, 2):
         reference_capture(llama, progress=False)

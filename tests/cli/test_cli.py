@@ -16,7 +16,7 @@ import pytest
 from basin_lens import files, tables
 from basin_lens.cli import main as cli
 from basin_lens.cli import options as cli_options
-from tests.conftest import TEXTS, make_hf, make_tokenizer
+from tests.conftest import TEXTS, TRAINED, make_hf, make_tokenizer
 
 
 def call(*arguments: str, capsys=None) -> tuple[int, str, str]:
@@ -119,6 +119,7 @@ def no_model(monkeypatch):
 FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
 
 
+@pytest.mark.usefixtures("quick")
 def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path, capsys):
     out = tmp_path / "layers"
     call_ = ("study", "layers", *documents, "--model", str(folder), *FAST, "--out", str(out))
@@ -180,16 +181,6 @@ def spoken(folder) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def second(folder) -> str:
-    """Another tiny model on disk, of other depth and width."""
-    path = folder.parent / "second"
-    tokenizer = make_tokenizer()
-    make_hf("gpt2", seed=3, vocab_size=len(tokenizer), n_layer=4).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Coarse pictures, and no collecting of all garbage in every Holm correction of statsmodels: half of the time that these runs take."""
@@ -225,6 +216,7 @@ def studied(out: Path, name: str) -> dict:
     return held
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_study_importance_for_real(folder, documents, tmp_path, capsys):
     """Eight documents: none are set aside, and the report says so."""
@@ -239,11 +231,12 @@ def test_study_importance_for_real(folder, documents, tmp_path, capsys):
     assert ranking["given_position"].notna().any() and ranking["how"].str.contains("which flatters").all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
+def test_study_robustness_for_real(folder, spoken, tmp_path, capsys):
     """Another number format and a second model, as asked for by default and by an option."""
     out = tmp_path / "robustness"
-    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", second, "--out", str(out))
+    call_ = ("study", "robustness", spoken, "--model", str(folder), *TINY, "--second-model", str(TRAINED), "--out", str(out))
     code, _, err = call(*call_, capsys=capsys)
     assert code == 0, err
     held = studied(out, "robustness")
@@ -260,6 +253,7 @@ def test_study_robustness_for_real(folder, spoken, second, tmp_path, capsys):
     assert (survival["settings"] > 15).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_study_all_for_real(folder, documents, tmp_path, capsys):
     """Every study of texts on one measurement, none replaced."""
@@ -282,6 +276,7 @@ def test_study_all_for_real(folder, documents, tmp_path, capsys):
             assert row["within_reach"]
 
 
+@pytest.mark.slow
 def test_study_of_json_lines_with_spans(folder, tmp_path, capsys):
     lines = []
     for number in range(18):

@@ -257,6 +257,7 @@ def check_steps(model):
     assert (first - full).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_threads_are_those_of_the_file_and_put_back(llama, monkeypatch):
     before, used, step = torch.get_num_threads(), set(), lockstep._step
     with pytest.raises(ZeroDivisionError), door.thread_count(before + 1):
@@ -520,6 +521,7 @@ def test_forged_chunks_give_an_error_and_no_text(llama, blob):
         coder.decode(moved.to_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "backend"), METHODS, ids=lambda name: name)
 def test_forged_chunks_with_right_checksums_never_give_another_text(llama, method, backend):
     coder, rng, text = codec.TextCodec(llama, method, backend, context=20), random.Random(0), TEXT[:90]

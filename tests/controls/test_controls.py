@@ -1,6 +1,5 @@
 """Controls: what they destroy, what they keep, and that they say so."""
 
-import doctest
 import inspect
 import json
 import random
@@ -121,16 +120,6 @@ def test_docstring_has_its_parts(name):
     assert all(part in text for part in ("Args:", "Raises:", "Example:"))
     for option in inspect.signature(getattr(C, name)).parameters:
         assert f"{option}:" in text or f"**{option}" in text or f"{option}," in text, option
-
-
-@pytest.mark.real
-@pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("thing", [*(getattr(C, name) for name in C.__all__), subset], ids=[*C.__all__, "subset"])
-def test_example_runs(thing, real_model, monkeypatch):
-    monkeypatch.setattr("basin_lens.model.load_model", lambda: real_model)  # loaded once for all of them
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), {}, thing.__name__, None, None)
-    said = []
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
 
 
 def test_the_users_default_device_and_type_change_nothing(llama, capture):

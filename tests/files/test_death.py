@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.death
 
-TRIALS = 16  # of each command and signal, as in tests/dying.py
+TRIALS = 16  # of each command and signal, as in tests/files/dying.py
 COMMANDS = ("capture", "finetune", "analyze", "study", "merge train")
 
 

@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,29 @@ def test_only_the_tables_room_touches_attrs():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "attrs"]
         assert not lines, f"{path}, lines {lines}: use select, assign, merge, concat or with_provenance of basin_lens.tables"
+
+
+def test_a_plain_pytest_leaves_out_every_marker_and_ci_runs_them():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    names = {line.split(":")[0] for line in settings["markers"]}
+    chosen = settings["addopts"][settings["addopts"].index("-m") + 1]
+    assert {part.removeprefix("not ") for part in chosen.split(" and ")} == names
+    run = re.search(r'-m "([\w ]+)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert set(run[1].split(" or ")) == names
+
+
+def test_the_import_contracts_know_every_room():
+    """A room that no contract names would import what it likes."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract for contract in contracts if contract["type"] == "layers")
+    assert layers["exhaustive"] is True and layers["containers"] == ["basin_lens"]
+    named = {room.strip("() ") for layer in layers["layers"] for room in layer.split("|")}
+    there = {path.stem for path in (ROOT / "basin_lens").glob("*.py")} - {"__init__"}
+    there |= {path.parent.name for path in (ROOT / "basin_lens").glob("*/__init__.py")}
+    assert there <= named
+    kept_out = [contract["source_modules"] for contract in contracts if "transformer_lens" in contract.get("forbidden_modules", ())]
+    above = {room for room in there if (ROOT / "basin_lens" / room).is_dir()} - {"model", "data"}
+    assert {f"basin_lens.{room}" for room in above} == {room for rooms in kept_out for room in rooms}
 
 
 def test_no_pickle():

@@ -785,6 +785,7 @@ def test_slope_is_least_squares_over_unit_means_with_hc3():
         assert row.rho == pytest.approx(means.corr("spearman").loc["a", "dose"]) and row.n_units == 24
 
 
+@pytest.mark.slow
 def test_slope_has_its_false_positive_rate_its_coverage_and_power():
     null, planted = (S.unit_slope(dosed(250, slope=slope), "a", "dose", n_resamples=199) for slope in (0.0, 2.0))
     assert (null.p <= 0.05).mean() == pytest.approx(0.05, abs=0.035) and (planted.p <= 0.05).mean() > 0.8

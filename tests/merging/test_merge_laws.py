@@ -25,7 +25,7 @@ def tiny():
     return make_bridge("llama")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def wide(request):
     return door.in_dtype(make_bridge(request.param), torch.float64)
 

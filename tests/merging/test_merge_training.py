@@ -309,6 +309,7 @@ def test_the_study_writes_its_folder(llama, tmp_path):
     assert "overlap" in " ".join(study.verdict)
 
 
+@pytest.mark.slow
 def test_surprising_tokens_are_preserved_from_training_to_report(llama):
     data = merging.windows_of(llama, different(12), 32, most=20)
     calibration, held_out = data.apart(0.3)

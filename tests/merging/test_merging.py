@@ -1,7 +1,6 @@
 """Token merging: causality first, then the same numbers by another way, then options."""
 
 import dataclasses
-import doctest
 import inspect
 import json
 import math
@@ -24,7 +23,8 @@ from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
 
-FAMILIES = ("llama", "gpt2", "gemma2")
+# Other families in the quick tests: `test_nothing_knows_its_future_in_other_families`, `test_other_bridges`.
+FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2")))
 LENGTH = 24
 KINDS = {
     "leader": {"threshold": 0.3},
@@ -543,6 +543,7 @@ def test_soft_gradients_equal_finite_differences(gpt2, monkeypatch, kind, names)
 # ---- what it says happened -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_that_are_held(tiny, kind):
     merger, tokens = make_merger(tiny, kind), random_tokens(1, LENGTH)
@@ -1065,16 +1066,6 @@ def test_docstrings_have_their_parts(thing, parts):
     names = (f.name for f in dataclasses.fields(merging.Options)) if thing is TokenMerger else inspect.signature(thing).parameters
     for name in set(names) - {"self", "cls"}:
         assert f"{name}:" in text, name
-
-
-@pytest.mark.real
-@pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("name", [name for name, (_, parts) in DOCUMENTED.items() if "Example:" in parts])
-def test_examples_run(name, real_model, monkeypatch):
-    monkeypatch.setattr("basin_lens.model.load_model", lambda: real_model)
-    thing, said = DOCUMENTED[name][0], []
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), {}, name, None, None)
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
 
 
 def test_a_descriptor_of_no_direction_has_no_likeness():

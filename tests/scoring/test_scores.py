@@ -719,6 +719,7 @@ def test_one_text_needs_a_bank(llama):
         run(llama, TEXTS[0], A.Compression(k=5))
 
 
+@pytest.mark.slow
 def test_the_reference_bank_is_read_once(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("BASIN_LENS_CACHE", str(tmp_path))
     passes = []

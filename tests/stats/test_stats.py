@@ -60,6 +60,7 @@ HONEST = pytest.approx(0.05, abs=0.02)
 # -- false positives ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_test_over_tokens_rejects_most_of_the_time_without_any_effect(null):
     """The reason for this room: the same data, tested over tokens and over sequences."""
     a = null["a"].to_numpy().reshape(400, 40, 50)
@@ -87,6 +88,7 @@ CHEAP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHEAP)
 def test_false_positives_are_five_percent(null, name):
     assert rate(CHEAP[name](null)) == HONEST
@@ -100,18 +102,21 @@ def test_false_positives_with_several_sequences_per_document():
     assert rate(S.compare_groups(table, "a", "member", n_resamples=499, unit="sequence")) > 0.15
 
 
+@pytest.mark.slow
 def test_false_positives_of_detection(null):
     answer = S.detect(null[null.layer >= 200], "a", "member", versus="b", rates=(), n_resamples=499)
     assert rate(answer[answer.versus.isna()]) == HONEST
     assert rate(answer[answer.versus == "b"]) == HONEST
 
 
+@pytest.mark.slow
 def test_false_positives_of_added_value(null):
     answer = S.added_value(null[null.layer < 200], "a", "member", "b", n_splits=2, n_resamples=39)
     for metric in ("delta log-loss", "delta auroc"):
         assert rate(answer[answer.metric == metric]) == pytest.approx(0.05, abs=0.03)  # two standard errors of 200 data sets
 
 
+@pytest.mark.slow
 def test_false_positives_of_tags(null):
     for name, layers in (("sequence", 150), ("type", 250)):
         answer = S.tag_effect(null[null.layer < layers], "a", "tag", tests=(name,), n_resamples=199 if name == "type" else 99)
@@ -121,6 +126,7 @@ def test_false_positives_of_tags(null):
     assert rate(S.tag_effect(null[null.layer < 60], "a", "tag", tests=("mixed",))) <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "texts", "passed"), [(2, 0, {"sequence"}), (0, 1, {"sequence", "type"}), (0.5, 0.5, {"sequence"})]
 )
@@ -172,6 +178,7 @@ def given(table, **options):
     return S.compare_groups(table, "a", "first", paired=True, controls=["x"], **{"n_resamples": 1999, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread", "tokens"), [(0.0, 50), (0.5, 50), (0.0, 10)])
 def test_false_positives_of_paired_groups_at_a_fixed_control(spread, tokens):
     """Without the control, the groups differ by more than 1; with it, not at all."""
@@ -182,7 +189,7 @@ def test_false_positives_of_paired_groups_at_a_fixed_control(spread, tokens):
     assert abs(answer.estimate.mean()) < 0.03
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.5])
+@pytest.mark.parametrize("spread", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_difference_at_a_fixed_control_is_recovered_whole(spread):
     """Residuals of the score alone would leave the part of it that the control does not tell, some 0.7; and small ones are found."""
     answer = given(bent(200, 1.0, spread, seed=30))
@@ -241,6 +248,7 @@ def test_units_in_which_the_controls_tell_the_groups():
     assert joint.p.min() > 0.1 and joint.p_corrected.to_numpy() == pytest.approx(joint.p.to_numpy(), abs=0.02)
 
 
+@pytest.mark.slow
 def test_max_t_keeps_the_chance_of_any_false_positive_at_five_percent():
     """400 families of 12 dependent tests each."""
     rng = np.random.default_rng(0)
@@ -261,6 +269,7 @@ def one_sample_tests(table):
     return pd.DataFrame({"layer": values.index, "estimate": values.mean(axis=1), "p": test.pvalue, "n_documents": values.shape[1]})
 
 
+@pytest.mark.slow
 def test_the_best_layer_is_no_finding_on_the_documents_that_chose_it():
     hits = []
     for seed in range(150):
@@ -286,6 +295,7 @@ def shared(draws, noise=0.5, level=0.0, draw="lognormal", *, documents=20, token
     return table.assign(z=z, x=z + noise * rng.normal(size=len(z)), y=z + noise * rng.normal(size=len(z)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("test", "options", "made"),
     [
@@ -305,6 +315,7 @@ def test_a_shared_control_makes_no_finding(test, options, made):
     assert abs(answer.estimate.mean()) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [10, 40])
 def test_many_terms_in_few_tokens_keep_their_size(documents):
     """As many terms as the budget allows: a tenth of what tokens leave beyond levels and slopes."""
@@ -537,6 +548,7 @@ def test_a_large_mean_keeps_its_place_in_the_family():
     assert given.p < 0.01 and given.estimate == pytest.approx(3, abs=1)
 
 
+@pytest.mark.slow
 def test_the_tags_flag_is_not_fooled_by_words_with_scores_of_their_own():
     """Tags permuted within sequences find something in every second such data set; min F' does not."""
     table = simulate(24, ("a",), tokens=30, seed=7)
@@ -584,6 +596,7 @@ def test_a_planted_effect_is_found(name):
     assert ((answer.low <= answer.estimate) & (answer.estimate <= answer.high)).all()
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth():
     """95 % of them, of a difference and of a correlation known in advance."""
     table = simulate(200, ("a", "b"), seed=7)
@@ -908,6 +921,7 @@ def test_reliability_bounds_a_correlation():
         S.reliability_bound(simulate(), "a")
 
 
+@pytest.mark.slow
 def test_a_correlation_is_attenuated_as_the_bound_says():
     rng = np.random.default_rng(0)
     table = simulate(1, (), sequences=30, tokens=400)

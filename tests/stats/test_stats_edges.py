@@ -125,6 +125,7 @@ def test_a_constant_layer_does_not_disturb_the_family():
     assert found.note[1] == "a is constant at this layer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("texts", "tokens", "controls"), [(12, 1, 4), (12, 20, 2), (20, 1, 6), (12, 1, 10)])
 @pytest.mark.parametrize("which", ["rank", "mixed"])
 def test_few_texts_give_no_more_false_positives(texts, tokens, controls, which):

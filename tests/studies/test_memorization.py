@@ -105,6 +105,7 @@ def test_study_is_saved_whole_and_its_model_can_be_analyzed_again(study, learner
     assert bl.studies.summarize([out]).findings.study.tolist() == ["memorization"] * 4
 
 
+@pytest.mark.slow
 def test_again_from_its_folder_gives_the_same(study, learner, folder):
     again = bl.studies.study_memorization(learner, PLAN, folder=folder, progress=False)
     for name in ("texts", "effects", "detection"):
@@ -170,6 +171,7 @@ def test_divergence_stops_the_study(learner):
         plant(learner, replace(PLAN, recipe=Recipe(learning_rate=1e12, warmup=0)), progress=False)
 
 
+@pytest.mark.slow
 def test_author_design_compares_trained_passages_with_the_same_author(learner):
     plan = replace(PLAN, per_dose=6, doses=(8,), forks=6, recipe=Recipe(learning_rate=1e-3))
     works = [bl.Passage(" ".join(f"The {w} of {n} men was {w}." for n in range(60)), doc=w) for w in ("lamp", "clock")]
@@ -214,6 +216,7 @@ def _planted_null(seed: int, effect: float = 0.0, n_pairs: int = 20, layers: int
     return texts, tokens
 
 
+@pytest.mark.slow
 def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_effect():
     def declared(seed: int, effect: float) -> float:
         _, sequences = _planted_null(seed, effect)
@@ -229,6 +232,7 @@ def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_eff
     assert np.mean([declared(seed, 0.25) <= 0.05 for seed in range(10)]) >= 0.9
 
 
+@pytest.mark.slow
 def test_kind_and_difficulty_are_no_gain():
     """A score that knows the kind of a text and how hard it is, but not whether it was trained on, adds nothing to the baselines."""
 

@@ -265,6 +265,7 @@ def test_a_cost_that_is_chance_is_not_found(llama, measured, monkeypatch):
     assert "nothing stays" in study.verdict[5]
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_worse_than_chance_does_not_hold(llama, measured, monkeypatch):
     study = planted_study(llama, measured, monkeypatch, gain=-0.5)
     assert study.findings.holds.tolist() == [True, True, False] and study.decision.startswith("in part")
@@ -297,6 +298,7 @@ def command(monkeypatch, model, *arguments):
 FAST = ("--layers", "1,2", "--k", "5", "--max-length", "40", "--max-sequences", "13", "--window", "4")
 
 
+@pytest.mark.slow
 def test_command_writes_the_study(llama, documents, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     real = forced_merges.policy_losses  # one share and one draw of chance, for time
@@ -370,17 +372,7 @@ def test_no_part_of_all_and_documented():
         assert part in S.study_mergeability.__doc__
 
 
-@pytest.mark.real
-@pytest.mark.usefixtures("real_model")
-def test_example_of_the_docstring():
-    import doctest
-    import inspect
-
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(S.study_mergeability), {}, "example", None, None)
-    said = []
-    assert doctest.DocTestRunner().run(examples, out=said.append).failed == 0, "".join(said)
-
-
+@pytest.mark.slow
 def test_sequences_as_units_and_a_label(llama, monkeypatch):
     """One document of many sequences; then a label."""
     monkeypatch.setattr(mergeability, "forced_costs", planted_costs(Always(), Always()))

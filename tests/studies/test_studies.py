@@ -284,6 +284,7 @@ def by_control(measured, source, size=1.0):
     )
 
 
+@pytest.mark.slow
 def test_what_position_explains_is_no_finding(llama, measured):
     study = S.study_importance(llama, by_control(measured, "position"), progress=False)
     assert study.decision == "no"
@@ -314,6 +315,7 @@ def test_what_a_bent_function_of_position_explains_is_no_finding(bend):
     assert (answer.p <= 0.05).mean() <= stats.binom.isf(1e-3, 30, 0.05) / 30
 
 
+@pytest.mark.slow
 def test_signed_attributions_can_be_the_best_measure(llama, measured):
     """They are ranked by size, under a name that the token view does not know of."""
     table = measured.table
@@ -363,6 +365,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_false_positives_of_a_whole_family_are_five_percent(measured):
     """Six layers to choose from, two declared tests: the chance that any holds."""
@@ -540,6 +543,7 @@ def test_compression_above_its_controls_is_found(deep):
     assert any("more at layers [0, 1, 2]" in line for line in deep.verdict)
 
 
+@pytest.mark.slow
 def test_compression_below_its_controls_is_the_other_way(llama, measured):
     table = measured.table
     control = table[["compression_random", "compression_radius_matched"]].min(axis=1)
@@ -1196,7 +1200,9 @@ def test_spaced_layers(n, expected):
 # -- few texts, odd texts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("study", ["importance", "layers", pytest.param("linguistic")])
+@pytest.mark.parametrize(
+    "study", ["layers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("importance", "linguistic"))]
+)
 def test_the_fewest_documents(llama, study):
     more = {"integrated": 0} if study == "importance" else {}
     made = getattr(S, f"study_{study}")(llama, short_texts(6), layers=[0, 1], max_length=30, **QUIET, **more)
@@ -1211,7 +1217,7 @@ def test_the_fewest_documents(llama, study):
         assert made.findings.within_reach.all() and made.decision != "undecided"
 
 
-@pytest.mark.parametrize("effect", [0.0, 3.0])
+@pytest.mark.parametrize("effect", [pytest.param(0.0, marks=pytest.mark.slow), 3.0])
 def test_parts_of_speech_in_the_fewest_documents(llama, effect):
     """Sign flips of 6 units reach 2 / 64, too much for a family; min F' has no such bound and is as large as the effect."""
     held = S.measure(llama, short_texts(6, n_words=40), studies=["linguistic"], layers=[0, 1], max_length=60, **QUIET)
@@ -1225,7 +1231,7 @@ def test_parts_of_speech_in_the_fewest_documents(llama, effect):
     assert made.decision.startswith("in part" if effect else "no")
 
 
-@pytest.mark.parametrize("documents", [8, 18])
+@pytest.mark.parametrize("documents", [8, pytest.param(18, marks=pytest.mark.slow)])
 def test_texts_without_content_words(llama, documents):
     only = short_texts(documents, n_words=20, tags={"DET": 1.0})
     made = S.study_linguistic(llama, only, layers=[0, 1], max_length=30, **QUIET)
@@ -1238,7 +1244,7 @@ def test_texts_without_content_words(llama, documents):
     assert made.decision == "no"
 
 
-@pytest.mark.parametrize("study", ["layers", "robustness"])
+@pytest.mark.parametrize("study", ["layers", pytest.param("robustness", marks=pytest.mark.slow)])
 def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
     data = [made_text(16, i, f"d{i}", labels={"g": i < 3}) for i in range(12)]
     more = {"dtype": None} if study == "robustness" else {}
@@ -1261,7 +1267,7 @@ def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
     assert "same_document_excess" not in set(made.tables["neighbor_shares"].score)
 
 
-@pytest.mark.parametrize("documents", [pytest.param(12), 24])
+@pytest.mark.parametrize("documents", [12, pytest.param(24, marks=pytest.mark.slow)])
 def test_sentences_by_sentiment(llama, documents):
     data = [made_text(16, i, f"d{i}", labels={"mood": ("good", "bad")[i % 2]}) for i in range(documents)]
     held = S.measure(llama, data, studies=["linguistic"], layers=[1], max_length=64, **QUIET)
@@ -1466,6 +1472,7 @@ def test_a_setting_that_no_p_could_pass_is_not_lost():
     assert decision == "undecided" and not settled.holds.any()
 
 
+@pytest.mark.slow
 def test_token_ids_parallel_blocks_and_another_bank():
     """What cannot be tried is said, and nothing crashes."""
     neox = make_bridge("neox", tokenizer=make_tokenizer())
@@ -1511,6 +1518,7 @@ def test_the_same_tokens_read_by_the_same_model(llama, measured):
     assert untested == ["another: token ids were given, not texts."]
 
 
+@pytest.mark.slow
 def test_a_twin_that_cannot_be_built_costs_the_findings_not_the_study(llama, sturdy, monkeypatch):
     def refused(*_, **__):
         raise ModelError("expected a model that can be built from its settings alone.")
@@ -1550,10 +1558,24 @@ def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(sturdy):
     assert one.estimate == pytest.approx(other.estimate)
 
 
+def test_a_trained_model_of_another_architecture_and_tokenizer_as_second_model(sturdy, trained):
+    """Four layers for three, other tokens of the same words: every text, its documents and its words are there."""
+    held, _ = sturdy
+    untested = []
+    (made,) = variants.other_model(lambda: trained, "trained", "model", held, [1], ["gradient_norm_scaled"], untested)
+    assert untested == [] and made.at == {1: 2}
+    assert set(made.table.doc) == set(held.table.doc) and len(made.table) != len(held.table)
+    own, other = (words.tagged_tokens(held, "auto")[0], made.table)
+    for doc in held.table.doc.unique()[:3]:
+        spoken = [dict.fromkeys(table[table.doc == doc].word_text.dropna()) for table in (own, other)]
+        assert list(spoken[0]) == list(spoken[1])
+    assert made.table[made.table.pos > 0][["surprisal", "compression", "gradient_norm_scaled"]].notna().any().all()
+
+
 # -- summary ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def saved(deep, important, tmp_path_factory):
     folder = tmp_path_factory.mktemp("studies")
     deep.save(folder / "layers")
@@ -1561,7 +1583,7 @@ def saved(deep, important, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def summary(saved, spoken):
     return S.summarize([saved / "importance", saved / "layers", spoken])
 

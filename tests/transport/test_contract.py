@@ -21,7 +21,25 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "transport.md"
 REFUSED = {"Mamba": "state-space", "T5": "encoder-decoder"}
 WHOLE_ONLY = {"Bloom", "MPT", "Falcon", "native", "native, rotary", "shortformer positions"}
 HERE = [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families()]
-SERVED = [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families() if f.name not in REFUSED]
+# One of each way to attend and to know positions; the others' numbers are among the slow tests, their routes among the quick.
+QUICK = {
+    "Llama, SmolLM2",
+    "Gemma 2",
+    "GPT-2",
+    "GPT-Neo",
+    "GPT-J",
+    "Falcon",
+    "Mixtral",
+    "OLMo 2",
+    "native",
+    "rotary, grouped-query",
+    "alibi",
+}
+SERVED = [
+    pytest.param(f, id=f"{f.kind}-{f.name}", marks=() if f.name in QUICK else pytest.mark.slow)
+    for f in families()
+    if f.name not in REFUSED
+]
 
 
 class Held:
