@@ -1,8 +1,8 @@
 """Hashes of everything the package computes, by which a refactoring shows that it changes no number.
 
-    python tests/benchmarks/numbers.py [--real] [--only PART] [--against FILE]
+    python tests/benchmarks/numbers.py [--real] [--only PART...] [--against FILE]
 
-Run it from the root of the tree in question, before and after the change, and keep what it prints. `--only` runs one part;
+Run it from the root of the tree in question, before and after the change, and keep what it prints. `--only` runs some parts;
 `--real` adds SmolLM2-135M; `--against` compares with an earlier output, names each difference and ends with exit code 1.
 
 Each line has the first 16 hexadecimal digits of a SHA-256, and the name of a result. Numbers are hashed as their bytes (a
@@ -90,7 +90,7 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M, too")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--against", type=Path, help="an earlier output to compare with")
     given = parser.parse_args()
     # The package of the tree that this runs in. This folder goes last: it has a `numbers`, which Python's library has too.
@@ -100,7 +100,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    parts = [given.only] if given.only else [part for part in PARTS if part != "real" or given.real]
+    parts = given.only or [part for part in PARTS if part != "real" or given.real]
     found: dict[str, str] = {}
     failed = 0
     for part in parts:
