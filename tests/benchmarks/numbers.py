@@ -56,9 +56,14 @@ def run(part: str) -> tuple[dict[str, str], int]:
 
     found: dict[str, str] = {}
     failed = 0
-    for name, make in items_of(part):
+    items = items_of(part)
+    while True:
+        name = "(preparation)"
         try:
+            name, make = next(items)
             answer = digests(make())
+        except StopIteration:
+            return found, failed
         except BasinLensError as error:
             print(f"{part}: {name}: {error}", file=sys.stderr)
             answer = {" (refused)": of_text(type(error).__name__)}
@@ -68,7 +73,6 @@ def run(part: str) -> tuple[dict[str, str], int]:
         for ending, digest in answer.items():
             found[f"{part}: {name}{ending}"] = digest
             print(f"{digest}  {part}: {name}{ending}", flush=True)
-    return found, failed
 
 
 def differences(found: dict[str, str], file: Path, parts: list[str]) -> list[str]:

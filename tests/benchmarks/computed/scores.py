@@ -58,20 +58,31 @@ VARIANTS = {
 
 
 def scored(model: Any, data: Any, analyzers: list[Any] | None = None, **options: Any) -> dict[str, Any]:
-    """A run's columns, rows and the numbers in its provenance."""
+    """A run's table, and the numbers in its provenance."""
     table = bl.analyze(model, data, analyzers, **QUIET | options)
     (facts,) = bl.tables.provenance(table).values()
     return {"table": table, "facts": np.sort(np.array(floats(facts)))}
 
 
+def by_column(model: Any, data: Any, analyzers: list[Any]) -> dict[str, Any]:
+    """The same with a hash for each analyzer's column."""
+    found = scored(model, data, analyzers)
+    names = [column.name for analyzer in analyzers for column in analyzer.columns]
+    columns = {name: found["table"][name].to_numpy() for name in names}
+    return columns | {"rows": found["table"].drop(columns=names), "facts": found["facts"]}
+
+
 def parts_of_analyzers() -> Items:
-    """Every analyzer and option on six families; what a call is given that changes its way."""
+    """Every analyzer and option on six families."""
+    variants = {name: replace(analyzer, name=name) for name, analyzer in VARIANTS.items()}
+    halves = [name for name, analyzer in VARIANTS.items() if getattr(analyzer, "context", "") in ("attn", "mlp")]
+    alone = [make() for make in bl.ANALYZERS]
     for family in FAMILIES:
-        yield f"{family} all at once", partial(scored, model_of(family), capture_of(family), [make() for make in bl.ANALYZERS])
-        alone = {make.__name__: make() for make in bl.ANALYZERS}
-        alone |= {name: replace(analyzer, name=name) for name, analyzer in VARIANTS.items()}
-        for name, analyzer in alone.items():
-            yield f"{family} {name}", partial(scored, model_of(family), capture_of(family), [analyzer])
+        yield f"{family} defaults", partial(by_column, model_of(family), capture_of(family), alone)
+        together = [analyzer for name, analyzer in variants.items() if name not in halves]
+        yield f"{family} options", partial(by_column, model_of(family), capture_of(family), together)
+        for name in halves:  # not every family has them
+            yield f"{family} {name}", partial(scored, model_of(family), capture_of(family), [variants[name]])
         yield f"{family} cache", partial(from_cache, model_of(family))
         yield f"{family} cache with gradients", partial(from_cache, model_of(family), gradients=True)
         small = [A.Compression(k=4), A.Contraction(k=4, context="native"), A.AngularContraction(k=4, context="solo"), A.Surprisal()]
