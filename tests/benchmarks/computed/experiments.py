@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from computed.hashes import of_arrays
-from computed.models import QUIET, Items, either, model_of, texts, token_ids
+from computed.models import QUIET, Items, either, mixed_texts, model_of, texts, token_ids
 from computed.scores import scored
 
 import basin_lens as bl
-from basin_lens.texts import reference_passages
 
 A = bl.analyzers
 
@@ -87,7 +86,7 @@ def parts_of_memorization() -> Items:
         per_dose=4, doses=(1, 6), length=16, layers=2, forks=4, sources=4, others=4, other_dose=2, k=5, recipe=recipe
     )
     yield "study", lambda: bl.studies.study_memorization(model, plan, **QUIET)
-    works, unrelated = texts(16), list(reference_passages()[16:])
+    works, unrelated = mixed_texts(8, 60), mixed_texts(8, 60, first=20)
     yield (
         "study of an author",
         lambda: bl.studies.study_memorization(model, plan, design="author", texts=works, unrelated=unrelated, **QUIET),

@@ -1,14 +1,12 @@
 """Token merging: every kind of merger, its training, its study."""
 
-import random
 from functools import partial
 from typing import Any
 
 import torch
-from computed.models import FAMILIES, QUIET, Items, model_of, option, token_ids
+from computed.models import FAMILIES, QUIET, Items, mixed_texts, model_of, option, token_ids
 
 import basin_lens as bl
-from basin_lens.texts import reference_passages
 
 MERGERS: dict[str, dict[str, Any]] = {
     "threshold": {"threshold": 0.3},
@@ -85,9 +83,8 @@ def trained(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def merging_study(all_policies: bool) -> Any:
-    known, model, m = " ".join(p.text for p in reference_passages()[:6]).split(), model_of("llama"), bl.merging
-    mixed = [bl.Passage(" ".join(random.Random(i).choices(known, k=60)), doc=str(i)) for i in range(12)]
-    calibration, held_out = m.windows_of(model, mixed, 32, most=20).apart(0.3)
+    model, m = model_of("llama"), bl.merging
+    calibration, held_out = m.windows_of(model, mixed_texts(12, 60), 32, most=20).apart(0.3)
     setting = next(
         v for v in vars(m).values() if {"budgets", "policies", "projection"} <= set(getattr(v, "__dataclass_fields__", ()))
     )

@@ -1,6 +1,7 @@
 """Tiny random models and texts, made here."""
 
 import inspect
+import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -71,6 +72,12 @@ def texts(count: int, length: int = 500) -> list[bl.Passage]:
         spans = {"opening": (0, 30), "middle": (30, 60)}
         made.append(bl.Passage(passage.text[:length], doc=f"text {doc}", labels=labels, spans=spans))
     return made
+
+
+def mixed_texts(count: int, length: int, first: int = 0) -> list[bl.Passage]:
+    """Words of the built-in passages in any order: none is a copy of another."""
+    words = " ".join(passage.text for passage in reference_passages()[:6]).split()
+    return [bl.Passage(" ".join(random.Random(i).choices(words, k=length)), doc=str(i)) for i in range(first, first + count)]
 
 
 def token_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
