@@ -75,8 +75,12 @@ def run(part: str) -> tuple[dict[str, str], int]:
             print(f"{digest}  {part}: {name}{ending}", flush=True)
 
 
-def differences(found: dict[str, str], file: Path, parts: list[str]) -> list[str]:
-    before = json.loads(file.read_text().strip().splitlines()[-1])["hashes"]
+def hashes_in(file: Path) -> dict[str, str]:
+    """What an earlier output ends with."""
+    return json.loads([line for line in file.read_text().splitlines() if line.startswith("{")][-1])["hashes"]
+
+
+def differences(found: dict[str, str], before: dict[str, str], parts: list[str]) -> list[str]:
     before = {name: digest for name, digest in before.items() if name.split(":")[0] in parts}
     kinds = {name: "differs" if name in before else "new" for name in found} | dict.fromkeys(before.keys() - found, "gone")
     return [f"{kinds[name]}: {name}" for name in sorted(kinds) if found.get(name) != before.get(name)]
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--against", type=Path, help="an earlier output to compare with")
     given = parser.parse_args()
+    before = None if given.against is None else hashes_in(given.against)
     # The package of the tree that this runs in. This folder goes last: it has a `numbers`, which Python's library has too.
     sys.path[:] = [os.getcwd(), *(path for path in sys.path if path != HERE), HERE]
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"}
@@ -112,8 +117,8 @@ def main() -> None:
         more, count = run(part)
         print(f"{part}: {time.process_time() - begun:.0f} processor seconds", file=sys.stderr)
         found, failed = found | more, failed + count
-    wrong = [] if given.against is None else differences(found, given.against, parts)
-    compared = f", {len(wrong)} differ" if given.against else ""
+    wrong = [] if before is None else differences(found, before, parts)
+    compared = f", {len(wrong)} differ" if before is not None else ""
     print(*wrong, f"{len(found)} hashes, {failed} failed{compared}", sep="\n")
     print(json.dumps({"commit": commit(), "python": sys.version.split()[0], "hashes": found}))
     sys.exit(bool(wrong or failed))
