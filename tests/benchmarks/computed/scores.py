@@ -13,6 +13,7 @@ from computed.hashes import floats
 from computed.models import FAMILIES, QUIET, Items, capture_of, model_of, texts, token_ids
 
 import basin_lens as bl
+from basin_lens.errors import BasinLensError
 from basin_lens.texts import reference_passages
 
 A = bl.analyzers
@@ -65,8 +66,13 @@ def scored(model: Any, data: Any, analyzers: list[Any] | None = None, **options:
 
 
 def by_column(model: Any, data: Any, analyzers: list[Any]) -> dict[str, Any]:
-    """The same with a hash for each analyzer's column."""
-    found = scored(model, data, analyzers)
+    """The same with a hash for each analyzer's column; where one of them is refused, each is measured alone."""
+    try:
+        found = scored(model, data, analyzers)
+    except BasinLensError as error:
+        if len(analyzers) == 1:
+            return {f"{analyzers[0].columns[0].name} (refused)": type(error).__name__}
+        return {name: part for analyzer in analyzers for name, part in by_column(model, data, [analyzer]).items()}
     names = [column.name for analyzer in analyzers for column in analyzer.columns]
     columns = {name: found["table"][name].to_numpy() for name in names}
     return columns | {"rows": found["table"].drop(columns=names), "facts": found["facts"]}
