@@ -1,0 +1,1 @@
+"""What `numbers.py` computes, room by room, and how it is hashed."""
