@@ -86,7 +86,9 @@ def merging_study(all_policies: bool) -> Any:
     model, m = model_of("llama"), bl.merging
     calibration, held_out = m.windows_of(model, mixed_texts(12, 60), 32, most=20).apart(0.3)
     setting = next(
-        v for v in vars(m).values() if {"budgets", "policies", "projection"} <= set(getattr(v, "__dataclass_fields__", ()))
+        v
+        for v in (getattr(m, n) for n in m.__all__)
+        if {"budgets", "policies", "projection"} <= set(getattr(v, "__dataclass_fields__", ()))
     )
     options = {"budgets": (0.85,), "projection": 6, "recent": 4, "seeds": 2}
     if all_policies:
