@@ -369,7 +369,7 @@ def test_info(capsys):
 
 
 def test_module_runs_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "basin_lens.cli.main", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "basin_lens.cli", "--help"], capture_output=True, text=True, check=True)
     assert "analyze" in done.stdout
 
 

@@ -22,7 +22,7 @@ from basin_lens.merging import Options, TokenMerger, Training
 from basin_lens.merging.training_run import TrainingRun
 from basin_lens.merging.windows import text_digest
 from basin_lens.texts import read_texts
-from tests.conftest import TEXTS, make_hf, make_tokenizer
+from tests.conftest import TEXTS, make_hf, make_tokenizer, replace_in_all_rooms
 
 SMALL = ("--length", "32", "--projection", "6", "--recent", "4", "--target-rate", "0.3", "--steps", "3")
 QUICK = ("--budgets", "0.85", "--seeds", "1")
@@ -420,7 +420,7 @@ def test_generate_stops_at_the_end_of_the_text_unless_told_to_go_on(run, folder,
     begun = [*([] if first is None else [first]), *door.tokenizer_of(model)(PROMPT, add_special_tokens=False)["input_ids"]]
     written = merging.generate(TokenMerger.load(run[0], model), model, torch.tensor([begun]), 12, past_end=True)[0][0].tolist()
     last = written.index(written[3])
-    monkeypatch.setattr("basin_lens.model.end_tokens", lambda _: frozenset({written[3]}))
+    replace_in_all_rooms(monkeypatch, "end_tokens", lambda _: frozenset({written[3]}))
     said = merge(*words).output
     decoded = door.tokenizer_of(model).decode(written[:last])
     assert PROMPT + decoded in said and f"ends after {last} tokens; --past-end goes on" in said

@@ -16,7 +16,7 @@ from basin_lens.cli.main import app
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging import Parachute, Setting, TokenMerger, Training, Windows, train_merger, training_run
 from basin_lens.merging.probes import repetition
-from basin_lens.studies import merging_comparison
+from basin_lens.studies import merging_report
 from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, random_tokens, replace_in_all_rooms
 
 SHORT = {"steps": 4, "batch_size": 2, "evaluate_every": 2, "checkpoint_every": 2}
@@ -333,7 +333,7 @@ def test_surprising_tokens_are_preserved_from_training_to_report(llama):
 )
 def test_intervals_overlap_or_lie_apart_on_either_side(low, high, met):
     curve = pd.DataFrame({"policy": ["trained", "random"], "budget": 0.5, "low": [low, 0.1], "high": [high, 0.2]})
-    assert merging_comparison._overlap(curve, "trained", "random", 0.5) is met
+    assert merging_report._overlap(curve, "trained", "random", 0.5) is met
 
 
 @pytest.mark.parametrize("representative", ["leader", "mean"])

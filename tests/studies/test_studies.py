@@ -398,7 +398,7 @@ def test_few_units_are_not_halved_and_all_layers_are_paid_for(measured):
         assert sentence(row).lower().count("too few units to halve (11): the best of 5 tests") == 1
     assert "fewer than 16 units" in IF_FEW
     for study in ("importance", "layers", "codelength", "robustness"):
-        assert IF_FEW in getattr(bl.studies, study).HYPOTHESIS
+        assert IF_FEW in registry.find_spec(study).hypothesis
 
 
 def test_units_that_cannot_be_halved_for_the_test_say_why(measured):
