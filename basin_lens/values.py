@@ -16,6 +16,11 @@ else:
     # A whole number as a caller gives it: also numpy's and a 0-d tensor. `whole` makes an int of it.
     Whole = SupportsIndex
 
+# What a caller may give as layers: whole numbers in any order, negative ones from the end; None: all.
+Layers = Iterable[SupportsIndex] | None
+# Plain JSON facts about a run, a model or a file, as they are stored.
+Facts = dict[str, Any]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -10,12 +10,13 @@ from basin_lens.capture.cache_check import check_cache, tolerance_of
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
 from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.reading import read_states
-from basin_lens.capture.record import Capture
+from basin_lens.capture.record import Bank, Capture
 from basin_lens.capture.reference import reference_capture
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.token_columns import fill_columns
 
 __all__ = [
+    "Bank",
     "Capture",
     "CapturedStates",
     "Passes",

@@ -11,9 +11,9 @@ from torch import Tensor
 from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target
 from basin_lens.errors import CaptureError
-from basin_lens.model import missing_points, vocabulary_size
+from basin_lens.model import HookedModel, missing_points, vocabulary_size
 from basin_lens.model import n_layers as count_layers
-from basin_lens.values import Whole, whole, whole_or_none
+from basin_lens.values import Layers, Whole, whole, whole_or_none
 
 NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
 
@@ -91,7 +91,7 @@ def layers_of(analyzer: TokenMeasure, layers: Sequence[int]) -> Sequence[int]:
     return range(max(layers) + 1) if analyzer.cumulative else layers
 
 
-def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
+def check_layers(model: HookedModel, layers: Layers) -> tuple[int, ...]:
     """Layers in ascending order; None: all; negative ones count from the end.
 
     Raises:
@@ -110,7 +110,7 @@ def check_layers(model: Any, layers: Any) -> tuple[int, ...]:
     return tuple(sorted({number % count for number in found if number is not None}))
 
 
-def check_points(model: Any, layers: Sequence[int], analyzers: Sequence[TokenMeasure]) -> None:
+def check_points(model: HookedModel, layers: Sequence[int], analyzers: Sequence[TokenMeasure]) -> None:
     """Refuse, before the pass, analyzers that need hook points or gradients that the model does not give.
 
     Raises:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from basin_lens.capture import caches
 from basin_lens.capture.planning import row_fields
-from basin_lens.model import check_lengths, check_model
+from basin_lens.model import HookedModel, check_lengths, check_model
 from basin_lens.texts import Passage, TokenSequence, read_passages
 from basin_lens.texts.tokens import from_token_ids, refuse_padding
 from basin_lens.values import document, labels_of_all
 
 
 def cache_fields(
-    model: Any,
+    model: HookedModel,
     tokens: Any,
     cache: Any,
     *,
@@ -73,7 +73,7 @@ def _given_facts(
 
 
 def _readings(
-    model: Any, cache: Any, layers: Iterable[int], valid: Bool[Tensor, "batch pos"], entry: Tensor | None
+    model: HookedModel, cache: Any, layers: Iterable[int], valid: Bool[Tensor, "batch pos"], entry: Tensor | None
 ) -> dict[str, Tensor]:
     """Patterns and gradients of the cache by name and layer; and what enters block 0, in a cache without a whole layer 0."""
     found: dict[str, Tensor] = {}

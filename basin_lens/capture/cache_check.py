@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +11,7 @@ from basin_lens.capture.caches import ENTRY, right_padded
 from basin_lens.capture.passes import TOKENS_PER_PASS
 from basin_lens.capture.states import CapturedStates
 from basin_lens.errors import CaptureError, TransportError
-from basin_lens.model import call_block, device_of, entering, measuring, one_side, point_name, reading, record_calls
+from basin_lens.model import HookedModel, call_block, device_of, entering, measuring, one_side, point_name, reading, record_calls
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _OTHER = 0.5  # relative error from which a state is another token's, however many blocks have rounded it
@@ -20,13 +19,13 @@ _OF_PATTERNS = 10  # a pattern's numbers are shares: their absolute error may be
 _TOKENS = -1  # whether the states are those of the tokens, among the layers that were checked
 
 
-def tolerance_of(model: Any, capture: CapturedStates) -> float:
+def tolerance_of(model: HookedModel, capture: CapturedStates) -> float:
     """Largest relative error at which states count as the model's own: that of its type, or of their stored type."""
     stored = getattr(torch, str(capture.settings.get("dtype", "float32")), torch.float32)
     return max(_TOLERANCE.get(dtype, 1e-5) for dtype in (next(model.parameters()).dtype, stored))
 
 
-def check_cache(model: Any, capture: CapturedStates, layers: Iterable[int]) -> None:
+def check_cache(model: HookedModel, capture: CapturedStates, layers: Iterable[int]) -> None:
     """Prove that the states of a capture made from the user's cache are what this model computes from these tokens.
 
     Of every sequence: the state that enters block 0 is that of its tokens (a cache without it: the first state that it holds, by a
@@ -61,7 +60,7 @@ def check_cache(model: Any, capture: CapturedStates, layers: Iterable[int]) -> N
         capture._checked.update(open_)
 
 
-def _sides(model: Any, capture: CapturedStates) -> list[list[int]]:
+def _sides(model: HookedModel, capture: CapturedStates) -> list[list[int]]:
     """Sequences that one set of block arguments serves, longest first."""
     order = sorted(range(len(capture.sequences)), key=lambda seq: -int(capture.lengths[seq]))
     boundary = one_side(model, capture.lengths.tolist())
@@ -92,7 +91,7 @@ def _scale(capture: CapturedStates, states: Float[Tensor, "rows d"]) -> float:
     return float(states[capture.row_pos > 0].square().mean().sqrt().clamp_min(1e-12))
 
 
-def _check_tokens(model: Any, capture: CapturedStates) -> None:
+def _check_tokens(model: HookedModel, capture: CapturedStates) -> None:
     """Refuse states that are not those of the tokens at their places: blocks alone would not show that these are another's."""
     held = capture._readings.get(ENTRY)
     layer = 0 if held is not None else min(capture.layers)
@@ -128,7 +127,7 @@ def _check_tokens(model: Any, capture: CapturedStates) -> None:
 class _Blocks:
     """The blocks of the model by themselves, on some sequences of a capture: their arguments depend on the longest one only."""
 
-    model: Any
+    model: HookedModel
     capture: CapturedStates
     seqs: list[int]
 

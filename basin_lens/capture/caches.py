@@ -10,7 +10,7 @@ from torch import Tensor
 
 from basin_lens import texts
 from basin_lens.errors import BasinLensError, CaptureError, TextError
-from basin_lens.model import cache_entry, n_layers, point_name, width
+from basin_lens.model import HookedModel, cache_entry, n_layers, point_name, width
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
 # Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
@@ -46,7 +46,7 @@ def as_batch(tokens: Any) -> Shaped[Tensor, "batch pos"]:
     return tokens.detach().cpu().reshape(1 if tokens.ndim == 1 else len(tokens), -1 if tokens.numel() else tokens.shape[-1])
 
 
-def layers_between(model: Any, borders: Mapping[int, Tensor], missing: list[str]) -> tuple[int, ...]:
+def layers_between(model: HookedModel, borders: Mapping[int, Tensor], missing: list[str]) -> tuple[int, ...]:
     """The layers of which the states before and after are there.
 
     Raises:
@@ -74,7 +74,7 @@ def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
         raise CaptureError(str(error)) from error
 
 
-def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
+def borders_in(model: HookedModel, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
     """Residual states at each border that the cache holds, `[batch, pos, d]`, and the names of those it does not."""
     count, found, missing = n_layers(model), {}, []
     for border in range(count + 1):
@@ -87,7 +87,7 @@ def borders_in(model: Any, cache: Any, shape: tuple[int, int]) -> tuple[dict[int
     return found, missing
 
 
-def other_readings(model: Any, cache: Any, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
+def other_readings(model: HookedModel, cache: Any, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
     """Attention patterns and gradients that the cache holds, by name and layer.
 
     Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed
@@ -153,7 +153,7 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor
     return tensor
 
 
-def align(model: Any, passages: list[Passage], sequences: list[TokenSequence]) -> list[TokenSequence]:
+def align(model: HookedModel, passages: list[Passage], sequences: list[TokenSequence]) -> list[TokenSequence]:
     """Give the user's token sequences the offsets of their texts, which must tokenize to them."""
     if len(passages) != len(sequences):
         raise CaptureError(f"expected one text for each of {len(sequences)} sequences, got {len(passages)}.")

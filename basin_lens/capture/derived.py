@@ -10,7 +10,7 @@ from torch import Tensor
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.record import Capture
 from basin_lens.errors import CaptureError
-from basin_lens.model import provenance
+from basin_lens.model import HookedModel, provenance
 from basin_lens.texts import TokenSequence
 
 
@@ -34,7 +34,7 @@ def with_states(capture: Capture, states: Mapping[int, Float[Tensor, "rows d"]],
 
 
 def with_tokens(
-    model: Any, capture: Capture, tokens: Sequence[Sequence[int]], control: Mapping[str, Any], *, progress: bool = True
+    model: HookedModel, capture: Capture, tokens: Sequence[Sequence[int]], control: Mapping[str, Any], *, progress: bool = True
 ) -> Capture:
     """The same layers, documents and labels with other tokens in each sequence, read by the model.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from basin_lens.capture.batches import TokenBatch, TokenMeasure
 from basin_lens.capture.passes import Passes, target_values
 from basin_lens.capture.schedule import PassSchedule
-from basin_lens.model import device_of, forward_pass, measuring, output_weight, point_name
+from basin_lens.model import HookedModel, device_of, forward_pass, measuring, output_weight, point_name
 
 
 class ForwardReader:
@@ -30,7 +30,7 @@ class ForwardReader:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         schedule: PassSchedule,
         tokens: Int[Tensor, "batch pos"],
         valid: Bool[Tensor, "batch pos"],

@@ -1,13 +1,12 @@
 """What a gradient is taken of, and passes that a token analyzer makes on its own account."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.model import forward_pass, knocked_out, measuring, point_name
+from basin_lens.model import HookedModel, forward_pass, knocked_out, measuring, point_name
 from basin_lens.values import Whole
 
 TOKENS_PER_PASS = 1024
@@ -59,7 +58,7 @@ class Passes:
     `valid` are there for passes of another kind (`basin_lens.model.forward_pass`); nothing of this may be kept.
     """
 
-    model: Any
+    model: HookedModel
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
 

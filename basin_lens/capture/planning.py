@@ -3,14 +3,14 @@
 from typing import Any
 
 from basin_lens.capture.batches import check_layers
-from basin_lens.model import check_lengths, check_model, provenance, uses_bos
-from basin_lens.texts import Passage, read_passages
+from basin_lens.model import HookedModel, check_lengths, check_model, provenance, uses_bos
+from basin_lens.texts import Passage, Texts, read_passages
 from basin_lens.texts.tokens import TokenSequence, given_ids, longest_sequence, token_strings, tokenize
-from basin_lens.values import Whole
+from basin_lens.values import Layers, Whole
 
 
 def planned_fields(
-    model: Any, data: Any, *, layers: Any, max_length: Whole, prepend_bos: bool | None, attention_mask: Any
+    model: HookedModel, data: Texts, *, layers: Layers, max_length: Whole, prepend_bos: bool | None, attention_mask: Any
 ) -> dict[str, Any]:
     """The fields of a `Capture` of texts or token ids that the model has not read; see `Capture.plan`.
 
@@ -32,7 +32,7 @@ def planned_fields(
     return row_fields(model, found, passages) | {"layers": chosen, "settings": settings}
 
 
-def row_fields(model: Any, sequences: list[TokenSequence], passages: list[Passage] | None) -> dict[str, Any]:
+def row_fields(model: HookedModel, sequences: list[TokenSequence], passages: list[Passage] | None) -> dict[str, Any]:
     """The fields of a `Capture` that say whose tokens its rows are: documents and labels are those of the passages."""
     return {
         "sequences": sequences,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import write_borders
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
-from basin_lens.model import n_layers, one_side, width
+from basin_lens.model import HookedModel, n_layers, one_side, width
 from basin_lens.values import Whole
 
 C = TypeVar("C", bound=CapturedStates)
 
 
 def read_states(
-    model: Any,
+    model: HookedModel,
     capture: C,
     analyzers: Sequence[TokenMeasure] | None = None,
     *,
@@ -68,7 +68,7 @@ def read_states(
 
 @torch.inference_mode(False)  # what is kept must not be an inference tensor, whatever mode the caller is in
 def run_model(
-    model: Any,
+    model: HookedModel,
     capture: CapturedStates,
     analyzers: Sequence[TokenMeasure],
     *,

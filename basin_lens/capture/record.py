@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,8 +15,9 @@ from basin_lens.capture.reading import read_states
 from basin_lens.capture.saving import save_capture
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import check_shards, read_capture
-from basin_lens.texts import Passage
-from basin_lens.values import Whole
+from basin_lens.model import HookedModel
+from basin_lens.texts import Passage, Texts
+from basin_lens.values import Layers, Whole
 
 
 @dataclass(repr=False)
@@ -50,10 +51,10 @@ class Capture(CapturedStates):
     @classmethod
     def from_texts(
         cls,
-        model: Any,
-        data: Any,
+        model: HookedModel,
+        data: Texts,
         *,
-        layers: Any = None,
+        layers: Layers = None,
         analyzers: Sequence[TokenMeasure] | None = None,
         max_length: Whole = 128,
         batch_size: Whole | None = None,
@@ -89,10 +90,10 @@ class Capture(CapturedStates):
     @classmethod
     def plan(
         cls,
-        model: Any,
-        data: Any,
+        model: HookedModel,
+        data: Texts,
         *,
-        layers: Any = None,
+        layers: Layers = None,
         max_length: Whole = 128,
         prepend_bos: bool | None = None,
         attention_mask: Any = None,
@@ -108,7 +109,7 @@ class Capture(CapturedStates):
     @torch.inference_mode(False)
     def from_cache(
         cls,
-        model: Any,
+        model: HookedModel,
         tokens: Any,
         cache: Any,
         *,
@@ -174,3 +175,7 @@ class Capture(CapturedStates):
             StoreError: no capture there, one that is not as it was written, or one of an earlier version.
         """
         return cls(**read_capture(Path(path).absolute()))
+
+
+# Where neighbors come from: another capture, the passages that the package brings, or None, the texts themselves.
+Bank = Capture | Literal["reference"] | None

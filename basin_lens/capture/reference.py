@@ -4,17 +4,16 @@ import hashlib
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 from basin_lens.capture.record import Capture
 from basin_lens.capture.store import FORMAT
 from basin_lens.errors import CaptureError, StoreError
 from basin_lens.files import scratch
-from basin_lens.model import cache_folder, check_model, fingerprint, hooked_at, uses_bos
+from basin_lens.model import HookedModel, cache_folder, check_model, fingerprint, hooked_at, uses_bos
 from basin_lens.texts import longest_sequence, reference_passages
 
 
-def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: bool = True) -> Capture:
+def reference_capture(model: HookedModel, *, prepend_bos: bool | None = None, progress: bool = True) -> Capture:
     """The built-in passages under this model: read once, then kept in the user's cache folder by fingerprint.
 
     A model that bears a caller's hooks gets a bank of its own, which is not kept: its fingerprint does not say what the hooks do.
@@ -51,7 +50,7 @@ def reference_capture(model: Any, *, prepend_bos: bool | None = None, progress: 
         return _kept(folder, model)  # another process made it meanwhile
 
 
-def _kept(folder: Path, model: Any) -> Capture:
+def _kept(folder: Path, model: HookedModel) -> Capture:
     """The bank in a folder, all of it proven.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.store import read_border
 from basin_lens.errors import CaptureError
-from basin_lens.model import fingerprint, full_name
+from basin_lens.model import HookedModel, fingerprint, full_name
 from basin_lens.values import whole_numbers
 
 
@@ -68,7 +68,7 @@ class CapturedStates(TokenRows):
             "Capture again with layers=[...]."
         )
 
-    def check_model_is(self, model: Any) -> None:
+    def check_model_is(self, model: HookedModel) -> None:
         """Refuse a model other than the one that made this capture.
 
         Raises:

@@ -13,10 +13,12 @@ from basin_lens.capture.columns import all_or_none, keep_values
 from basin_lens.capture.reading import run_model
 from basin_lens.capture.states import CapturedStates
 from basin_lens.errors import CaptureError
-from basin_lens.model import full_precision, logits_of
+from basin_lens.model import HookedModel, full_precision, logits_of
 
 
-def fill_columns(model: Any, capture: CapturedStates, analyzers: Sequence[TokenMeasure], *, progress: bool = True) -> list[str]:
+def fill_columns(
+    model: HookedModel, capture: CapturedStates, analyzers: Sequence[TokenMeasure], *, progress: bool = True
+) -> list[str]:
     """Fill the columns of token analyzers that are not there yet: from what was read, else with one more pass.
 
     Returns:
@@ -60,7 +62,7 @@ def _holds(capture: CapturedStates, need: str, layer: int) -> bool:
     return need in ("resid_pre", "resid_post") or f"{need}.{layer}" in capture._readings
 
 
-def _measure_held(model: Any, capture: CapturedStates, analyzer: TokenMeasure) -> None:
+def _measure_held(model: HookedModel, capture: CapturedStates, analyzer: TokenMeasure) -> None:
     """Fill an analyzer's columns of a capture that holds what it needs; logits come from the last state, a batch at a time."""
     batches = list(token_batches(capture, None))
     memories: list[dict[str, Any]] = [{} for _ in batches]

@@ -16,6 +16,7 @@ from basin_lens.cli import options as shared
 from basin_lens.cli import study as cli_study
 from basin_lens.cli.signals import EndedError, ends_in_order
 from basin_lens.errors import BasinLensError, StoreError
+from basin_lens.model import HookedModel
 
 app = typer.Typer(
     name="basin-lens",
@@ -152,7 +153,7 @@ def _refuse_others(out: Path) -> None:
         raise StoreError(f"expected an empty folder or an earlier run's, got {str(out)!r} with {others[0]!r} in it. Choose --out.")
 
 
-def _run(model: Any, passages: list[Any], out: Path, *, k: int, **options: Any) -> None:
+def _run(model: HookedModel, passages: list[Any], out: Path, *, k: int, **options: Any) -> None:
     """Score the texts and write what came out. `options`: of `analyze`."""
     from basin_lens import tables
     from basin_lens.analyzers import Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal

@@ -10,6 +10,7 @@ from basin_lens.cli.dataclass_options import options_of, taking
 from basin_lens.errors import MergeError
 from basin_lens.merging.options import Options
 from basin_lens.merging.training_options import Training
+from basin_lens.model import HookedModel
 
 app = typer.Typer(
     help="Causal token merging: train where a model may merge, test it beside baselines, write with a compressed cache.",
@@ -281,7 +282,7 @@ def _texts(
     return list(read_dataset(dataset, config=config, split=chosen, max_passages=most))
 
 
-def _unseen_windows(model: Any, texts: list[Any], known: dict[str, Any], size: int, most: int) -> Any:
+def _unseen_windows(model: HookedModel, texts: list[Any], known: dict[str, Any], size: int, most: int) -> Any:
     """Windows without those of the merger's training, of which `known` is what the merger keeps; what is left out is said."""
     from basin_lens.merging import windows_of
     from basin_lens.merging.windows import without_seen
@@ -348,7 +349,7 @@ def named_layers(text: str) -> list[int]:
     return found
 
 
-def _layers(text: str | None, model: Any) -> list[int]:
+def _layers(text: str | None, model: HookedModel) -> list[int]:
     from basin_lens.model import n_layers
 
     try:

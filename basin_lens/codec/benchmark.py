@@ -19,7 +19,7 @@ from basin_lens.codec.lockstep import TokenWriter, encode_tokens, token_coder
 from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.text import TextCodec
 from basin_lens.errors import CodecError
-from basin_lens.model import vocabulary_size
+from basin_lens.model import HookedModel, vocabulary_size
 from basin_lens.values import whole_numbers
 
 COLUMNS = (
@@ -42,7 +42,7 @@ def general_compressors() -> dict[str, Callable[[bytes], bytes] | str]:
 
 
 @whole_numbers(CodecError)
-def bench(model: Any, data: bytes | str, *, streams: int = 16, context: int = 512, progress: bool = False) -> pd.DataFrame:
+def bench(model: HookedModel, data: bytes | str, *, streams: int = 16, context: int = 512, progress: bool = False) -> pd.DataFrame:
     """Every back end and every general compressor on one text.
 
     The direct method is encoded, decoded and compared. All rank back ends see one further pass; their sizes are those of their files, and

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float, Int
 
 from basin_lens.codec.lockstep import stream_lengths
 from basin_lens.codec.ranks import rank_of
-from basin_lens.model import device_of, forward_pass, measuring, start_token, vocabulary_size
+from basin_lens.model import HookedModel, device_of, forward_pass, measuring, start_token, vocabulary_size
 
 _LOGITS_PER_PASS = 1 << 27  # float32: half a gigabyte
 
@@ -57,7 +56,7 @@ class Reading:
     top_probability: Float[np.ndarray, "tokens k"]
 
 
-def read_pass(model: Any, tokens: Int[np.ndarray, " n"], *, streams: int, window: int, k: int = 0) -> Reading:
+def read_pass(model: HookedModel, tokens: Int[np.ndarray, " n"], *, streams: int, window: int, k: int = 0) -> Reading:
     """Read a text as `streams` streams that start anew after `window` tokens, each opened by the start token.
 
     Args:

@@ -19,6 +19,7 @@ from basin_lens.codec.rank_coders import RANK_CODERS
 from basin_lens.codec.reading import Estimate, read_pass
 from basin_lens.errors import CodecError, CorruptFileError, WrongEnvironmentError, WrongModelError
 from basin_lens.model import (
+    HookedModel,
     Stepper,
     cache_bytes,
     check_model,
@@ -84,7 +85,7 @@ class TextCodec:
     @whole_numbers(CodecError)
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         method: str = "direct",
         backend: str | None = None,
         streams: int = 16,
@@ -376,7 +377,7 @@ def _as_bytes(data: bytes | str) -> bytes:
     return bytes(data)
 
 
-def _environment(model: Any) -> str:
+def _environment(model: HookedModel) -> str:
     """What the last digits of a model's numbers depend on: versions (of `_PACKAGES`, in this order), processor, device."""
     versions = [version(name) for name in _PACKAGES]
     return " ".join([*versions, torch.backends.cpu.get_cpu_capability(), device_of(model).type])

@@ -1,20 +1,21 @@
 """Capture -> Capture with structure destroyed. The capture given is not changed."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from basin_lens.capture import Capture, border_states, borders, with_states, with_tokens
 from basin_lens.errors import CaptureError
+from basin_lens.model import HookedModel
 from basin_lens.values import whole_numbers
 
 _CHUNK_VALUES = 1 << 24  # random weights held at once: 64 MiB in float32
 
 
 @whole_numbers(CaptureError)
-def shuffled_tokens(model: Any, capture: Capture, *, block: int | None = None, seed: int = 0, progress: bool = True) -> Capture:
+def shuffled_tokens(
+    model: HookedModel, capture: Capture, *, block: int | None = None, seed: int = 0, progress: bool = True
+) -> Capture:
     """The tokens of each sequence in random order, read again by the model: what word order does.
 
     Position 0 always stays, be it a BOS token or not: it is never scored, and attention sinks sit there. With `block=n` the tokens

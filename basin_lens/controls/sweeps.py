@@ -11,8 +11,9 @@ from scipy import stats
 
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
-from basin_lens.capture import Capture, subset
+from basin_lens.capture import Bank, Capture, subset
 from basin_lens.errors import CaptureError, NeighborError, TableError
+from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
 from basin_lens.values import whole_numbers
 
@@ -21,7 +22,7 @@ _KS = (5, 10, 15, 30, 50)
 
 @whole_numbers(TableError)
 def sweep(
-    model: Any,
+    model: HookedModel,
     capture: Any,
     analyzer: Any,
     *,
@@ -121,7 +122,7 @@ def _with_k(analyzer: CloudAnalyzer, k: int) -> CloudAnalyzer:
     return copy
 
 
-def _banks(capture: Capture, bank: Any, sizes: Sequence[int] | None, seed: int) -> list[Any]:
+def _banks(capture: Capture, bank: Bank, sizes: Sequence[int] | None, seed: int) -> list[Any]:
     """The whole bank as `analyze` takes it, then the smaller ones, each part of the one before."""
     if sizes is None:
         return [bank]

@@ -8,7 +8,7 @@ import torch
 
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
-from basin_lens.model import continuations, tokenizer_of, uses_bos
+from basin_lens.model import HookedModel, continuations, tokenizer_of, uses_bos
 from basin_lens.texts import Passage
 from basin_lens.values import whole_numbers
 
@@ -20,7 +20,7 @@ WINDOW = 40  # characters for each token of a piece: more than any token of runn
 
 @whole_numbers(StudyError)
 def make_canaries(
-    model: Any,
+    model: HookedModel,
     *,
     per_dose: int = 4,
     doses: Sequence[int] = DOSES,
@@ -77,7 +77,7 @@ def make_canaries(
 
 
 @whole_numbers(StudyError)
-def fresh_texts(model: Any, kind: str, count: int, length: int, *, seed: int) -> list[str]:
+def fresh_texts(model: HookedModel, kind: str, count: int, length: int, *, seed: int) -> list[str]:
     """More texts of a kind, none of them a pair: to train on something else, or to continue a prefix with.
 
     Raises:
@@ -88,7 +88,7 @@ def fresh_texts(model: Any, kind: str, count: int, length: int, *, seed: int) ->
     return _texts(model, kind, count, length, False, np.random.default_rng(seed))
 
 
-def _texts(model: Any, kind: str, count: int, length: int, sampled: bool, rng: np.random.Generator) -> list[str]:
+def _texts(model: HookedModel, kind: str, count: int, length: int, sampled: bool, rng: np.random.Generator) -> list[str]:
     """Different texts of `length` tokens."""
     tokenizer = tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -137,7 +137,7 @@ def cut(tokenizer: Any, text: str, length: int) -> str | None:
     return short if ids_of(tokenizer, short) == list(ids[:length]) else None
 
 
-def pieces(model: Any, text: str, length: int) -> list[str]:
+def pieces(model: HookedModel, text: str, length: int) -> list[str]:
     """A text cut into passages of exactly `length` tokens that read back as such, from the first on; what is left over is dropped."""
     tokenizer = tokenizer_of(model)
     found, rest = [], text.strip()
@@ -168,7 +168,7 @@ def _random_text(tokenizer: Any, length: int, rng: np.random.Generator) -> str |
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _continued(model: Any, tokenizer: Any, length: int, rng: np.random.Generator) -> str:
+def _continued(model: HookedModel, tokenizer: Any, length: int, rng: np.random.Generator) -> str:
     """The model's own text behind the first words of a sentence."""
     begun = ids_of(tokenizer, fluent_text(rng, 1))[:6]
     bos = uses_bos(model, None)

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 from tqdm.auto import tqdm
 
 from basin_lens.errors import StudyError, TextError
-from basin_lens.model import continuations, uses_bos
-from basin_lens.texts import given_ids, read_passages, tokenize
+from basin_lens.model import HookedModel, continuations, uses_bos
+from basin_lens.texts import Texts, given_ids, read_passages, tokenize
 from basin_lens.values import whole_numbers, whole_or_none
 
 GUIDE_SHARE = 0.8
@@ -21,8 +21,8 @@ DECODED_TOGETHER = 4096
 
 @whole_numbers(StudyError)
 def extract(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     *,
     prompt: int | float = 32,
     target: int | None = 32,
@@ -93,7 +93,7 @@ def extract(
 
 
 @whole_numbers(StudyError)
-def guide_labels(model: Any, data: Any, *, max_length: int = 128, progress: bool = True) -> pd.DataFrame:
+def guide_labels(model: HookedModel, data: Texts, *, max_length: int = 128, progress: bool = True) -> pd.DataFrame:
     """The original guide's labels: prompted with the first third, more than 80 % of the greedy tokens match.
 
     Returns:
@@ -115,7 +115,7 @@ def longest_run(equal: Bool[np.ndarray, " positions"]) -> int:
     return int(np.diff(breaks).max() - 1)
 
 
-def _sequences(model: Any, data: Any, max_length: int) -> tuple[list[Sequence[int]], list[str], list[int], int]:
+def _sequences(model: HookedModel, data: Texts, max_length: int) -> tuple[list[Sequence[int]], list[str], list[int], int]:
     """Token ids, document and passage of each sequence, and how many BOS tokens each begins with."""
     given = given_ids(model, data)
     if given is not None:

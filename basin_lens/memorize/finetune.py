@@ -23,6 +23,7 @@ from basin_lens.capture.passes import token_losses
 from basin_lens.errors import StoreError, StudyError
 from basin_lens.files import clear_leavings, lock_folder, write_file
 from basin_lens.model import (
+    HookedModel,
     check_model,
     copy_of,
     device_of,
@@ -38,7 +39,7 @@ from basin_lens.model import (
     save_tuned,
     tuned_facts,
 )
-from basin_lens.texts import read_passages, tokenize
+from basin_lens.texts import Texts, read_passages, tokenize
 from basin_lens.values import Whole, whole, whole_fields, whole_numbers
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -97,8 +98,8 @@ class Tuned:
     `learning_rate`. `facts`: plain JSON: recipe, steps, how often each text was shown, hash of the texts, the base model.
     """
 
-    model: Any
-    base: Any
+    model: HookedModel
+    base: HookedModel
     history: tuple[dict[str, Any], ...]
     facts: dict[str, Any]
 
@@ -114,8 +115,8 @@ class Tuned:
 @whole_numbers(StudyError)
 @torch.inference_mode(False)  # the caller's would make tensors that no gradient can pass
 def finetune(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     doses: int | Sequence[int],
     *,
     filler: Any = None,
@@ -204,7 +205,7 @@ def finetune(
         return made
 
 
-def _finished(model: Any, folder: Path, plan: dict[str, Any]) -> Tuned:
+def _finished(model: HookedModel, folder: Path, plan: dict[str, Any]) -> Tuned:
     """The model that this very training left in its folder.
 
     Raises:
@@ -273,7 +274,7 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"]
 
 
 @whole_numbers(StudyError)
-def estimate(model: Any, n_tokens: int) -> float:
+def estimate(model: HookedModel, n_tokens: int) -> float:
     """Seconds that training on so many tokens will take, from a timed forward pass (about a second)."""
     tokens = torch.zeros(4, min(64, n_context(model)), dtype=torch.int64, device=device_of(model))
     with measuring(model):
@@ -286,7 +287,7 @@ def estimate(model: Any, n_tokens: int) -> float:
 class _Run:
     """Weights, optimizer and history between two steps."""
 
-    def __init__(self, model: Any, recipe: Recipe, steps: int, key: str) -> None:
+    def __init__(self, model: HookedModel, recipe: Recipe, steps: int, key: str) -> None:
         self.model, self.recipe, self.steps, self.key = model, recipe, steps, key
         self.parameters = parameters_of(model)
         for parameter in self.parameters.values():

@@ -1,7 +1,6 @@
 """Where a memorized path can be left: another continuation of the same prefix, and the true one behind a damaged prefix."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.errors import StudyError
 from basin_lens.memorize.extract import DECODED_TOGETHER
-from basin_lens.model import continuations, device_of, forward_pass, measuring
+from basin_lens.model import HookedModel, continuations, device_of, forward_pass, measuring
 
 
-def continuation_loss(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
+def continuation_loss(model: HookedModel, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
     """Mean -log p of the tokens from position `first` on, nats per token."""
     found = []
     with measuring(model):
@@ -25,7 +24,7 @@ def continuation_loss(model: Any, tokens: Int[Tensor, "batch pos"], first: int) 
 
 
 def alternatives(
-    base: Any, tokens: Int[Tensor, "batch pos"], first: int, candidates: Sequence[Sequence[Sequence[int]]]
+    base: HookedModel, tokens: Int[Tensor, "batch pos"], first: int, candidates: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[Int[Tensor, "batch pos"], Float[np.ndarray, "batch two"]]:
     """For each sequence, the same prefix with that candidate continuation which the base model finds as likely as the true one.
 
@@ -94,7 +93,7 @@ def substituted(
     return changed
 
 
-def recited(model: Any, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
+def recited(model: HookedModel, tokens: Int[Tensor, "batch pos"], first: int) -> Float[np.ndarray, " batch"]:
     """Share of the continuation's positions at which greedy decoding behind the first `first` tokens writes the true token."""
     shares = []
     for part in tokens.split(max(1, DECODED_TOGETHER // tokens.shape[1])):

@@ -9,7 +9,7 @@ import numpy as np
 
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.canaries import WINDOW, cut, ids_of
-from basin_lens.model import tokenizer_of
+from basin_lens.model import HookedModel, tokenizer_of
 from basin_lens.texts import Passage
 from basin_lens.values import whole_numbers
 
@@ -19,7 +19,7 @@ _SKIPPED = 20
 
 @whole_numbers(StudyError)
 def recitation_passages(
-    model: Any,
+    model: HookedModel,
     sources: Sequence[Passage],
     *,
     length: int = 64,
@@ -80,7 +80,7 @@ def recitation_passages(
     return passages
 
 
-def long_enough(model: Any, sources: Sequence[Passage], length: int) -> list[Passage]:
+def long_enough(model: HookedModel, sources: Sequence[Passage], length: int) -> list[Passage]:
     """The sources that hold an opening and a later passage."""
     tokenizer = tokenizer_of(model)
     # A token is a character at the least.

@@ -1,18 +1,16 @@
 """A trained merger moved to a budget of the cache."""
 
-from typing import Any
-
 import torch
 
 from basin_lens.errors import MergeError
 from basin_lens.merging.losses import share_left, surprisal_for
 from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.merging.windows import Windows, batches
-from basin_lens.model import device_of, forward_pass
+from basin_lens.model import HookedModel, device_of, forward_pass
 
 
 def fit_budget(
-    merger: TokenMerger, model: Any, windows: Windows, share: float, *, tolerance: float = 0.01, context: int | None = None
+    merger: TokenMerger, model: HookedModel, windows: Windows, share: float, *, tolerance: float = 0.01, context: int | None = None
 ) -> float:
     """Move all thresholds together until `share` of the cache is left on these windows; what layers differ by is kept.
 

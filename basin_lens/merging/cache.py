@@ -21,7 +21,18 @@ from basin_lens.merging.merge_pass import Carry, alone_in, context_statistics
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import row_likeness, row_read
 from basin_lens.merging.token_merger import TokenMerger
-from basin_lens.model import device_of, end_tokens, measuring, n_context, n_layers, own_rows, point_name, reading, vocabulary_size
+from basin_lens.model import (
+    HookedModel,
+    device_of,
+    end_tokens,
+    measuring,
+    n_context,
+    n_layers,
+    own_rows,
+    point_name,
+    reading,
+    vocabulary_size,
+)
 from basin_lens.values import whole_numbers
 
 
@@ -210,7 +221,7 @@ class Stream:
 
 
 @contextmanager
-def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
+def streaming(merger: TokenMerger, model: HookedModel, batch: int) -> Iterator[Stream]:
     """One token after another with a compressed cache; the same logits as `TokenMerger.attached` gives for whole sequences.
 
     Args:
@@ -263,7 +274,7 @@ def streaming(merger: TokenMerger, model: Any, batch: int) -> Iterator[Stream]:
 @whole_numbers(MergeError)
 def generate(
     merger: TokenMerger,
-    model: Any,
+    model: HookedModel,
     prompts: Int[Tensor, "*batch pos"],
     length: int,
     *,
@@ -340,7 +351,7 @@ def generate(
     return torch.stack(written, 1), table
 
 
-def checked_prompts(model: Any, prompts: Any) -> Int[Tensor, "batch pos"]:
+def checked_prompts(model: HookedModel, prompts: Any) -> Int[Tensor, "batch pos"]:
     """Token ids `[batch, pos]`; one prompt `[pos]` is a batch of one.
 
     Raises:

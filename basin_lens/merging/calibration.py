@@ -18,14 +18,14 @@ from basin_lens.merging.merge_pass import Given, MergePass, Reader, Undecided, a
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import cosines
-from basin_lens.model import forward_pass, measuring, point_name
+from basin_lens.model import HookedModel, forward_pass, measuring, point_name
 
 # Halvings of the range of levels, and passes over the texts for a target in bytes.
 _HALVINGS = 14
 _PASSES = 5
 
 
-def calibrate_parameters(parameters: Parameters, model: Any, tokens: Int[Tensor, "batch pos"], given: Given) -> None:
+def calibrate_parameters(parameters: Parameters, model: HookedModel, tokens: Int[Tensor, "batch pos"], given: Given) -> None:
     """Set all that is calibrated, in place; see `TokenMerger.calibrate`.
 
     Raises:

@@ -19,7 +19,16 @@ from basin_lens.merging.policies import POLICIES, Budget, Policy
 from basin_lens.merging.policies.recent import RECENT
 from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.merging.windows import Windows, batches
-from basin_lens.model import counting_memory, device_of, forward_pass, measuring, parameters_of, query_width, vocabulary_size
+from basin_lens.model import (
+    HookedModel,
+    counting_memory,
+    device_of,
+    forward_pass,
+    measuring,
+    parameters_of,
+    query_width,
+    vocabulary_size,
+)
 from basin_lens.model import width as width_of
 from basin_lens.values import Whole, whole_fields, whole_numbers
 
@@ -81,7 +90,7 @@ class Compared:
 
 
 @whole_numbers(MergeError)
-def recent_window(model: Any, budget: float, length: int, setting: Setting) -> TokenMerger:
+def recent_window(model: HookedModel, budget: float, length: int, setting: Setting) -> TokenMerger:
     """First token plus the recent window that leaves `budget` of the cache, the rest dropped (StreamingLLM).
 
     The window is a number of tokens, right for sequences of `length`.
@@ -90,7 +99,7 @@ def recent_window(model: Any, budget: float, length: int, setting: Setting) -> T
 
 
 def compare_policies(
-    model: Any,
+    model: HookedModel,
     calibration: Windows,
     held_out: Windows,
     setting: Setting,
@@ -178,7 +187,7 @@ def _check_apart(calibration: Windows, held_out: Windows) -> None:
 
 
 @contextmanager
-def _at_budget(policy: Policy, merger: TokenMerger, model: Any, calibration: Windows, share: float) -> Iterator[None]:
+def _at_budget(policy: Policy, merger: TokenMerger, model: HookedModel, calibration: Windows, share: float) -> Iterator[None]:
     """Set a merger to a share of the cache on the calibration windows; a trained one is as it was afterwards."""
     if not policy.trained:
         if policy.calibrated:
@@ -210,7 +219,7 @@ def by_layer(statistics: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _plain_seconds(model: Any, windows: Windows) -> float:
+def _plain_seconds(model: HookedModel, windows: Windows) -> float:
     """Time of the pass without merging, per token."""
     begun = time.perf_counter()
     with measuring(model):
@@ -219,7 +228,7 @@ def _plain_seconds(model: Any, windows: Windows) -> float:
     return (time.perf_counter() - begun) / windows.tokens.numel()
 
 
-def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
+def _peak(merger: TokenMerger | None, model: HookedModel, windows: Windows) -> int:
     """Bytes of the tensors that one pass over the first windows makes, at most at one time."""
     tokens = windows.tokens[next(batches(windows))].to(device_of(model))
     if merger is None:
@@ -233,7 +242,7 @@ def _peak(merger: TokenMerger | None, model: Any, windows: Windows) -> int:
     return memory.peak
 
 
-def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int) -> float:
+def flops_share(merger: TokenMerger, model: HookedModel, rows: pd.DataFrame, length: int) -> float:
     """Arithmetic of one more token behind `length` others, clustering counted, over that of the plain model.
 
     Two per parameter of the blocks and per weight of the output matrix (looking up embeddings costs nothing), and four per head
@@ -260,7 +269,7 @@ def flops_share(merger: TokenMerger, model: Any, rows: pd.DataFrame, length: int
 
 
 def context_protocol(
-    model: Any, calibration: Windows, held_out: Windows, setting: Setting, *, merger: TokenMerger | None = None
+    model: HookedModel, calibration: Windows, held_out: Windows, setting: Setting, *, merger: TokenMerger | None = None
 ) -> pd.DataFrame:
     """The protocol "context": the first half of each window is merged at once, only what follows is scored.
 

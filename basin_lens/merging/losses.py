@@ -13,7 +13,7 @@ from torch import Tensor
 from basin_lens.capture.passes import token_losses
 from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.merging.windows import Windows, batches
-from basin_lens.model import device_of, forward_pass, measuring
+from basin_lens.model import HookedModel, device_of, forward_pass, measuring
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plain:
     logits: tuple[Tensor, ...]
 
 
-def plain_pass(model: Any, windows: Windows, *, keep: bool = True) -> Plain:
+def plain_pass(model: HookedModel, windows: Windows, *, keep: bool = True) -> Plain:
     """Losses (nats) and, with `keep`, the logits of the model without merging; 2 bytes x vocabulary per token of memory.
 
     Example:
@@ -50,7 +50,7 @@ def plain_pass(model: Any, windows: Windows, *, keep: bool = True) -> Plain:
 
 def excess(
     merger: TokenMerger,
-    model: Any,
+    model: HookedModel,
     windows: Windows,
     plain: Plain,
     *,
@@ -146,7 +146,7 @@ def _same_ids(merger: TokenMerger, tokens: Int[Tensor, "batch pos"]) -> float:
     return same / count if count else float("nan")
 
 
-def surprisal_for(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"] | None:
+def surprisal_for(merger: TokenMerger, model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"] | None:
     """What `TokenMerger.attached` and `calibrate` need to preserve surprising tokens, nats, by a plain pass; None if it preserves
     none.
 

@@ -19,7 +19,7 @@ from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import row_likeness, row_read
 from basin_lens.merging.statistics import Merged, layer_statistics
-from basin_lens.model import point_name
+from basin_lens.model import HookedModel, point_name
 
 Reader = Callable[[Tensor], Tensor | None]
 Carry = tuple[int, Tensor, Tensor]
@@ -27,7 +27,7 @@ _ATTACHED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary(
 
 
 @contextmanager
-def alone_in(model: Any, layers: Sequence[int]) -> Iterator[None]:
+def alone_in(model: HookedModel, layers: Sequence[int]) -> Iterator[None]:
     """Refuse a second merger in a layer: it would take for the plain pattern what the first made of it."""
     taken = _ATTACHED.setdefault(model, set())
     if both := taken & set(layers):

@@ -13,7 +13,7 @@ from basin_lens import records
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.parameters import Parameters
-from basin_lens.model import fingerprint, full_name
+from basin_lens.model import HookedModel, fingerprint, full_name
 
 RECORD = "merger.json"
 _KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
@@ -49,7 +49,7 @@ def write_merger(folder: Path, parameters: Parameters, facts: Mapping[str, Any])
 
 
 @contextmanager
-def read_merger(folder: Path, model: Any) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Tensor]]]:
+def read_merger(folder: Path, model: HookedModel) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Tensor]]]:
     """The record and the parameters of the merger of a model; what fails inside the block is a damaged merger.
 
     Raises:

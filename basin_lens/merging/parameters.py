@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,17 @@ from torch import Tensor, nn
 
 from basin_lens.errors import MergeError
 from basin_lens.merging.options import Options
-from basin_lens.model import check_model, device_of, full_name, kv_shape, missing_points, n_layers, obeys_pattern, parameters_of
+from basin_lens.model import (
+    HookedModel,
+    check_model,
+    device_of,
+    full_name,
+    kv_shape,
+    missing_points,
+    n_layers,
+    obeys_pattern,
+    parameters_of,
+)
 from basin_lens.model import width as width_of
 
 # Of `context_statistics`: what an adaptive threshold may know of a token.
@@ -47,14 +56,14 @@ class Shape:
         return 2 * self.kv * self.d_head * self.element_bytes
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: HookedModel) -> Shape:
     """The sizes of a model."""
     kv, d_head = kv_shape(model)
     element_bytes = next(iter(parameters_of(model).values())).element_size()
     return Shape(n_layers(model), width_of(model), kv, d_head, element_bytes, device_of(model))
 
 
-def check_able(model: Any, options: Options) -> None:
+def check_able(model: HookedModel, options: Options) -> None:
     """Refuse a model in which such a merger cannot work.
 
     Raises:

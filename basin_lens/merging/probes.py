@@ -14,13 +14,22 @@ from basin_lens.errors import MergeError
 from basin_lens.merging.cache import generate
 from basin_lens.merging.losses import share_left, surprisal_for
 from basin_lens.merging.token_merger import TokenMerger
-from basin_lens.model import continuations, counting_memory, device_of, forward_pass, measuring, start_token, vocabulary_size
+from basin_lens.model import (
+    HookedModel,
+    continuations,
+    counting_memory,
+    device_of,
+    forward_pass,
+    measuring,
+    start_token,
+    vocabulary_size,
+)
 from basin_lens.values import whole_numbers
 
 
 @whole_numbers(MergeError)
 def induction_probe(
-    model: Any, made: dict[str, TokenMerger], *, length: int = 48, sequences: int = 8, seed: int = 0
+    model: HookedModel, made: dict[str, TokenMerger], *, length: int = 48, sequences: int = 8, seed: int = 0
 ) -> pd.DataFrame:
     """Random tokens, then the same tokens again: can the second run still be copied from the first? Perplexity hardly sees it.
 
@@ -71,7 +80,7 @@ def induction_probe(
 
 @whole_numbers(MergeError)
 def generation_quality(
-    merger: TokenMerger, model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, progress: bool = False
+    merger: TokenMerger, model: HookedModel, prompts: Int[Tensor, "batch pos"], length: int, *, progress: bool = False
 ) -> pd.DataFrame:
     """Text written greedily with the compressed cache, beside the plain model's from the same prompts.
 
@@ -125,7 +134,7 @@ def repetition(tokens: Sequence[int], run: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else float("nan")
 
 
-def merge_map(merger: TokenMerger, model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
+def merge_map(merger: TokenMerger, model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
     """Who merged into whom: a row per merged layer, sequence and token.
 
     Columns: `layer`, `seq`, `pos`, `token_id`, `leader` (place of the cluster's first token; its own place if it opened one or

@@ -17,7 +17,7 @@ from basin_lens.merging.merge_pass import Given, MergePass, alone_in
 from basin_lens.merging.merger_files import read_merger, write_merger
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters, check_able, shape_of
-from basin_lens.model import check_model, fingerprint, full_name, measuring, reading
+from basin_lens.model import HookedModel, check_model, fingerprint, full_name, measuring, reading
 from basin_lens.values import Whole, whole
 
 
@@ -92,7 +92,7 @@ class TokenMerger(nn.Module):
 
     # ---- one model ---------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: Any) -> "TokenMerger":
+    def prepare(self, model: HookedModel) -> "TokenMerger":
         """Make the parameters for this model; nothing if that was done.
 
         Raises:
@@ -113,7 +113,7 @@ class TokenMerger(nn.Module):
             )
         return self
 
-    def ready(self, model: Any) -> "TokenMerger":
+    def ready(self, model: HookedModel) -> "TokenMerger":
         """Prepare, and refuse to run what cannot.
 
         Raises:
@@ -143,7 +143,7 @@ class TokenMerger(nn.Module):
     @contextmanager
     def attached(
         self,
-        model: Any,
+        model: HookedModel,
         *,
         valid: Bool[Tensor, "batch pos"] | None = None,
         surprisal: Float[Tensor, "batch pos"] | None = None,
@@ -201,7 +201,7 @@ class TokenMerger(nn.Module):
 
     def calibrate(
         self,
-        model: Any,
+        model: HookedModel,
         tokens: Int[Tensor, "batch pos"],
         *,
         surprisal: Float[Tensor, "batch pos"] | None = None,
@@ -291,7 +291,7 @@ class TokenMerger(nn.Module):
         return write_merger(Path(folder), self.weights, facts)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], model: Any) -> "TokenMerger":
+    def load(cls, folder: str | os.PathLike[str], model: HookedModel) -> "TokenMerger":
         """The merger of `save`, for the model it was made for.
 
         Args:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -20,7 +19,7 @@ from basin_lens.merging.training_log import CHECKPOINT, append_log, refuse_other
 from basin_lens.merging.training_options import Training
 from basin_lens.merging.training_run import TrainingRun
 from basin_lens.merging.windows import Windows, seen_of
-from basin_lens.model import fingerprint, save_tuned
+from basin_lens.model import HookedModel, fingerprint, save_tuned
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Trained:
     without merging rose on the held-out windows, nats per token; 0 for a frozen base, NaN without held-out windows."""
 
     merger: TokenMerger
-    model: Any
+    model: HookedModel
     history: pd.DataFrame
     drift: float
 
@@ -37,7 +36,7 @@ class Trained:
 @torch.inference_mode(False)  # the caller's would make tensors that no gradient can pass
 def train_merger(
     merger: TokenMerger,
-    model: Any,
+    model: HookedModel,
     windows: Windows,
     held_out: Windows | None = None,
     *,
@@ -153,7 +152,7 @@ def _go(run: TrainingRun, held_out: Windows | None, folder: Path | None, progres
     merger.forget()
 
 
-def _finished(run: TrainingRun, model: Any, held_out: Windows | None, copied: int) -> Trained:
+def _finished(run: TrainingRun, model: HookedModel, held_out: Windows | None, copied: int) -> Trained:
     """The merger with what is to be known of its training, its parameters frozen."""
     merger, training, windows = run.merger, run.training, run.windows
     drift = math.nan if training.train_base else 0.0

@@ -25,7 +25,7 @@ from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.merging.training_log import CHECKPOINT, rewrite_log
 from basin_lens.merging.training_options import Training
 from basin_lens.merging.windows import Windows
-from basin_lens.model import copy_of, device_of, forward_pass, measuring, parameters_of
+from basin_lens.model import HookedModel, copy_of, device_of, forward_pass, measuring, parameters_of
 
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
 
@@ -66,7 +66,7 @@ class TrainingRun:
         training: how.
     """
 
-    def __init__(self, merger: TokenMerger, model: Any, windows: Windows, training: Training) -> None:
+    def __init__(self, merger: TokenMerger, model: HookedModel, windows: Windows, training: Training) -> None:
         self.merger, self.training, self.windows = merger, training, windows
         self.model = copy_of(model) if training.train_base else model
         self.target = self._target()

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from basin_lens.errors import MergeError
-from basin_lens.model import n_context
-from basin_lens.texts import read_passages, tokenize
+from basin_lens.model import HookedModel, n_context
+from basin_lens.texts import Texts, read_passages, tokenize
 from basin_lens.texts.copies import SHARE, groups_of_copies, made_of_runs, runs_of
 from basin_lens.values import whole_numbers
 
@@ -101,7 +101,7 @@ class Windows:
 
 
 @whole_numbers(MergeError)
-def windows_of(model: Any, data: Any, length: int, *, most: int | None = None) -> Windows:
+def windows_of(model: HookedModel, data: Texts, length: int, *, most: int | None = None) -> Windows:
     """Cut texts into windows of exactly `length` tokens (BOS counted, if the model uses one); what is left at a text's end is not
     used.
 

@@ -57,6 +57,7 @@ from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
+from basin_lens.model.protocol import HookedModel
 from basin_lens.model.random_init import in_dtype, random_twin
 from basin_lens.model.rope import check_lengths, one_side
 from basin_lens.model.weights import output_weight
@@ -64,6 +65,7 @@ from basin_lens.model.weights import output_weight
 __all__ = [
     "BlockCall",
     "FrozenPrefix",
+    "HookedModel",
     "Memory",
     "PaddedPrefix",
     "RowStore",

@@ -11,6 +11,7 @@ from torch import Tensor
 from basin_lens.errors import TransportError
 from basin_lens.model.hooks import forward_pass, measuring, point_name, reading
 from basin_lens.model.identity import kind_of, n_layers
+from basin_lens.model.protocol import HookedModel
 
 
 class _CacheSlot:
@@ -113,7 +114,7 @@ class _RecordingEntry:
 
 
 def keys_and_values(
-    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"]
+    model: HookedModel, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"]
 ) -> tuple[Float[Tensor, "batch a b d_head"], Float[Tensor, "batch a b d_head"]]:
     """Keys and values that block `layer` computes from `states`, before the grouped-query repeat.
 
@@ -135,7 +136,7 @@ def keys_and_values(
     )
 
 
-def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:
+def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:
     """The arguments of every block in one pass over `tokens`: masks, rotary tables, positions, alibi, whatever there is.
 
     They depend on batch and length only, so any token ids will do.
@@ -172,7 +173,13 @@ def record_calls(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall
 
 
 def call_block(
-    model: Any, layer: int, call: BlockCall, states: Float[Tensor, "batch pos d"], prefix: Any = None, *, until_mid: bool = False
+    model: HookedModel,
+    layer: int,
+    call: BlockCall,
+    states: Float[Tensor, "batch pos d"],
+    prefix: Any = None,
+    *,
+    until_mid: bool = False,
 ) -> Float[Tensor, "batch pos d"]:
     """Run block `layer` on `states` with the arguments of `call`, the cache replaced by `prefix` (None: no cache).
 
@@ -206,7 +213,9 @@ def call_block(
     return (output[0] if isinstance(output, tuple) else output).float()
 
 
-def feed_forward(model: Any, layer: int, call: BlockCall, mids: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+def feed_forward(
+    model: HookedModel, layer: int, call: BlockCall, mids: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "batch pos d"]:
     """The second half of block `layer`: `resid_mid` -> `resid_post`, with `mids` put in.
 
     On a bridge, the point `hook_resid_mid` is the input of the feed-forward's norm only, so the sum is done here.
@@ -225,7 +234,13 @@ def feed_forward(model: Any, layer: int, call: BlockCall, mids: Float[Tensor, "b
 
 
 def rerun_with_state(
-    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"], *, until_mid: bool = False
+    model: HookedModel,
+    tokens: Int[Tensor, " pos"],
+    layer: int,
+    position: int,
+    states: Float[Tensor, "k d"],
+    *,
+    until_mid: bool = False,
 ) -> Float[Tensor, "k d"]:
     """The oracle (route R0): rerun the whole model k times with `states` put before block `layer` at `position`.
 
@@ -245,7 +260,7 @@ def rerun_with_state(
 
 
 def rerun_to_logits(
-    model: Any, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"]
+    model: HookedModel, tokens: Int[Tensor, " pos"], layer: int, position: int, states: Float[Tensor, "k d"]
 ) -> Float[Tensor, "k pos vocab"]:
     """Rerun the model k times with `states` put before block `layer` at `position`, to the logits."""
 
@@ -264,7 +279,7 @@ def _putting(position: int, states: Float[Tensor, "k d"]) -> Callable[[Tensor], 
     return put
 
 
-def final_norm(model: Any, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+def final_norm(model: HookedModel, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """The norm between the last block and the unembedding."""
     with measuring(model):
         dtype = next(model.parameters()).dtype
@@ -272,7 +287,7 @@ def final_norm(model: Any, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*
         return model.ln_final(flat).float().reshape(states.shape)
 
 
-def logits_of(model: Any, states: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocab"]:
+def logits_of(model: HookedModel, states: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocab"]:
     """Logits of states that leave the last block, by the model's own code: final norm, head, and whatever follows the head.
 
     What follows (Gemma's soft cap, Cohere's and Granite's scale) has no hook point, so the states are put in the place of one token's in a
@@ -295,7 +310,7 @@ def logits_of(model: Any, states: Float[Tensor, "batch pos d"]) -> Float[Tensor,
             return run(given, *states.shape[:2])
 
 
-def entering(model: Any, tokens: Int[Tensor, "batch pos"], layer: int = 0) -> Float[Tensor, "batch pos d"]:
+def entering(model: HookedModel, tokens: Int[Tensor, "batch pos"], layer: int = 0) -> Float[Tensor, "batch pos d"]:
     """States that enter a block, of right-padded tokens. The pass goes no further."""
 
     def leave(state: Tensor) -> None:

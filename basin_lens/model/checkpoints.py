@@ -17,6 +17,7 @@ from basin_lens import records
 from basin_lens.errors import ModelError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
+from basin_lens.model.protocol import HookedModel
 from basin_lens.model.state_dicts import Found, note_unused, some, unused_weights
 
 _KIND = records.Kind("a tuned model", "basin_lens tuned model 2", "Tune the model again.", ModelError)
@@ -26,7 +27,7 @@ _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
 _OTHER = "weights-2.safetensors"  # beside an earlier model's, until the record names it
 
 
-def copy_of(model: Any, dtype: torch.dtype | None = None) -> Any:
+def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> Any:
     """A copy of the model, in another number format if one is given; the model stays as it is. Twice the memory.
 
     Raises:
@@ -63,7 +64,7 @@ def is_tuned_folder(path: Path) -> bool:
     return (path / _FACTS).is_file()
 
 
-def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Mapping[str, Any]) -> Path:
+def save_tuned(model: HookedModel, folder: str | os.PathLike[str], base: HookedModel, facts: Mapping[str, Any]) -> Path:
     """Keep the model's weights as safetensors, with what they were made from, so that `load_model(folder)` finds them.
 
     Args:
@@ -96,7 +97,7 @@ def save_tuned(model: Any, folder: str | os.PathLike[str], base: Any, facts: Map
     return target
 
 
-def _refuse_base(target: Path, base: Any) -> None:
+def _refuse_base(target: Path, base: HookedModel) -> None:
     """A model is kept as its difference from its base, which must stay where it is."""
     seen: set[Path] = set()
     source = source_of(base)
@@ -170,7 +171,7 @@ def check_chain(folder: Path) -> None:
         folder = Path(source["name_or_path"])
 
 
-def put_tuned(base: Any, folder: str | os.PathLike[str]) -> Any:
+def put_tuned(base: HookedModel, folder: str | os.PathLike[str]) -> Any:
     """A copy of `base` with the weights of a tuned model's folder.
 
     Raises:

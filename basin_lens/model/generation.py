@@ -1,7 +1,5 @@
 """What the model would write: greedy and sampled continuations, with a key/value cache where the model keeps one."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -10,10 +8,11 @@ from basin_lens.errors import ModelError
 from basin_lens.model.hooks import measuring
 from basin_lens.model.identity import device_of, kind_of, n_context
 from basin_lens.model.incremental_decoding import keeps_cache
+from basin_lens.model.protocol import HookedModel
 
 
 def continuations(
-    model: Any, prompts: Int[Tensor, "batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0
+    model: HookedModel, prompts: Int[Tensor, "batch pos"], length: int, *, temperature: float = 0.0, seed: int = 0
 ) -> Int[Tensor, "batch length"]:
     """`length` tokens behind each prompt, the end-of-text token treated as any other.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import hf_config, kind_of, n_layers
 from basin_lens.model.numerics import full_precision
+from basin_lens.model.protocol import HookedModel
 from basin_lens.model.rope import forget_lengths
 
 _SHORT = {
@@ -21,7 +22,7 @@ _SHORT = {
 # A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
 _CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
 
-_measured: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_measured: "WeakKeyDictionary[HookedModel, bool]" = WeakKeyDictionary()
 
 
 def point_name(point: str, layer: int) -> str:
@@ -29,7 +30,7 @@ def point_name(point: str, layer: int) -> str:
     return f"blocks.{layer}.{_SHORT.get(point, point)}"
 
 
-def missing_points(model: Any, points: set[str], layers: list[int]) -> list[str]:
+def missing_points(model: HookedModel, points: set[str], layers: list[int]) -> list[str]:
     """Those of `points` (see `point_name`) that the model does not have, as full names."""
     return [name for layer in layers for point in sorted(points) if (name := point_name(point, layer)) not in model.hook_dict]
 
@@ -52,7 +53,7 @@ def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Any:
 
 
 @contextmanager
-def reading(model: Any, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def reading(model: HookedModel, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Call `readers[name](tensor)` whenever the point `name` is passed; gone after the block, also on errors.
 
     A reader that returns a tensor puts it in the place of the one it read.
@@ -70,7 +71,7 @@ def reading(model: Any, readers: Mapping[str, Callable[[Tensor], Tensor | None]]
 
 
 @contextmanager
-def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
+def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
     """The state in which every measurement runs: no dropout, eager attention, full precision, gradients on or off; put back after.
 
     Eager attention because the other kernels neither show their pattern nor take a 4-D mask. Inside another `measuring` of the
@@ -106,7 +107,7 @@ def measuring(model: Any, *, gradients: bool = False) -> Iterator[None]:
 
 
 def forward_pass(
-    model: Any,
+    model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
     readers: Mapping[str, Callable[[Tensor], Tensor | None]],
     *,
@@ -131,6 +132,6 @@ def forward_pass(
         return model(tokens, return_type="logits", **extra)
 
 
-def all_layers(model: Any) -> list[int]:
+def all_layers(model: HookedModel) -> list[int]:
     """0 .. number of blocks - 1."""
     return list(range(n_layers(model)))

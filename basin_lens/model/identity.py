@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from basin_lens.errors import ModelError
+from basin_lens.model.protocol import HookedModel
 from basin_lens.model.state_dicts import unused_facts
 
 # Settings that say where a model came from or how it is run, not what it computes.
@@ -24,12 +25,12 @@ _COMPUTED = ("inv_freq", "rotary_sin", "rotary_cos", "embed_positions", "embed_p
 # Tables that grow, or change, as texts are read: not part of what the model is.
 _CHANGING = ("cos_cached", "sin_cached", "alibi")
 
-_full_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
-_sources: "WeakKeyDictionary[nn.Module, dict[str, str]]" = WeakKeyDictionary()
-_fingerprints: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+_full_names: "WeakKeyDictionary[HookedModel, str]" = WeakKeyDictionary()
+_sources: "WeakKeyDictionary[HookedModel, dict[str, str]]" = WeakKeyDictionary()
+_fingerprints: "WeakKeyDictionary[HookedModel, tuple[object, str]]" = WeakKeyDictionary()
 
 
-def kind_of(model: Any) -> Literal["bridge", "hooked"]:
+def kind_of(model: HookedModel) -> Literal["bridge", "hooked"]:
     """`"bridge"` for a TransformerBridge, `"hooked"` for a HookedTransformer (TransformerLens 3.9).
 
     Raises:
@@ -46,7 +47,7 @@ def kind_of(model: Any) -> Literal["bridge", "hooked"]:
     )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: HookedModel) -> None:
     """Refuse, with the reason, a model that is not a decoder made of attention blocks.
 
     Raises:
@@ -77,32 +78,32 @@ def check_model(model: Any) -> None:
             )
 
 
-def hf_config(model: Any) -> Any:
+def hf_config(model: HookedModel) -> Any:
     """The Hugging Face configuration under a bridge, or None."""
     return getattr(getattr(model, "original_model", None), "config", None)
 
 
-def n_layers(model: Any) -> int:
+def n_layers(model: HookedModel) -> int:
     """Number of blocks."""
     return len(model.blocks)
 
 
-def width(model: Any) -> int:
+def width(model: HookedModel) -> int:
     """Width of the residual stream (`d_model`)."""
     return int(model.cfg.d_model)
 
 
-def n_context(model: Any) -> int:
+def n_context(model: HookedModel) -> int:
     """Longest sequence that the model takes, in tokens."""
     return int(model.cfg.n_ctx)
 
 
-def vocabulary_size(model: Any) -> int:
+def vocabulary_size(model: HookedModel) -> int:
     """Number of token ids that the model's embedding takes."""
     return int(model.cfg.d_vocab)
 
 
-def has_absolute_positions(model: Any) -> bool:
+def has_absolute_positions(model: HookedModel) -> bool:
     """Whether the state that enters block 0 depends on the token's position, beside the token's id."""
     return str(getattr(model.cfg, "positional_embedding_type", "standard")) not in {
         "rotary",
@@ -112,17 +113,17 @@ def has_absolute_positions(model: Any) -> bool:
     }
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: HookedModel | nn.Module) -> torch.device:
     """Device on which the model computes."""
     return next(model.parameters()).device
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: HookedModel) -> Any:
     """The model's tokenizer, or None."""
     return getattr(model, "tokenizer", None)
 
 
-def tokenizer_fingerprint(model: Any) -> str:
+def tokenizer_fingerprint(model: HookedModel) -> str:
     """Hash of the tokenizer's vocabulary, merges and rules; not of its name, nor of the padding that a call left behind.
 
     Returns:
@@ -142,7 +143,7 @@ def tokenizer_fingerprint(model: Any) -> str:
     return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
+def uses_bos(model: HookedModel, prepend_bos: bool | None) -> int | None:
     """Id of the token to put before each sequence, or None for no such token.
 
     Args:
@@ -159,7 +160,7 @@ def uses_bos(model: Any, prepend_bos: bool | None) -> int | None:
     return bos
 
 
-def padding_of(model: Any) -> tuple[int, bool, bool] | None:
+def padding_of(model: HookedModel) -> tuple[int, bool, bool] | None:
     """Id of the token that the tokenizer pads with, and whether it is BOS, and EOS, too; None: no such token."""
     tokenizer = tokenizer_of(model)
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -168,29 +169,29 @@ def padding_of(model: Any) -> tuple[int, bool, bool] | None:
     return pad, pad == getattr(tokenizer, "bos_token_id", None), pad == getattr(tokenizer, "eos_token_id", None)
 
 
-def remember_name(model: nn.Module, name: str, source: dict[str, str] | None = None) -> None:
+def remember_name(model: HookedModel, name: str, source: dict[str, str] | None = None) -> None:
     """Keep the full name under which `load_model` found the weights, and what it was asked for."""
     _full_names[model] = name
     if source is not None:
         _sources[model] = source
 
 
-def source_of(model: Any) -> dict[str, str] | None:
+def source_of(model: HookedModel) -> dict[str, str] | None:
     """What `load_model` was asked for (`name_or_path`, `kind`), or None for a model that was made otherwise."""
     return _sources.get(model)
 
 
-def parameters_of(model: Any) -> dict[str, nn.Parameter]:
+def parameters_of(model: HookedModel) -> dict[str, nn.Parameter]:
     """The parameters of the function that the model computes, each once, by name."""
     return dict(_parameters(model))
 
 
-def full_name(model: Any) -> str:
+def full_name(model: HookedModel) -> str:
     """Name of the weights, in full."""
     return _full_names.get(model) or str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
-def weight_processing(model: Any) -> dict[str, Any]:
+def weight_processing(model: HookedModel) -> dict[str, Any]:
     """What TransformerLens did to the weights: this changes residual variances, so runs must not mix it."""
     normalization = str(getattr(model.cfg, "normalization_type", None))
     return {
@@ -200,7 +201,7 @@ def weight_processing(model: Any) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: HookedModel) -> str:
     """Hash of the function that the model computes: parameters and buffers as used, settings, weight processing.
 
     Buffers too, because quantized weights are held as buffers. Costs about a second per gigabyte of weights; kept until a parameter or
@@ -230,7 +231,7 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def hooked_at(model: Any) -> list[str]:
+def hooked_at(model: HookedModel) -> list[str]:
     """Hook points that bear a caller's hooks: such a model may compute something else than its weights, and its fingerprint, say.
 
     Hooks of torch itself (`register_forward_hook`) are not seen: they may do no more than count or time.
@@ -239,7 +240,7 @@ def hooked_at(model: Any) -> list[str]:
     return sorted(found.values())
 
 
-def provenance(model: Any) -> dict[str, Any]:
+def provenance(model: HookedModel) -> dict[str, Any]:
     """Plain facts about the model for a table's provenance."""
     return {
         "name": full_name(model),
@@ -272,15 +273,15 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
     return held.data_ptr(), version, hash(tuple(s.cpu().numpy().tobytes() for s in sums))
 
 
-def _parameters(model: Any) -> Any:
+def _parameters(model: HookedModel) -> Any:
     inner = getattr(model, "original_model", None)
     return (model if inner is None else inner).named_parameters()
 
 
-def _buffers(model: Any) -> dict[str, torch.Tensor]:
+def _buffers(model: HookedModel) -> dict[str, torch.Tensor]:
     """Buffers that belong to the function, persistent or not, each once; without those that change as texts are read."""
     inner = getattr(model, "original_model", None)
-    root: nn.Module = model if inner is None else inner
+    root: HookedModel | nn.Module = model if inner is None else inner
     # Of a rotary table that depends on length, the original one counts.
     switching = {
         f"{name}." for name, module in root.named_modules()
@@ -302,7 +303,7 @@ def _summary(table: torch.Tensor) -> str:
     return " ".join(f"{float(value):.4e}" for value in sums)
 
 
-def _settings(model: Any) -> dict[str, Any]:
+def _settings(model: HookedModel) -> dict[str, Any]:
     config = hf_config(model)
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(vars(model.cfg))
     if isinstance(quantized := settings.get("quantization_config"), dict):

@@ -12,6 +12,7 @@ from torch import Tensor
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import forward_pass, measuring
 from basin_lens.model.identity import device_of, hf_config, kind_of, n_context, n_layers, tokenizer_of, vocabulary_size
+from basin_lens.model.protocol import HookedModel
 
 _MOST_UNFOLDED = 6 << 30  # bytes
 NO_CACHE = (
@@ -31,14 +32,14 @@ def thread_count(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def start_token(model: Any) -> int:
+def start_token(model: HookedModel) -> int:
     """Id of the token that opens a sequence: the tokenizer's BOS, else its end-of-text token, else 0."""
     tokenizer = tokenizer_of(model)
     ids = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
     return next((int(found) for found in ids if found is not None), 0)
 
 
-def end_tokens(model: Any) -> frozenset[int]:
+def end_tokens(model: HookedModel) -> frozenset[int]:
     """Ids after which a text is over: what the tokenizer and the settings of model and generation name so, and `<|endoftext|>`.
 
     Settings count only where the tokenizer has that id for a special token: many hold an id that nobody chose. Without a tokenizer none are
@@ -56,13 +57,13 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset(also if own is None else {own, *also})
 
 
-def cache_bytes(model: Any, batch: int, window: int) -> int:
+def cache_bytes(model: HookedModel, batch: int, window: int) -> int:
     """Memory of the keys and values of `batch` sequences of `window` tokens, in bytes, as the model makes them."""
     heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
     return 2 * n_layers(model) * batch * window * int(heads) * int(model.cfg.d_head) * next(model.parameters()).element_size()
 
 
-def keeps_cache(model: Any) -> bool:
+def keeps_cache(model: HookedModel) -> bool:
     """Whether the model puts keys and values into a transformers cache that it is given: one token is passed to see.
 
     TransformerLens up to 4.3 drops the cache of transformers 5.24 and later (its blocks call it by another name): every cached step
@@ -81,7 +82,7 @@ def keeps_cache(model: Any) -> bool:
 class Stepper:
     """`step(tokens)` -> logits of the next token, for `batch` sequences that advance together; made by `stepping`."""
 
-    def __init__(self, model: Any, batch: int, window: int, groups: int = 1) -> None:
+    def __init__(self, model: HookedModel, batch: int, window: int, groups: int = 1) -> None:
         self.batch, self.window, self.vocab = batch, window, vocabulary_size(model)
         self._device = device_of(model)
         self._past = _past(model, batch, window, groups)
@@ -127,7 +128,7 @@ class Stepper:
 
 
 @contextmanager
-def stepping(model: Any, batch: int, window: int) -> Iterator[Stepper]:
+def stepping(model: HookedModel, batch: int, window: int) -> Iterator[Stepper]:
     """A `Stepper` over `model`: no dropout, eager attention, no gradients; the model is as it was after the block.
 
     Keys and values go into memory set aside once, for `batch` sequences of `window` tokens. A bridge gets a transformers `Cache` with
@@ -163,7 +164,7 @@ def stepping(model: Any, batch: int, window: int) -> Iterator[Stepper]:
 
 
 @contextmanager
-def _unfolded(model: Any, batch: int, window: int) -> Iterator[int]:
+def _unfolded(model: HookedModel, batch: int, window: int) -> Iterator[int]:
     """Grouped keys and values are kept once for each query head, so that no step has to copy all of them: how often, 1 for not at all.
 
     The repeating that the blocks do at every step took three quarters of it at 500 places. Not done where the memory is too dear.
@@ -186,7 +187,7 @@ def _unfolded(model: Any, batch: int, window: int) -> Iterator[int]:
             core.num_key_value_groups = groups
 
 
-def _past(model: Any, batch: int, window: int, groups: int) -> "_HookedPast | _BridgePast | _Recomputed":
+def _past(model: HookedModel, batch: int, window: int, groups: int) -> "_HookedPast | _BridgePast | _Recomputed":
     if kind_of(model) == "hooked":
         return _HookedPast(model, batch, window)
     return _BridgePast(model, window, groups) if hf_config(model) is not None else _Recomputed(model)
@@ -195,7 +196,7 @@ def _past(model: Any, batch: int, window: int, groups: int) -> "_HookedPast | _B
 class _BridgePast:
     """A transformers `Cache` whose layers are views of memory set aside."""
 
-    def __init__(self, model: Any, window: int, groups: int) -> None:
+    def __init__(self, model: HookedModel, window: int, groups: int) -> None:
         from transformers.cache_utils import Cache
 
         # Layers come into being with their first keys: some models share them between blocks.
@@ -258,7 +259,7 @@ class _HookedPast:
 
     frozen = False
 
-    def __init__(self, model: Any, batch: int, window: int) -> None:
+    def __init__(self, model: HookedModel, batch: int, window: int) -> None:
         cfg = model.cfg
         heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         device = device_of(model)
@@ -314,7 +315,7 @@ class _HookedEntry:
 class _Recomputed:
     """The tokens themselves, computed anew at every step."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._tokens: Tensor | None = None
 

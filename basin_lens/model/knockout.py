@@ -11,10 +11,11 @@ from torch import Tensor
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import all_layers, missing_points, point_name, reading
 from basin_lens.model.identity import hf_config, kind_of
+from basin_lens.model.protocol import HookedModel
 
 
 @contextmanager
-def knocked_out(model: Any, columns: Int[Tensor, " batch"], length: int) -> Iterator[None]:
+def knocked_out(model: HookedModel, columns: Int[Tensor, " batch"], length: int) -> Iterator[None]:
     """Passes over `[batch, length]` tokens in which no later query of sequence b attends to column `columns[b]`, in any block.
 
     What the token itself reads and predicts stays as it is; nothing of it reaches a later position. Hidden in the blocks' masks on
@@ -53,7 +54,7 @@ def _check(gone: Bool[Tensor, "batch 1 query key"], layer: int) -> Callable[[Ten
 
 
 @contextmanager
-def _masks(model: Any, gone: Bool[Tensor, "batch 1 query key"]) -> Iterator[None]:
+def _masks(model: HookedModel, gone: Bool[Tensor, "batch 1 query key"]) -> Iterator[None]:
     """Every 4-D mask among the blocks' arguments, with the column hidden as the mask hides the future.
 
     A native bridge gives its blocks none, and adds to its own what it is given: true hides.

@@ -8,28 +8,29 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from basin_lens.errors import ModelError
 from basin_lens.model.hooks import forward_pass, measuring, point_name
 from basin_lens.model.identity import device_of, hf_config, kind_of
 from basin_lens.model.incremental_decoding import NO_CACHE, keeps_cache
+from basin_lens.model.protocol import HookedModel
 
-_obeying: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_obeying: "WeakKeyDictionary[HookedModel, bool]" = WeakKeyDictionary()
 
 
-def kv_shape(model: Any) -> tuple[int, int]:
+def kv_shape(model: HookedModel) -> tuple[int, int]:
     """Heads of keys and values, and numbers per head."""
     heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
     return int(heads), int(model.cfg.d_head)
 
 
-def query_width(model: Any) -> int:
+def query_width(model: HookedModel) -> int:
     """Numbers of all heads' queries of one token."""
     return int(model.cfg.n_heads) * int(model.cfg.d_head)
 
 
-def obeys_pattern(model: Any, layer: int) -> bool:
+def obeys_pattern(model: HookedModel, layer: int) -> bool:
     """Whether the attention of `layer` reads by what hook_pattern returns: one pass of three tokens, remembered per model."""
     if model not in _obeying:
         tokens = torch.arange(3, device=device_of(model))[None]
@@ -61,7 +62,9 @@ class RowStore(Protocol):
 
 
 @contextmanager
-def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch vocab"]]]:
+def own_rows(
+    model: HookedModel, stores: Sequence[RowStore]
+) -> Iterator[Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch vocab"]]]:
     """Steps of one token per sequence, in which block l reads what `stores[l]` hands out.
 
     The model is told the true number of tokens seen, so places, rotary tables and sliding windows stay right; its masks are cut to the
@@ -114,7 +117,7 @@ def own_rows(model: Any, stores: Sequence[RowStore]) -> Iterator[Callable[[Int[T
     try:
         for layer, block in enumerate(model.blocks):
             handles.append(
-                block.attn.register_forward_pre_hook(
+                block.get_submodule("attn").register_forward_pre_hook(
                     lambda _module, args, kwargs, layer=layer: cut(layer, args, kwargs), with_kwargs=True
                 )
             )

@@ -29,6 +29,7 @@ from basin_lens.model.places import (
     similar_names,
     weights_at,
 )
+from basin_lens.model.protocol import HookedModel
 from basin_lens.model.random_init import in_dtype
 from basin_lens.model.state_dicts import Found, check_fit, listening, note_unused
 
@@ -359,7 +360,7 @@ def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype
     return _checked_hooked(model.to(device), weights.to(device), dtype)
 
 
-def _checked_hooked(model: Any, weights: Any, dtype: torch.dtype) -> Any:
+def _checked_hooked(model: HookedModel, weights: Any, dtype: torch.dtype) -> Any:
     """The converted model, if it computes what its weights do: the conversion drops what it does not know, such as biases of attention."""
     tokens = torch.arange(16, device=weights.device)[None] % weights.config.vocab_size
     with torch.inference_mode():

@@ -8,11 +8,12 @@ import torch
 from basin_lens.errors import ModelError
 from basin_lens.model.checkpoints import copy_of
 from basin_lens.model.identity import check_model, device_of, full_name, hf_config, kind_of, remember_name, weight_processing
+from basin_lens.model.protocol import HookedModel
 from basin_lens.values import whole_numbers
 
 
 @whole_numbers(ModelError)
-def random_twin(model: Any, *, seed: int = 0) -> Any:
+def random_twin(model: HookedModel, *, seed: int = 0) -> Any:
     """The same architecture, settings, tokenizer, dtype and device, with freshly initialized weights.
 
     What a score says of the twin, it says of the architecture and of the tokens, not of what was learned. Weights are drawn on
@@ -69,7 +70,7 @@ def random_twin(model: Any, *, seed: int = 0) -> Any:
     return twin
 
 
-def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+def in_dtype(model: HookedModel, dtype: torch.dtype) -> Any:
     """A copy of the model in another number format; the model stays as it is. Twice the memory.
 
     Args:
@@ -96,7 +97,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     return made.eval()
 
 
-def _from_settings(model: Any, dtype: torch.dtype, _seed: int) -> Any:
+def _from_settings(model: HookedModel, dtype: torch.dtype, _seed: int) -> Any:
     """A bridge over a Hugging Face model."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformers import AutoModelForCausalLM
@@ -111,7 +112,7 @@ def _from_settings(model: Any, dtype: torch.dtype, _seed: int) -> Any:
     )  # fmt: skip
 
 
-def _native(model: Any, dtype: torch.dtype, seed: int) -> Any:
+def _native(model: HookedModel, dtype: torch.dtype, seed: int) -> Any:
     """A bridge over one of TransformerLens's own models."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -121,7 +122,7 @@ def _native(model: Any, dtype: torch.dtype, seed: int) -> Any:
     return bridge.boot_native(config, device=device_of(model), dtype=dtype, model_name=str(model.cfg.model_name))
 
 
-def _hooked(model: Any, _dtype: torch.dtype, seed: int) -> Any:
+def _hooked(model: HookedModel, _dtype: torch.dtype, seed: int) -> Any:
     """A HookedTransformer (3.9)."""
     from transformer_lens import HookedTransformer
 

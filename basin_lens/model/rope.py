@@ -7,6 +7,7 @@ from torch import nn
 
 from basin_lens.errors import CaptureError
 from basin_lens.model.identity import full_name
+from basin_lens.model.protocol import HookedModel
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class LengthRule:
     length: int
 
 
-def length_rule(model: Any) -> LengthRule | None:
+def length_rule(model: HookedModel) -> LengthRule | None:
     """The rule by which the model's rotary tables depend on the longest text of a batch; None if they do not."""
     found = [LengthRule(kind, length) for module in _rotary_modules(model) for kind, length in _rules(module)]
     return min(found, key=lambda rule: (rule.kind != "dynamic", rule.length), default=None)
 
 
-def check_lengths(model: Any, lengths: list[int]) -> None:
+def check_lengths(model: HookedModel, lengths: list[int]) -> None:
     """Refuse sequences whose states would depend on what else is, or was, read.
 
     Raises:
@@ -40,7 +41,7 @@ def check_lengths(model: Any, lengths: list[int]) -> None:
         )
 
 
-def one_side(model: Any, lengths: list[int]) -> int | None:
+def one_side(model: HookedModel, lengths: list[int]) -> int | None:
     """The length at which batches must be parted: None, unless some sequences are beyond a longrope model's boundary and some are not."""
     rule = length_rule(model)
     if rule is None or rule.kind != "longrope" or not min(lengths) <= rule.length < max(lengths):
@@ -48,7 +49,7 @@ def one_side(model: Any, lengths: list[int]) -> int | None:
     return rule.length
 
 
-def forget_lengths(model: Any) -> None:
+def forget_lengths(model: HookedModel) -> None:
     """Put back dynamic rotary tables that a longer text, read before, has left behind."""
     for module in _rotary_modules(model):
         for prefix, _ in _kinds(module, "dynamic"):
@@ -59,7 +60,7 @@ def forget_lengths(model: Any) -> None:
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
-def _rotary_modules(model: Any) -> list[Any]:
+def _rotary_modules(model: HookedModel) -> list[Any]:
     inner: Any = getattr(model, "original_model", None)
     modules = [] if inner is None else [m for m in inner.modules() if isinstance(getattr(m, "__dict__", None), dict)]
     return [m for m in modules if isinstance(m, nn.Module) and "rope_type" in m.__dict__]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
-
 from basin_lens.errors import ModelError
+from basin_lens.model.protocol import HookedModel
 
 _NAMED = 4  # names in a message
 _NOTED = 20  # names in provenance
@@ -21,7 +20,7 @@ _WRAPPERS = {
     "module.": "DataParallel or a trainer",
 }
 
-_unused: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
+_unused: "WeakKeyDictionary[HookedModel, tuple[str, ...]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -134,18 +133,18 @@ def listening() -> Iterator[list[Found]]:
         loader.from_pretrained = plain
 
 
-def note_unused(model: nn.Module, names: Collection[str]) -> None:
+def note_unused(model: HookedModel, names: Collection[str]) -> None:
     """Keep which weights of the checkpoint the model has no place for."""
     if names:
         _unused[model] = tuple(sorted(names))
 
 
-def unused_weights(model: nn.Module) -> tuple[str, ...]:
+def unused_weights(model: HookedModel) -> tuple[str, ...]:
     """Names of the checkpoint's weights that the model has no place for; empty where every one was used."""
     return _unused.get(model, ())
 
 
-def unused_facts(model: nn.Module) -> dict[str, list[str]]:
+def unused_facts(model: HookedModel) -> dict[str, list[str]]:
     """The same for provenance: at most 20 names and the number of the others; nothing where there are none."""
     names = unused_weights(model)
     more = [f"and {len(names) - _NOTED} more"] if len(names) > _NOTED else []

@@ -1,15 +1,14 @@
 """Weights of a block that a measurement needs beside its states."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from basin_lens.errors import ModelError
+from basin_lens.model.protocol import HookedModel
 
 
-def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d"]:
+def output_weight(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d"]:
     """The output projection W_O of the attention in block `layer`, by head, so that head h adds `z[h] @ W_O[h]`; float32.
 
     Whatever the model does behind it (bias, post-norms as in Gemma 2, a residual multiplier as in Granite) is not in it. A bridge with

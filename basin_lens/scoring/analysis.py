@@ -10,17 +10,18 @@ from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, read_states
 from basin_lens.errors import CaptureError
-from basin_lens.model import check_model, full_precision, measuring, n_layers
+from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.request import Request, takes_request
 from basin_lens.scoring.results import KeptNeighbors, LayerNeighbors, Results, provenance
 from basin_lens.scoring.run import Run
 from basin_lens.scoring.token_rows import query_rows, row_facts
+from basin_lens.texts import Texts
 
 
 @takes_request(Request)
-def analyze(model: Any, data: Any, request: Request) -> pd.DataFrame:
+def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.DataFrame:
     """Measure every token of some texts at every layer of a model.
 
     Args:
@@ -71,8 +72,8 @@ class Analysis:
 
 @full_precision()
 def score(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Capture | Texts,
     request: Request,
     *,
     keep_neighbors_of: CloudAnalyzer | None = None,
@@ -107,7 +108,7 @@ def score(
     return Analysis(tables.build(rows, labels, plan.layers, results.values, tables.Provenance.from_json(facts)), kept)
 
 
-def _planned(model: Any, data: Any, request: Request) -> tuple[Capture, Plan]:
+def _planned(model: HookedModel, data: Capture | Texts, request: Request) -> tuple[Capture, Plan]:
     """The capture, read or only planned, and what to measure on it."""
     if not isinstance(data, Capture):
         layers = check_layers(model, request.layers)

@@ -1,14 +1,12 @@
 """Where neighbors come from."""
 
-from typing import Any
-
-from basin_lens.capture import Capture, check_cache, reference_capture
+from basin_lens.capture import Bank, Capture, check_cache, reference_capture
 from basin_lens.errors import NeighborError
-from basin_lens.model import uses_bos
+from basin_lens.model import HookedModel, uses_bos
 from basin_lens.scoring.plan import Plan
 
 
-def choose_bank(model: Any, capture: Capture, bank: Any, plan: Plan, *, progress: bool) -> Capture:
+def choose_bank(model: HookedModel, capture: Capture, bank: Bank, plan: Plan, *, progress: bool) -> Capture:
     """The bank that a request names, checked; the capture itself for None.
 
     Raises:

@@ -10,6 +10,7 @@ from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError, TableError
 from basin_lens.scoring.analysis import score
 from basin_lens.scoring.request import Request
+from basin_lens.values import Layers
 
 _ROW = ["passage", "doc", "seq", "pos", "token_id", "token", "start", "end"]
 
@@ -20,7 +21,7 @@ def compare(
     on: Any = "compression",
     *,
     frozen_neighbors: bool = False,
-    layers: Any = None,
+    layers: Layers = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -97,7 +98,7 @@ def _facts(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _measured(
-    a: Any, b: Any, on: Any, frozen: bool, layers: Any, seed: int, progress: bool
+    a: Any, b: Any, on: Any, frozen: bool, layers: Layers, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Both runs, the second with the first one's neighbors if they are frozen."""
     for side in (a, b):

@@ -6,9 +6,9 @@ import pandas as pd
 import torch
 
 from basin_lens.analyzers import Compression
-from basin_lens.capture import Capture, check_cache, check_layers
+from basin_lens.capture import Bank, Capture, check_cache, check_layers
 from basin_lens.errors import CaptureError, NeighborError
-from basin_lens.model import full_precision, measuring, n_layers
+from basin_lens.model import HookedModel, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.results import LayerNeighbors
@@ -19,7 +19,7 @@ from basin_lens.values import whole_numbers
 @whole_numbers(CaptureError)
 @full_precision()
 def neighborhood(
-    model: Any,
+    model: HookedModel,
     capture: Capture,
     layer: int,
     seq: int,
@@ -31,7 +31,7 @@ def neighborhood(
     exclude: str = "sequence",
     same_token: str = "any",
     position_0: bool = False,
-    bank: Any = None,
+    bank: Bank = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Who the neighbors of one token are, and where the block takes them.

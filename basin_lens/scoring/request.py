@@ -8,9 +8,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, TokenAnalyzer, default_analyzers
 from basin_lens.analyzers.control import NULLS, controls_of
+from basin_lens.capture import Bank
 from basin_lens.errors import NeighborError, TableError
 from basin_lens.neighbors import Backend
-from basin_lens.values import Whole, whole
+from basin_lens.values import Layers, Whole, whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,8 +34,8 @@ class Request:
 
     analyzers: Any = None
     _: KW_ONLY
-    layers: Any = None
-    bank: Any = None
+    layers: Layers = None
+    bank: Bank = None
     queries: Any = None
     controls: bool = False
     backend: Backend = "auto"

@@ -1,17 +1,15 @@
 """States put in the queries' places and run on to the logits."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.analyzers import RunOn
 from basin_lens.capture import Capture
-from basin_lens.model import device_of, rerun_to_logits
+from basin_lens.model import HookedModel, device_of, rerun_to_logits
 
 
-def rerun_points(model: Any, capture: Capture, layer: int, at: Int[Tensor, " q"], points: Float[Tensor, "q m d"]) -> RunOn:
+def rerun_points(model: HookedModel, capture: Capture, layer: int, at: Int[Tensor, " q"], points: Float[Tensor, "q m d"]) -> RunOn:
     """What the model makes of `points` that enter `layer` in place of the rows `at`, beside the model as it is."""
     divergence, later = (points.new_full(points.shape[:2], torch.nan) for _ in (0, 1))
     device = device_of(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
-from basin_lens.model import full_name, one_side
+from basin_lens.model import HookedModel, full_name, one_side
 from basin_lens.neighbors import Backend
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.map_scores import MapScores
@@ -42,7 +42,7 @@ class Run:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         capture: Capture,
         bank: Capture,
         plan: Plan,

@@ -10,7 +10,7 @@ from torch import Tensor
 from basin_lens import neighbors
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
-from basin_lens.model import device_of, has_absolute_positions, n_context
+from basin_lens.model import HookedModel, device_of, has_absolute_positions, n_context
 from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
 from basin_lens.scoring.plan import Plan, SearchOptions
@@ -42,7 +42,7 @@ class Searches:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         capture: Capture,
         bank: Capture,
         plan: Plan,

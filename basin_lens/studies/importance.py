@@ -17,6 +17,7 @@ from basin_lens.analyzers import (
     ValueWeightedAttention,
 )
 from basin_lens.errors import StudyError
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import ALL_SHOWN
 from basin_lens.studies.framework.measured_texts import SCORES, Measured
@@ -25,6 +26,7 @@ from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Pre
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
+from basin_lens.texts import Texts
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measured in the pass that reads the texts, its gradients, and, for erasure, passes of its own.
@@ -68,7 +70,7 @@ HYPOTHESIS = (
 )
 
 
-def study_importance(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
+def study_importance(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
     """Rank the measures of token importance by their agreement with erasure, then ask whether compression goes with importance.
 
     Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half

@@ -19,6 +19,7 @@ from basin_lens.analyzers import (
     SymmetricContraction,
     names_of,
 )
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.control_scores import sampled_controls
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW, one_sided
@@ -29,6 +30,7 @@ from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Pre
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import unit_keys
+from basin_lens.texts import Texts
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -43,7 +45,7 @@ HYPOTHESIS = (
 )
 
 
-def study_layers(model: Any, data: Any, *, progress: bool = True, **options: Any) -> Study:
+def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
     """Follow every score over depth, beside its controls, and ask whether two halves of the documents tell the same story.
 
     Args:

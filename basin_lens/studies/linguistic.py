@@ -10,6 +10,7 @@ import pandas as pd
 from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.contrast_report import contrast_section
@@ -22,7 +23,7 @@ from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
 from basin_lens.studies.neighbor_composition import SYNTAX_FINDING, SYNTAX_FIRST, neighbor_shares, syntax_first
-from basin_lens.texts import Passage, words_of
+from basin_lens.texts import Passage, Texts, words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
@@ -53,8 +54,8 @@ class LinguisticOptions:
 
 
 def study_linguistic(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     *,
     tagger: Literal["auto", "gold", "nltk", "spacy"] = "auto",
     part: Part = "mean",

@@ -11,7 +11,7 @@ import pandas as pd
 from basin_lens import merging, stats
 from basin_lens.errors import MergeError, StudyError
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.model import kind_of, provenance, tokenizer_of
+from basin_lens.model import HookedModel, kind_of, provenance, tokenizer_of
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import decide, one_sided, p_floor, settle
 from basin_lens.studies.framework.progress import progress_steps
@@ -42,7 +42,7 @@ HYPOTHESIS = (
 
 @whole_numbers(StudyError)
 def study_merging(
-    model: Any,
+    model: HookedModel,
     calibration: Windows,
     held_out: Windows,
     setting: Setting,
@@ -139,7 +139,7 @@ def study_merging(
 
 
 def _induction(
-    model: Any, mergers: Mapping[tuple[str, float], TokenMerger], setting: Setting, ours: str, seed: int
+    model: HookedModel, mergers: Mapping[tuple[str, float], TokenMerger], setting: Setting, ours: str, seed: int
 ) -> tuple[pd.DataFrame, dict[float, int]]:
     """How well random tokens are copied under each budget, and how many tokens the recent window holds there."""
     probes, reach = [], {}
@@ -152,7 +152,7 @@ def _induction(
     return pd.concat(probes, ignore_index=True), reach
 
 
-def _named_map(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
+def _named_map(model: HookedModel, merger: TokenMerger, held_out: Windows) -> pd.DataFrame:
     """Who merged into whom in the first window, with the tokens' text."""
     shown = held_out.tokens[:1, :_SHOWN_TOKENS]
     mapped = merging.merge_map(merger, model, shown)
@@ -162,7 +162,7 @@ def _named_map(model: Any, merger: TokenMerger, held_out: Windows) -> pd.DataFra
 
 
 def _facts(
-    model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None, copied: int
+    model: HookedModel, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None, copied: int
 ) -> dict[str, Any]:
     windows = {
         "length": int(held_out.tokens.shape[1]),
@@ -179,7 +179,9 @@ def _facts(
     }
 
 
-def _generated(model: Any, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int) -> pd.DataFrame | None:
+def _generated(
+    model: HookedModel, held_out: Windows, merger: TokenMerger, prompt: int, written: int, prompts: int
+) -> pd.DataFrame | None:
     """None where the model's cache cannot be rewritten, or nothing was asked for: `_untold` says which."""
     if not prompts or kind_of(model) == "hooked" or merger.options.preserve == "surprisal":
         return None
@@ -204,7 +206,7 @@ def _copies(count: int) -> list[str]:
     )
 
 
-def _untold(model: Any, merger: TokenMerger | None, prompts: int) -> list[str]:
+def _untold(model: HookedModel, merger: TokenMerger | None, prompts: int) -> list[str]:
     """Why no text was written with the compressed cache."""
     why = "none was asked for"
     if prompts and kind_of(model) == "hooked":
@@ -214,7 +216,7 @@ def _untold(model: Any, merger: TokenMerger | None, prompts: int) -> list[str]:
     return [f"Text written with the compressed cache: {why}."]
 
 
-def _text(model: Any, ids: list[int]) -> str:
+def _text(model: HookedModel, ids: list[int]) -> str:
     return str(tokenizer_of(model).decode(ids, skip_special_tokens=True))
 
 

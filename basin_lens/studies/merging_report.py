@@ -1,7 +1,6 @@
 """What the comparison of mergers says and shows."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 
 from basin_lens import merging
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.model import full_name, n_layers
+from basin_lens.model import HookedModel, full_name, n_layers
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import opening, sentence
@@ -19,7 +18,9 @@ RIVALS = ("random", "stride")
 COPIED = 48  # tokens that the induction probe repeats
 
 
-def about_merging(model: Any, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None) -> list[str]:
+def about_merging(
+    model: HookedModel, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None
+) -> list[str]:
     n = n_layers(model)
     said = "trained" if merger is not None else "not trained"
     training = {} if merger is None else merger.facts.get("training", {})

@@ -14,7 +14,7 @@
 
 from basin_lens.texts.datasets import has_splits, read_dataset
 from basin_lens.texts.licences import Licences, find_licences
-from basin_lens.texts.passages import Passage, reference_passages
+from basin_lens.texts.passages import Passage, Texts, reference_passages
 from basin_lens.texts.readers import read_by_document, read_file, read_jsonl, read_passages, read_texts
 from basin_lens.texts.taggers import words_of
 from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, real_tokens, token_strings, tokenize
@@ -25,6 +25,7 @@ __all__ = [
     "Licences",
     "Passage",
     "TaggedPassage",
+    "Texts",
     "TokenSequence",
     "Word",
     "find_licences",

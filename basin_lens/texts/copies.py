@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from basin_lens.model import HookedModel
 from basin_lens.texts.passages import Passage
 from basin_lens.texts.tokens import TokenSequence, token_strings, tokenize
 
@@ -114,14 +115,14 @@ def copies_of_others(
     return sorted(index for group in groups if max(group) >= count for index in group if index < count)
 
 
-def copied_passages(model: Any, passages: Sequence[Passage], others: Sequence[Passage]) -> list[int]:
+def copied_passages(model: HookedModel, passages: Sequence[Passage], others: Sequence[Passage]) -> list[int]:
     """Indices of the passages that are copies of any of the others, by the tokens of a model; see `copies_of_others`."""
     groups = passage_groups(model, [*passages, *others])
     count = len(passages)
     return sorted(index for group in groups if max(group) >= count for index in group if index < count)
 
 
-def passage_groups(model: Any, passages: Sequence[Passage]) -> list[list[int]]:
+def passage_groups(model: HookedModel, passages: Sequence[Passage]) -> list[list[int]]:
     """Groups of passages that are copies of one another, by the tokens of a model; see `groups_of_copies`."""
     if not passages:
         return []

@@ -1,10 +1,13 @@
 """A text with its document, labels and spans; and the built-in ones."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
+
+from torch import Tensor
 
 from basin_lens.errors import TextError
 from basin_lens.values import document, is_missing, labels, unicode, whole
@@ -60,6 +63,11 @@ class Passage:
                 "Spans are [start, end) in characters."
             )
         return unicode(name, "names of spans"), (start, end)
+
+
+# What a caller may give as texts, or as token ids; `read_passages` and `given_ids` say how each is read. Tables, columns and data sets are
+# Iterables too.
+Texts = str | Passage | os.PathLike[str] | Tensor | Iterable[object]
 
 
 @cache

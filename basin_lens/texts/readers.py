@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basin_lens.errors import TextError
-from basin_lens.texts.passages import Passage
+from basin_lens.texts.passages import Passage, Texts
 from basin_lens.texts.records import items_of, passage_of
 from basin_lens.values import check_alike, is_missing
 
@@ -23,7 +23,7 @@ _MARKS = {
 }  # fmt: skip
 
 
-def read_passages(data: Any) -> list[Passage]:
+def read_passages(data: Texts) -> list[Passage]:
     """Passages from a text, a `Passage`, a `pathlib.Path`, lists of these, or a table with a column `text`.
 
     | given | passages |

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from basin_lens.errors import TextError
-from basin_lens.model import n_context, padding_of, tokenizer_of, uses_bos, vocabulary_size
-from basin_lens.texts.passages import Passage
+from basin_lens.model import HookedModel, n_context, padding_of, tokenizer_of, uses_bos, vocabulary_size
+from basin_lens.texts.passages import Passage, Texts
 from basin_lens.values import Whole, whole_or_none
 
 # An additive mask has 0 where a token is real, and this or less (a type's lowest number, or -inf) where it is padding.
@@ -32,7 +32,7 @@ class TokenSequence:
 
 
 def tokenize(
-    model: Any, passages: list[Passage], *, max_length: Whole = 128, prepend_bos: bool | None = None
+    model: HookedModel, passages: list[Passage], *, max_length: Whole = 128, prepend_bos: bool | None = None
 ) -> list[TokenSequence]:
     """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
 
@@ -80,7 +80,7 @@ def tokenize(
     return sequences
 
 
-def _check_ids(model: Any, passage: Passage, index: int, ids: Sequence[int], bos: int | None) -> None:
+def _check_ids(model: HookedModel, passage: Passage, index: int, ids: Sequence[int], bos: int | None) -> None:
     if bos is not None and ids[:1] == [bos]:
         raise TextError(
             f"expected a text without the BOS token, which is put before it, got text {index} that begins with it: "
@@ -108,7 +108,7 @@ def _offsets(passage: Passage, index: int, offsets: Sequence[tuple[int, int]]) -
     return [(-1, -1)] * len(offsets)
 
 
-def given_ids(model: Any, data: Any, attention_mask: Any = None) -> list[TokenSequence] | None:
+def given_ids(model: HookedModel, data: Texts, attention_mask: Any = None) -> list[TokenSequence] | None:
     """Sequences of the token ids among what was given to be measured, or None if it is texts.
 
     Args:
@@ -149,7 +149,7 @@ def given_ids(model: Any, data: Any, attention_mask: Any = None) -> list[TokenSe
     return sequences
 
 
-def _are_ids(data: Any) -> bool:
+def _are_ids(data: object) -> bool:
     if isinstance(data, Tensor):
         return True
     if isinstance(data, np.ndarray):
@@ -245,7 +245,7 @@ def real_tokens(mask: Any, shape: tuple[int, ...], *, additive: bool = False) ->
     return valid
 
 
-def refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
+def refuse_padding(model: HookedModel, rows: Sequence[Sequence[int]]) -> None:
     """Refuse ids that begin or end in the tokenizer's padding: it would be measured as text.
 
     Raises:
@@ -268,7 +268,7 @@ def refuse_padding(model: Any, rows: Sequence[Sequence[int]]) -> None:
             )
 
 
-def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> list[TokenSequence]:
+def from_token_ids(model: HookedModel, tokens: Tensor, valid: Tensor | None = None) -> list[TokenSequence]:
     """Sequences from a LongTensor `[batch, pos]` or `[pos]` of token ids, without text.
 
     Args:
@@ -302,7 +302,7 @@ def from_token_ids(model: Any, tokens: Tensor, valid: Tensor | None = None) -> l
     return [TokenSequence(row, index, (-1,) * len(row), (-1,) * len(row)) for index, row in enumerate(rows)]
 
 
-def longest_sequence(model: Any, max_length: Whole) -> int:
+def longest_sequence(model: HookedModel, max_length: Whole) -> int:
     """`max_length`, or the model's context if that is shorter.
 
     Raises:
@@ -314,7 +314,7 @@ def longest_sequence(model: Any, max_length: Whole) -> int:
     return min(found, n_context(model))
 
 
-def token_strings(model: Any, ids: Iterable[int]) -> dict[int, str]:
+def token_strings(model: HookedModel, ids: Iterable[int]) -> dict[int, str]:
     """The text of each token id by itself, leading space kept; `<id>` when the model has no tokenizer.
 
     A token that is only part of a character (emoji, rare scripts) shows as U+FFFD.

@@ -1,7 +1,6 @@
 """Proof, before anything is computed with it, that a block can be called by itself and that its route is exact."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from basin_lens.capture import Capture, tolerance_of
 from basin_lens.errors import TransportError
-from basin_lens.model import feed_forward, measuring, rerun_with_state
+from basin_lens.model import HookedModel, feed_forward, measuring, rerun_with_state
 from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
@@ -30,7 +29,7 @@ class _WrongRoute(TransportError):  # noqa: N818 - turned into the other route, 
 
 
 def prove(
-    model: Any,
+    model: HookedModel,
     capture: Capture,
     layer: int,
     probe: Probe,
@@ -63,7 +62,7 @@ def prove(
 
 
 def check(
-    model: Any,
+    model: HookedModel,
     capture: Capture,
     block: PatchedBlock,
     post: Float[Tensor, "rows d"],
@@ -141,7 +140,7 @@ def check(
 
 
 def check_halves(
-    model: Any,
+    model: HookedModel,
     capture: Capture,
     probe: Probe,
     layer: int,

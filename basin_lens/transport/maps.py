@@ -10,7 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
-from basin_lens.model import call_block, device_of, feed_forward, measuring, missing_points, n_layers
+from basin_lens.model import HookedModel, call_block, device_of, feed_forward, measuring, missing_points, n_layers
 from basin_lens.transport.affine import AffineFit, affine_fit
 from basin_lens.transport.check import check_halves, prove
 from basin_lens.transport.patched import PatchedBlock
@@ -58,7 +58,9 @@ class LayerMaps:
         seed: of the check's random tokens.
     """
 
-    def __init__(self, model: Any, capture: Capture, bank: Capture, probes: tuple[Probe, Probe], layer: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: HookedModel, capture: Capture, bank: Capture, probes: tuple[Probe, Probe], layer: int, seed: int = 0
+    ) -> None:
         self.model, self.capture, self.bank, self.probes, self.layer, self.seed = model, capture, bank, probes, layer, seed
         self.device = device_of(model)
         self.errors: dict[int, float] = {}

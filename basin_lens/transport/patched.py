@@ -10,7 +10,7 @@ from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import TransportError
-from basin_lens.model import BlockCall, FrozenPrefix, PaddedPrefix, call_block, keys_and_values, kind_of, measuring
+from basin_lens.model import BlockCall, FrozenPrefix, HookedModel, PaddedPrefix, call_block, keys_and_values, kind_of, measuring
 from basin_lens.transport.probe import Probe, is_mask
 
 # About 1,000 rows a call keep the matrix products at full rate; groups of up to 64 balance the cost of attention between a group's
@@ -43,7 +43,7 @@ class PatchedBlock:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         capture: Capture,
         layer: int,
         probe: Probe,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basin_lens.model import BlockCall, device_of, is_cache_slot, kind_of, record_calls
+from basin_lens.model import BlockCall, HookedModel, device_of, is_cache_slot, kind_of, record_calls
 
 
 class Probe:
@@ -16,7 +16,7 @@ class Probe:
         length: tokens of the longest sequence.
     """
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: HookedModel, length: int) -> None:
         self.model, self.length = model, length
         self._recorded: dict[tuple[int, int], list[BlockCall]] = {}
 

@@ -20,6 +20,14 @@ import time
 from pathlib import Path
 
 OPTIONS = ["--dataset", "nltk:treebank", "--max-sequences", "24", "--layers", "3,18"]
+# The command stood in a module of its own before it got a folder.
+COMMAND = """
+try:
+    from basin_lens.cli.main import main
+except ImportError:
+    from basin_lens.cli import main
+main()
+"""
 HERE = Path(__file__).resolve().parents[2]
 
 
@@ -27,7 +35,7 @@ def run(checkout: Path, options: list[str]) -> tuple[float, float]:
     """Seconds by the clock and of the processor that one run takes."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "basin_lens.cli.main", "study", "all", *options, "--out", str(Path(folder) / "out")]
+        command = [sys.executable, "-c", COMMAND, "study", "all", *options, "--out", str(Path(folder) / "out")]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         spent, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,17 +1,18 @@
 """Integrated gradients of a few sequences, beside what is measured of all."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from basin_lens import tables
 from basin_lens.analyzers import IntegratedGradients
 from basin_lens.capture import Capture, subset
+from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
 
 
-def add_integrated_gradients(model: Any, capture: Capture, table: pd.DataFrame, most: int, seed: int, progress: bool) -> int:
+def add_integrated_gradients(
+    model: HookedModel, capture: Capture, table: pd.DataFrame, most: int, seed: int, progress: bool
+) -> int:
     """Integrated gradients of some sequences, each of another document where there are enough, written into the table."""
     order = np.random.default_rng(seed).permutation(len(capture.sequences)).tolist()
     first_of_doc = {capture.docs[seq]: seq for seq in reversed(order)}

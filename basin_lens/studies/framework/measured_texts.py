@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from basin_lens import tables
-from basin_lens.capture import Capture
+from basin_lens.capture import Bank, Capture
 from basin_lens.scoring import KeptNeighbors
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.units import count_units
@@ -30,7 +30,7 @@ class Measured:
     planned: Capture
     table: pd.DataFrame
     neighbors: KeptNeighbors | None
-    bank: Any
+    bank: Bank
     frequency: Mapping[int, float]
     contrast: Contrast | None
     settings: dict[str, Any]

@@ -8,8 +8,9 @@ import numpy as np
 
 from basin_lens import tables
 from basin_lens.analyzers import Analyzer, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
-from basin_lens.capture import Capture, check_layers, subset
+from basin_lens.capture import Bank, Capture, check_layers, subset
 from basin_lens.errors import StudyError
+from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
 from basin_lens.studies.framework.contrast import Contrast, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
@@ -18,21 +19,21 @@ from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
 from basin_lens.studies.framework.sequences import FEWEST_TOKENS, choose_sequences
 from basin_lens.studies.framework.spec import ScoreOptions, StudySpec
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, FEWEST_UNITS, count_units
-from basin_lens.texts import Passage
+from basin_lens.texts import Passage, Texts
 from basin_lens.transport import CONTEXTS, Context
-from basin_lens.values import whole_numbers
+from basin_lens.values import Layers, whole_numbers
 
 
 @whole_numbers(StudyError)
 def measure(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     *,
     studies: Sequence[str] = STUDIES,
-    layers: Any = None,
+    layers: Layers = None,
     k: int = 15,
     context: Context = "patched",
-    bank: Any = None,
+    bank: Bank = None,
     exclude: str = "sequence",
     unit: str = "document",
     contrast: Contrast | None = None,
@@ -139,7 +140,12 @@ def refuse_scoring(passages: Sequence[Passage], *, context: str, unit: str = "do
 
 
 def ready(
-    model: Any, data: Any, study: str, progress: bool, options: Mapping[str, Any], check: Callable[[Capture], None] | None = None
+    model: HookedModel,
+    data: Texts,
+    study: str,
+    progress: bool,
+    options: Mapping[str, Any],
+    check: Callable[[Capture], None] | None = None,
 ) -> Measured:
     """What a study works on: texts are measured, what was measured is taken as it is.
 
@@ -167,7 +173,7 @@ def spaced_layers(n_layers: int, count: int = 10) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
 
 
-def _layers(model: Any, layers: Any) -> tuple[int, ...]:
+def _layers(model: HookedModel, layers: Layers) -> tuple[int, ...]:
     every = check_layers(model, None)
     if layers is None:
         return tuple(spaced_layers(len(every)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import beside_token_level_tests, checked_red_flags, token_level_tests
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import decide, declared_test, settle
@@ -16,14 +17,15 @@ from basin_lens.studies.framework.spec import Analysis, Presentation, Results, S
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import about_measured, opening, sentence
+from basin_lens.texts import Texts
 
 _SHARED_STEPS = 3  # tests, figures, contrast
 
 
 def run_study(
     spec: StudySpec,
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     own: Any = None,
     *,
     progress: bool = True,

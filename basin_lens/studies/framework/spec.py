@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.measured_texts import SCORES, Measured
 from basin_lens.studies.framework.progress import Steps
@@ -55,7 +56,7 @@ class ScoreOptions:
 class Task:
     """What a study works on. `step`: to be called with a few words as each step begins."""
 
-    model: Any
+    model: HookedModel
     measured: Measured
     options: Any
     step: Steps

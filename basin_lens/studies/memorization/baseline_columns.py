@@ -9,12 +9,13 @@ import pandas as pd
 from basin_lens import memorize
 from basin_lens.analyzers import Surprisal
 from basin_lens.capture import Capture
+from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
 from basin_lens.texts import Passage
 
 
 def text_baselines(
-    tuned: Any,
+    tuned: HookedModel,
     made: list[Passage],
     before: pd.DataFrame,
     after: pd.DataFrame,

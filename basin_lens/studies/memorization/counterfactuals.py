@@ -1,7 +1,6 @@
 """The memorized path left on purpose: another continuation, a damaged prefix, a text memorized in part."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ import torch
 from basin_lens import memorize, stats
 from basin_lens.analyzers import Agreement, Compression, Surprisal
 from basin_lens.capture import Capture
-from basin_lens.model import continuations, tokenizer_of
+from basin_lens.model import HookedModel, continuations, tokenizer_of
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt, attempt_each
 from basin_lens.studies.memorization.experiment import Planted, tensor_of, with_changes
@@ -104,7 +103,7 @@ def _continuations(
 
 
 def _continuation_scores(
-    model: Any, tokens: torch.Tensor, first: int, planted: Planted, bank: Capture, progress: bool
+    model: HookedModel, tokens: torch.Tensor, first: int, planted: Planted, bank: Capture, progress: bool
 ) -> pd.DataFrame:
     """Scores of the tokens from `first` on."""
     plan = planted.plan

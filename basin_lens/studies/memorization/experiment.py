@@ -24,7 +24,7 @@ from basin_lens.analyzers import (
 from basin_lens.capture import Capture
 from basin_lens.controls import random_twin
 from basin_lens.errors import StudyError, TextError
-from basin_lens.model import full_name, n_context, n_layers, tokenizer_of, uses_bos
+from basin_lens.model import HookedModel, full_name, n_context, n_layers, tokenizer_of, uses_bos
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
 from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
@@ -124,8 +124,8 @@ class Planted:
 
     plan: Plan
     passages: tuple[Passage, ...]
-    base: Any
-    tuned: Any
+    base: HookedModel
+    tuned: HookedModel
     bank: tuple[Passage, ...]
     banks: dict[str, Capture]
     history: pd.DataFrame
@@ -141,7 +141,7 @@ class Planted:
 
 
 def plant(
-    model: Any,
+    model: HookedModel,
     plan: Plan,
     *,
     passages: Sequence[Passage] | None = None,
@@ -219,13 +219,13 @@ def plant(
 _HEADLINE = ("compression", "compression_native")
 
 
-def _layers(model: Any, plan: Plan) -> tuple[int, ...]:
+def _layers(model: HookedModel, plan: Plan) -> tuple[int, ...]:
     every = n_layers(model)
     return tuple(range(every) if plan.layers is None else spaced_layers(every, plan.layers))
 
 
 def _measured_negatives(
-    model: Any,
+    model: HookedModel,
     plan: Plan,
     made: Sequence[Passage],
     bank: Sequence[Passage],
@@ -259,7 +259,7 @@ def _facts(
     }
 
 
-def _texts_to_plant(model: Any, plan: Plan, passages: Sequence[Passage] | None) -> list[Passage]:
+def _texts_to_plant(model: HookedModel, plan: Plan, passages: Sequence[Passage] | None) -> list[Passage]:
     """The passages given, or canaries."""
     made = (
         list(passages)
@@ -287,7 +287,7 @@ def _bank_and_filler() -> tuple[list[Passage], list[Passage]]:
     return halves
 
 
-def _refuse_texts(model: Any, plan: Plan, made: Sequence[Passage], longest: int) -> None:
+def _refuse_texts(model: HookedModel, plan: Plan, made: Sequence[Passage], longest: int) -> None:
     # Spliced texts hold a whole text and a third of two others, whose tokens may split anew where they are cut.
     if n_context(model) < 2 * longest:
         raise StudyError(
@@ -312,7 +312,7 @@ def _analyzers(k: int) -> list[Any]:
     ]
 
 
-def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
+def refuse_built_in(texts: Sequence[Passage], model: HookedModel) -> None:
     """Refuse texts that neighbors or filler come from, and copies of them.
 
     Raises:
@@ -325,7 +325,7 @@ def refuse_built_in(texts: Sequence[Passage], model: Any) -> None:
         )
 
 
-def refuse_copies(texts: Sequence[Passage], model: Any) -> None:
+def refuse_copies(texts: Sequence[Passage], model: HookedModel) -> None:
     """Refuse texts held out that are copies of texts to be trained on.
 
     Raises:
@@ -376,7 +376,7 @@ def by_sequence(tokens: pd.DataFrame, scores: Sequence[str], texts: pd.DataFrame
     return tables.without_provenance(means.merge(texts, on="seq", how="left", validate="many_to_one"))
 
 
-def analysis_seconds(model: Any, plan: Plan, training: float) -> float:
+def analysis_seconds(model: HookedModel, plan: Plan, training: float) -> float:
     """Seconds of everything but the training: about as much as a forward pass of each neighbor through each layer."""
     every = n_layers(model)
     layers = every if plan.layers is None else min(plan.layers, every)
@@ -388,20 +388,20 @@ def analysis_seconds(model: Any, plan: Plan, training: float) -> float:
 
 
 def _tuned(
-    model: Any, passages: Sequence[Passage], doses: Sequence[int], folder: Path | None, name: str, options: dict[str, Any]
+    model: HookedModel, passages: Sequence[Passage], doses: Sequence[int], folder: Path | None, name: str, options: dict[str, Any]
 ) -> memorize.Tuned:
     """Train, or take up a training of the very same plan in the folder."""
     place = None if folder is None else folder / name
     return memorize.finetune(model, list(passages), list(doses), folder=place, name=f"{full_name(model)}, {name}", **options)
 
 
-def bank_of(model: Any, passages: Sequence[Passage], layers: Sequence[int], length: int) -> Capture:
+def bank_of(model: HookedModel, passages: Sequence[Passage], layers: Sequence[int], length: int) -> Capture:
     """Where neighbors come from: passages that are never trained on, cut as long as the texts."""
     # As long as the texts: position goes into every state.
     return Capture.from_texts(model, list(passages), layers=layers, max_length=length, progress=False)
 
 
-def _others(model: Any, plan: Plan, made: Sequence[Passage]) -> list[Passage]:
+def _others(model: HookedModel, plan: Plan, made: Sequence[Passage]) -> list[Passage]:
     """Fresh texts, none of them among those made."""
     known = {p.text for p in made}
     texts: list[str] = []

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,7 @@ from basin_lens import memorize, stats
 from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TextError
+from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt_each
 from basin_lens.studies.memorization.experiment import refuse_built_in
@@ -38,7 +38,13 @@ class Recited:
 
 
 def prepare(
-    model: Any, *, count: int, length: int, seed: int, files: Sequence[Passage] = (), paraphrases: Mapping[str, str] | None = None
+    model: HookedModel,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    files: Sequence[Passage] = (),
+    paraphrases: Mapping[str, str] | None = None,
 ) -> tuple[list[Passage], list[str]]:
     """Openings and their controls from the user's texts, NLTK's corpora where they are installed, and licences found here; and what was read.
 
@@ -93,14 +99,14 @@ def prepare(
     return made, said
 
 
-def _different(model: Any, sources: Sequence[Passage], length: int) -> list[Passage]:
+def _different(model: HookedModel, sources: Sequence[Passage], length: int) -> list[Passage]:
     """The sources whose beginnings are no copies of others' before them: one licence has many owners, and is one text."""
     begun = [Passage(source.text[: _CHARACTERS * length]) for source in sources]
     copied = {index for group in passage_groups(model, begun) for index in group[1:]}
     return [source for index, source in enumerate(sources) if index not in copied]
 
 
-def _once(model: Any, made: Sequence[Passage]) -> tuple[list[Passage], int]:
+def _once(model: HookedModel, made: Sequence[Passage]) -> tuple[list[Passage], int]:
     """Without the sources whose openings are copies of others, and how many those were."""
     begins = [index for index, p in enumerate(made) if p.labels["condition"] == "opening"]
     copied = {index for group in passage_groups(model, [made[index] for index in begins]) for index in group[1:]}
@@ -114,7 +120,7 @@ def _of(paraphrases: Mapping[str, str], sources: Sequence[Passage]) -> dict[str,
 
 
 def recite(
-    model: Any,
+    model: HookedModel,
     bank: Capture,
     layers: Sequence[int],
     made: Sequence[Passage],

@@ -9,6 +9,7 @@ import pandas as pd
 from basin_lens import memorize, stats
 from basin_lens.analyzers import Compression
 from basin_lens.errors import StudyError
+from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.memorization.experiment import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
@@ -16,7 +17,7 @@ from basin_lens.texts import Passage
 from basin_lens.texts.copies import copied_passages, passage_groups
 
 
-def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
+def author_passages(model: HookedModel, texts: Sequence[Passage], plan: Plan) -> list[Passage]:
     """Passages of one author's works, in pairs of neighbors, of each of which a coin decides which one is trained on.
 
     A passage that is a copy of an earlier one, as of a work given twice, is left out: a coin could train on one and hold the other
@@ -51,7 +52,7 @@ def author_passages(model: Any, texts: Sequence[Passage], plan: Plan) -> list[Pa
     return passages
 
 
-def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan, works: Sequence[Passage] = ()) -> list[Passage]:
+def unrelated_passages(model: HookedModel, texts: Sequence[Passage], plan: Plan, works: Sequence[Passage] = ()) -> list[Passage]:
     """Passages by others, as many as are to be planted and held out at most; copies of one another, and of passages of the works, left out.
 
     Raises:
@@ -67,7 +68,7 @@ def unrelated_passages(model: Any, texts: Sequence[Passage], plan: Plan, works: 
     return [Passage(text, doc=f"unrelated-{i}") for i, text in enumerate(cuts[: 2 * plan.per_dose * len(plan.doses)])]
 
 
-def copies_said(model: Any, texts: Sequence[Passage], unrelated: Sequence[Passage], plan: Plan) -> list[str]:
+def copies_said(model: HookedModel, texts: Sequence[Passage], unrelated: Sequence[Passage], plan: Plan) -> list[str]:
     """How many passages the two functions above leave out as copies."""
     own = _cuts(model, texts, plan.length)[1]
     others = _others_cuts(model, unrelated, plan.length, texts)[1]
@@ -75,7 +76,7 @@ def copies_said(model: Any, texts: Sequence[Passage], unrelated: Sequence[Passag
     return said + ([f"{others} unrelated passages are copies of one another or of the works, and left out."] if others else [])
 
 
-def _cuts(model: Any, texts: Sequence[Passage], length: int) -> tuple[list[tuple[str, list[str]]], int]:
+def _cuts(model: HookedModel, texts: Sequence[Passage], length: int) -> tuple[list[tuple[str, list[str]]], int]:
     """Passages of each work that are no copies of earlier ones, and how many others there were."""
     works = [
         (str(s.doc) if s.doc is not None else f"work-{n}", memorize.pieces(model, s.text, length)) for n, s in enumerate(texts)
@@ -89,7 +90,7 @@ def _cuts(model: Any, texts: Sequence[Passage], length: int) -> tuple[list[tuple
     return kept, len(copied)
 
 
-def _others_cuts(model: Any, texts: Sequence[Passage], length: int, works: Sequence[Passage]) -> tuple[list[str], int]:
+def _others_cuts(model: HookedModel, texts: Sequence[Passage], length: int, works: Sequence[Passage]) -> tuple[list[str], int]:
     """The same of texts by others, without copies of the works either."""
     held, repeated = _cuts(model, texts, length)
     cuts = [text for _, found in held for text in found]

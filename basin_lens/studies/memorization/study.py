@@ -11,7 +11,7 @@ import pandas as pd
 
 from basin_lens import memorize
 from basin_lens.errors import StudyError
-from basin_lens.model import check_model, n_layers, parameters_of
+from basin_lens.model import HookedModel, check_model, n_layers, parameters_of
 from basin_lens.model import provenance as model_provenance
 from basin_lens.studies.framework.declared_tests import decide
 from basin_lens.studies.framework.progress import progress_steps
@@ -58,7 +58,7 @@ def plan_of(preset: str = "quick", *, seed: int = 0, k: int | None = None, sampl
     return replace(plan, seed=seed, sampled=sampled, k=plan.k if k is None else k)
 
 
-def describe(model: Any, plan: Plan) -> list[str]:
+def describe(model: HookedModel, plan: Plan) -> list[str]:
     """What a plan will do and about how long it will take here, from a timed forward pass."""
     training = memorize.estimate(model, plan.tokens_trained())
     rest = analysis_seconds(model, plan, training)
@@ -87,7 +87,7 @@ class MemorizationOptions:
 
 
 def study_memorization(
-    model: Any,
+    model: HookedModel,
     plan: Plan | str = "quick",
     *,
     design: Design = "canaries",
@@ -224,7 +224,7 @@ def _prepare(call: ExperimentCall) -> Prepared:
     folder = call.out.resolve().with_name(call.out.resolve().name + "-models")
     design: Any = options.design
 
-    def run(model: Any) -> Study:
+    def run(model: HookedModel) -> Study:
         return study_memorization(model, plan, design=design, texts=call.texts, unrelated=others, paraphrases=known, folder=folder)
 
     return Prepared([folder], partial(describe, plan=plan), run)
@@ -267,7 +267,7 @@ def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
     )
 
 
-def _gigabytes(model: Any) -> float:
+def _gigabytes(model: HookedModel) -> float:
     return sum(p.numel() * p.element_size() for p in parameters_of(model).values()) / 1e9
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from basin_lens.capture import Capture
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.merging import TokenMerger
-from basin_lens.model import device_of, forward_pass, measuring
+from basin_lens.model import HookedModel, device_of, forward_pass, measuring
 
 # So many losses at least must be able to feel a merge: the last tokens of a sequence would cost nothing, whoever they are.
 LATER = 12
@@ -41,7 +41,7 @@ class Setting:
     `calibration`: the sequences by which states are centered and levels are set, few enough for one pass.
     """
 
-    model: Any
+    model: HookedModel
     capture: Capture
     layers: list[int]
     window: int
@@ -303,12 +303,14 @@ def plain_losses(setting: Setting, sequences: Sequence[int]) -> dict[int, Float[
     return answer
 
 
-def losses_of(model: Any, tokens: Int[Tensor, "batch pos"], valid: Bool[Tensor, "batch pos"]) -> Float[np.ndarray, "batch pos"]:
+def losses_of(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], valid: Bool[Tensor, "batch pos"]
+) -> Float[np.ndarray, "batch pos"]:
     """-log p of each token given those before it, nats; NaN at position 0 and for padding."""
     return _losses(_logits(model, tokens), tokens, valid)
 
 
-def _logits(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+def _logits(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
     with measuring(model):
         return forward_pass(model, tokens, {})
 

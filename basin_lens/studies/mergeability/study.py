@@ -12,6 +12,7 @@ from basin_lens import stats, tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.merging import TokenMerger
+from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import one_sided, p_floor
 from basin_lens.studies.framework.measured_texts import Measured
@@ -45,6 +46,7 @@ from basin_lens.studies.mergeability.report import (
     sections_of,
 )
 from basin_lens.tables.distinct import documents_once
+from basin_lens.texts import Texts
 from basin_lens.values import whole, whole_numbers
 
 CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.CONTROLS, SIMILARITY)}
@@ -77,8 +79,8 @@ class MergeabilityOptions:
 
 @whole_numbers(StudyError)
 def study_mergeability(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     *,
     progress: bool = True,
     tokens_per_sequence: int = 16,
@@ -155,7 +157,7 @@ def check_settings(
         raise StudyError(f"expected shares of the tokens to merge, between 0 and 1, each once, got {shares!r}.")
 
 
-def check_texts(model: Any, options: MergeabilityOptions, unit: str) -> Callable[[Capture], None]:
+def check_texts(model: HookedModel, options: MergeabilityOptions, unit: str) -> Callable[[Capture], None]:
     """What `study_mergeability` refuses before the model runs, as a check of the texts chosen."""
     options.check()
     window = options.window

@@ -14,7 +14,7 @@ from basin_lens import stats, tables
 from basin_lens.analyzers import Analyzer
 from basin_lens.controls import random_twin
 from basin_lens.errors import BasinLensError, StudyError, TextError
-from basin_lens.model import check_model, full_name, in_dtype
+from basin_lens.model import HookedModel, check_model, full_name, in_dtype
 from basin_lens.studies.framework.attempts import empty_finding
 from basin_lens.studies.framework.contrast_report import is_paired
 from basin_lens.studies.framework.control_scores import sampled_controls
@@ -36,6 +36,7 @@ from basin_lens.studies.robustness.variants import (
     scores,
     with_frequency,
 )
+from basin_lens.texts import Texts
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
@@ -69,8 +70,8 @@ class RobustnessOptions:
 
 
 def study_robustness(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: Texts,
     *,
     importance: str | Sequence[str] = ("gradient_norm_scaled", "attention_received"),
     second_model: Any = None,

@@ -22,7 +22,7 @@ from basin_lens.analyzers import (
 from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
-from basin_lens.model import missing_points, n_layers, provenance
+from basin_lens.model import HookedModel, missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
 from basin_lens.studies.framework.measured_texts import Measured
@@ -70,7 +70,9 @@ def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
         yield Setting("the other half", "halves", tables.select(table, ~half))
 
 
-def scores(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+def scores(
+    model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]
+) -> Iterator[Setting]:
     """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is searched and passed once."""
     own = measured.settings
     common: dict[str, Any] = {"k": own["k"], "context": own["context"], "exclude": own["exclude"]}
@@ -137,7 +139,7 @@ def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -
     return tables.assign(table, **{name: found[column].to_numpy() for name, column in columns.items()})
 
 
-def banks(model: Any, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
+def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
     """Half of the bank, twice the bank if there are texts left, and the built-in passages."""
     own, capture = measured.settings, measured.capture
     headline = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
@@ -225,7 +227,7 @@ def other_model(
     yield Setting(name, kind, made, at)
 
 
-def same_tokens(capture: Capture, model: Any, layers: tuple[int, ...]) -> Capture:
+def same_tokens(capture: Capture, model: HookedModel, layers: tuple[int, ...]) -> Capture:
     """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; nothing read yet."""
     source = "tokens" if capture.passages is None else "texts"
     held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
