@@ -4,13 +4,14 @@
     texts/     model/   capture/  neighbors/    transport/              analyzers/   tables/    -> views/
                                   scoring/ conducts all of this: read it first; controls/ destroys structure
 
-    memorize/ plants texts in a model and finds them; codec/ packs text with a model; merging/ merges tokens inside it; studies/ compose all
+    memorize/ plants texts in a model and finds them; codec/ packs text with a model; merging/ merges tokens inside it;
+    studies/ compose all
 
 Importing the package imports neither torch nor pandas: names are looked up when they are first used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from basin_lens import analyzers, codec, controls, errors, memorize, merging, stats, studies, tables, views
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _ROOMS:
         return import_module(f"basin_lens.{name}")
     if name in _HOMES:

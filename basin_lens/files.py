@@ -1,7 +1,7 @@
 """The one place that writes: files and folders whole or not at all, in nobody's way, and with nothing left behind by a death.
 
-What is being written stands in a scratch folder beside its place, and takes the place by a rename. A scratch folder holds a lock that the
-system lets go when its process ends, however it ends; by it, the next run knows what the dead left behind.
+What is being written stands in a scratch folder beside its place, and takes the place by a rename. A scratch folder holds a lock
+that the system lets go when its process ends, however it ends; by it, the next run knows what the dead left behind.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _NOCTTY = getattr(os, "O_NOCTTY", 0)
 _locked = threading.local()
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------------------
 
 
 def write_file(
@@ -116,7 +116,8 @@ def check_file(path: Place, *, replace: bool = True, inputs: Sequence[Place | in
         return
     if target.is_symlink():
         raise StoreError(
-            f"expected a regular file, got {str(target)!r}, a link to {os.readlink(target)!r}. Name the file itself, or delete the link."
+            f"expected a regular file, got {str(target)!r}, a link to {os.readlink(target)!r}. Name the file itself, or delete the "
+            "link."
         )
     if found is not None and not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
@@ -198,7 +199,8 @@ def _fill(path: Path, content: Content) -> None:
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except UnicodeEncodeError as error:
         raise StoreError(
-            f"expected text that UTF-8 can hold for {path.name!r}, got a lone surrogate at character {error.start}. Decode it properly."
+            f"expected text that UTF-8 can hold for {path.name!r}, got a lone surrogate at character {error.start}. Decode it "
+            "properly."
         ) from error
 
 
@@ -231,7 +233,7 @@ def _take_over(new: Path, target: Path, like: Place | int | None) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have what was written on the disk before a name says that it is there; a folder that cannot be synced is left to the system."""
+    """Have what was written on the disk before a name says that it is there; where that cannot be, the system sees to it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -247,15 +249,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- folders ----------------------------------------------------------------------------------------------------------------------------
+# ---- folders --------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """A folder to fill that takes its name only when the block is left without an error, all at once.
 
-    A folder that is replaced is moved aside, and deleted when the new one stands in its place; a death between the two is healed by the next
-    run (`clear_leavings`).
+    A folder that is replaced is moved aside, and deleted when the new one stands in its place; a death between the two is healed by
+    the next run (`clear_leavings`).
 
     Args:
         target: its name.
@@ -312,8 +314,8 @@ def check_folder(target: Place) -> None:
     beside = next((part for part in place.parents if part.exists()), place)
     if beside.is_dir() and not os.access(beside, os.W_OK | os.X_OK):
         raise StoreError(
-            f"expected a folder that can be replaced as a whole, got {str(place)!r}, beside which ({str(beside)!r}) nothing can be written. "
-            "Choose another."
+            f"expected a folder that can be replaced as a whole, got {str(place)!r}, beside which ({str(beside)!r}) nothing can be "
+            "written. Choose another."
         )
 
 
@@ -334,7 +336,7 @@ def _put(new: Path, target: Path, old: Path, *, replace: bool) -> None:
 
 @contextmanager
 def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iterator[Path]:
-    """Hold an output folder for this thread: made if missing, the leavings of the dead cleared; removed again if nothing was put in it.
+    """Hold an output folder for this thread: made if missing, the leavings of the dead cleared; removed if nothing was put in it.
 
     Whoever holds the folder may lock it again.
 
@@ -375,7 +377,8 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
             locks.tell(handle, target.name)
         except OSError as problem:
             raise error(
-                f"expected an output folder that can be written, got {str(folder)!r}: {problem.strerror}. Free space, or choose another."
+                f"expected an output folder that can be written, got {str(folder)!r}: {problem.strerror}. Free space, or choose "
+                "another."
             ) from problem
         clear_leavings(target)
         yield target
@@ -392,7 +395,7 @@ def is_lock(name: str) -> bool:
     return name == _LOCK
 
 
-# ---- what a death leaves behind -------------------------------------------------------------------------------------------------------------
+# ---- what a death leaves behind -------------------------------------------------------------------------------------------------
 
 
 @contextmanager

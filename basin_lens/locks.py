@@ -6,7 +6,8 @@ import socket
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from basin_lens.values import Facts
 
 if sys.platform != "win32":
     import fcntl
@@ -16,7 +17,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock file as long as it is open, at most until its process ends; None if somebody else holds it."""
+    """A descriptor that holds the lock file while it is open, at most until its process ends; None if somebody else holds it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         if not _hold(handle, path):
@@ -40,7 +41,7 @@ def _hold(handle: int, path: Path) -> bool:
     return _is_gone(read(path))
 
 
-def _is_gone(told: dict[str, Any]) -> bool:
+def _is_gone(told: Facts) -> bool:
     """Whether the process that wrote a lock file has ended, as far as can be known."""
     if not told:
         return True
@@ -68,7 +69,7 @@ def tell(handle: int, target: str) -> None:
     os.write(handle, json.dumps(told).encode())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Facts:
     """What a lock file says; nothing if it cannot be read."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
 """What is kept on disk, sealed: each record bears a digest of all that belongs to it, so that damage is refused and never read.
 
-A file of its own (a table, a checkpoint, a record) holds its seal among its metadata: the SHA-256 of its bytes, taken while the seal's own digits
-are zeros. A folder has a record, a sealed JSON file that lists size and SHA-256 of the files beside it.
+A file of its own (a table, a checkpoint, a record) holds its seal among its metadata: the SHA-256 of its bytes, taken while the
+seal's own digits are zeros. A folder has a record, a sealed JSON file that lists size and SHA-256 of the files beside it.
 
-A seal tells that nothing was changed, cut or exchanged since it was set. It is no signature: who can write the file can seal it anew. So the fields
-of a record are still checked for what they should be (`fields`), and what else goes wrong in reading becomes a refusal (`Kind.reading`).
+A seal tells that nothing was changed, cut or exchanged since it was set. It is no signature: who can write the file can seal it
+anew. So the fields of a record are still checked for what they should be (`fields`), and what else goes wrong in reading becomes a
+refusal (`Kind.reading`).
 
 Cost: one reading of the file, at about 2 GB/s where the processor has instructions for SHA-256, 0.4 GB/s where it does not.
 """
@@ -20,11 +21,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from basin_lens.errors import BasinLensError, StoreError
+from basin_lens.values import Facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = object  # torch is not imported: a table does without
+
+# What a field of a record must be: of a type, of one of several (None for null), or a list of one type.
+Expected = type | tuple[type | None, ...] | list[type]
 
 _DIGITS = 64
 _SEAL = re.compile(rb"basin_lens seal sha256:([0-9a-f]{64})")
@@ -74,12 +84,19 @@ class Kind:
         ) as error:
             raise self.refusal(path, f"a damaged one: {type(error).__name__}: {_first_line(error)}") from error
 
-    def record(self, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], **layout: Any) -> bytes:
-        """A folder's record as JSON: the facts, and the digests of its files by name (see `digest`); `layout` goes to `json.dumps`."""
+    def record(
+        self,
+        facts: Mapping[str, object],
+        files: Mapping[str, Mapping[str, object]],
+        *,
+        indent: int | None = None,
+        allow_nan: bool = True,
+    ) -> bytes:
+        """A folder's record as JSON: the facts, and the digests of its files by name (see `digest`)."""
         whole = {"format": self.format, **facts, "files": dict(files), "seal": OPEN_SEAL}
-        return seal(json.dumps(whole, **layout).encode())
+        return seal(json.dumps(whole, indent=indent, allow_nan=allow_nan).encode())
 
-    def read(self, path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, path: Path, expected: Mapping[str, Expected]) -> Facts:
         """The facts and `files` of a record.
 
         Args:
@@ -111,7 +128,7 @@ class Kind:
                     raise ValueError(f"the file name {name!r}")
         return found
 
-    def check(self, folder: Path, name: str, facts: Mapping[str, Any], *, content: bool = True) -> Path:
+    def check(self, folder: Path, name: str, facts: Mapping[str, object], *, content: bool = True) -> Path:
         """The path of a file that a record lists, if the file is the one that was written; `content=False`: if it has that size.
 
         The content is read once, and again only if the file was changed since.
@@ -144,15 +161,15 @@ class Kind:
             if not whole:
                 raise self.refusal(path, "one that was changed after it was written: its digest is of another content")
 
-    def write_tensors(self, path: Path, tensors: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """A sealed safetensors file of its own; `facts` are its metadata."""
-        from safetensors.torch import save_file  # brings torch, which a table does without
+        from safetensors.torch import save_file  # brings torch
 
         save_file(dict(tensors), path, {**facts, "format": self.format, "seal": OPEN_SEAL})
         seal_file(path)
 
     @contextmanager
-    def tensors(self, path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    def tensors(self, path: Path) -> Iterator[tuple[safe_open, dict[str, str]]]:
         """A sealed safetensors file, open, and its metadata; what fails inside is a refusal.
 
         Raises:
@@ -168,7 +185,7 @@ class Kind:
                 yield held, facts
 
 
-def digest(content: bytes | Path) -> dict[str, Any]:
+def digest(content: bytes | Path) -> Facts:
     """Size and SHA-256 of a file or of what will be one, as a record lists them."""
     if isinstance(content, bytes):
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -176,7 +193,7 @@ def digest(content: bytes | Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
-def fields(found: Any, expected: Mapping[str, Any]) -> None:
+def fields(found: object, expected: Mapping[str, Expected]) -> None:
     """Check a record's fields: each a type, a tuple of types (None for null), or a list of one type (a list of such).
 
     True is no number, and a whole number is one.
@@ -261,7 +278,7 @@ def _remembered(path: str, *_: int) -> str:
     return str(digest(Path(path))["sha256"])
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is(value: object, kind: type | tuple[type | None, ...] | None) -> bool:
     if isinstance(kind, tuple):
         return any(_is(value, one) for one in kind)
     if kind is None:
@@ -271,7 +288,7 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return f"{text[:40]}..." if len(text) > 40 else text
 

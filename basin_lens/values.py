@@ -4,9 +4,9 @@ import datetime
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsFloat, SupportsIndex, TypeVar, cast, get_args, get_origin
 
 from basin_lens.errors import BasinLensError, TextError
 
@@ -29,11 +29,13 @@ KEYS = ("run", "layer", "passage", "doc", "seq", "pos", "token_id", "token", "st
 TAKEN = frozenset((*KEYS, "span"))
 
 Plain = str | int | float | bool | None
+# Labels by name, as they are held; a caller may give what stands for these, too, see `labels`.
+Labels = Mapping[str, Plain]
 _PLAIN = "plain values (text, numbers, True or False, None)"
 _EXACT = 2**53  # whole numbers beyond it change when they become floats, as they do in a column with gaps
 
 
-def whole_or_none(value: Any) -> int | None:
+def whole_or_none(value: object) -> int | None:
     """The int that a value stands for, or None: ints, numpy's whole numbers, 0-d tensors and arrays of them; never a truth value.
 
     Example:
@@ -43,17 +45,17 @@ def whole_or_none(value: Any) -> int | None:
         (3, None, None)
     """
     # A tensor of one truth value would pass for 0 or 1.
-    dims: Any = getattr(value, "ndim", 0)
+    dims = getattr(value, "ndim", 0)
     if isinstance(value, bool) or dims or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:
-        return operator.index(value)
+        return operator.index(cast("SupportsIndex", value))
     except TypeError:
         return None
 
 
 def whole(
-    value: Any, name: str, *, least: int | None = None, error: type[BasinLensError] = BasinLensError, cure: str = "Give an int."
+    value: object, name: str, *, least: int | None = None, error: type[BasinLensError] = BasinLensError, cure: str = "Give an int."
 ) -> int:
     """The int that a value stands for: the one check of whole numbers at every door.
 
@@ -80,21 +82,21 @@ def whole(
     return found
 
 
-def takes_whole(annotation: Any) -> bool:
+def takes_whole(annotation: object) -> bool:
     """Whether a parameter or field of this annotation is a whole number, or may be one."""
     return annotation in (int, Whole) or (
         get_origin(annotation) is not tuple and any(part in (int, Whole) for part in get_args(annotation))
     )
 
 
-def _takes_many(annotation: Any) -> bool:
+def _takes_many(annotation: object) -> bool:
     return any(
         get_origin(part) is tuple and any(each in (int, Whole) for each in get_args(part))
         for part in (annotation, *get_args(annotation))
     )
 
 
-def _as_whole(value: Any, name: str, annotation: Any, error: type[BasinLensError]) -> Any:
+def _as_whole(value: object, name: str, annotation: object, error: type[BasinLensError]) -> object:
     """The int that was meant; a truth value is refused, and whatever else it is goes on to the door's own check."""
     if value is None or type(value) is int:
         return value
@@ -106,7 +108,7 @@ def _as_whole(value: Any, name: str, annotation: Any, error: type[BasinLensError
 
 
 def whole_numbers(error: type[BasinLensError] = BasinLensError) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator for functions that a caller opens: whole numbers of numpy and 0-d tensors come in as ints, truth values are refused.
+    """A decorator for a caller's door: whole numbers of numpy and 0-d tensors come in as ints, truth values are refused.
 
     Args:
         error: class of the refusal.
@@ -137,7 +139,7 @@ def whole_numbers(error: type[BasinLensError] = BasinLensError) -> Callable[[Cal
     return decorate
 
 
-def whole_fields(record: Any, error: type[BasinLensError] | None = None) -> None:
+def whole_fields(record: object, error: type[BasinLensError] | None = None) -> None:
     """The same for the fields of a dataclass, frozen or not: called first in its `__post_init__`.
 
     Fields that are tuples of whole numbers may be lists or arrays of them, too.
@@ -149,6 +151,7 @@ def whole_fields(record: Any, error: type[BasinLensError] | None = None) -> None
     Raises:
         BasinLensError: of the class asked for: a truth value for a whole number.
     """
+    assert is_dataclass(record)
     for one in fields(record):
         if not hasattr(record, one.name):  # made later, by the class itself
             continue
@@ -174,7 +177,7 @@ def unicode(text: str, what: str) -> str:
     return str.__str__(text)  # of a text that is also a name (an Enum), the text
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether a value says that there is none: None, NaN, pandas's NA and NaT."""
     # pandas is not imported for the sake of two names.
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
@@ -183,18 +186,18 @@ def is_missing(value: Any) -> bool:
     return not isinstance(value, str) and not getattr(value, "ndim", 0) and bool(_differs_from_itself(value))
 
 
-def _differs_from_itself(value: Any) -> bool:
+def _differs_from_itself(value: object) -> bool:
     try:
         return bool(value != value)
     except (TypeError, ValueError, RuntimeError):
         return False
 
 
-def plain(value: Any, what: str) -> Plain:
+def plain(value: object, what: str) -> Plain:
     """A label's value as it can be stored: text, int, float, True or False, None.
 
-    Numpy's scalars and 0-d tensors become Python's; what is missing (NaN, pandas's NA and NaT) becomes None; dates and times become text as ISO 8601
-    has it.
+    Numpy's scalars and 0-d tensors become Python's; what is missing (NaN, pandas's NA and NaT) becomes None; dates and times become
+    text as ISO 8601 has it.
 
     Args:
         value: what was given.
@@ -229,17 +232,18 @@ def plain(value: Any, what: str) -> Plain:
     if number is not None:
         return number
     if isinstance(value, float) or ("float" in kind and not getattr(value, "ndim", 0)):
-        return float(value)
+        return float(cast("SupportsFloat", value))
     raise TextError(
         f"expected {what} among {_PLAIN}, got {value!r} ({type(value).__name__}). Give one value of these for each name."
     )
 
 
-def labels(given: Any) -> dict[str, Plain]:
+def labels(given: object) -> dict[str, Plain]:
     """Labels by name, each as `plain` has it: the one place where labels are made plain or refused.
 
     Raises:
-        TextError: not a mapping; a name that is no text, empty, or that of a column which every table has; a value that cannot be stored.
+        TextError: not a mapping; a name that is no text, empty, or that of a column which every table has; a value that cannot be
+            stored.
 
     Example:
         >>> import numpy as np
@@ -264,7 +268,7 @@ def labels(given: Any) -> dict[str, Plain]:
     return found
 
 
-def document(given: Any) -> str | None:
+def document(given: object) -> str | None:
     """The name of a document; None: none was given. A whole number stands for its digits; text stays as it is (`001` is not `1`).
 
     Raises:
@@ -287,8 +291,8 @@ def check_alike(every: Sequence[Mapping[str, Plain]]) -> None:
         every: the labels of each text, as `labels` gives them.
 
     Raises:
-        TextError: naming label, texts and values: text beside numbers, truth values beside others, or whole numbers beyond 2^53 where other
-            texts have fractions or nothing (a column with gaps is of floats, which would change them).
+        TextError: naming label, texts and values: text beside numbers, truth values beside others, or whole numbers beyond 2^53
+            where other texts have fractions or nothing (a column with gaps is of floats, which would change them).
     """
     for name in dict.fromkeys(name for held in every for name in held):
         column = [held.get(name) for held in every]
@@ -297,15 +301,16 @@ def check_alike(every: Sequence[Mapping[str, Plain]]) -> None:
         if other is not None:
             first = there[0]
             raise TextError(
-                f"expected one kind of value for label {name!r} in all texts, got {column[first]!r} ({_kind(column[first])}) in text {first} and "
-                f"{column[other]!r} ({_kind(column[other])}) in text {other}. Write all as text, or leave the label out where it is unknown."
+                f"expected one kind of value for label {name!r} in all texts, got {column[first]!r} ({_kind(column[first])}) in "
+                f"text {first} and {column[other]!r} ({_kind(column[other])}) in text {other}. Write all as text, or leave the "
+                "label out where it is unknown."
             )
         large = next((i for i, value in enumerate(column) if type(value) is int and abs(value) > _EXACT), None)
         gap = next((i for i, value in enumerate(column) if type(value) is not int), None)
         if large is not None and gap is not None:
             raise TextError(
-                f"expected label {name!r} as a whole number in every text (one beyond 2^53 changes in a column with gaps or fractions), got "
-                f"{column[large]!r} in text {large} and {column[gap]!r} in text {gap}. Write all of them as text."
+                f"expected label {name!r} as a whole number in every text (one beyond 2^53 changes in a column with gaps or "
+                f"fractions), got {column[large]!r} in text {large} and {column[gap]!r} in text {gap}. Write all of them as text."
             )
 
 
@@ -313,7 +318,7 @@ def _kind(value: Plain) -> str:
     return "text" if isinstance(value, str) else "truth value" if isinstance(value, bool) else "number"
 
 
-def labels_of_all(given: Iterable[Any]) -> list[dict[str, Plain]]:
+def labels_of_all(given: Iterable[object]) -> list[dict[str, Plain]]:
     """The labels of each of several texts, as `labels` has them, alike in kind as `check_alike` wants it."""
     every = [labels(held) for held in given]
     check_alike(every)

@@ -8,7 +8,10 @@ from beartype import BeartypeConf, FrozenDict, beartype
 # What comes from outside is refused by the package, in words that a user can act on; the tests of those words must reach them.
 _FROM_OUTSIDE = (
     ("basin_lens.model.protocol", "HookedModel"),
+    ("basin_lens.model.protocol", "Tokenizer"),
+    ("basin_lens.values", "Labels"),
     ("basin_lens.values", "Layers"),
+    ("basin_lens.texts.passages", "Spans"),
     ("basin_lens.texts.passages", "Texts"),
     ("basin_lens.capture.record", "Bank"),
 )

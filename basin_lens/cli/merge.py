@@ -199,13 +199,13 @@ def generate(
 
     from basin_lens.merging import TokenMerger, fit_budget, windows_of
     from basin_lens.merging import generate as write
-    from basin_lens.model import end_tokens, n_context, tokenizer_of, uses_bos
+    from basin_lens.model import end_tokens, n_context, needed_tokenizer, uses_bos
     from basin_lens.texts import reference_passages
 
     _trained(run)
     loaded = _load(str(run / "base") if model is None and (run / "base").is_dir() else model or "smollm2-135m")
     merger = TokenMerger.load(run, loaded)
-    ids = tokenizer_of(loaded)(prompt, add_special_tokens=False)["input_ids"]
+    ids = needed_tokenizer(loaded)(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise MergeError("expected a prompt of one token or more, got none. Give --prompt.")
     first = uses_bos(loaded, None)
@@ -217,7 +217,7 @@ def generate(
     )
     written = made[0].tolist()
     ended = not past_end and written[-1] in end_tokens(loaded)
-    typer.echo(prompt + _behind(tokenizer_of(loaded), ids, written[:-1] if ended else written))
+    typer.echo(prompt + _behind(needed_tokenizer(loaded), ids, written[:-1] if ended else written))
     if ended:
         typer.echo(f"the text ends after {len(written) - 1} tokens; --past-end goes on", err=True)
     held, full = int(table["bytes"].sum()), int(table["full_bytes"].sum())

@@ -27,11 +27,11 @@ from basin_lens.model import (
     fingerprint,
     full_name,
     n_context,
+    needed_tokenizer,
     parameters_of,
     start_token,
     thread_count,
     tokenizer_fingerprint,
-    tokenizer_of,
     vocabulary_size,
 )
 from basin_lens.model import stepping as open_stepper
@@ -253,7 +253,9 @@ class TextCodec:
 
     def text_of(self, tokens: Int[np.ndarray, " n"]) -> bytes:
         """The bytes of some tokens, together: a character's bytes may lie in several of them."""
-        text: str = tokenizer_of(self.model).decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = needed_tokenizer(self.model).decode(
+            tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         return text.encode("utf-8", errors="replace")
 
     def encode_text(self, plain: bytes, tokens: Int[np.ndarray, " n"]) -> bytes:
@@ -344,7 +346,7 @@ class TextCodec:
         return "the tokenizer does not give the text back"
 
     def _tokens_of(self, text: str) -> Int[np.ndarray, " n"]:
-        return np.array(tokenizer_of(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        return np.array(needed_tokenizer(self.model)(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
     def _fingerprint(self) -> bytes:
         return bytes.fromhex(fingerprint(self.model))

@@ -10,7 +10,7 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
 from basin_lens.model import HookedModel, continuations, tokenizer_of, uses_bos
 from basin_lens.texts import Passage
-from basin_lens.values import whole_numbers
+from basin_lens.values import Plain, whole_numbers
 
 KINDS = ("fluent", "salad", "random")
 DOSES = (1, 4, 16, 64)
@@ -71,7 +71,7 @@ def make_canaries(
     for pair, (dose, kind) in enumerate(wanted):
         coin = bool(rng.integers(2))
         for member in (coin, not coin):
-            labels = {"member": member, "dose": int(dose), "kind": kind, "pair": pair}
+            labels: dict[str, Plain] = {"member": member, "dose": int(dose), "kind": kind, "pair": pair}
             passages.append(Passage(made[kind].pop(), doc=f"canary-{len(passages)}", labels=labels))
     return passages
 

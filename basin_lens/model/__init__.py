@@ -40,6 +40,7 @@ from basin_lens.model.identity import (
     kind_of,
     n_context,
     n_layers,
+    needed_tokenizer,
     padding_of,
     parameters_of,
     provenance,
@@ -57,7 +58,7 @@ from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows
 from basin_lens.model.loading import cache_folder, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
-from basin_lens.model.protocol import HookedModel
+from basin_lens.model.protocol import HookedModel, StateCache, Tokenizer
 from basin_lens.model.random_init import in_dtype, random_twin
 from basin_lens.model.rope import check_lengths, one_side
 from basin_lens.model.weights import output_weight
@@ -69,7 +70,9 @@ __all__ = [
     "Memory",
     "PaddedPrefix",
     "RowStore",
+    "StateCache",
     "Stepper",
+    "Tokenizer",
     "cache_bytes",
     "cache_entry",
     "cache_folder",
@@ -103,6 +106,7 @@ __all__ = [
     "missing_points",
     "n_context",
     "n_layers",
+    "needed_tokenizer",
     "obeys_pattern",
     "one_side",
     "output_weight",

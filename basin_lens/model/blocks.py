@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +23,7 @@ class _CacheSlot:
 CACHE_SLOT = _CacheSlot()
 
 
-def is_cache_slot(value: Any) -> bool:
+def is_cache_slot(value: object) -> bool:
     """Whether a recorded argument stands for the block's key/value cache."""
     return value is CACHE_SLOT
 
@@ -33,19 +32,20 @@ def is_cache_slot(value: Any) -> bool:
 class BlockCall:
     """The arguments that one block got in a pass over `[batch, pos]` tokens, without the states themselves."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(repr=False)
+    args: tuple[object, ...]
+    kwargs: dict[str, object] = field(repr=False)
 
-    def leaves(self) -> list[Any]:
+    def leaves(self) -> list[object]:
         """Every argument, in order."""
         return [*self.args, *self.kwargs.values()]
 
     def widened(self, copies: int) -> "BlockCall":
         """The same for a batch of `copies`: 4-D masks of a batch of one are repeated, which some models insist on."""
 
-        def wide(value: Any) -> Any:
-            mask = isinstance(value, Tensor) and value.ndim == 4 and len(value) == 1
-            return value.expand(copies, -1, -1, -1) if mask else value
+        def wide(value: object) -> object:
+            if isinstance(value, Tensor) and value.ndim == 4 and len(value) == 1:
+                return value.expand(copies, -1, -1, -1)
+            return value
 
         return BlockCall(tuple(map(wide, self.args)), {name: wide(value) for name, value in self.kwargs.items()})
 
@@ -58,15 +58,15 @@ class FrozenPrefix:
     def __init__(
         self, keys: Float[Tensor, "batch kv columns d_head"], values: Float[Tensor, "batch kv columns d_head"], length: int
     ) -> None:
-        """The prefix fills the first `length` columns; the rest is room for the new rows, so that the prefix is copied only once."""
+        """The prefix fills the first `length` columns; the rest is room for the new rows, so that it is copied only once."""
         self.keys, self.values, self.length = keys, values, length
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Prefix first, then the new rows."""
         self.keys[:, :, self.length :], self.values[:, :, self.length :] = keys, values
         return self.keys, self.values
 
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
+    def get_seq_length(self, *_: object, **__: object) -> int:
         """Length of the prefix."""
         return self.length
 
@@ -80,10 +80,10 @@ class _RecordingPrefix:
 
     is_compileable = False
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         raise _Recorded(keys, values)
 
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
+    def get_seq_length(self, *_: object, **__: object) -> int:
         return 0
 
 
@@ -146,7 +146,7 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[B
     """
     calls: list[list[BlockCall]] = [[] for _ in range(n_layers(model))]
 
-    def remember(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def remember(layer: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         rest = {name: _slot(value) for name, value in kwargs.items() if name not in {"hidden_states", "resid_pre"}}
         calls[layer].append(BlockCall(tuple(_slot(value) for value in args[1:]), rest))
 
@@ -177,7 +177,7 @@ def call_block(
     layer: int,
     call: BlockCall,
     states: Float[Tensor, "batch pos d"],
-    prefix: Any = None,
+    prefix: object = None,
     *,
     until_mid: bool = False,
 ) -> Float[Tensor, "batch pos d"]:
@@ -186,7 +186,7 @@ def call_block(
     With `until_mid`, it goes no further than `resid_mid`, and answers with that.
     """
 
-    def fill(value: Any) -> Any:
+    def fill(value: object) -> object:
         return prefix if is_cache_slot(value) else value
 
     def leave(state: Tensor) -> None:
@@ -290,9 +290,9 @@ def final_norm(model: HookedModel, states: Float[Tensor, "*rows d"]) -> Float[Te
 def logits_of(model: HookedModel, states: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocab"]:
     """Logits of states that leave the last block, by the model's own code: final norm, head, and whatever follows the head.
 
-    What follows (Gemma's soft cap, Cohere's and Granite's scale) has no hook point, so the states are put in the place of one token's in a
-    pass over that token: the blocks run on one token, the head on all states. A model that insists on the shape it began with
-    (GPT-BigCode) makes a whole pass.
+    What follows (Gemma's soft cap, Cohere's and Granite's scale) has no hook point, so the states are put in the place of one
+    token's in a pass over that token: the blocks run on one token, the head on all states. A model that insists on the shape it
+    began with (GPT-BigCode) makes a whole pass.
     """
     last = point_name("resid_post", n_layers(model) - 1)
     given = states.to(next(model.parameters()).device, next(model.parameters()).dtype)
@@ -326,6 +326,6 @@ def entering(model: HookedModel, tokens: Int[Tensor, "batch pos"], layer: int = 
     )
 
 
-def _slot(value: Any) -> Any:
+def _slot(value: object) -> object:
     # By type, because the argument's name varies and GPT-2 passes it by position.
     return CACHE_SLOT if any(cls.__name__ == "Cache" for cls in type(value).__mro__) else value

@@ -19,15 +19,16 @@ from basin_lens.files import lock_folder, write_file
 from basin_lens.model.identity import check_model, fingerprint, full_name, kind_of, parameters_of, remember_name, source_of
 from basin_lens.model.protocol import HookedModel
 from basin_lens.model.state_dicts import Found, note_unused, some, unused_weights
+from basin_lens.values import Facts
 
 _KIND = records.Kind("a tuned model", "basin_lens tuned model 2", "Tune the model again.", ModelError)
 _FIELDS = {"name": str, "fingerprint": str, "kind": str, "dtype": str, "base": dict, "facts": dict}
-_BASE = {"name": str, "fingerprint": str, "source": (dict, None)}
+_BASE: dict[str, records.Expected] = {"name": str, "fingerprint": str, "source": (dict, None)}
 _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
 _OTHER = "weights-2.safetensors"  # beside an earlier model's, until the record names it
 
 
-def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> Any:
+def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> HookedModel:
     """A copy of the model, in another number format if one is given; the model stays as it is. Twice the memory.
 
     Raises:
@@ -48,11 +49,12 @@ def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> Any:
     return made
 
 
-def _own_hooks(bridge: Any) -> None:
+def _own_hooks(bridge: HookedModel) -> None:
     """Let the blocks of a copied bridge set their hooks anew: TransformerLens's hold on to the modules of the original.
 
     A pass through the copy would leave states, with their graph, in the original.
     """
+    block: Any  # these methods are TransformerLens's own
     for block in bridge.blocks:
         if getattr(block, "_capture_hooks_wired", False):
             block._teardown_capture_hooks()
@@ -64,7 +66,7 @@ def is_tuned_folder(path: Path) -> bool:
     return (path / _FACTS).is_file()
 
 
-def save_tuned(model: HookedModel, folder: str | os.PathLike[str], base: HookedModel, facts: Mapping[str, Any]) -> Path:
+def save_tuned(model: HookedModel, folder: str | os.PathLike[str], base: HookedModel, facts: Mapping[str, object]) -> Path:
     """Keep the model's weights as safetensors, with what they were made from, so that `load_model(folder)` finds them.
 
     Args:
@@ -79,10 +81,13 @@ def save_tuned(model: HookedModel, folder: str | os.PathLike[str], base: HookedM
     target = Path(folder)
     _refuse_base(target, base)
     record = {
-        "name": full_name(model), "fingerprint": fingerprint(model), "kind": kind_of(model),
+        "name": full_name(model),
+        "fingerprint": fingerprint(model),
+        "kind": kind_of(model),
         "dtype": str(next(iter(parameters_of(model).values())).dtype).removeprefix("torch."),
-        "base": {"name": full_name(base), "fingerprint": fingerprint(base), "source": source_of(base)}, "facts": dict(facts),
-    }  # fmt: skip
+        "base": {"name": full_name(base), "fingerprint": fingerprint(base), "source": source_of(base)},
+        "facts": dict(facts),
+    }
     weights = {name: value.detach().cpu().contiguous() for name, value in parameters_of(model).items()}
     try:
         with lock_folder(target):
@@ -104,8 +109,8 @@ def _refuse_base(target: Path, base: HookedModel) -> None:
     while source is not None and is_tuned_folder(found := Path(source["name_or_path"]).resolve()) and found not in seen:
         if found == target.resolve():
             raise StoreError(
-                f"expected a folder other than that of the model which was tuned further, got {str(target)!r}: it is needed to load the new "
-                "one. Choose another."
+                f"expected a folder other than that of the model which was tuned further, got {str(target)!r}: it is needed to "
+                "load the new one. Choose another."
             )
         seen.add(found)
         try:
@@ -123,8 +128,11 @@ def _listed(folder: Path) -> str | None:
     return str(name)
 
 
-def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record of a tuned model: `name`, `fingerprint`, `kind`, `dtype`, `base`, `facts`, `files`; its weights are proven to be its own.
+def tuned_facts(folder: str | os.PathLike[str]) -> Facts:
+    """The record of a tuned model, its weights proven to be its own.
+
+    Returns:
+        `name`, `fingerprint`, `kind`, `dtype`, `base`, `facts`, `files`.
 
     Raises:
         ModelError: no such record, another version's, or a folder that is not as it was saved.
@@ -141,7 +149,7 @@ def tuned_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
-def _weights_in(folder: Path, record: Mapping[str, Any]) -> Path:
+def _weights_in(folder: Path, record: Facts) -> Path:
     """The one file that the record lists, proven.
 
     Raises:
@@ -161,8 +169,8 @@ def check_chain(folder: Path) -> None:
     while is_tuned_folder(folder):
         if folder.resolve() in seen:
             raise ModelError(
-                f"expected a tuned model that goes back to a model of another kind, got {str(folder)!r}, which is its own base. Tune the "
-                "model again into a folder of its own."
+                f"expected a tuned model that goes back to a model of another kind, got {str(folder)!r}, which is its own base. "
+                "Tune the model again into a folder of its own."
             )
         seen.append(folder.resolve())
         source = tuned_facts(folder)["base"]["source"]
@@ -171,7 +179,7 @@ def check_chain(folder: Path) -> None:
         folder = Path(source["name_or_path"])
 
 
-def put_tuned(base: HookedModel, folder: str | os.PathLike[str]) -> Any:
+def put_tuned(base: HookedModel, folder: str | os.PathLike[str]) -> HookedModel:
     """A copy of `base` with the weights of a tuned model's folder.
 
     Raises:

@@ -38,9 +38,15 @@ def continuations(
     with measuring(model), torch.random.fork_rng(devices=devices):
         seeded(seed)
         begun = prompts.to(device)
-        # From token ids, HookedTransformer takes the tokenizer's pad token (often the end of text) at an edge of a prompt for padding.
+        # From token ids, HookedTransformer takes the tokenizer's pad token (often the end of text) at an edge for padding.
         written = model.generate(
-            model.embed(begun) if kind_of(model) == "hooked" else begun, max_new_tokens=length, do_sample=temperature > 0,
-            temperature=temperature or 1.0, stop_at_eos=False, use_past_kv_cache=keeps_cache(model), return_type="tokens", verbose=False,
-        )  # fmt: skip
+            model.embed(begun) if kind_of(model) == "hooked" else begun,
+            max_new_tokens=length,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            stop_at_eos=False,
+            use_past_kv_cache=keeps_cache(model),
+            return_type="tokens",
+            verbose=False,
+        )
     return written[:, -length:].cpu()

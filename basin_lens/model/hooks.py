@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from basin_lens.errors import ModelError
 from basin_lens.model.identity import hf_config, kind_of, n_layers
 from basin_lens.model.numerics import full_precision
-from basin_lens.model.protocol import HookedModel
+from basin_lens.model.protocol import HookedModel, StateCache
 from basin_lens.model.rope import forget_lengths
 
 _SHORT = {
-    "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
-    "pattern": "attn.hook_pattern", "k": "attn.hook_k", "v": "attn.hook_v", "z": "attn.hook_z",
-}  # fmt: skip
+    **{name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post", "mlp_out")},
+    **{name: f"attn.hook_{name}" for name in ("pattern", "k", "v", "z")},
+}
 # A cache may hold either name of one point: the alias that was asked for or the bridge's canonical one.
 _CANONICAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
 
@@ -35,7 +34,7 @@ def missing_points(model: HookedModel, points: set[str], layers: list[int]) -> l
     return [name for layer in layers for point in sorted(points) if (name := point_name(point, layer)) not in model.hook_dict]
 
 
-def cache_entry(cache: Any, point: str, layer: int, *, suffix: str = "") -> Any:
+def cache_entry(cache: StateCache, point: str, layer: int, *, suffix: str = "") -> object:
     """What a user's cache holds for `point` of block `layer`, under any of its names, or None.
 
     The state that leaves a block is the state that enters the next one, so either serves for the other.
@@ -86,14 +85,15 @@ def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
     modules = {id(m): m for root in (model, getattr(model, "original_model", None)) if root is not None for m in root.modules()}
     trained = [m for m in modules.values() if m.training]
     config = hf_config(model)
-    inner: Any = getattr(model, "original_model", None)
     attention = getattr(config, "_attn_implementation", None)
-    switch = attention not in (None, "eager") and hasattr(inner, "set_attn_implementation")
+    switch = getattr(getattr(model, "original_model", None), "set_attn_implementation", None)
+    if attention in (None, "eager"):
+        switch = None
     try:
         for module in trained:
             module.training = False
-        if switch:
-            inner.set_attn_implementation("eager")
+        if switch is not None:
+            switch("eager")
         _measured[model] = True
         forget_lengths(model)
         with modes[0], modes[1], full_precision():
@@ -102,8 +102,8 @@ def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
         _measured.pop(model, None)
         for module in trained:
             module.training = True
-        if switch:
-            inner.set_attn_implementation(attention)
+        if switch is not None:
+            switch(attention)
 
 
 def forward_pass(
@@ -121,7 +121,7 @@ def forward_pass(
         readers: see `reading`.
         gradients: build a graph from the embedding on, also when the parameters are frozen.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Tensor] = {}
     if kind_of(model) == "hooked":
         # Otherwise HookedTransformer guesses padding from token ids when its tokenizer pads on the left.
         extra["attention_mask"] = torch.ones_like(tokens)

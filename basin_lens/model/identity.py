@@ -2,25 +2,28 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from basin_lens.errors import ModelError
-from basin_lens.model.protocol import HookedModel
+from basin_lens.model.protocol import HookedModel, PretrainedConfig, Tokenizer
 from basin_lens.model.state_dicts import unused_facts
+from basin_lens.values import Facts
 
 # Settings that say where a model came from or how it is run, not what it computes.
-_NOT_THE_FUNCTION = {
-    "_name_or_path", "_attn_implementation", "attn_implementation", "transformers_version", "use_cache", "torch_dtype",
-    "device", "model_name", "tokenizer_name", "seed", "n_devices", "init_weights", "output_attentions",
-    "output_hidden_states", "return_dict", "architectures", "use_attn_result", "use_hook_tokens",
-}  # fmt: skip
+_NAMES = ("_name_or_path", "model_name", "tokenizer_name", "architectures", "transformers_version")
+_PLACE = ("torch_dtype", "device", "n_devices", "seed", "init_weights")
+_RUN = ("_attn_implementation", "attn_implementation", "use_cache", "use_attn_result", "use_hook_tokens")
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+_NOT_THE_FUNCTION = frozenset((*_NAMES, *_PLACE, *_RUN, *_OUTPUTS))
 
-# Tables that a model computes from its settings: another device may round their last digit otherwise, so a summary of them is hashed.
+# Tables that a model computes from its settings: another device may round their last digit otherwise, so a summary is hashed.
 _COMPUTED = ("inv_freq", "rotary_sin", "rotary_cos", "embed_positions", "embed_positions.weights")
 # Tables that grow, or change, as texts are read: not part of what the model is.
 _CHANGING = ("cos_cached", "sin_cached", "alibi")
@@ -60,9 +63,9 @@ def check_model(model: HookedModel) -> None:
             "expected a decoder-only language model, got an encoder-decoder: its blocks also read the encoder, so "
             "a state's path through one block is not defined here. Use a decoder-only model."
         )
-    inner: Any = getattr(model, "original_model", None)
     # TransformerLens 3.9 calls a BERT causal; transformers knows that it cannot generate.
-    generates = inner.can_generate() if hasattr(inner, "can_generate") else True
+    can_generate = getattr(getattr(model, "original_model", None), "can_generate", None)
+    generates = can_generate is None or can_generate()
     if not hasattr(model, "blocks") or getattr(model.cfg, "attention_dir", "causal") != "causal" or not generates:
         raise ModelError(
             f"expected a causal decoder with a list of blocks, got {type(model).__name__} "
@@ -74,11 +77,12 @@ def check_model(model: HookedModel) -> None:
         if "attn" not in (members or {}):
             raise ModelError(
                 f"expected attention in every block, got block {layer} with {sorted(members or {})}: state-space, linear "
-                "or recurrent blocks carry a state along the sequence that cannot be swapped for one token. Use a decoder-only transformer."
+                "or recurrent blocks carry a state along the sequence that cannot be swapped for one token. Use a decoder-only "
+                "transformer."
             )
 
 
-def hf_config(model: HookedModel) -> Any:
+def hf_config(model: HookedModel) -> PretrainedConfig | None:
     """The Hugging Face configuration under a bridge, or None."""
     return getattr(getattr(model, "original_model", None), "config", None)
 
@@ -118,9 +122,21 @@ def device_of(model: HookedModel | nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def tokenizer_of(model: HookedModel) -> Any:
+def tokenizer_of(model: HookedModel) -> Tokenizer | None:
     """The model's tokenizer, or None."""
     return getattr(model, "tokenizer", None)
+
+
+def needed_tokenizer(model: HookedModel) -> Tokenizer:
+    """The same where nothing can be done without.
+
+    Raises:
+        ModelError: a model without one.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise ModelError(f"expected a model with its tokenizer, got {full_name(model)} without one. Set model.tokenizer.")
+    return tokenizer
 
 
 def tokenizer_fingerprint(model: HookedModel) -> str:
@@ -191,7 +207,7 @@ def full_name(model: HookedModel) -> str:
     return _full_names.get(model) or str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
-def weight_processing(model: HookedModel) -> dict[str, Any]:
+def weight_processing(model: HookedModel) -> Facts:
     """What TransformerLens did to the weights: this changes residual variances, so runs must not mix it."""
     normalization = str(getattr(model.cfg, "normalization_type", None))
     return {
@@ -204,9 +220,10 @@ def weight_processing(model: HookedModel) -> dict[str, Any]:
 def fingerprint(model: HookedModel) -> str:
     """Hash of the function that the model computes: parameters and buffers as used, settings, weight processing.
 
-    Buffers too, because quantized weights are held as buffers. Costs about a second per gigabyte of weights; kept until a parameter or
-    buffer is replaced or changed. Positional tables that the model computes from its settings are hashed to five digits, so that the last
-    digit of another device's sine does not make another model; tables that change while texts are read (a dynamic rotary table) are not.
+    Buffers too, because quantized weights are held as buffers. Costs about a second per gigabyte of weights; kept until a parameter
+    or buffer is replaced or changed. Positional tables that the model computes from its settings are hashed to five digits, so that
+    the last digit of another device's sine does not make another model; tables that change while texts are read (a dynamic rotary
+    table) are not.
 
     Returns:
         32 hexadecimal digits.
@@ -226,7 +243,7 @@ def fingerprint(model: HookedModel) -> str:
         if name in buffers and name.endswith(_COMPUTED):
             digest.update(_summary(value).encode())
         else:
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     _fingerprints[model] = (state, digest.hexdigest())
     return digest.hexdigest()
 
@@ -240,7 +257,7 @@ def hooked_at(model: HookedModel) -> list[str]:
     return sorted(found.values())
 
 
-def provenance(model: HookedModel) -> dict[str, Any]:
+def provenance(model: HookedModel) -> Facts:
     """Plain facts about the model for a table's provenance."""
     return {
         "name": full_name(model),
@@ -273,7 +290,7 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, int]:
     return held.data_ptr(), version, hash(tuple(s.cpu().numpy().tobytes() for s in sums))
 
 
-def _parameters(model: HookedModel) -> Any:
+def _parameters(model: HookedModel) -> Iterator[tuple[str, nn.Parameter]]:
     inner = getattr(model, "original_model", None)
     return (model if inner is None else inner).named_parameters()
 
@@ -283,16 +300,17 @@ def _buffers(model: HookedModel) -> dict[str, torch.Tensor]:
     inner = getattr(model, "original_model", None)
     root: HookedModel | nn.Module = model if inner is None else inner
     # Of a rotary table that depends on length, the original one counts.
-    switching = {
-        f"{name}." for name, module in root.named_modules()
-        if any(kind in str(vars(module).get("rope_type", "")) for kind in ("dynamic", "longrope"))
-    }  # fmt: skip
+    switching = {f"{name}." for name, module in root.named_modules() if re.search("dynamic|longrope", _rope_type(module))}
     return {
         name: value
         for name, value in root.named_buffers()
         if not name.endswith(_CHANGING)
         and not (name[: name.rfind(".") + 1] in switching and name.endswith("inv_freq") and not name.endswith("original_inv_freq"))
     }
+
+
+def _rope_type(module: nn.Module) -> str:
+    return str(vars(module).get("rope_type", ""))
 
 
 def _summary(table: torch.Tensor) -> str:
@@ -303,9 +321,9 @@ def _summary(table: torch.Tensor) -> str:
     return " ".join(f"{float(value):.4e}" for value in sums)
 
 
-def _settings(model: HookedModel) -> dict[str, Any]:
-    config = hf_config(model)
-    settings = config.to_dict() if hasattr(config, "to_dict") else dict(vars(model.cfg))
+def _settings(model: HookedModel) -> Facts:
+    to_dict = getattr(hf_config(model), "to_dict", None)
+    settings = dict(vars(model.cfg)) if to_dict is None else to_dict()
     if isinstance(quantized := settings.get("quantization_config"), dict):
         # The name of a GGUF file: renamed, it holds the same model.
         settings = settings | {"quantization_config": {name: value for name, value in quantized.items() if name != "gguf_file"}}

@@ -42,8 +42,8 @@ def start_token(model: HookedModel) -> int:
 def end_tokens(model: HookedModel) -> frozenset[int]:
     """Ids after which a text is over: what the tokenizer and the settings of model and generation name so, and `<|endoftext|>`.
 
-    Settings count only where the tokenizer has that id for a special token: many hold an id that nobody chose. Without a tokenizer none are
-    known.
+    Settings count only where the tokenizer has that id for a special token: many hold an id that nobody chose. Without a tokenizer
+    none are known.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
@@ -131,10 +131,10 @@ class Stepper:
 def stepping(model: HookedModel, batch: int, window: int) -> Iterator[Stepper]:
     """A `Stepper` over `model`: no dropout, eager attention, no gradients; the model is as it was after the block.
 
-    Keys and values go into memory set aside once, for `batch` sequences of `window` tokens. A bridge gets a transformers `Cache` with
-    layers of our own, which hand out views of that memory (a `StaticCache` would attend over all of the window at every step); a
-    HookedTransformer (3.9) gets entries of our own; a native bridge takes no cache, so its sequences are computed anew at every step:
-    exact, and slow.
+    Keys and values go into memory set aside once, for `batch` sequences of `window` tokens. A bridge gets a transformers `Cache`
+    with layers of our own, which hand out views of that memory (a `StaticCache` would attend over all of the window at every step);
+    a HookedTransformer (3.9) gets entries of our own; a native bridge takes no cache, so its sequences are computed anew at every
+    step: exact, and slow.
 
     Args:
         model: a hooked model.
@@ -155,7 +155,8 @@ def stepping(model: HookedModel, batch: int, window: int) -> Iterator[Stepper]:
     """
     if not 1 <= window <= n_context(model) or batch < 1:
         raise ModelError(
-            f"expected a batch of 1 or more and a window of 1 to {n_context(model)} tokens (the model's context), got {batch} and {window}."
+            f"expected a batch of 1 or more and a window of 1 to {n_context(model)} tokens (the model's context), got {batch} and "
+            f"{window}."
         )
     if hf_config(model) is not None and not keeps_cache(model):
         raise ModelError(NO_CACHE)
@@ -165,9 +166,10 @@ def stepping(model: HookedModel, batch: int, window: int) -> Iterator[Stepper]:
 
 @contextmanager
 def _unfolded(model: HookedModel, batch: int, window: int) -> Iterator[int]:
-    """Grouped keys and values are kept once for each query head, so that no step has to copy all of them: how often, 1 for not at all.
+    """Grouped keys and values are kept once for each query head, so that no step has to copy all of them.
 
-    The repeating that the blocks do at every step took three quarters of it at 500 places. Not done where the memory is too dear.
+    Gives how often each is kept, 1 for no change. The repeating that the blocks do at every step took three quarters of it at 500
+    places. Not done where the memory is too dear.
     """
     bridges = [getattr(block, "attn", None) for block in getattr(model, "blocks", [])]
     # Only this kind reads the number of repeats from there and nothing else by it.
@@ -221,7 +223,7 @@ class _BridgePast:
 
 
 @cache
-def _layer_class() -> Any:
+def _layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class Slots(DynamicLayer):
@@ -232,7 +234,7 @@ def _layer_class() -> Any:
             self.window, self.groups, self.length = window, groups, 0
             self.room: tuple[Tensor, ...] = ()
 
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
             if self.groups > 1:
                 key_states, value_states = (t.repeat_interleave(self.groups, dim=1) for t in (key_states, value_states))
             if not self.room:

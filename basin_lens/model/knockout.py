@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -61,13 +60,13 @@ def _masks(model: HookedModel, gone: Bool[Tensor, "batch 1 query key"]) -> Itera
     """
     native = hf_config(model) is None
 
-    def changed(value: Any) -> Any:
+    def changed(value: object) -> object:
         if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-2:] != gone.shape[-2:]:
             return value
         # Whatever stands for "hidden" (a large negative number, minus infinity, False): the first query may not see the last key.
         return torch.where(gone, value[:, :, :1, -1:], value)
 
-    def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(layer: int, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
         if native and kwargs.get("attention_mask") is None:
             return args, {**kwargs, "attention_mask": gone}
         new = tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}

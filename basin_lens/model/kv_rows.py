@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -67,20 +67,21 @@ def own_rows(
 ) -> Iterator[Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch vocab"]]]:
     """Steps of one token per sequence, in which block l reads what `stores[l]` hands out.
 
-    The model is told the true number of tokens seen, so places, rotary tables and sliding windows stay right; its masks are cut to the
-    rows there are.
+    The model is told the true number of tokens seen, so places, rotary tables and sliding windows stay right; its masks are cut to
+    the rows there are.
 
     Returns:
         a function: tokens -> logits of the next ones.
 
     Raises:
-        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache or one that
-            drops it, or attention with a bias that cannot be cut.
+        ModelError: a HookedTransformer (which counts places by the rows of its cache), a bridge without a transformers cache or one
+            that drops it, or attention with a bias that cannot be cut.
     """
     if kind_of(model) == "hooked" or hf_config(model) is None:
         raise ModelError(
             "expected a TransformerBridge over a transformers model, whose key/value cache can be rewritten, got another model: a "
-            "HookedTransformer counts places by the rows of its cache. Run whole sequences with TokenMerger.attached, or load the model as a bridge."
+            "HookedTransformer counts places by the rows of its cache. Run whole sequences with TokenMerger.attached, or load the "
+            "model as a bridge."
         )
     if not keeps_cache(model):
         raise ModelError(NO_CACHE)
@@ -88,11 +89,11 @@ def own_rows(
 
     kept = Cache(layers=[_layer_class()(store) for store in stores])
 
-    def cut(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(layer: int, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
         columns = stores[layer].columns()
         length = stores[layer].length + 1
 
-        def masked(value: Any) -> Any:
+        def masked(value: object) -> object:
             if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-1] != length or value.shape[-2] != 1:
                 return value
             wide = value.expand(len(columns), -1, -1, -1)
@@ -103,9 +104,9 @@ def own_rows(
             raise ModelError(
                 "expected attention whose bias can be cut to the rows kept, got one of MPT's kind. Run whole sequences."
             )
-        if isinstance(kwargs.get("alibi"), Tensor):
+        if isinstance(alibi := kwargs.get("alibi"), Tensor):
             # Bloom's and Falcon's bias by place, [batch * heads, 1, places].
-            wide = kwargs["alibi"].reshape(len(columns), -1, 1, length)
+            wide = alibi.reshape(len(columns), -1, 1, length)
             left = wide.gather(3, columns.clamp(min=0)[:, None, None].expand(-1, wide.shape[1], 1, -1))
             kwargs["alibi"] = left.reshape(-1, 1, left.shape[3])
         return tuple(map(masked, args)), kwargs
@@ -128,7 +129,7 @@ def own_rows(
 
 
 @cache
-def _layer_class() -> Any:
+def _layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class Rows(DynamicLayer):
@@ -137,7 +138,7 @@ def _layer_class() -> Any:
             self.store = store
             self.is_initialized = True
 
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
             return self.store.update(key_states, value_states)
 
         def get_seq_length(self) -> int:

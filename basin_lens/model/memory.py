@@ -1,10 +1,9 @@
 """How much memory a piece of work takes, tensor by tensor."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +22,8 @@ class Memory:
 def counting_memory() -> Iterator[Memory]:
     """Count the tensors that are made inside the block while they live, on whatever device; what was there before is not counted.
 
-    The same number each time, unlike the memory of the process. What one operation takes for itself until it is done is not seen, nor are
-    arrays of numpy. Slow: a call of Python for every operation, so nothing inside should be timed.
+    The same number each time, unlike the memory of the process. What one operation takes for itself until it is done is not seen,
+    nor are arrays of numpy. Slow: a call of Python for every operation, so nothing inside should be timed.
 
     Example:
         >>> import torch
@@ -45,7 +44,13 @@ class _Counting(TorchDispatchMode):
         self.memory = memory
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         made = func(*args, **(kwargs or {}))
         # A view, or a result written into an argument, is no new memory: its storage was counted, or is older than the block.
         old = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}

@@ -14,8 +14,9 @@ _FULL = ("ieee", "none")
 def full_precision() -> Iterator[None]:
     """Numbers as the model's own type gives them, put back after.
 
-    An `autocast` around a measurement would compute a float32 model in bfloat16, and so would `set_float32_matmul_precision("medium")`,
-    while the table says float32. A default type other than float32 would round what is kept.
+    An `autocast` around a measurement would compute a float32 model in bfloat16, and so would
+    `set_float32_matmul_precision("medium")`, while the table says float32. A default type other than float32 would round what is
+    kept.
     """
     default = torch.get_default_dtype()
     with ExitStack() as stack:

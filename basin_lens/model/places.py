@@ -5,11 +5,12 @@ import json
 import operator
 import os
 from pathlib import Path
-from typing import Any
+from typing import SupportsIndex, cast
 
 import torch
 
 from basin_lens.errors import ModelError
+from basin_lens.values import Facts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = 'Give "cpu", "cuda", "cuda:1" or "mps", or leave it out: CUDA if there is one, else the CPU.'
@@ -19,7 +20,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
 
 
-def chosen_device(device: Any) -> torch.device:
+def chosen_device(device: object) -> torch.device:
     """The device, if this machine has it and it holds numbers; None: CUDA if there is one, else the CPU.
 
     Raises:
@@ -30,8 +31,8 @@ def chosen_device(device: Any) -> torch.device:
     try:
         if isinstance(device, bool):
             raise TypeError
-        named = isinstance(device, str | torch.device)
-        chosen = torch.device(device if named else f"cuda:{operator.index(device)}")
+        named = device if isinstance(device, str | torch.device) else f"cuda:{operator.index(cast('SupportsIndex', device))}"
+        chosen = torch.device(named)
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"expected the name of a device, got {device!r}. {_DEVICES}") from error
     if chosen.type == "meta":
@@ -43,7 +44,7 @@ def chosen_device(device: Any) -> torch.device:
     return chosen
 
 
-def chosen_dtype(dtype: Any) -> torch.dtype:
+def chosen_dtype(dtype: object) -> torch.dtype:
     """The number format, if a model can compute in it.
 
     Raises:
@@ -54,7 +55,7 @@ def chosen_dtype(dtype: Any) -> torch.dtype:
     return dtype
 
 
-def chosen_name(name_or_path: Any) -> str:
+def chosen_name(name_or_path: object) -> str:
     """The name or path as text, `~` expanded where it opens a path.
 
     Raises:
@@ -97,7 +98,8 @@ def weights_at(path: Path) -> Path:
     if path.suffix.lower() == ".gguf":
         pointer = " It may be a pointer of Git LFS: run git lfs pull." if begins == b"vers" else ""
         raise ModelError(
-            f"expected a GGUF file, which begins with {_GGUF!r}, got {str(path)!r}, which begins with {begins!r}.{pointer} Get the file again."
+            f"expected a GGUF file, which begins with {_GGUF!r}, got {str(path)!r}, which begins with {begins!r}.{pointer} Get the "
+            "file again."
         )
     there = "" if (path.parent / "config.json").is_file() else " (it needs config.json beside the weights)"
     raise ModelError(
@@ -118,8 +120,8 @@ def _model_folder(path: Path) -> Path:
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"expected a whole model, got a PEFT adapter in {here}, made for {_base_of(path)}. Merge it first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(other), and load that; or remove "
-            "adapter_config.json, if the weights are merged already."
+            "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(other), and load that; or "
+            "remove adapter_config.json, if the weights are merged already."
         )
     weights = [found for pattern in _WEIGHTS for found in path.glob(pattern)]
     ggufs = sorted(path.glob("*.gguf"))
@@ -140,14 +142,15 @@ def _model_folder(path: Path) -> Path:
         raise ModelError(f"expected a Hugging Face model folder with config.json, got {here}, {got}. {cure}")
     if own := _settings(path).get("auto_map"):
         raise ModelError(
-            f"expected a model of an architecture that transformers has, got {here} with code of its own ({_named(own)}), which is not run. "
-            "Read the code; then load the model yourself with trust_remote_code=True, and hand over TransformerBridge.boot_transformers(..., "
+            f"expected a model of an architecture that transformers has, got {here} with code of its own ({_named(own)}), which is "
+            "not run. Read the code; then load the model yourself with trust_remote_code=True, and hand over "
+            "TransformerBridge.boot_transformers(..., "
             'hf_model=model). If transformers has the same architecture, remove "auto_map" from config.json.'
         )
     return path
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> Facts:
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -157,7 +160,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _named(auto_map: Any) -> str:
+def _named(auto_map: object) -> str:
     return ", ".join(map(str, auto_map.values())) if isinstance(auto_map, dict) else str(auto_map)
 
 

@@ -1,11 +1,64 @@
 """What the package needs of a model: the part of `TransformerBridge` and `HookedTransformer` that it touches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+else:
+    # Importing transformers takes seconds: names for the type checker only.
+    PretrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = object
+
+
+class Encoded(TypedDict, total=False):
+    """What a tokenizer makes of one text."""
+
+    input_ids: list[int]
+    offset_mapping: list[tuple[int, int]]
+
+
+class AddedToken(Protocol):
+    """A token that stands beside the vocabulary."""
+
+    special: bool
+
+
+class Tokenizer(Protocol):
+    """What the package needs of a tokenizer of transformers."""
+
+    is_fast: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    all_special_ids: list[int]
+    added_tokens_decoder: Mapping[int, AddedToken]
+
+    def __call__(self, text: str, **options: object) -> Encoded:
+        """Token ids of a text, and what else the options ask for."""
+
+    def __len__(self) -> int:
+        """Tokens that it knows."""
+
+    def decode(self, token_ids: Sequence[int], **options: object) -> str:
+        """The text of token ids."""
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """How the vocabulary spells a token."""
+
+
+@runtime_checkable
+class StateCache(Protocol):
+    """What `run_with_cache` returns second, an `ActivationCache`, or a dict: hook names -> what was seen there."""
+
+    def keys(self) -> Iterable[str]:
+        """Names of hook points; those of gradients end in `_grad`."""
+
+    def __getitem__(self, name: str, /) -> object:
+        """A tensor or an array, as whoever reads it checks."""
 
 
 class ModelSettings(Protocol):
@@ -28,13 +81,13 @@ class ModelSettings(Protocol):
 class HookedModel(Protocol):
     """A language model of TransformerLens: a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9).
 
-    Neither class is imported to be named: each exists in one of the two versions only. What a model must be beyond these members, such as a
-    decoder with attention in every block, `basin_lens.model.check_model` says in words.
+    Neither class is imported to be named: each exists in one of the two versions only. What a model must be beyond these members,
+    such as a decoder with attention in every block, `basin_lens.model.check_model` says in words.
     """
 
     cfg: ModelSettings
     training: bool
-    tokenizer: Any  # any tokenizer of transformers, or None
+    tokenizer: Tokenizer | None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -58,13 +111,13 @@ class HookedModel(Protocol):
     def generate(self, tokens: Tensor, **options: object) -> Tensor:
         """Token ids, continued."""
 
-    def run_with_cache(self, tokens: Tensor, **options: object) -> tuple[Tensor, Any]:
+    def run_with_cache(self, tokens: Tensor, **options: object) -> tuple[Tensor, StateCache]:
         """One forward pass, and what its hook points saw."""
 
     def to_tokens(self, text: str | list[str], **options: object) -> Tensor:
         """Token ids of texts."""
 
-    def hooks(self, fwd_hooks: list[tuple[str, Any]], **options: object) -> AbstractContextManager[object]:
+    def hooks(self, fwd_hooks: list[tuple[str, Callable[..., object]]], **options: object) -> AbstractContextManager[object]:
         """Hooks that last as long as a `with` block."""
 
     def reset_hooks(self) -> None:

@@ -1,7 +1,7 @@
 """Copies of a model to compare it with: its random twin, which has learned nothing, and itself in another number format."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,14 +13,14 @@ from basin_lens.values import whole_numbers
 
 
 @whole_numbers(ModelError)
-def random_twin(model: HookedModel, *, seed: int = 0) -> Any:
+def random_twin(model: HookedModel, *, seed: int = 0) -> HookedModel:
     """The same architecture, settings, tokenizer, dtype and device, with freshly initialized weights.
 
     What a score says of the twin, it says of the architecture and of the tokens, not of what was learned. Weights are drawn on
     the CPU by the architecture's own initialization, so that a seed gives the same twin on any device; the global random state
     stays as it was. Hooks on the model are not on the twin. A twin of a model with processed weights is processed too.
-    The spread of the weights is the settings' `initializer_range`; a GGUF file does not hold it, so there it is the architecture's default
-    (0.02 for the embedded model, which was itself begun with 0.042).
+    The spread of the weights is the settings' `initializer_range`; a GGUF file does not hold it, so there it is the architecture's
+    default (0.02 for the embedded model, which was itself begun with 0.042).
 
     Args:
         model: a `TransformerBridge` (over a Hugging Face model, or native) or `HookedTransformer`; it is not changed.
@@ -59,7 +59,8 @@ def random_twin(model: HookedModel, *, seed: int = 0) -> Any:
             setattr(twin.cfg, name, getattr(model.cfg, name))
     if kind_of(model) == "bridge" and getattr(model, "compatibility_mode", False):
         folded = weight_processing(model)["layer_norm_folded"]
-        twin.enable_compatibility_mode(disable_warnings=True, no_processing=not folded)
+        bridge: Any = twin
+        bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not folded)
     same = {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in twin.named_parameters()}
     if not same or weight_processing(twin) != weight_processing(model):
         raise ModelError(
@@ -70,7 +71,7 @@ def random_twin(model: HookedModel, *, seed: int = 0) -> Any:
     return twin
 
 
-def in_dtype(model: HookedModel, dtype: torch.dtype) -> Any:
+def in_dtype(model: HookedModel, dtype: torch.dtype) -> HookedModel:
     """A copy of the model in another number format; the model stays as it is. Twice the memory.
 
     Args:
@@ -97,22 +98,24 @@ def in_dtype(model: HookedModel, dtype: torch.dtype) -> Any:
     return made.eval()
 
 
-def _from_settings(model: HookedModel, dtype: torch.dtype, _seed: int) -> Any:
+def _from_settings(model: HookedModel, dtype: torch.dtype, _seed: int) -> HookedModel:
     """A bridge over a Hugging Face model."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(hf_config(model))
+    assert config is not None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it says how weights were stored, and there are none yet
-    weights: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return build_bridge_from_module(
-        weights.to(device_of(model)).eval(), type(weights).__name__, hf_config=config, dtype=dtype, device=device_of(model),
-        model_name=str(model.cfg.model_name),
-    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    device, name = device_of(model), str(model.cfg.model_name)
+    held = weights.to(device).eval()
+    kind = type(weights).__name__
+    made = build_bridge_from_module(held, kind, hf_config=config, dtype=dtype, device=device, model_name=name)
+    return cast("HookedModel", made)
 
 
-def _native(model: HookedModel, dtype: torch.dtype, seed: int) -> Any:
+def _native(model: HookedModel, dtype: torch.dtype, seed: int) -> HookedModel:
     """A bridge over one of TransformerLens's own models."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -122,7 +125,7 @@ def _native(model: HookedModel, dtype: torch.dtype, seed: int) -> Any:
     return bridge.boot_native(config, device=device_of(model), dtype=dtype, model_name=str(model.cfg.model_name))
 
 
-def _hooked(model: HookedModel, _dtype: torch.dtype, seed: int) -> Any:
+def _hooked(model: HookedModel, _dtype: torch.dtype, seed: int) -> HookedModel:
     """A HookedTransformer (3.9)."""
     from transformer_lens import HookedTransformer
 

@@ -12,8 +12,10 @@ from basin_lens.model.protocol import HookedModel
 
 @dataclass(frozen=True)
 class LengthRule:
-    """A rotary table that changes with length: `kind` "longrope" has one table up to `length` tokens and another beyond; "dynamic" has
-    a table of its own for every length beyond, and keeps it for later texts.
+    """A rotary table that changes with length.
+
+    `kind` "longrope" has one table up to `length` tokens and another beyond; "dynamic" has a table of its own for every length
+    beyond, and keeps it for later texts.
     """
 
     kind: str
@@ -36,13 +38,13 @@ def check_lengths(model: HookedModel, lengths: list[int]) -> None:
     if rule is not None and rule.kind == "dynamic" and max(lengths) > rule.length:
         raise CaptureError(
             f"expected sequences of at most {rule.length} tokens with {full_name(model)}, whose rotary table is dynamic (rope_type "
-            f'"dynamic"), got {max(lengths)}: beyond that, a text\'s numbers depend on the longest text of its batch and on what was read '
-            f"before. Cut the texts (max_length={rule.length})."
+            f'"dynamic"), got {max(lengths)}: beyond that, a text\'s numbers depend on the longest text of its batch and on what '
+            f"was read before. Cut the texts (max_length={rule.length})."
         )
 
 
 def one_side(model: HookedModel, lengths: list[int]) -> int | None:
-    """The length at which batches must be parted: None, unless some sequences are beyond a longrope model's boundary and some are not."""
+    """The length at which batches must be parted: None, unless a longrope model's boundary lies between the sequences' lengths."""
     rule = length_rule(model)
     if rule is None or rule.kind != "longrope" or not min(lengths) <= rule.length < max(lengths):
         return None
@@ -61,7 +63,7 @@ def forget_lengths(model: HookedModel) -> None:
 
 
 def _rotary_modules(model: HookedModel) -> list[Any]:
-    inner: Any = getattr(model, "original_model", None)
+    inner = getattr(model, "original_model", None)
     modules = [] if inner is None else [m for m in inner.modules() if isinstance(getattr(m, "__dict__", None), dict)]
     return [m for m in modules if isinstance(m, nn.Module) and "rope_type" in m.__dict__]
 

@@ -1,10 +1,10 @@
 """Whether a checkpoint's weights are the model's: what the loader found, refused where it had to make weights up."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 from basin_lens.errors import ModelError
@@ -23,6 +23,14 @@ _WRAPPERS = {
 _unused: "WeakKeyDictionary[HookedModel, tuple[str, ...]]" = WeakKeyDictionary()
 
 
+class LoadingInfo(TypedDict):
+    """What transformers gives with `output_loading_info=True`."""
+
+    missing_keys: Collection[str]
+    unexpected_keys: Collection[str]
+    mismatched_keys: Collection[tuple[str, Iterable[int], Iterable[int]]]
+
+
 @dataclass(frozen=True)
 class Found:
     """What a loader says of a checkpoint beside a model: names of weights, and of each in another shape both shapes."""
@@ -32,8 +40,8 @@ class Found:
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()  # name, in the checkpoint, in the model
 
     @classmethod
-    def from_info(cls, info: Mapping[str, Any]) -> "Found":
-        """From what transformers gives with `output_loading_info=True`."""
+    def from_info(cls, info: LoadingInfo) -> "Found":
+        """From what transformers tells."""
         shapes = sorted((str(name), tuple(held), tuple(own)) for name, held, own in info["mismatched_keys"])
         return cls(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), tuple(shapes))
 
@@ -65,8 +73,8 @@ class Found:
         wrapper = next((w for w in _WRAPPERS if any(w in u and u.replace(w, "") in self.missing for u in self.unexpected)), None)
         if wrapper is not None:
             return (
-                f"Its names bear {wrapper!r}, which {_WRAPPERS[wrapper]} puts there: save the model inside, or rename the weights with "
-                f"name.replace({wrapper!r}, '')."
+                f"Its names bear {wrapper!r}, which {_WRAPPERS[wrapper]} puts there: save the model inside, or rename the weights "
+                f"with name.replace({wrapper!r}, '')."
             )
         if prefix := _prefix(self.unexpected, self.missing):
             return f"Its names bear the prefix {prefix!r}: rename the weights with name.removeprefix({prefix!r})."
@@ -118,7 +126,7 @@ def listening() -> Iterator[list[Found]]:
     loader: Any = PreTrainedModel
     plain = loader.__dict__["from_pretrained"]
 
-    def asked(cls: Any, *args: Any, **options: Any) -> Any:
+    def asked(cls: type, /, *args: object, **options: object) -> object:
         wanted = options.pop("output_loading_info", False)
         # Other shapes are told too, and named; otherwise the error points at a log that TransformerLens switches off.
         options["ignore_mismatched_sizes"] = True

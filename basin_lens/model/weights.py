@@ -11,8 +11,8 @@ from basin_lens.model.protocol import HookedModel
 def output_weight(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d"]:
     """The output projection W_O of the attention in block `layer`, by head, so that head h adds `z[h] @ W_O[h]`; float32.
 
-    Whatever the model does behind it (bias, post-norms as in Gemma 2, a residual multiplier as in Granite) is not in it. A bridge with
-    raw weights has no `W_O`, so the weight of its output projection is read: `[out, in]` in a linear layer, `[in, out]` in
+    Whatever the model does behind it (bias, post-norms as in Gemma 2, a residual multiplier as in Granite) is not in it. A bridge
+    with raw weights has no `W_O`, so the weight of its output projection is read: `[out, in]` in a linear layer, `[in, out]` in
     GPT-2's `Conv1D`.
 
     Raises:

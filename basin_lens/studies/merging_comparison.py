@@ -11,7 +11,7 @@ import pandas as pd
 from basin_lens import merging, stats
 from basin_lens.errors import MergeError, StudyError
 from basin_lens.merging import Setting, TokenMerger, Windows
-from basin_lens.model import HookedModel, kind_of, provenance, tokenizer_of
+from basin_lens.model import HookedModel, kind_of, needed_tokenizer, provenance
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import decide, one_sided, p_floor, settle
 from basin_lens.studies.framework.progress import progress_steps
@@ -217,7 +217,7 @@ def _untold(model: HookedModel, merger: TokenMerger | None, prompts: int) -> lis
 
 
 def _text(model: HookedModel, ids: list[int]) -> str:
-    return str(tokenizer_of(model).decode(ids, skip_special_tokens=True))
+    return str(needed_tokenizer(model).decode(ids, skip_special_tokens=True))
 
 
 def _curve(found: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -1,22 +1,23 @@
 """Which texts are copies of one another: equal ones, and those that share long runs of tokens.
 
-One text given several times is one observation, however many rows it makes, and a text that was seen in training is no test. So copies are
-found once, where texts are measured, and everything that counts texts counts them once.
+One text given several times is one observation, however many rows it makes, and a text that was seen in training is no test. So
+copies are found once, where texts are measured, and everything that counts texts counts them once.
 
-- White space and a byte order mark do not make another text: tokens that hold nothing else are passed over, and tokens that differ in nothing else
-  are the same.
+- White space and a byte order mark do not make another text: tokens that hold nothing else are passed over, and tokens that differ
+  in nothing else are the same.
 - Equal texts are copies, however short.
-- A text of at least `LONG` tokens (and `LETTERS` letters) is a copy of another, or of a group of copies, if at least `SHARE` of its tokens
-  (of the shorter of the two) stand in runs of `N` tokens that the other has too: a title line in front, words changed,
+- A text of at least `LONG` tokens (and `LETTERS` letters) is a copy of another, or of a group of copies, if at least `SHARE` of its
+  tokens (of the shorter of the two) stand in runs of `N` tokens that the other has too: a title line in front, words changed,
   a window shifted over the same long text, an excerpt.
 - A shorter text of at least `N` tokens is a copy of one that holds all of it, run by run.
-  Prompts of one template differ in a word or two, and a short text with a changed word cannot be told from them: both are texts of their own.
-- A run that more than `COMMON` different texts have (a licence header, an instruction in front of every prompt) counts neither for nor against.
+  Prompts of one template differ in a word or two, and a short text with a changed word cannot be told from them: both are texts of
+  their own.
+- A run that more than `COMMON` different texts have (a licence header, an instruction in front of every prompt) counts neither for
+  nor against.
 - A copy of a copy is a copy: groups are closed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -24,6 +25,7 @@ from jaxtyping import Bool, Int
 from basin_lens.model import HookedModel
 from basin_lens.texts.passages import Passage
 from basin_lens.texts.tokens import TokenSequence, token_strings, tokenize
+from basin_lens.values import Facts
 
 N = 13  # tokens of a run; Brown et al. 2020, appendix C
 SHARE = 0.5  # of the shorter text's tokens; windows that overlap by half reach it, different texts of one corpus stay below 0.1
@@ -40,8 +42,8 @@ def groups_of_copies(texts: Sequence[Sequence[int]], strings: Mapping[int, str] 
         strings: the text of each token id, to see white space by; None: ids as they are.
 
     Returns:
-        for each group of two or more, the texts' indices. The first of a group stands for it: the first text in order that is at least half as
-        long as the longest. Then the others in order; groups in the order of their first members.
+        for each group of two or more, the texts' indices. The first of a group stands for it: the first text in order that is at
+        least half as long as the longest. Then the others in order; groups in the order of their first members.
 
     Source: Brown et al. 2020, appendix C, and Lee et al. 2022 (shared runs of tokens); the measure of shared runs is ours.
 
@@ -78,11 +80,12 @@ def whole_texts(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     return texts
 
 
-def copies_in(sequences: Sequence[TokenSequence], docs: Sequence[str], strings: Mapping[int, str]) -> dict[str, Any]:
+def copies_in(sequences: Sequence[TokenSequence], docs: Sequence[str], strings: Mapping[int, str]) -> Facts:
     """Copies among the passages of a capture, as plain JSON: what provenance keeps of them.
 
     Returns:
-        `n`, `share`, `long`, `common`: the rule; `texts` and `distinct`: how many passages, and how many different ones; `sequences`: how many;
+        `n`, `share`, `long`, `common`: the rule; `texts` and `distinct`: how many passages, and how many different ones;
+        `sequences`: how many;
         `groups`: of two or more passages, the first of which stands for all: `passage`, `doc`, `sequences` (which are of it).
     """
     texts = whole_texts(sequences)
@@ -92,12 +95,15 @@ def copies_in(sequences: Sequence[TokenSequence], docs: Sequence[str], strings: 
     there = sorted(chunks)
     groups = [[there[index] for index in group] for group in groups_of_copies([texts[passage] for passage in there], strings)]
     return {
-        "n": N, "share": SHARE, "long": LONG, "common": COMMON, "texts": len(chunks), "distinct": len(chunks) - sum(len(g) - 1 for g in groups),
+        "n": N,
+        "share": SHARE,
+        "long": LONG,
+        "common": COMMON,
+        "texts": len(chunks),
+        "distinct": len(chunks) - sum(len(group) - 1 for group in groups),
         "sequences": len(sequences),
-        "groups": [
-            [{"passage": p, "doc": docs[chunks[p][0]], "sequences": chunks[p]} for p in group] for group in groups
-        ],
-    }  # fmt: skip
+        "groups": [[{"passage": p, "doc": docs[chunks[p][0]], "sequences": chunks[p]} for p in group] for group in groups],
+    }
 
 
 def copies_of_others(
@@ -131,7 +137,10 @@ def passage_groups(model: HookedModel, passages: Sequence[Passage]) -> list[list
 
 
 def runs_of(tokens: Int[np.ndarray, "texts tokens"]) -> Int[np.ndarray, "texts runs"]:
-    """A number for each run of `N` tokens of texts of one length, by which it is known again: chance gives two runs one number once in 2^64."""
+    """A number for each run of `N` tokens of texts of one length, by which it is known again.
+
+    Chance gives two runs one number once in 2^64.
+    """
     if tokens.shape[1] < N:
         return np.empty((len(tokens), 0), np.int64)
     runs = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), N, axis=1)
@@ -157,7 +166,7 @@ def _bare(texts: Sequence[Sequence[int]], strings: Mapping[int, str] | None) -> 
     lengths = [len(text) for text in texts]
     flat = np.fromiter((token for text in texts for token in text), np.int64, sum(lengths))
     ids, places = np.unique(flat, return_inverse=True)
-    known: dict[Any, int] = {}
+    known: dict[int | str, int] = {}
     numbers = np.array([_number(int(token), strings, known) for token in ids], np.int64) if len(ids) else ids
     held = np.split(numbers[places], np.cumsum(lengths)[:-1]) if texts else []
     plain = np.split(places, np.cumsum(lengths)[:-1]) if texts else []
@@ -165,7 +174,7 @@ def _bare(texts: Sequence[Sequence[int]], strings: Mapping[int, str] | None) -> 
     return [text[text >= 0] if (text >= 0).any() else -2 - own for text, own in zip(held, plain, strict=True)]
 
 
-def _number(token: int, strings: Mapping[int, str] | None, known: dict[Any, int]) -> int:
+def _number(token: int, strings: Mapping[int, str] | None, known: dict[int | str, int]) -> int:
     string = None if strings is None else strings.get(token)
     # Part of a character shows as U+FFFD, whatever part it is: such tokens are told apart by their ids.
     if string is None or "\ufffd" in string:
@@ -211,8 +220,8 @@ def closed_groups(count: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarray,
 def _join_overlapping(texts: Sequence[np.ndarray], names: Sequence[int], roots: _Groups, long: Sequence[bool]) -> None:
     """Join the texts that share runs, longest first: each is then the shorter one of every pair that it is looked at in.
 
-    What is kept of a run is the groups that have it, not the texts: a thousand near copies are one group. A run that `COMMON` groups have takes
-    no more, so the work grows with the texts and not with their pairs.
+    What is kept of a run is the groups that have it, not the texts: a thousand near copies are one group. A run that `COMMON`
+    groups have takes no more, so the work grows with the texts and not with their pairs.
     """
     runs = _shared_runs(texts)
     having: dict[int, list[int]] = {}

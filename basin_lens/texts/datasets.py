@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from basin_lens.errors import TextError
 from basin_lens.texts.corpora import read_corpus
@@ -35,22 +35,24 @@ def read_dataset(
     | a data set of the Hugging Face Hub, or a local folder of one | one for each row with text in its column `text` |
     | a local file | as `read_texts`: those of its rows, or the whole file |
 
-    Of the Hub, no more is read than is needed. Documents: the file, the article, the row, or what a column `doc` (or `document`) says; other
-    columns with plain values become labels, but for articles. Treebank and Brown are rebuilt from their words as they would be printed:
-    traces left out, spaces and quotes as usual, a stop once after an abbreviation, and once the marks that Brown's coders wrote twice (`? ?`).
-    Brown has the label `category`, and a blank line between paragraphs.
+    Of the Hub, no more is read than is needed. Documents: the file, the article, the row, or what a column `doc` (or `document`)
+    says; other columns with plain values become labels, but for articles. Treebank and Brown are rebuilt from their words as they
+    would be printed: traces left out, spaces and quotes as usual, a stop once after an abbreviation, and once the marks that
+    Brown's coders wrote twice (`? ?`). Brown has the label `category`, and a blank line between paragraphs.
 
     Args:
         name: see above.
         config: configuration of a data set of the Hub (`wikitext`: "wikitext-2-raw-v1" unless given); for NLTK the start of file
             names, or a category: `"french"`, `"news"`.
-        split: of a data set of the Hub or a local folder ("test" unless given); others have none, and none may be given (see `has_splits`).
+        split: of a data set of the Hub or a local folder ("test" unless given); others have none, and none may be given (see
+            `has_splits`).
         max_passages: as many from the start; None: all.
 
     Raises:
         TextError: an unknown name, configuration or split, no network, data that is not installed, no column `text`, no text.
 
-    Source: Marcus, Marcinkiewicz and Santorini 1993 (Penn Treebank); Francis and Kucera 1979 (Brown); Merity et al. 2016 (WikiText).
+    Source: Marcus, Marcinkiewicz and Santorini 1993 (Penn Treebank); Francis and Kucera 1979 (Brown); Merity et al. 2016
+    (WikiText).
 
     Example:
         >>> from basin_lens.texts import read_dataset
@@ -87,7 +89,9 @@ def read_dataset(
 
 
 def has_splits(name: str) -> bool:
-    """Whether a data set of this name has splits: those of the Hub and local folders do; corpora of NLTK, files and the built-in passages have none.
+    """Whether a data set of this name has splits.
+
+    Those of the Hub and local folders do; corpora of NLTK, files and the built-in passages have none.
 
     Example:
         >>> from basin_lens.texts import has_splits
@@ -117,12 +121,13 @@ def _reading(name: str, config: str | None, split: str) -> Iterator[None]:
         raise
     except (ConnectionError, TimeoutError) as error:
         raise TextError(
-            f"expected to reach {name!r} on the Hugging Face Hub, got no answer ({_said(error)}). Check the network and HF_HUB_OFFLINE, "
-            f"{_INSTEAD}."
+            f"expected to reach {name!r} on the Hugging Face Hub, got no answer ({_said(error)}). Check the network and "
+            f"HF_HUB_OFFLINE, {_INSTEAD}."
         ) from error
     except FileNotFoundError as error:
         raise TextError(
-            f"expected a data set that can be read, got {name!r} ({_said(error)}). Check the name; log in if it asks for that; {_INSTEAD}."
+            f"expected a data set that can be read, got {name!r} ({_said(error)}). Check the name; log in if it asks for that; "
+            f"{_INSTEAD}."
         ) from error
     except ValueError as error:
         raise TextError(
@@ -140,7 +145,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
-def _rows(source: str | Path, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+def _rows(source: str | Path, config: str | None, split: str) -> Iterator[Mapping[str, object]]:
     import datasets
 
     if isinstance(source, Path):
@@ -173,19 +178,19 @@ def _reach(name: str) -> None:
         raise ConnectionError(_said(error)) from error
 
 
-def _one_each(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Passage]:
+def _one_each(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Passage]:
     for index, row in enumerate(rows):
         # Empty rows are separators, not texts.
         if not is_blank(row["text"]):
             yield passage_of(row, f"{name}/{index}", f"{name}/{index}")
 
 
-def _articles(rows: Iterable[Mapping[str, Any]]) -> Iterator[Passage]:
+def _articles(rows: Iterable[Mapping[str, object]]) -> Iterator[Passage]:
     """WikiText's rows are lines: all those of an article together, from its heading to the next."""
     title, seen = "untitled", set[str]()
     lines: list[str] = []
     for row in rows:
-        line = (row["text"] or "").rstrip("\n")
+        line = cast("str", row["text"] or "").rstrip("\n")
         if _ARTICLE.match(line):
             yield from _article(title, lines, seen)
             title, lines = line.strip(" ").removeprefix("=").removesuffix("=").strip(), []

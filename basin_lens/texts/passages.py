@@ -1,16 +1,18 @@
 """A text with its document, labels and spans; and the built-in ones."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
 
 from torch import Tensor
 
 from basin_lens.errors import TextError
-from basin_lens.values import document, is_missing, labels, unicode, whole
+from basin_lens.values import Labels, document, is_missing, labels, unicode, whole
+
+# Start and end, [start, end), by name.
+Spans = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,13 @@ class Passage:
     Args:
         text: the text itself, never empty.
         doc: the document it belongs to; statistics treat documents as independent. None: a document of its own.
-        labels: facts about the whole passage, one table column each: `{"memorized": True}`. Text, numbers (64 bits), truth values, None, or what
-            stands for one of these (numpy's scalars, pandas's NA, dates); see `basin_lens.values.labels`.
+        labels: facts about the whole passage, one table column each: `{"memorized": True}`. Text, numbers (64 bits), truth values,
+            None, or what stands for one of these (numpy's scalars, pandas's NA, dates); see `basin_lens.values.labels`.
         spans: named character ranges `[start, end)`: `{"IO": (10, 14)}`.
 
     Raises:
-        TextError: empty text, a span outside of it, a label that cannot be stored or is named like a column of the table, a lone surrogate.
+        TextError: empty text, a span outside of it, a label that cannot be stored or is named like a column of the table, a lone
+            surrogate.
 
     Example:
         >>> import basin_lens as bl
@@ -35,8 +38,8 @@ class Passage:
 
     text: str
     doc: str | None = None
-    labels: Mapping[str, Any] = field(default_factory=dict)
-    spans: Mapping[str, Any] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
+    spans: Spans = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -48,13 +51,13 @@ class Passage:
         object.__setattr__(self, "labels", labels(self.labels))
         # None is how api.md spells "nothing given".
         try:
-            given: dict[Any, Any] = {} if is_missing(self.spans) else dict(self.spans)
+            given: dict[str, Sequence[int]] = {} if is_missing(self.spans) else dict(self.spans)
         except (TypeError, ValueError) as error:
             raise TextError(f'expected spans by name, got {self.spans!r}. Such as {{"city": (0, 5)}}.') from error
         object.__setattr__(self, "spans", dict(self._span(name, ends) for name, ends in given.items()))
 
-    def _span(self, name: Any, ends: Any) -> tuple[str, tuple[int, int]]:
-        if not isinstance(name, str) or not hasattr(ends, "__len__") or isinstance(ends, str) or len(ends) != 2:
+    def _span(self, name: object, ends: object) -> tuple[str, tuple[int, int]]:
+        if not isinstance(name, str) or not isinstance(ends, Collection) or isinstance(ends, str) or len(ends) != 2:
             raise TextError(f'expected a span as a name with (start, end), got {name!r}: {ends!r}. Such as {{"city": (0, 5)}}.')
         start, end = (whole(value, f"the ends of span {name!r}", error=TextError, cure="Count characters.") for value in ends)
         if not 0 <= start < end <= len(self.text):
@@ -65,8 +68,8 @@ class Passage:
         return unicode(name, "names of spans"), (start, end)
 
 
-# What a caller may give as texts, or as token ids; `read_passages` and `given_ids` say how each is read. Tables, columns and data sets are
-# Iterables too.
+# What a caller may give as texts, or as token ids; `read_passages` and `given_ids` say how each is read. Tables, columns and data
+# sets are Iterables too.
 Texts = str | Passage | os.PathLike[str] | Tensor | Iterable[object]
 
 

@@ -1,14 +1,15 @@
 """Texts from what a caller has: strings, files (one reader per type, one list of them), tables, data sets."""
 
+import codecs
 import csv
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from basin_lens.errors import TextError
 from basin_lens.texts.passages import Passage, Texts
@@ -19,8 +20,12 @@ from basin_lens.values import check_alike, is_missing
 _LONGEST_NAME = 1024
 # What a file in another encoding begins with. UTF-32's first: it begins as UTF-16's does.
 _MARKS = {
-    b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-}  # fmt: skip
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def read_passages(data: Texts) -> list[Passage]:
@@ -30,14 +35,14 @@ def read_passages(data: Texts) -> list[Passage]:
     | --- | --- |
     | a text, a `Passage` | itself; a list, an iterator, a column or an array of them: each |
     | a `Path`, also in a list | those of the file, as `read_texts` reads it |
-    | a DataFrame, an Arrow table, a data set of `datasets` (in any format), a list of dicts | one of each row, as in a `.jsonl` file |
+    | a DataFrame, an Arrow table, a data set of `datasets`, a list of dicts | one of each row, as in a `.jsonl` file |
 
-    Columns other than `text`, `doc` (or `document`), `labels` and `spans` become labels if their values are plain. A passage without a
-    document becomes a document of its own; what kind of passage it is (such as `TaggedPassage`) stays.
+    Columns other than `text`, `doc` (or `document`), `labels` and `spans` become labels if their values are plain. A passage
+    without a document becomes a document of its own; what kind of passage it is (such as `TaggedPassage`) stays.
 
     Raises:
-        TextError: nothing there, an empty text, a missing or unreadable file, a file twice, a string that names a file, something that is not text,
-            one label with values of several kinds. The message names the row.
+        TextError: nothing there, an empty text, a missing or unreadable file, a file twice, a string that names a file, something
+            that is not text, one label with values of several kinds. The message names the row.
     """
     if isinstance(data, str | Passage | os.PathLike):
         data = [data]
@@ -68,26 +73,32 @@ def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
     files[key] = str(path)
 
 
-def _passage(item: Any, where: str, doc: str) -> Passage:
+def _passage(item: object, where: str, doc: str) -> Passage:
     if isinstance(item, Passage):
         return item if item.doc is not None else replace(item, doc=doc)
     if not isinstance(item, str):
         shown = f" ({item!r})" if item is not None and is_missing(item) else ""
-        cure = (
-            "Leave out rows without a text." if is_missing(item) else "Decode it first." if isinstance(item, bytes | bytearray)
-            else "Of a table, pass its rows: frame.to_dicts()." if hasattr(item, "to_list")
-            else "Token ids are for analyze and Capture, as a list of ids for each sequence: [[5, 6, 7], [8, 9]]."
-        )  # fmt: skip
-        raise TextError(f"expected a text or a Passage at {where}, got {type(item).__name__}{shown}. {cure}")
+        raise TextError(f"expected a text or a Passage at {where}, got {type(item).__name__}{shown}. {_cure(item)}")
     if _names_a_file(item):
         raise TextError(
-            f"expected a text at {where}, got the name of a file that exists, {str(item)!r}. Pass Path({str(item)!r}) to read it, or "
-            f"Passage({str(item)!r}) if this is the text itself."
+            f"expected a text at {where}, got the name of a file that exists, {str(item)!r}. Pass Path({str(item)!r}) to read it, "
+            f"or Passage({str(item)!r}) if this is the text itself."
         )
     try:
         return Passage(item, doc=doc)
     except TextError as error:
         raise error if where == "index 0" else TextError(f"{error} It is at {where}.") from error
+
+
+def _cure(item: object) -> str:
+    """What to do about an item that is no text."""
+    if is_missing(item):
+        return "Leave out rows without a text."
+    if isinstance(item, bytes | bytearray):
+        return "Decode it first."
+    if hasattr(item, "to_list"):
+        return "Of a table, pass its rows: frame.to_dicts()."
+    return "Token ids are for analyze and Capture, as a list of ids for each sequence: [[5, 6, 7], [8, 9]]."
 
 
 def _names_a_file(text: str) -> bool:
@@ -108,8 +119,8 @@ def read_texts(path: str | os.PathLike[str]) -> list[Passage]:
     | `.parquet` | one for each row |
     | anything else | the whole file as one |
 
-    Of tables and objects: `text`, `doc` (or `document`), `labels` and `spans` as `Passage` has them (not in CSV); other keys with plain values
-    are labels.
+    Of tables and objects: `text`, `doc` (or `document`), `labels` and `spans` as `Passage` has them (not in CSV); other keys with
+    plain values are labels.
 
     Raises:
         TextError: a missing, empty or unreadable file; a line or row that gives no passage, named by its number.
@@ -151,12 +162,15 @@ def has_rows(path: str | os.PathLike[str]) -> bool:
 
 
 def read_file(path: str | os.PathLike[str]) -> Passage:
-    """One file as one passage, its document named after it, line ends kept so that offsets are the file's own (behind a byte order mark).
+    """One file as one passage, its document named after it.
+
+    Line ends are kept, so that offsets are the file's own (behind a byte order mark).
 
     UTF-8; UTF-16 and UTF-32 if they say so by a byte order mark, which is no part of the text.
 
     Raises:
-        TextError: missing, empty, in another encoding, or of a type whose syntax is no text (`.jsonl`, `.csv`, ...: see `read_texts`).
+        TextError: missing, empty, in another encoding, or of a type whose syntax is no text (`.jsonl`, `.csv`, ...: see
+            `read_texts`).
     """
     if has_rows(path):
         raise TextError(f"expected a file that is one text, got {str(path)!r}. Read its rows: read_texts(...).")
@@ -170,8 +184,9 @@ def _whole(path: Path) -> list[Passage]:
 def read_jsonl(path: str | os.PathLike[str]) -> list[Passage]:
     """Passages from JSON lines: an object with a `text` each, and perhaps `doc`, `labels` and `spans` as `Passage` has them.
 
-    A line without `doc` is a document of its own, named after file and line; `document` says the same as `doc`. Other keys with plain values are
-    labels; lists and objects are passed over, and so are empty lines. Keys that look like one of these but are none are refused.
+    A line without `doc` is a document of its own, named after file and line; `document` says the same as `doc`. Other keys with
+    plain values are labels; lists and objects are passed over, and so are empty lines. Keys that look like one of these but are
+    none are refused.
 
     Args:
         path: a UTF-8 file.
@@ -213,15 +228,16 @@ def _from_json(line: str, where: str) -> Passage:
     return _from_object(record, where)
 
 
-def _from_object(record: Any, where: str) -> Passage:
+def _from_object(record: object, where: str) -> Passage:
     if not isinstance(record, dict):
         raise TextError(
-            f'{where}: expected an object with a "text" that is a string, got {type(record).__name__}. Such as {{"text": "Once ..."}}.'
+            f'{where}: expected an object with a "text" that is a string, got {type(record).__name__}. '
+            'Such as {"text": "Once ..."}.'
         )
     return passage_of(record, where, where)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -272,7 +288,8 @@ def _table(path: Path, delimiter: str) -> list[Passage]:
             begun = reader.line_num + 1
     except csv.Error as error:
         raise TextError(
-            f'{path}, line {reader.line_num}: expected cells in double quotes or without any, got {error}. Write a quote in text as "".'
+            f"{path}, line {reader.line_num}: expected cells in double quotes or without any, got {error}. Write a quote in text "
+            'as "".'
         ) from error
     finally:
         csv.field_size_limit(before)
@@ -308,7 +325,9 @@ def _parquet(path: Path) -> list[Passage]:
         raise TextError(f"expected a parquet file that can be read, got {str(path)!r}: {error}. Write it again.") from error
     if not table.num_rows:
         raise TextError(f"expected rows in {str(path)!r}, got none.")
-    return [passage_of(row, f"{path}, row {n}", f"{path}, row {n}") for n, (_, row) in enumerate(items_of(table))]
+    rows = [cast("Mapping[str, object]", row) for _, row in items_of(table)]
+    places = [f"{path}, row {n}" for n in range(len(rows))]
+    return [passage_of(row, place, place) for row, place in zip(rows, places, strict=True)]
 
 
 _READERS: dict[str, Callable[[Path], list[Passage]]] = {
@@ -343,7 +362,7 @@ def _content(path: Path) -> str:
         raise TextError(f"expected text in {str(path)!r}, got an empty file.")
     if "\x00" in text:
         raise TextError(
-            f"expected text in {str(path)!r}, got a NUL character at {text.index(chr(0))}: UTF-16 without a byte order mark, or no text at all. "
-            "Convert it to UTF-8."
+            f"expected text in {str(path)!r}, got a NUL character at {text.index(chr(0))}: UTF-16 without a byte order mark, or no "
+            "text at all. Convert it to UTF-8."
         )
     return text

@@ -1,7 +1,7 @@
 """Rows of a table, objects of JSON, lines of CSV: one rule by which a record becomes a passage."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from basin_lens.errors import TextError
 from basin_lens.texts.passages import Passage
@@ -15,11 +15,15 @@ _MEANT = {
 }
 
 
-def passage_of(record: Mapping[Any, Any], where: str, doc: str | None = None, *, ask: str = "") -> Passage:
+# Of a table as it comes; what is no text is refused.
+Key = TypeVar("Key")
+
+
+def passage_of(record: Mapping[Key, object], where: str, doc: str | None = None, *, ask: str = "") -> Passage:
     """The passage that a record describes.
 
-    `text` is the text; `doc` (or `document`) its document; `labels` and `spans` as `Passage` has them. Every other key whose value is plain
-    (text, a number, a truth value) is a label of that name; what is not plain (lists, objects) is passed over.
+    `text` is the text; `doc` (or `document`) its document; `labels` and `spans` as `Passage` has them. Every other key whose value
+    is plain (text, a number, a truth value) is a label of that name; what is not plain (lists, objects) is passed over.
 
     Args:
         record: by key.
@@ -28,17 +32,17 @@ def passage_of(record: Mapping[Any, Any], where: str, doc: str | None = None, *,
         ask: what a message advises when there is no text.
 
     Raises:
-        TextError: no text; a key that looks like one of these but is none (`docid`, `Text`, ...); one thing said twice; values that a
-            passage refuses.
+        TextError: no text; a key that looks like one of these but is none (`docid`, `Text`, ...); one thing said twice; values that
+            a passage refuses.
     """
     try:
-        return _passage_of(record, doc, ask)
+        check_keys(record, ask)
+        return _passage_of(cast("Mapping[str, object]", record), doc)
     except TextError as error:
         raise TextError(f"{where}: {error}") from error
 
 
-def _passage_of(record: Mapping[Any, Any], doc: str | None, ask: str) -> Passage:
-    check_keys(record, ask)
+def _passage_of(record: Mapping[str, object], doc: str | None) -> Passage:
     text = record["text"]
     if not isinstance(text, str):
         raise TextError(f'expected a "text" that is a string, got {_shown(text)}. Leave out rows that have none.')
@@ -59,16 +63,17 @@ def _passage_of(record: Mapping[Any, Any], doc: str | None, ask: str) -> Passage
     return Passage(text, document(named[0]) if named else doc, labels({**columns, **given}), _spans(spans))
 
 
-def check_keys(keys: Iterable[Any], ask: str = "") -> None:
+def check_keys(keys: Iterable[object], ask: str = "") -> None:
     """Refuse keys without a text, and keys that look like one of ours but are none.
 
     Raises:
         TextError: naming the keys there, and the one that was meant.
     """
-    names = list(keys)
-    strange = next((key for key in names if not isinstance(key, str)), None)
-    if strange is not None:
-        raise TextError(f"expected names of columns as text, got {strange!r}. Rename it; the texts are the column 'text'.")
+    names: list[str] = []
+    for key in keys:
+        if not isinstance(key, str):
+            raise TextError(f"expected names of columns as text, got {key!r}. Rename it; the texts are the column 'text'.")
+        names.append(key)
     near = {key: meant for key in names if key not in _OWN and (meant := _meant(key)) is not None}
     if "text" not in names:
         hint = next((f" Did you mean {key!r}?" for key, meant in near.items() if meant == "text"), "")
@@ -84,7 +89,7 @@ def _meant(key: str) -> str | None:
     return letters if letters in _OWN else _MEANT.get(letters)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether it can be a label: what is too large or broken is refused later, not passed over."""
     if isinstance(value, str) or whole_or_none(value) is not None:
         return True
@@ -95,7 +100,7 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _spans(given: Any) -> dict[str, tuple[int, int]]:
+def _spans(given: object) -> dict[str, tuple[int, int]]:
     found = {}
     # A column of a data set has all names in every row, and nothing behind those that a text lacks.
     held = {name: ends for name, ends in given.items() if ends is not None} if isinstance(given, Mapping) else None
@@ -106,20 +111,20 @@ def _spans(given: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _is_range(ends: Any) -> bool:
+def _is_range(ends: object) -> bool:
     return isinstance(ends, list | tuple) and len(ends) == 2 and all(whole_or_none(end) is not None for end in ends)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
-def items_of(data: Any) -> Iterator[tuple[str, Any]]:
+def items_of(data: object) -> Iterator[tuple[str, object]]:
     """What is in a table, a data set or a list: each item with the name by which an error calls it.
 
-    Tables give their rows as mappings, whatever form they would show: pandas, Arrow, `datasets` in any format. Blank rows of a data set are
-    separators (WikiText's), and are left out.
+    Tables give their rows as mappings, whatever form they would show: pandas, Arrow, `datasets` in any format. Blank rows of a data
+    set are separators (WikiText's), and are left out.
 
     Raises:
         TextError: something that holds no texts.
@@ -128,23 +133,18 @@ def items_of(data: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(data, Mapping):  # also a DatasetDict
         parts = ", ".join(map(repr, list(data)[:6]))
         raise TextError(
-            f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__} with {parts}. Choose one of its parts, or pass "
-            "a list of records: [{'text': ...}]."
+            f"expected a text, a Passage, a list of them or a dataset, got {type(data).__name__} with {parts}. Choose one of its "
+            "parts, or pass a list of records: [{'text': ...}]."
         )
     elif hasattr(data, "with_format"):
         yield from _of_dataset(data)
     elif kind == "pandas" and hasattr(data, "columns"):
-        if not data.columns.is_unique:
-            raise TextError(f"expected columns of different names, got {list(data.columns)}. Rename one.")
-        check_keys(data.columns, " Rename one: frame.rename(columns=...).")
-        yield from ((f"row {n}", row) for n, row in enumerate(data.to_dict("records")))
+        yield from _of_frame(data)
     elif kind == "pyarrow" and hasattr(data, "to_pylist"):
-        rows = data.to_pylist()
-        if hasattr(data, "column_names") or hasattr(data, "schema"):
-            check_keys(data.schema.names, " Rename one: table.rename_columns(...).")
-        yield from ((f"row {n}", row) for n, row in enumerate(rows))
+        yield from _of_arrow(data)
     elif kind == "numpy" and getattr(data, "ndim", 1) != 1:
-        raise TextError(f"expected texts in one dimension, got an array of shape {data.shape}. Pass a list of texts.")
+        shape = getattr(data, "shape", ())
+        raise TextError(f"expected texts in one dimension, got an array of shape {shape}. Pass a list of texts.")
     elif isinstance(data, set | frozenset):
         raise TextError("expected texts in an order, got a set, which has none. Pass a list, such as sorted(texts).")
     elif not isinstance(data, Iterable) or isinstance(data, bytes | bytearray):
@@ -154,7 +154,21 @@ def items_of(data: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"index {n}", item) for n, item in enumerate(data))
 
 
-def _of_dataset(data: Any) -> Iterator[tuple[str, Any]]:
+def _of_frame(frame: Any) -> Iterator[tuple[str, object]]:
+    if not frame.columns.is_unique:
+        raise TextError(f"expected columns of different names, got {list(frame.columns)}. Rename one.")
+    check_keys(frame.columns, " Rename one: frame.rename(columns=...).")
+    yield from ((f"row {n}", row) for n, row in enumerate(frame.to_dict("records")))
+
+
+def _of_arrow(table: Any) -> Iterator[tuple[str, object]]:
+    rows = table.to_pylist()
+    if hasattr(table, "column_names") or hasattr(table, "schema"):
+        check_keys(table.schema.names, " Rename one: table.rename_columns(...).")
+    yield from ((f"row {n}", row) for n, row in enumerate(rows))
+
+
+def _of_dataset(data: Any) -> Iterator[tuple[str, object]]:
     held = getattr(data, "format", None) or {}
     # A transform of the user's own makes the rows; any other format is only the form in which they show.
     if held.get("type") != "custom":
@@ -173,6 +187,6 @@ def _of_dataset(data: Any) -> Iterator[tuple[str, Any]]:
             yield f"row {index}", row if columns is None else {key: row[key] for key in row if key in {"text", *columns}}
 
 
-def is_blank(text: Any) -> bool:
+def is_blank(text: object) -> bool:
     """Whether a row of a data set is a separator, as the empty lines of WikiText are."""
     return is_missing(text) or (isinstance(text, str) and not text.strip())

@@ -11,8 +11,13 @@ from basin_lens.texts.words import TaggedPassage, Word
 
 # spaCy's Universal Dependencies tags -> ours, where they differ. Spaces are no words.
 _OURS = {
-    "PROPN": "NOUN", "AUX": "VERB", "SCONJ": "CONJ", "CCONJ": "CONJ", "PART": "PRT", "PUNCT": ".", "SYM": ".", "INTJ": "X",
-}  # fmt: skip
+    "PROPN": "NOUN",
+    "AUX": "VERB",
+    "PART": "PRT",
+    "INTJ": "X",
+    **dict.fromkeys(("SCONJ", "CCONJ"), "CONJ"),
+    **dict.fromkeys(("PUNCT", "SYM"), "."),
+}
 _SPACES = ("SPACE", "EOL")
 # NLTK's tokenizer and tagger know typewriter quotes only. One character for one: offsets stay.
 _TYPEWRITER = str.maketrans("‘’“”«»„", '`\'"""""')
@@ -29,7 +34,8 @@ def words_of(passages: Sequence[Passage], tagger: str = "auto", *, spacy_model: 
     Args:
         passages: the texts.
         tagger: `gold`: the words that `TaggedPassage`s bring; `nltk`: NLTK's word tokenizer and perceptron tagger (English);
-            `spacy`: a pipeline of spaCy (an extra: pip install 'basin-lens[spacy]'); `auto`: gold if every passage has it, else NLTK.
+            `spacy`: a pipeline of spaCy (an extra: pip install 'basin-lens[spacy]'); `auto`: gold if every passage has it, else
+                NLTK.
         spacy_model: which pipeline.
 
     Returns:
@@ -99,8 +105,8 @@ def _short(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 def _aligned(tokens: Sequence[str], text: str) -> Iterator[tuple[int, int]]:
     """Where each token stands.
 
-    The tokenizer leaves out spaces and respells double quotes, nothing else. NLTK's own `span_tokenize` searches ahead for a token, past
-    anything, and pairs quotes by their number; here each token must be the next thing in the text.
+    The tokenizer leaves out spaces and respells double quotes, nothing else. NLTK's own `span_tokenize` searches ahead for a token,
+    past anything, and pairs quotes by their number; here each token must be the next thing in the text.
     """
     point = 0
     for token in tokens:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsInt, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -34,15 +34,18 @@ class TokenSequence:
 def tokenize(
     model: HookedModel, passages: list[Passage], *, max_length: Whole = 128, prepend_bos: bool | None = None
 ) -> list[TokenSequence]:
-    """Token sequences of at most `max_length` tokens (and the model's context), BOS counted; longer passages become several, cut at token borders.
+    """Token sequences of at most `max_length` tokens (and the model's context), BOS counted.
+
+    Longer passages become several, cut at token borders.
 
     The tokenizer is called by itself, because the model's own `to_tokens` may reload it and hides the offsets. Strings that
-    spell a special token become that token, as in the model's own `to_tokens`. A tokenizer that says of no token where it stands (all its
-    offsets are empty) gives sequences without offsets (-1).
+    spell a special token become that token, as in the model's own `to_tokens`. A tokenizer that says of no token where it stands
+    (all its offsets are empty) gives sequences without offsets (-1).
 
     Raises:
-        TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, `max_length` is below 2, a text spells the BOS
-            token that is put before it anyway, a token that the embedding lacks, or spans where the tokenizer gives no offsets.
+        TextError: the model has no tokenizer with offsets, a text gives fewer than two tokens in all, `max_length` is below 2, a
+            text spells the BOS token that is put before it anyway, a token that the embedding lacks, or spans where the tokenizer
+            gives no offsets.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -57,14 +60,14 @@ def tokenize(
     for index, passage in enumerate(passages):
         # Longer than the tokenizer's own limit is fine: we cut it ourselves.
         encoded = tokenizer(passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids = encoded["input_ids"]
         if len(ids) + (bos is not None) < 2:
             raise TextError(
-                f"expected a text of at least two tokens, got {len(ids) + (bos is not None)} from {passage.text[:40]!r} (text {index}): "
-                "position 0 is never scored. Use a longer text."
+                f"expected a text of at least two tokens, got {len(ids) + (bos is not None)} from {passage.text[:40]!r} (text "
+                f"{index}): position 0 is never scored. Use a longer text."
             )
         _check_ids(model, passage, index, ids, bos)
-        offsets = _offsets(passage, index, offsets)
+        offsets = _offsets(passage, index, encoded["offset_mapping"])
         for first in range(0, len(ids), room):
             piece, spans = ids[first : first + room], offsets[first : first + room]
             head = [] if bos is None else [bos]
@@ -90,8 +93,8 @@ def _check_ids(model: HookedModel, passage: Passage, index: int, ids: Sequence[i
     beyond = next((token for token in ids if token >= size), None)
     if beyond is not None:
         raise TextError(
-            f"expected tokens below {size} (the model's embedding), got token {beyond} in text {index}, {passage.text[:40]!r}. Tokenizer "
-            "and model do not fit: use the model's own, or resize the embedding."
+            f"expected tokens below {size} (the model's embedding), got token {beyond} in text {index}, {passage.text[:40]!r}. "
+            "Tokenizer and model do not fit: use the model's own, or resize the embedding."
         )
 
 
@@ -99,28 +102,28 @@ def _offsets(passage: Passage, index: int, offsets: Sequence[tuple[int, int]]) -
     """Offsets, or (-1, -1) for each token of a tokenizer that has none."""
     if any(start < end for start, end in offsets):
         return offsets
-    words: Any = getattr(passage, "words", None)
-    if passage.spans or words:
+    if passage.spans or getattr(passage, "words", None):
         raise TextError(
-            f"expected a tokenizer that says where each token stands, got empty offsets for text {index}, which has spans or words: "
-            f"{passage.text[:40]!r}. Leave spans out, or use another tokenizer."
+            f"expected a tokenizer that says where each token stands, got empty offsets for text {index}, which has spans or "
+            f"words: {passage.text[:40]!r}. Leave spans out, or use another tokenizer."
         )
     return [(-1, -1)] * len(offsets)
 
 
-def given_ids(model: HookedModel, data: Texts, attention_mask: Any = None) -> list[TokenSequence] | None:
+def given_ids(model: HookedModel, data: Texts, attention_mask: object = None) -> list[TokenSequence] | None:
     """Sequences of the token ids among what was given to be measured, or None if it is texts.
 
     Args:
         model: a hooked model.
-        data: ids as a LongTensor or an array `[batch, pos]` or `[pos]`, a list of lists of their own lengths, or what a tokenizer returns (a
-            mapping with `input_ids`, and perhaps `attention_mask`).
-        attention_mask: 1 for real tokens, 0 for padding on either side, in the shape of the ids; None: that of the mapping, or all real.
+        data: ids as a LongTensor or an array `[batch, pos]` or `[pos]`, a list of lists of their own lengths, or what a tokenizer
+            returns (a mapping with `input_ids`, and perhaps `attention_mask`).
+        attention_mask: 1 for real tokens, 0 for padding on either side, in the shape of the ids; None: that of the mapping, or all
+            real.
 
     Raises:
         TextError: not token ids, a mask that does not fit, ids without a mask that end or begin in padding, or a mask for texts.
     """
-    ids: Any = data
+    ids: object = data
     if isinstance(data, Mapping) and "input_ids" in data:
         ids, own = data["input_ids"], data.get("attention_mask")
         if attention_mask is not None and own is not None:
@@ -154,43 +157,48 @@ def _are_ids(data: object) -> bool:
         return True
     if isinstance(data, np.ndarray):
         return data.dtype.kind in "iufb"
-    rows = isinstance(data, list | tuple) and data
-    return bool(rows) and all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in data)
+    if not isinstance(data, list | tuple) or not data:
+        return False
+    return all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in data)
 
 
-def _padded(given: Any, what: str, number: Callable[[Any], int | None]) -> tuple[Tensor, Tensor]:
+def _padded(given: object, what: str, number: Callable[[object], int | None]) -> tuple[Tensor, Tensor]:
     """One tensor of rows of any lengths, and where they are (truth values of the same shape); `number` reads what is in a list."""
     if isinstance(given, Tensor) and (given.device.type == "meta" or given.layout != torch.strided):
         raise TextError(f"expected {what}, got a tensor without them ({given.device.type}, {given.layout}). Pass a plain tensor.")
     if isinstance(given, Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind in "iufb"):
         tokens = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(_signed(given))
         return tokens, torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
-    rows = [list(row) if _is_row(row) else row for row in (given if _is_row(given) else [given])]
-    wrong = next((i for i, row in enumerate(rows) if not isinstance(row, list) or any(number(v) is None for v in row)), None)
-    if wrong is not None:
-        got = rows[wrong][:6] if isinstance(rows[wrong], list) else rows[wrong]
-        raise TextError(
-            f"expected {what}, got {got!r} in sequence {wrong}. Pass what the tokenizer returns: a list for each sequence."
-        )
+    given_rows: Iterable[object] = given if _is_row(given) else [given]
+    rows: list[list[int]] = []
+    for index, row in enumerate(given_rows):
+        held = list(row) if _is_row(row) else None
+        numbers = [found for found in map(number, held or []) if found is not None]
+        if held is None or len(numbers) < len(held):
+            raise TextError(
+                f"expected {what}, got {(row if held is None else held[:6])!r} in sequence {index}. Pass what the tokenizer "
+                "returns: a list for each sequence."
+            )
+        rows.append(numbers)
     longest = max(map(len, rows), default=0)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64, device="cpu")
     valid = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor([number(value) for value in row], dtype=torch.int64)
-        valid[index, : len(row)] = True
+    for index, numbers in enumerate(rows):
+        tokens[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        valid[index, : len(numbers)] = True
     return tokens, valid
 
 
-def _is_row(value: Any) -> bool:
+def _is_row(value: object) -> TypeGuard[Iterable[object]]:
     # A 0-d tensor says that it can be iterated, and cannot.
     return isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
 
 
-def _zero_or_one(value: Any) -> int | None:
+def _zero_or_one(value: object) -> int | None:
     """What a mask holds: 0 and 1 of any type; other whole numbers are refused later."""
     kind = str(getattr(value, "dtype", ""))
     truth = isinstance(value, bool | float) or (("bool" in kind or "float" in kind) and not getattr(value, "ndim", 0))
-    return int(value) if truth and value in (0, 1) else whole_or_none(value)
+    return int(cast("SupportsInt", value)) if truth and value in (0, 1) else whole_or_none(value)
 
 
 def _signed(array: np.ndarray) -> np.ndarray:
@@ -198,13 +206,14 @@ def _signed(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind in "iu" else array)
 
 
-def real_tokens(mask: Any, shape: tuple[int, ...], *, additive: bool = False) -> Bool[Tensor, "..."]:
+def real_tokens(mask: object, shape: tuple[int, ...], *, additive: bool = False) -> Bool[Tensor, "..."]:
     """An attention mask as truth values: 1 (or True) for real tokens, 0 for padding at either end.
 
     Args:
         mask: tensor, array or nested list.
         shape: that of the ids.
-        additive: serve masks of 0 for real tokens and -inf, or a type's lowest number, for padding too: what is added to attention scores.
+        additive: serve masks of 0 for real tokens and -inf, or a type's lowest number, for padding too: what is added to attention
+            scores.
 
     Raises:
         TextError: another shape than that of the ids, other numbers, a sequence without a token, or padding between real tokens.
@@ -232,15 +241,15 @@ def real_tokens(mask: Any, shape: tuple[int, ...], *, additive: bool = False) ->
     if not bool(rows.any(1).all()):
         say = ", in an additive mask 0 real and -inf padding: one of zeros only says both" if additive else ""
         raise TextError(
-            f"expected a real token in every sequence, got an attention mask that leaves sequence {int((~rows.any(1)).nonzero()[0])} none. "
-            f"1 means real and 0 padding{say}. Leave it out if all are real."
+            "expected a real token in every sequence, got an attention mask that leaves sequence "
+            f"{int((~rows.any(1)).nonzero()[0])} none. 1 means real and 0 padding{say}. Leave it out if all are real."
         )
     # One run of real tokens: a hole inside would shift the positions that the model used.
     starts = rows[:, 0].long() + (rows.long().diff(dim=1) == 1).sum(1)
     if bool((starts > 1).any()):
         raise TextError(
-            f"expected padding at one end of each sequence, got an attention mask with a hole in sequence {int((starts > 1).int().argmax())}. "
-            "Cut the text there."
+            "expected padding at one end of each sequence, got an attention mask with a hole in sequence "
+            f"{int((starts > 1).int().argmax())}. Cut the text there."
         )
     return valid
 
@@ -263,8 +272,9 @@ def refuse_padding(model: HookedModel, rows: Sequence[Sequence[int]]) -> None:
         wrong = next((index for index, run in enumerate(runs) if run >= least), None)
         if wrong is not None:
             raise TextError(
-                f"expected token ids without padding, got sequence {wrong} that {side} with {runs[wrong]} of the padding token {pad}. Pass "
-                "attention_mask= (1 for real tokens, 0 for padding; all 1 if these are real), or lists of the real ids alone."
+                f"expected token ids without padding, got sequence {wrong} that {side} with {runs[wrong]} of the padding token "
+                f"{pad}. Pass attention_mask= (1 for real tokens, 0 for padding; all 1 if these are real), or lists of the real "
+                "ids alone."
             )
 
 
@@ -294,7 +304,8 @@ def from_token_ids(model: HookedModel, tokens: Tensor, valid: Tensor | None = No
     short = next((index for index, row in enumerate(rows) if len(row) < 2), None)
     if not rows or short is not None:
         raise TextError(
-            f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0} in sequence {short}."
+            f"expected sequences of at least two tokens, got {len(rows[short]) if rows and short is not None else 0} in sequence "
+            f"{short}."
         )
     longest = max(len(row) for row in rows)
     if longest > n_context(model):

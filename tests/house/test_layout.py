@@ -244,3 +244,8 @@ def test_package_data_is_in_the_wheel(tmp_path):
     for needed in ("basin_lens/py.typed", *TEMPLATES, "basin_lens/data/passages/fiction.txt"):
         assert needed in names
     assert not [name for name in names if name.startswith("tests")]
+
+
+def test_no_benchmark_bears_a_name_of_the_standard_library():
+    """A script's folder comes first on the path: the scripts beside it would import it in place of Python's own."""
+    assert not {path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")} & sys.stdlib_module_names

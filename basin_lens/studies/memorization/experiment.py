@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -180,7 +180,7 @@ def plant(
     options: dict[str, Any] = {"filler": filler, "recipe": replace(plan.recipe, seed=plan.seed), "max_length": longest}
     options["progress"] = progress
     begun = time.perf_counter()
-    tuned = _tuned(model, members, [int(p.labels["dose"]) for p in members], folder, "tuned", options)
+    tuned = _tuned(model, members, [int(cast("int", p.labels["dose"])) for p in members], folder, "tuned", options)
     seconds = time.perf_counter() - begun
 
     say("after training")
