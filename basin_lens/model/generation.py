@@ -49,4 +49,5 @@ def continuations(
             return_type="tokens",
             verbose=False,
         )
+    assert isinstance(written, Tensor)
     return written[:, -length:].cpu()

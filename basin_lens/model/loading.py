@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import platformdirs
 import torch
@@ -275,8 +275,7 @@ def _bridge_over(
             return bridge.boot_transformers(name, hf_model=weights, tokenizer=tokenizer, device=device, dtype=dtype)
         # `boot_transformers` would ask the hub for a tokenizer by that name.
         config = weights.config
-        made = build_bridge_from_module(weights, architecture, hf_config=config, dtype=dtype, device=device, model_name=name)
-        return cast("HookedModel", made)
+        return build_bridge_from_module(weights, architecture, hf_config=config, dtype=dtype, device=device, model_name=name)
     except Exception as error:  # adapters of TransformerLens raise anything, down to AttributeError
         raise ModelError(
             f"expected an architecture that TransformerLens can put hooks into, got {architecture}: {reason_of(error)} Use a "

@@ -75,7 +75,7 @@ class ModelSettings(Protocol):
     seed: int | None
     init_weights: bool
     dtype: torch.dtype
-    device: torch.device | str | None
+    device: str | None
 
 
 class HookedModel(Protocol):
@@ -85,9 +85,12 @@ class HookedModel(Protocol):
     such as a decoder with attention in every block, `basin_lens.model.check_model` says in words.
     """
 
-    cfg: ModelSettings
     training: bool
     tokenizer: Tokenizer | None
+
+    @property
+    def cfg(self) -> ModelSettings:
+        """Sizes and rules."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -108,16 +111,20 @@ class HookedModel(Protocol):
     def __call__(self, tokens: Tensor, **options: object) -> Tensor:
         """One forward pass."""
 
-    def generate(self, tokens: Tensor, **options: object) -> Tensor:
-        """Token ids, continued."""
+    @property
+    def generate(self) -> Callable[..., object]:
+        """Continues token ids; what it gives depends on its options."""
 
-    def run_with_cache(self, tokens: Tensor, **options: object) -> tuple[Tensor, StateCache]:
-        """One forward pass, and what its hook points saw."""
+    @property
+    def run_with_cache(self) -> Callable[..., tuple[Tensor, StateCache]]:
+        """One forward pass over texts or token ids, and what its hook points saw."""
 
-    def to_tokens(self, text: str | list[str], **options: object) -> Tensor:
+    @property
+    def to_tokens(self) -> Callable[..., Tensor]:
         """Token ids of texts."""
 
-    def hooks(self, fwd_hooks: list[tuple[str, Callable[..., object]]], **options: object) -> AbstractContextManager[object]:
+    @property
+    def hooks(self) -> Callable[..., AbstractContextManager[object]]:
         """Hooks that last as long as a `with` block."""
 
     def reset_hooks(self) -> None:

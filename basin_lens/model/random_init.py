@@ -1,7 +1,7 @@
 """Copies of a model to compare it with: its random twin, which has learned nothing, and itself in another number format."""
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -111,8 +111,7 @@ def _from_settings(model: HookedModel, dtype: torch.dtype, _seed: int) -> Hooked
     device, name = device_of(model), str(model.cfg.model_name)
     held = weights.to(device).eval()
     kind = type(weights).__name__
-    made = build_bridge_from_module(held, kind, hf_config=config, dtype=dtype, device=device, model_name=name)
-    return cast("HookedModel", made)
+    return build_bridge_from_module(held, kind, hf_config=config, dtype=dtype, device=device, model_name=name)
 
 
 def _native(model: HookedModel, dtype: torch.dtype, seed: int) -> HookedModel:
