@@ -51,10 +51,10 @@ def sweep(
         progress: show progress bars.
 
     Returns:
-        one row per (score, layer, k, bank): `run, score, layer, k, bank_size` (points of the bank as it was), `mean, low, high` (95 %
-        interval over documents, as in `tables.layer_summary`), `nan_share` (of tokens), `reliability` (split-half; NaN without),
-        `spearman` (over tokens scored in both, with the score as it stands; 1 for itself, NaN below 3 tokens). Provenance of
-        every run is in `attrs["provenance"]`.
+        one row per (score, layer, k, bank): `run, score, layer, k, bank_size` (points of the bank as it was), `mean, low, high`
+        (95 % interval over documents, as in `tables.layer_summary`), `nan_share` (of tokens), `reliability` (split-half; NaN
+        without), `spearman` (over tokens scored in both, with the score as it stands; 1 for itself, NaN below 3 tokens). Provenance
+        of every run is in `attrs["provenance"]`.
 
     Raises:
         TableError: not a cloud analyzer, or one without fields `k` and `name`.
@@ -132,7 +132,8 @@ def _banks(capture: Capture, bank: Bank, sizes: Sequence[int] | None, seed: int)
     source = capture if bank is None else bank
     if not isinstance(source, Capture):
         raise NeighborError(
-            f"expected bank=None or a Capture with bank_sizes, got {bank!r}: parts are taken of it. Pass the capture, or leave sizes out."
+            f"expected bank=None or a Capture with bank_sizes, got {bank!r}: parts are taken of it. Pass the capture, or leave "
+            "sizes out."
         )
     points = source.lengths - 1
     order = torch.randperm(len(points), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

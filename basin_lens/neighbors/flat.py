@@ -35,7 +35,8 @@ def load() -> ModuleType:
     """
     if not installed():
         raise NeighborError(
-            'expected the module faiss for backend="faiss", got none. Run pip install \'basin-lens[faiss]\', or take backend="torch".'
+            "expected the module faiss for backend=\"faiss\", got none. Run pip install 'basin-lens[faiss]', or take "
+            'backend="torch".'
         )
     return importlib.import_module("faiss")
 
