@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from safetensors import SafetensorError, safe_open
 
 from basin_lens.errors import BasinLensError, StoreError
+
+# A file or folder that `basin_lens.files` makes: it takes its place, whole, when whoever was handed it has filled it.
+Unfinished = NewType("Unfinished", Path)
 
 _DIGITS = 64
 _SEAL = re.compile(rb"basin_lens seal sha256:([0-9a-f]{64})")
@@ -144,7 +147,7 @@ class Kind:
             if not whole:
                 raise self.refusal(path, "one that was changed after it was written: its digest is of another content")
 
-    def write_tensors(self, path: Path, tensors: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    def write_tensors(self, path: Unfinished, tensors: Mapping[str, Any], facts: Mapping[str, str]) -> None:
         """A sealed safetensors file of its own; `facts` are its metadata."""
         from safetensors.torch import save_file  # brings torch, which a table does without
 
@@ -202,7 +205,7 @@ def seal(content: bytes) -> bytes:
     return held.getvalue()
 
 
-def seal_file(path: Path) -> None:
+def seal_file(path: Unfinished) -> None:
     """Close the open seal in a file."""
     with path.open("r+b") as file:
         _close(file)

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -10,6 +9,7 @@ from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import Shards, copy_borders, write_borders, write_record
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
+from basin_lens.records import Unfinished
 
 
 def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
@@ -27,7 +27,7 @@ def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
         write_fields(capture, folder, shards)
 
 
-def write_fields(capture: CapturedStates, folder: Path, shards: Shards) -> None:
+def write_fields(capture: CapturedStates, folder: Unfinished, shards: Shards) -> None:
     """Write everything but the states, which lie in the files `shards`."""
     record = {
         "sequences": [asdict(s) for s in capture.sequences],

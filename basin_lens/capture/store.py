@@ -14,13 +14,14 @@ from torch import Tensor
 from basin_lens import records
 from basin_lens.capture.fields import CaptureFields
 from basin_lens.errors import StoreError
+from basin_lens.records import Unfinished
 from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
 from basin_lens.values import Facts
 
 FORMAT = "basin_lens capture 2"
 _KIND = records.Kind("a saved capture", FORMAT, "Capture the texts again.")
 _RECORD, _VALUES = "capture.json", "values.safetensors"
-_FIELDS: dict[str, object] = {
+_FIELDS: dict[str, type | tuple[type | None, ...] | list[type]] = {
     "sequences": [dict],
     "passages": (list, None),
     "docs": [str],
@@ -47,7 +48,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def write_borders(
-    folder: Path, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]
+    folder: Unfinished, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]
 ) -> dict[str, Facts]:
     """Write the states of some rows at several block borders, one file per batch; the file, to be listed in the record."""
     tensors = {f"border.{border}": states.contiguous() for border, states in borders.items()}
@@ -57,7 +58,7 @@ def write_borders(
         return {path.name: records.digest(path)}
 
 
-def copy_borders(source: Path, target: Path, shards: Shards) -> None:
+def copy_borders(source: Path, target: Unfinished, shards: Shards) -> None:
     """Copy all states to another folder.
 
     Raises:
@@ -104,7 +105,7 @@ def read_border(folder: Path, shards: Shards, border: int, shape: tuple[int, int
 
 
 def write_record(
-    folder: Path,
+    folder: Unfinished,
     record: Mapping[str, object],
     columns: Mapping[str, Mapping[str, Tensor]],
     readings: Mapping[str, Tensor],

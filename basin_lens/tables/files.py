@@ -53,7 +53,7 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Mapping[s
     sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
 
-    def fill(path: Path) -> None:
+    def fill(path: records.Unfinished) -> None:
         # Page checksums are for other readers: the seal is of every byte.
         pyarrow.parquet.write_table(arrow, path, write_page_checksum=True)
         records.seal_file(path)
