@@ -7,7 +7,7 @@ that attention patterns are never held for more than one layer.
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
 from basin_lens.capture.cache_check import check_cache, tolerance_of
-from basin_lens.capture.caches import NamedTensors
+from basin_lens.capture.caches import StateCache
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
 from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.planning import Mask
@@ -22,7 +22,7 @@ __all__ = [
     "Capture",
     "CapturedStates",
     "Mask",
-    "NamedTensors",
+    "StateCache",
     "Passes",
     "Target",
     "TokenBatch",

@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from basin_lens.capture import caches
-from basin_lens.capture.caches import NamedTensors
+from basin_lens.capture.caches import StateCache
 from basin_lens.capture.fields import CaptureFields
 from basin_lens.capture.planning import Mask, row_fields
 from basin_lens.model import HookedModel, check_lengths, check_model
@@ -19,7 +19,7 @@ from basin_lens.values import document, labels_of_all
 def cache_fields(
     model: HookedModel,
     tokens: Tensor,
-    cache: NamedTensors,
+    cache: StateCache,
     *,
     attention_mask: Mask,
     docs: Sequence[object] | None,
@@ -65,7 +65,7 @@ def _put_given(fields: CaptureFields, docs: Sequence[object] | None, labels: Seq
 
 
 def _readings(
-    model: HookedModel, cache: NamedTensors, layers: Iterable[int], valid: Bool[Tensor, "batch pos"], entry: Tensor | None
+    model: HookedModel, cache: StateCache, layers: Iterable[int], valid: Bool[Tensor, "batch pos"], entry: Tensor | None
 ) -> dict[str, Tensor]:
     """Patterns and gradients of the cache by name and layer; and what enters block 0, in a cache without a whole layer 0."""
     found: dict[str, Tensor] = {}

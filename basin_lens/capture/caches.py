@@ -18,7 +18,7 @@ ENTRY = "entry"
 
 
 @runtime_checkable
-class NamedTensors(Protocol):
+class StateCache(Protocol):
     """A cache: an `ActivationCache`, or a dict of tensors or arrays by hook name."""
 
     def keys(self) -> Iterable[str]: ...
@@ -82,7 +82,7 @@ def real_tokens(mask: object, shape: tuple[int, int]) -> Bool[Tensor, "batch pos
         raise CaptureError(str(error)) from error
 
 
-def borders_in(model: HookedModel, cache: NamedTensors, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
+def borders_in(model: HookedModel, cache: StateCache, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
     """Residual states at each border that the cache holds, `[batch, pos, d]`, and the names of those it does not."""
     count, found, missing = n_layers(model), {}, []
     for border in range(count + 1):
@@ -95,7 +95,7 @@ def borders_in(model: HookedModel, cache: NamedTensors, shape: tuple[int, int]) 
     return found, missing
 
 
-def other_readings(model: HookedModel, cache: NamedTensors, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
+def other_readings(model: HookedModel, cache: StateCache, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
     """Attention patterns and gradients that the cache holds, by name and layer.
 
     Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed

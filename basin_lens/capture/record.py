@@ -11,7 +11,7 @@ from torch import Tensor
 
 from basin_lens.capture.batches import TokenMeasure
 from basin_lens.capture.cache_capture import cache_fields
-from basin_lens.capture.caches import NamedTensors
+from basin_lens.capture.caches import StateCache
 from basin_lens.capture.planning import Mask, planned_fields
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.saving import save_capture
@@ -116,7 +116,7 @@ class Capture(CapturedStates):
         cls,
         model: HookedModel,
         tokens: Tensor,
-        cache: NamedTensors,
+        cache: StateCache,
         *,
         attention_mask: Mask = None,
         docs: Sequence[object] | None = None,
