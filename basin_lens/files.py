@@ -18,10 +18,11 @@ from pathlib import Path
 
 from basin_lens import locks
 from basin_lens.errors import BasinLensError, StoreError
+from basin_lens.records import Unfinished
 
 Place = str | os.PathLike[str]
 # A file's bytes or text, or what writes it to the path that it is given.
-Content = bytes | str | Callable[[Path], object]
+Content = bytes | str | Callable[[Unfinished], object]
 
 _LOCK = ".basin-lens.lock"
 _NEW, _OLD = ".basin-lens.new", ".basin-lens.old"
@@ -68,7 +69,7 @@ def write_file(
             _write_through(target, content)
             return
         with scratch(target) as folder:
-            new = folder / target.name
+            new = Unfinished(folder / target.name)
             _fill(new, content)
             _take_over(new, target, like)
             _sync(new)
@@ -191,7 +192,7 @@ def _descriptor(path: Place) -> int | None:
     return int(number) if folder in ("/dev/fd", "/proc/self/fd") and number.isdecimal() else None
 
 
-def _fill(path: Path, content: Content) -> None:
+def _fill(path: Unfinished, content: Content) -> None:
     if callable(content):
         content(path)
         return
@@ -206,7 +207,7 @@ def _fill(path: Path, content: Content) -> None:
 
 def _write_through(target: Path, content: Content) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / target.name
+        made = Unfinished(Path(folder) / target.name)
         _fill(made, content)
         sys.stdout.flush()
         stream = _descriptor(target)
@@ -253,7 +254,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
+def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], object] | None = None) -> Iterator[Unfinished]:
     """A folder to fill that takes its name only when the block is left without an error, all at once.
 
     A folder that is replaced is moved aside, and deleted when the new one stands in its place; a death between the two is healed by
@@ -278,7 +279,7 @@ def new_folder(target: Place, *, replace: bool = False, check: Callable[[Path], 
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(scratch(place))
-            new = folder / _NEW
+            new = Unfinished(folder / _NEW)
             new.mkdir()
         except OSError as error:
             raise StoreError(

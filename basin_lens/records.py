@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NewType
 
 from safetensors import SafetensorError, safe_open
 
@@ -35,6 +35,9 @@ else:
 
 # What a field of a record must be: of a type, of one of several (None for null), or a list of one type.
 Expected = type | tuple[type | None, ...] | list[type]
+
+# A file or folder that `basin_lens.files` makes: it takes its place, whole, when whoever was handed it has filled it.
+Unfinished = NewType("Unfinished", Path)
 
 _DIGITS = 64
 _SEAL = re.compile(rb"basin_lens seal sha256:([0-9a-f]{64})")
@@ -161,7 +164,7 @@ class Kind:
             if not whole:
                 raise self.refusal(path, "one that was changed after it was written: its digest is of another content")
 
-    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    def write_tensors(self, path: Unfinished, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """A sealed safetensors file of its own; `facts` are its metadata."""
         from safetensors.torch import save_file  # brings torch
 
@@ -219,7 +222,7 @@ def seal(content: bytes) -> bytes:
     return held.getvalue()
 
 
-def seal_file(path: Path) -> None:
+def seal_file(path: Unfinished) -> None:
     """Close the open seal in a file."""
     with path.open("r+b") as file:
         _close(file)

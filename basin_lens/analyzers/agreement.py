@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -40,7 +40,7 @@ class Agreement(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "agreement"), "share of tokens", 0, 1),)
+        return (Column(self.name or "agreement", "share of tokens", 0, 1),)
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
         logits = batch.values["logits"]

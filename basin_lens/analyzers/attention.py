@@ -1,13 +1,13 @@
 """How much attention each token receives from the tokens after it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import Whole, whole_or_none
@@ -57,7 +57,7 @@ class AttentionReceived(TokenAnalyzer):
     @property
     def columns(self) -> tuple[Column, ...]:
         default = "attention_received" + ("" if self.normalize else "_raw") + ("" if self.sink else "_without_sink")
-        return head_columns(self, default, "multiples of uniform" if self.normalize else "sum of weights")
+        return head_columns(self.name, self.per_head, default, "multiples of uniform" if self.normalize else "sum of weights")
 
     def check(self) -> None:
         check_heads(self.per_head)
@@ -68,7 +68,7 @@ class AttentionReceived(TokenAnalyzer):
         if not self.per_head:
             return {self.columns[0].name: whole}
         each = received(pattern, batch.valid, normalize=self.normalize, sink=self.sink)
-        return fill_columns(self, whole, each)
+        return fill_columns(self.columns, self.per_head, whole, each)
 
 
 def received(
@@ -122,24 +122,25 @@ def check_heads(per_head: PerHead) -> None:
         )
 
 
-def head_columns(analyzer: Any, default: str, unit: str) -> tuple[Column, ...]:
-    """One column, or that one and one for each head asked for."""
-    heads = heads_of(analyzer.per_head)
+def head_columns(name: str | None, per_head: PerHead, default: str, unit: str) -> tuple[Column, ...]:
+    """One column, or that one and one for each head asked for; `name` is the column's, or the prefix of several."""
+    heads = heads_of(per_head)
     if not heads:
-        return (Column(column_name(analyzer, default), unit, 0),)
-    prefix = f"{analyzer.name}_" if analyzer.name else ""
+        return (Column(name or default, unit, 0),)
+    prefix = f"{name}_" if name else ""
     return tuple(Column(prefix + default + end, unit, 0) for end in ("", *(f"_head{h}" for h in heads)))
 
 
-def fill_columns(analyzer: Any, whole: Float[Tensor, "batch pos"], each: Float[Tensor, "batch head pos"]) -> dict[str, Tensor]:
+def fill_columns(
+    columns: tuple[Column, ...], per_head: PerHead, whole: Float[Tensor, "batch pos"], each: Float[Tensor, "batch head pos"]
+) -> dict[str, Tensor]:
     """Values for `head_columns`.
 
     Raises:
         CaptureError: the model has other heads.
     """
-    per_head, count = analyzer.per_head, each.shape[1]
-    heads = heads_of(per_head)
+    count, heads = each.shape[1], heads_of(per_head)
     if heads and (max(heads) >= count if isinstance(per_head, tuple) else per_head != count):
         raise CaptureError(f"expected per_head={count} or heads below {count}, got {per_head!r} on a model of {count} heads.")
     values = [whole, *(each[:, head] for head in heads)]
-    return {column.name: value for column, value in zip(analyzer.columns, values, strict=True)}
+    return {column.name: value for column, value in zip(columns, values, strict=True)}

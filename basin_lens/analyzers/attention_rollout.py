@@ -52,7 +52,7 @@ class AttentionRollout(TokenAnalyzer):
     @property
     def columns(self) -> tuple[Column, ...]:
         default = "attention_rollout" + ("" if self.sink else "_without_sink")
-        return head_columns(self, default, "multiples of uniform")
+        return head_columns(self.name, self.per_head, default, "multiples of uniform")
 
     def check(self) -> None:
         check_heads(self.per_head)
@@ -65,7 +65,9 @@ class AttentionRollout(TokenAnalyzer):
         whole = received(rolled, batch.valid, normalize=True, sink=self.sink)[:, 0]
         if not self.per_head:
             return {self.columns[0].name: whole}
-        return fill_columns(self, whole, received(self._step(pattern, below), batch.valid, normalize=True, sink=self.sink))
+        return fill_columns(
+            self.columns, self.per_head, whole, received(self._step(pattern, below), batch.valid, normalize=True, sink=self.sink)
+        )
 
     def _step(
         self, attention: Float[Tensor, "batch head query key"], below: Float[Tensor, "batch 1 query key"] | None

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, column_name
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Compression(CloudScore):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "compression"), "nats"),)
+        return (Column(self.name or "compression", "nats"),)
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         ratio = neighborhoods.log_variance_in - neighborhoods.log_variance_out

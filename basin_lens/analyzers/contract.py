@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -132,11 +132,8 @@ class Neighborhoods:
 
     def take(self, ranks: Tensor) -> "Neighborhoods":
         """The same queries with some of their neighbors (by rank). `output_rows` stay whole: shares are taken of all of them."""
-
-        def part(value: Any) -> Any:
-            return None if value is None else value[:, ranks.to(value.device)]
-
-        return replace(self, **{name: part(getattr(self, name)) for name in _BY_NEIGHBOR})
+        held = {name: value for name in _BY_NEIGHBOR if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value[:, ranks.to(value.device)] for name, value in held.items()})
 
 
 # Fields of `Neighborhoods` with a value for each neighbor.
@@ -276,11 +273,6 @@ class TokenAnalyzer(Analyzer):
 
     def check(self) -> None:
         """Refuse options that make no sense, before any work."""
-
-
-def column_name(analyzer: Any, default: str) -> str:
-    """The user's `name`, or the default."""
-    return analyzer.name or default
 
 
 def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch"]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role, column_name
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Contraction(CloudScore):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "contraction"), "nats"),)
+        return (Column(self.name or "contraction", "nats"),)
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         return {self.columns[0].name: neighborhoods.log_variance_in - neighborhoods.log_variance_out}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import Whole, whole_or_none
@@ -52,7 +52,7 @@ class Erasure(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "erasure"), "nats per token"),)
+        return (Column(self.name or "erasure", "nats per token"),)
 
     def check(self) -> None:
         if self.positions is not None and (whole_or_none(self.positions) or 0) < 1:

@@ -1,7 +1,7 @@
 """How strongly what comes later depends on each state."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -66,15 +66,15 @@ class GradientNorm(TokenAnalyzer):
         return {column.name: value for column, value in zip(self.columns, (slope, scaled), strict=True)}
 
 
-def check_target(target: Any, *, cache: bool = True) -> None:
+def check_target(target: object, *, cache: bool = True) -> None:
     """Refuse what is no target.
 
     Raises:
         CaptureError: see there.
     """
     named = ("future_loss", "last_logit", "cache") if cache else ("future_loss", "last_logit")
-    token = whole_or_none(target) is not None and target >= 0
-    if not token and target not in named:
+    token = whole_or_none(target)
+    if (token is None or token < 0) and target not in named:
         own = ' or "cache"' if cache else ""
         raise CaptureError(f'expected a token id, "last_logit", or the gradient of "future_loss"{own}, got {target!r}.')
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.analyzers.gradient import check_target, target_ending, target_unit, without_last
 from basin_lens.capture import Target, TokenBatch
 
@@ -44,7 +44,7 @@ class GradientTimesActivation(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        name = column_name(self, f"gradient_times_activation{target_ending(self.target)}")
+        name = self.name or f"gradient_times_activation{target_ending(self.target)}"
         return (Column(name, target_unit(self.target)),)
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.analyzers.gradient import check_target, target_ending, target_unit, without_last
 from basin_lens.capture import Passes, Target, TokenBatch
 from basin_lens.errors import CaptureError
@@ -68,7 +68,7 @@ class IntegratedGradients(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        name = column_name(self, f"integrated_gradients{target_ending(self.target)}")
+        name = self.name or f"integrated_gradients{target_ending(self.target)}"
         return (Column(name, target_unit(self.target)),)
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.contract import DEGENERATE, CloudScore, Column, Neighborhoods, Role, column_name, total_variance
+from basin_lens.analyzers.contract import DEGENERATE, CloudScore, Column, Neighborhoods, Role, total_variance
 from basin_lens.transport import Context
 
 
@@ -35,7 +35,7 @@ class RawCompression(CloudScore):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "raw_compression"), "nats", high=23.03),)
+        return (Column(self.name or "raw_compression", "nats", high=23.03),)
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         assert neighborhoods.images is not None

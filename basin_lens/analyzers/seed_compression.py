@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Choice, CloudScore, Column, Neighborhoods, Role, column_name, total_variance
+from basin_lens.analyzers.contract import Choice, CloudScore, Column, Neighborhoods, Role, total_variance
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
@@ -51,7 +51,7 @@ class SeedCompression(CloudScore):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "seed_compression"), "nats", high=23.03),)
+        return (Column(self.name or "seed_compression", "nats", high=23.03),)
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         assert neighborhoods.images is not None and neighborhoods.final_norm is not None

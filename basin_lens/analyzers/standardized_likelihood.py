@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -39,7 +39,7 @@ class StandardizedLikelihood(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "standardized_likelihood"), "standard deviations"),)
+        return (Column(self.name or "standardized_likelihood", "standard deviations"),)
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
         logits = batch.values["logits"]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -36,7 +36,7 @@ class StateNorm(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "state_norm"), "state units", 0),)
+        return (Column(self.name or "state_norm", "state units", 0),)
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
         return {self.columns[0].name: batch.values["resid_pre"].norm(dim=-1)}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer, column_name
+from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
 from basin_lens.capture import TokenBatch
 
 
@@ -38,7 +38,7 @@ class Surprisal(TokenAnalyzer):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(column_name(self, "surprisal"), "nats", 0),)
+        return (Column(self.name or "surprisal", "nats", 0),)
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
         logits = batch.values["logits"]

@@ -52,7 +52,7 @@ class ValueWeightedAttention(TokenAnalyzer):
     @property
     def columns(self) -> tuple[Column, ...]:
         default = "value_weighted_attention" + ("" if self.normalize else "_raw") + ("" if self.sink else "_without_sink")
-        return head_columns(self, default, "state units" if self.normalize else "state units summed")
+        return head_columns(self.name, self.per_head, default, "state units" if self.normalize else "state units summed")
 
     def check(self) -> None:
         check_heads(self.per_head)
@@ -65,4 +65,4 @@ class ValueWeightedAttention(TokenAnalyzer):
         # A head at a time: all of them at once would be as large as the logits.
         norms = [(values[:, :, head // shared] @ weight[head]).norm(dim=-1) for head in range(heads)]
         weighted = received(batch.values["pattern"], batch.valid, normalize=self.normalize, sink=self.sink) * torch.stack(norms, 1)
-        return fill_columns(self, weighted.sum(1), weighted)
+        return fill_columns(self.columns, self.per_head, weighted.sum(1), weighted)

@@ -7,8 +7,10 @@ that attention patterns are never held for more than one layer.
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
 from basin_lens.capture.cache_check import check_cache, tolerance_of
+from basin_lens.capture.caches import StateCache
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
 from basin_lens.capture.passes import Passes, Target, future_loss
+from basin_lens.capture.planning import Mask
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.record import Bank, Capture
 from basin_lens.capture.reference import reference_capture
@@ -19,6 +21,8 @@ __all__ = [
     "Bank",
     "Capture",
     "CapturedStates",
+    "Mask",
+    "StateCache",
     "Passes",
     "Target",
     "TokenBatch",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,7 +23,7 @@ class TokenBatch:
     """One batch at one layer, as a token analyzer sees it.
 
     `values[name]` holds what the analyzer `needs`, `[batch, pos, ...]` (`pattern`: `[batch, head, query, key]`; `output_weight`:
-    `[head, d_head, d]`). `memory` is the analyzer's own scratch, kept from layer to layer (ascending) of the same batch.
+    `[head, d_head, d]`). `memory` holds what the analyzer puts there, kept from layer to layer (ascending) of the same batch.
     `passes`: more passes over the batch, only if needed.
     """
 
@@ -32,7 +32,7 @@ class TokenBatch:
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     values: Mapping[str, Tensor]
-    memory: dict[str, Any]
+    memory: dict[str, Tensor]
     passes: Passes | None = None
 
 

@@ -1,7 +1,7 @@
 """Reading a user's own activation cache: whatever holds it, every tensor as it should be on every axis."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +17,15 @@ from basin_lens.texts import Passage, TokenSequence, tokenize
 ENTRY = "entry"
 
 
-def check_is_cache(cache: Any) -> None:
+@runtime_checkable
+class StateCache(Protocol):
+    """A cache: an `ActivationCache`, or a dict of tensors or arrays by hook name."""
+
+    def keys(self) -> Iterable[str]: ...
+    def __getitem__(self, name: str, /) -> object: ...
+
+
+def check_is_cache(cache: object) -> None:
     """Refuse what is no mapping of names to tensors.
 
     Raises:
@@ -32,7 +40,7 @@ def check_is_cache(cache: Any) -> None:
         )
 
 
-def as_batch(tokens: Any) -> Shaped[Tensor, "batch pos"]:
+def as_batch(tokens: object) -> Shaped[Tensor, "batch pos"]:
     """The ids that were given to the model, on the CPU.
 
     Raises:
@@ -62,7 +70,7 @@ def layers_between(model: HookedModel, borders: Mapping[int, Tensor], missing: l
     return layers
 
 
-def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
+def real_tokens(mask: object, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
     """Which tokens of a cache are real, from an attention mask of 1 and 0, or an additive one.
 
     Raises:
@@ -74,7 +82,7 @@ def real_tokens(mask: Any, shape: tuple[int, int]) -> Bool[Tensor, "batch pos"]:
         raise CaptureError(str(error)) from error
 
 
-def borders_in(model: HookedModel, cache: Any, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
+def borders_in(model: HookedModel, cache: StateCache, shape: tuple[int, int]) -> tuple[dict[int, Tensor], list[str]]:
     """Residual states at each border that the cache holds, `[batch, pos, d]`, and the names of those it does not."""
     count, found, missing = n_layers(model), {}, []
     for border in range(count + 1):
@@ -87,7 +95,7 @@ def borders_in(model: HookedModel, cache: Any, shape: tuple[int, int]) -> tuple[
     return found, missing
 
 
-def other_readings(model: HookedModel, cache: Any, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
+def other_readings(model: HookedModel, cache: StateCache, shape: tuple[int, int], layers: Iterable[int]) -> dict[str, Tensor]:
     """Attention patterns and gradients that the cache holds, by name and layer.
 
     Its logits are not read: hook_unembed stands before what some models do to them (a soft cap, a scale), so that they are computed
@@ -126,7 +134,7 @@ def stored_type(states: Iterable[Tensor]) -> str:
     return str(coarsest).removeprefix("torch.")
 
 
-def _checked(value: Any, name: str, shape: tuple[int, ...], axes: str) -> Tensor:
+def _checked(value: object, name: str, shape: tuple[int, ...], axes: str) -> Tensor:
     """An entry of the cache as a tensor of this very shape; one without batch dimension gets it.
 
     Raises:
@@ -175,7 +183,7 @@ def align(model: HookedModel, passages: list[Passage], sequences: list[TokenSequ
     return aligned
 
 
-def one_each(given: Any, count: int, what: str) -> list[Any] | None:
+def one_each(given: object, count: int, what: str) -> list[object] | None:
     """What a caller gives for each sequence, as a list; None stays.
 
     Raises:
@@ -183,8 +191,9 @@ def one_each(given: Any, count: int, what: str) -> list[Any] | None:
     """
     if given is None:
         return None
-    many = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and getattr(given, "ndim", 1) == 1
-    held = list(given) if many else None
+    held = None
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and getattr(given, "ndim", 1) == 1:
+        held = list(given)
     if held is None or len(held) != count:
         got = type(given).__name__ if held is None else f"{len(held)}"
         raise CaptureError(f"expected one {what} for each of {count} sequences, got {got}. Give a list of {count}.")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,7 +41,7 @@ class ForwardReader:
         with torch.inference_mode(False):  # tensors made under a caller's inference_mode cannot take part in a backward pass
             self.tokens, self.valid = tokens.clone().to(device), valid.clone().to(device)
         self._passes = Passes(model, self.tokens, self.valid)
-        self._memories: dict[str, dict[str, Any]] = {a.key: {} for a in schedule.analyzers}
+        self._memories: dict[str, dict[str, Tensor]] = {a.key: {} for a in schedule.analyzers}
         self._held: dict[int, dict[str, Tensor]] = {layer: {} for layer in schedule.visited}
         self._live: dict[int, Tensor] = {}  # states that gradients are taken with respect to, by layer
         self._states: dict[int, Tensor] = {}

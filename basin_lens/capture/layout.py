@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,7 +10,7 @@ from torch import Tensor
 from basin_lens.errors import CaptureError
 from basin_lens.texts import Passage, TokenSequence
 from basin_lens.texts.copies import copies_in
-from basin_lens.values import whole, whole_numbers
+from basin_lens.values import Facts, Plain, whole, whole_numbers
 
 
 @dataclass
@@ -21,7 +20,7 @@ class TokenRows:
     sequences: list[TokenSequence]
     passages: list[Passage] | None
     docs: list[str]
-    labels: list[dict[str, Any]]
+    labels: list[dict[str, Plain]]
     strings: dict[int, str]
 
     @cached_property
@@ -60,7 +59,7 @@ class TokenRows:
         return torch.arange(int(self.lengths.max()), device="cpu")[None] < self.lengths[:, None]
 
     @cached_property
-    def copies(self) -> dict[str, Any]:
+    def copies(self) -> Facts:
         """Which passages are copies of one another, as plain JSON; see `basin_lens.texts.copies.copies_in`."""
         return copies_in(self.sequences, self.docs, self.strings)
 

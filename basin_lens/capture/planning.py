@@ -1,17 +1,24 @@
 """Texts or token ids -> the rows of a capture, before the model has read them."""
 
-from typing import Any
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
 
 from basin_lens.capture.batches import check_layers
+from basin_lens.capture.fields import CaptureFields
 from basin_lens.model import HookedModel, check_lengths, check_model, provenance, uses_bos
 from basin_lens.texts import Passage, Texts, read_passages
 from basin_lens.texts.tokens import TokenSequence, given_ids, longest_sequence, token_strings, tokenize
-from basin_lens.values import Layers, Whole
+from basin_lens.values import Facts, Layers, Whole
+
+# What a caller may give as attention_mask: 1 for real tokens, 0 for padding.
+Mask = Tensor | np.ndarray | Sequence[object] | None
 
 
 def planned_fields(
-    model: HookedModel, data: Texts, *, layers: Layers, max_length: Whole, prepend_bos: bool | None, attention_mask: Any
-) -> dict[str, Any]:
+    model: HookedModel, data: Texts, *, layers: Layers, max_length: Whole, prepend_bos: bool | None, attention_mask: Mask
+) -> CaptureFields:
     """The fields of a `Capture` of texts or token ids that the model has not read; see `Capture.plan`.
 
     Raises:
@@ -29,10 +36,16 @@ def planned_fields(
         "source": "tokens" if passages is None else "texts",
     }
     check_lengths(model, [len(s.tokens) for s in found])
-    return row_fields(model, found, passages) | {"layers": chosen, "settings": settings}
+    return row_fields(model, found, passages, chosen, settings)
 
 
-def row_fields(model: HookedModel, sequences: list[TokenSequence], passages: list[Passage] | None) -> dict[str, Any]:
+def row_fields(
+    model: HookedModel,
+    sequences: list[TokenSequence],
+    passages: list[Passage] | None,
+    layers: tuple[int, ...],
+    settings: Facts,
+) -> CaptureFields:
     """The fields of a `Capture` that say whose tokens its rows are: documents and labels are those of the passages."""
     return {
         "sequences": sequences,
@@ -40,5 +53,7 @@ def row_fields(model: HookedModel, sequences: list[TokenSequence], passages: lis
         "docs": [f"sequence-{i}" if passages is None else str(passages[s.passage].doc) for i, s in enumerate(sequences)],
         "labels": [{} if passages is None else dict(passages[s.passage].labels) for s in sequences],
         "strings": token_strings(model, (token for s in sequences for token in s.tokens)),
+        "layers": layers,
         "model": provenance(model),
+        "settings": settings,
     }

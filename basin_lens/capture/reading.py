@@ -20,7 +20,8 @@ from basin_lens.capture.store import write_borders
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
 from basin_lens.model import HookedModel, n_layers, one_side, width
-from basin_lens.values import Whole
+from basin_lens.records import Unfinished
+from basin_lens.values import Facts, Whole
 
 C = TypeVar("C", bound=CapturedStates)
 
@@ -54,15 +55,12 @@ def read_states(
         run_model(model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True)
         return capture
     place = Path(store).absolute()  # also from another working folder
-    try:
-        with new_folder(place) as folder:
-            capture._store = folder
-            run_model(model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True)
-            write_fields(capture, folder, capture._shards)
-    except BaseException:
-        capture._store, capture._shards = None, {}
-        raise
-    capture._store = place
+    with new_folder(place) as folder:
+        shards = run_model(
+            model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True, folder=folder
+        )
+        write_fields(capture, folder, shards)
+    capture._store, capture._shards = place, shards
     return capture
 
 
@@ -75,14 +73,22 @@ def run_model(
     batch_size: Whole | None,
     progress: bool,
     keep_states: bool,
-) -> None:
-    """Run the model over all sequences, a batch at a time; keep states if asked to, and fill the columns of analyzers."""
+    folder: Unfinished | None = None,
+) -> dict[str, Facts]:
+    """Run the model over all sequences, a batch at a time; keep states if asked to, and fill the columns of analyzers.
+
+    States go to the capture, or into the folder.
+
+    Returns:
+        the files of states that the folder now holds.
+    """
     check_points(model, capture.layers, analyzers)
     batches = list(token_batches(capture, batch_size, one_side(model, capture.lengths.tolist())))
     borders = sorted({border for layer in capture.layers for border in (layer, layer + 1)}) if keep_states else []
     schedule = PassSchedule(n_layers(model), capture.layers, tuple(borders), tuple(analyzers))
     states: dict[int, Tensor] = {}
-    if capture._store is None:
+    shards: dict[str, Facts] = {}
+    if folder is None:
         shape = capture.n_rows, width(model)
         states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
     bar = tqdm(total=capture.n_rows, desc="reading the model", unit="token", disable=not progress)
@@ -90,10 +96,11 @@ def run_model(
         for index, (rows, tokens, valid) in enumerate(batches):
             keep, refuse = partial(keep_values, capture, rows, valid), partial(capture.refuse_nonfinite, rows)
             kept = ForwardReader(model, schedule, tokens, valid, keep, refuse).read()
-            if capture._store is None:
+            if folder is None:
                 for border, read in kept.items():
                     states[border][rows] = read
-            elif kept:
-                capture._shards |= write_borders(capture._store, index, rows, kept)
+            else:
+                shards |= write_borders(folder, index, rows, kept)
             bar.update(len(rows))
     capture._states = states or capture._states  # only now: an interrupted reading must not pass for one
+    return shards

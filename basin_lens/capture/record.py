@@ -4,13 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from basin_lens.capture.batches import TokenMeasure
 from basin_lens.capture.cache_capture import cache_fields
-from basin_lens.capture.planning import planned_fields
+from basin_lens.capture.caches import StateCache
+from basin_lens.capture.planning import Mask, planned_fields
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.saving import save_capture
 from basin_lens.capture.states import CapturedStates
@@ -59,7 +61,7 @@ class Capture(CapturedStates):
         max_length: Whole = 128,
         batch_size: Whole | None = None,
         prepend_bos: bool | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         store: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> "Capture":
@@ -83,8 +85,9 @@ class Capture(CapturedStates):
             CaptureError: unknown layer, NaN or infinite states, a missing hook point.
             StoreError: the folder exists or cannot be written.
         """
-        rows: Any = {"layers": layers, "max_length": max_length, "prepend_bos": prepend_bos, "attention_mask": attention_mask}
-        planned = cls.plan(model, data, **rows)
+        planned = cls.plan(
+            model, data, layers=layers, max_length=max_length, prepend_bos=prepend_bos, attention_mask=attention_mask
+        )
         return read_states(model, planned, analyzers, batch_size=batch_size, store=store, progress=progress)
 
     @classmethod
@@ -96,26 +99,28 @@ class Capture(CapturedStates):
         layers: Layers = None,
         max_length: Whole = 128,
         prepend_bos: bool | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
     ) -> "Capture":
         """The rows of a capture, nothing read yet: enough to check a whole request before the model runs. See `read_states`.
 
         Arguments and errors as for `from_texts`.
         """
-        rows: Any = {"layers": layers, "max_length": max_length, "prepend_bos": prepend_bos, "attention_mask": attention_mask}
-        return cls(**planned_fields(model, data, **rows))
+        fields = planned_fields(
+            model, data, layers=layers, max_length=max_length, prepend_bos=prepend_bos, attention_mask=attention_mask
+        )
+        return cls(**fields)
 
     @classmethod
     @torch.inference_mode(False)
     def from_cache(
         cls,
         model: HookedModel,
-        tokens: Any,
-        cache: Any,
+        tokens: Tensor,
+        cache: StateCache,
         *,
-        attention_mask: Any = None,
-        docs: Sequence[Any] | None = None,
-        labels: Sequence[Mapping[str, Any]] | None = None,
+        attention_mask: Mask = None,
+        docs: Sequence[object] | None = None,
+        labels: Sequence[Mapping[str, object]] | None = None,
         texts: Sequence[str | Passage] | str | None = None,
     ) -> "Capture":
         """A capture from the user's own `run_with_cache`, without another pass.

@@ -1,17 +1,15 @@
 """A capture -> a folder. See `store` for the files."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from basin_lens.capture.states import CapturedStates
-from basin_lens.capture.store import copy_borders, write_borders, write_record
+from basin_lens.capture.store import Shards, copy_borders, write_borders, write_record
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
+from basin_lens.records import Unfinished
 
 
 def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
@@ -21,7 +19,7 @@ def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
             "expected a capture that the model has read, got one that is only planned. Call read_states(model, capture)."
         )
     with new_folder(path) as folder:
-        shards = capture._shards
+        shards: Shards = capture._shards
         if capture._store is not None:
             copy_borders(capture._store, folder, shards)
         else:
@@ -29,7 +27,7 @@ def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
         write_fields(capture, folder, shards)
 
 
-def write_fields(capture: CapturedStates, folder: Path, shards: Mapping[str, Any]) -> None:
+def write_fields(capture: CapturedStates, folder: Unfinished, shards: Shards) -> None:
     """Write everything but the states, which lie in the files `shards`."""
     record = {
         "sequences": [asdict(s) for s in capture.sequences],

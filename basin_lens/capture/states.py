@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,7 @@ from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.store import read_border
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel, fingerprint, full_name
-from basin_lens.values import whole_numbers
+from basin_lens.values import Facts, whole_numbers
 
 
 @dataclass(repr=False)
@@ -23,13 +22,13 @@ class CapturedStates(TokenRows):
     """
 
     layers: tuple[int, ...]
-    model: dict[str, Any]
-    settings: dict[str, Any]
+    model: Facts
+    settings: Facts
     columns: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _store: Path | None = None
-    _shards: dict[str, Any] = field(default_factory=dict, repr=False)  # files of the store, each with its digest
+    _shards: dict[str, Facts] = field(default_factory=dict, repr=False)  # files of the store, each with its digest
     _checked: set[int] = field(default_factory=set, repr=False)
 
     @property

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from basin_lens import records
+from basin_lens.capture.fields import CaptureFields
 from basin_lens.errors import StoreError
+from basin_lens.records import Unfinished
 from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
+from basin_lens.values import Facts
 
 FORMAT = "basin_lens capture 2"
 _KIND = records.Kind("a saved capture", FORMAT, "Capture the texts again.")
 _RECORD, _VALUES = "capture.json", "values.safetensors"
-_FIELDS: dict[str, Any] = {
+_FIELDS: dict[str, type | tuple[type | None, ...] | list[type]] = {
     "sequences": [dict],
     "passages": (list, None),
     "docs": [str],
@@ -31,7 +33,7 @@ _FIELDS: dict[str, Any] = {
 }
 
 # Size and SHA-256 of each file of states, by name.
-Shards = Mapping[str, Mapping[str, Any]]
+Shards = Mapping[str, Facts]
 
 
 @contextmanager
@@ -46,8 +48,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def write_borders(
-    folder: Path, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]
-) -> dict[str, Mapping[str, Any]]:
+    folder: Unfinished, index: int, rows: Int[Tensor, " n"], borders: Mapping[int, Float[Tensor, "n d"]]
+) -> dict[str, Facts]:
     """Write the states of some rows at several block borders, one file per batch; the file, to be listed in the record."""
     tensors = {f"border.{border}": states.contiguous() for border, states in borders.items()}
     path = folder / f"states-{index:05d}.safetensors"
@@ -56,7 +58,7 @@ def write_borders(
         return {path.name: records.digest(path)}
 
 
-def copy_borders(source: Path, target: Path, shards: Shards) -> None:
+def copy_borders(source: Path, target: Unfinished, shards: Shards) -> None:
     """Copy all states to another folder.
 
     Raises:
@@ -103,8 +105,8 @@ def read_border(folder: Path, shards: Shards, border: int, shape: tuple[int, int
 
 
 def write_record(
-    folder: Path,
-    record: Mapping[str, Any],
+    folder: Unfinished,
+    record: Mapping[str, object],
     columns: Mapping[str, Mapping[str, Tensor]],
     readings: Mapping[str, Tensor],
     shards: Shards,
@@ -128,7 +130,7 @@ def write_record(
         (folder / _RECORD).write_bytes(content)
 
 
-def read_capture(folder: Path) -> dict[str, Any]:
+def read_capture(folder: Path) -> CaptureFields:
     """The fields of a `Capture`, whose files of states are proven when they are read.
 
     Raises:
@@ -148,13 +150,16 @@ def read_capture(folder: Path) -> dict[str, Any]:
         values = {} if facts is None else load_file(_KIND.check(folder, _VALUES, facts))
         _check_record(record, values)
         return {
-            **record,
             "sequences": [
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
             "passages": None if record["passages"] is None else [_passage(p) for p in record["passages"]],
+            "docs": record["docs"],
+            "labels": record["labels"],
             "strings": dict(record["strings"]),
             "layers": tuple(record["layers"]),
+            "model": record["model"],
+            "settings": record["settings"],
             "columns": _columns(values),
             "_readings": {name.split("|", 1)[1]: value for name, value in values.items() if name.startswith("reading|")},
             "_store": folder,
@@ -171,7 +176,7 @@ def _columns(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return columns
 
 
-def _check_record(record: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+def _check_record(record: Facts, values: Mapping[str, Tensor]) -> None:
     """Whether the parts of a record go together.
 
     Raises:
@@ -219,7 +224,7 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"{name} as {value.dtype} {tuple(value.shape)}, not {dtype} {shape}")
 
 
-def _passage(record: dict[str, Any]) -> Passage:
+def _passage(record: Facts) -> Passage:
     """A passage, with its gold words if it has some, from JSON that has no tuples."""
     spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
     if "words" not in record:

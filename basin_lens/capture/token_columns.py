@@ -1,7 +1,6 @@
 """Token analyzers on a capture: measured on what it holds (states, a user's patterns and gradients), or in one more pass."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxtyping import Bool, Shaped
 from torch import Tensor
@@ -65,7 +64,7 @@ def _holds(capture: CapturedStates, need: str, layer: int) -> bool:
 def _measure_held(model: HookedModel, capture: CapturedStates, analyzer: TokenMeasure) -> None:
     """Fill an analyzer's columns of a capture that holds what it needs; logits come from the last state, a batch at a time."""
     batches = list(token_batches(capture, None))
-    memories: list[dict[str, Any]] = [{} for _ in batches]
+    memories: list[dict[str, Tensor]] = [{} for _ in batches]
     for layer in layers_of(analyzer, capture.layers):
         # A border may lie on disk: it is read once.
         borders = {"resid_pre": layer, "resid_post": layer + 1, "logits": capture.model["layers"]}

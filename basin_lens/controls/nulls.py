@@ -75,7 +75,8 @@ def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -
     x_bn is the state of token n, of N beyond position 0, at border b. The y of one token are jointly Gaussian over all captured
     borders, with exactly the capture's covariance within each border and between every two, consecutive or not. So a layer's
     output still follows from its input as well as linear regression can tell, while clusters, curvature and every other
-    finer structure of neighborhoods are gone, as is any relation to the token. States at position 0 stay as they are and enter no moment.
+    finer structure of neighborhoods are gone, as is any relation to the token. States at position 0 stay as they are and enter no
+    moment.
     With N below twice the width, N tokens fix the sample covariance of input and output so far that the output follows from the
     input exactly: use more tokens than that to read anything into native contraction.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +13,8 @@ from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Bank, Capture, subset
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.model import HookedModel
-from basin_lens.scoring import analyze
-from basin_lens.values import whole_numbers
+from basin_lens.scoring import Queries, analyze
+from basin_lens.values import Layers, whole_numbers
 
 _KS = (5, 10, 15, 30, 50)
 
@@ -23,14 +22,16 @@ _KS = (5, 10, 15, 30, 50)
 @whole_numbers(TableError)
 def sweep(
     model: HookedModel,
-    capture: Any,
-    analyzer: Any,
+    capture: object,
+    analyzer: object,
     *,
     k: Sequence[int] | None = None,
     bank_sizes: Sequence[int] | None = None,
     seed: int = 0,
+    layers: Layers = None,
+    queries: Queries = None,
+    bank: Bank = None,
     progress: bool = True,
-    **options: Any,
 ) -> pd.DataFrame:
     """How far a score depends on the number of neighbors and on the size of the bank: every k in every bank.
 
@@ -46,14 +47,14 @@ def sweep(
         bank_sizes: points of the bank (tokens beyond position 0); a bank is the fewest sequences that hold so many. None: the whole
             bank.
         seed: of the banks and of every random choice of `analyze`.
+        layers, queries, bank: as for `analyze`. With `bank_sizes`, `bank` is None or a `Capture`.
         progress: show progress bars.
-        **options: `layers`, `queries` and `bank` of `analyze`. With `bank_sizes`, `bank` is None or a `Capture`.
 
     Returns:
-        one row per (score, layer, k, bank): `run, score, layer, k, bank_size` (points of the bank as it was), `mean, low, high` (95 %
-        interval over documents, as in `tables.layer_summary`), `nan_share` (of tokens), `reliability` (split-half; NaN without),
-        `spearman` (over tokens scored in both, with the score as it stands; 1 for itself, NaN below 3 tokens). Provenance of
-        every run is in `attrs["provenance"]`.
+        one row per (score, layer, k, bank): `run, score, layer, k, bank_size` (points of the bank as it was), `mean, low, high`
+        (95 % interval over documents, as in `tables.layer_summary`), `nan_share` (of tokens), `reliability` (split-half; NaN
+        without), `spearman` (over tokens scored in both, with the score as it stands; 1 for itself, NaN below 3 tokens). Provenance
+        of every run is in `attrs["provenance"]`.
 
     Raises:
         TableError: not a cloud analyzer, or one without fields `k` and `name`.
@@ -82,20 +83,22 @@ def sweep(
     lines: list[pd.DataFrame] = []
     standing: dict[str, np.ndarray] = {}
     runs: dict[str, tables.Provenance] = {}
-    for bank in _banks(capture, options.pop("bank", None), bank_sizes, seed):
-        table = analyze(model, capture, list(copies.values()), bank=bank, seed=seed, progress=progress, **options)
+    for part in _banks(capture, bank, bank_sizes, seed):
+        table = analyze(
+            model, capture, list(copies.values()), layers=layers, queries=queries, bank=part, seed=seed, progress=progress
+        )
         ((run, facts),) = tables.runs(table).items()
         runs[run] = facts
         names = [column.name for copy in copies.values() for column in copy.columns]
         summary = tables.layer_summary(table, names)
-        layers = list(facts.layers or ())
-        values = {name: table[name].to_numpy().reshape(len(layers), -1) for name in names}
+        there = list(facts.layers or ())
+        values = {name: table[name].to_numpy().reshape(len(there), -1) for name in names}
         if not standing:  # the whole bank comes first
             own = copies[analyzer.k].columns
             standing = {score.name: values[c.name] for score, c in zip(analyzer.columns, own, strict=True)}
         for count, copy in copies.items():
             for score, column in zip(analyzer.columns, copy.columns, strict=True):
-                line = {"run": run, "score": score.name, "layer": layers, "k": count, "bank_size": (facts.bank or {})["points"]}
+                line = {"run": run, "score": score.name, "layer": there, "k": count, "bank_size": (facts.bank or {})["points"]}
                 for short, long in {"mean": "mean", "low": "low", "high": "high", "nan_share": "nan"}.items():
                     line[short] = summary[f"{column.name}_{long}"]
                 line["reliability"] = summary.get(f"{column.name}_reliability", np.nan)
@@ -122,14 +125,15 @@ def _with_k(analyzer: CloudAnalyzer, k: int) -> CloudAnalyzer:
     return copy
 
 
-def _banks(capture: Capture, bank: Bank, sizes: Sequence[int] | None, seed: int) -> list[Any]:
+def _banks(capture: Capture, bank: Bank, sizes: Sequence[int] | None, seed: int) -> list[Bank]:
     """The whole bank as `analyze` takes it, then the smaller ones, each part of the one before."""
     if sizes is None:
         return [bank]
     source = capture if bank is None else bank
     if not isinstance(source, Capture):
         raise NeighborError(
-            f"expected bank=None or a Capture with bank_sizes, got {bank!r}: parts are taken of it. Pass the capture, or leave sizes out."
+            f"expected bank=None or a Capture with bank_sizes, got {bank!r}: parts are taken of it. Pass the capture, or leave "
+            "sizes out."
         )
     points = source.lengths - 1
     order = torch.randperm(len(points), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

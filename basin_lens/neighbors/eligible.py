@@ -17,11 +17,11 @@ class Columns:
 
     First the leads, sorted by group: the first row of each key (of distinct search; else all rows). Then the seconds: per key, the
     first row of another group than its lead's, which stands in for queries that the lead's group is shut out for. A query shuts out
-    one group only, so one of the two is always left, and equal keys mean equal states. This keeps the search small where thousands of
-    rows share a state (the layer of bare embeddings).
+    one group only, so one of the two is always left, and equal keys mean equal states. This keeps the search small where thousands
+    of rows share a state (the layer of bare embeddings).
 
-    `home`: a lead's own group; for a second, its lead's. A query is shut out from leads at home in its group, and from seconds at home
-    in any other. `by_token`: the columns in the order of their tokens.
+    `home`: a lead's own group; for a second, its lead's. A query is shut out from leads at home in its group, and from seconds at
+    home in any other. `by_token`: the columns in the order of their tokens.
     """
 
     rows: Int[Tensor, " columns"]

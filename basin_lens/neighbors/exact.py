@@ -1,4 +1,4 @@
-"""Exact search in torch: candidates by matrix product, re-ranked by exact differences, fetched again until the answer is certain."""
+"""Exact search in torch: candidates by matrix product, re-ranked by exact differences, and more of them until all is certain."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ _SLICE_VALUES = 1 << 22  # scores or state values of one small step
 _STEP_VALUES = 1 << 19  # differences held at once: they stay in the processor's cache
 _BLOCK = 16  # columns whose minimum stands for them
 
-# For these queries of a part, so many of the best columns (ascending; infinite score: none left), and what all others score at least.
+# For these queries of a part, so many of the best columns (ascending; infinite score: none left), and the least score of all
+# others.
 Fetch = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -196,9 +197,17 @@ def smallest(matrix: Float[Tensor, "some width"], count: int) -> tuple[Float[Ten
 
 
 def settle(
-    candidates: Fetch, rules: Rules, queries: Float[Tensor, "some d"], squared: Float[Tensor, " some"], near: Side, k: int, *,
-    fetch: int, certain: bool = True, attempts: int | None = None,
-) -> tuple[Int[Tensor, "some k"], Float[Tensor, "some k"], Int[Tensor, " open"]]:  # fmt: skip
+    candidates: Fetch,
+    rules: Rules,
+    queries: Float[Tensor, "some d"],
+    squared: Float[Tensor, " some"],
+    near: Side,
+    k: int,
+    *,
+    fetch: int,
+    certain: bool = True,
+    attempts: int | None = None,
+) -> tuple[Int[Tensor, "some k"], Float[Tensor, "some k"], Int[Tensor, " open"]]:
     """Re-rank candidates by exact differences, and fetch more of them until the answer is certain.
 
     Returns:

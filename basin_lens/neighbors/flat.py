@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +27,7 @@ def installed() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
-def load() -> Any:
+def load() -> ModuleType:
     """The module `faiss`.
 
     Raises:
@@ -35,7 +35,8 @@ def load() -> Any:
     """
     if not installed():
         raise NeighborError(
-            'expected the module faiss for backend="faiss", got none. Run pip install \'basin-lens[faiss]\', or take backend="torch".'
+            "expected the module faiss for backend=\"faiss\", got none. Run pip install 'basin-lens[faiss]', or take "
+            'backend="torch".'
         )
     return importlib.import_module("faiss")
 
@@ -84,7 +85,7 @@ def by_faiss(
 
 
 @contextmanager
-def _threads(faiss: Any) -> Iterator[None]:
+def _threads(faiss: ModuleType) -> Iterator[None]:
     """As many threads as torch has: FAISS counts its own."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -41,7 +41,7 @@ class Points:
         return Points(self.states[at], self.key[at], self.token[at], self.group[at], self.pool[at])
 
     def under(self, metric: Metric) -> "Points":
-        """The same, with those out of the pool that have no distance to any other under the metric: with cosine, states of length 0."""
+        """The same, with those out of the pool that have no distance to others under the metric: with cosine, of length 0."""
         return Points(self.states, self.key, self.token, self.group, self.pool & self.defined(metric))
 
     def defined(self, metric: Metric) -> Bool[Tensor, " rows"]:
@@ -53,8 +53,8 @@ class Points:
 class Neighbors:
     """The k nearest rows of each query, nearest first, ties to the lower row; -1 and NaN where there are fewer.
 
-    `distances` are Euclidean, recomputed from exact differences; with the cosine metric, 1 - cosine, which a state of length 0 has with no
-    other: it has no neighbors and is nobody's.
+    `distances` are Euclidean, recomputed from exact differences; with the cosine metric, 1 - cosine, which a state of length 0 has
+    with no other: it has no neighbors and is nobody's.
     `recall`: None from an exact search. From the approximate one: the share of the exact k nearest that it found, measured in this
     run on a sample of the queries (NaN if they have no neighbors).
     """

@@ -27,8 +27,9 @@ def find(
     """The k nearest neighbors in the bank of each query.
 
     A row of the bank is eligible if it is in the bank's pool, of another group than the query's, and, with `distinct`, of
-    another key than the query's and than every other neighbor's (of a key's rows, the first one of another group counts). Every backend
-    keeps to this exactly, re-ranks its candidates by exact differences, and breaks ties to the lower row; both exact ones give the same.
+    another key than the query's and than every other neighbor's (of a key's rows, the first one of another group counts). Every
+    backend keeps to this exactly, re-ranks its candidates by exact differences, and breaks ties to the lower row; both exact ones
+    give the same.
 
     Args:
         queries: the points to find neighbors of (their `pool` is not read).
@@ -39,11 +40,12 @@ def find(
         distinct: False only for scores that count duplicates and the query itself (`SeedCompression`).
         backend: `"torch"`: exact, on the device of the states. `"faiss"`: exact, candidates from FAISS's flat search on the CPU.
             `"approximate"`: for large banks, candidates in a principal subspace; the answer's `recall` says how many of the exact
-            neighbors it found. `"auto"`: exact in torch, which was as fast as FAISS within a tenth; never approximate, that must be asked for.
+            neighbors it found. `"auto"`: exact in torch, which was as fast as FAISS within a tenth; never approximate, that must be
+            asked for.
 
     Returns:
-        rows of the bank and distances, `[queries, k]`. Beyond the points it holds about one more copy of the bank's states and 128 MiB
-        of distances.
+        rows of the bank and distances, `[queries, k]`. Beyond the points it holds about one more copy of the bank's states and
+        128 MiB of distances.
 
     Raises:
         NeighborError: k below 1, or above the number of points in the bank; an unknown backend, or one that is not installed.

@@ -14,8 +14,21 @@ from basin_lens.scoring.analysis import Analysis, analyze, score
 from basin_lens.scoring.comparison import compare
 from basin_lens.scoring.neighbor_table import neighborhood
 from basin_lens.scoring.plan import Plan
-from basin_lens.scoring.request import Request
+from basin_lens.scoring.request import Analyzers, Queries, Request
 from basin_lens.scoring.results import KeptNeighbors, Results
 from basin_lens.scoring.run import Run
 
-__all__ = ["Analysis", "KeptNeighbors", "Plan", "Request", "Results", "Run", "analyze", "compare", "neighborhood", "score"]
+__all__ = [
+    "Analysis",
+    "Analyzers",
+    "KeptNeighbors",
+    "Plan",
+    "Queries",
+    "Request",
+    "Results",
+    "Run",
+    "analyze",
+    "compare",
+    "neighborhood",
+    "score",
+]

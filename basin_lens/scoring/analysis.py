@@ -1,7 +1,6 @@
 """A model and texts -> the table: from a request to a plan, from a plan to results, from results to a table."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -112,8 +111,14 @@ def _planned(model: HookedModel, data: Capture | Texts, request: Request) -> tup
     """The capture, read or only planned, and what to measure on it."""
     if not isinstance(data, Capture):
         layers = check_layers(model, request.layers)
-        rows: Any = {name: getattr(request, name) for name in ("max_length", "prepend_bos", "attention_mask")}
-        capture = Capture.plan(model, data, layers=layers, **rows)
+        capture = Capture.plan(
+            model,
+            data,
+            layers=layers,
+            max_length=request.max_length,
+            prepend_bos=request.prepend_bos,
+            attention_mask=request.attention_mask,
+        )
         return capture, Plan(layers, n_layers(model), request.chosen, request.seed)
     if request.attention_mask is not None:
         raise CaptureError("expected token ids with attention_mask, got a Capture. Give the mask where it is made.")

@@ -1,24 +1,25 @@
 """Two runs on the same texts, row by row."""
 
-from typing import Any
-
 import pandas as pd
 
 from basin_lens import tables
-from basin_lens.analyzers import CloudAnalyzer, default_analyzers
+from basin_lens.analyzers import Analyzer, CloudAnalyzer, default_analyzers
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError, TableError
+from basin_lens.model import HookedModel
 from basin_lens.scoring.analysis import score
 from basin_lens.scoring.request import Request
-from basin_lens.values import Layers
+from basin_lens.values import Facts, Layers
 
+# One run: its table, or what to measure it on.
+Side = pd.DataFrame | tuple[HookedModel, Capture]
 _ROW = ["passage", "doc", "seq", "pos", "token_id", "token", "start", "end"]
 
 
 def compare(
-    a: Any,
-    b: Any,
-    on: Any = "compression",
+    a: Side,
+    b: Side,
+    on: str | Analyzer = "compression",
     *,
     frozen_neighbors: bool = False,
     layers: Layers = None,
@@ -55,23 +56,24 @@ def compare(
         >>> bool((pairs.difference == pairs.state_norm_b - pairs.state_norm_a).all())
         True
     """
-    tabular = isinstance(a, pd.DataFrame) and isinstance(b, pd.DataFrame)
-    if not tabular:
-        a, b, on = _measured(a, b, on, frozen_neighbors, layers, seed, progress)
+    if not (isinstance(a, pd.DataFrame) and isinstance(b, pd.DataFrame)):
+        both, column = _measured(a, b, on, frozen_neighbors, layers, seed, progress)
     elif frozen_neighbors:
         raise NeighborError(
             "expected pairs (model, capture) for frozen neighbors, got tables, which do not hold who the neighbors were. "
             "Pass compare((model_a, capture_a), (model_b, capture_b), frozen_neighbors=True)."
         )
-    for table in (a, b):
-        tables.require(table, on, "layer", *_ROW)
-    first, second = (_facts(table) for table in (a, b))
+    else:
+        both, column = (a, b), str(on)
+    for table in both:
+        tables.require(table, column, "layer", *_ROW)
+    first, second = (_facts(table) for table in both)
     if first["texts"] != second["texts"]:
         raise TableError(
             "expected two runs on the same texts (tokens and their order), got different ones. Measure both on one capture's "
             "tokens."
         )
-    there = [sorted(table["layer"].unique().tolist()) for table in (a, b)]
+    there = [sorted(table["layer"].unique().tolist()) for table in both]
     keys = ["layer", *_ROW]
     apart = there[0] != there[1]
     if apart:
@@ -80,17 +82,19 @@ def compare(
                 f"expected runs with the same layers, or one layer each, got {there[0]} and {there[1]}. Select them first."
             )
         keys = _ROW
-    sides = [table[["layer", *_ROW, on]].rename(columns={on: f"{on}_{name}"}) for name, table in (("a", a), ("b", b))]
+    sides = [
+        table[["layer", *_ROW, column]].rename(columns={column: f"{column}_{name}"}) for name, table in zip("ab", both, strict=True)
+    ]
     if apart:
         sides = [side.rename(columns={"layer": f"layer_{name}"}) for name, side in zip("ab", sides, strict=True)]
     joined = sides[0].merge(sides[1], on=keys, how="inner", validate="one_to_one", sort=False)
     layer_columns = ["layer_a", "layer_b"] if apart else ["layer"]
-    joined = joined[[*layer_columns, *_ROW, f"{on}_a", f"{on}_b"]]
-    joined["difference"] = joined[f"{on}_b"] - joined[f"{on}_a"]
-    return tables.noted(tables.with_provenance(joined, a, b), frozen_neighbors=frozen_neighbors)
+    joined = joined[[*layer_columns, *_ROW, f"{column}_a", f"{column}_b"]]
+    joined["difference"] = joined[f"{column}_b"] - joined[f"{column}_a"]
+    return tables.noted(tables.with_provenance(joined, *both), frozen_neighbors=frozen_neighbors)
 
 
-def _facts(table: pd.DataFrame) -> dict[str, Any]:
+def _facts(table: pd.DataFrame) -> Facts:
     runs = table["run"].unique().tolist()
     if len(runs) != 1:
         raise TableError(f"expected a table of one run, got {len(runs)}. Select it: table[table.run == ...].")
@@ -98,13 +102,10 @@ def _facts(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _measured(
-    a: Any, b: Any, on: Any, frozen: bool, layers: Layers, seed: int, progress: bool
-) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Both runs, the second with the first one's neighbors if they are frozen."""
-    for side in (a, b):
-        if not (isinstance(side, tuple) and len(side) == 2 and isinstance(side[1], Capture)):
-            raise TableError(f"expected two tables or two pairs (model, capture), got {type(side).__name__}.")
-    (model_a, capture_a), (model_b, capture_b) = a, b
+    a: Side, b: Side, on: str | Analyzer, frozen: bool, layers: Layers, seed: int, progress: bool
+) -> tuple[tuple[pd.DataFrame, pd.DataFrame], str]:
+    """Both runs and the score's column, the second run with the first one's neighbors if they are frozen."""
+    (model_a, capture_a), (model_b, capture_b) = _pair(a), _pair(b)
     if [s.tokens for s in capture_a.sequences] != [s.tokens for s in capture_b.sequences]:
         raise TableError(
             "expected two captures of the same texts (tokens and their order), got different ones. Capture the same token ids."
@@ -113,9 +114,9 @@ def _measured(
         named = [x for x in default_analyzers() if on in [c.name for c in x.columns]]
         if not named:
             raise TableError(f"expected a default score's column or an analyzer, got {on!r}.")
-        analyzer = named[0]
+        analyzer, column = named[0], on
     else:
-        analyzer, on = on, on.columns[0].name
+        analyzer, column = on, on.columns[0].name
     if frozen and not isinstance(analyzer, CloudAnalyzer):
         raise NeighborError(f"expected a score on neighbors for frozen neighbors, got {type(analyzer).__name__}.")
     wanted = sorted(set(capture_a.layers) & set(capture_b.layers)) if layers is None else layers
@@ -123,4 +124,10 @@ def _measured(
     request = Request([analyzer], layers=wanted, seed=seed, progress=progress)
     first = score(model_a, capture_a, request, keep_neighbors_of=keep)
     second = score(model_b, capture_b, request, frozen=first.neighbors)
-    return first.table, second.table, on
+    return (first.table, second.table), column
+
+
+def _pair(side: Side) -> tuple[HookedModel, Capture]:
+    if not (isinstance(side, tuple) and len(side) == 2 and isinstance(side[1], Capture)):
+        raise TableError(f"expected two tables or two pairs (model, capture), got {type(side).__name__}.")
+    return side

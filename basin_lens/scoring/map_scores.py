@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ class MapScores:
         queries = torch.nonzero(have).squeeze(1)
         for part in query_chunks(self.searches.capture, queries, union.shape[1], rows_per_call(self.device)):
             passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
-            looks: dict[Any, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
+            looks: dict[object, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
             for a in self.plan.analyzers:
                 options = (SearchSite.before(a), a.k, a.needs, a.max_queries and a.key)
                 if options not in looks:
@@ -139,21 +138,8 @@ class MapScores:
         searches, passage, site = self.searches, self.passage, SearchSite.before(a)
         near = self.found[site].near
         rows = near.rows[at, : a.k]
-        more: dict[str, Any] = {}
-        if after is not None:
-            there = after.rows[at, : a.k]
-            more["output_rows"], more["output_distances"] = there, after.distances[at, : a.k]
-            more["output_neighbors"], more["output_preimages"] = passage.bank_after[there], passage.bank_before[there]
-        if a.key in self._candidates:
-            more["candidates"] = self._candidates[a.key][at]
-        if "block" in a.needs:
-            more["block"] = partial(passage.of_points, at)
-        if "run_on" in a.needs:
-            more["run_on"] = partial(rerun_points, searches.model, searches.capture, self.layer, at)
-        if "bank" in a.needs:
-            more["bank"] = self._surroundings
-        if "final_norm" in a.needs:
-            more["final_norm"] = partial(final_norm, searches.model)
+        there = None if after is None else after.rows[at, : a.k]
+        rerun = partial(rerun_points, searches.model, searches.capture, self.layer, at)
         spread_in, spread_out = self._spreads.get(a.exclude, (float("nan"), float("nan")))
         return Neighborhoods(
             layer=self.layer,
@@ -171,7 +157,15 @@ class MapScores:
             spread_in=spread_in,
             spread_out=spread_out,
             images=images,
-            **more,
+            output_rows=there,
+            output_distances=None if after is None else after.distances[at, : a.k],
+            output_neighbors=None if there is None else passage.bank_after[there],
+            output_preimages=None if there is None else passage.bank_before[there],
+            candidates=self._candidates[a.key][at] if a.key in self._candidates else None,
+            block=partial(passage.of_points, at) if "block" in a.needs else None,
+            run_on=rerun if "run_on" in a.needs else None,
+            bank=self._surroundings if "bank" in a.needs else None,
+            final_norm=partial(final_norm, searches.model) if "final_norm" in a.needs else None,
         )
 
     def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:

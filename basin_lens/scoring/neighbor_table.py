@@ -1,7 +1,5 @@
 """Who the neighbors of one token are."""
 
-from typing import Any
-
 import pandas as pd
 import torch
 
@@ -9,10 +7,12 @@ from basin_lens.analyzers import Compression
 from basin_lens.capture import Bank, Capture, check_cache, check_layers
 from basin_lens.errors import CaptureError, NeighborError
 from basin_lens.model import HookedModel, full_precision, measuring, n_layers
+from basin_lens.neighbors import Metric, SameToken
 from basin_lens.scoring.bank import choose_bank
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.run import Run
+from basin_lens.transport import Context
 from basin_lens.values import whole_numbers
 
 
@@ -26,10 +26,10 @@ def neighborhood(
     pos: int,
     *,
     k: int = 15,
-    context: str = "patched",
-    metric: str = "l2",
+    context: Context = "patched",
+    metric: Metric = "l2",
     exclude: str = "sequence",
-    same_token: str = "any",
+    same_token: SameToken = "any",
     position_0: bool = False,
     bank: Bank = None,
     progress: bool = False,
@@ -64,8 +64,7 @@ def neighborhood(
     row = capture.row_of(seq, pos)
     if pos == 0:
         raise NeighborError("expected a position from 1 on, got 0: the first token is never a query.")
-    options: Any = {"context": context, "metric": metric, "exclude": exclude, "same_token": same_token, "position_0": position_0}
-    analyzer = Compression(k=k, **options)
+    analyzer = Compression(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token, position_0=position_0)
     analyzer.check()
     asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
     asked[row] = True

@@ -5,9 +5,11 @@ A plan holds no states and runs nothing, so that any piece of it (a layer) can b
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, TokenAnalyzer
+from basin_lens.analyzers.contract import Choice
+from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 
 
@@ -15,11 +17,11 @@ from basin_lens.transport import Context
 class SearchOptions:
     """Neighbor options: analyzers that agree on them share one search."""
 
-    metric: Any
+    metric: Metric
     exclude: str
-    same_token: Any
+    same_token: SameToken
     position_0: bool
-    choice: Any
+    choice: Choice
 
     @classmethod
     def of(cls, analyzer: CloudAnalyzer) -> "SearchOptions":

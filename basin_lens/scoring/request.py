@@ -1,20 +1,30 @@
 """What `analyze` is asked for: checked once, its defaults written once."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Concatenate, ParamSpec, SupportsIndex, TypeVar, get_args
+
+import numpy as np
+from torch import Tensor
 
 from basin_lens.analyzers import Analyzer, CloudAnalyzer, TokenAnalyzer, default_analyzers
 from basin_lens.analyzers.control import NULLS, controls_of
-from basin_lens.capture import Bank
+from basin_lens.capture import Bank, Mask
 from basin_lens.errors import NeighborError, TableError
 from basin_lens.neighbors import Backend
 from basin_lens.values import Layers, Whole, whole
 
 P = ParamSpec("P")
+M = TypeVar("M")
+D = TypeVar("D")
 R = TypeVar("R")
+
+# What to measure: a list or tuple of analyzers; None: the default ones.
+Analyzers = Sequence[Analyzer] | None
+# Which tokens to score: a label's or span's name, a number of tokens, positions, or a mask; None: all.
+Queries = str | SupportsIndex | Sequence[object] | np.ndarray | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,18 +42,18 @@ class Request:
         'compression'
     """
 
-    analyzers: Any = None
+    analyzers: Analyzers = None
     _: KW_ONLY
     layers: Layers = None
     bank: Bank = None
-    queries: Any = None
+    queries: Queries = None
     controls: bool = False
     backend: Backend = "auto"
     seed: Whole = 0
     max_length: Whole = 128
     batch_size: Whole | None = None
     prepend_bos: bool | None = None
-    attention_mask: Any = None
+    attention_mask: Mask = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -68,20 +78,20 @@ class Request:
 
 def takes_request(
     request: Callable[P, Request],
-) -> Callable[[Callable[[Any, Any, Request], R]], Callable[Concatenate[Any, Any, P], R]]:
+) -> Callable[[Callable[[M, D, Request], R]], Callable[Concatenate[M, D, P], R]]:
     """A decorator: a function of a model, data and a request becomes one of a model, data and the request's own options.
 
     For readers, for `help` and for type checkers the options stand in the signature one by one, though they are written in
     `Request` alone.
     """
 
-    def decorate(function: Callable[[Any, Any, Request], R]) -> Callable[Concatenate[Any, Any, P], R]:
+    def decorate(function: Callable[[M, D, Request], R]) -> Callable[Concatenate[M, D, P], R]:
         own = inspect.signature(function)
         model, data, _ = own.parameters.values()
         signature = own.replace(parameters=[model, data, *inspect.signature(request).parameters.values()])
 
         @wraps(function)
-        def asked(*args: Any, **kwargs: Any) -> R:
+        def asked(*args: object, **kwargs: object) -> R:
             bound = signature.bind(*args, **kwargs)
             given_model, given_data, *options = bound.args
             return function(given_model, given_data, request(*options, **bound.kwargs))
@@ -92,7 +102,7 @@ def takes_request(
     return decorate
 
 
-def _check_analyzers(analyzers: Any) -> None:
+def _check_analyzers(analyzers: object) -> None:
     if not isinstance(analyzers, list | tuple) or not analyzers:
         raise TableError(f"expected a list of at least one analyzer, got {analyzers!r}. Leave analyzers out for the default ones.")
     for analyzer in analyzers:

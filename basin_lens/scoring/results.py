@@ -1,8 +1,7 @@
 """What a run found: values by column, how reliable they are, what was left out and why, and what a table says of its making."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from basin_lens.capture import Capture
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.request import Request
 from basin_lens.scoring.token_rows import texts_hash
+from basin_lens.values import Facts
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LayerScores:
     values: dict[str, Float[np.ndarray, " rows"]] = field(default_factory=dict)
     reliability: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     neighbors: LayerNeighbors | None = None
 
 
@@ -95,7 +95,7 @@ class Results:
     values: dict[str, Float[np.ndarray, "layers rows"]]
     reliability: dict[str, dict[str, float | None]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
     @classmethod
     def empty(cls, plan: Plan, n_rows: int) -> "Results":
@@ -112,7 +112,7 @@ class Results:
                 self.values[column.name][:] = held[column.name][rows].numpy()
                 self.left_out[column.name] = {"not defined at this position": int(np.isnan(self.values[column.name]).sum())}
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
+    def begin(self, facts: Facts) -> None:
         """Make room for what layers will add: `facts` are those of the whole run."""
         self.facts.update(facts, **{name: {} for name in _OF_LAYERS})
         self.reliability.update({c.name: {} for a in self.plan.of_neighbors if "halves" in a.needs for c in a.columns})
@@ -143,7 +143,7 @@ def provenance(
     *,
     read_again_for: Sequence[str],
     frozen: bool,
-) -> dict[str, Any]:
+) -> Facts:
     """What a table says of its making, as plain JSON."""
     analyzers = results.plan.analyzers
     return {

@@ -1,7 +1,5 @@
 """Runs a plan layer by layer: search once, pass once, let every analyzer look, drop the images."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Bool
@@ -19,6 +17,7 @@ from basin_lens.scoring.results import KeptNeighbors, LayerScores
 from basin_lens.scoring.search import Searches, SearchResult
 from basin_lens.scoring.token_rows import texts_hash
 from basin_lens.transport import BlockMap, LayerMaps, Probe
+from basin_lens.values import Facts
 
 
 class Run:
@@ -63,7 +62,7 @@ class Run:
         probe = Probe(model, int(capture.lengths.max()))
         self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """What provenance says of the bank and of the searches, which add to it while the run lasts."""
         bank = {
             "source": "another capture" if self.external else "the texts themselves",
@@ -138,10 +137,10 @@ class Run:
                 )
 
 
-def _facts_of(maps: LayerMaps) -> dict[str, Any]:
+def _facts_of(maps: LayerMaps) -> Facts:
     """What provenance says of the maps at a layer."""
     layer = maps.layer
-    facts: dict[str, Any] = {"check_error": maps.errors.get(layer), "routes": maps.routes.get(layer, "native")}
+    facts: Facts = {"check_error": maps.errors.get(layer), "routes": maps.routes.get(layer, "native")}
     if layer in maps.reasons:
         facts["route_reasons"] = maps.reasons[layer]
     if maps.fits:

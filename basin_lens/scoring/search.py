@@ -1,7 +1,6 @@
 """Who the neighbors are: every distinct set of neighbor options is searched once, under one set of exclusion rules."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +14,7 @@ from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_dir
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
 from basin_lens.scoring.plan import Plan, SearchOptions
 from basin_lens.scoring.token_rows import row_groups
+from basin_lens.values import Facts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Searches:
         if backend == "faiss":
             flat.load()
         self.backend, self.device = backend, device_of(model)
-        self.facts: dict[str, Any] = {"backend": backend, "exact": backend != "approximate", "recall": {}}
+        self.facts: Facts = {"backend": backend, "exact": backend != "approximate", "recall": {}}
         self.external = bank is not capture
         self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
         self.largest = plan.largest_k
@@ -112,14 +112,15 @@ class Searches:
         keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
         queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
         bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(options).to(self.device)).under(options.metric)
-        allowed: Any = {"same_token": options.same_token, "distinct": not everything}
+        same_token, distinct = options.same_token, not everything
         if layer in self.frozen:
             found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], options.metric)
         elif options.choice == "random":
-            rows = random_sets(queries, bank, k, seed=(self.seed * 1_000_003 + layer) % 2**63, **allowed)
+            seed = (self.seed * 1_000_003 + layer) % 2**63
+            rows = random_sets(queries, bank, k, same_token=same_token, distinct=distinct, seed=seed)
             found = reach(queries, bank, rows, options.metric)
         else:
-            found = find(queries, bank, k, metric=options.metric, backend=self.backend, **allowed)
+            found = find(queries, bank, k, metric=options.metric, same_token=same_token, distinct=distinct, backend=self.backend)
             self._note_recall(layer, found)
             if options.choice == "radius_matched":
                 found = reach(queries, bank, radius_matched_sets(found, own[at], other), options.metric)

@@ -1,7 +1,7 @@
 """Rows of a capture: which to score, how they group, what the table says of them."""
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
-from basin_lens.values import whole_or_none
+from basin_lens.values import Plain, whole_or_none
 
 
-def query_rows(capture: Capture, queries: Any, seed: int) -> Bool[Tensor, " rows"]:
+def query_rows(capture: Capture, queries: object, seed: int) -> Bool[Tensor, " rows"]:
     """Which rows to score.
 
     Raises:
@@ -94,7 +94,7 @@ def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, T
     if exclude in ("self", "nothing"):
         return torch.full((capture.n_rows,), -1, device="cpu"), torch.full((bank.n_rows,), -1, device="cpu")
 
-    def of(source: Capture) -> list[Any]:
+    def of(source: Capture) -> list[object]:
         if exclude == "sequence":
             # In another capture, the same text is the same sequence.
             return list(range(len(source.sequences))) if source is bank is capture else [s.tokens for s in source.sequences]
@@ -107,7 +107,7 @@ def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, T
             )
         return [label.get(exclude) for label in source.labels]
 
-    known: dict[Any, int] = {}
+    known: dict[object, int] = {}
     answers = []
     for source in (capture, bank):
         ids = [-1 if name is None else known.setdefault(name, len(known)) for name in of(source)]
@@ -115,10 +115,10 @@ def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, T
     return answers[0], answers[1]
 
 
-def row_facts(capture: Capture) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def row_facts(capture: Capture) -> tuple[dict[str, Sequence[object] | np.ndarray], dict[str, list[Plain]]]:
     """Key columns and labels of each row."""
     seqs = capture.row_seq.tolist()
-    rows = {
+    rows: dict[str, Sequence[object] | np.ndarray] = {
         "passage": np.array([capture.sequences[s].passage for s in seqs]),
         "doc": [capture.docs[s] for s in seqs],
         "seq": capture.row_seq.numpy(),

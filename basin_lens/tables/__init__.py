@@ -24,9 +24,9 @@ from basin_lens.tables.frame import (
     with_provenance,
     without_provenance,
 )
-from basin_lens.tables.schema import Column, Facts, Provenance
+from basin_lens.tables.schema import Column, Provenance
 from basin_lens.tables.summary import interval, layer_summary
-from basin_lens.values import KEYS
+from basin_lens.values import KEYS, Facts
 
 __all__ = [
     "KEYS",

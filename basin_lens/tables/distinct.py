@@ -8,15 +8,14 @@ tokens are there.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
 from basin_lens.tables.frame import runs
-from basin_lens.tables.schema import Facts
 from basin_lens.texts.copies import closed_groups, groups_of_copies
+from basin_lens.values import Facts
 
 # Documents of several texts are one unit where copies make up this share of the shorter: a book's edition, not a line that many
 # have in common.
@@ -182,7 +181,7 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
         # BOS has no place in the text.
         offsets = table["start"].to_numpy()[at]
         real = (offsets >= 0) | np.repeat(np.maximum.reduceat(offsets, starts) < 0, sizes)
-    texts: dict[Any, list[np.ndarray]] = {}
+    texts: dict[object, list[np.ndarray]] = {}
     keys = (
         table[["doc", "passage"] if "passage" in table.columns else ["doc", "seq"]]
         .iloc[at[starts]]
@@ -211,7 +210,7 @@ def _found_in(table: pd.DataFrame, sequence: np.ndarray) -> list[list[np.ndarray
     return [[np.array(members[index]) for index in group] for group in _remembered(held, strings)]
 
 
-def _whole_numbers(column: "pd.Series[Any]") -> Int[np.ndarray, " rows"] | None:
+def _whole_numbers(column: pd.Series) -> Int[np.ndarray, " rows"] | None:
     """A column of whole numbers, of whatever type (read or joined with gaps, it may hold floats); None: others are in it."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)

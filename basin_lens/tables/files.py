@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -12,13 +13,13 @@ from basin_lens import records
 from basin_lens.errors import StoreError, TableError
 from basin_lens.files import write_file
 from basin_lens.tables.frame import described_by_json, provenance, without_provenance
-from basin_lens.tables.schema import Facts
+from basin_lens.values import Facts
 
 _METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
 _KIND = records.Kind("a table saved by basin_lens", "basin_lens table 1", "Make the table again.")
 
 
-def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Facts | None = None) -> None:
+def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Mapping[str, Facts] | None = None) -> None:
     """Write a table with its provenance to one `.parquet` file, all of it or nothing.
 
     Args:
@@ -52,7 +53,7 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Facts | N
     sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
 
-    def fill(path: Path) -> None:
+    def fill(path: records.Unfinished) -> None:
         # Page checksums are for other readers: the seal is of every byte.
         pyarrow.parquet.write_table(arrow, path, write_page_checksum=True)
         records.seal_file(path)

@@ -8,22 +8,22 @@ Provenance is plain JSON by run in `table.attrs["provenance"]`, where notebooks 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import methodcaller
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
 from basin_lens.errors import TableError
-from basin_lens.tables.schema import Column, Facts, Provenance
-from basin_lens.values import KEYS, whole_numbers
+from basin_lens.tables.schema import Column, Provenance
+from basin_lens.values import KEYS, Facts, whole_numbers
 
 _NAME = "provenance"
 
 
 def build(
-    rows: Mapping[str, Sequence[Any] | np.ndarray],
-    labels: Mapping[str, Sequence[Any]],
+    rows: Mapping[str, Sequence[object] | np.ndarray],
+    labels: Mapping[str, Sequence[object]],
     layers: Sequence[int],
     values: Mapping[str, np.ndarray],
     provenance: Provenance,
@@ -43,7 +43,7 @@ def build(
     check_names([*labels, *values])
     run = hashlib.blake2b(json.dumps(provenance.as_json(), sort_keys=True).encode(), digest_size=5).hexdigest()
     count = len(rows["token"])
-    data: dict[str, Any] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
+    data: dict[str, object] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
     for name in KEYS[2:]:
         data[name] = _tiled(rows[name], len(layers))
     for name, column in labels.items():
@@ -68,13 +68,13 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def _tiled(column: Sequence[Any] | np.ndarray, times: int) -> Any:
+def _tiled(column: Sequence[object] | np.ndarray, times: int) -> object:
     if isinstance(column, np.ndarray):
         return np.tile(column, times)
     return pd.concat([pd.Series(list(column))] * times, ignore_index=True)
 
 
-def provenance(table: pd.DataFrame) -> dict[str, Any]:
+def provenance(table: pd.DataFrame) -> dict[str, Facts]:
     """Provenance by run, as plain JSON.
 
     Raises:
@@ -86,7 +86,7 @@ def provenance(table: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
-def _held(table: pd.DataFrame) -> dict[str, Any]:
+def _held(table: pd.DataFrame) -> dict[str, Facts]:
     """Provenance by run, as plain JSON; empty if the table has none."""
     found = table.attrs.get(_NAME)
     return found if isinstance(found, dict) else {}
@@ -105,9 +105,9 @@ def runs(table: pd.DataFrame) -> dict[str, Provenance]:
     return {run: Provenance.from_json(facts) for run, facts in _held(table).items() if isinstance(facts, dict)}
 
 
-def scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def scores(table: pd.DataFrame) -> dict[str, Facts]:
     """The analyzers' columns in the table: unit, range and rows by name, in table order."""
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Facts] = {}
     for facts in provenance(table).values():
         known |= facts["columns"]
     return {name: known[name] for name in table.columns if name in known}
@@ -126,7 +126,7 @@ def described(table: pd.DataFrame, by_run: Mapping[str, Provenance]) -> pd.DataF
     return described_by_json(table, {run: facts.as_json() for run, facts in by_run.items()})
 
 
-def described_by_json(table: pd.DataFrame, held: Facts) -> pd.DataFrame:
+def described_by_json(table: pd.DataFrame, held: Mapping[str, Facts]) -> pd.DataFrame:
     """The table with plain JSON by run as its provenance."""
     answer = table.copy(deep=False)
     answer.attrs = {name: note for name, note in table.attrs.items() if name != _NAME}
@@ -146,7 +146,7 @@ def with_provenance(table: pd.DataFrame, *sources: pd.DataFrame) -> pd.DataFrame
         >>> list(tables.runs(means))
         ['r']
     """
-    held: dict[str, Any] = {}
+    held: dict[str, Facts] = {}
     for source in sources:
         held |= _held(source)
     return described_by_json(table, held)
@@ -185,14 +185,14 @@ def select(table: pd.DataFrame, rows: "pd.Series[bool] | Bool[np.ndarray, ' rows
     return _like(table[rows], table)
 
 
-def assign(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+def assign(table: pd.DataFrame, **values: object) -> pd.DataFrame:
     """A copy with columns added or replaced, as `DataFrame.assign`, with its provenance."""
-    return _like(table.assign(**values), table)
+    return _like(methodcaller("assign", **values)(table), table)  # pandas says what it takes
 
 
-def merge(table: pd.DataFrame, other: pd.DataFrame, **how: Any) -> pd.DataFrame:
+def merge(table: pd.DataFrame, other: pd.DataFrame, **how: object) -> pd.DataFrame:
     """`table.merge(other, **how)`, with the provenance of the first table."""
-    return _like(table.merge(other, **how), table)
+    return _like(methodcaller("merge", other, **how)(table), table)
 
 
 def concat(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
-# Plain JSON by name: text, numbers, truth values, None, lists and mappings of these.
-Facts = Mapping[str, Any]
+from basin_lens.values import Facts
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Column:
         """The column that plain JSON describes."""
         return cls(facts.get("unit", ""), facts.get("low"), facts.get("high"), facts.get("rows"), facts.get("analyzer"))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Facts:
         """The column as plain JSON."""
         measured = {name: value for name, value in (("rows", self.rows), ("analyzer", self.analyzer)) if value is not None}
         return {"unit": self.unit, "low": self.low, "high": self.high, **measured}
@@ -119,12 +117,12 @@ class Provenance:
         if not all(isinstance(column, dict) for column in known.get("columns", {}).values()):
             del known["columns"]
         others = {name: fact for name, fact in facts.items() if name not in known}
-        typed: dict[str, Any] = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in known.items()}
+        typed = known | {name: tuple(fact) for name, fact in known.items() if isinstance(fact, list)}
         if "columns" in known:
             typed["columns"] = {name: Column.from_json(column) for name, column in known["columns"].items()}
         return cls(**typed, others=others)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Facts:
         """The record as plain JSON, without what is not known."""
         # In the order of the fields, which is the order on disk.
         held = {each.name: getattr(self, each.name) for each in fields(self) if each.name in _KINDS}

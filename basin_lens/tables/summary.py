@@ -1,7 +1,6 @@
 """Means of scores by layer, with their intervals over documents."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +44,7 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     by_document = by_sequence.groupby(level=["layer", "_document"]).mean()
     lines = []
     for layer, group in table.groupby("layer", sort=True):
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "layer": layer,
             "n_documents": group["_document"].nunique(),
             "n_sequences": group["seq"].nunique(),

@@ -11,10 +11,10 @@ R0, rerunning the model with a hook, is the oracle (`model.rerun_with_state`).
 """
 
 from basin_lens.transport.affine import AffineFit, affine_fit
-from basin_lens.transport.check import Proof, check, prove
 from basin_lens.transport.maps import CONTEXTS, BlockMap, Context, LayerMaps, solo_images
 from basin_lens.transport.patched import PatchedBlock, query_chunks, rows_per_call
 from basin_lens.transport.probe import Probe, why_not_packed
+from basin_lens.transport.proof import Proof, check, prove
 
 __all__ = [
     "CONTEXTS",

@@ -16,7 +16,8 @@ _HELD_OUT = 0.2
 class AffineFit:
     """x -> x + (x - mean) @ weight + offset, with how well it does on sequences that it was not fitted to.
 
-    `ridge`: chosen on the held-out sequences. `held_out_r2`: share of the held-out update's variance that it explains, in (-inf, 1].
+    `ridge`: chosen on the held-out sequences. `held_out_r2`: share of the held-out update's variance that it explains, in
+    (-inf, 1].
     """
 
     mean: Float[Tensor, " d"]
@@ -32,9 +33,9 @@ class AffineFit:
 def affine_fit(before: Float[Tensor, "rows d"], after: Float[Tensor, "rows d"], capture: Capture, seed: int = 0) -> AffineFit:
     """Ridge regression of the block's update on the state, over all tokens but position 0.
 
-    The update and not the state is fitted, so that with few tokens the fit shrinks toward the identity. The ridge is chosen on a fifth of
-    the sequences, held out; then all are used. With few tokens for its width, an affine map can imitate a block on the tokens it was
-    fitted to: read `held_out_r2` before the null.
+    The update and not the state is fitted, so that with few tokens the fit shrinks toward the identity. The ridge is chosen on a
+    fifth of the sequences, held out; then all are used. With few tokens for its width, an affine map can imitate a block on the
+    tokens it was fitted to: read `held_out_r2` before the null.
 
     Args:
         before, after: states around the block, of the rows of `capture`.

@@ -10,6 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,9 +21,9 @@ from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
 from basin_lens.model import HookedModel, call_block, device_of, feed_forward, measuring, missing_points, n_layers
 from basin_lens.transport.affine import AffineFit, affine_fit
-from basin_lens.transport.check import check_halves, prove
 from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
+from basin_lens.transport.proof import Proof, check_halves, prove
 
 Context = Literal["patched", "native", "solo", "attn", "mlp", "affine"]
 CONTEXTS: tuple[Context, ...] = ("patched", "native", "solo", "attn", "mlp", "affine")
@@ -33,7 +34,8 @@ _SOLO_ROWS = 1024  # states in one call, each a sequence of one token
 class BlockMap:
     """One map, on the states of the queries and of the bank.
 
-    `before`, `after`: states of the capture's rows that enter the map, and those behind it; `bank_before`, `bank_after`: the bank's.
+    `before`, `after`: states of the capture's rows that enter the map, and those behind it; `bank_before`, `bank_after`: the
+    bank's.
     `of_rows(queries [q], rows [q, m]) -> [q, m, d]`: images of bank rows for each query, zero where the row is -1.
     `of_points(queries [q], points [q, m, d]) -> [q, m, d]`: images of any states.
     """
@@ -84,10 +86,7 @@ class LayerMaps:
         known = self._blocks.get(layer)
         if known is None or (patched and layer not in self.routes):
             (pre, bank_pre), (post, _) = self.border(layer), self.border(layer + 1)
-            others = bank_pre[(self.bank.row_pos > 0).to(self.device)]
-            proof = prove(
-                self.model, self.capture, layer, self.probes[0], pre, post, others=others, seed=self.seed, patched=patched
-            )  # fmt: skip
+            proof = self._prove(layer, pre, post, bank_pre, patched=patched)
             self._blocks[layer], self.errors[layer] = proof.block, proof.error
             if patched:
                 self.routes[layer] = proof.block.route
@@ -105,8 +104,8 @@ class LayerMaps:
             self.block(self.layer)
             if missing_points(self.model, {"resid_mid", "mlp_out"}, [self.layer]):
                 raise TransportError(
-                    f"expected a block with a state between attention and feed-forward, got block {self.layer} without one: they are "
-                    'parallel here. Use context="patched".'
+                    f"expected a block with a state between attention and feed-forward, got block {self.layer} without one: "
+                    'they are parallel here. Use context="patched".'
                 )
             (pre, bank_pre), (post, _) = self.border(self.layer), self.border(self.layer + 1)
             whole = PatchedBlock(self.model, self.capture, self.layer, self.probes[0], pre, "R1", until_mid=True)
@@ -116,12 +115,16 @@ class LayerMaps:
                 bank_block = PatchedBlock(self.model, self.bank, self.layer, self.probes[1], bank_pre, "R1", until_mid=True)
                 other = bank_block.all_rows()
             check_halves(self.model, self.capture, self.probes[0], self.layer, own, post, seed=self.seed)
-            others = bank_pre[(self.bank.row_pos > 0).to(self.device)]
-            proof = prove(
-                self.model, self.capture, self.layer, self.probes[0], pre, own, others=others, seed=self.seed, until_mid=True
-            )  # fmt: skip
-            self._mids = own, other, proof.block
+            self._mids = own, other, self._prove(self.layer, pre, own, bank_pre, until_mid=True).block
         return self._mids
+
+    def _prove(
+        self, layer: int, pre: Tensor, post: Tensor, bank_pre: Tensor, *, patched: bool = True, until_mid: bool = False
+    ) -> Proof:
+        """The fastest exact route from `pre` to `post`, tried with the bank's own states before the block."""
+        others = bank_pre[(self.bank.row_pos > 0).to(self.device)]
+        options = {"patched": patched, "until_mid": until_mid}
+        return prove(self.model, self.capture, layer, self.probes[0], pre, post, others=others, seed=self.seed, **options)
 
     def map(self, context: Context, blocks: int = 1) -> BlockMap:
         """The map of `context` through `blocks` blocks from this layer on.
@@ -142,17 +145,14 @@ class LayerMaps:
         path = range(self.layer, self.layer + blocks)
         if context == "patched":
             steps = [self.block(layer) for layer in path]
-            through = _chain(steps)
-            return BlockMap(
-                context, own, own_post, bank, bank_post,
-                lambda queries, rows: _rest(steps, queries, steps[0].of_rows(bank, queries, rows), rows), through,
-            )  # fmt: skip
+
+            def of_rows(queries: Tensor, rows: Tensor) -> Tensor:
+                return _rest(steps, queries, steps[0].of_rows(bank, queries, rows), rows)
+
+            return BlockMap(context, own, own_post, bank, bank_post, of_rows, _chain(steps))
         if context == "attn":
             own_mid, bank_mid, attention = self.mids()
-            return BlockMap(
-                context, own, own_mid, bank, bank_mid,
-                lambda queries, rows: attention.of_rows(bank, queries, rows), attention,
-            )  # fmt: skip
+            return BlockMap(context, own, own_mid, bank, bank_mid, partial(attention.of_rows, bank), attention)
         if context == "mlp":
             own_mid, bank_mid, _ = self.mids()
             return _pointwise(context, own_mid, own_post, bank_mid, bank_post, bank_post, self._feed_forward)
@@ -195,15 +195,21 @@ def _chain(steps: list[PatchedBlock]) -> Callable[[Tensor, Tensor], Tensor]:
 def _rest(
     steps: list[PatchedBlock], queries: Int[Tensor, " q"], images: Float[Tensor, "q m d"], rows: Int[Tensor, "q m"]
 ) -> Float[Tensor, "q m d"]:
-    """The blocks after the first one. A row cannot reach the tokens before it, so its context is the capture's own at every block."""
+    """The blocks after the first one: a row reaches no token before it, so its context is the capture's own at every block."""
     if len(steps) > 1:
         images = _chain(steps[1:])(queries, images) * (rows >= 0)[..., None]
     return images
 
 
 def _pointwise(
-    context: Context, own: Tensor, own_after: Tensor, bank: Tensor, bank_after: Tensor, images: Tensor, function: Callable[[Tensor], Tensor]
-) -> BlockMap:  # fmt: skip
+    context: Context,
+    own: Tensor,
+    own_after: Tensor,
+    bank: Tensor,
+    bank_after: Tensor,
+    images: Tensor,
+    function: Callable[[Tensor], Tensor],
+) -> BlockMap:
     """A map without context: a state has one image, whoever asks."""
 
     def of_rows(_: Tensor, rows: Tensor) -> Tensor:

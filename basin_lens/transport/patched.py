@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -106,7 +105,7 @@ class PatchedBlock:
         valid = self.capture.valid.to(self.states.device)
         return self.sequences(list(range(len(valid))))[:, : valid.shape[1]][valid]
 
-    def _call(self, call: BlockCall, states: Tensor, prefix: Any = None) -> Tensor:
+    def _call(self, call: BlockCall, states: Tensor, prefix: FrozenPrefix | PaddedPrefix | None = None) -> Tensor:
         return call_block(self.model, self.layer, call, states, prefix, until_mid=self.until_mid)
 
     # -- R2 -----------------------------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ class PatchedBlock:
         prefix = self._prefix(seqs, seen, positions.shape[1])
         positions = positions.to(device)
 
-        def argument(value: Any) -> Any:
+        def argument(value: object) -> object:
             if isinstance(value, tuple | list):
                 return type(value)(argument(item) for item in value)
             if is_mask(value, self.length):
@@ -166,7 +165,7 @@ class PatchedBlock:
         return torch.cat([prefix, own.expand(len(positions), -1, -1)], dim=2)[:, None]
 
     def _prefix(self, seqs: list[int], seen: int, rows: int) -> FrozenPrefix:
-        """Keys and values of the sequences' first `seen` tokens, recomputed from their states by the block itself, and room for `rows`."""
+        """Keys and values of the sequences' first `seen` tokens, which the block makes of their states, and room for `rows`."""
         self._record(seqs)
         wide = []
         for kind in (0, 1):

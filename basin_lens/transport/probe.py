@@ -1,6 +1,6 @@
 """What the blocks of a model are called with, and which route that allows."""
 
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def why_not_padded(call: BlockCall) -> str:
     return ""
 
 
-def is_mask(value: Any, length: int) -> bool:
+def is_mask(value: object, length: int) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) == (1, 1, length, length)
 
 

@@ -28,17 +28,34 @@ LAYERS = range(3)
 CLOUDS = [cls for cls in bl.ANALYZERS if issubclass(cls, CloudAnalyzer)]
 # Options that change what is measured, beside the defaults.
 VARIANTS = [
-    A.Compression(k=4, context="native"), A.Compression(k=4, context="solo"), A.Compression(k=4, metric="cosine"),
-    A.Contraction(k=4, exclude="self"), A.RawCompression(k=4, context="patched"), A.Neighborhood(k=4, metric="cosine"),
-    A.Neighborhood(k=2, same_token="only"), A.SeedCompression(k=4), A.AttentionReceived(normalize=False),
-    A.AttentionReceived(sink=False), A.AttentionReceived(normalize=False, sink=False),
-    A.SymmetricContraction(k=4, metric="cosine"), A.AngularContraction(k=4, context="mlp"), A.EffectiveRankChange(k=5),
-    A.NeighborOverlap(k=30), A.LocalDimension(k=4), A.LocalDimension(k=9, metric="cosine", curve=(3, 9)),
-    A.JacobianGain(k=4, queries=6, context="attn"), A.CentroidEffect(k=4, queries=6, same_token="exclude"),
-    A.AttentionReceived(per_head=4, sink=False), A.AttentionRollout(sink=False, per_head=4), A.ValueWeightedAttention(per_head=(2, 0)),
-    A.ValueWeightedAttention(normalize=False, sink=False), A.GradientNorm(target="last_logit"), A.GradientTimesActivation(target=11),
-    A.IntegratedGradients(steps=6, layer=None, target="last_logit"), A.Erasure(positions=3, seed=5),
-]  # fmt: skip
+    A.Compression(k=4, context="native"),
+    A.Compression(k=4, context="solo"),
+    A.Compression(k=4, metric="cosine"),
+    A.Contraction(k=4, exclude="self"),
+    A.RawCompression(k=4, context="patched"),
+    A.Neighborhood(k=4, metric="cosine"),
+    A.Neighborhood(k=2, same_token="only"),
+    A.SeedCompression(k=4),
+    A.AttentionReceived(normalize=False),
+    A.AttentionReceived(sink=False),
+    A.AttentionReceived(normalize=False, sink=False),
+    A.SymmetricContraction(k=4, metric="cosine"),
+    A.AngularContraction(k=4, context="mlp"),
+    A.EffectiveRankChange(k=5),
+    A.NeighborOverlap(k=30),
+    A.LocalDimension(k=4),
+    A.LocalDimension(k=9, metric="cosine", curve=(3, 9)),
+    A.JacobianGain(k=4, queries=6, context="attn"),
+    A.CentroidEffect(k=4, queries=6, same_token="exclude"),
+    A.AttentionReceived(per_head=4, sink=False),
+    A.AttentionRollout(sink=False, per_head=4),
+    A.ValueWeightedAttention(per_head=(2, 0)),
+    A.ValueWeightedAttention(normalize=False, sink=False),
+    A.GradientNorm(target="last_logit"),
+    A.GradientTimesActivation(target=11),
+    A.IntegratedGradients(steps=6, layer=None, target="last_logit"),
+    A.Erasure(positions=3, seed=5),
+]
 
 
 def run(model, data, *analyzers, **options):

@@ -30,8 +30,14 @@ from tests.families import families
 A = bl.analyzers
 LAYERS = range(3)
 # What one forward and one backward pass give.
-SHARED = [A.AttentionReceived(), A.AttentionReceived(sink=False), A.AttentionRollout(), A.ValueWeightedAttention(), A.GradientNorm(),
-          A.GradientTimesActivation()]  # fmt: skip
+SHARED = [
+    A.AttentionReceived(),
+    A.AttentionReceived(sink=False),
+    A.AttentionRollout(),
+    A.ValueWeightedAttention(),
+    A.GradientNorm(),
+    A.GradientTimesActivation(),
+]
 OWN = [A.IntegratedGradients(steps=8), A.Erasure(positions=5)]
 OTHER_TARGETS = [A.GradientNorm(target="last_logit"), A.GradientTimesActivation(target="last_logit"), A.GradientNorm(target=17)]
 
@@ -320,10 +326,12 @@ def hf_output_weight(model, name, layer):
     """W_O of a Hugging Face model, `[in, out]`, and its bias, by its own attribute names."""
     inner = model.original_model
     linear = {
-        "llama": lambda: inner.model.layers[layer].self_attn.o_proj, "gemma2": lambda: inner.model.layers[layer].self_attn.o_proj,
-        "neox": lambda: inner.gpt_neox.layers[layer].attention.dense, "bloom": lambda: inner.transformer.h[layer].self_attention.dense,
+        "llama": lambda: inner.model.layers[layer].self_attn.o_proj,
+        "gemma2": lambda: inner.model.layers[layer].self_attn.o_proj,
+        "neox": lambda: inner.gpt_neox.layers[layer].attention.dense,
+        "bloom": lambda: inner.transformer.h[layer].self_attention.dense,
         "gpt2": lambda: inner.transformer.h[layer].attn.c_proj,
-    }[name]()  # fmt: skip
+    }[name]()
     linear = getattr(linear, "original_component", linear)
     return (linear.weight if name == "gpt2" else linear.weight.T).detach().double().numpy()
 
@@ -465,9 +473,19 @@ def test_a_token_that_the_model_does_not_have(llama, monkeypatch, analyzer):
     assert forward == []
 
 
-@pytest.mark.parametrize("analyzer", [A.GradientNorm(target=True), A.GradientNorm(target="loss"), A.GradientTimesActivation(target=-1),
-                                      A.IntegratedGradients(target="cache"), A.IntegratedGradients(steps=1),
-                                      A.IntegratedGradients(layer=-1), A.Erasure(positions=0)], ids=lambda a: a.key)  # fmt: skip
+@pytest.mark.parametrize(
+    "analyzer",
+    [
+        A.GradientNorm(target=True),
+        A.GradientNorm(target="loss"),
+        A.GradientTimesActivation(target=-1),
+        A.IntegratedGradients(target="cache"),
+        A.IntegratedGradients(steps=1),
+        A.IntegratedGradients(layer=-1),
+        A.Erasure(positions=0),
+    ],
+    ids=lambda a: a.key,
+)
 def test_wrong_options_are_refused(llama, monkeypatch, analyzer):
     with counting(monkeypatch) as (forward, _), pytest.raises(CaptureError, match="expected"):
         bl.analyze(llama, TEXTS, [analyzer], progress=False)
@@ -508,9 +526,12 @@ def test_captum_agrees(name, target):
 
     model, tokens = make_bridge(name), random_tokens(2, 9)
     values, capture = measured(
-        model, tokens, A.GradientNorm(target=target, name="n"), A.GradientTimesActivation(target=target, name="x"),
+        model,
+        tokens,
+        A.GradientNorm(target=target, name="n"),
+        A.GradientTimesActivation(target=target, name="x"),
         A.IntegratedGradients(target=target, layer=None, steps=12, name="i"),
-    )  # fmt: skip
+    )
     norm, _, product, integral = list(values)
     for layer in LAYERS:
         states = capture.resid_pre(layer).view(2, 9, 32).requires_grad_()

@@ -31,11 +31,16 @@ def family_cloud(f, *, q=Q, k=15, d=D, seed=0, **given):
     cloud = make_cloud(f, q=q, k=k, d=d, seed=seed)
     chosen_after = cloud.neighbors + 0.3 * torch.randn(q, k, d, generator=g)
     values = {
-        "output_preimages": chosen_after, "output_neighbors": f(chosen_after), "bank": Surroundings(others, f(others[:, None])[:, 0]),
-        "output_rows": cloud.rows.roll(5, 0), "candidates": torch.full((q,), 60), "block": f,
-        "query": cloud.neighbors.mean(1) + 0.2 * torch.randn(q, d, generator=g), "run_on": fake_run(f),
+        "output_preimages": chosen_after,
+        "output_neighbors": f(chosen_after),
+        "bank": Surroundings(others, f(others[:, None])[:, 0]),
+        "output_rows": cloud.rows.roll(5, 0),
+        "candidates": torch.full((q,), 60),
+        "block": f,
+        "query": cloud.neighbors.mean(1) + 0.2 * torch.randn(q, d, generator=g),
+        "run_on": fake_run(f),
         "query_token": torch.arange(q) * 3 % 11,
-    }  # fmt: skip
+    }
     return replace(cloud, **values | given)
 
 
@@ -56,9 +61,14 @@ def some(cloud, index):
 
 
 FAMILY = [
-    A.SymmetricContraction(), A.AngularContraction(), A.EffectiveRankChange(k=15), A.NeighborOverlap(), A.LocalDimension(k=15),
-    A.JacobianGain(), A.CentroidEffect(),
-]  # fmt: skip
+    A.SymmetricContraction(),
+    A.AngularContraction(),
+    A.EffectiveRankChange(k=15),
+    A.NeighborOverlap(),
+    A.LocalDimension(k=15),
+    A.JacobianGain(),
+    A.CentroidEffect(),
+]
 each = pytest.mark.parametrize("analyzer", FAMILY, ids=lambda a: type(a).__name__)
 
 
@@ -96,9 +106,13 @@ def test_rotating_and_moving_all_states_changes_nothing(analyzer):
     cloud = family_cloud(torch.tanh)
     before, after = (lambda x: x @ orthogonal(seed=5) - 2), (lambda x: x @ orthogonal(seed=6) + 3)
     moved = replace(
-        cloud, query=before(cloud.query), neighbors=before(cloud.neighbors), images=after(cloud.images),
-        output_preimages=before(cloud.output_preimages), output_neighbors=after(cloud.output_neighbors),
-    )  # fmt: skip
+        cloud,
+        query=before(cloud.query),
+        neighbors=before(cloud.neighbors),
+        images=after(cloud.images),
+        output_preimages=before(cloud.output_preimages),
+        output_neighbors=after(cloud.output_neighbors),
+    )
     assert {n: near(v, rel=1e-3) for n, v in values(analyzer, moved).items()} == values(analyzer, cloud)
 
 
@@ -134,13 +148,20 @@ def test_contexts_without_meaning_are_refused(kind, context):
 @pytest.mark.parametrize(
     ("analyzer", "word"),
     [
-        (A.JacobianGain(queries=0), "queries"), (A.JacobianGain(directions=0), "directions"), (A.JacobianGain(seed=-1), "seed"),
-        (A.CentroidEffect(queries=0), "queries"), (A.CentroidEffect(seed=-1), "seed"), (A.EffectiveRankChange(k=2), "3"),
-        (A.LocalDimension(curve=()), "curve"), (A.LocalDimension(curve=(10, 5)), "curve"), (A.LocalDimension(curve=(1, 5)), "curve"),
-        (A.LocalDimension(k=10, curve=(5, 11)), "curve"), (A.NeighborOverlap(choice="random"), "nearest"),
+        (A.JacobianGain(queries=0), "queries"),
+        (A.JacobianGain(directions=0), "directions"),
+        (A.JacobianGain(seed=-1), "seed"),
+        (A.CentroidEffect(queries=0), "queries"),
+        (A.CentroidEffect(seed=-1), "seed"),
+        (A.EffectiveRankChange(k=2), "3"),
+        (A.LocalDimension(curve=()), "curve"),
+        (A.LocalDimension(curve=(10, 5)), "curve"),
+        (A.LocalDimension(curve=(1, 5)), "curve"),
+        (A.LocalDimension(k=10, curve=(5, 11)), "curve"),
+        (A.NeighborOverlap(choice="random"), "nearest"),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
-)  # fmt: skip
+)
 def test_options_without_meaning_are_refused(analyzer, word):
     with pytest.raises(NeighborError, match=word):
         analyzer.check()
@@ -181,16 +202,21 @@ def test_symmetric_contraction_by_its_formula():
 def test_a_block_and_its_reverse_have_opposite_symmetric_contractions():
     cloud = family_cloud(torch.tanh)
     reverse = replace(
-        cloud, neighbors=cloud.output_neighbors, images=cloud.output_preimages, output_preimages=cloud.images,
-        output_neighbors=cloud.neighbors, spread_in=cloud.spread_out, spread_out=cloud.spread_in,
-    )  # fmt: skip
+        cloud,
+        neighbors=cloud.output_neighbors,
+        images=cloud.output_preimages,
+        output_preimages=cloud.images,
+        output_neighbors=cloud.neighbors,
+        spread_in=cloud.spread_out,
+        spread_out=cloud.spread_in,
+    )
     there, back = values(A.SymmetricContraction(), cloud), values(A.SymmetricContraction(), reverse)
     assert back["symmetric_contraction"] == near(-there["symmetric_contraction"])
     assert back["contraction_input_chosen"] == near(-there["contraction_output_chosen"])
 
 
 def test_choosing_on_one_side_is_biased_and_the_mean_is_not():
-    """Two noisy views of the same points: neither is the other's contraction, but neighbors chosen in one are farther in the other."""
+    """Two noisy views of the same points: neither contracts the other, but neighbors chosen in one are farther in the other."""
     rng = np.random.default_rng(3)
     base = rng.standard_normal((300, 6))
     one, other = (torch.tensor(base + 0.7 * rng.standard_normal((300, 6)), dtype=torch.float32) for _ in range(2))
@@ -237,9 +263,7 @@ def angular_reference(cloud):
         np.asarray(x, np.float64) for x in (cloud.neighbors, cloud.images, cloud.bank.before, cloud.bank.after)
     )
     plain = np.log(variance(unit(inside)) / variance(unit(outside)))
-    centered = np.log(
-        variance(unit(without_the_common(inside, before))) / variance(unit(without_the_common(outside, after)))
-    )  # fmt: skip
+    centered = np.log(variance(unit(without_the_common(inside, before))) / variance(unit(without_the_common(outside, after))))
     return {"angular_contraction": near(plain), "angular_contraction_centered": near(centered)}
 
 
@@ -263,8 +287,10 @@ def test_massive_dimensions_leave_the_centered_angles():
 
 
 @pytest.mark.parametrize(
-    "f", [lambda x: 3 * x, lambda x: x @ orthogonal(), lambda x: x * (1 + x.norm(dim=-1, keepdim=True))], ids=["scale", "turn", "lengths"]
-)  # fmt: skip
+    "f",
+    [lambda x: 3 * x, lambda x: x @ orthogonal(), lambda x: x * (1 + x.norm(dim=-1, keepdim=True))],
+    ids=["scale", "turn", "lengths"],
+)
 def test_lengths_and_turns_do_not_change_angles(f):
     got = values(A.AngularContraction(), family_cloud(f))
     assert got["angular_contraction"] == near(np.zeros(Q))
@@ -374,9 +400,11 @@ def test_effective_rank_of_a_constant_map_is_not_a_number(constant):
 def overlap_cloud(rows, output_rows, candidates):
     q, k = rows.shape
     return replace(
-        make_cloud(lambda x: x, q=q, k=k), rows=torch.as_tensor(rows), output_rows=torch.as_tensor(output_rows),
+        make_cloud(lambda x: x, q=q, k=k),
+        rows=torch.as_tensor(rows),
+        output_rows=torch.as_tensor(output_rows),
         candidates=torch.full((q,), candidates),
-    )  # fmt: skip
+    )
 
 
 def nearest_rows(points, k):
@@ -660,9 +688,14 @@ def test_gain_of_a_real_block_by_reverse_mode(name, route):
     states = capture.resid_pre(layer)
     near_by = states[torch.tensor([[q + j + 1 for j in range(6)] for q in rows.tolist()])]
     cloud = replace(
-        make_cloud(lambda x: x, q=4, k=6, d=32), layer=layer, query=states[rows], neighbors=near_by, query_token=capture.row_token[rows],
-        query_pos=capture.row_pos[rows], block=lambda points: block(rows, points),
-    )  # fmt: skip
+        make_cloud(lambda x: x, q=4, k=6, d=32),
+        layer=layer,
+        query=states[rows],
+        neighbors=near_by,
+        query_token=capture.row_token[rows],
+        query_pos=capture.row_pos[rows],
+        block=lambda points: block(rows, points),
+    )
     got = gains(cloud)
     for index, row in enumerate(rows.tolist()):
         seq, pos = int(capture.row_seq[row]), int(capture.row_pos[row])
@@ -709,9 +742,13 @@ def test_centroid_and_displacement_are_equally_far():
 
 def test_a_token_at_its_centroid_changes_nothing():
     cloud = family_cloud(lambda x: x)
-    cloud = replace(cloud, query=cloud.neighbors.mean(1), run_on=lambda points: RunOn(
-        (points - cloud.neighbors.mean(1)[:, None]).norm(dim=2), (points - cloud.neighbors.mean(1)[:, None]).sum(2)
-    ))  # fmt: skip
+    cloud = replace(
+        cloud,
+        query=cloud.neighbors.mean(1),
+        run_on=lambda points: RunOn(
+            (points - cloud.neighbors.mean(1)[:, None]).norm(dim=2), (points - cloud.neighbors.mean(1)[:, None]).sum(2)
+        ),
+    )
     for answer in values(A.CentroidEffect(), cloud).values():
         assert answer == near(np.zeros(Q))
 
@@ -731,19 +768,31 @@ def scored(table, name, layer):
 
 
 def test_blocks_that_write_nothing_have_the_known_answers():
-    """Every token keeps its state: nothing contracts, turns, flattens or moves; all neighbors are kept; the derivative is the identity."""
+    """Every token keeps its state: nothing contracts, turns, flattens or moves; neighbors stay; the derivative is the identity."""
     model = identity_bridge("llama")
     capture = bl.Capture.from_texts(model, random_tokens(8, 14), progress=False)
     analyzers = [
-        A.SymmetricContraction(k=6), A.AngularContraction(k=6), A.EffectiveRankChange(k=12), A.NeighborOverlap(k=6),
-        A.JacobianGain(k=6, queries=9), A.CentroidEffect(k=6, queries=9),
-    ]  # fmt: skip
+        A.SymmetricContraction(k=6),
+        A.AngularContraction(k=6),
+        A.EffectiveRankChange(k=12),
+        A.NeighborOverlap(k=6),
+        A.JacobianGain(k=6, queries=9),
+        A.CentroidEffect(k=6, queries=9),
+    ]
     table = run(model, capture, *analyzers, layers=[1, 2])
     expected = {
-        "symmetric_contraction": 0, "contraction_input_chosen": 0, "contraction_output_chosen": 0, "angular_contraction": 0,
-        "angular_contraction_centered": 0, "effective_rank_change": 0, "neighbor_overlap": 1, "neighbor_overlap_raw": 1,
-        "jacobian_gain_random": 1, "jacobian_gain_neighborhood": 1, "jacobian_contrast": 0,
-    }  # fmt: skip
+        "symmetric_contraction": 0,
+        "contraction_input_chosen": 0,
+        "contraction_output_chosen": 0,
+        "angular_contraction": 0,
+        "angular_contraction_centered": 0,
+        "effective_rank_change": 0,
+        "neighbor_overlap": 1,
+        "neighbor_overlap_raw": 1,
+        "jacobian_gain_random": 1,
+        "jacobian_gain_neighborhood": 1,
+        "jacobian_contrast": 0,
+    }
     for name, value in expected.items():
         got = table[name].dropna().to_numpy()
         assert len(got) == 2 * (9 if name.startswith("jacobian") else 8 * 13)
@@ -755,9 +804,16 @@ def test_blocks_that_write_nothing_have_the_known_answers():
 @pytest.fixture(scope="module")
 def family_table(llama, capture):
     return run(
-        llama, capture, A.SymmetricContraction(k=6), A.AngularContraction(k=6), A.EffectiveRankChange(k=12, context="native"),
-        A.NeighborOverlap(k=6), A.LocalDimension(k=12), A.JacobianGain(k=6, queries=10), A.CentroidEffect(k=6, queries=10),
-    )  # fmt: skip
+        llama,
+        capture,
+        A.SymmetricContraction(k=6),
+        A.AngularContraction(k=6),
+        A.EffectiveRankChange(k=12, context="native"),
+        A.NeighborOverlap(k=6),
+        A.LocalDimension(k=12),
+        A.JacobianGain(k=6, queries=10),
+        A.CentroidEffect(k=6, queries=10),
+    )
 
 
 def candidates(oracle, row):

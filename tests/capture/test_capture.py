@@ -103,8 +103,8 @@ def counting(model):
 
 
 def assert_checked_only(seen, tokens) -> None:
-    """Through block 0 went what the check of a foreign cache costs, and no more: each token once, one sequence to record the block's
-    arguments, and one token before the head."""
+    """Through block 0 went what the check of a foreign cache costs, and no more: each token once, one sequence to record the
+    block's arguments, and one token before the head."""
     count, length = tokens.shape
     assert sum(batch * pos for batch, pos in seen) <= count * length + length + 1
 
@@ -524,7 +524,7 @@ def test_facts_that_do_not_fit_the_cache(llama, changes, said):
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", BOTH)
 def test_readings_need_no_other_pass(kind):
-    """Patterns and gradients of run_with_cache(..., incl_bwd=True), and the logits of its last state, give what a pass of our own would."""
+    """Patterns and gradients of run_with_cache(..., incl_bwd=True), and logits of its last state, give what our own pass would."""
     model, tokens = (kind or (lambda: make_bridge("llama")))(), random_tokens(4, 12)
     _, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     analyzers = [bl.analyzers.AttentionReceived(), bl.analyzers.GradientNorm(target="cache"), bl.analyzers.Surprisal()]

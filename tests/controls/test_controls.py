@@ -297,7 +297,7 @@ def test_one_token_is_too_few(llama):
             make()
 
 
-# -- permuted layers ----------------------------------------------------------------------------------------------------------------
+# -- permuted layers ---------------------------------------------------------------------------------------------------
 
 
 def test_permuted_layers_keep_each_cloud(held):
@@ -320,7 +320,7 @@ def test_controls_of_controls_are_listed_in_order(capture):
     assert made.settings["controls"] == [{"name": "gaussian_states", "seed": 4}, {"name": "permuted_layers", "seed": 5}]
 
 
-# -- scores on states that are not the model's --------------------------------------------------------------------------------------
+# -- scores on states that are not the model's -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [MADE["gaussian"], MADE["permuted"]], ids=["gaussian", "permuted"])
@@ -402,16 +402,25 @@ def test_wrong_subsets_are_refused(capture, sequences):
         subset(capture, sequences)
 
 
-# -- random twins --------------------------------------------------------------------------------------------------------------------
+# -- random twins ------------------------------------------------------------------------------------------------------
 
 
 def make_native(**changes):
     from transformer_lens.model_bridge import TransformerBridge
 
     settings = {
-        "n_layers": 2, "d_model": 16, "n_ctx": 32, "d_head": 4, "n_heads": 4, "d_mlp": 32, "d_vocab": 211, "act_fn": "gelu",
-        "normalization_type": "LN", "seed": 5, "device": "cpu",
-    }  # fmt: skip
+        "n_layers": 2,
+        "d_model": 16,
+        "n_ctx": 32,
+        "d_head": 4,
+        "n_heads": 4,
+        "d_mlp": 32,
+        "d_vocab": 211,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "seed": 5,
+        "device": "cpu",
+    }
     return TransformerBridge.boot_native(settings | changes).eval()
 
 
@@ -443,8 +452,11 @@ def test_twin_is_the_same_architecture_with_other_weights(original):
     assert one.shape == other.shape and not torch.allclose(one, other)
     assert bool(torch.isfinite(other).all())
     assert (door.n_layers(twin), door.width(twin), door.n_context(twin), door.vocabulary_size(twin)) == (
-        door.n_layers(original), door.width(original), door.n_context(original), door.vocabulary_size(original)
-    )  # fmt: skip
+        door.n_layers(original),
+        door.width(original),
+        door.n_context(original),
+        door.vocabulary_size(original),
+    )
     # Norm weights are 1 and biases 0 in any fresh model; every matrix is drawn anew.
     own, new = weights(original), weights(twin)
     assert [name for name, p in new.items() if p.ndim > 1 and p.std() > 0 and torch.equal(p, own[name])] == []
@@ -552,8 +564,18 @@ def test_sweep_gives_what_direct_calls_give(llama, texts):
     score = bl.analyzers.Compression(k=6)
     table = C.sweep(llama, texts, score, k=[4, 9], bank_sizes=[100, 180], layers=[0, 2], progress=False)
     assert list(table.columns) == [
-        "run", "score", "layer", "k", "bank_size", "mean", "low", "high", "nan_share", "reliability", "spearman",
-    ]  # fmt: skip
+        "run",
+        "score",
+        "layer",
+        "k",
+        "bank_size",
+        "mean",
+        "low",
+        "high",
+        "nan_share",
+        "reliability",
+        "spearman",
+    ]
     # Banks are whole sequences of 19 points; the score as it stands is always among the settings.
     assert sorted(table.bank_size.unique()) == [114, 190, 266] and sorted(table.k.unique()) == [4, 6, 9]
     assert len(table) == 2 * 3 * 3 and not table.duplicated(["layer", "k", "bank_size"]).any()

@@ -1,4 +1,4 @@
-"""A request says what is asked for, once; a plan says what it comes to, as data; its pieces can be done anywhere and in any order."""
+"""A request says what is asked for, once; a plan, what it comes to, as data; its pieces can be done anywhere, in any order."""
 
 import dataclasses
 import inspect

@@ -41,12 +41,23 @@ def make_cloud(f, *, q=7, k=15, d=12, seed=0, **given):
     others = 3 * torch.randn(q, 64, d, generator=g)
     where = torch.randint(0, 5, (q, k), generator=g)
     values = {
-        "layer": 1, "n_layers": 3, "query": neighbors.mean(1), "query_image": neighbors.mean(1), "query_token": torch.arange(q) % 5,
-        "query_pos": torch.arange(q) % 4 + 1, "rows": torch.arange(q * k).view(q, k), "distances": torch.rand(q, k).sort(1).values,
-        "neighbors": neighbors, "neighbor_token": where, "neighbor_pos": where + 1, "hubness": torch.zeros(q),
-        "spread_in": float(variance(others).mean()), "spread_out": float(variance(f(others)).mean()), "images": f(neighbors),
+        "layer": 1,
+        "n_layers": 3,
+        "query": neighbors.mean(1),
+        "query_image": neighbors.mean(1),
+        "query_token": torch.arange(q) % 5,
+        "query_pos": torch.arange(q) % 4 + 1,
+        "rows": torch.arange(q * k).view(q, k),
+        "distances": torch.rand(q, k).sort(1).values,
+        "neighbors": neighbors,
+        "neighbor_token": where,
+        "neighbor_pos": where + 1,
+        "hubness": torch.zeros(q),
+        "spread_in": float(variance(others).mean()),
+        "spread_out": float(variance(f(others)).mean()),
+        "images": f(neighbors),
         "final_norm": lambda states: states,
-    }  # fmt: skip
+    }
     return Neighborhoods(**values | given)
 
 
@@ -449,8 +460,16 @@ ALL_CLOUDS = (
 def test_permuting_the_texts_permutes_the_answer(world):
     model, _ = world
     order = [4, 0, 5, 2, 1, 3]
-    analyzers = (*(a for a in ALL_CLOUDS if a.context == "native" or isinstance(a, A.Contraction)), A.Compression(k=6, context="native"),
-                 A.SeedCompression(k=6), A.Surprisal(), A.StateNorm(), A.MatrixEntropy(), A.AttentionReceived(), A.GradientNorm())  # fmt: skip
+    analyzers = (
+        *(a for a in ALL_CLOUDS if a.context == "native" or isinstance(a, A.Contraction)),
+        A.Compression(k=6, context="native"),
+        A.SeedCompression(k=6),
+        A.Surprisal(),
+        A.StateNorm(),
+        A.MatrixEntropy(),
+        A.AttentionReceived(),
+        A.GradientNorm(),
+    )
     here, there = run(model, TEXTS, *analyzers), run(model, [TEXTS[i] for i in order], *analyzers)
     there["passage"] = [order[i] for i in there.passage]
     both = here.merge(there, on=["layer", "passage", "pos"], suffixes=("", "_permuted"), validate="1:1")
@@ -550,12 +569,19 @@ class LabelOracle(Oracle):
 @pytest.mark.parametrize(
     "options",
     [
-        {"exclude": "self"}, {"exclude": "sequence"}, {"exclude": "document"}, {"exclude": "template"}, {"same_token": "only"},
-        {"same_token": "exclude"}, {"same_token": "exclude", "exclude": "self"}, {"metric": "cosine"},
-        {"position_0": True}, {"position_0": True, "exclude": "self", "same_token": "exclude"},
+        {"exclude": "self"},
+        {"exclude": "sequence"},
+        {"exclude": "document"},
+        {"exclude": "template"},
+        {"same_token": "only"},
+        {"same_token": "exclude"},
+        {"same_token": "exclude", "exclude": "self"},
+        {"metric": "cosine"},
+        {"position_0": True},
+        {"position_0": True, "exclude": "self", "same_token": "exclude"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_neighbors_are_the_oracles(llama, labeled, options):
     k = 2 if options.get("same_token") == "only" else 6
     table = run(llama, labeled, A.Neighborhood(k=k, **options), A.Contraction(k=k, context="native", **options))
@@ -592,7 +618,8 @@ def test_position_0_is_let_in_as_neighbor_and_as_random_point_alone(llama, captu
         assert with_first and len(with_first) < len(found)
         at = table[table.layer == layer].reset_index(drop=True)
         changed = np.flatnonzero((at.rTrue - at.rFalse).abs() > 1e-6).tolist()
-        # A first token pushes another neighbor out, so where there is one the score is another; but bare embeddings of one token are equal.
+        # A first token pushes another neighbor out, so where there is one the score is another; but bare embeddings of one token
+        # are equal.
         assert set(changed) <= set(with_first) and (changed == with_first or layer == 0) and changed
         for row in with_first[:3]:
             expected = math.log(variance(oracle.pre[found[row]]) / variance(oracle.images(row, found[row], context)))

@@ -57,13 +57,19 @@ class Held:
         return LayerMaps(self.model, self.capture, self.capture, (self.probe, self.probe), layer)
 
     def rerun(self, layer, points, **options):
-        return torch.stack([
-            door.rerun_with_state(
-                self.model, torch.tensor(self.capture.sequences[int(self.capture.row_seq[q])].tokens), layer,
-                int(self.capture.row_pos[q]), x, **options,
-            )
-            for q, x in zip(self.queries.tolist(), points, strict=True)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                door.rerun_with_state(
+                    self.model,
+                    torch.tensor(self.capture.sequences[int(self.capture.row_seq[q])].tokens),
+                    layer,
+                    int(self.capture.row_pos[q]),
+                    x,
+                    **options,
+                )
+                for q, x in zip(self.queries.tolist(), points, strict=True)
+            ]
+        )
 
     def error(self, layer, got, expected):
         scale = self.capture.resid_post(layer)[self.capture.row_pos > 0].square().mean().sqrt()
@@ -75,9 +81,27 @@ class Held:
 
 def test_the_issue_is_covered():
     wanted = {
-        "Llama, SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3 text", "GPT-2", "GPT-Neo", "GPT-J", "GPT-NeoX, Pythia",
-        "Phi", "Falcon", "Bloom", "OPT", "OLMo 2", "Mixtral", "native", "learned positions", "rotary", "alibi",
-    }  # fmt: skip
+        "Llama, SmolLM2",
+        "Mistral",
+        "Qwen2",
+        "Qwen3",
+        "Gemma 2",
+        "Gemma 3 text",
+        "GPT-2",
+        "GPT-Neo",
+        "GPT-J",
+        "GPT-NeoX, Pythia",
+        "Phi",
+        "Falcon",
+        "Bloom",
+        "OPT",
+        "OLMo 2",
+        "Mixtral",
+        "native",
+        "learned positions",
+        "rotary",
+        "alibi",
+    }
     assert wanted <= {f.name for f in FAMILIES}
 
 

@@ -44,10 +44,12 @@ class World:
 
     def oracle(self, layer, queries, points):
         """R0: rerun the whole model."""
-        return torch.stack([
-            door.rerun_with_state(self.model, self.tokens(query), layer, int(self.capture.row_pos[query]), states)
-            for query, states in zip(queries.tolist(), points, strict=True)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                door.rerun_with_state(self.model, self.tokens(query), layer, int(self.capture.row_pos[query]), states)
+                for query, states in zip(queries.tolist(), points, strict=True)
+            ]
+        )
 
     def error(self, layer, got, expected):
         """Largest root mean square over dimensions, beside that of the layer's states without position 0."""
@@ -145,7 +147,10 @@ def test_the_rerun_is_the_models_own_run_with_hooks(any_world):
     def put(state, hook):  # noqa: ARG001 - TransformerLens's signature
         return torch.cat([state[:, :pos], states[:, None], state[:, pos + 1 :]], dim=1)
 
-    hooks = [(f"blocks.{layer}.hook_resid_pre", put), (f"blocks.{layer}.hook_resid_post", lambda t, hook: read.append(t[:, pos]))]  # noqa: ARG005
+    def take(state, hook):  # noqa: ARG001 - TransformerLens's signature
+        read.append(state[:, pos])
+
+    hooks = [(f"blocks.{layer}.hook_resid_pre", put), (f"blocks.{layer}.hook_resid_post", take)]
     with torch.no_grad():
         w.model.run_with_hooks(tokens.expand(3, -1), fwd_hooks=hooks)
     torch.testing.assert_close(door.rerun_with_state(w.model, tokens, layer, pos, states), read[0])
@@ -566,8 +571,17 @@ class TestHookedTransformer:
 
     def test_analyze_works(self, positions):
         model = make_hooked(positional_embedding_type=positions)
-        chosen = [A.Compression(k=5), A.Contraction(k=5, context="solo", name="solo"), A.SeedCompression(k=5), A.Neighborhood(k=5),
-                  A.Surprisal(), A.StateNorm(), A.AttentionReceived(), A.GradientNorm(), A.MatrixEntropy()]  # fmt: skip
+        chosen = [
+            A.Compression(k=5),
+            A.Contraction(k=5, context="solo", name="solo"),
+            A.SeedCompression(k=5),
+            A.Neighborhood(k=5),
+            A.Surprisal(),
+            A.StateNorm(),
+            A.AttentionReceived(),
+            A.GradientNorm(),
+            A.MatrixEntropy(),
+        ]
         tokens = random_tokens(8, 14)
         table = bl.analyze(model, tokens, chosen, progress=False)
         assert len(table) == 3 * tokens.numel()

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from basin_lens import tables
 from basin_lens.errors import StoreError
 from basin_lens.files import new_folder
+from basin_lens.records import Unfinished
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.storage import KIND, records, refuse_folder
 from basin_lens.views import Report, Section, study_page
@@ -77,7 +78,7 @@ class Study:
             ) from error
         return target
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Unfinished) -> None:
         (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in {**self.tables, "findings": self.findings}.items():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.capture import Capture, tolerance_of
@@ -13,6 +13,7 @@ from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
 _POINTS = 63  # and the own state: a full group, so that a window counted in columns, or a table of too few, would be found out
+_REPORT = "Please report this model."
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def prove(
 ) -> Proof:
     """The fastest route of a block that passes `check`.
 
-    Where the packed route's arguments look right and its numbers are not (GPT-Neo's local attention counts columns, whatever the mask
-    says), the whole-sequence route is taken, and the reason kept.
+    Where the packed route's arguments look right and its numbers are not (GPT-Neo's local attention counts columns, whatever the
+    mask says), the whole-sequence route is taken, and the reason kept.
 
     Raises:
         TransportError: no route is exact. See `check`.
@@ -86,57 +87,86 @@ def check(
     """
     layer, device = block.layer, block.states.device
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+    seq, queries = _some_queries(capture, generator)
+    first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
+    errors = _Errors(
+        layer,
+        scale=float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt()),
+        tolerance=tolerance_of(model, capture),
+        dtype=next(model.parameters()).dtype,
+    )
+    end = "resid_mid" if block.until_mid else "resid_post"
+    errors.compare(
+        f"the block to map the captured resid_pre to {end}",
+        block.sequences([seq], copies=1)[0, 1:count],
+        post[first + 1 : first + count],
+        "Is this capture (or cache) from the same model, with the same hooks and weight processing?",
+    )
+    if not patched:
+        return errors.worst
+    wrong = _WrongRoute if block.route == "R2" else TransportError
+    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator, device="cpu").to(others.device)]
+    points = torch.cat([foreign[:, :-1], block.states[queries.to(device)][:, None], foreign[:, -1:]], dim=1)
+    got = block(queries, points if block.route == "R2" else points[:, -3:])
+    what = f"a token's own state (route {block.route}) to come back as its {end}"
+    errors.compare(what, got[:, -2], post[queries.to(device)], _REPORT, wrong)
+    if block.route == "R2":
+        some = [0, 1, _POINTS]
+        whole = PatchedBlock(model, capture, layer, block.probe, block.states, "R1", until_mid=block.until_mid)
+        slow, name, got = whole(queries, points[:, some]), "R1", got[:, some]
+    else:
+        slow, name = _rerun(model, capture, block, queries, points[:, -3:]), "R0"
+    errors.compare(f"route {block.route} to agree with {name} on neighbors' rows", got, slow, _REPORT, wrong)
+    return errors.worst
+
+
+@dataclass
+class _Errors:
+    """The largest error of several comparisons at a layer, each within a tolerance, both as shares of the states' scale."""
+
+    layer: int
+    scale: float
+    tolerance: float
+    dtype: torch.dtype
+    worst: float = 0.0
+
+    def compare(self, what: str, got: Tensor, expected: Tensor, advice: str, kind: type[TransportError] = TransportError) -> None:
+        """Hold states against those expected.
+
+        Raises:
+            TransportError: of this kind, if they are too far apart.
+        """
+        error = float((got - expected).square().mean(-1).sqrt().max()) / self.scale
+        if not error <= self.tolerance:
+            raise kind(
+                f"expected {what} at block {self.layer} within {self.tolerance:g} of the states' scale ({self.dtype}), got "
+                f"{error:.3g}. {advice}"
+            )
+        self.worst = max(self.worst, error)
+
+
+def _some_queries(capture: Capture, generator: torch.Generator) -> tuple[int, Int[Tensor, " q"]]:
+    """A random sequence; and as queries a random token of it, its last one, and the last one of the longest sequence."""
     last = capture.offsets + capture.lengths - 1
     later = torch.nonzero((capture.row_pos > 0) & (torch.arange(capture.n_rows, device="cpu") < last[capture.row_seq])).squeeze(1)
     inner = later if len(later) else torch.nonzero(capture.row_pos > 0).squeeze(1)
     row = int(inner[torch.randint(len(inner), (1,), generator=generator, device="cpu")])
     seq = int(capture.row_seq[row])
     # With the sequence's last token beside it, a row that saw the column of its own query, or of a later one, would be found out.
-    queries = torch.tensor(sorted({row, int(last[seq]), int(last[int(capture.lengths.argmax())])}), device="cpu")
-    first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
-    scale = float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt())
-    dtype = next(model.parameters()).dtype
-    tolerance = tolerance_of(model, capture)
-    worst = 0.0
+    rows = sorted({row, int(last[seq]), int(last[int(capture.lengths.argmax())])})
+    return seq, torch.tensor(rows, device="cpu")
 
-    def compare(what: str, got: Tensor, expected: Tensor, advice: str, kind: type[TransportError] = TransportError) -> None:
-        nonlocal worst
-        error = float((got - expected).square().mean(-1).sqrt().max()) / scale
-        if not error <= tolerance:
-            raise kind(
-                f"expected {what} at block {layer} within {tolerance:g} of the states' scale ({dtype}), got {error:.3g}. {advice}"
-            )
-        worst = max(worst, error)
 
-    compare(
-        "the block to map the captured resid_pre to " + ("resid_mid" if block.until_mid else "resid_post"),
-        block.sequences([seq], copies=1)[0, 1:count], post[first + 1 : first + count],
-        "Is this capture (or cache) from the same model, with the same hooks and weight processing?",
-    )  # fmt: skip
-    if not patched:
-        return worst
-    wrong = _WrongRoute if block.route == "R2" else TransportError
-    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator, device="cpu").to(others.device)]
-    points = torch.cat([foreign[:, :-1], block.states[queries.to(device)][:, None], foreign[:, -1:]], dim=1)
-    some = [0, 1, _POINTS]
-    got = block(queries, points if block.route == "R2" else points[:, -3:])
-    compare(
-        f"a token's own state (route {block.route}) to come back as its {'resid_mid' if block.until_mid else 'resid_post'}",
-        got[:, -2], post[queries.to(device)], "Please report this model.", wrong,
-    )  # fmt: skip
-    if block.route == "R2":
-        whole = PatchedBlock(model, capture, layer, block.probe, block.states, "R1", until_mid=block.until_mid)
-        slow, name, got = whole(queries, points[:, some]), "R1", got[:, some]
-    else:
-        tokens = [torch.tensor(capture.sequences[s].tokens, device=device) for s in capture.row_seq[queries].tolist()]
-        positions = capture.row_pos[queries].tolist()
-        slow = torch.stack([
-            rerun_with_state(model, t, layer, p, x, until_mid=block.until_mid)
-            for t, p, x in zip(tokens, positions, points[:, -3:], strict=True)
-        ])  # fmt: skip
-        name = "R0"
-    compare(f"route {block.route} to agree with {name} on neighbors' rows", got, slow, "Please report this model.", wrong)
-    return worst
+def _rerun(
+    model: HookedModel, capture: Capture, block: PatchedBlock, queries: Int[Tensor, " q"], points: Float[Tensor, "q m d"]
+) -> Float[Tensor, "q m d"]:
+    """Images by route R0: the model rerun with each state in its query's place."""
+    images = []
+    for query, states in zip(queries.tolist(), points, strict=True):
+        tokens = torch.tensor(capture.sequences[int(capture.row_seq[query])].tokens, device=block.states.device)
+        position = int(capture.row_pos[query])
+        images.append(rerun_with_state(model, tokens, block.layer, position, states, until_mid=block.until_mid))
+    return torch.stack(images)
 
 
 def check_halves(
@@ -167,6 +197,6 @@ def check_halves(
     tolerance = tolerance_of(model, capture)
     if not error <= tolerance:
         raise TransportError(
-            f"expected resid_mid of block {layer} to decide its resid_post within {tolerance:g} of the states' scale, got {error:.3g}. "
-            'The contexts "attn" and "mlp" are not defined on this block: use context="patched".'
+            f"expected resid_mid of block {layer} to decide its resid_post within {tolerance:g} of the states' scale, got "
+            f'{error:.3g}. The contexts "attn" and "mlp" are not defined on this block: use context="patched".'
         )
