@@ -18,7 +18,7 @@ from basin_lens import merging, records
 from basin_lens import model as door
 from basin_lens.errors import MergeError, ModelError, StoreError
 from basin_lens.merging import Assigned, Clusters, TokenMerger, attention, cache, merge_pass
-from basin_lens.merging.assign import assign
+from basin_lens.merging.assignment import assign
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import cosines
 from tests.conftest import VOCAB, hooked_lane, make_bridge, make_hooked, random_tokens
