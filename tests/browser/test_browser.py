@@ -244,7 +244,7 @@ def test_study_page_fits_a_narrow_screen_and_prints_what_is_folded(browser, stud
     assert browser.execute_script("dispatchEvent(new Event('afterprint'));" + closed) == folded
 
 
-# Contrast (WCAG 2) of every word outside of colored tokens with the nearest ground that is painted; and the ground of the page.
+# Contrast (WCAG 2) of every word, outside of colored tokens and their key, with its ground; grounds of drawings and of the page.
 CONTRASTS = """
 const parts = color => color.match(/[\\d.]+/g).map(Number);
 const light = color => { const [r, g, b] = parts(color).map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
@@ -253,7 +253,8 @@ const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyl
   if (parts(c)[3] !== 0) return c; } return "rgb(255, 255, 255)"; };
 const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) { const e = walk.currentNode.parentElement, style = getComputedStyle(e);
-  if (!walk.currentNode.data.trim() || !e.getClientRects().length || e.closest(".token-ground, .text, script, style, option")) continue;
+  if (!walk.currentNode.data.trim() || !e.getClientRects().length) continue;
+  if (e.closest(".token-ground, .text, .key span, script, style, option")) continue;
   const pair = [light(e.closest("svg") ? style.fill : style.color), light(ground(e))].sort((a, b) => b - a);
   found.push([walk.currentNode.data.trim(), (pair[0] + .05) / (pair[1] + .05)]); }
 const cards = [...document.querySelectorAll(".token-ground, .text, svg, figure img")].map(e => getComputedStyle(e).backgroundColor);
