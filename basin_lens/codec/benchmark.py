@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,22 @@ from basin_lens.model import HookedModel, vocabulary_size
 from basin_lens.values import whole_numbers
 
 COLUMNS = (
-    "coder", "kind", "original_bytes", "bytes", "header_bytes", "bits_per_byte", "payload_bits_per_byte", "gap_to_ideal", "tokens",
-    "streams", "context", "encode_tokens_per_second", "decode_tokens_per_second", "plain_tokens_per_second", "note",
-)  # fmt: skip
+    "coder",
+    "kind",
+    "original_bytes",
+    "bytes",
+    "header_bytes",
+    "bits_per_byte",
+    "payload_bits_per_byte",
+    "gap_to_ideal",
+    "tokens",
+    "streams",
+    "context",
+    "encode_tokens_per_second",
+    "decode_tokens_per_second",
+    "plain_tokens_per_second",
+    "note",
+)
 
 
 def general_compressors() -> dict[str, Callable[[bytes], bytes] | str]:
@@ -45,8 +58,8 @@ def general_compressors() -> dict[str, Callable[[bytes], bytes] | str]:
 def bench(model: HookedModel, data: bytes | str, *, streams: int = 16, context: int = 512, progress: bool = False) -> pd.DataFrame:
     """Every back end and every general compressor on one text.
 
-    The direct method is encoded, decoded and compared. All rank back ends see one further pass; their sizes are those of their files, and
-    each is told to 1 byte. The plain speed is that of a batched pass over the same tokens, in windows, without coding.
+    The direct method is encoded, decoded and compared. All rank back ends see one further pass; their sizes are those of their
+    files, and each is told to 1 byte. The plain speed is that of a batched pass over the same tokens, in windows, without coding.
 
     Args:
         model: a hooked model with a fast tokenizer.
@@ -55,10 +68,10 @@ def bench(model: HookedModel, data: bytes | str, *, streams: int = 16, context: 
         progress: show bars.
 
     Returns:
-        one row per coder: `coder`, `kind` ("model" or "general"), `original_bytes`, `bytes` (of the file), `header_bytes`, `bits_per_byte`,
-        `payload_bits_per_byte` (without header), `gap_to_ideal` (payload over sum -log2 p under the same streams, minus 1), `tokens`, `streams`,
-        `context`, `encode_tokens_per_second`, `decode_tokens_per_second`, `plain_tokens_per_second`, `note` (a compressor that is not
-        installed, with NaN for its sizes). The weights are not counted.
+        one row per coder: `coder`, `kind` ("model" or "general"), `original_bytes`, `bytes` (of the file), `header_bytes`,
+        `bits_per_byte`, `payload_bits_per_byte` (without header), `gap_to_ideal` (payload over sum -log2 p under the same streams,
+        minus 1), `tokens`, `streams`, `context`, `encode_tokens_per_second`, `decode_tokens_per_second`, `plain_tokens_per_second`,
+        `note` (a compressor that is not installed, with NaN for its sizes). The weights are not counted.
 
     Raises:
         CodecError: bytes that the model cannot code, or an empty text.
@@ -84,13 +97,14 @@ def bench(model: HookedModel, data: bytes | str, *, streams: int = 16, context: 
         ideal = codec.estimate(plain, streams=file.setting.streams).total_bits
     header, count = len(file.header()), len(tokens)
     shared = {"original_bytes": len(plain), "tokens": count, "streams": file.setting.streams, "context": codec.context}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
 
-    def add(coder: str, kind: str, size: int, head: int = 0, **more: Any) -> None:
+    def add(coder: str, kind: str, size: int, head: int = 0, **more: float) -> None:
         payload = size - head
         gap = {"gap_to_ideal": 8 * payload / ideal - 1} if kind == "model" else {}
         rates = {"bits_per_byte": 8 * size / len(plain), "payload_bits_per_byte": 8 * payload / len(plain)}
-        rows.append({"coder": coder, "kind": kind, "bytes": size, "header_bytes": head, "note": ""} | rates | gap | shared | more)
+        row: dict[str, object] = {"coder": coder, "kind": kind, "bytes": size, "header_bytes": head, "note": ""}
+        rows.append({**row, **rates, **gap, **shared, **more})
 
     speeds = {
         "encode_tokens_per_second": count / encoding[0],
@@ -102,7 +116,7 @@ def bench(model: HookedModel, data: bytes | str, *, streams: int = 16, context: 
         add(f"ranks, {name}", "model", header + size, header)
     for name, compress in general_compressors().items():
         if isinstance(compress, str):
-            rows.append({"coder": name, "kind": "general", "note": compress} | shared)
+            rows.append({"coder": name, "kind": "general", "note": compress, **shared})
         else:
             add(name, "general", len(compress(plain)))
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
@@ -119,7 +133,8 @@ def growth(codec: TextCodec, data: bytes | str, bits: Float[np.ndarray, " tokens
         points: prefixes to look at.
 
     Returns:
-        one row per prefix: `original`, `model`, `gzip`, `xz`, all in bytes; a prefix ends with a token, and is compressed by itself.
+        one row per prefix: `original`, `model`, `gzip`, `xz`, all in bytes; a prefix ends with a token, and is compressed by
+        itself.
     """
     _, tokens = codec.prepared(data)
     ends = sorted({round(end) for end in np.linspace(0, len(tokens), points + 1)})
@@ -164,7 +179,7 @@ def _rank_sizes(codec: TextCodec, tokens: Int[np.ndarray, " n"], setting: Settin
     return every.sizes
 
 
-def _optional(module: str, compress: Callable[[Any, bytes], bytes]) -> Callable[[bytes], bytes] | str:
+def _optional(module: str, compress: Callable[[ModuleType, bytes], bytes]) -> Callable[[bytes], bytes] | str:
     try:
         found = import_module(module)
     except ImportError:

@@ -32,16 +32,17 @@
          4      CRC-32 of all of the above
          ...    the chunks, one behind the other
 
-In direct and ranks, the tokens are cut into streams of equal length, the first ones longer by one where it does not divide; all streams
-advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of some windows
-of all streams, no more windows than make 4,096 tokens (and at least one), the last chunk what is left: a decoder needs the memory of one
-chunk, whatever the header declares. Raw and zstd have one chunk, and none for an empty original.
+In direct and ranks, the tokens are cut into streams of equal length, the first ones longer by one where it does not divide; all
+streams advance together, and what they code at one place is coded in the order of the streams. A chunk holds the tokens of some
+windows of all streams, no more windows than make 4,096 tokens (and at least one), the last chunk what is left: a decoder needs the
+memory of one chunk, whatever the header declares. Raw and zstd have one chunk, and none for an empty original.
 """
 
 import hashlib
 import itertools
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import zstandard
@@ -54,8 +55,12 @@ VERSION = 1
 METHODS = ("raw", "zstd", "direct", "ranks")
 BACKENDS = ("none", "range", *RANK_CODERS)  # a file holds the place: a new one goes to the end
 WHY_STORED = (
-    "not told", "not UTF-8", "the tokenizer does not give the text back", "no smaller with the model", "too long for the model",
-)  # fmt: skip
+    "not told",
+    "not UTF-8",
+    "the tokenizer does not give the text back",
+    "no smaller with the model",
+    "too long for the model",
+)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 MOST_BYTES = 1 << 30  # of the original
@@ -96,17 +101,20 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name, value, most in (
-            ("streams", self.streams, MOST_STREAMS), ("window", self.window, MOST_WINDOW), ("threads", self.threads, MOST_THREADS),
-            ("tokens", self.tokens, MOST_BYTES), ("windows", self.windows, CHUNK_TOKENS),
-        ):  # fmt: skip
+            ("streams", self.streams, MOST_STREAMS),
+            ("window", self.window, MOST_WINDOW),
+            ("threads", self.threads, MOST_THREADS),
+            ("tokens", self.tokens, MOST_BYTES),
+            ("windows", self.windows, CHUNK_TOKENS),
+        ):
             if not 1 <= value <= most:
                 raise CodecError(
                     f"expected {name} between 1 and {most}, got {value}. Choose another number, or get the file again."
                 )
         if (self.windows - 1) * self.streams * self.window >= CHUNK_TOKENS:
             raise CodecError(
-                f"expected chunks that end with the window that makes {CHUNK_TOKENS} tokens, got {self.windows} windows of {self.window} tokens "
-                f"in {self.streams} streams. Get the file again."
+                f"expected chunks that end with the window that makes {CHUNK_TOKENS} tokens, got {self.windows} windows of "
+                f"{self.window} tokens in {self.streams} streams. Get the file again."
             )
 
     @property
@@ -139,16 +147,12 @@ class Container:
         if self.setting is not None:
             s = self.setting
             environment = s.environment.encode("ascii")
-            body = _MODEL.pack(
-                s.model, s.tokenizer, s.probe, s.streams, s.window, s.threads, DTYPES.index(s.dtype), s.start, s.tokens, s.windows,
-                len(environment),
-            ) + environment  # fmt: skip
+            numbers = (s.streams, s.window, s.threads, DTYPES.index(s.dtype), s.start, s.tokens, s.windows, len(environment))
+            body = _MODEL.pack(s.model, s.tokenizer, s.probe, *numbers) + environment
         table = b"".join(_CHUNK.pack(len(c), n, zlib.crc32(c)) for c, n in zip(self.chunks, self.tokens, strict=True))
         size = _FIXED.size + len(body) + _COUNT.size + len(table) + 4
-        fixed = _FIXED.pack(
-            MAGIC, VERSION, METHODS.index(self.method), BACKENDS.index(self.backend), WHY_STORED.index(self.why), size, self.length,
-            self.sha256,
-        )  # fmt: skip
+        kind = (METHODS.index(self.method), BACKENDS.index(self.backend), WHY_STORED.index(self.why))
+        fixed = _FIXED.pack(MAGIC, VERSION, *kind, size, self.length, self.sha256)
         head = fixed + body + _COUNT.pack(len(self.chunks)) + table
         return head + zlib.crc32(head).to_bytes(4, "little")
 
@@ -181,7 +185,10 @@ class Container:
 
 
 def _unpacked(data: bytes, length: int, sha256: bytes) -> bytes:
-    """The text of a zstd frame, read through once in small pieces first: memory is set aside for a text that is proven to be there."""
+    """The text of a zstd frame.
+
+    It is read through once in small pieces first: memory is set aside for a text that is proven to be there.
+    """
     wrong = CorruptFileError("expected a zstd frame of the header's length, got another. Get the file again.")
     try:
         facts = zstandard.get_frame_parameters(data)
@@ -234,6 +241,22 @@ def read(blob: bytes) -> Container:
         UnknownFileError: not a file of the codec. FileVersionError: of another version. TruncatedFileError: it ends too early.
         CorruptFileError: the header or a chunk was changed, or something follows the end.
     """
+    head, size = _head(blob)
+    _, _, method, backend, why, _, length, sha256 = _FIXED.unpack_from(head)
+    known = method < len(METHODS) and backend < len(BACKENDS) and why < len(WHY_STORED) and length <= MOST_BYTES
+    if not known or (method >= 2) != (backend > 0) or (method == 2) != (backend == 1):
+        raise _limits(f"method {method}, back end {backend}, flags {why}, {length} bytes")
+    setting, at = _setting(head) if method >= 2 else (None, _FIXED.size)
+    listed = _listed_chunks(head, at, len(setting.places) if setting else min(length, 1))
+    tokens = tuple(count for _, count, _ in listed)
+    if sum(tokens) != (setting.tokens if setting else 0):
+        raise _limits(f"chunks of {sum(tokens)} tokens")
+    chunks = _chunks(blob, size, listed)
+    return Container(METHODS[method], BACKENDS[backend], length, sha256, chunks, tokens, WHY_STORED[why], setting)
+
+
+def _head(blob: bytes) -> tuple[bytes, int]:
+    """The header without its checksum, which is proven, and where the chunks begin."""
     if blob[: len(MAGIC)] != MAGIC[: len(blob)] or not blob:
         raise UnknownFileError(
             f"expected a file that begins with {MAGIC!r}, got {blob[:4]!r}. It was not made by basin-lens compress."
@@ -242,37 +265,40 @@ def read(blob: bytes) -> Container:
         raise FileVersionError(f"expected version {VERSION} of the format, got {blob[4]}. Use the basin_lens that wrote the file.")
     if len(blob) < _FIXED.size:
         raise _truncated(_FIXED.size, blob)
-    _, _, method, backend, why, size, length, sha256 = _FIXED.unpack_from(blob)
+    size: int = _FIXED.unpack_from(blob)[5]
     if not _FIXED.size + _COUNT.size + 4 <= size <= len(blob):
         raise _truncated(size, blob)
     head, check = blob[: size - 4], blob[size - 4 : size]
     if zlib.crc32(head) != int.from_bytes(check, "little"):
         raise CorruptFileError("expected the header's checksum, got another: the header was changed. Get the file again.")
-    known = method < len(METHODS) and backend < len(BACKENDS) and why < len(WHY_STORED) and length <= MOST_BYTES
-    if not known or (method >= 2) != (backend > 0) or (method == 2) != (backend == 1):
-        raise _limits(f"method {method}, back end {backend}, flags {why}, {length} bytes")
-    setting, at = _setting(head) if method >= 2 else (None, _FIXED.size)
+    return head, size
+
+
+def _listed_chunks(head: bytes, at: int, expected: int) -> list[tuple[int, int, int]]:
+    """Bytes, tokens and checksum of each chunk, as the header lists them from `at` on."""
     if at + _COUNT.size > len(head):
         raise _limits("a header that ends early")
     (count,) = _COUNT.unpack_from(head, at)
     table = head[at + _COUNT.size :]
-    if count > MOST_CHUNKS or len(table) != count * _CHUNK.size or (len(setting.places) if setting else min(length, 1)) != count:
+    if count > MOST_CHUNKS or len(table) != count * _CHUNK.size or expected != count:
         raise _limits(f"{count} chunks")
-    sizes, tokens, checks = zip(*_CHUNK.iter_unpack(table), strict=True) if count else ((), (), ())
-    if sum(tokens) != (setting.tokens if setting else 0):
-        raise _limits(f"chunks of {sum(tokens)} tokens")
-    ends = [size, *(size + end for end in itertools.accumulate(sizes))]
+    return [(size, tokens, check) for size, tokens, check in _CHUNK.iter_unpack(table)]
+
+
+def _chunks(blob: bytes, at: int, listed: Sequence[tuple[int, int, int]]) -> tuple[bytes, ...]:
+    """The chunks from `at` on, their checksums proven, and nothing behind them."""
+    ends = [at, *(at + end for end in itertools.accumulate(size for size, _, _ in listed))]
     if ends[-1] > len(blob):
         raise _truncated(ends[-1], blob)
     chunks = tuple(blob[start:end] for start, end in itertools.pairwise(ends))
-    for index, (chunk, check) in enumerate(zip(chunks, checks, strict=True)):
+    for index, (chunk, (_, _, check)) in enumerate(zip(chunks, listed, strict=True)):
         if zlib.crc32(chunk) != check:
             raise CorruptFileError(
                 f"expected the checksum of chunk {index}, got another: it was changed. Get the file again.", chunk=index
             )
     if ends[-1] != len(blob):
         raise CorruptFileError(f"expected the end after {ends[-1]} bytes, got {len(blob)}. Something was added to the file.")
-    return Container(METHODS[method], BACKENDS[backend], length, sha256, chunks, tokens, WHY_STORED[why], setting)
+    return chunks
 
 
 def _setting(head: bytes) -> tuple[Setting, int]:

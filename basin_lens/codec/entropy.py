@@ -21,8 +21,8 @@ _LENGTH_BITS = 6  # of a Huffman code's length: 2^40 symbols are needed to make 
 class RangeEncoder:
     """First symbol in, first symbol out; within a few bytes of -log2(frequency / 2^24) summed over the symbols.
 
-    Words of 32 bits, a state of 64: `constriction`'s `stream.queue.RangeEncoder`, which takes `perfect=False` at its word: counts whose sum is
-    2^24 - n are used as they are, each plus 1.
+    Words of 32 bits, a state of 64: `constriction`'s `stream.queue.RangeEncoder`, which takes `perfect=False` at its word: counts
+    whose sum is 2^24 - n are used as they are, each plus 1.
 
     Source: Martin 1979; Bamler 2022 (constriction).
 
@@ -100,8 +100,8 @@ assert 1 << PRECISION == 2**24, "constriction's Categorical has 24 bits"
 def huffman_encode(symbols: Int[np.ndarray, " n"]) -> bytes:
     """A canonical Huffman code for these symbols, and the symbols in it.
 
-    Layout, in bits from the highest: 6 bits for the number of code lengths, 6 bits for each length (0: does not occur), then the codes,
-    zeros to a whole byte. Codes are counted up by length, then by symbol.
+    Layout, in bits from the highest: 6 bits for the number of code lengths, 6 bits for each length (0: does not occur), then the
+    codes, zeros to a whole byte. Codes are counted up by length, then by symbol.
 
     Args:
         symbols: whole numbers in [0, 62].

@@ -1,13 +1,13 @@
 """Streams that advance together, one token each at every step: the same walk for the encoder and the decoder.
 
-Determinism rests on it: the encoder computes nothing that the decoder does not compute with the same batch, the same cache at the same
-place, and the same threads. A pass over the whole text would differ in the last digits, and so would another number of streams.
+Determinism rests on it: the encoder computes nothing that the decoder does not compute with the same batch, the same cache at the
+same place, and the same threads. A pass over the whole text would differ in the last digits, and so would another number of
+streams.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def encode_tokens(
     start: int,
     window: int,
     coder: TokenWriter,
-    tick: Callable[[int], Any] = lambda _: None,
+    tick: Callable[[int], object] = lambda _: None,
     *,
     windows: int = 1,
     below: int | None = None,
@@ -151,7 +151,8 @@ def encode_tokens(
         coder: a new one.
         tick: told the number of tokens after each step.
         windows: in a chunk.
-        below: bytes; the walk ends, without a further chunk, as soon as all chunks together will take as many. None: it goes to the end.
+        below: bytes; the walk ends, without a further chunk, as soon as all chunks together will take as many. None: it goes to the
+            end.
     """
     size = 0
     lengths = stream_lengths(len(tokens), stepper.batch)
@@ -182,7 +183,7 @@ def decode_tokens(
     start: int,
     window: int,
     coder: TokenCoder,
-    tick: Callable[[int], Any] = lambda _: None,
+    tick: Callable[[int], object] = lambda _: None,
     *,
     windows: int = 1,
 ) -> Int[np.ndarray, " n"]:
@@ -211,8 +212,8 @@ def chunk_tokens(lengths: Sequence[int], first: int, last: int) -> int:
 def probe(stepper: Stepper, coder: TokenCoder) -> bytes:
     """Hash of what the model computes here, at this batch, on a fixed prompt, at places spread up to the window's last.
 
-    Eight steps from an empty cache, then one at each power of two and one at the last place; what lies between is filled with copies of
-    what the cache holds, since only the shapes decide how numbers are added up.
+    Eight steps from an empty cache, then one at each power of two and one at the last place; what lies between is filled with
+    copies of what the cache holds, since only the shapes decide how numbers are added up.
 
     Returns:
         8 bytes. Equal hashes are strong evidence, not proof, that a decoder here computes the encoder's numbers; the text's SHA-256

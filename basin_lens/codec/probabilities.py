@@ -55,8 +55,8 @@ def weights(logits: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
 def quantize(weights: Float[np.ndarray, " vocab"]) -> Int[np.ndarray, " vocab"]:
     """Weights, not all zero, as whole numbers of at least 1 and of sum 2^24.
 
-    Each entry gets 1; the rest is cut at floor(cumulative share x rest), so that the sum is exact by construction and no entry bears
-    the rounding of all others.
+    Each entry gets 1; the rest is cut at floor(cumulative share x rest), so that the sum is exact by construction and no entry
+    bears the rounding of all others.
     """
     rest = TOTAL - len(weights)
     if rest < len(weights):

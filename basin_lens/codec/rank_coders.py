@@ -187,7 +187,10 @@ class AdaptiveRanks(RankCoder):
 
 
 class EntropyRanks(AdaptiveRanks):
-    """As `AdaptiveRanks`, counted apart by the entropy of the model's prediction; each count starts from the common one, worth 32 symbols."""
+    """As `AdaptiveRanks`, counted apart by the entropy of the model's prediction.
+
+    Each count starts from the common one, worth 32 symbols.
+    """
 
     uses_uncertainty: ClassVar[bool] = True
     _EDGES = np.array([0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])  # bits
@@ -205,8 +208,12 @@ class EntropyRanks(AdaptiveRanks):
 
 
 RANK_CODERS: dict[str, type[RankCoder]] = {
-    "zlib": ZlibRanks, "huffman": HuffmanRanks, "adaptive": AdaptiveRanks, "zipf": ZipfRanks, "entropy": EntropyRanks,
-}  # fmt: skip
+    "zlib": ZlibRanks,
+    "huffman": HuffmanRanks,
+    "adaptive": AdaptiveRanks,
+    "zipf": ZipfRanks,
+    "entropy": EntropyRanks,
+}
 
 
 def zipf(parameters: Float[np.ndarray, "2"], vocab: int) -> Float[np.ndarray, " vocab"]:

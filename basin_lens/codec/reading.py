@@ -108,6 +108,9 @@ def _joined(made: Sequence[Reading], k: int) -> Reading:
         return np.concatenate([empty, *(getattr(reading, name) for reading in made)])
 
     return Reading(
-        join("bits", np.empty(0)), join("rank", np.empty(0, np.int64)), join("entropy", np.empty(0)),
-        join("top", np.empty((0, k), np.int64)), join("top_probability", np.empty((0, k))),
-    )  # fmt: skip
+        bits=join("bits", np.empty(0)),
+        rank=join("rank", np.empty(0, np.int64)),
+        entropy=join("entropy", np.empty(0)),
+        top=join("top", np.empty((0, k), np.int64)),
+        top_probability=join("top_probability", np.empty((0, k))),
+    )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,12 +48,14 @@ class TextCodec:
     """Lossless coding of text with the model's predictions; any bytes go in, and the same bytes come out.
 
     `"direct"`: range coding with the model's probabilities; the size is the model's own cross-entropy and a few bytes.
-    `"ranks"`: each token becomes its rank in the prediction (0: the first choice), and the ranks are coded without the probabilities.
+    `"ranks"`: each token becomes its rank in the prediction (0: the first choice), and the ranks are coded without the
+    probabilities.
 
     The text is cut into streams that advance together, so that the weights are read once for all of them. Encoder and decoder must
-    compute the same numbers to the last bit: the file holds fingerprints of model and tokenizer, the thread count, and a probe of the
-    arithmetic, and the decoder refuses before any output where they differ (another processor may be refused). What the model cannot
-    code (not UTF-8, text that its tokenizer changes, short or random text that would not get smaller) is stored by zstd or raw.
+    compute the same numbers to the last bit: the file holds fingerprints of model and tokenizer, the thread count, and a probe of
+    the arithmetic, and the decoder refuses before any output where they differ (another processor may be refused). What the model
+    cannot code (not UTF-8, text that its tokenizer changes, short or random text that would not get smaller) is stored by zstd or
+    raw.
 
     The weights are not counted in a file's size. Famous text was probably seen in training, and codes smaller for it.
 
@@ -161,8 +162,8 @@ class TextCodec:
             if found != setting.probe:
                 raise WrongEnvironmentError(
                     f"expected the numbers of the machine that wrote the file ({setting.environment}), got others on this one "
-                    f"({_environment(self.model)}; probe {found.hex()}, not {setting.probe.hex()}). Decode it with the same versions on "
-                    "the same kind of processor."
+                    f"({_environment(self.model)}; probe {found.hex()}, not {setting.probe.hex()}). Decode it with the same "
+                    "versions on the same kind of processor."
                 )
             with self._bar("decoding", setting.tokens) as tick:
                 tokens = decode_tokens(
@@ -175,8 +176,8 @@ class TextCodec:
 
         Args:
             data: UTF-8 bytes or a text.
-            streams: read as so many streams; 1: as the model reads it, one window of `context` tokens after the other. The file that `encode`
-                makes has `streams_for(tokens)` of them.
+            streams: read as so many streams; 1: as the model reads it, one window of `context` tokens after the other. The file
+                that `encode` makes has `streams_for(tokens)` of them.
 
         Returns:
             bits of each token (`Surprisal` in nats / ln 2, within 1e-3, where the model's default puts BOS first), and their sum.
@@ -203,8 +204,8 @@ class TextCodec:
             k: how many of the model's first choices to list.
 
         Returns:
-            one row per token: `token_id`, `token`, `rank` (0: the first choice), `probability`, `bits`, `entropy` (of the prediction, in
-            bits), `top` (k token strings, most likely first), `top_probability` (k numbers).
+            one row per token: `token_id`, `token`, `rank` (0: the first choice), `probability`, `bits`, `entropy` (of the
+            prediction, in bits), `top` (k token strings, most likely first), `top_probability` (k numbers).
 
         Raises:
             CodecError: bytes that the model cannot code, or k out of range.
@@ -273,9 +274,18 @@ class TextCodec:
         start = start_token(self.model)
         coder = token_coder(self.method, self.backend, vocabulary_size(self.model))
         setting = Setting(
-            self._fingerprint(), self._tokenizer_hash, bytes(8), streams, self.context, threads, self._dtype(), start, len(tokens), windows,
-            _environment(self.model),
-        )  # fmt: skip
+            model=self._fingerprint(),
+            tokenizer=self._tokenizer_hash,
+            probe=bytes(8),
+            streams=streams,
+            window=self.context,
+            threads=threads,
+            dtype=self._dtype(),
+            start=start,
+            tokens=len(tokens),
+            windows=windows,
+            environment=_environment(self.model),
+        )
         # All of the header but the probe is known, and so its length.
         empty = (b"",) * len(setting.places)
         file = Container(
@@ -307,7 +317,8 @@ class TextCodec:
                 )
         if setting.window > n_context(self.model) or setting.start >= vocabulary_size(self.model):
             raise CorruptFileError(
-                f"expected a window and a start token that the model takes, got {setting.window} and {setting.start}. Get the file again."
+                f"expected a window and a start token that the model takes, got {setting.window} and {setting.start}. Get the file "
+                "again."
             )
 
     @contextmanager
@@ -319,14 +330,14 @@ class TextCodec:
         """
         if (needed := cache_bytes(self.model, streams, window)) > _MOST_CACHE:
             raise CodecError(
-                f"expected keys and values of at most {_MOST_CACHE >> 30} GiB, got {needed / 2**30:.1f} GiB for {streams} streams of "
-                f"{window} tokens. Use fewer streams or a shorter context."
+                f"expected keys and values of at most {_MOST_CACHE >> 30} GiB, got {needed / 2**30:.1f} GiB for {streams} streams "
+                f"of {window} tokens. Use fewer streams or a shorter context."
             )
         with thread_count(threads), open_stepper(self.model, streams, window) as stepper:
             yield stepper
 
     @contextmanager
-    def _bar(self, what: str, tokens: int) -> Iterator[Callable[[int], Any]]:
+    def _bar(self, what: str, tokens: int) -> Iterator[Callable[[int], object]]:
         with tqdm(total=tokens, desc=what, unit="token", disable=not self.progress) as bar:
             yield bar.update
 

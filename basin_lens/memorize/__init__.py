@@ -3,8 +3,8 @@
     make_canaries -> finetune -> extract, likelihood_baselines          recitation_passages: texts that may be memorized already
 
 - `canaries.py`: pairs of fresh texts; a coin decides which is trained (`grammar.py`: our English)
-- `finetune.py`: the training: doses, filler, checkpoints; `load_tuned`
-- `extract.py`: greedy continuations against the truth
+- `finetuning.py`: the training: doses, filler, checkpoints; `load_tuned`
+- `extraction.py`: greedy continuations against the truth
 - `baselines.py`: loss, zlib, lower case, reference model, Min-K%, Min-K%++, probe, nearest memorized state, blind classifier
 - `fork.py`: another continuation of the same prefix; damaged prefixes
 - `recitation.py`: openings, later passages, shuffled words, paraphrases
@@ -22,8 +22,8 @@ from basin_lens.memorize.baselines import (
     sequence_states,
 )
 from basin_lens.memorize.canaries import DOSES, KINDS, fresh_texts, ids_of, make_canaries, pieces
-from basin_lens.memorize.extract import GUIDE_SHARE, extract, guide_labels
-from basin_lens.memorize.finetune import Recipe, Tuned, estimate, finetune, load_tuned
+from basin_lens.memorize.extraction import GUIDE_SHARE, extract, guide_labels
+from basin_lens.memorize.finetuning import Recipe, Tuned, estimate, finetune, load_tuned
 from basin_lens.memorize.fork import alternatives, recited, substituted, width
 from basin_lens.memorize.recitation import CONDITIONS, long_enough, recitation_passages
 

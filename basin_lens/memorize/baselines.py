@@ -44,7 +44,8 @@ def likelihood_baselines(
     """The baselines that follow from the forward pass already made: one row per sequence.
 
     Args:
-        table: from `analyze` with `Surprisal`; with `Agreement` and `StandardizedLikelihood` for their baselines. One layer of it is read.
+        table: from `analyze` with `Surprisal`; with `Agreement` and `StandardizedLikelihood` for their baselines. One layer of it
+            is read.
         texts: the text of each passage of the table.
         lowercase: the same analysis of the texts in lower case (same passages).
         reference: the same analysis of the same texts by a reference model.
@@ -54,8 +55,8 @@ def likelihood_baselines(
         `passage, doc, seq`, the table's labels, and the columns above (those whose inputs are given).
 
     Raises:
-        TableError: other sequences in the tables, missing columns, a share outside (0, 1]; texts in several sequences without `start` and
-            `end`, which say what of a text is in which.
+        TableError: other sequences in the tables, missing columns, a share outside (0, 1]; texts in several sequences without
+            `start` and `end`, which say what of a text is in which.
 
     Example:
         >>> import pandas as pd
@@ -137,7 +138,10 @@ def linear_probe(
 def nearest_memorized(
     states: Float[np.ndarray, "sequences d"], label: Bool[np.ndarray, " sequences"], parts: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> Float[np.ndarray, " sequences"]:
-    """Minus the distance of a sequence's mean state to the nearest known memorized one; known are the fitted folds' (state units)."""
+    """Minus the distance of a sequence's mean state to the nearest known memorized one, in state units.
+
+    Known are those of the fitted folds.
+    """
     answer = np.full(len(label), np.nan)
     for fitted, held in parts:
         known = states[fitted][label[fitted]]
@@ -180,8 +184,8 @@ def _parts(rows: pd.DataFrame, answer: pd.DataFrame, texts: Sequence[str]) -> li
     if (unknown & cut).any():
         passage = answer["passage"][unknown & cut].iloc[0]
         raise TableError(
-            f"expected start and end of the tokens of passage {passage}, which is several sequences, got none: what of its text is in which is "
-            "not known. Keep those columns, or analyze with a max_length that holds whole texts."
+            f"expected start and end of the tokens of passage {passage}, which is several sequences, got none: what of its text is "
+            "in which is not known. Keep those columns, or analyze with a max_length that holds whole texts."
         )
     whole = [(0, len(texts[passage])) for passage in answer["passage"]]
     held = zip(found["start"], found["end"], whole, unknown, strict=True)
@@ -190,7 +194,7 @@ def _parts(rows: pd.DataFrame, answer: pd.DataFrame, texts: Sequence[str]) -> li
 
 def _lowercase_mean(
     lowercase: pd.DataFrame, answer: pd.DataFrame, texts: Sequence[str], parts: Sequence[tuple[int, int]]
-) -> pd.Series:  # fmt: skip
+) -> pd.Series:
     """Mean surprisal of the text in lower case: of a passage in several sequences, of the sequence's own characters."""
     cut = answer["passage"].duplicated(keep=False)
     if not cut.any():
@@ -201,8 +205,8 @@ def _lowercase_mean(
     for passage, (start, end) in zip(answer["passage"], parts, strict=True):
         if len(texts[passage].lower()) != len(texts[passage]):
             raise TableError(
-                f"expected a text as long in lower case, got passage {passage}, whose characters move: what of it is in which sequence is not "
-                "known. Analyze with a max_length that holds whole texts."
+                f"expected a text as long in lower case, got passage {passage}, whose characters move: what of it is in which "
+                "sequence is not known. Analyze with a max_length that holds whole texts."
             )
         own = rows[(rows["passage"] == passage) & (rows["start"] >= start) & (rows["start"] < end)]
         made.append(own["surprisal"].mean())

@@ -1,7 +1,7 @@
 """Texts to plant: fresh, in pairs, of which a coin decides which one the model is to memorize."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,28 @@ _TRIES = 400
 WINDOW = 40  # characters for each token of a piece: more than any token of running text has
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is needed of a model's tokenizer, a fast one of transformers."""
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that stand for no text."""
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False
+    ) -> Mapping[str, Any]:
+        """`input_ids`, and with offsets `offset_mapping`, where each token stands in the text."""
+
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+    ) -> str:
+        """The text of some tokens."""
+
+
 @whole_numbers(StudyError)
 def make_canaries(
     model: HookedModel,
@@ -31,8 +53,9 @@ def make_canaries(
 ) -> list[Passage]:
     """Pairs of fresh texts of one kind and dose. A coin makes one of each pair a member, to be trained on, and holds the other out.
 
-    Every text has exactly `length` tokens and comes back token by token when it is read again. Kinds: `fluent` (a grammar of our own, or the
-    model's own continuations), `salad` (words of that grammar in no order), `random` (tokens drawn from the vocabulary).
+    Every text has exactly `length` tokens and comes back token by token when it is read again. Kinds: `fluent` (a grammar of our
+    own, or the model's own continuations), `salad` (words of that grammar in no order), `random` (tokens drawn from the
+    vocabulary).
 
     Args:
         model: a hooked model with a tokenizer.
@@ -44,8 +67,8 @@ def make_canaries(
         seed: of the texts and the coins.
 
     Returns:
-        `2 * per_dose * len(doses)` passages, each a document, with labels `member` (bool), `dose` (of the pair: a text held out is never
-        shown), `kind` and `pair`.
+        `2 * per_dose * len(doses)` passages, each a document, with labels `member` (bool), `dose` (of the pair: a text held out is
+        never shown), `kind` and `pair`.
 
     Raises:
         StudyError: unknown kinds, doses below 1. TextError: a tokenizer that does not give texts back.
@@ -61,8 +84,8 @@ def make_canaries(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds or not doses or min(doses) < 1 or per_dose < 1 or length < 4:
         raise StudyError(
-            f"expected kinds among {list(KINDS)}, doses and per_dose of at least 1 and a length of at least 4 tokens, got {list(kinds)}, "
-            f"{list(doses)}, {per_dose}, {length}."
+            f"expected kinds among {list(KINDS)}, doses and per_dose of at least 1 and a length of at least 4 tokens, got "
+            f"{list(kinds)}, {list(doses)}, {per_dose}, {length}."
         )
     rng = np.random.default_rng(seed)
     wanted = [(dose, kinds[(place + turn) % len(kinds)]) for turn, dose in enumerate(doses) for place in range(per_dose)]
@@ -111,7 +134,8 @@ def _texts(model: HookedModel, kind: str, count: int, length: int, sampled: bool
     if len(texts) == count:
         return texts
     raise TextError(
-        f"expected a tokenizer that gives texts of {length} tokens back, got {len(texts)} of {count} ({kind}). Try another length or kind."
+        f"expected a tokenizer that gives texts of {length} tokens back, got {len(texts)} of {count} ({kind}). Try another length "
+        "or kind."
     )
 
 
@@ -120,12 +144,12 @@ def _drawn(draw: Callable[[], str | None]) -> Iterator[str | None]:
         yield draw()
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text, nothing added."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def cut(tokenizer: Any, text: str, length: int) -> str | None:
+def cut(tokenizer: Tokenizer, text: str, length: int) -> str | None:
     """The beginning of a text that is `length` tokens long and reads back as the same tokens; None if there is none."""
     # All of a long text, tokenized for each of its passages, would take the square of its length.
     text = text[: WINDOW * length]
@@ -138,7 +162,10 @@ def cut(tokenizer: Any, text: str, length: int) -> str | None:
 
 
 def pieces(model: HookedModel, text: str, length: int) -> list[str]:
-    """A text cut into passages of exactly `length` tokens that read back as such, from the first on; what is left over is dropped."""
+    """A text cut into passages of exactly `length` tokens that read back as such, from the first on.
+
+    What is left over is dropped.
+    """
     tokenizer = tokenizer_of(model)
     found, rest = [], text.strip()
     while rest:
@@ -152,7 +179,7 @@ def pieces(model: HookedModel, text: str, length: int) -> list[str]:
     return found
 
 
-def _random_text(tokenizer: Any, length: int, rng: np.random.Generator) -> str | None:
+def _random_text(tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> str | None:
     """Tokens drawn one by one, each such that the text so far reads back as the tokens drawn."""
     special, size = set(tokenizer.all_special_ids), len(tokenizer)
     ids: list[int] = []
@@ -168,7 +195,7 @@ def _random_text(tokenizer: Any, length: int, rng: np.random.Generator) -> str |
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _continued(model: HookedModel, tokenizer: Any, length: int, rng: np.random.Generator) -> str:
+def _continued(model: HookedModel, tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> str:
     """The model's own text behind the first words of a sentence."""
     begun = ids_of(tokenizer, fluent_text(rng, 1))[:6]
     bos = uses_bos(model, None)

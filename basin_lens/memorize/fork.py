@@ -9,7 +9,7 @@ from torch import Tensor
 
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.errors import StudyError
-from basin_lens.memorize.extract import DECODED_TOGETHER
+from basin_lens.memorize.extraction import DECODED_TOGETHER
 from basin_lens.model import HookedModel, continuations, device_of, forward_pass, measuring
 
 
@@ -79,7 +79,8 @@ def substituted(
     """
     if not 0 <= edits <= first - keep or len(set(pool)) < 2:
         raise StudyError(
-            f"expected at most {first - keep} edits (tokens of the prefix) and two tokens to draw from, got {edits}, {len(set(pool))}."
+            f"expected at most {first - keep} edits (tokens of the prefix) and two tokens to draw from, got {edits}, "
+            f"{len(set(pool))}."
         )
     changed = tokens.clone()
     for row in range(len(tokens)):

@@ -4,32 +4,54 @@ import re
 
 import numpy as np
 
+# The phrases of each slot, between commas.
 _WORDS: dict[str, tuple[str, ...]] = {
-    "onset": ("Bra", "Cor", "Del", "Elm", "Fen", "Gar", "Hol", "Ist", "Jor", "Kel", "Lum", "Mar", "Nor", "Ost", "Pel", "Quin", "Rav",
-              "Sel", "Tor", "Ulv", "Ver", "Wes", "Yar", "Zim"),
-    "coda": ("adel", "berg", "cote", "dale", "ester", "field", "grave", "holt", "ina", "jana", "kov", "lind", "mere", "nessa", "ora",
-             "pek", "quay", "rick", "stad", "tine", "una", "vik", "wold", "yard"),
-    "given": ("Ada", "Bruno", "Celia", "Dario", "Edda", "Felix", "Greta", "Hugo", "Ines", "Jonas", "Klara", "Leo", "Mina", "Nils", "Olga",
-              "Pablo", "Rosa", "Silas", "Tilda", "Ugo", "Vera", "Willem", "Xenia", "Yusuf", "Zelda"),
-    "trade": ("clockmaker", "ferryman", "botanist", "glassblower", "postmaster", "surveyor", "baker", "printer", "violinist", "beekeeper",
-              "locksmith", "midwife", "cartographer", "miller", "dyer", "astronomer", "weaver", "notary", "gardener", "diver"),
-    "thing": ("lantern", "ledger", "barometer", "copper kettle", "map", "violin", "bell", "compass", "barrel of salt", "sundial", "telescope",
-              "loom", "letter", "sack of barley", "music box", "anchor", "mirror", "wagon", "kite", "stove"),
-    "quality": ("cracked", "borrowed", "unusually heavy", "half-finished", "painted", "rusted", "famous", "nearly new", "hollow", "gilded",
-                "crooked", "silent", "blue", "forgotten", "enormous", "delicate"),
-    "animal": ("heron", "mule", "fox", "goat", "swarm of bees", "pike", "raven", "grey cat", "otter", "hedgehog", "lame horse", "hare"),
-    "place": ("the customs house", "the north pier", "a cellar", "the old observatory", "the market square", "a barn", "the chapel",
-              "the third bridge", "the salt road", "an orchard", "the reading room", "the tannery", "the signal tower", "the cemetery wall"),
-    "month": ("January", "March", "April", "May", "June", "August", "September", "October", "November", "December"),
-    "reason": ("because the river had frozen early", "for want of better paper", "to settle a bet", "although no one had asked",
-               "before the tax collector arrived", "while the choir was still singing", "after the second flood", "in spite of the doctor",
-               "so that the children would remember", "as if it had always belonged there"),
-    "verb": ("repaired", "sold", "hid", "measured", "inherited", "drew", "buried", "returned", "stole", "weighed", "described", "carried"),
-    "matter": ("the price of wool", "a missing key", "the weather", "her brother's debts", "an eclipse", "the new railway", "two lost hens",
-               "the shape of the coast", "a broken promise", "the taste of the water", "a patent", "the width of the gate"),
-    "number": ("three", "seven", "eleven", "fourteen", "nineteen", "twenty-six", "forty", "fifty-two", "ninety", "two hundred"),
-    "unit": ("crowns", "days", "miles", "pages", "letters", "loaves", "steps", "witnesses", "candles", "planks"),
-}  # fmt: skip
+    slot: tuple(phrase.strip() for phrase in phrases.split(","))
+    for slot, phrases in {
+        "onset": (
+            "Bra, Cor, Del, Elm, Fen, Gar, Hol, Ist, Jor, Kel, Lum, Mar, Nor, Ost, Pel, Quin, Rav, Sel, Tor, Ulv, Ver, Wes, "
+            "Yar, Zim"
+        ),
+        "coda": (
+            "adel, berg, cote, dale, ester, field, grave, holt, ina, jana, kov, lind, mere, nessa, ora, pek, quay, rick, "
+            "stad, tine, una, vik, wold, yard"
+        ),
+        "given": (
+            "Ada, Bruno, Celia, Dario, Edda, Felix, Greta, Hugo, Ines, Jonas, Klara, Leo, Mina, Nils, Olga, Pablo, Rosa, "
+            "Silas, Tilda, Ugo, Vera, Willem, Xenia, Yusuf, Zelda"
+        ),
+        "trade": (
+            "clockmaker, ferryman, botanist, glassblower, postmaster, surveyor, baker, printer, violinist, beekeeper, "
+            "locksmith, midwife, cartographer, miller, dyer, astronomer, weaver, notary, gardener, diver"
+        ),
+        "thing": (
+            "lantern, ledger, barometer, copper kettle, map, violin, bell, compass, barrel of salt, sundial, telescope, loom, "
+            "letter, sack of barley, music box, anchor, mirror, wagon, kite, stove"
+        ),
+        "quality": (
+            "cracked, borrowed, unusually heavy, half-finished, painted, rusted, famous, nearly new, hollow, gilded, crooked, "
+            "silent, blue, forgotten, enormous, delicate"
+        ),
+        "animal": "heron, mule, fox, goat, swarm of bees, pike, raven, grey cat, otter, hedgehog, lame horse, hare",
+        "place": (
+            "the customs house, the north pier, a cellar, the old observatory, the market square, a barn, the chapel, the "
+            "third bridge, the salt road, an orchard, the reading room, the tannery, the signal tower, the cemetery wall"
+        ),
+        "month": "January, March, April, May, June, August, September, October, November, December",
+        "reason": (
+            "because the river had frozen early, for want of better paper, to settle a bet, although no one had asked, before "
+            "the tax collector arrived, while the choir was still singing, after the second flood, in spite of the doctor, so "
+            "that the children would remember, as if it had always belonged there"
+        ),
+        "verb": "repaired, sold, hid, measured, inherited, drew, buried, returned, stole, weighed, described, carried",
+        "matter": (
+            "the price of wool, a missing key, the weather, her brother's debts, an eclipse, the new railway, two lost hens, "
+            "the shape of the coast, a broken promise, the taste of the water, a patent, the width of the gate"
+        ),
+        "number": "three, seven, eleven, fourteen, nineteen, twenty-six, forty, fifty-two, ninety, two hundred",
+        "unit": "crowns, days, miles, pages, letters, loaves, steps, witnesses, candles, planks",
+    }.items()
+}
 _SENTENCES = (
     "{given} {name}, a {trade} from {town}, {verb} the {quality} {thing} {reason}.",
     "In {month} {year} the {trade} {verb} {number} {unit} and wrote to {given} about {matter}.",
@@ -69,8 +91,6 @@ def _filled(sentence: str, rng: np.random.Generator) -> str:
     return _SLOT.sub(drawn, sentence)
 
 
-_VOCABULARY = sorted({
-    word
-    for text in (*(_SLOT.sub("", s) for s in _SENTENCES), *(phrase for slot in sorted(set(_WORDS) - {"onset", "coda"}) for phrase in _WORDS[slot]))
-    for word in re.findall(r"[A-Za-z][a-z]+", text)
-})  # fmt: skip
+_PHRASES = [phrase for slot in sorted(set(_WORDS) - {"onset", "coda"}) for phrase in _WORDS[slot]]
+_TEXTS = [*(_SLOT.sub("", sentence) for sentence in _SENTENCES), *_PHRASES]
+_VOCABULARY = sorted({word for text in _TEXTS for word in re.findall(r"[A-Za-z][a-z]+", text)})

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from basin_lens.errors import StudyError, TextError
-from basin_lens.memorize.canaries import WINDOW, cut, ids_of
+from basin_lens.memorize.canaries import WINDOW, Tokenizer, cut, ids_of
 from basin_lens.model import HookedModel, tokenizer_of
 from basin_lens.texts import Passage
 from basin_lens.values import whole_numbers
@@ -64,8 +63,8 @@ def recitation_passages(
         texts["later"] = _later(tokenizer, whole, length, rng)
         if texts["opening"] is None or texts["later"] is None:
             raise TextError(
-                f"expected sources of at least two passages of {length} tokens, got {len(ids_of(tokenizer, source.text))} tokens from {doc!r}. "
-                "Use longer texts or a shorter length."
+                f"expected sources of at least two passages of {length} tokens, got {len(ids_of(tokenizer, source.text))} tokens "
+                f"from {doc!r}. Use longer texts or a shorter length."
             )
         texts["shuffled"] = _shuffled(tokenizer, whole, length, rng)
         if doc in given:
@@ -88,13 +87,16 @@ def long_enough(model: HookedModel, sources: Sequence[Passage], length: int) -> 
     return [source for source in held if len(ids_of(tokenizer, source.text[: WINDOW * length])) >= 3 * length]
 
 
-def _from_whole(tokenizer: Any, text: str, length: int) -> str:
-    """The text, without its first words where a passage cut from them would end inside a character (a letter may be several tokens)."""
+def _from_whole(tokenizer: Tokenizer, text: str, length: int) -> str:
+    """The text, without its first words where a passage cut from them would end inside a character.
+
+    A letter may be several tokens.
+    """
     places = [0, *(match.start() for match in islice(re.finditer(r"(?<=\s)\S", text), _SKIPPED))]
     return next((text[place:] for place in places if cut(tokenizer, text[place:], length) is not None), text)
 
 
-def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
+def _later(tokenizer: Tokenizer, text: str, length: int, rng: np.random.Generator) -> str | None:
     """A passage that begins at a word behind the opening, drawn from all such places."""
     # A text without spaces has no words to begin at.
     starts = [match.start() for match in re.finditer(r"(?<=\s)\S", text)] or list(range(len(text)))
@@ -107,7 +109,7 @@ def _later(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> 
     return None
 
 
-def _shuffled(tokenizer: Any, text: str, length: int, rng: np.random.Generator) -> str | None:
+def _shuffled(tokenizer: Tokenizer, text: str, length: int, rng: np.random.Generator) -> str | None:
     """The words of the opening, and a few behind it, in another order."""
     words = text[: WINDOW * length].split()
     opening = cut(tokenizer, text, length)

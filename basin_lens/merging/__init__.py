@@ -5,10 +5,10 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from basin_lens.merging.assign import Assigned, Clusters
+    from basin_lens.merging.assignment import Assigned, Clusters
     from basin_lens.merging.budgets import fit_budget
     from basin_lens.merging.cache import Stream, generate, streaming
     from basin_lens.merging.evaluation import Compared, Setting, by_layer, compare_policies, context_protocol, recent_window
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # Imported when asked for: the command line reads options from here, and must not wait for torch.
 _HOMES = {
-    "Assigned": "assign",
+    "Assigned": "assignment",
     "by_layer": "evaluation",
-    "Clusters": "assign",
+    "Clusters": "assignment",
     "compare_policies": "evaluation",
     "Compared": "evaluation",
     "context_protocol": "evaluation",
@@ -90,7 +90,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(f"basin_lens.merging.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'basin_lens.merging' has no attribute {name!r}; it has {', '.join(__all__)}")

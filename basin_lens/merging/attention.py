@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens.merging.assign import Assigned
+from basin_lens.merging.assignment import Assigned
 
 
 def share_of(

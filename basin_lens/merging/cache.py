@@ -1,10 +1,9 @@
 """Generation with a key/value cache of one row per cluster: the same numbers as whole sequences, in less memory."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.assign import Clusters
+from basin_lens.merging.assignment import Clusters
 from basin_lens.merging.attention import normalized
-from basin_lens.merging.merge_pass import Carry, alone_in, context_statistics
+from basin_lens.merging.merge_pass import Carry, Reader, alone_in, context_statistics
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import row_likeness, row_read
 from basin_lens.merging.token_merger import TokenMerger
@@ -208,7 +207,7 @@ class _Layer:
 class Stream:
     """Steps over a compressed cache: `step(tokens)` -> logits `[batch, vocab]`; `nbytes()` -> bytes held, per layer."""
 
-    step: Any
+    step: Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch vocab"]]
     layers: tuple[_Layer, ...]
 
     def nbytes(self) -> list[int]:
@@ -257,7 +256,7 @@ def streaming(merger: TokenMerger, model: HookedModel, batch: int) -> Iterator[S
     layers = tuple(
         _Layer(merger.weights if layer in number else None, number.get(layer, 0), layer, batch) for layer in range(n_layers(model))
     )
-    readers: dict[str, Any] = {}
+    readers: dict[str, Reader] = {}
     for layer in o.layers:
         readers[point_name("resid_pre", layer)] = layers[layer].enter
         readers[point_name("pattern", layer)] = layers[layer].attend
@@ -351,7 +350,7 @@ def generate(
     return torch.stack(written, 1), table
 
 
-def checked_prompts(model: HookedModel, prompts: Any) -> Int[Tensor, "batch pos"]:
+def checked_prompts(model: HookedModel, prompts: object) -> Int[Tensor, "batch pos"]:
     """Token ids `[batch, pos]`; one prompt `[pos]` is a batch of one.
 
     Raises:

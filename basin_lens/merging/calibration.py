@@ -5,7 +5,6 @@ on.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.assign import assign
+from basin_lens.merging.assignment import assign
 from basin_lens.merging.merge_pass import Given, MergePass, Reader, Undecided, alone_in, context_statistics
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters
 from basin_lens.merging.similarity import cosines
+from basin_lens.merging.statistics import Row
 from basin_lens.model import HookedModel, forward_pass, measuring, point_name
 
 # Halvings of the range of levels, and passes over the texts for a target in bytes.
@@ -42,7 +42,7 @@ def calibrate_parameters(parameters: Parameters, model: HookedModel, tokens: Int
             real = _behind_the_first(given, given.surprisal)
             parameters.surprisal_cutoff.fill_(float(given.surprisal[real].quantile(1 - o.preserve_share)))
 
-        def run(rates: Mapping[int, float]) -> list[dict[str, Any]]:
+        def run(rates: Mapping[int, float]) -> list[Row]:
             tuned = MergePass(o, parameters, given, before=partial(_set_rate, parameters, given, rates))
             forward_pass(model, tokens, tuned.readers())
             return tuned.noted
@@ -94,9 +94,7 @@ def _set_rate(parameters: Parameters, given: Given, rates: Mapping[int, float], 
     parameters.set_level(asked.index, find_level(parameters.options, round(rates[asked.layer] * tokens), asked))
 
 
-def meet_target(
-    parameters: Parameters, run: Callable[[Mapping[int, float]], list[dict[str, Any]]], length: int, context: int | None
-) -> None:
+def meet_target(parameters: Parameters, run: Callable[[Mapping[int, float]], list[Row]], length: int, context: int | None) -> None:
     """Set the levels so that the target is met on the tokens that `run` runs over.
 
     Args:
@@ -146,9 +144,11 @@ def find_level(options: Options, wanted: int, asked: Undecided) -> float:
         MergeError: so many cannot be merged.
     """
     rule, eligible, descriptors = options.decision, asked.eligible, asked.descriptors
-    if rule.knows_level:
-        return rule.level_for(wanted, int(eligible.sum()), int(eligible.any(1).sum()))
-    scores = asked.arguments["scores"][eligible] if rule.scored else None
+    known = rule.level_for(wanted, int(eligible.sum()), int(eligible.any(1).sum()))
+    if known is not None:
+        return known
+    given = asked.arguments["scores"]
+    scores = given[eligible] if rule.scored and given is not None else None
     # What is compared does not depend on the level.
     similarity = [cosines(rows, rows) for rows in descriptors] if options.compares else None
     low, high, nearest = 0.0, 1.0, (math.inf, 1.0)

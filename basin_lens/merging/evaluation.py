@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -15,7 +14,7 @@ from basin_lens.errors import MergeError
 from basin_lens.merging.budgets import fit_budget
 from basin_lens.merging.losses import excess, plain_pass, surprisal_for
 from basin_lens.merging.parameters import Shape, shape_of
-from basin_lens.merging.policies import POLICIES, Budget, Policy
+from basin_lens.merging.policies import POLICIES, Budget, Policy, compared_policies
 from basin_lens.merging.policies.recent import RECENT
 from basin_lens.merging.token_merger import TokenMerger
 from basin_lens.merging.windows import Windows, batches
@@ -44,13 +43,14 @@ class Setting:
     projection: Whole = 32
     recent: Whole = 8
     seeds: Whole = 5
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = tuple(compared_policies())
 
     def __post_init__(self) -> None:
         whole_fields(self, MergeError)
-        unknown = set(self.policies) - set(POLICIES)
+        known = compared_policies()
+        unknown = set(self.policies) - set(known)
         if unknown or not self.budgets or not all(0 < b < 1 for b in self.budgets) or self.seeds < 1:
-            raise MergeError(f"expected policies of {', '.join(POLICIES)}, budgets between 0 and 1 and a seed or more, got {self}.")
+            raise MergeError(f"expected policies of {', '.join(known)}, budgets between 0 and 1 and a seed or more, got {self}.")
 
     def budget(self, shape: Shape, share: float, length: int, seed: int) -> Budget:
         """What a policy is given to spend on sequences of `length` tokens."""
@@ -153,12 +153,12 @@ def compare_policies(
         options = policy.options_for(setting.budget(shape, aim, length, seed))
         made = merger if policy.trained and merger is not None else TokenMerger(setting.layers, **options)
         with _at_budget(policy, made, model, calibration, aim):
-            case: dict[str, Any] = {"policy": policy.name, "budget": budget, "seed": seed}
+            case: dict[str, str | int | float] = {"policy": policy.name, "budget": budget, "seed": seed}
             rows = excess(made, model, held_out, plain)
             layers.append(by_layer(made.statistics()).assign(**case))
             if not policy.blind:
                 left.setdefault(budget, float(rows["bytes_share"].mean()))
-            costs: dict[str, Any] = {
+            costs: dict[str, int | float] = {
                 "plain_seconds": plain_seconds,
                 "peak_bytes": _peak(made, model, held_out),
                 "plain_peak_bytes": plain_peak,
@@ -300,7 +300,7 @@ def context_protocol(
         made: dict[str, TokenMerger] = {}
         # Of the first half only, and no more than bipartite merging can: every other token.
         rate = min(0.48, 1 - budget) * half / length
-        common: dict[str, Any] = {"recent": setting.recent, "target_rate": rate, "projection": setting.projection}
+        common: dict[str, object] = {"recent": setting.recent, "target_rate": rate, "projection": setting.projection}
         made["bipartite"] = TokenMerger(list(setting.layers), rule="bipartite", representative="mean", **common)
         made["cosine"] = TokenMerger(list(setting.layers), floor=-1.0, **common)
         made["random"] = TokenMerger(list(setting.layers), rule="random", recent=setting.recent, target_rate=rate)

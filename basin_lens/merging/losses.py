@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -85,7 +84,7 @@ def excess(
         >>> len(found), bool((found.bytes_share < 1).all())
         (4, True)
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     merger.forget()
     for part, kept in zip(batches(windows), plain.logits, strict=True):
         tokens = windows.tokens[part].to(device_of(model))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +13,17 @@ from torch import Tensor
 
 from basin_lens.errors import MergeError
 from basin_lens.merging import attention
-from basin_lens.merging.assign import Assigned, assign
+from basin_lens.merging.assignment import Asked, Assigned, assign
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters
+from basin_lens.merging.policies import KeyRule
 from basin_lens.merging.similarity import row_likeness, row_read
-from basin_lens.merging.statistics import Merged, layer_statistics
+from basin_lens.merging.statistics import Merged, Row, layer_statistics
 from basin_lens.model import HookedModel, point_name
 
 Reader = Callable[[Tensor], Tensor | None]
 Carry = tuple[int, Tensor, Tensor]
-_ATTACHED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[HookedModel, set[int]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -71,6 +71,18 @@ class Given:
         if valid is not None and not bool((valid[:, 1:] <= valid[:, :-1]).all()):
             raise MergeError("expected padding on the right only, got a real token behind padding. Pad on the right.")
 
+    def check_pass(self, options: Options) -> None:
+        """As `check`, for a pass: surprisal and scores where the options ask for them, and only there.
+
+        Raises:
+            MergeError: see above.
+        """
+        if (options.preserve == "surprisal") != (self.surprisal is not None):
+            raise MergeError("expected surprisal with preserve='surprisal', and only then. Give it, or use preserve='norm'.")
+        if options.rule != "score" and self.scores is not None:
+            raise MergeError(f"expected scores with the rule 'score' only, got them with {options.rule!r}. Leave them out.")
+        self.check(options)
+
     def check_shape(self, states: Tensor) -> None:
         """Refuse what is not of the pass's own shape.
 
@@ -103,7 +115,7 @@ class Undecided:
     layer: int
     descriptors: Float[np.ndarray, "batch pos width"]
     eligible: Bool[np.ndarray, "batch pos"]
-    arguments: dict[str, Any]
+    arguments: Asked
 
 
 class MergePass:
@@ -135,7 +147,7 @@ class MergePass:
         self.factors: dict[int, Float[Tensor, "batch query key"]] = {}
         self.levels: dict[int, Float[Tensor, "batch pos"]] = {}
         self.units: dict[int, Float[Tensor, "batch pos width"]] = {}
-        self.noted: list[dict[str, Any]] = []
+        self.noted: list[Row] = []
         self._held: dict[str, Tensor] = {}
         # In a stream that keeps its length, a token that waited would know how many come after it.
         self.recent = 0 if options.simulate else options.recent
@@ -235,7 +247,7 @@ class MergePass:
         o, units = self.options, self.units[layer]
         able = self.eligible(index, self._held["norms"])
         rows = pattern.detach().double().cpu().numpy() if pattern is not None and o.attention_weight else None
-        arguments: dict[str, Any] = {
+        arguments: Asked = {
             "rule": o.rule,
             "recent": self.recent,
             "context": self.given.context,
@@ -276,10 +288,10 @@ class MergePass:
         return attention.share_of(found, cosine, levels, o.temperature, soft=self.soft)
 
     def _scores(self, layer: int) -> Float[np.ndarray, "batch pos"] | None:
-        if self.options.decision.needs_keys:
+        rule = self.options.decision
+        if isinstance(rule, KeyRule):
             keys = self._held.pop("keys")
-            heads = keys.reshape(*keys.shape[:2], self.parameters.shape.kv, -1)
-            return self.options.decision.key_scores(heads.detach()).cpu().numpy()
+            return rule.key_scores(keys.reshape(*keys.shape[:2], self.parameters.shape.kv, -1).detach())
         return None if self.given.scores is None else self.given.scores[layer].detach().double().cpu().numpy()
 
     def _likeness(self, assigned: Assigned, pattern: Float[np.ndarray, "batch head query key"]) -> Float[Tensor, "batch pos"]:

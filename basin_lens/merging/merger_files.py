@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -14,6 +13,7 @@ from basin_lens.errors import MergeError, StoreError
 from basin_lens.files import lock_folder, write_file
 from basin_lens.merging.parameters import Parameters
 from basin_lens.model import HookedModel, fingerprint, full_name
+from basin_lens.values import Facts
 
 RECORD = "merger.json"
 _KIND = records.Kind("a saved merger", "basin_lens token merger 2", "Train or calibrate the merger again.")
@@ -21,7 +21,7 @@ _FIELDS = {"options": dict, "base": str, "calibrated": bool, "facts": dict}
 _WEIGHTS = "merger"
 
 
-def write_merger(folder: Path, parameters: Parameters, facts: Mapping[str, Any]) -> Path:
+def write_merger(folder: Path, parameters: Parameters, facts: Facts) -> Path:
     """Write record and parameters; a merger that is there stays whole until the new one is.
 
     Args:
@@ -49,7 +49,7 @@ def write_merger(folder: Path, parameters: Parameters, facts: Mapping[str, Any])
 
 
 @contextmanager
-def read_merger(folder: Path, model: HookedModel) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Tensor]]]:
+def read_merger(folder: Path, model: HookedModel) -> Iterator[tuple[Facts, Mapping[str, Tensor]]]:
     """The record and the parameters of the merger of a model; what fails inside the block is a damaged merger.
 
     Raises:

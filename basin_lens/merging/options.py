@@ -1,13 +1,12 @@
 """What a `TokenMerger` can be asked for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from basin_lens.errors import MergeError
-from basin_lens.merging.policies import Rule, rule_named
-from basin_lens.values import Whole, whole_fields, whole_or_none
+from basin_lens.merging.policies import Decision, rule_named
+from basin_lens.values import Facts, Whole, whole, whole_fields, whole_or_none
 
 # The latest layers bear most: which share of depth is early, which middle, and how strictly each merges.
 _STRICT = ((0.3, 0.5), (0.7, 1.0), (1.0, 1.5))
@@ -20,7 +19,39 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a `TokenMerger`; see there. The texts beside the fields are those of the command line."""
+    """Options of a `TokenMerger`. The texts beside the fields are those of the command line.
+
+    Attributes:
+        layers: where to merge.
+        threshold: similarity from which a token joins, `floor` to 1; from 1 on nothing is merged. Or
+        target_rate: share of the tokens to merge in these layers, on average. Or
+        target_bytes: share of the full key/value cache to be left, all layers counted. Both targets need `calibrate`.
+        rule: who joins whom: see `basin_lens.merging.RULES`. All but "cosine" are baselines.
+        drop: tokens that would join are forgotten instead.
+        representative: `"leader"` (the first member) or `"mean"` (running mean of the values; keys stay the leader's).
+        adaptive: the threshold moves with what came before the token (place, norm, novelty), by learned weights.
+        progressive: merge less in early layers (depth below 0.3: half), more in late ones (from 0.7: one and a half times).
+        attention_weight: share of the attention rows in the similarity, 0 to 1. The rows have to be kept, and are counted.
+        projection: width to which states are projected before they are compared (principal directions until trained); None: not at
+            all.
+        residual: `"gated"`: a cluster keeps the mean difference of its members' values from its leader's, in `residual_width`
+            numbers.
+        residual_width: see above.
+        preserve: `"norm"` or `"surprisal"`: tokens above the calibrated quantile are never merged. Surprisal (of the plain model)
+            must be given to `attached`.
+        preserve_share: share of tokens above it.
+        contrastive_weight: in training, of the hinge on the cosine between clusters of one sequence.
+        margin: cosine from which it acts.
+        recent: tokens that stay raw behind the current one, itself counted; of no effect with `simulate`.
+        floor: lowest threshold.
+        temperature: of the soft mask that training goes by.
+        simulate: overwrite the states of merged tokens with their representative's instead, as soon as they come, in a stream that
+            keeps its length: saves no memory.
+        seed: of random merging.
+
+    Raises:
+        MergeError: options that do not fit.
+    """
 
     layers: tuple[int, ...]
     threshold: float | None = field(default=None, metadata={"help": "Cosine to begin from, in place of a target."})
@@ -61,7 +92,7 @@ class Options:
         for met, name, what in self._bounds():
             self._need(met, name, what)
         if any(one and other for one, other in self._excluded(rule)):
-            raise MergeError(f"expected options that go together, got {self}. See the docstring of TokenMerger.")
+            raise MergeError(f"expected options that go together, got {self}. See the docstring of merging.Options.")
 
     def _need(self, met: bool, name: str, what: str) -> None:
         if not met:
@@ -89,7 +120,7 @@ class Options:
         moved = self.contrastive_weight == 0 or self.projection is not None
         yield moved, "contrastive_weight", "0 without a projection: states of a frozen model have no gradient"
 
-    def _excluded(self, rule: Rule) -> Iterator[tuple[bool, bool]]:
+    def _excluded(self, rule: Decision) -> Iterator[tuple[bool, bool]]:
         """Pairs of which one at most may hold."""
         yield self.residual == "gated", self.representative == "mean"
         yield self.residual == "gated", self.drop
@@ -105,7 +136,7 @@ class Options:
         yield self.attention_weight > 0, not rule.takes_rows
 
     @property
-    def decision(self) -> Rule:
+    def decision(self) -> Decision:
         """The rule by its name: who joins whom."""
         return rule_named(self.rule)
 
@@ -130,9 +161,7 @@ class Options:
         if not 0 <= rate <= most and strict:
             raise MergeError(
                 f"expected a target that can be met, got one that needs {rate:.3f} of the tokens of each layer merged, of 0 to "
-                f"{most:.3f} "
-                f"that can be. "
-                "Ask for less, merge in more layers, or shorten the recent window."
+                f"{most:.3f} that can be. Ask for less, merge in more layers, or shorten the recent window."
             )
         rate = min(max(rate, 0.0), most)
         factors = {layer: self.strictness(layer, n_layers) for layer in self.layers}
@@ -148,6 +177,18 @@ class Options:
                 rates[layer] = min(most, rates[layer] + missing / len(open_))
         return rates
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Facts:
         """As JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+def options_of(layers: Sequence[Whole], given: Facts) -> Options:
+    """Options by their names, as a caller or a record gives them.
+
+    Raises:
+        MergeError: a name that no option has, or options that do not fit.
+    """
+    try:
+        return Options(layers=tuple(sorted(whole(n, "layers", error=MergeError) for n in layers)), **given)
+    except TypeError as error:
+        raise MergeError(f"expected options of TokenMerger, got another: {error}. See merging.Options.") from error

@@ -1,7 +1,6 @@
 """What perplexity hides: copying, written text, and who merged into whom."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +55,7 @@ def induction_probe(
 
     with measuring(model):
         plain = second(forward_pass(model, tokens, {}))
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for policy, merger in made.items():
         merger.forget()
         with merger.attached(model, surprisal=surprisal_for(merger, model, tokens)), torch.no_grad():
@@ -108,7 +107,7 @@ def generation_quality(
         generate(TokenMerger([0], threshold=1.0), model, prompts, length, past_end=True)
     plain = continuations(model, prompts, length)
     share = float(table["bytes"].sum() / table["full_bytes"].sum())
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for cache, text, held, peak in (("full", plain, 1.0, plain_memory.peak), ("compressed", written, share, memory.peak)):
         whole = torch.cat([prompts.cpu(), text], 1).to(device_of(model))
         with measuring(model):

@@ -1,15 +1,19 @@
 """What one layer of one pass merged, in numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from basin_lens.merging.assign import Assigned
+from basin_lens.merging.assignment import Assigned
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters
+
+# Of one layer in one pass: figures by the names of the columns of `TokenMerger.statistics`.
+Row = dict[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Merged:
     closed: bool
 
 
-def layer_statistics(options: Options, parameters: Parameters, merged: Merged) -> dict[str, Any]:
+def layer_statistics(options: Options, parameters: Parameters, merged: Merged) -> Row:
     """A row of `TokenMerger.statistics`, without the number of the pass."""
     found, valid, simulate = merged.assigned, merged.valid, options.simulate
     joined = found.joined
@@ -66,6 +70,14 @@ def layer_statistics(options: Options, parameters: Parameters, merged: Merged) -
         "level": float(merged.levels.detach().mean()),
         **_errors(options, merged),
     }
+
+
+def statistics_table(noted: Sequence[Row]) -> pd.DataFrame:
+    """The rows as a table, with the number of the pass before them: every pass begins at the first layer."""
+    found = pd.DataFrame(noted)
+    if len(found):
+        found.insert(0, "pass", (found["layer"] == found["layer"].min()).cumsum() - 1)
+    return found
 
 
 def _bytes_kept(parameters: Parameters, merged: Merged) -> list[int]:

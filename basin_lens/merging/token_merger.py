@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -15,10 +14,11 @@ from basin_lens.errors import MergeError
 from basin_lens.merging.calibration import calibrate_parameters
 from basin_lens.merging.merge_pass import Given, MergePass, alone_in
 from basin_lens.merging.merger_files import read_merger, write_merger
-from basin_lens.merging.options import Options
+from basin_lens.merging.options import options_of
 from basin_lens.merging.parameters import Parameters, check_able, shape_of
+from basin_lens.merging.statistics import Row, statistics_table
 from basin_lens.model import HookedModel, check_model, fingerprint, full_name, measuring, reading
-from basin_lens.values import Whole, whole
+from basin_lens.values import Facts, Whole
 
 
 class TokenMerger(nn.Module):
@@ -33,31 +33,7 @@ class TokenMerger(nn.Module):
 
     Args:
         layers: where to merge.
-        threshold: similarity from which a token joins, `floor` to 1; from 1 on nothing is merged. Or
-        target_rate: share of the tokens to merge in these layers, on average. Or
-        target_bytes: share of the full key/value cache to be left, all layers counted. Both targets need `calibrate`.
-        rule: who joins whom: see `basin_lens.merging.RULES`. All but "cosine" are baselines.
-        drop: tokens that would join are forgotten instead.
-        representative: `"leader"` (the first member) or `"mean"` (running mean of the values; keys stay the leader's).
-        adaptive: the threshold moves with what came before the token (place, norm, novelty), by learned weights.
-        progressive: merge less in early layers (depth below 0.3: half), more in late ones (from 0.7: one and a half times).
-        attention_weight: share of the attention rows in the similarity, 0 to 1. The rows have to be kept, and are counted.
-        projection: width to which states are projected before they are compared (principal directions until trained); None: not at
-            all.
-        residual: `"gated"`: a cluster keeps the mean difference of its members' values from its leader's, in `residual_width`
-            numbers.
-        residual_width: see above.
-        preserve: `"norm"` or `"surprisal"`: tokens above the calibrated quantile are never merged. Surprisal (of the plain model)
-            must be given to `attached`.
-        preserve_share: share of tokens above it.
-        contrastive_weight: in training, of the hinge on the cosine between clusters of one sequence.
-        margin: cosine from which it acts.
-        recent: tokens that stay raw behind the current one, itself counted; of no effect with `simulate`.
-        floor: lowest threshold.
-        temperature: of the soft mask that training goes by.
-        simulate: overwrite the states of merged tokens with their representative's instead, as soon as they come, in a stream that
-            keeps its length: saves no memory.
-        seed: of random merging.
+        options: a threshold or a target, and how; see `basin_lens.merging.Options`.
 
     Raises:
         MergeError: options that do not fit.
@@ -77,18 +53,15 @@ class TokenMerger(nn.Module):
 
     weights: Parameters  # made by `prepare`, when the model is known
 
-    def __init__(self, layers: Sequence[Whole], **options: Any) -> None:
+    def __init__(self, layers: Sequence[Whole], **options: object) -> None:
         super().__init__()
-        try:
-            self.options = Options(layers=tuple(sorted(whole(n, "layers", error=MergeError) for n in layers)), **options)
-        except TypeError as error:
-            raise MergeError(f"expected options of TokenMerger, got another: {error}. See its docstring.") from error
+        self.options = options_of(layers, options)
         self.base: str | None = None  # fingerprint of the model that it was prepared for
         self.base_changes = False  # while the base model is trained
         self.calibrated = False
-        self.facts: dict[str, Any] = {}
+        self.facts: Facts = {}
         self.pass_: MergePass | None = None  # inside a block of `attached`
-        self._noted: list[dict[str, Any]] = []
+        self._noted: list[Row] = []
 
     # ---- one model ---------------------------------------------------------------------------------------------------------------
 
@@ -180,12 +153,8 @@ class TokenMerger(nn.Module):
             True
         """
         o = self.ready(model).options
-        if (o.preserve == "surprisal") != (surprisal is not None):
-            raise MergeError("expected surprisal with preserve='surprisal', and only then. Give it, or use preserve='norm'.")
-        if o.rule != "score" and scores is not None:
-            raise MergeError(f"expected scores with the rule 'score' only, got them with {o.rule!r}. Leave them out.")
         given = Given(valid, surprisal, scores, context)
-        given.check(o)
+        given.check_pass(o)
         made = MergePass(o, self.weights, given, soft=soft)
         with (
             alone_in(model, o.layers),
@@ -257,11 +226,7 @@ class TokenMerger(nn.Module):
         what stands for them, the leader's state or the cluster's mean, over that from the mean of all mergeable tokens; 1: no
         better than that mean).
         """
-        found = pd.DataFrame(self._noted + ([] if self.pass_ is None else self.pass_.noted))
-        if len(found):
-            # Every pass begins at the first layer.
-            found.insert(0, "pass", (found["layer"] == self.options.layers[0]).cumsum() - 1)
-        return found
+        return statistics_table(self._noted + ([] if self.pass_ is None else self.pass_.noted))
 
     def forget(self) -> None:
         """Empty the statistics."""

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError, safe_open
@@ -12,6 +11,7 @@ from basin_lens import records
 from basin_lens.errors import StoreError
 from basin_lens.files import append_line, write_file
 from basin_lens.merging.merger_files import RECORD
+from basin_lens.values import Facts
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 _KIND = records.Kind("the log of a training", "json lines", "Train again, or delete the log to do without its figure.")
@@ -84,11 +84,11 @@ def read_log(folder: Path, steps: int) -> pd.DataFrame | None:
         return pd.DataFrame(rows)
 
 
-def rewrite_log(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+def rewrite_log(folder: Path, history: Sequence[Facts]) -> None:
     """The log as it was at the last checkpoint."""
     write_file(folder / LOG, "".join(json.dumps(record) + "\n" for record in history))
 
 
-def append_log(folder: Path, record: dict[str, Any]) -> None:
+def append_log(folder: Path, record: Facts) -> None:
     """A line for a step."""
     append_line(folder / LOG, json.dumps(record))

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from basin_lens.merging.training_log import CHECKPOINT, rewrite_log
 from basin_lens.merging.training_options import Training
 from basin_lens.merging.windows import Windows
 from basin_lens.model import HookedModel, copy_of, device_of, forward_pass, measuring, parameters_of
+from basin_lens.values import Facts
 
 _KIND = records.Kind("a checkpoint", "basin_lens merge training 1", "Delete it to begin anew.")
 
@@ -74,23 +74,20 @@ class TrainingRun:
             parameter.requires_grad_(True)
         slow = [p for p in (merger.weights.raw, merger.weights.slope) if p is not None]
         own = [p for p in merger.parameters() if not any(p is s for s in slow)]
-        groups: list[dict[str, Any]] = [
-            {"params": slow, "lr": training.threshold_rate},
-            {"params": own, "lr": training.learning_rate},
-        ]
+        groups = [(slow, training.threshold_rate), (own, training.learning_rate)]
         self.base = parameters_of(self.model) if training.train_base else {}
         merger.base_changes = training.train_base
         if self.base:
-            groups.append({"params": list(self.base.values()), "lr": training.base_rate})
+            groups.append((list(self.base.values()), training.base_rate))
+        groups = [(parameters, rate) for parameters, rate in groups if parameters]
         self.frozen = [p for p in parameters_of(self.model).values() if p.requires_grad and not self.base]
         for parameter in self.base.values():
             parameter.requires_grad_(True)
-        self.rates = [float(group["lr"]) for group in groups]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        self.rates = [rate for rate, group in zip(self.rates, groups, strict=True) if group["params"]]
+        self.rates = [float(rate) for _, rate in groups]
+        self.optimizer = torch.optim.AdamW([{"params": held, "lr": rate} for held, rate in groups], weight_decay=0.0)
         self.parachute = Parachute()
         self.step = 0
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Facts] = []
         facts = [
             asdict(training),
             merger.options.plain(),
@@ -122,7 +119,7 @@ class TrainingRun:
         order = np.random.default_rng((self.training.seed, epoch)).permutation(n)
         return order[at * size : (at + 1) * size].tolist()
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Facts:
         """One optimizer step; its record."""
         t, weights = self.training, self.merger.weights
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -172,8 +169,7 @@ class TrainingRun:
             if not math.isfinite(float(total.detach())):
                 raise MergeError(
                     f"expected a finite loss at step {self.step} of {t.steps}, got {float(total.detach())}: training was stopped; "
-                    "the last "
-                    "checkpoint stays. Lower the learning rates."
+                    "the last checkpoint stays. Lower the learning rates."
                 )
             (total / t.accumulate).backward()
         found = {"loss": loss, "rate": merged, "contrastive": hinge}
@@ -218,16 +214,16 @@ class TrainingRun:
                         f"expected a checkpoint of this training ({self.key}), got {str(path)!r} of another "
                         f"({facts.get('training')}): other texts, options or base model. Choose another folder, or delete it."
                     )
-                self._take_up(held, facts)
+                self._take_up(set(held.keys()), held.get_tensor, facts)
         rewrite_log(folder, self.history)
 
-    def _take_up(self, held: Any, facts: Mapping[str, str]) -> None:
+    def _take_up(self, names: Set[str], tensor: Callable[[str], Tensor], facts: Mapping[str, str]) -> None:
         """Go on from a checkpoint that is open; nothing is changed by one that does not fit.
 
         Raises:
             ValueError, KeyError, TypeError, SafetensorError: it does not.
         """
-        names, named = set(held.keys()), self._named()
+        named = self._named()
         step, target, history = int(facts["step"]), float(facts["target"]), json.loads(facts["history"])
         parachute = Parachute(**json.loads(facts["parachute"]))
         if len(history) != step or [row["step"] for row in history] != list(range(1, step + 1)):
@@ -235,12 +231,12 @@ class TrainingRun:
         keys = {name: [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in names] for name in named}
         for name, parameter in named.items():
             for key in ("value", *(k for k in keys[name] if k != "step")):
-                if tuple(held.get_slice(f"{key}/{name}").get_shape()) != tuple(parameter.shape):
+                if tensor(f"{key}/{name}").shape != parameter.shape:
                     raise ValueError(f"{key} of {name} in another shape")
         with torch.no_grad():
             for name, parameter in named.items():
-                parameter.copy_(held.get_tensor(f"value/{name}"))
+                parameter.copy_(tensor(f"value/{name}"))
                 if keys[name]:
-                    self.optimizer.state[parameter] = {k: held.get_tensor(f"{k}/{name}").to(parameter.device) for k in keys[name]}
-                    self.optimizer.state[parameter]["step"] = held.get_tensor(f"step/{name}")
+                    self.optimizer.state[parameter] = {k: tensor(f"{k}/{name}").to(parameter.device) for k in keys[name]}
+                    self.optimizer.state[parameter]["step"] = tensor(f"step/{name}")
         self.step, self.target, self.history, self.parachute = step, target, history, parachute

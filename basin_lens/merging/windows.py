@@ -3,9 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from basin_lens.errors import MergeError
 from basin_lens.model import HookedModel, n_context
 from basin_lens.texts import Texts, read_passages, tokenize
 from basin_lens.texts.copies import SHARE, groups_of_copies, made_of_runs, runs_of
-from basin_lens.values import whole_numbers
+from basin_lens.values import Facts, whole_numbers
 
 TOKENS_PER_PASS = 1024
 
@@ -149,7 +148,7 @@ def seen_of(windows: Windows) -> str:
     return base64.b64encode(np.unique(runs_of(windows.tokens.numpy())).astype("<i8").tobytes()).decode("ascii")
 
 
-def without_seen(windows: Windows, training: Mapping[str, Any]) -> tuple[Windows, int]:
+def without_seen(windows: Windows, training: Facts) -> tuple[Windows, int]:
     """Windows that a merger was not trained on, nearly or in full, by what it says of its training; and how many others there
     were.
     """

@@ -1,10 +1,12 @@
 """One column by category of tokens at one layer."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import setp
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basin_lens.errors import TableError
@@ -22,7 +24,7 @@ def distributions(
     by: str,
     layer: int,
     *,
-    order: Sequence[Any] | None = None,
+    order: Sequence[object] | None = None,
     y_scale: Literal["linear", "log"] = "linear",
 ) -> Figure:
     """How a score is distributed in each category of tokens at one layer: violins with median and quartiles.
@@ -36,8 +38,8 @@ def distributions(
         y_scale: `"linear"`, or `"log"`: log10 of the column, positive values only.
 
     Returns:
-        a matplotlib Figure, with the number of tokens under each category. Categories with fewer than 5 tokens, or with one value, have
-        no violin. The axis ends at the 0.5th and 99.5th percentile of all values, and the line below counts what lies beyond.
+        a matplotlib Figure, with the number of tokens under each category. Categories with fewer than 5 tokens, or with one value,
+        have no violin. The axis ends at the 0.5th and 99.5th percentile of all values, and the line below counts what lies beyond.
 
     Raises:
         TableError: missing or not numeric columns, no such layer, several runs, unknown categories or more than 24.
@@ -90,15 +92,15 @@ def distributions(
     return figure
 
 
-def _violin(axes: Any, place: int, values: np.ndarray, low: float, high: float) -> None:
+def _violin(axes: Axes, place: int, values: np.ndarray, low: float, high: float) -> None:
     """One category. The density is of the values on the axis only: a far one would smooth all others away."""
     if not len(values):
         axes.text(place, 0.5, "no values", transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="center", fontsize=8)
         return
     near = values[(values >= low) & (values <= high)]
     if len(near) >= 5 and not is_flat(pd.Series(near)):
-        for body in axes.violinplot([near], [place], widths=0.8, showextrema=False)["bodies"]:
-            body.set(facecolor=marks.COLORS[5], edgecolor=marks.COLORS[0], alpha=0.65, linewidth=0.8)
+        bodies = axes.violinplot([near], [place], widths=0.8, showextrema=False)["bodies"]
+        setp(bodies, facecolor=marks.COLORS[5], edgecolor=marks.COLORS[0], alpha=0.65, linewidth=0.8)
     else:
         axes.plot(np.full(len(values), place), values, "_", color=marks.COLORS[0], markersize=9, gid="values")
     first, median, last = np.percentile(values, (25, 50, 75))
@@ -106,7 +108,7 @@ def _violin(axes: Any, place: int, values: np.ndarray, low: float, high: float) 
     axes.plot([place], [median], "o", color="#1a1a1a", markerfacecolor="white", markersize=5, zorder=4, gid="median")
 
 
-def _order(labels: pd.Series, by: str, order: Sequence[Any] | None) -> list[Any]:
+def _order(labels: pd.Series, by: str, order: Sequence[object] | None) -> list[object]:
     there = labels.value_counts()
     if order is not None:
         unknown = [kind for kind in order if kind not in there.index]

@@ -122,7 +122,10 @@ def rank_bars(ranks: Int[np.ndarray, " tokens"], law: Float[np.ndarray, " ranks"
 def rank_shares(
     ranks: Int[np.ndarray, " tokens"], law: Float[np.ndarray, " ranks"] | None = None
 ) -> tuple[list[str], list[float], list[float]]:
-    """Names of the ranges of ranks (0, 1, 2 to 3, 4 to 7 and so on), the share of tokens in each, and the law's share (empty without one)."""
+    """Names of the ranges of ranks (0, 1, 2 to 3, 4 to 7 and so on), the share of tokens in each, and the law's share.
+
+    The last is empty without a law.
+    """
     most = max(int(ranks.max()), 1)
     edges = [0, *(2**power for power in range(most.bit_length() + 1))]
     shares = np.histogram(ranks, edges)[0] / len(ranks)

@@ -28,8 +28,8 @@ def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | 
         title: above the figure; None: none.
 
     Returns:
-        a matplotlib Figure; the legend has each score's area and the line below it the number of texts. An area has no interval here: see
-        `basin_lens.stats.detect`.
+        a matplotlib Figure; the legend has each score's area and the line below it the number of texts. An area has no interval
+        here: see `basin_lens.stats.detect`.
 
     Raises:
         TableError: missing columns, more than 9 scores, a label of one value.

@@ -1,10 +1,10 @@
 """Estimates with their intervals, side by side: forests, quartiles, tags."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -86,7 +86,7 @@ def _shifts(count: int) -> np.ndarray:
     return np.linspace(-width / 2, width / 2, count)
 
 
-def _rows(axes: Any, labels: Sequence[str]) -> None:
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
     """Rows from the top down, with faint lines to follow."""
     axes.set_yticks(range(len(labels)), [marks.plain(text) for text in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -102,8 +102,9 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
         results: from `basin_lens.stats.quartile_table`.
 
     Returns:
-        a matplotlib Figure. Bars begin at 0 and carry 95 % intervals; panels of one score have one scale. Above each panel: highest quartile
-        less lowest, with its interval and corrected p. At most 12 panels are drawn, the first ones, and the line below says so.
+        a matplotlib Figure. Bars begin at 0 and carry 95 % intervals; panels of one score have one scale. Above each panel: highest
+        quartile less lowest, with its interval and corrected p. At most 12 panels are drawn, the first ones, and the line below
+        says so.
 
     Raises:
         TableError: missing columns, or no rows.
@@ -111,8 +112,8 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
     Example:
         >>> import pandas as pd
         >>> import basin_lens as bl
-        >>> results = pd.DataFrame({"layer": 0, "score": "a", "against": "b", "quartile": ["1", "2", "2 - 1"], "estimate": [0.1, 0.3, 0.2]})
-        >>> figure = bl.views.quartile_bars(results.assign(low=0.0, high=0.4, p_corrected=0.01))
+        >>> results = pd.DataFrame({"quartile": ["1", "2", "2 - 1"], "estimate": [0.1, 0.3, 0.2], "low": 0.0, "high": 0.4})
+        >>> figure = bl.views.quartile_bars(results.assign(layer=0, score="a", against="b", p_corrected=0.01))
         >>> [float(bar.get_height()) for bar in figure.axes[0].patches]
         [0.1, 0.3]
     """
@@ -125,7 +126,7 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
     places = _places([panel[:2] for panel in shown])
     columns, lines = max(place[1] for place in places) + 1, max(place[0] for place in places) + 1
     figure = Figure(figsize=(max(4.6, 2.2 * columns + 0.4), 2.5 * lines + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.09))
-    first: dict[Any, Any] = {}
+    first: dict[Hashable, Axes] = {}
     for (at, column), (score, against, layer, part) in zip(places, shown, strict=True):
         axes = figure.add_subplot(lines, columns, at * columns + column + 1, sharey=first.get(score))
         _panel(axes, part)
@@ -136,14 +137,15 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
         axes.set_xlabel(marks.plain(f"{_part(len(part) - 1)} of {against}", 34))
         axes.set_title(f"layer {layer}\n{_difference(part)}", fontsize=8, loc="left")
         marks.bare(axes)
-    caption = f"{marks.sample(results)}; parts within each sequence, 1 is lowest; above each panel: highest less lowest, corrected p, [95 % interval]"
+    caption = f"{marks.sample(results)}; parts within each sequence, 1 is lowest; "
+    caption += "above each panel: highest less lowest, corrected p, [95 % interval]"
     if len(panels) > len(shown):
         caption += f"; the first {len(shown)} of {len(panels)} panels: choose layers or scores to see others"
     marks.finish(figure, "", caption)
     return figure
 
 
-def _places(cases: Sequence[tuple[Any, Any]]) -> list[tuple[int, int]]:
+def _places(cases: Sequence[tuple[Hashable, ...]]) -> list[tuple[int, int]]:
     """Line and column of each panel: four in a line; a new score begins a new line, unless each has one panel only."""
     places: list[tuple[int, int]] = []
     flowing = len(set(cases)) == len(cases)
@@ -154,7 +156,7 @@ def _places(cases: Sequence[tuple[Any, Any]]) -> list[tuple[int, int]]:
     return places
 
 
-def _panel(axes: Any, part: pd.DataFrame) -> None:
+def _panel(axes: Axes, part: pd.DataFrame) -> None:
     """One score at one layer."""
     bars = part[~part["quartile"].astype(str).str.contains(" - ")]
     bars = bars.sort_values("quartile", key=lambda names: names.astype(int))
@@ -204,7 +206,8 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
         alpha: level of the corrected p, for filled markers.
 
     Returns:
-        a matplotlib Figure: a row per tag, ordered by the estimate before, with the number of its tokens; two marks with 95 % intervals.
+        a matplotlib Figure: a row per tag, ordered by the estimate before, with the number of its tokens; two marks with 95 %
+        intervals.
 
     Raises:
         TableError: missing columns, no such layer, or several scores.
@@ -212,8 +215,8 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
     Example:
         >>> import pandas as pd
         >>> import basin_lens as bl
-        >>> table = pd.DataFrame({"layer": 3, "doc": [0, 0, 1, 1], "seq": [0, 0, 1, 1], "tag": ["A", "B"] * 2, "a": [1.0, 0.0, 3.0, 2.0]})
-        >>> means = bl.stats.tag_means(table, "a", "tag")
+        >>> table = pd.DataFrame({"doc": [0, 0, 1, 1], "seq": [0, 0, 1, 1], "tag": ["A", "B"] * 2, "a": [1.0, 0.0, 3.0, 2.0]})
+        >>> means = bl.stats.tag_means(table.assign(layer=3), "a", "tag")
         >>> [text.get_text() for text in bl.views.tag_intervals(means, means, layer=3).axes[0].get_yticklabels()]
         ['A (n = 2)', 'B (n = 2)']
     """
@@ -222,7 +225,8 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
         held = tables.at_layer(marks.checked(results, "tag", "layer", "score", "n_tokens"), layer)
         if held["score"].nunique() != 1 or held["tag"].duplicated().any():
             raise TableError(
-                f"expected one row per tag of one score, got scores {held['score'].unique().tolist()}. Choose one: results[results.score == ...]."
+                f"expected one row per tag of one score, got scores {held['score'].unique().tolist()}. Choose one: "
+                "results[results.score == ...]."
             )
         parts.append(held.set_index("tag"))
     if parts[0]["score"].iloc[0] != parts[1]["score"].iloc[0]:

@@ -48,8 +48,8 @@ def scatter(
         seed: of the bootstrap, and of the choice of points drawn where there are more than 20,000.
 
     Returns:
-        a matplotlib Figure. Tokens without both values are left out and counted. No band with fewer than 6 documents; no line where a
-        column does not vary.
+        a matplotlib Figure. Tokens without both values are left out and counted. No band with fewer than 6 documents; no line where
+        a column does not vary.
 
     Raises:
         TableError: missing or not numeric columns, no such layer, several runs, an unknown scale.
@@ -59,8 +59,8 @@ def scatter(
         >>> import pandas as pd
         >>> import basin_lens as bl
         >>> rng = np.random.default_rng(0)
-        >>> table = pd.DataFrame({"layer": 3, "doc": np.repeat(range(9), 20), "seq": np.repeat(range(9), 20), "a": rng.normal(size=180)})
-        >>> table["b"] = table.a + rng.normal(size=180)
+        >>> table = pd.DataFrame({"layer": 3, "doc": np.repeat(range(9), 20), "a": rng.normal(size=180)})
+        >>> table = table.assign(seq=table.doc, b=table.a + rng.normal(size=180))
         >>> bl.views.scatter(table, "a", "b", layer=3).axes[0].get_xlabel()
         "a\\ndeviation from its sequence's mean"
     """
@@ -73,10 +73,9 @@ def scatter(
     drawn = rows
     if len(rows) > _MOST_POINTS:
         drawn = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), _MOST_POINTS, replace=False))]
-    axes.scatter(
-        drawn["x"], drawn["y"], s=7, color=marks.COLORS[0], alpha=float(np.clip(150 / np.sqrt(len(drawn) + 1) / 10, 0.06, 0.5)),
-        linewidths=0, rasterized=True, gid="tokens",
-    )  # fmt: skip
+    alpha = float(np.clip(150 / np.sqrt(len(drawn) + 1) / 10, 0.06, 0.5))
+    dots = axes.scatter(drawn["x"], drawn["y"], s=7, color=marks.COLORS[0], alpha=alpha, linewidths=0, rasterized=True)
+    dots.set_gid("tokens")
     documents = rows["doc"].nunique()
     words = [f"{len(rows):,} tokens in {rows['seq'].nunique():,} sequences of {documents:,} documents"]
     if len(drawn) < len(rows):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -46,8 +47,14 @@ def layer_curve(table: pd.DataFrame, column: str | Sequence[str]) -> Figure:
         banded = bool(summary[f"{name}_low"].notna().any())
         label = name if banded else f"{name} (one document: no interval)"
         axes.plot(
-            summary["layer"], summary[f"{name}_mean"], look.style, color=look.color, marker=look.shape, markersize=3, label=marks.plain(label)
-        )  # fmt: skip
+            summary["layer"],
+            summary[f"{name}_mean"],
+            look.style,
+            color=look.color,
+            marker=look.shape,
+            markersize=3,
+            label=marks.plain(label),
+        )
         if banded:
             axes.fill_between(
                 summary["layer"], summary[f"{name}_low"], summary[f"{name}_high"], color=look.color, alpha=0.2, linewidth=0
@@ -160,12 +167,9 @@ def position_map(table: pd.DataFrame, column: str) -> Figure:
         raise TableError("expected a table with rows, got none. Check the filter before this call.")
     first, last = int(table["pos"].min()), int(table["pos"].max())
     step = -(-(last - first + 1) // _MOST_COLUMNS)
-    held = pd.DataFrame({name: table[name] for name in ("layer", "doc", "seq")})
-    held["bin"] = (table["pos"] - first) // step
-    held["value"] = table[column].astype(float).where(np.isfinite(table[column].astype(float)))
-    by_sequence = held.groupby(["layer", "doc", "seq", "bin"], sort=True)["value"].mean()
-    means = by_sequence.groupby(level=["layer", "doc", "bin"]).mean().groupby(level=["layer", "bin"]).mean().unstack("bin")
-    means = means.reindex(columns=range((last - first) // step + 1))
+    value = table[column].astype(float).where(np.isfinite(table[column].astype(float)))
+    held = pd.DataFrame({name: table[name] for name in ("layer", "doc", "seq")}).assign(value=value)
+    means = _means(held.assign(bin=(table["pos"] - first) // step), (last - first) // step + 1)
     cells = np.ma.masked_invalid(means.to_numpy(float))
     figure = Figure(figsize=(8.2, float(np.clip(1.9 + 0.14 * len(means), 2.6, 7))), layout="constrained")
     axes = figure.add_subplot()
@@ -206,12 +210,27 @@ def position_map(table: pd.DataFrame, column: str) -> Figure:
         words.append("colors end at the 2nd and 98th percentile")
     if cells.mask.any():
         words.append("hatched: no value")
-        axes.legend(
-            handles=[Patch(facecolor="#e6e6e6", edgecolor="#b5b5b5", hatch="////", label="no value")], frameon=False, fontsize=8,
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2,
-        )  # fmt: skip
+        _explain_hatching(axes)
     marks.finish(figure, f"{column} by layer and position", "; ".join(words))
     return figure
+
+
+def _means(held: pd.DataFrame, bins: int) -> pd.DataFrame:
+    """Mean of each layer and bin, over tokens of a sequence, then sequences of a document, then documents; NaN without a value."""
+    by_sequence = held.groupby(["layer", "doc", "seq", "bin"], sort=True)["value"].mean()
+    means = by_sequence.groupby(level=["layer", "doc", "bin"]).mean().groupby(level=["layer", "bin"]).mean().unstack("bin")
+    return means.reindex(columns=range(bins))
+
+
+def _explain_hatching(axes: Axes) -> None:
+    axes.legend(
+        handles=[Patch(facecolor="#e6e6e6", edgecolor="#b5b5b5", hatch="////", label="no value")],
+        frameon=False,
+        fontsize=8,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        borderaxespad=0.2,
+    )
 
 
 def _limits(known: np.ndarray, two_signed: bool) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """Marks that can be told apart in print and without color, and the words that stand beside them."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from matplotlib.text import Text
 
 from basin_lens import tables
 from basin_lens.errors import TableError
+from basin_lens.values import is_missing
 
 # Okabe-Ito: told apart by color-blind readers; line styles and marker shapes carry the difference in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -131,8 +133,8 @@ def groups_of(results: pd.DataFrame, by: str | Sequence[str] | None, keys: Seque
         first = results.loc[twice, list(keys)].iloc[0].to_dict()
         apart = [c for c in CASE if c in results and results.loc[twice, c].nunique(dropna=False) > 1 and c not in names]
         raise TableError(
-            f"expected one row for each of {', '.join([*keys, *names])}, got {int(twice.sum())} rows that share theirs, the first at {first}. "
-            f"Pass by={[*names, *apart]!r}, or choose rows first."
+            f"expected one row for each of {', '.join([*keys, *names])}, got {int(twice.sum())} rows that share theirs, the first "
+            f"at {first}. Pass by={[*names, *apart]!r}, or choose rows first."
         )
     if not names:
         return [("", results)]
@@ -140,7 +142,7 @@ def groups_of(results: pd.DataFrame, by: str | Sequence[str] | None, keys: Seque
     return [(described(dict(zip(names, key, strict=True))), part) for key, part in found]
 
 
-def described(values: dict[str, Any]) -> str:
+def described(values: Mapping[str, object]) -> str:
     """Values of label columns in words.
 
     Example:
@@ -152,7 +154,7 @@ def described(values: dict[str, Any]) -> str:
     for name, value in values.items():
         if name == "controls":
             words.append(f"given {value}" if isinstance(value, str) and value else "no controls")
-        elif not pd.isna(value):
+        elif not is_missing(value):
             words.append(f"layer {value}" if name == "layer" else str(value))
     return ", ".join(words) or "–"
 
@@ -187,9 +189,16 @@ def draw(
     filled = np.ones(len(results), bool) if filled is None else filled
     for chosen, face, name in ((filled, look.color, "filled"), (~filled, "white", "open")):
         axes.plot(
-            across[chosen], along[chosen], look.shape, markersize=size, color=look.color, markerfacecolor=face, markeredgewidth=1.1,
-            zorder=4, gid=name,
-        )  # fmt: skip
+            across[chosen],
+            along[chosen],
+            look.shape,
+            markersize=size,
+            color=look.color,
+            markerfacecolor=face,
+            markeredgewidth=1.1,
+            zorder=4,
+            gid=name,
+        )
 
 
 def nulls(axes: Axes, results: pd.DataFrame, *, upright: bool = True) -> None:
@@ -208,10 +217,10 @@ def legend(axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame,
         for name, look in looks
         if name
     ]
-    kind: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "color": "#444444"}
     if survived(results, alpha) is not None:
-        handles.append(Line2D([], [], **kind, label=f"corrected p ≤ {alpha:g}"))
-        handles.append(Line2D([], [], **kind, markerfacecolor="white", label=f"corrected p > {alpha:g},\nor not tested"))
+        marker = partial(Line2D, [], [], linestyle="none", marker="o", markersize=5, color="#444444")
+        handles.append(marker(label=f"corrected p ≤ {alpha:g}"))
+        handles.append(marker(markerfacecolor="white", label=f"corrected p > {alpha:g},\nor not tested"))
     if "null" in results and results["null"].notna().any():
         handles.append(Line2D([], [], color=GRAY, linewidth=0.9, label="no effect"))
     if handles:

@@ -1,7 +1,6 @@
 """Token merging as pictures: what it costs against what it saves, how training went, who merged into whom."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -53,11 +52,18 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
         low = (part["estimate"] - part["low"]).clip(lower=0).fillna(0)
         high = (part["high"] - part["estimate"]).clip(lower=0).fillna(0)
         axes.errorbar(
-            part["bytes_share"] + shift, part["estimate"], yerr=[low, high], fmt=_MARKS[place % len(_MARKS)], capsize=2,
+            part["bytes_share"] + shift,
+            part["estimate"],
+            yerr=[low, high],
+            fmt=_MARKS[place % len(_MARKS)],
+            capsize=2,
             linestyle="-" if place < len(marks.COLORS) else "--",
-            color=marks.COLORS[place % len(marks.COLORS)], linewidth=2.2 if own else 1, markersize=6 if own else 4,
-            label=marks.plain(name), zorder=3 if own else 2,
-        )  # fmt: skip
+            color=marks.COLORS[place % len(marks.COLORS)],
+            linewidth=2.2 if own else 1,
+            markersize=6 if own else 4,
+            label=marks.plain(name),
+            zorder=3 if own else 2,
+        )
     axes.axhline(0, color="#888", linewidth=0.8)
     if positive:
         axes.set_yscale("log")
@@ -124,7 +130,9 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 @whole_numbers(TableError)
 def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequence[str] | None = None) -> TokenView:
-    """Who merged into whom: tokens of one cluster in one color, merged ones underlined; on hover, the leader and the cluster's size.
+    """Who merged into whom: tokens of one cluster in one color, merged ones underlined.
+
+    On hover: the leader and the cluster's size.
 
     Args:
         table: `basin_lens.merging.merge_map`, with a column `token` (text) or `tokens` given.
@@ -151,31 +159,36 @@ def merge_view(table: pd.DataFrame, layer: int, *, seq: int = 0, tokens: Sequenc
     texts = list(tokens) if tokens is not None else rows["token"].astype(str).tolist()
     clusters = {leader: i for i, leader in enumerate(rows.loc[rows["cluster_size"] > 1, "leader"].unique())}
     caption = (
-        f"Layer {layer}: {int(rows['merged'].sum())} of {len(rows)} tokens merged. One color per cluster (colors repeat), the leader bold, members "
-        "underlined; hover for who and where."
+        f"Layer {layer}: {int(rows['merged'].sum())} of {len(rows)} tokens merged. One color per cluster (colors repeat), the "
+        "leader bold, members underlined; hover for who and where."
     )
+    members = zip(*(rows[name].tolist() for name in ("pos", "merged", "leader", "cluster_size")), strict=True)
     shown = [
-        {"text": shown_text(text), "said": _said(row, texts), "style": _style(bool(row.merged), clusters.get(row.leader))}
-        for row, text in zip(rows.itertuples(), texts, strict=True)
+        {
+            "text": shown_text(text),
+            "said": _said(place, merged, leader, size, texts),
+            "style": _style(bool(merged), clusters.get(leader)),
+        }
+        for (place, merged, leader, size), text in zip(members, texts, strict=True)
     ]
     body = render("merges.html", caption=caption, tokens=shown)
     return TokenView(body, within_script(""), within_script(""), f"Merges, layer {layer}")
 
 
-def _said(row: Any, texts: Sequence[str]) -> str:
+def _said(place: int, merged: bool, leader: int, size: int, texts: Sequence[str]) -> str:
     """What is shown of a token on hover."""
-    if row.merged:
-        what = f"merged into {texts[int(row.leader)]!r} at place {row.leader}; cluster of {row.cluster_size} tokens"
-    elif row.cluster_size > 1:
-        what = f"leader of a cluster of {row.cluster_size} tokens"
+    if merged:
+        what = f"merged into {texts[leader]!r} at place {leader}; cluster of {size} tokens"
+    elif size > 1:
+        what = f"leader of a cluster of {size} tokens"
     else:
         what = "a row of its own"
-    return f"place {row.pos}: {what}"
+    return f"place {place}: {what}"
 
 
 def _style(merged: bool, cluster: int | None) -> str:
     """CSS of a token in the cluster of this number; None: in none."""
     ground = ""
     if cluster is not None:
-        ground = f"background:hsl({cluster % _HUES * 360 // _HUES} 70% {88 - 8 * (cluster // _HUES % 3)}%);"
+        ground = f"color:#1b1b1b;background:hsl({cluster % _HUES * 360 // _HUES} 70% {88 - 8 * (cluster // _HUES % 3)}%);"
     return ground + ("text-decoration:underline;" if merged else "font-weight:600;" if cluster is not None else "")

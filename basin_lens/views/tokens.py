@@ -19,8 +19,8 @@ from basin_lens.views.pages.page import page_of, render, within_script
 class TokenView:
     """A token view: shows in a notebook, `save` writes a page that works offline.
 
-    It asks no outside site for anything. `body` and `call` are one view; `script` is CircuitsVis, which a page with several views needs
-    only once.
+    It asks no outside site for anything. `body` and `call` are one view; `script` is CircuitsVis, which a page with several views
+    needs only once.
     """
 
     body: Markup
@@ -53,8 +53,8 @@ def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, 
     sequence's median (a score of one sign would be one flat color). Hover shows the difference from that middle. Tokens without a
     score are gray and underlined.
 
-    With several scores, each is divided by its largest difference from its middle, so that all run from -1 to 1: CircuitsVis has one
-    scale for all. Hover shows them all; the caption has each one's unit, middle and what 1 is.
+    With several scores, each is divided by its largest difference from its middle, so that all run from -1 to 1: CircuitsVis has
+    one scale for all. Hover shows them all; the caption has each one's unit, middle and what 1 is.
 
     Args:
         table: from `analyze`, of one run.
@@ -96,8 +96,9 @@ def _one(tokens: pd.Series, values: Float[np.ndarray, " tokens"], column: str, u
     texts = [visible(token, bool(np.isfinite(value))) for token, value in zip(tokens, values, strict=True)]
     drawn = colored_tokens(texts, shown.tolist(), -bound, bound, "#d6604d", "#4393c3").local_src
     caption = (
-        f"{column} at {where}. Unit: {unit}. White is {middle:.3g}, blue up to +{bound:.3g} from it, red down to -{bound:.3g}; hover shows "
-        f"the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} tokens have no score (gray, underlined)."
+        f"{column} at {where}. Unit: {unit}. White is {middle:.3g}, blue up to +{bound:.3g} from it, red down to -{bound:.3g}; "
+        f"hover shows the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} tokens have no score "
+        "(gray, underlined)."
     )
     return _assemble(drawn, [caption], f"{column}, {where}")
 
@@ -114,12 +115,13 @@ def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], unit
     ends = {"positiveBounds": [1.0] * len(units), "negativeBounds": [-1.0] * len(units)}
     drawn = render("ColoredTokensMulti", tokens=texts, values=shown, labels=list(units), **ends).local_src
     caption = (
-        f"{', '.join(units)} at {where}: point at a name to color by it, click to keep it. White is the middle of each score, blue above "
-        "it, red below; hover shows each score as a share of its largest difference from its middle, so that all run from -1 to 1. "
-        "Gray and underlined: no score at all; underlined: some have no score there (NaN)."
+        f"{', '.join(units)} at {where}: point at a name to color by it, click to keep it. White is the middle of each score, blue "
+        "above it, red below; hover shows each score as a share of its largest difference from its middle, so that all run from "
+        "-1 to 1. Gray and underlined: no score at all; underlined: some have no score there (NaN)."
     )
     lines = [
-        f"{name}: unit {unit}; middle {middle:.3g}, 1 is {bound:.3g} from it; {int((~known).sum())} of {len(values)} tokens without."
+        f"{name}: unit {unit}; middle {middle:.3g}, 1 is {bound:.3g} from it; {int((~known).sum())} of {len(values)} tokens "
+        "without."
         for (name, unit), middle, bound, known in zip(units.items(), middles, bounds, there.T, strict=True)
     ]
     return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}")
@@ -129,8 +131,8 @@ def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], unit
 def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | None = None) -> TokenView:
     """One sequence's tokens colored by any of several scores at any layer, to choose from on the page.
 
-    Colors and hover show the difference from a middle: 0 for a score that takes both signs in this sequence, else the sequence's median at
-    that layer. Below the text are the middle and the ends of the colors at each layer.
+    Colors and hover show the difference from a middle: 0 for a score that takes both signs in this sequence, else the sequence's
+    median at that layer. Below the text are the middle and the ends of the colors at each layer.
 
     Args:
         table: from `analyze`, of one run.
@@ -180,9 +182,9 @@ def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | 
     span = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
     where = f"{span}, sequence {seq} ({rows['doc'].iloc[0]})"
     caption = (
-        f"{', '.join(columns)} at {where}. White is the middle of the score at the layer, blue above it, red below; hover shows the difference "
-        "from it in the score's unit. Gray and underlined: no score at all; underlined: no score at some layer or of some kind, where it "
-        "shows 0. The last two boxes are the ends of the scale."
+        f"{', '.join(columns)} at {where}. White is the middle of the score at the layer, blue above it, red below; hover shows "
+        "the difference from it in the score's unit. Gray and underlined: no score at all; underlined: no score at some layer or "
+        "of some kind, where it shows 0. The last two boxes are the ends of the scale."
     )
     return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", _scales(layers, units, scales, there))
 

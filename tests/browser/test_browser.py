@@ -242,3 +242,49 @@ def test_study_page_fits_a_narrow_screen_and_prints_what_is_folded(browser, stud
     assert folded >= 2
     assert browser.execute_script("dispatchEvent(new Event('beforeprint'));" + closed) == 0
     assert browser.execute_script("dispatchEvent(new Event('afterprint'));" + closed) == folded
+
+
+# Contrast (WCAG 2) of every word, outside of colored tokens and their key, with its ground; grounds of drawings and of the page.
+CONTRASTS = """
+const parts = color => color.match(/[\\d.]+/g).map(Number);
+const light = color => { const [r, g, b] = parts(color).map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+  if (parts(c)[3] !== 0) return c; } return "rgb(255, 255, 255)"; };
+const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) { const e = walk.currentNode.parentElement, style = getComputedStyle(e);
+  if (!walk.currentNode.data.trim() || !e.getClientRects().length) continue;
+  if (e.closest(".token-ground, .text, .key span, script, style, option")) continue;
+  const pair = [light(e.closest("svg") ? style.fill : style.color), light(ground(e))].sort((a, b) => b - a);
+  found.push([walk.currentNode.data.trim(), (pair[0] + .05) / (pair[1] + .05)]); }
+const cards = [...document.querySelectorAll(".token-ground, .text, svg, figure img")].map(e => getComputedStyle(e).backgroundColor);
+return [found, cards, light(getComputedStyle(document.body).backgroundColor)];
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["report", "tokens", "layers", "study", "code"])
+def test_pages_are_dark_where_the_screen_is_and_can_be_read(browser, run, study, llama, tmp_path, kind, scheme):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    made = {
+        "report": lambda: bl.views.make_report(run.table, neighbors=run.neighbors),
+        "tokens": lambda: bl.views.token_view(run.table, "compression", layer=1),
+        "layers": lambda: bl.views.layer_view(run.table, "compression"),
+        "study": lambda: study,
+        "code": lambda: bl.views.code_page(bl.codec.TextCodec(llama, context=32).ranks(TEXTS[0]), facts={"bytes": "100"}),
+    }[kind]()
+    made.save(tmp_path / "page.html")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        browser.get(f"file://{tmp_path / 'page.html'}")
+        if kind in ("tokens", "layers", "study"):
+            WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", ".colored-tokens"))
+        words, cards, ground = browser.execute_script(CONTRASTS)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert words and min(ratio for _, ratio in words) >= 4.5, sorted(words, key=lambda word: word[1])[:5]
+    assert (ground < 0.02) == (scheme == "dark") and (ground == 1) == (scheme == "light")
+    if scheme == "dark" and kind != "code":  # there every token has a ground and an ink of its own
+        assert cards and set(cards) == {"rgb(255, 255, 255)"}
+    assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light dark"

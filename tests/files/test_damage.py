@@ -134,7 +134,7 @@ def studies(base, tmp: Path) -> Subject:  # noqa: ARG001 - every subject is made
 
 
 def tunings(base, tmp: Path) -> Subject:
-    room = importlib.import_module("basin_lens.memorize.finetune")
+    room = importlib.import_module("basin_lens.memorize.finetuning")
 
     def begun() -> Any:
         return room._Run(door.copy_of(base), Recipe(batch_size=2, filler=0), 8, KEY)

@@ -1,5 +1,6 @@
 """Making texts be memorized, and telling them: laws, hand-computed cases, independent references, and trainings that break off."""
 
+import importlib
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import ModelError, StoreError, StudyError, TableError, TextError
 from basin_lens.memorize import Recipe, finetune
-from basin_lens.memorize.extract import longest_run
+from basin_lens.memorize.extraction import longest_run
 from basin_lens.memorize.fork import continuation_loss
 from basin_lens.texts import find_licences, tokenize
 from tests.conftest import (
@@ -41,7 +42,7 @@ from tests.conftest import (
 from tests.families import native
 
 A, M, S = bl.analyzers, bl.memorize, bl.stats
-room = sys.modules["basin_lens.memorize.finetune"]  # the package's function hides the module of its name
+room = importlib.import_module("basin_lens.memorize.finetuning")
 HOOKED = pytest.param("hooked", marks=hooked_lane)
 NAN = math.nan
 FAST = Recipe(learning_rate=3e-3, batch_size=4, filler=1, warmup=2)
@@ -705,7 +706,7 @@ def test_alternatives_are_as_likely_to_the_base_model_as_the_truth(llama):
 
 @pytest.mark.parametrize("together", [1, 50, 4096])
 def test_own_greedy_text_is_recited_in_any_number_of_passes(llama, monkeypatch, together):
-    for place in ("fork", "extract"):
+    for place in ("fork", "extraction"):
         monkeypatch.setattr(sys.modules[f"basin_lens.memorize.{place}"], "DECODED_TOGETHER", together)
     prompts = random_tokens(7, 6)
     rows = torch.cat([prompts, argmax_loop(llama, prompts, 10)], 1)

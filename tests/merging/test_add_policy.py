@@ -14,7 +14,7 @@ from basin_lens.merging import policies as policies_room
 from basin_lens.merging.merge_pass import Given, MergePass
 from basin_lens.merging.options import Options
 from basin_lens.merging.parameters import Parameters, shape_of
-from basin_lens.merging.policies import Policy, all_rules
+from basin_lens.merging.policies import Policy, Rule, all_rules, compared_policies
 from tests.conftest import make_bridge, random_tokens
 
 LENGTH = 24
@@ -85,12 +85,25 @@ def test_a_rule_that_nobody_wrote_is_refused_by_name():
 
 def test_every_file_of_a_policy_is_in_the_list():
     files = {path.stem for path in Path(policies_room.__file__).parent.glob("*.py")} - {"__init__", "contract"}
-    listed = {name.replace(" ", "_") for name in POLICIES} | {
-        rule.name for rule in all_rules() if rule.name in ("score", "bipartite")
-    }
-    assert files == listed
+    assert files == {name.replace(" ", "_") for name in POLICIES}
     assert all(isinstance(policy, Policy) and policy.name == name for name, policy in POLICIES.items())
-    assert set(RULES) == {rule.name for rule in all_rules()} and all(RULES.values())
+    assert set(RULES) == set(all_rules()) == {policy.rule.name for policy in POLICIES.values()} and all(RULES.values())
+
+
+def test_what_needs_scores_or_a_whole_context_is_not_compared():
+    assert set(POLICIES) - set(compared_policies()) == {"score", "bipartite"}
+    with pytest.raises(MergeError, match=r"expected policies of trained, .*got Setting"):
+        Setting((0,), policies=("bipartite",))
+
+
+def test_a_rule_that_leaves_its_choice_open_cannot_be_made():
+    class Undecided(Rule):
+        name = "undecided"
+
+    with pytest.raises(TypeError, match="join"):
+        Undecided()
+    with pytest.raises(MergeError, match="decides token by token, got 'bipartite'"):
+        merging.Clusters("bipartite", 4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"adaptive": True, "projection": 6}, {"residual": "gated", "residual_width": 3}], ids=str)

@@ -3,16 +3,14 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from basin_lens.merging.policies.contract import Rule
+from basin_lens.merging.policies.contract import ContextRule, Policy
 
 
-class Bipartite(Rule):
+class Bipartite(ContextRule):
     """Every other token proposes its most similar one of the rest; the best proposals are taken."""
 
     name = "bipartite"
     description = "token merging of vision models: every other token of a context may join one of the rest; needs the whole context"
-    sees_future = True
-    knows_level = True
 
     def pair(
         self, similarity: Float[np.ndarray, "proposing staying"], places: Int[np.ndarray, " tokens"], level: float
@@ -27,3 +25,6 @@ class Bipartite(Rule):
 
     def level_for(self, wanted: int, offered: int, _sequences: int, /) -> float:
         return min(1.0, wanted / max(1, offered))
+
+
+BIPARTITE = Policy("bipartite", "token merging of vision models", rule=Bipartite(), compared=False)

@@ -1,8 +1,9 @@
 """What a merging policy is made of: a rule (who joins whom) and the options of the merger that carries it out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -40,11 +41,23 @@ class Choice(NamedTuple):
     joins: bool
 
 
-class Rule:
-    """Who joins whom. A rule has no state of its own; what it needs to know of a token is in the `Offer`.
+@runtime_checkable
+class Keys(Protocol):
+    """A tensor of torch by what a rule does with it: the command line reads options from here, and must not wait for torch."""
 
-    A rule states what has to be kept for it (`compares`, `last_only`, `needs_keys`), what its level is (`learned`, `scored`), and
-    when it can run (`sees_future`). `join` decides. Memory, calibration, generation and checks of options follow from these.
+    def double(self) -> "Keys": ...
+    def norm(self, *, dim: int) -> "Keys": ...
+    def mean(self, dim: int) -> "Keys": ...
+    def cpu(self) -> "Keys": ...
+    def numpy(self) -> np.ndarray: ...
+
+
+class Decision:
+    """Who joins whom: what every rule states. A rule decides token by token (`Rule`) or about a context at once (`ContextRule`).
+
+    A rule has no state of its own. It states what has to be kept for it (`compares`, `last_only`, `needs_keys`), what its level is
+    (`learned`, `scored`), and when it can run (`sees_future`). Memory, calibration, generation and checks of options follow from
+    these.
     """
 
     name: ClassVar[str]
@@ -59,40 +72,17 @@ class Rule:
     takes_rows: ClassVar[bool] = False
     # The level is a cosine, a threshold that can be learned.
     learned: ClassVar[bool] = False
-    # Tokens are chosen by a score: of the caller, or of the rule's own, made from the layer's keys (`key_scores`).
+    # Tokens are chosen by a score: of the caller, or of the rule's own, made from the layer's keys (`KeyRule`).
     scored: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
     # Tokens that would join can only be dropped: there is no cluster to read.
     drops: ClassVar[bool] = False
     # There is a level to set; without one, a merger needs neither a threshold nor a target.
     has_level: ClassVar[bool] = True
-    # The level at which so many tokens join is known without a search (`level_for`).
-    knows_level: ClassVar[bool] = False
     # The level says which tokens join, so that a target is met to the token; otherwise it is met on average.
     exact: ClassVar[bool] = True
-    # Decides about a whole context at once (`pair`), and so has a place in that protocol only.
+    # Decides about a whole context at once, and so has a place in that protocol only.
     sees_future: ClassVar[bool] = False
-
-    def decide(self, offer: Offer, /) -> Choice:
-        """The rule's choice, where there is one: without clusters, and at a threshold of 1, nothing joins."""
-        # A cosine of 1 may come out a hair above it.
-        if not offer.clusters or (offer.level >= 1 and self.learned):
-            return Choice(offer.clusters - 1, False)
-        return self.join(offer)
-
-    def join(self, offer: Offer) -> Choice:
-        """The choice among one cluster or more."""
-        raise NotImplementedError
-
-    def pair(
-        self, similarity: Float[np.ndarray, "proposing staying"], places: Int[np.ndarray, " tokens"], level: float
-    ) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
-        """Of rules that see the future: leader's place and whether it joins, for each token of a context."""
-        raise NotImplementedError
-
-    def key_scores(self, keys: Float[Any, "batch pos kv d_head"]) -> Float[Any, "batch pos"]:
-        """Of rules that need keys: a score of each token, both as tensors."""
-        raise NotImplementedError
 
     def level_at(self, strictness: float, floor: float, scores: Float[np.ndarray, " offered"] | None, /) -> float:
         """The level at a strictness from 0 (most tokens join) to 1 (fewest), by which calibration searches.
@@ -106,9 +96,47 @@ class Rule:
             return float(np.quantile(scores, strictness)) if len(scores) else 0.0
         return floor + (1 - floor) * strictness
 
-    def level_for(self, wanted: int, offered: int, sequences: int, /) -> float:
-        """Of rules that know it without a search: the level at which `wanted` of the tokens join that so many sequences offer."""
-        raise NotImplementedError
+    def level_for(self, _wanted: int, _offered: int, _sequences: int, /) -> float | None:
+        """The level at which so many of the tokens join that so many sequences offer; None: it has to be searched."""
+        return None
+
+
+class Rule(Decision, ABC):
+    """A rule that decides about one token after another. `join` decides; what it may know of the token is in the `Offer`."""
+
+    def decide(self, offer: Offer, /) -> Choice:
+        """The rule's choice, where there is one: without clusters, and at a threshold of 1, nothing joins."""
+        # A cosine of 1 may come out a hair above it.
+        if not offer.clusters or (offer.level >= 1 and self.learned):
+            return Choice(offer.clusters - 1, False)
+        return self.join(offer)
+
+    @abstractmethod
+    def join(self, offer: Offer) -> Choice:
+        """The choice among one cluster or more."""
+
+
+class KeyRule(Rule):
+    """A rule that chooses by a score of its own, made from the layer's keys."""
+
+    scored = True
+    needs_keys = True
+
+    @abstractmethod
+    def key_scores(self, keys: Keys) -> Float[np.ndarray, "batch pos"]:
+        """A score of each token, from keys `[batch, pos, key/value head, d_head]`."""
+
+
+class ContextRule(Decision, ABC):
+    """A rule that decides about a whole context at once."""
+
+    sees_future = True
+
+    @abstractmethod
+    def pair(
+        self, similarity: Float[np.ndarray, "proposing staying"], places: Int[np.ndarray, " tokens"], level: float
+    ) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
+        """Leader's place and whether it joins, for each token of a context."""
 
 
 @dataclass(frozen=True)
@@ -149,26 +177,28 @@ class Policy:
         seeded: draws, so that several seeds are tried.
         blind: does not depend on the text, so that it can be given the bytes that another policy left on it.
         turn: in a comparison, those of a lower number come first.
+        compared: can be compared in the streaming protocol: it needs nothing that a comparison does not give.
     """
 
     name: str
     description: str
-    rule: Rule
-    options: Mapping[str, Any] = field(default_factory=dict)
+    rule: Decision
+    options: Mapping[str, object] = field(default_factory=dict)
     trained: bool = False
     seeded: bool = False
     blind: bool = False
     turn: int = 2
+    compared: bool = True
 
     @property
     def calibrated(self) -> bool:
         """Whether its levels are set on calibration texts; else its options say all."""
         return not self.trained and self.rule.has_level
 
-    def options_for(self, budget: Budget) -> dict[str, Any]:
+    def options_for(self, budget: Budget) -> dict[str, object]:
         """Options of a `TokenMerger`."""
         common = {"recent": budget.recent, "target_bytes": budget.share, "seed": budget.seed}
-        found: dict[str, Any] = {"rule": self.rule.name, **common, **self.options}
+        found: dict[str, object] = {"rule": self.rule.name, **common, **self.options}
         if self.rule.compares:
             # No floor: it is there for training, and would put budgets out of a baseline's reach.
             found |= {"projection": budget.projection, "floor": -1.0}

@@ -1,25 +1,23 @@
 """Keys of large norm are dropped (Devoto et al. 2024)."""
 
-from typing import Any
-
+import numpy as np
 from jaxtyping import Float
 
-from basin_lens.merging.policies.contract import Policy
+from basin_lens.merging.policies.contract import KeyRule, Keys, Policy
 from basin_lens.merging.policies.score import Score
 
 
-class KeyNorm(Score):
+class KeyNorm(KeyRule, Score):
     """The score of a token is the norm of its key, mean over heads."""
 
     name = "key_norm"
     description = "no cluster: tokens whose keys have a norm above the level are dropped"
     compares = False
     takes_rows = False
-    needs_keys = True
     drops = True
 
-    def key_scores(self, keys: Float[Any, "batch pos kv d_head"]) -> Float[Any, "batch pos"]:
-        return keys.double().norm(dim=3).mean(2)
+    def key_scores(self, keys: Keys) -> Float[np.ndarray, "batch pos"]:
+        return keys.double().norm(dim=3).mean(2).cpu().numpy()
 
 
 KEY_NORM = Policy("key norm", "keys of large norm dropped", rule=KeyNorm(), options={"drop": True})

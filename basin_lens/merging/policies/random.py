@@ -12,7 +12,6 @@ class Random(Rule):
     description = "any cluster, with the level as probability"
     compares = False
     exact = False
-    knows_level = True
 
     def join(self, offer: Offer) -> Choice:
         draw = np.random.default_rng((*offer.seed, offer.place))

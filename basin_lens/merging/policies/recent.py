@@ -1,7 +1,5 @@
 """The first token and a recent window (StreamingLLM, Xiao et al. 2024)."""
 
-from typing import Any
-
 from basin_lens.errors import MergeError
 from basin_lens.merging.policies.contract import Budget, Choice, Offer, Policy, Rule
 
@@ -15,14 +13,17 @@ class All(Rule):
     drops = True
     has_level = False
 
-    def decide(self, _offer: Offer, /) -> Choice:
+    def decide(self, offer: Offer, /) -> Choice:
+        return self.join(offer)  # without a cluster too
+
+    def join(self, _offer: Offer, /) -> Choice:
         return Choice(-1, True)
 
 
 class Recent(Policy):
     """Its window is a number of tokens, right for sequences of the budget's length."""
 
-    def options_for(self, budget: Budget) -> dict[str, Any]:
+    def options_for(self, budget: Budget) -> dict[str, object]:
         whole = budget.n_layers * budget.length * budget.row_bytes
         left = budget.share * whole - (budget.n_layers - budget.n_merged) * budget.length * budget.row_bytes
         rows = int(left / budget.n_merged / (budget.row_bytes + 4))  # a row and its place

@@ -1,6 +1,6 @@
 """Tokens that a score of the caller's chooses."""
 
-from basin_lens.merging.policies.contract import Choice, Offer, Rule
+from basin_lens.merging.policies.contract import Choice, Offer, Policy, Rule
 
 
 class Score(Rule):
@@ -14,3 +14,6 @@ class Score(Rule):
 
     def join(self, offer: Offer) -> Choice:
         return Choice(int(offer.similarity().argmax()), bool(offer.score > offer.level))
+
+
+SCORE = Policy("score", "tokens that a score of the caller's chooses", rule=Score(), compared=False)

@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from basin_lens.values import is_missing
 from basin_lens.views import marks
 
 _FOLDED = 30  # rows, from which a table is folded
@@ -58,17 +58,17 @@ def readable_table(table: pd.DataFrame) -> ReadableTable:
     return ReadableTable(same, head, tuple(zip(*cells, strict=True)), summary)
 
 
-def cell(value: Any, name: str, *, at_right: bool = False) -> Cell:
+def cell(value: object, name: str, *, at_right: bool = False) -> Cell:
     """A value of the column `name`."""
     text = cell_text(value, name)
     return Cell(text, "n" if at_right else "long" if len(text) > _LONG else "")
 
 
-def cell_text(value: Any, name: str) -> str:
+def cell_text(value: object, name: str) -> str:
     """A value of the column `name` in words."""
     if isinstance(value, list | tuple | dict | set | np.ndarray):
         return str(value)
-    if pd.isna(value):
+    if is_missing(value):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"

@@ -7,7 +7,6 @@ import base64
 import io
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,8 +18,8 @@ _DPI = 150
 _ENVIRONMENT = Environment(
     loader=PackageLoader("basin_lens.views.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-# `tojson` keeps the order of the keys, and refuses NaN, which JSON.parse cannot read. It writes <, >, & and ' as \u003c and so on: no
-# text in the data can end its script element or open another.
+# `tojson` keeps the order of the keys, and refuses NaN, which JSON.parse cannot read. It writes <, >, & and ' as \u003c and so on:
+# no text in the data can end its script element or open another.
 _ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}
 
 
@@ -50,12 +49,12 @@ class Picture:
     caption: str
 
 
-def page_of(template: str, **values: Any) -> Report:
+def page_of(template: str, **values: object) -> Report:
     """A whole page from a template."""
     return Report(str(render(template, **values)))
 
 
-def render(template: str, **values: Any) -> Markup:
+def render(template: str, **values: object) -> Markup:
     """A part of a page from a template: all values are escaped, save those that are `Markup`."""
     return Markup(_ENVIRONMENT.get_template(template).render(values))
 

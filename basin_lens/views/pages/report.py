@@ -3,13 +3,14 @@
 import base64
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 
 from basin_lens import tables
 from basin_lens.errors import TableError
+from basin_lens.values import Facts
 from basin_lens.views.pages.page import Report, page_of
 
 _NOTES = (
@@ -101,7 +102,7 @@ def make_report(
     return page_of("report.html", title=title, data=data)
 
 
-def _about(facts: dict[str, Any], first: pd.DataFrame, bank: dict[str, Any]) -> str:
+def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
     model = facts["model"]
     parts = [
         f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
@@ -116,7 +117,7 @@ def _about(facts: dict[str, Any], first: pd.DataFrame, bank: dict[str, Any]) -> 
     return " ".join(parts)
 
 
-def _sequences(first: pd.DataFrame, codes: np.ndarray) -> list[dict[str, Any]]:
+def _sequences(first: pd.DataFrame, codes: np.ndarray) -> list[Facts]:
     sequences, start = [], 0
     for _, part in first.groupby("seq", sort=True):
         sequences.append({"doc": str(part["doc"].iloc[0]), "tokens": codes[start : start + len(part)].tolist()})
@@ -128,7 +129,7 @@ def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.
     return [table.loc[table["layer"] == layer, name].to_numpy(float) for layer in layers]
 
 
-def _steps(values: np.ndarray) -> dict[str, Any]:
+def _steps(values: np.ndarray) -> Facts:
     """Values as 16-bit steps between their lowest and highest, 65535 for NaN: far finer than what is shown."""
     known = np.isfinite(values)
     low, high = (float(values[known].min()), float(values[known].max())) if known.any() else (0.0, 0.0)
@@ -137,7 +138,7 @@ def _steps(values: np.ndarray) -> dict[str, Any]:
     return {"low": low, "high": high, "data": base64.b64encode(steps.tobytes()).decode()}
 
 
-def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> dict[str, Any]:
+def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> Facts:
     def column(suffix: str) -> list[float | None] | None:
         if f"{name}_{suffix}" not in summary:
             return None
@@ -147,7 +148,7 @@ def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> dict[str, Any]:
     return {**columns, "shown": analyzer != "Neighborhood"}
 
 
-def _neighbors(kept: KeptLike, tokens: np.ndarray) -> dict[str, Any]:
+def _neighbors(kept: KeptLike, tokens: np.ndarray) -> Facts:
     bank = kept.bank
     counts = bank.groupby("seq", sort=True).size()
     none, kind = (65535, "<u2") if len(bank) < 65535 else (2**32 - 1, "<u4")

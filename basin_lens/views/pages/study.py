@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -50,13 +49,13 @@ def study_page(
     verdict: str | Sequence[str],
     flags: pd.DataFrame | None,
     not_tested: Sequence[str],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
 ) -> Report:
     """One self-contained page of a study.
 
-    The verdict and the count of red flags stand right below the title; the page ends with provenance (folded), the hypothesis as declared
-    before looking, the verdict, the red flags, and what was not tested. Figures are images in the page; tables of more than 30 rows
-    are folded. It can be printed: folded parts open.
+    The verdict and the count of red flags stand right below the title; the page ends with provenance (folded), the hypothesis as
+    declared before looking, the verdict, the red flags, and what was not tested. Figures are images in the page; tables of more
+    than 30 rows are folded. It can be printed: folded parts open.
 
     Args:
         title: heading of the page.

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.merging.policies import Offer, Rule, rule_named
+from basin_lens.errors import MergeError
+from basin_lens.merging.policies import ContextRule, Decision, Offer, Rule, rule_named
 from basin_lens.merging.similarity import cosines, row_likeness, row_read
 
 
@@ -26,10 +28,16 @@ class Clusters:
             one.
         mean: the representative is the running mean of the members, not the first of them.
         seed: of the rule "random"; the draw depends on the token's place only, not on what else is in the batch.
+
+    Raises:
+        MergeError: a rule that sees the future, or none of that name.
     """
 
     def __init__(self, rule: str, width: int, *, room: int = 0, mean: bool = False, seed: tuple[int, ...] = (0,)) -> None:
-        self.rule, self.mean, self.seed = rule_named(rule), mean, seed
+        by = rule_named(rule)
+        if not isinstance(by, Rule):
+            raise MergeError(f"expected a rule that decides token by token, got {rule!r}, which needs a whole context.")
+        self.rule, self.mean, self.seed = by, mean, seed
         self.count, self.offered = 0, 0
         self.descriptors = np.zeros((min(room, 1) if self.rule.last_only else room, width), np.float16)
         self._wide = np.zeros(self.descriptors.shape) if room else None
@@ -126,6 +134,20 @@ class Assigned:
     since: Int[Tensor, "batch pos"]
 
 
+class Asked(TypedDict):
+    """What `assign` is given besides descriptors, levels and what may be offered; see there."""
+
+    rule: str
+    recent: int
+    context: int | None
+    mean: bool
+    seed: tuple[int, ...]
+    scores: Float[np.ndarray, "batch pos"] | None
+    pattern: Float[np.ndarray, "batch head query key"] | None
+    weight: float
+    drop: bool
+
+
 def assign(
     descriptors: Float[np.ndarray, "batch pos width"],
     levels: Float[np.ndarray, "batch pos"],
@@ -172,7 +194,7 @@ def assign(
         since[row, places] = places + recent if context is None else context
         own, limits = descriptors[row, places], levels[row, places]
         own_scores = None if scores is None else scores[row, places]
-        if by.sees_future:
+        if isinstance(by, ContextRule):
             level = float(limits[0]) if len(places) else 0.0
             leader[row, places], joined[row, places] = by.pair(cosines(own[1::2], own[::2]), places, level)
         elif by.fixed and not mean and not (pattern is not None and weight):
@@ -212,7 +234,7 @@ def _in_turn(
 
 
 def _at_once(
-    rule: Rule,
+    rule: Decision,
     known: Float[np.ndarray, "tokens tokens"],
     levels: Float[np.ndarray, " tokens"],
     scores: Float[np.ndarray, " tokens"] | None,

@@ -6,10 +6,8 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +37,8 @@ from basin_lens.model import (
     save_tuned,
     tuned_facts,
 )
-from basin_lens.texts import Texts, read_passages, tokenize
-from basin_lens.values import Whole, whole, whole_fields, whole_numbers
+from basin_lens.texts import Passage, Texts, read_passages, tokenize
+from basin_lens.values import Facts, Whole, whole, whole_fields, whole_numbers
 
 _CHECKPOINT = "checkpoint.safetensors"
 _KIND = records.Kind("a checkpoint", "basin_lens tuning 1", "Delete it to begin anew.")
@@ -79,7 +77,8 @@ class Recipe:
         whole_fields(self, StudyError)
         if not (self.learning_rate > 0 and self.clip > 0 and 0 <= self.filler < self.batch_size and self.warmup >= 0):
             raise StudyError(
-                f"expected a learning rate and a clip above 0 and fewer filler texts than the batch holds, got {self}. Change the recipe."
+                f"expected a learning rate and a clip above 0 and fewer filler texts than the batch holds, got {self}. Change the "
+                "recipe."
             )
 
     def rate(self, step: int, steps: int) -> float:
@@ -94,14 +93,15 @@ class Recipe:
 class Tuned:
     """A trained model and how it came to be.
 
-    `history`: one record per step with `step`, `loss` (nats per token of the texts to be memorized, before the step), `filler_loss`,
-    `learning_rate`. `facts`: plain JSON: recipe, steps, how often each text was shown, hash of the texts, the base model.
+    `history`: one record per step with `step`, `loss` (nats per token of the texts to be memorized, before the step),
+    `filler_loss`, `learning_rate`. `facts`: plain JSON: recipe, steps, how often each text was shown, hash of the texts, the base
+    model.
     """
 
     model: HookedModel
     base: HookedModel
-    history: tuple[dict[str, Any], ...]
-    facts: dict[str, Any]
+    history: tuple[Facts, ...]
+    facts: Facts
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Keep the weights (safetensors) and their provenance. `load_model(folder)` and `load_tuned` read them.
@@ -119,7 +119,7 @@ def finetune(
     data: Texts,
     doses: int | Sequence[int],
     *,
-    filler: Any = None,
+    filler: Texts | None = None,
     recipe: Recipe | None = None,
     max_length: int = 128,
     name: str | None = None,
@@ -130,8 +130,8 @@ def finetune(
     """Train a copy of a model on texts, each shown as often as its dose says, mixed with filler text.
 
     The shows of a text are spread evenly over the training, with a random shift. The loss is the mean over the batch's tokens of
-    -log p(token | those before it). Attention is eager and dropout is off, so that the result follows from the seed alone (on one machine, with
-    one number of threads).
+    -log p(token | those before it). Attention is eager and dropout is off, so that the result follows from the seed alone (on one
+    machine, with one number of threads).
 
     Args:
         model: a hooked model; it stays as it is (twice the memory, and three times for gradients and AdamW).
@@ -141,8 +141,8 @@ def finetune(
         recipe: how to train.
         max_length: tokens per sequence, BOS counted.
         name: full name of the trained model in provenance; None: from the base and a hash.
-        folder: where to keep the trained model and, on the way, its last good state. An interrupted training goes on from there, a finished
-            one is taken from there, with the same result. None: nothing is kept.
+        folder: where to keep the trained model and, on the way, its last good state. An interrupted training goes on from there, a
+            finished one is taken from there, with the same result. None: nothing is kept.
         every: steps between checkpoints.
         progress: show a bar.
 
@@ -162,50 +162,91 @@ def finetune(
         >>> len(tuned.history)
         1
     """
-    recipe = recipe or Recipe()
-    check_model(model)
-    passages = read_passages(data)
-    shown = [doses] * len(passages) if isinstance(doses, int) else [whole(dose, "doses", error=StudyError) for dose in doses]
-    if len(shown) != len(passages) or min(shown) < 1:
-        raise StudyError(f"expected a dose of at least 1 for each of {len(passages)} texts, got {shown[:8]}.")
     if every < 1:
         raise StudyError(f"expected checkpoints every 1 or more steps, got {every}.")
-    own = tokenize(model, passages, max_length=max_length)
-    others = [] if filler is None else tokenize(model, read_passages(filler), max_length=max_length)
-    sequences = [s.tokens for s in [*own, *others]]
-    batches = schedule([shown[s.passage] for s in own], len(others), recipe)
-    plan = {
-        "recipe": asdict(recipe), "base": fingerprint(model), "max_length": max_length, "steps": len(batches),
-        "texts": hashlib.blake2b(json.dumps([sequences, shown]).encode(), digest_size=16).hexdigest(),
-        "texts_shown": sum(shown[s.passage] for s in own), "doses": shown, "filler_sequences": len(others),
-    }  # fmt: skip
-    key = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
-    plan["training"] = key
-    if folder is not None:
-        clear_leavings(folder)
-    if folder is not None and (Path(folder) / "tuned.json").is_file():
-        return _finished(model, Path(folder), plan)
-    with nullcontext() if folder is None else lock_folder(folder):
-        if folder is not None and (Path(folder) / "tuned.json").is_file():  # by somebody else, until a moment ago
-            return _finished(model, Path(folder), plan)
-        copy = copy_of(model)
-        remember_name(copy, name or f"{full_name(model)}, tuned on {len(passages)} texts ({key})")
-        run = _Run(copy, recipe, len(batches), key)
-        if folder is not None:
-            run.resume(Path(folder))
-        with tqdm(total=len(batches), initial=run.step, desc="training", unit="step", disable=not progress) as bar:
-            for step in range(run.step, len(batches)):
-                run.take(*padded([sequences[i] for i in batches[step]]), np.array(batches[step]) < len(own), folder, every)
-                bar.set_postfix_str(f"loss {run.history[-1]['loss']:.2f}")
-                bar.update()
-        made = Tuned(copy.eval(), model, tuple(run.history), plan)
-        if folder is not None:
-            made.save(folder)
-            (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
+    check_model(model)
+    recipe = recipe or Recipe()
+    plan = _planned(model, read_passages(data), doses, None if filler is None else read_passages(filler), recipe, max_length)
+    if folder is None:
+        return _trained(model, plan, recipe, name, None, every, progress)
+    clear_leavings(folder)
+    if _is_whole(folder):
+        return _finished(model, Path(folder), plan.facts)
+    with lock_folder(folder):
+        if _is_whole(folder):  # by somebody else, until a moment ago
+            return _finished(model, Path(folder), plan.facts)
+        made = _trained(model, plan, recipe, name, Path(folder), every, progress)
+        made.save(folder)
+        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
         return made
 
 
-def _finished(model: HookedModel, folder: Path, plan: dict[str, Any]) -> Tuned:
+@dataclass(frozen=True)
+class _Plan:
+    """What a training goes through: token ids of all sequences, those to be memorized first, and which of them each step sees.
+
+    `facts`: plain JSON, by whose hash, `training`, the same training is known again.
+    """
+
+    sequences: list[tuple[int, ...]]
+    own: int  # of the sequences: to be memorized
+    texts: int
+    batches: list[tuple[int, ...]]
+    facts: Facts
+
+
+def _planned(
+    model: HookedModel,
+    passages: list[Passage],
+    doses: int | Sequence[int],
+    filler: list[Passage] | None,
+    recipe: Recipe,
+    max_length: int,
+) -> _Plan:
+    shown = [doses] * len(passages) if isinstance(doses, int) else [whole(dose, "doses", error=StudyError) for dose in doses]
+    if len(shown) != len(passages) or min(shown) < 1:
+        raise StudyError(f"expected a dose of at least 1 for each of {len(passages)} texts, got {shown[:8]}.")
+    own = tokenize(model, passages, max_length=max_length)
+    others = [] if filler is None else tokenize(model, filler, max_length=max_length)
+    sequences = [s.tokens for s in [*own, *others]]
+    batches = schedule([shown[s.passage] for s in own], len(others), recipe)
+    facts: Facts = {
+        "recipe": asdict(recipe),
+        "base": fingerprint(model),
+        "max_length": max_length,
+        "steps": len(batches),
+        "texts": hashlib.blake2b(json.dumps([sequences, shown]).encode(), digest_size=16).hexdigest(),
+        "texts_shown": sum(shown[s.passage] for s in own),
+        "doses": shown,
+        "filler_sequences": len(others),
+    }
+    facts["training"] = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return _Plan(sequences, len(own), len(passages), batches, facts)
+
+
+def _is_whole(folder: str | os.PathLike[str]) -> bool:
+    return (Path(folder) / "tuned.json").is_file()
+
+
+def _trained(
+    model: HookedModel, plan: _Plan, recipe: Recipe, name: str | None, folder: Path | None, every: int, progress: bool
+) -> Tuned:
+    """A copy of the model after the last step; of the folder's checkpoint, if it holds one."""
+    key, steps = plan.facts["training"], len(plan.batches)
+    copy = copy_of(model)
+    remember_name(copy, name or f"{full_name(model)}, tuned on {plan.texts} texts ({key})")
+    run = _Run(copy, recipe, steps, key)
+    if folder is not None:
+        run.resume(folder)
+    with tqdm(total=steps, initial=run.step, desc="training", unit="step", disable=not progress) as bar:
+        for batch in plan.batches[run.step :]:
+            run.take(*padded([plan.sequences[i] for i in batch]), np.array(batch) < plan.own, folder, every)
+            bar.set_postfix_str(f"loss {run.history[-1]['loss']:.2f}")
+            bar.update()
+    return Tuned(copy.eval(), model, tuple(run.history), plan.facts)
+
+
+def _finished(model: HookedModel, folder: Path, plan: Facts) -> Tuned:
     """The model that this very training left in its folder.
 
     Raises:
@@ -215,8 +256,8 @@ def _finished(model: HookedModel, folder: Path, plan: dict[str, Any]) -> Tuned:
     history = facts.pop("history", [])
     if facts.get("training") != plan["training"]:
         raise StoreError(
-            f"expected a model of this training ({plan['training']}), got {str(folder)!r} of another ({facts.get('training')}): other texts, "
-            "doses, recipe or base model. Choose another folder, or delete it."
+            f"expected a model of this training ({plan['training']}), got {str(folder)!r} of another ({facts.get('training')}): "
+            "other texts, doses, recipe or base model. Choose another folder, or delete it."
         )
     with _KIND.reading(folder):
         told = tuple(_numbers(history))
@@ -224,16 +265,16 @@ def _finished(model: HookedModel, folder: Path, plan: dict[str, Any]) -> Tuned:
     return Tuned(put_tuned(model, folder), model, told, plan)
 
 
-def _plain(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _plain(history: Sequence[Facts]) -> list[Facts]:
     """NaN of a step without filler is no JSON."""
     return [{k: None if v != v else v for k, v in record.items()} for record in history]
 
 
-def _numbers(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _numbers(history: Sequence[Facts]) -> list[Facts]:
     return [{k: math.nan if v is None else v for k, v in record.items()} for record in history]
 
 
-def load_tuned(folder: str | os.PathLike[str], base: Any = None) -> Any:
+def load_tuned(folder: str | os.PathLike[str], base: HookedModel | None = None) -> HookedModel:
     """The model of `Tuned.save`, to be analyzed as any other.
 
     Args:
@@ -296,7 +337,7 @@ class _Run:
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.step = 0
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Facts] = []
 
     def take(
         self, tokens: Tensor, valid: Tensor, own: Bool[np.ndarray, " batch"], checkpoint: str | os.PathLike[str] | None, every: int
@@ -311,10 +352,11 @@ class _Run:
             mine = torch.tensor(own, device=device)[:, None] & counted
             rest = counted & ~mine
             record = {
-                "step": self.step, "loss": float(losses.detach()[mine].mean()),
+                "step": self.step,
+                "loss": float(losses.detach()[mine].mean()),
                 "filler_loss": float(losses.detach()[rest].mean()) if bool(rest.any()) else float("nan"),
                 "learning_rate": self.recipe.rate(self.step, self.steps),
-            }  # fmt: skip
+            }
             if not math.isfinite(float(total.detach())):
                 raise self._diverged("loss", float(total.detach()), checkpoint)
             if checkpoint is not None and self.step % every == 0 and self.step:
@@ -336,8 +378,8 @@ class _Run:
             path = Path(checkpoint) / _CHECKPOINT
             kept = f" The last good checkpoint is kept: {path}." if path.is_file() else " There was no checkpoint before it."
         return StudyError(
-            f"expected a finite {what} at step {self.step} of {self.steps}, got {value}: the training diverged and was stopped.{kept} "
-            f"Lower the learning rate ({self.recipe.learning_rate:g})."
+            f"expected a finite {what} at step {self.step} of {self.steps}, got {value}: the training diverged and was "
+            f"stopped.{kept} Lower the learning rate ({self.recipe.learning_rate:g})."
         )
 
     def _keep(self, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Which texts the model recites: greedy continuations of their own beginnings, against what really follows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,14 +39,15 @@ def extract(
         progress: show a bar.
 
     Returns:
-        one row per sequence: `passage`, `doc`, `seq`, `prompt_tokens`, `target_tokens`; `matched` (share of target positions where the
-        model's token is the true one, in its own continuation), `longest_run` (longest run of such positions), `leading_run` (from the first
-        on), `extracted` (all match: k-extractable with k = `prompt_tokens`).
+        one row per sequence: `passage`, `doc`, `seq`, `prompt_tokens`, `target_tokens`; `matched` (share of target positions where
+        the model's token is the true one, in its own continuation), `longest_run` (longest run of such positions), `leading_run`
+        (from the first on), `extracted` (all match: k-extractable with k = `prompt_tokens`).
 
     Raises:
         TextError: a text shorter than prompt and target together. StudyError: a prompt or target below 1.
 
-    Source: Carlini et al. 2023 (extractable); Biderman et al. 2023 (32 + 32 tokens); the cache of keys and values is TransformerLens's.
+    Source: Carlini et al. 2023 (extractable); Biderman et al. 2023 (32 + 32 tokens); the cache of keys and values is
+    TransformerLens's.
 
     Example:
         >>> import basin_lens as bl
@@ -59,7 +59,8 @@ def extract(
     sequences, docs, passages, bos = _sequences(model, data, max_length)
     if not (prompt >= 1 if whole_or_none(prompt) is not None else 0 < prompt < 1) or (target is not None and target < 1):
         raise StudyError(
-            f"expected a prompt of tokens (1 or more) or a fraction between 0 and 1, and a target of 1 or more, got {prompt}, {target}."
+            f"expected a prompt of tokens (1 or more) or a fraction between 0 and 1, and a target of 1 or more, got {prompt}, "
+            f"{target}."
         )
     cuts = []
     for seq, tokens in enumerate(sequences):
@@ -68,11 +69,11 @@ def extract(
         follow = own - first if target is None else target
         if first < 1 or follow < 1 or first + follow > own:
             raise TextError(
-                f"expected at least prompt + target tokens ({first} + {max(1, follow)}), got {own} in sequence {seq} (document {docs[seq]!r}). "
-                "Use longer texts, or a shorter prompt and target."
+                f"expected at least prompt + target tokens ({first} + {max(1, follow)}), got {own} in sequence {seq} (document "
+                f"{docs[seq]!r}). Use longer texts, or a shorter prompt and target."
             )
         cuts.append((bos + first, follow))
-    lines: list[dict[str, Any]] = [{} for _ in sequences]
+    lines: list[dict[str, object]] = [{} for _ in sequences]
     with tqdm(total=len(sequences), desc="greedy decoding", unit="text", disable=not progress) as bar:
         # Prompts of one length go together: no padding, so that the cache is exact for every kind of position.
         for first, follow in sorted(set(cuts)):
@@ -84,10 +85,16 @@ def extract(
                     true = torch.tensor(sequences[seq][first : first + follow])
                     equal = (row == true).numpy()
                     lines[seq] = {
-                        "passage": passages[seq], "doc": docs[seq], "seq": seq, "prompt_tokens": first - bos, "target_tokens": follow,
-                        "matched": float(equal.mean()), "longest_run": longest_run(equal),
-                        "leading_run": int(np.argmin(np.r_[equal, False])), "extracted": bool(equal.all()),
-                    }  # fmt: skip
+                        "passage": passages[seq],
+                        "doc": docs[seq],
+                        "seq": seq,
+                        "prompt_tokens": first - bos,
+                        "target_tokens": follow,
+                        "matched": float(equal.mean()),
+                        "longest_run": longest_run(equal),
+                        "leading_run": int(np.argmin(np.r_[equal, False])),
+                        "extracted": bool(equal.all()),
+                    }
                 bar.update(len(part))
     return pd.DataFrame(lines)
 
