@@ -9,6 +9,7 @@ from beartype import BeartypeConf, FrozenDict, beartype
 _FROM_OUTSIDE = (
     ("basin_lens.model.protocol", "HookedModel"),
     ("basin_lens.values", "Layers"),
+    ("basin_lens.stats.design", "WhichLayers"),
     ("basin_lens.texts.passages", "Texts"),
     ("basin_lens.capture.record", "Bank"),
 )
