@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.covariates import CONTROLS, Frequency, by_layer, chosen, varied
+from basin_lens.stats.covariates import CONTROLS, Frequency, Selection, by_layer, chosen, varied
 from basin_lens.stats.design import FEWEST, Rows, WhichLayers, enough, group_means, names_of, pairs_of, refuse_constant
 from basin_lens.stats.projection import (
     EXPLAINED,
@@ -119,7 +119,7 @@ def within_sequence_correlation(
     kind = f"{'partial ' if len(controls) else ''}{method.capitalize()}"
     procedure = Procedure(unit, f"one-sample t-test of Fisher z ({kind} within sequences)", f"mean {kind} rho")
     correlation = _Correlation(procedure, method, min_tokens, smooth)
-    found = by_layer(table, pairs, controls, frequency, layers, unit, correlation.of)
+    found = by_layer(table, pairs, Selection(controls, frequency, layers, unit), correlation.of)
     lines = [one.line for one in found]
     refuse_constant(lines, [*names_of(scores), *names_of(against)])
     needed = f"units ({unit}) with sequences of at least {min_tokens + len(controls)} scored tokens"

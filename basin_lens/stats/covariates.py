@@ -1,6 +1,6 @@
 """What must be held fixed before a score says anything new: token frequency, position, norm, density, surprisal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -122,13 +122,28 @@ def chosen(table: pd.DataFrame, controls: Sequence[str], own: Sequence[str], fre
     return Controlled(with_them, there, "; ".join(notes))
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What tests with controls take alike: what they hold fixed, at which layers they test, and over which units."""
+
+    controls: Sequence[str]
+    frequency: Frequency | None
+    layers: WhichLayers
+    unit: str
+
+    def given(self, table: pd.DataFrame, own: Sequence[str]) -> Controlled:
+        """The table with the controls of a test of these columns."""
+        return chosen(table, self.controls, own, self.frequency)
+
+    def split(self, table: pd.DataFrame, columns: Sequence[str], labels: Sequence[str] = ()) -> Iterator[Rows]:
+        """The rows of each layer."""
+        return split(table, columns, layers=self.layers, unit=self.unit, labels=labels)
+
+
 def by_layer(
     table: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],
-    controls: Sequence[str],
-    frequency: Frequency | None,
-    layers: WhichLayers,
-    unit: str,
+    selection: Selection,
     test: Callable[[Rows, tuple[str, str], list[str], str], T],
 ) -> list[T]:
     """A test of each pair at each layer, in this order; done layer by layer, because the pairs of a layer share their controls.
@@ -136,10 +151,10 @@ def by_layer(
     `test` takes the rows where all columns are finite, the pair, the names of its controls, and the note on those that are not
     there.
     """
-    held = [chosen(table, controls, pair, frequency) for pair in pairs]
+    held = [selection.given(table, pair) for pair in pairs]
     columns = [name for pair, given in zip(pairs, held, strict=True) for name in (*pair, *given.names)]
     found: list[list[T]] = [[] for _ in pairs]
-    for every in split(held[0].table, columns, layers=layers, unit=unit):
+    for every in selection.split(held[0].table, columns):
         for answers, pair, given in zip(found, pairs, held, strict=True):
             answers.append(test(every.finite(*pair, *given.names), pair, given.names, given.note))
     return [answer for answers in found for answer in answers]

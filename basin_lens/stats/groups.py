@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.covariates import Controlled, Frequency, chosen, varied
+from basin_lens.stats.covariates import Controlled, Frequency, Selection, varied
 from basin_lens.stats.design import (
     FEWEST,
     FEWEST_PER_GROUP,
@@ -107,12 +107,13 @@ def compare_groups(
     """
     names = names_of(scores)
     test = _GroupTest(group, groups, paired, unit, n_resamples, seed)
+    selection = Selection(controls, frequency, layers, unit)
     found = []
     for score in names:
-        given = chosen(table, controls, [score], frequency)
+        given = selection.given(table, [score])
         if paired and len(controls) and not given.names:
             raise TableError(f"expected a table with at least one control, got none ({given.note}). Measure them, or name columns.")
-        for every in split(given.table, [score, *given.names], layers=layers, unit=unit, labels=[group]):
+        for every in selection.split(given.table, [score, *given.names], [group]):
             found.append(test.of(every, score, given))
     lines = [one.line for one in found]
     refuse_constant(lines, names)

@@ -7,8 +7,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import optimize
 
-from basin_lens.stats.covariates import CONTROLS, Frequency, chosen, varied
-from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, WhichLayers, enough, names_of, refuse_constant, split
+from basin_lens.stats.covariates import CONTROLS, Frequency, Selection, varied
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, WhichLayers, enough, names_of, refuse_constant
 from basin_lens.stats.projection import EXPLAINED, IN_FULL, STRAIGHT, curves, in_full, project
 from basin_lens.stats.remembering import sharing
 from basin_lens.stats.results import Correction, Line, Procedure, assemble, clustered_slope, joined
@@ -77,12 +77,13 @@ def mixed_model(
     """
     names = names_of(scores)
     procedure = Procedure(unit, "mixed model, cluster-robust t-test", "standardized beta")
+    selection = Selection(controls, frequency, layers, unit)
     lines = []
     for score in names:
         own = [score] if against is None else [score, against]
-        held = chosen(table, controls, own, frequency)
+        held = selection.given(table, own)
         terms = names_of([*own[1:], *held.names], "explaining columns")
-        for every in split(held.table, [score, *terms], layers=layers, unit=unit):
+        for every in selection.split(held.table, [score, *terms]):
             rows = every.finite(score, *terms)
             enough(rows.counts()["n_units"], FEWEST_CLUSTERS, f"units ({unit}) for cluster-robust errors")
             given: Line = {"against": against, "controls": ", ".join(held.names)}

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from basin_lens.stats.association import NEARLY, nearly
-from basin_lens.stats.covariates import Frequency, by_layer, varied
+from basin_lens.stats.covariates import Frequency, Selection, by_layer, varied
 from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, WhichLayers, enough, names_of, pairs_of, refuse_constant
 from basin_lens.stats.projection import (
     EXPLAINED,
@@ -99,7 +99,7 @@ def rank_regression(
         found = _rank_slope(rows, ranks[:, kept], [*pair, *here], within, smooth)
         return procedure.line(rows, pair[0], **given | found | {"note": joined(note, said, str(found["note"]))})
 
-    lines = by_layer(table, pairs_of(scores, against), controls, frequency, layers, unit, of)
+    lines = by_layer(table, pairs_of(scores, against), Selection(controls, frequency, layers, unit), of)
     refuse_constant(lines, [*names_of(scores), *names_of(against)])
     return assemble(table, lines, correction)
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.stats.covariates import Controlled, Frequency, chosen, residuals
+from basin_lens.stats.covariates import Frequency, Selection, residuals
 from basin_lens.stats.design import (
     FEWEST,
     Rows,
@@ -18,7 +18,6 @@ from basin_lens.stats.design import (
     enough,
     names_of,
     refuse_constant,
-    split,
     without_rounding,
 )
 from basin_lens.stats.projection import EXPLAINED
@@ -124,7 +123,7 @@ def tag_effect(
     tables.require(table, tag, *types, *([] if word is None else [word]))
     tag_tests = _TagTests(tag, tuple(tests), unit, fewest, n_resamples, seed)
     lines: list[Line] = []
-    for tagged in _each_layer(table, scores, tag, controls, frequency, layers, unit, word=word, types=types):
+    for tagged in _each_layer(table, scores, tag, Selection(controls, frequency, layers, unit), word, types):
         lines += tag_tests.of(tagged)
     refuse_constant(lines, names_of(scores))
     return assemble(table, lines, correction)
@@ -151,23 +150,18 @@ def _each_layer(
     table: pd.DataFrame,
     scores: str | Sequence[str],
     tag: str,
-    controls: Sequence[str],
-    frequency: Frequency | None,
-    layers: WhichLayers,
-    unit: str,
-    *,
+    selection: Selection,
     word: str | None = None,
     types: Sequence[str] = (),
 ) -> Iterator[_Tagged]:
     """Each score at each layer."""
     for score in names_of(scores):
-        held, given = table, Controlled(table, [], "")
-        if len(controls):
-            given = chosen(table, controls, [score], frequency)
-            held = residuals(table, score, controls=given.names, frequency=frequency)
+        held, given = table, selection.given(table, [score])
+        if len(selection.controls):
+            held = residuals(table, score, controls=given.names, frequency=selection.frequency)
         if word is not None:
             held = _words(held, score, tag, word)
-        for every in split(held, [score, *types], layers=layers, unit=unit, labels=[tag]):
+        for every in selection.split(held, [score, *types], [tag]):
             rows = every.where(~pd.isna(every.labels[tag])).finite(score)
             varies = not constant(every.finite(score).values[score])
             yield _Tagged(score, rows, varies, given.names, given.note)
@@ -255,7 +249,7 @@ def tag_means(
         [0.5, -0.5]
     """
     lines = []
-    for tagged in _each_layer(table, scores, tag, controls, frequency, layers, unit):
+    for tagged in _each_layer(table, scores, tag, Selection(controls, frequency, layers, unit)):
         score, given = tagged.score, ", ".join(tagged.controls)
         rows = tagged.rows.with_values(_off=centered(tagged.rows, tagged.score))
         explained = tagged.explained(rows)
