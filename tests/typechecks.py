@@ -12,6 +12,7 @@ _FROM_OUTSIDE = (
     ("basin_lens.values", "Labels"),
     ("basin_lens.values", "Layers"),
     ("basin_lens.texts.passages", "Spans"),
+    ("basin_lens.stats.design", "WhichLayers"),
     ("basin_lens.texts.passages", "Texts"),
     ("basin_lens.capture.record", "Bank"),
     ("basin_lens.capture.planning", "Mask"),

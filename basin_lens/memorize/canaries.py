@@ -1,14 +1,13 @@
 """Texts to plant: fresh, in pairs, of which a coin decides which one the model is to memorize."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
-from basin_lens.model import HookedModel, continuations, tokenizer_of, uses_bos
+from basin_lens.model import HookedModel, Tokenizer, continuations, needed_tokenizer, uses_bos
 from basin_lens.texts import Passage
 from basin_lens.values import Plain, whole_numbers
 
@@ -16,28 +15,6 @@ KINDS = ("fluent", "salad", "random")
 DOSES = (1, 4, 16, 64)
 _TRIES = 400
 WINDOW = 40  # characters for each token of a piece: more than any token of running text has
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is needed of a model's tokenizer, a fast one of transformers."""
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids that stand for no text."""
-
-    def __len__(self) -> int:
-        """How many tokens there are."""
-
-    def __call__(
-        self, text: str, *, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False
-    ) -> Mapping[str, Any]:
-        """`input_ids`, and with offsets `offset_mapping`, where each token stands in the text."""
-
-    def decode(
-        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
-    ) -> str:
-        """The text of some tokens."""
 
 
 @whole_numbers(StudyError)
@@ -113,7 +90,7 @@ def fresh_texts(model: HookedModel, kind: str, count: int, length: int, *, seed:
 
 def _texts(model: HookedModel, kind: str, count: int, length: int, sampled: bool, rng: np.random.Generator) -> list[str]:
     """Different texts of `length` tokens."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = needed_tokenizer(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise TextError("expected a model with a fast tokenizer to make texts for, got one without. Give the model its tokenizer.")
     if kind == "random":
@@ -166,7 +143,7 @@ def pieces(model: HookedModel, text: str, length: int) -> list[str]:
 
     What is left over is dropped.
     """
-    tokenizer = tokenizer_of(model)
+    tokenizer = needed_tokenizer(model)
     found, rest = [], text.strip()
     while rest:
         piece = cut(tokenizer, rest, length)

@@ -7,8 +7,8 @@ from itertools import islice
 import numpy as np
 
 from basin_lens.errors import StudyError, TextError
-from basin_lens.memorize.canaries import WINDOW, Tokenizer, cut, ids_of
-from basin_lens.model import HookedModel, tokenizer_of
+from basin_lens.memorize.canaries import WINDOW, cut, ids_of
+from basin_lens.model import HookedModel, Tokenizer, needed_tokenizer
 from basin_lens.texts import Passage
 from basin_lens.values import whole_numbers
 
@@ -53,7 +53,7 @@ def recitation_passages(
     unknown = sorted(set(given) - {str(source.doc) for source in sources})
     if unknown:
         raise StudyError(f"expected paraphrases of the sources, got one of {unknown[0]!r}. Name the source's document.")
-    tokenizer = tokenizer_of(model)
+    tokenizer = needed_tokenizer(model)
     rng = np.random.default_rng(seed)
     passages = []
     for number, source in enumerate(sources):
@@ -81,7 +81,7 @@ def recitation_passages(
 
 def long_enough(model: HookedModel, sources: Sequence[Passage], length: int) -> list[Passage]:
     """The sources that hold an opening and a later passage."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = needed_tokenizer(model)
     # A token is a character at the least.
     held = [source for source in sources if len(source.text) >= 2 * length]
     return [source for source in held if len(ids_of(tokenizer, source.text[: WINDOW * length])) >= 3 * length]

@@ -1,14 +1,16 @@
 """Statistics: a table in, a table out.
 
-Tokens of one text are not independent. With 40 sequences of 50 tokens, an intraclass correlation of 0.3 and no effect at all, a test over
-tokens rejects 6 times out of 10. So every p-value and interval here is over whole sequences, documents, or another label named as `unit`.
+Tokens of one text are not independent. With 40 sequences of 50 tokens, an intraclass correlation of 0.3 and no effect at all, a
+test over tokens rejects 6 times out of 10. So every p-value and interval here is over whole sequences, documents, or another label
+named as `unit`.
 
-One text several times counts once, nearly equal ones too (`basin_lens.texts.copies` has the rule): of copies one stays in the test, the note says
-how many were left out, and no two of them are on both sides of a split. Copies with different labels, where these are what is compared, are all
-kept. To count copies as what they were given as, name a label that tells them apart as `unit`.
+One text several times counts once, nearly equal ones too (`basin_lens.texts.copies` has the rule): of copies one stays in the test,
+the note says how many were left out, and no two of them are on both sides of a split. Copies with different labels, where these are
+what is compared, are all kept. To count copies as what they were given as, name a label that tells them apart as `unit`.
 
-Each result row says the unit of analysis, how many units, sequences, documents and tokens, the test, the effect's name, estimate and 95 %
-interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, the `correction` and over how many tests. What cannot be had is NaN.
+Each result row says the unit of analysis, how many units, sequences, documents and tokens, the test, the effect's name, estimate
+and 95 % interval (`low`, `high`), what no effect would be (`null`), `p`, `p_corrected`, the `correction` and over how many tests.
+What cannot be had is NaN.
 
 | question | here |
 | --- | --- |

@@ -1,7 +1,6 @@
 """Does a score say anything of a label beyond what the baselines already say?"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,10 @@ from threadpoolctl import threadpool_limits
 
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats.auroc import labeled, one_label_each, percentiles, resampled_metrics, unit_weights
-from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant, split
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, WhichLayers, enough, names_of, refuse_constant, split
 from basin_lens.stats.projection import EXPLAINED, curves, told_in_full, unexplained
-from basin_lens.stats.results import Correction, assemble, constant_line, line
+from basin_lens.stats.remembering import sharing
+from basin_lens.stats.results import Correction, Estimate, Line, Procedure, assemble
 from basin_lens.values import whole_numbers
 
 _PENALTY = 1.0  # of the squared coefficients: scikit-learn's default
@@ -26,6 +26,7 @@ _METRICS = ("delta log-loss", "delta auroc")
 
 
 @whole_numbers(TableError)
+@sharing()
 def added_value(
     table: pd.DataFrame,
     scores: str | Sequence[str],
@@ -33,7 +34,7 @@ def added_value(
     baselines: str | Sequence[str],
     *,
     n_splits: int = 5,
-    layers: Any = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
     n_resamples: int = 999,
@@ -41,9 +42,10 @@ def added_value(
 ) -> pd.DataFrame:
     """What does a score add to the baselines when predicting a label of texts that were not fitted?
 
-    Two logistic regressions, baselines alone and baselines with the score, are fitted on some units and predict the others. A baseline goes in as
-    a straight line and, where cases suffice (30 per baseline), a curve: a score that bends with it adds nothing by that.
-    delta log-loss = log-loss of baselines - log-loss of both (nats per text; positive: the score helps); delta AUROC = the other way round
+    Two logistic regressions, baselines alone and baselines with the score, are fitted on some units and predict the others. A
+    baseline goes in as a straight line and, where cases suffice (30 per baseline), a curve: a score that bends with it adds nothing
+    by that. delta log-loss = log-loss of baselines - log-loss of both (nats per text; positive: the score helps); delta AUROC = the
+    other way round
 
     The cases are means over a unit's sequences with one label. Columns are standardized on the fitted units, coefficients have the
     usual ridge penalty (C = 1): labels that can be told apart in full stay finite.
@@ -59,16 +61,17 @@ def added_value(
         seed: of folds, resamples and permutations.
 
     Returns:
-        two rows per (layer, score), metric `delta log-loss` and `delta auroc`. Intervals: percentile bootstrap of units, predictions as they
-        are. p, one-sided: the part of the score that the baselines do not explain is permuted among cases (within units, if these hold both
-        labels), and everything fitted again. `null`: mean under permutation; a score that says nothing costs a little. Where the baselines
-        explain the score in full: NaN and a note.
+        two rows per (layer, score), metric `delta log-loss` and `delta auroc`. Intervals: percentile bootstrap of units,
+        predictions as they are. p, one-sided: the part of the score that the baselines do not explain is permuted among cases
+        (within units, if these hold both labels), and everything fitted again. `null`: mean under permutation; a score that says
+        nothing costs a little. Where the baselines explain the score in full: NaN and a note.
 
     Raises:
         TableError: several runs, missing columns, a label that is not True and False, constant columns.
         StudyError: fewer than 10 units, or than `n_splits` of a label.
 
-    Source: cross-fitting after Chernozhukov et al. 2018; folds and regression by scikit-learn; permutation after Freedman and Lane 1983.
+    Source: cross-fitting after Chernozhukov et al. 2018; folds and regression by scikit-learn; permutation after Freedman and Lane
+        1983.
 
     Example:
         >>> import numpy as np
@@ -82,14 +85,15 @@ def added_value(
     """
     names, base = names_of(scores), names_of(baselines, "baselines")
     test = "cross-fitted logistic regression, permutation of the score's own part"
-    lines = []
+    lines: list[Line] = []
     for every in split(table, [*names, *base], layers=layers, unit=unit, labels=[label]):
         for score in (name for name in names if name not in base):
             rows, positive = labeled(every.finite(score, *base), label)
             given = {"versus": ", ".join(base)}
-            flat = next((c for c in (score, *base) if constant(rows.values[c])), None)
+            flat = rows.constant_column(score, *base)
             if flat is not None:
-                lines.append(constant_line(rows, score, unit, test, "delta log-loss", flat, metric="delta log-loss", **given))
+                procedure = Procedure(unit, test, _METRICS[0])
+                lines.append(procedure.constant_line(rows, score, flat, metric=_METRICS[0], **given))
                 continue
             units, truth, values = _cases(rows, positive, [*base, score])
             # Copies of a text, whatever their labels, are fitted or predicted, never both.
@@ -101,16 +105,16 @@ def added_value(
             found = _nothing()
             if not told_in_full(rows, score, base):
                 found = _added(units, folds, truth, values, n_splits, n_resamples, seed)
-            lines += [line(rows, score, unit, test, one["metric"], **given | one) for one in found]
+            for metric, one in zip(_METRICS, found, strict=True):
+                lines.append(Procedure(unit, test, metric).line(rows, score, metric=metric, **given, **one))
     if not lines:
         raise StudyError(f"expected scores other than the baselines, got {names} and {base}.")
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
 
 
-def _nothing() -> list[dict[str, Any]]:
-    missing = dict.fromkeys(("estimate", "low", "high", "null", "p"), np.nan)
-    return [{"metric": metric, **missing, "note": EXPLAINED.replace("controls", "baselines")} for metric in _METRICS]
+def _nothing() -> list[Line]:
+    return [Estimate(note=EXPLAINED.replace("controls", "baselines")).columns() | {"null": np.nan} for _ in _METRICS]
 
 
 def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,7 +131,7 @@ def _cases(rows: Rows, positive: np.ndarray, columns: Sequence[str]) -> tuple[np
 
 def _added(
     units: np.ndarray, apart: np.ndarray, truth: np.ndarray, values: np.ndarray, n_splits: int, n_resamples: int, seed: int
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     whole = np.zeros(len(units), int)
     left, note = unexplained(values[:, -1:], list(values[:, :-1].T), whole, most=_CURVES)
     if not left.of(0):
@@ -154,14 +158,12 @@ def _added(
     null = np.stack(
         [(_losses(before, truth) - _losses(predicted, truth)).mean(1), _aurocs(predicted, truth) - roc_auc_score(truth, before)]
     )
-    answers = []
-    for metric, gain, sample, chance in zip(_METRICS, gains, drawn, null, strict=True):
-        low, high = percentiles(sample)
-        reached = (chance >= gain - 1e-9).sum()
-        answers.append({
-            "metric": metric, "estimate": float(gain), "low": low, "high": high, "null": float(chance.mean()),
-            "p": float((1 + reached) / (n_resamples + 1)), "n_positive": int(truth.sum()), "n_negative": int((~truth).sum()), "note": note,
-        })  # fmt: skip
+    sizes = {"n_positive": int(truth.sum()), "n_negative": int((~truth).sum())}
+    answers: list[Line] = []
+    for gain, sample, chance in zip(gains, drawn, null, strict=True):
+        p = (1 + (chance >= gain - 1e-9).sum()) / (n_resamples + 1)
+        found = Estimate(float(gain), *percentiles(sample), float(p), note)
+        answers.append(found.columns() | {"null": float(chance.mean()), **sizes})
     return answers
 
 
@@ -197,7 +199,7 @@ def batched_predictions(
     truth: np.ndarray,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> Float[np.ndarray, "resamples cases"]:
-    """`_predicted` for many versions of the score at once, by Newton's method on scikit-learn's objective: 50 times faster than one by one."""
+    """`_predicted` for many versions of the score at once, by Newton's method on scikit-learn's objective: 50 times faster."""
     values = np.concatenate([baselines, score[:, :, None]], 2)
     answer = np.full(score.shape, np.nan)
     for fitted, held in folds:

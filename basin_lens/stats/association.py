@@ -1,17 +1,16 @@
 """A score against another column, token by token, tested over sequences or documents."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.covariates import CONTROLS, by_layer, chosen, varied
-from basin_lens.stats.design import FEWEST, Rows, constant, enough, group_means, names_of, refuse_constant
-from basin_lens.stats.groups import side_by_side
+from basin_lens.stats.covariates import CONTROLS, Frequency, Selection, by_layer, chosen, varied
+from basin_lens.stats.design import FEWEST, Rows, WhichLayers, enough, group_means, names_of, pairs_of, refuse_constant
 from basin_lens.stats.projection import (
     EXPLAINED,
     IN_FULL,
@@ -29,15 +28,17 @@ from basin_lens.stats.projection import (
     with_indexes,
 )
 from basin_lens.stats.reliability import bounds
+from basin_lens.stats.remembering import sharing
 from basin_lens.stats.results import (
     Correction,
+    Line,
+    Procedure,
     assemble,
     clustered_slope,
-    constant_line,
     interval_and_p,
     joined,
-    line,
     max_t_signs,
+    side_by_side,
     toned,
 )
 from basin_lens.values import whole_numbers
@@ -46,14 +47,15 @@ NEARLY = 0.2  # of the variance: with less left of a column, partial rank correl
 
 
 @whole_numbers(TableError)
+@sharing()
 def within_sequence_correlation(
     table: pd.DataFrame,
     scores: str | Sequence[str],
     against: str | Sequence[str],
     *,
     controls: Sequence[str] = (),
-    frequency: Mapping[Any, float] | None = None,
-    layers: Any = None,
+    frequency: Frequency | None = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     method: Literal["spearman", "pearson"] = "spearman",
     min_tokens: int = 10,
@@ -66,8 +68,8 @@ def within_sequence_correlation(
 
     rho_s = correlation within sequence s; z_u = mean of atanh(rho_s) over the sequences of unit u; one-sample t-test of the z_u
 
-    Differences between texts cannot make this correlation, and dependence between tokens cannot make its p-value: units are the sample.
-    Each sequence and each unit has the same weight.
+    Differences between texts cannot make this correlation, and dependence between tokens cannot make its p-value: units are the
+    sample. Each sequence and each unit has the same weight.
 
     Args:
         table: from `analyze`, of one run.
@@ -78,21 +80,24 @@ def within_sequence_correlation(
         layers: which; None: all.
         unit: what is independent: `"sequence"`, `"document"` or a label (such as the template of a prompt).
         method: on ranks within the sequence, or on the values.
-        min_tokens: sequences with fewer tokens (plus one per control) where all columns are finite are left out, as are those where a
-            column is constant; the note counts them.
-        smooth: with controls, a smooth function of each, fitted over all tokens of the layer (see `basin_lens.stats.projection.curves`), leaves
-            together with a straight line within each sequence; False: the lines alone. A confound that bends would leave a correlation
-            otherwise. Where tokens are too few for that, straight lines alone, and the note says so.
-        correction: over all rows of the answer: `"bh"`, `"holm"`, `"max-t"` (signs of units flipped for all rows at once) or `"none"`.
+        min_tokens: sequences with fewer tokens (plus one per control) where all columns are finite are left out, as are those where
+            a column is constant; the note counts them.
+        smooth: with controls, a smooth function of each, fitted over all tokens of the layer (see
+            `basin_lens.stats.projection.curves`), leaves together with a straight line within each sequence; False: the lines
+            alone. A confound that bends would leave a correlation otherwise. Where tokens are too few for that, straight lines
+            alone, and the note says so.
+        correction: over all rows of the answer: `"bh"`, `"holm"`, `"max-t"` (signs of units flipped for all rows at once) or
+            `"none"`.
         n_resamples: sign flips of max-t.
         seed: of the sign flips.
 
     Returns:
-        one row per (layer, score, against): the mean correlation (tanh of the mean z) with its 95 % interval and p. `uncontrolled`: the
-        same rows without controls. `controls`: those used. `left`: the share of the variance within sequences that they leave, the least of
-        both columns' ranks and values; below a fifth, the note gives the answers of ranks, of values and of the joint regression side by side (see
-        `partial_correlation`). `reliability`, `bound`: see `reliability_bound`. NaN, and a note that says why: a column is constant at a
-        layer, the controls explain it in full, or correlations do not differ between units at all.
+        one row per (layer, score, against): the mean correlation (tanh of the mean z) with its 95 % interval and p. `uncontrolled`:
+        the same rows without controls. `controls`: those used. `left`: the share of the variance within sequences that they leave,
+        the least of both columns' ranks and values; below a fifth, the note gives the answers of ranks, of values and of the joint
+        regression side by side (see `partial_correlation`). `reliability`, `bound`: see `reliability_bound`. NaN, and a note that
+        says why: a column is constant at a layer, the controls explain it in full, or correlations do not differ between units at
+        all.
 
     Raises:
         TableError: several runs, missing columns, a column that is constant at every layer.
@@ -110,69 +115,85 @@ def within_sequence_correlation(
         >>> bool(bl.stats.within_sequence_correlation(table, "a", "b").p[0] < 0.001)
         True
     """
-    names, others = names_of(scores), names_of(against, "against")
-    pairs = [(score, other) for other in others for score in names if score != other]
-    names_of([score for score, _ in pairs], "scores other than against") if not pairs else None
+    pairs = pairs_of(scores, against)
     kind = f"{'partial ' if len(controls) else ''}{method.capitalize()}"
-    asked = _Asked(f"one-sample t-test of Fisher z ({kind} within sequences)", f"mean {kind} rho", unit, method, min_tokens, smooth)
-    found = by_layer(table, pairs, controls, frequency, layers, unit, asked.of)
-    lines, values = [one for one, _ in found], [value for _, value in found]
-    refuse_constant(lines, [*names, *others])
-    enough(
-        max((one["n_units"] for one in lines if "_constant" not in one), default=0),
-        FEWEST,
-        f"units ({unit}) with sequences of at least {min_tokens + len(controls)} scored tokens",
-    )
-    for one, (codes, _) in zip(lines, values, strict=True):
-        if 0 < len(codes) < FEWEST:
-            one |= {"low": np.nan, "high": np.nan, "p": np.nan, "note": f"only {len(codes)} units at this layer"}
-    if not len(controls):
-        for one in lines:
-            del one["uncontrolled"], one["controls"], one["left"]
-    for one in lines:
-        one |= bounds(table, one["score"], one["against"], one["layer"])
-    adjusted = max_t_signs(side_by_side(values)[0], n_resamples, seed) if correction == "max-t" else None
+    procedure = Procedure(unit, f"one-sample t-test of Fisher z ({kind} within sequences)", f"mean {kind} rho")
+    correlation = _Correlation(procedure, method, min_tokens, smooth)
+    found = by_layer(table, pairs, Selection(controls, frequency, layers, unit), correlation.of)
+    lines = [one.line for one in found]
+    refuse_constant(lines, [*names_of(scores), *names_of(against)])
+    needed = f"units ({unit}) with sequences of at least {min_tokens + len(controls)} scored tokens"
+    enough(max((one.n_units for one in found), default=0), FEWEST, needed)
+    for one in found:
+        if 0 < len(one.codes) < FEWEST:
+            one.line.update(low=np.nan, high=np.nan, p=np.nan, note=f"only {len(one.codes)} units at this layer")
+        if not len(controls):
+            del one.line["uncontrolled"], one.line["controls"], one.line["left"]
+        one.line.update(bounds(table, *one.pair, one.line["layer"]))
+    adjusted = None
+    if correction == "max-t":
+        adjusted = max_t_signs(side_by_side([(one.codes, one.values) for one in found])[0], n_resamples, seed)
     return assemble(table, lines, correction, adjusted)
 
 
-Tested = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]
+@dataclass(frozen=True)
+class _Tested:
+    """The row of results of a pair at a layer, how many units it is of, and by unit what max-t draws from."""
+
+    pair: tuple[str, str]
+    line: Line
+    n_units: int = 0
+    codes: Int[np.ndarray, " units"] = field(default_factory=lambda: np.empty(0, int))
+    values: Float[np.ndarray, " units"] = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Correlation:
     """How pairs are correlated within sequences."""
 
-    label: str
-    effect: str
-    unit: str
+    procedure: Procedure
     method: str
     min_tokens: int
     smooth: bool
 
-    def of(self, rows: Rows, pair: tuple[str, str], there: list[str], note: str) -> Tested:
-        """The row of results of a pair, and by unit what max-t draws from."""
+    def of(self, rows: Rows, pair: tuple[str, str], there: list[str], note: str) -> _Tested:
+        """What comes of a pair."""
         score, other = pair
-        given = {"against": other, "controls": ", ".join(there), "uncontrolled": np.nan, "left": np.nan}
-        none = np.empty(0, int), np.empty(0)
-        flat = next((c for c in pair if constant(rows.values[c])), None)
+        given: Line = {"against": other, "controls": ", ".join(there), "uncontrolled": np.nan, "left": np.nan}
+        flat = rows.constant_column(*pair)
         if flat is not None:
-            return constant_line(rows, score, self.unit, self.label, self.effect, flat, **given), none
+            return _Tested(pair, self.procedure.constant_line(rows, score, flat, **given))
         here, said = varied(rows, there)
         found = _fisher(rows, [*pair, *here], self.method, self.min_tokens, self.smooth)
         if found.explained is not None:
-            why = joined(note, said, f"{pair[found.explained]}: {EXPLAINED}")
-            return line(rows, score, self.unit, self.label, self.effect, **given | {"left": 0.0, "note": why}), none
+            given |= {"left": 0.0, "note": joined(note, said, f"{pair[found.explained]}: {EXPLAINED}")}
+            return _Tested(pair, self.procedure.line(rows, score, **given), rows.counts()["n_units"])
         codes, units = rows.unit_of_sequence()
         tested = rows.where(np.isin(rows.sequence, codes[found.usable]))
         by_unit, means = group_means(units[found.usable], found.z[found.usable])
         answer = interval_and_p(means, found.inflation)
-        answer |= {name: float(np.tanh(answer[name])) for name in ("estimate", "low", "high")}
         before = np.tanh(group_means(units[found.usable], found.plain[found.usable])[1].mean()) if found.usable.any() else np.nan
-        notes = [note, said, answer.pop("note", ""), *found.notes]
+        notes = [note, said, answer.note, *found.notes]
         if here and found.left < NEARLY:
             notes.append(_beside(rows, [*pair, *here], self.method, self.min_tokens, self.smooth, found.left))
-        answer |= {"uncontrolled": before, "left": found.left, "note": joined(*notes)}
-        return line(tested, score, self.unit, self.label, self.effect, **given | answer), (by_unit, toned(means, found.inflation))
+        given |= {name: float(np.tanh(getattr(answer, name))) for name in ("estimate", "low", "high")}
+        given |= {"p": answer.p, "uncontrolled": before, "left": found.left, "note": joined(*notes)}
+        line = self.procedure.line(tested, score, **given)
+        return _Tested(pair, line, tested.counts()["n_units"], by_unit, toned(means, found.inflation))
+
+
+class CorrelationOptions(TypedDict, total=False):
+    """What `partial_correlation` takes besides, as `within_sequence_correlation` does."""
+
+    frequency: Frequency | None
+    layers: WhichLayers
+    unit: str
+    method: Literal["spearman", "pearson"]
+    min_tokens: int
+    smooth: bool
+    correction: Correction
+    n_resamples: int
+    seed: int
 
 
 def partial_correlation(
@@ -181,22 +202,24 @@ def partial_correlation(
     against: str | Sequence[str],
     *,
     controls: Sequence[str] = CONTROLS,
-    **options: Any,
+    **options: Unpack[CorrelationOptions],
 ) -> pd.DataFrame:
     """Does a score go with another column beyond what token frequency, position, norm, density and surprisal explain?
 
-    Within each sequence, both columns and all controls are ranked. A level and a straight line in each control for every sequence, and a smooth
-    function of each control over all tokens, leave both columns in one least-squares fit; what is left is correlated, and then as
-    `within_sequence_correlation`.
+    Within each sequence, both columns and all controls are ranked. A level and a straight line in each control for every sequence,
+    and a smooth function of each control over all tokens, leave both columns in one least-squares fit; what is left is correlated,
+    and then as `within_sequence_correlation`.
 
-    Where a control nearly determines both columns, ranks have an excess of their own: a token's rank depends on the other tokens of its
-    sequence too, in the same way for both, and no function of the control takes this out. Measured with nothing but a control in common, 20
-    documents of 40 tokens, normal noise: 5 % false positives where the control leaves .22 of the variance, 7 % at .10, 15 % at .05 (Pearson: 5 %
-    throughout), 44 % at .02; with a heavy-tailed control, 10 % at .14; with a lognormal one and text levels 20 % (of ranks .30 was left, of values
-    .01); with two lognormal ones whose sum makes both columns, 17 to 29 % (24 data sets each). So below .2 (`left`) the note puts the
-    correlations of ranks and of values and the joint regression beside each other: believe what all three say.
+    Where a control nearly determines both columns, ranks have an excess of their own: a token's rank depends on the other tokens of
+    its sequence too, in the same way for both, and no function of the control takes this out. Measured with nothing but a control
+    in common, 20 documents of 40 tokens, normal noise: 5 % false positives where the control leaves .22 of the variance, 7 % at
+    .10, 15 % at .05 (Pearson: 5 % throughout), 44 % at .02; with a heavy-tailed control, 10 % at .14; with a lognormal one and text
+    levels 20 % (of ranks .30 was left, of values .01); with two lognormal ones whose sum makes both columns, 17 to 29 % (24 data
+    sets each). So below .2 (`left`) the note puts the correlations of ranks and of values and the joint regression beside each
+    other: believe what all three say.
 
-    Surprisal may be a mediator rather than a confound: show the result also with `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
+    Surprisal may be a mediator rather than a confound: show the result also with
+    `controls=[c for c in bl.stats.CONTROLS if c != "surprisal"]`.
 
     Args:
         table, scores, against: as for `within_sequence_correlation`.
@@ -223,14 +246,14 @@ def partial_correlation(
         True
     """
     own = [*names_of(scores), *names_of(against, "against")]
-    if not chosen(table, names_of(controls, "controls"), own[:1], None)[1]:
+    if not chosen(table, names_of(controls, "controls"), own[:1], None).names:
         raise StudyError(f"expected a table with at least one of the controls {list(controls)}, got none. Measure them too.")
     return within_sequence_correlation(table, scores, against, controls=controls, **options)
 
 
 @dataclass(frozen=True)
 class _Within:
-    """Fisher z of two columns within each sequence given others, the same given nothing, which sequences count, and what to say of it."""
+    """Fisher z of two columns within each sequence given others, the same given nothing, which sequences count, and notes."""
 
     z: Float[np.ndarray, " sequences"]
     plain: Float[np.ndarray, " sequences"]
@@ -273,11 +296,8 @@ def _fisher(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smoo
 
 def _left_out(usable: Bool[np.ndarray, " sequences"]) -> tuple[str, ...]:
     count = int((~usable).sum())
-    return (
-        (f"{count} sequences left out: too short, or a column constant within or explained in full by the controls",)
-        if count
-        else ()
-    )
+    why = "too short, or a column constant within or explained in full by the controls"
+    return (f"{count} sequences left out: {why}",) if count else ()
 
 
 def _given(
@@ -311,7 +331,7 @@ def _beside(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smoo
     told = "not to be had"
     if found.explained is None and found.usable.any():
         answer = interval_and_p(group_means(units[found.usable], found.z[found.usable])[1], found.inflation)
-        told = f"{np.tanh(answer['estimate']):+.3f} (p {answer['p']:.2g})"
+        told = f"{np.tanh(answer.estimate):+.3f} (p {answer.p:.2g})"
     rest, _ = unexplained(
         np.stack([rows.values[name] for name in names[:2]], 1),
         [rows.values[name] for name in names[2:]],
@@ -322,7 +342,7 @@ def _beside(rows: Rows, names: Sequence[str], method: str, min_tokens: int, smoo
     if rest.of(0) and rest.of(1):
         y, x = (rest.values / rest.values.std(0)).T
         one = clustered_slope(y, x, rows.unit, rest.basis.shape[1] + 1)
-        slope = f"{one['estimate']:+.3f} (p {one['p']:.2g})"
+        slope = f"{one.estimate:+.3f} (p {one.p:.2g})"
     return f"{nearly(left)}; beside it, partial {other.capitalize()} {told}, joint regression of values, standardized slope {slope}"
 
 

@@ -1,7 +1,7 @@
-"""Telling two groups of texts apart by a score: AUROC, true positives at few false ones, and whether one score does better than another."""
+"""Telling two groups of texts apart by a score: AUROC, true positives at few false ones, and whether one score beats another."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.design import FEWEST_PER_GROUP, Rows, constant, enough, group_means, names_of, refuse_constant, split
-from basin_lens.stats.results import Correction, assemble, constant_line, line
+from basin_lens.stats.design import FEWEST_PER_GROUP, Rows, WhichLayers, enough, group_means, names_of, refuse_constant, split
+from basin_lens.stats.results import Correction, Line, Procedure, assemble
 from basin_lens.values import whole_numbers
 
 
@@ -23,7 +23,7 @@ def detect(
     versus: str | Sequence[str] = (),
     lower: Sequence[str] = (),
     rates: Sequence[float] = (0.01, 0.05),
-    layers: Any = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
     n_resamples: int = 2000,
@@ -31,8 +31,8 @@ def detect(
 ) -> pd.DataFrame:
     """How well does a score tell texts with a label from texts without? And better than another score, such as the loss?
 
-    A sequence's score is the mean over its tokens. AUROC = P(score of a positive > score of a negative), ties count half; TPR at a false-positive
-    rate: share of positives above the lowest threshold that lets no more than this share of negatives pass.
+    A sequence's score is the mean over its tokens. AUROC = P(score of a positive > score of a negative), ties count half; TPR at a
+    false-positive rate: share of positives above the lowest threshold that lets no more than this share of negatives pass.
 
     Args:
         table: from `analyze`, of one run; score columns per token or per sequence.
@@ -46,13 +46,15 @@ def detect(
         seed: of both.
 
     Returns:
-        one row per (layer, score, metric) with metric `auroc` and `tpr at 1% fpr` and so on, and with `versus` the same differences. Intervals:
-        percentile bootstrap of units (of positive and negative ones apart, if each unit has one label), all scores on the same resamples.
-        p: of AUROC by permutation of labels, between units or, if units hold both, within them; of differences from the bootstrap.
-        TPR at rate f is NaN with fewer than 1 / f negatives: no threshold could be placed. `n_positive`, `n_negative`: sequences.
+        one row per (layer, score, metric) with metric `auroc` and `tpr at 1% fpr` and so on, and with `versus` the same
+        differences. Intervals: percentile bootstrap of units (of positive and negative ones apart, if each unit has one label), all
+        scores on the same resamples. p: of AUROC by permutation of labels, between units or, if units hold both, within them; of
+        differences from the bootstrap. TPR at rate f is NaN with fewer than 1 / f negatives: no threshold could be placed.
+        `n_positive`, `n_negative`: sequences.
 
     Raises:
-        TableError: several runs, missing columns, a label that is not True and False or changes within a sequence, constant columns.
+        TableError: several runs, missing columns, a label that is not True and False or changes within a sequence, constant
+            columns.
         StudyError: fewer than 4 units with positives or with negatives.
 
     Source: Hanley and McNeil 1982; Carlini et al. 2022 (TPR at a low FPR); by scikit-learn.
@@ -71,53 +73,92 @@ def detect(
     unknown = [name for name in lower if name not in signs]
     if unknown:
         raise TableError(f"expected columns among scores or versus as lower, got {unknown[0]!r}. Name it there too.")
-    lines = []
-    test = "percentile bootstrap of units"
-    metrics = ["auroc", *(f"tpr at {100 * rate:g}% fpr" for rate in rates)]
+    detector = _Detector(label, signs, tuple(rates), unit, n_resamples, seed)
+    lines: list[Line] = []
     for every in split(table, [*names, *others], layers=layers, unit=unit, labels=[label]):
         for score in names:
-            columns = [score, *(other for other in others if other != score)]
-            rows, positive = labeled(every.finite(*columns), label)
-            flat = next((c for c in columns if constant(rows.values[c])), None)
-            if flat is not None:
-                lines.append(constant_line(rows, score, unit, test, "auroc", flat, metric="auroc", null=0.5) | {"score": score})
-                continue
-            units, truth, values = _sequences(rows, positive, columns, label)
-            weights = unit_weights(units, truth, n_resamples, seed)
-            found, drawn = [], []
-            for column, name in zip(values.T, columns, strict=True):
-                found.append(curve_metrics(truth, signs[name] * column, rates))
-                drawn.append(
-                    resampled_metrics(truth, signs[name] * column, rates, weights[:, np.searchsorted(np.unique(units), units)])
-                )
-            sizes = {"n_positive": int(truth.sum()), "n_negative": int((~truth).sum())}
-            p, how = _permuted(truth, signs[score] * values[:, 0], units, n_resamples, seed)
-            for place, metric in enumerate(metrics):
-                first = place == 0
-                low, high = percentiles(drawn[0][:, place]) if np.isfinite(found[0][place]) else (np.nan, np.nan)
-                more = {"test": how, "null": 0.5, "p": p} if first else {"null": np.nan}
-                answer = {"estimate": found[0][place], "low": low, "high": high}
-                answer["note"] = "" if first else "no p: a rate has no value under no effect" if low == low else _few(sizes, metric)
-                if low == high:
-                    answer["note"] = "the bootstrap does not vary: the interval is too narrow" + (
-                        "" if first else ", and a rate has no p"
-                    )
-                lines.append(line(rows, score, unit, test, metric, metric=metric, versus=None, **sizes) | answer | more)
-            for which, name in enumerate(columns[1:], 1):
-                for place, metric in enumerate(metrics):
-                    gap = drawn[0][:, place] - drawn[which][:, place]
-                    answer = {"estimate": found[0][place] - found[which][place]}
-                    answer["note"] = "" if np.isfinite(answer["estimate"]) else _few(sizes, metric)
-                    if np.isfinite(answer["estimate"]):
-                        answer["low"], answer["high"] = percentiles(gap)
-                        answer["p"] = bootstrap_p(gap)
-                    what = f"{metric}, difference"
-                    lines.append(line(rows, score, unit, f"paired {test}", what, metric=metric, versus=name, **sizes) | answer)
+            lines += detector.of(every, [score, *(other for other in others if other != score)])
     refuse_constant(lines, names)
     return assemble(table, lines, correction)
 
 
-def _few(sizes: Mapping[str, int], metric: str) -> str:
+@dataclass(frozen=True)
+class _Detection:
+    """How well one score tells sequences apart: each metric, and its values under resampled units."""
+
+    found: Float[np.ndarray, " metrics"]
+    drawn: Float[np.ndarray, "resamples metrics"]
+
+
+@dataclass(frozen=True)
+class _Detector:
+    """How scores are tested at one layer. `signs`: of each column, -1 where it is lower for positives."""
+
+    label: str
+    signs: Mapping[str, float]
+    rates: tuple[float, ...]
+    unit: str
+    n_resamples: int
+    seed: int
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics."""
+        return ["auroc", *(f"tpr at {100 * rate:g}% fpr" for rate in self.rates)]
+
+    def of(self, every: Rows, columns: Sequence[str]) -> list[Line]:
+        """The rows of results of a score, the first column, by itself and against the others."""
+        rows, positive = labeled(every.finite(*columns), self.label)
+        flat = rows.constant_column(*columns)
+        if flat is not None:
+            return [self._procedure("auroc").constant_line(rows, columns[0], flat, metric="auroc", null=0.5)]
+        units, truth, values = _sequences(rows, positive, columns, self.label)
+        weights = unit_weights(units, truth, self.n_resamples, self.seed)[:, np.searchsorted(np.unique(units), units)]
+        scores = [self.signs[name] * column for name, column in zip(columns, values.T, strict=True)]
+        own, *others = (
+            _Detection(curve_metrics(truth, score, self.rates), resampled_metrics(truth, score, self.rates, weights))
+            for score in scores
+        )
+        sizes: Line = {"n_positive": int(truth.sum()), "n_negative": int((~truth).sum())}
+        p, how = _permuted(truth, scores[0], units, self.n_resamples, self.seed)
+        answers = [*self._alone(own, sizes, p, how)]
+        for name, other in zip(columns[1:], others, strict=True):
+            answers += self._against(own, other, sizes, name)
+        return [procedure.line(rows, columns[0], **answer) for procedure, answer in answers]
+
+    def _procedure(self, effect: str, paired: str = "") -> Procedure:
+        return Procedure(self.unit, f"{paired}percentile bootstrap of units", effect)
+
+    def _alone(self, own: _Detection, sizes: Line, p: float, how: str) -> Iterator[tuple[Procedure, Line]]:
+        """Each metric with its interval; p of AUROC alone."""
+        for place, (metric, found) in enumerate(zip(self.metrics, own.found, strict=True)):
+            low, high = percentiles(own.drawn[:, place]) if np.isfinite(found) else (np.nan, np.nan)
+            if place == 0:
+                more: Line = {"null": 0.5, "p": p, "note": ""}
+                procedure = Procedure(self.unit, how, metric)
+            else:
+                note = "no p: a rate has no value under no effect" if low == low else _few(sizes, metric)
+                more = {"null": np.nan, "note": note}
+                procedure = self._procedure(metric)
+            if low == high:
+                narrow = "the bootstrap does not vary: the interval is too narrow"
+                more["note"] = narrow if place == 0 else f"{narrow}, and a rate has no p"
+            yield procedure, {"metric": metric, "versus": None, **sizes, "estimate": found, "low": low, "high": high, **more}
+
+    def _against(self, own: _Detection, other: _Detection, sizes: Line, name: str) -> Iterator[tuple[Procedure, Line]]:
+        """Each metric less that of another score, on the same resamples."""
+        for place, metric in enumerate(self.metrics):
+            gap = own.drawn[:, place] - other.drawn[:, place]
+            answer: Line = {"estimate": own.found[place] - other.found[place], "note": ""}
+            if np.isfinite(own.found[place] - other.found[place]):
+                answer["low"], answer["high"] = percentiles(gap)
+                answer["p"] = bootstrap_p(gap)
+            else:
+                answer["note"] = _few(sizes, metric)
+            yield self._procedure(f"{metric}, difference", "paired "), {"metric": metric, "versus": name, **sizes, **answer}
+
+
+def _few(sizes: Line, metric: str) -> str:
     return f"{sizes['n_negative']} negatives are too few to place a threshold: no {metric}"
 
 
@@ -181,7 +222,7 @@ def curve_metrics(truth: np.ndarray, score: np.ndarray, rates: Sequence[float]) 
 def resampled_metrics(
     truth: np.ndarray, score: np.ndarray, rates: Sequence[float], weights: Float[np.ndarray, "resamples sequences"]
 ) -> Float[np.ndarray, "resamples metrics"]:
-    """`curve_metrics` under many weightings of the sequences at once, 100 times faster than one by one; not for how many negatives."""
+    """`curve_metrics` under many weightings of the sequences, 100 times faster than one by one; not for how many negatives."""
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])  # ties stand or fall together
     positives = np.add.reduceat((weights * truth)[:, order], starts, axis=1)
@@ -228,7 +269,8 @@ def shuffled_labels(
             moved += 1
     if moved < FEWEST_PER_GROUP:
         raise StudyError(
-            f"expected units of one label each, or at least {FEWEST_PER_GROUP} that hold both, got {moved} that do. Choose another unit."
+            f"expected units of one label each, or at least {FEWEST_PER_GROUP} that hold both, got {moved} that do. Choose another "
+            "unit."
         )
     return drawn, "within units"
 

@@ -20,7 +20,7 @@ _CASE = ("score", "against", "group", "tag", "quartile", "metric", "versus", "te
 def halves(
     table: pd.DataFrame, *, share: float = 0.5, unit: str = "document", stratify: str | None = None, seed: int = 0
 ) -> "pd.Series[bool]":
-    """Which rows are for choosing (True); the others are for reporting. Units are never split, and copies of a text are on one side.
+    """Which rows are for choosing (True); the others are for reporting. Units are never split, and copies of a text stay together.
 
     Args:
         table: from `analyze` or `compare`.
@@ -78,9 +78,9 @@ def best_layer(
         correction: over the rows of the answer.
 
     Returns:
-        for every score (and everything else that the test tells apart, but layers), the row of the chosen layer on the documents that did not
-        choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`: what chose it. Chosen by p, and by the distance from `null` where p is
-        equal or missing.
+        for every score (and everything else that the test tells apart, but layers), the row of the chosen layer on the documents
+        that did not choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`: what chose it. Chosen by p, and by the distance
+        from `null` where p is equal or missing.
 
     Raises:
         TableError: no column `layer`, results without a layer. StudyError: fewer than 6 units on a side, or what the test raises.

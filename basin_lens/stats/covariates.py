@@ -1,15 +1,17 @@
 """What must be held fixed before a score says anything new: token frequency, position, norm, density, surprisal."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.stats.design import Rows, check_run, constant, names_of, numbers, split
+from basin_lens.stats.design import Rows, WhichLayers, check_run, constant, names_of, numbers, split
 from basin_lens.stats.projection import level, unexplained
+from basin_lens.stats.remembering import sharing
 from basin_lens.tables.distinct import documents_once
 
 # name: (column it is made of, whether as a logarithm)
@@ -22,17 +24,21 @@ _MADE_OF = {
     "same_token_share": ("same_token_share", False),
 }
 CONTROLS = tuple(_MADE_OF)
+# Counts or shares of tokens, by id or by string.
+Frequency = Mapping[int, float] | Mapping[str, float]
+T = TypeVar("T")
 
 
-def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None = None) -> pd.DataFrame:
+def add_controls(table: pd.DataFrame, *, frequency: Frequency | None = None) -> pd.DataFrame:
     """Write the standard controls as columns: `log_radius, log_norm, log_frequency, position, surprisal, same_token_share`.
 
-    Only those whose source the table has (`radius, state_norm, token_id, pos, surprisal, same_token_share`). Natural logarithms; of 0: NaN.
+    Only those whose source the table has (`radius, state_norm, token_id, pos, surprisal, same_token_share`). Natural logarithms; of
+    0: NaN.
 
     Args:
         table: from `analyze`, of one run.
-        frequency: counts or shares by `token_id` or by token string, for instance from a large corpus; tokens that it lacks are NaN. None: a
-            token's share of the tokens of this table, copies of a text counted once.
+        frequency: counts or shares by `token_id` or by token string, for instance from a large corpus; tokens that it lacks are
+            NaN. None: a token's share of the tokens of this table, copies of a text counted once.
 
     Returns:
         a copy with the columns added.
@@ -63,12 +69,13 @@ def add_controls(table: pd.DataFrame, *, frequency: Mapping[Any, float] | None =
     return answer
 
 
-def _frequency(table: pd.DataFrame, given: Mapping[Any, float] | None) -> np.ndarray:
+def _frequency(table: pd.DataFrame, given: Frequency | None) -> np.ndarray:
     if given is None:
         # A token stands once per layer, the same number of times for all: the shares are those of the texts.
         counts = table["token_id"].value_counts()
         if {"doc", "seq"} <= set(table.columns):
-            # A copied text says nothing new of how frequent its tokens are. What only copies have, such as a title, is counted there.
+            # A copied text says nothing new of how frequent its tokens are. What only copies have, such as a title, is counted
+            # there.
             once = table["token_id"][documents_once(table).keep].value_counts()
             counts = once.reindex(counts.index).fillna(counts) if len(once) else counts
         return table["token_id"].map(counts / counts.sum()).to_numpy(float)
@@ -78,10 +85,17 @@ def _frequency(table: pd.DataFrame, given: Mapping[Any, float] | None) -> np.nda
     return table[column].map(dict(given)).to_numpy(float)
 
 
-def chosen(
-    table: pd.DataFrame, controls: Sequence[str], own: Sequence[str], frequency: Mapping[Any, float] | None
-) -> tuple[pd.DataFrame, list[str], str]:
-    """The table with its control columns, their names, and a note on those of the standard that are not there.
+@dataclass(frozen=True)
+class Controlled:
+    """A table with its control columns, their names, and a note on those of the standard that are not there."""
+
+    table: pd.DataFrame
+    names: list[str]
+    note: str
+
+
+def chosen(table: pd.DataFrame, controls: Sequence[str], own: Sequence[str], frequency: Frequency | None) -> Controlled:
+    """A table with the controls that were asked for.
 
     A control made of a tested column is left out: nothing would remain of it.
 
@@ -89,7 +103,7 @@ def chosen(
         TableError: a control that is neither in the table nor standard.
     """
     if not len(controls):
-        return table, [], ""
+        return Controlled(table, [], "")
     asked = names_of(controls, "controls")
     known = [c for c in asked if c in _MADE_OF and (c in table.columns or _MADE_OF[c][0] in table.columns)]
     with_them = add_controls(table, frequency=frequency) if known else table
@@ -105,20 +119,44 @@ def chosen(
     notes = [f"not in the table, so not controlled: {', '.join(absent)}"] if absent else []
     if same:
         notes.append(f"tested itself, so not controlled: {', '.join(same)}")
-    return with_them, there, "; ".join(notes)
+    return Controlled(with_them, there, "; ".join(notes))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What tests with controls take alike: what they hold fixed, at which layers they test, and over which units."""
+
+    controls: Sequence[str]
+    frequency: Frequency | None
+    layers: WhichLayers
+    unit: str
+
+    def given(self, table: pd.DataFrame, own: Sequence[str]) -> Controlled:
+        """The table with the controls of a test of these columns."""
+        return chosen(table, self.controls, own, self.frequency)
+
+    def split(self, table: pd.DataFrame, columns: Sequence[str], labels: Sequence[str] = ()) -> Iterator[Rows]:
+        """The rows of each layer."""
+        return split(table, columns, layers=self.layers, unit=self.unit, labels=labels)
 
 
 def by_layer(
-    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], controls: Sequence[str], frequency: Mapping[Any, float] | None, layers: Any,
-    unit: str, test: Callable[[Rows, tuple[str, str], list[str], str], Any],
-) -> list[Any]:  # fmt: skip
-    """A test of each pair at each layer, in this order; done layer by layer, because the pairs of a layer share their controls."""
-    held = [chosen(table, controls, pair, frequency) for pair in pairs]
-    columns = [name for pair, (_, there, _) in zip(pairs, held, strict=True) for name in (*pair, *there)]
-    found: list[list[Any]] = [[] for _ in pairs]
-    for every in split(held[0][0] if held else table, columns, layers=layers, unit=unit):
-        for answers, pair, (_, there, note) in zip(found, pairs, held, strict=True):
-            answers.append(test(every.finite(*pair, *there), pair, there, note))
+    table: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    selection: Selection,
+    test: Callable[[Rows, tuple[str, str], list[str], str], T],
+) -> list[T]:
+    """A test of each pair at each layer, in this order; done layer by layer, because the pairs of a layer share their controls.
+
+    `test` takes the rows where all columns are finite, the pair, the names of its controls, and the note on those that are not
+    there.
+    """
+    held = [selection.given(table, pair) for pair in pairs]
+    columns = [name for pair, given in zip(pairs, held, strict=True) for name in (*pair, *given.names)]
+    found: list[list[T]] = [[] for _ in pairs]
+    for every in selection.split(held[0].table, columns):
+        for answers, pair, given in zip(found, pairs, held, strict=True):
+            answers.append(test(every.finite(*pair, *given.names), pair, given.names, given.note))
     return [answer for answers in found for answer in answers]
 
 
@@ -128,33 +166,35 @@ def varied(rows: Rows, controls: Sequence[str]) -> tuple[list[str], str]:
     return [name for name in controls if name not in flat], f"constant here, so not controlled: {', '.join(flat)}" if flat else ""
 
 
+@sharing()
 def residuals(
     table: pd.DataFrame,
     scores: str | Sequence[str],
     *,
     controls: Sequence[str] = CONTROLS,
-    frequency: Mapping[Any, float] | None = None,
+    frequency: Frequency | None = None,
     within: bool = True,
     smooth: bool = True,
 ) -> pd.DataFrame:
     """Replace scores by what the controls do not explain, layer by layer; any test of no effect can follow.
 
-    What is compared with them, such as groups of tokens, goes with the controls too: of its effect, their share is gone with theirs. Of how large
-    an effect is at fixed controls, `compare_groups(controls=)` and `partial_correlation` tell, which take them out of both.
+    What is compared with them, such as groups of tokens, goes with the controls too: of its effect, their share is gone with
+    theirs. Of how large an effect is at fixed controls, `compare_groups(controls=)` and `partial_correlation` tell, which take them
+    out of both.
 
     Args:
         table: from `analyze`, of one run.
         scores: columns to replace.
         controls: standard controls (those that the table lacks are passed over) or columns of the table.
         frequency: as for `add_controls`.
-        within: fit within sequences (scores and controls less their sequence means), and keep the score's sequence means; False: over all
-            tokens of the layer, and keep its mean.
-        smooth: take out a smooth function of each control (see `basin_lens.stats.projection.curves`) besides a straight line: a confound that
-            bends would leave a difference otherwise. Where tokens are too few for that, straight lines alone.
+        within: fit within sequences (scores and controls less their sequence means), and keep the score's sequence means; False:
+            over all tokens of the layer, and keep its mean.
+        smooth: take out a smooth function of each control (see `basin_lens.stats.projection.curves`) besides a straight line: a
+            confound that bends would leave a difference otherwise. Where tokens are too few for that, straight lines alone.
 
     Returns:
-        a copy of the table. Rows where a score or control is NaN become NaN, or infinite where one is; those of copies of other texts become NaN.
-        `attrs["controls"]`: what was controlled, by score.
+        a copy of the table. Rows where a score or control is NaN become NaN, or infinite where one is; those of copies of other
+        texts become NaN. `attrs["controls"]`: what was controlled, by score.
 
     Raises:
         TableError: several runs, missing columns, or a table with none of the controls.
@@ -175,11 +215,11 @@ def residuals(
     answer = table.copy()
     used: dict[str, list[str]] = {}
     for score in names:
-        with_them, there, note = chosen(table, controls, [score], frequency)
+        given = chosen(table, controls, [score], frequency)
+        there = used[score] = given.names
         if not there:
-            raise TableError(f"expected a table with at least one control, got none ({note}). Measure them, or name columns.")
-        used[score] = there
-        bare = with_them.reset_index(drop=True)
+            raise TableError(f"expected a table with at least one control, got none ({given.note}). Measure them, or name columns.")
+        bare = given.table.reset_index(drop=True)
         bare["_row"] = np.arange(len(bare), dtype=float)
         made = np.full(len(bare), np.nan)
         for every in split(bare, [score, *there, "_row"]):

@@ -1,8 +1,8 @@
 """Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,10 @@ from jaxtyping import Bool, Float, Int
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
 from basin_lens.tables.distinct import Once, codes_of, once
-from basin_lens.values import whole_or_none
+from basin_lens.values import Layers, whole_or_none
+
+# What a caller may give as layers of a table: whole numbers of its column `layer`, or a single one; None: all.
+WhichLayers = Layers | SupportsIndex
 
 # With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
 FEWEST = 6
@@ -24,11 +27,11 @@ FEWEST_CLUSTERS = 10
 class Rows:
     """Rows of one layer: columns, and codes of the sequence, unit and document of each row.
 
-    Codes count from 0 over the whole table, so that they are the same at every layer. Texts that are copies of others are not among the rows;
-    `copies` says how many. `fold`: units, those that share copies under whatever labels in one: for splits.
+    Codes count from 0 over the whole table, so that they are the same at every layer. Texts that are copies of others are not among
+    the rows; `copies` says how many. `fold`: units, those that share copies under whatever labels in one: for splits.
     """
 
-    layer: Any
+    layer: object  # an int, or pandas' NA in a table without layers
     values: Mapping[str, Float[np.ndarray, " rows"]]
     labels: Mapping[str, np.ndarray]
     sequence: Int[np.ndarray, " rows"]
@@ -38,13 +41,17 @@ class Rows:
     copies: str
     infinite: int = 0  # rows left out because a value was infinite
 
-    def where(self, keep: Bool[np.ndarray, " rows"]) -> "Rows":
-        """The rows marked."""
-        return Rows(
-            self.layer, {name: value[keep] for name, value in self.values.items()},
-            {name: label[keep] for name, label in self.labels.items()}, self.sequence[keep], self.unit[keep], self.document[keep],
-            self.fold[keep], self.copies, self.infinite,
-        )  # fmt: skip
+    def where(self, keep: Bool[np.ndarray, " rows"] | Int[np.ndarray, " kept"]) -> "Rows":
+        """The rows marked, or those at these places."""
+        return replace(
+            self,
+            values={name: value[keep] for name, value in self.values.items()},
+            labels={name: label[keep] for name, label in self.labels.items()},
+            sequence=self.sequence[keep],
+            unit=self.unit[keep],
+            document=self.document[keep],
+            fold=self.fold[keep],
+        )
 
     def finite(self, *names: str) -> "Rows":
         """The rows where all these columns are finite; those with infinite values are counted."""
@@ -54,6 +61,10 @@ class Rows:
             keep &= np.isfinite(self.values[name])
             endless |= np.isinf(self.values[name])
         return self if keep.all() else replace(self.where(keep), infinite=self.infinite + int(endless.sum()))
+
+    def constant_column(self, *names: str) -> str | None:
+        """The first of these columns that does not vary here."""
+        return next((name for name in names if constant(self.values[name])), None)
 
     def with_values(self, **values: Float[np.ndarray, " rows"]) -> "Rows":
         """The same rows with columns replaced or added."""
@@ -90,15 +101,15 @@ def split(
     table: pd.DataFrame,
     columns: Sequence[str],
     *,
-    layers: Any = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     labels: Sequence[str] = (),
 ) -> Iterator[Rows]:
     """The rows of each layer, in order of sequence, each text once; a table without layers is one layer.
 
     Raises:
-        TableError: several runs, mixed weight processing, a missing column or layer, a column that holds no numbers, a unit that changes
-            within a sequence.
+        TableError: several runs, mixed weight processing, a missing column or layer, a column that holds no numbers, a unit that
+            changes within a sequence.
     """
     check_run(table)
     columns, labels = list(dict.fromkeys(columns)), list(dict.fromkeys(labels))
@@ -111,17 +122,14 @@ def split(
         there = asked_layers(table, layers)
     values = {name: numbers(table, name) for name in columns}
     texts = {name: table[name].to_numpy(dtype=object) for name in labels}
+    whole = Rows(pd.NA, values, texts, sequence, found.units, found.documents, found.folds, found.note)
     order = np.lexsort((sequence, layered))
     starts = np.searchsorted(layered[order], there, side="left").tolist()
     ends = np.searchsorted(layered[order], there, side="right").tolist()
     for layer, first, last in zip(there, starts, ends, strict=True):
         at = order[first:last]
-        at = at[found.keep[at]]
-        yield Rows(
-            layer if "layer" in table.columns else pd.NA, {name: value[at] for name, value in values.items()},
-            {name: text[at] for name, text in texts.items()}, sequence[at], found.units[at], found.documents[at],
-            found.folds[at], found.note,
-        )  # fmt: skip
+        rows = whole.where(at[found.keep[at]])
+        yield replace(rows, layer=layer) if "layer" in table.columns else rows
 
 
 def folds(table: pd.DataFrame, units: Int[np.ndarray, " rows"], unit: str) -> Int[np.ndarray, " rows"]:
@@ -160,8 +168,8 @@ def check_run(table: pd.DataFrame) -> None:
     processing = [str(model["weight_processing"]) for model in models if "weight_processing" in model]
     if len(set(processing)) > 1:
         raise TableError(
-            f"expected runs of one weight processing, got {sorted(set(processing))}: folding and centering change the variances that "
-            "scores are made of. Load the models the same way and measure again."
+            f"expected runs of one weight processing, got {sorted(set(processing))}: folding and centering change the variances "
+            "that scores are made of. Load the models the same way and measure again."
         )
     if "run" in table.columns and len(runs) > 1:
         raise TableError(
@@ -170,15 +178,16 @@ def check_run(table: pd.DataFrame) -> None:
         )
 
 
-def asked_layers(table: pd.DataFrame, layers: Any) -> list[int]:
+def asked_layers(table: pd.DataFrame, layers: WhichLayers) -> list[int]:
     """The layers asked for, ascending.
 
     Raises:
-        TableError: the table lacks one.
+        TableError: the table lacks one, or these are no layers.
     """
     there = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else []
-    asked = [layers] if whole_or_none(layers) is not None else list(layers)
-    asked = [layer if whole_or_none(layer) is None else whole_or_none(layer) for layer in asked]
+    one = whole_or_none(layers)
+    many = [one] if one is not None else list(layers) if isinstance(layers, Iterable) else []
+    asked = [layer if whole_or_none(layer) is None else whole_or_none(layer) for layer in many]
     if not asked or any(layer not in there for layer in asked):
         raise TableError(f"expected layers of the table, got {layers!r}; it has {there}.")
     return [layer for layer in there if layer in asked]
@@ -194,6 +203,18 @@ def names_of(columns: str | Sequence[str], what: str = "scores") -> list[str]:
     if not names or len(set(names)) != len(names):
         raise TableError(f"expected at least one column as {what}, each once, got {columns!r}.")
     return names
+
+
+def pairs_of(scores: str | Sequence[str], against: str | Sequence[str]) -> list[tuple[str, str]]:
+    """Each score with each other column, those of one other column together.
+
+    Raises:
+        TableError: none, or one twice.
+    """
+    names, others = names_of(scores), names_of(against, "against")
+    pairs = [(score, other) for other in others for score in names if score != other]
+    names_of([score for score, _ in pairs[:1]], "scores other than against")
+    return pairs
 
 
 def numbers(table: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"]:
@@ -214,7 +235,7 @@ def constant(values: np.ndarray) -> bool:
 
 
 def without_rounding(differences: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Differences of these values, 0 where they are so small that the values' own rounding makes them: else a test finds rounding."""
+    """Differences of these values, 0 where the values' own rounding makes them: else a test finds rounding."""
     size = np.abs(values).max(initial=0.0)
     return np.where(np.abs(differences) <= 1e-12 * size, 0.0, differences)
 
@@ -227,12 +248,12 @@ def enough(count: int, needed: int, what: str) -> None:
     """
     if count < needed:
         raise StudyError(
-            f"expected at least {needed} {what}, got {count}: tokens of one text are not independent, so more tokens do not help, and copies of a "
-            "text count once. Add other texts."
+            f"expected at least {needed} {what}, got {count}: tokens of one text are not independent, so more tokens do not help, "
+            "and copies of a text count once. Add other texts."
         )
 
 
-def refuse_constant(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def refuse_constant(lines: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Refuse a column that was constant at every layer asked for; where it was so at some layers only, they hold NaN and a note.
 
     Raises:
@@ -258,7 +279,8 @@ def _layers(table: pd.DataFrame) -> Int[np.ndarray, " rows"]:
         numbers = held.astype(float).to_numpy()
     if numbers is None or not (np.isfinite(numbers) & (numbers == np.round(numbers))).all():
         raise TableError(
-            f"expected a whole number as the layer of every row, got {list(held.unique()[:8])}. Number the layers; leave rows without one out."
+            f"expected a whole number as the layer of every row, got {list(held.unique()[:8])}. Number the layers; leave rows "
+            "without one out."
         )
     return numbers.astype(np.int64)
 

@@ -1,62 +1,54 @@
 """Two groups of texts, two kinds of tokens in the same texts, or the same texts before and after."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy import stats
-from statsmodels.stats.meta_analysis import effectsize_smd
-from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.covariates import chosen, varied
+from basin_lens.stats.covariates import Controlled, Frequency, Selection, varied
 from basin_lens.stats.design import (
     FEWEST,
     FEWEST_PER_GROUP,
     Rows,
+    WhichLayers,
     constant,
     enough,
     names_of,
     refuse_constant,
     split,
-    without_rounding,
 )
-from basin_lens.stats.projection import level, told_in_full, unexplained
+from basin_lens.stats.paired import SIZES, Parts, differences, in_both, paired_test, slopes
+from basin_lens.stats.remembering import sharing
 from basin_lens.stats.results import (
     Correction,
+    Line,
+    Procedure,
     assemble,
-    constant_line,
-    constant_values,
-    interval_and_p,
     joined,
-    line,
     max_t_labels,
     max_t_signs,
+    side_by_side,
     toned,
 )
+from basin_lens.stats.unpaired import controlled_test, labels_of, unpaired_test
 from basin_lens.values import whole_numbers
-
-_SIZES = ("hedges_g", "hedges_g_low", "hedges_g_high", "cliff_delta", "cliff_delta_low", "cliff_delta_high")
-# A unit counts where the controls leave at least this share of the variation of the groups: else they explain the groups there, but for rounding.
-_LEAST = 1e-3
-_BEND = 0.05
-_IN_FULL = "the controls explain the groups or the score in full"
 
 
 @whole_numbers(TableError)
+@sharing()
 def compare_groups(
     table: pd.DataFrame,
     scores: str | Sequence[str],
     group: str,
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[object] | None = None,
     paired: bool = False,
     controls: Sequence[str] = (),
-    frequency: Mapping[Any, float] | None = None,
-    layers: Any = None,
+    frequency: Frequency | None = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
     n_resamples: int = 9999,
@@ -64,9 +56,9 @@ def compare_groups(
 ) -> pd.DataFrame:
     """Do two groups differ in a score? By permutation of whole units.
 
-    Tokens are averaged within a sequence, sequences within a unit. Unpaired (memorized against novel texts): labels are exchanged between
-    units; statistic: Welch's t. Paired (function against content words, or two spans, in the same texts): the difference within each
-    sequence; signs of units are flipped.
+    Tokens are averaged within a sequence, sequences within a unit. Unpaired (memorized against novel texts): labels are exchanged
+    between units; statistic: Welch's t. Paired (function against content words, or two spans, in the same texts): the difference
+    within each sequence; signs of units are flipped.
 
     Args:
         table: from `analyze`, of one run, or from `compare` (score `difference`) with a label.
@@ -74,11 +66,11 @@ def compare_groups(
         group: label column; rows without a label are passed over.
         groups: two of its values, (first, second); None: its only two, True before False, else in order.
         paired: whether both groups are compared within each sequence.
-        controls: standard controls (those that the table lacks are passed over) or columns of the table; the answer is the difference where
-            they are equal. Unpaired: regression on the controls' unit means (curves where units suffice, 30 per control; else the note says so, and
-            warns where the score bends with a control within texts), residuals permuted. Paired: regression of the score on the group,
-            the controls, straight and smooth (as for `residuals`), and the sequences, over the tokens of both groups; the signs of
-            the units' parts of the slope are flipped.
+        controls: standard controls (those that the table lacks are passed over) or columns of the table; the answer is the
+            difference where they are equal. Unpaired: regression on the controls' unit means (curves where units suffice, 30 per
+            control; else the note says so, and warns where the score bends with a control within texts), residuals permuted.
+            Paired: regression of the score on the group, the controls, straight and smooth (as for `residuals`), and the sequences,
+            over the tokens of both groups; the signs of the units' parts of the slope are flipped.
         frequency: as for `add_controls`.
         layers: which; None: all.
         unit: what is independent: `"sequence"`, `"document"` or a label.
@@ -87,19 +79,20 @@ def compare_groups(
         seed: of the permutations.
 
     Returns:
-        one row per (layer, score): mean difference first - second, in the score's unit, with Student's 95 % interval over units (Welch's if
-        unpaired, cluster-robust if paired with controls) and the permutation p; `hedges_g` and `cliff_delta` with intervals, `n_first`,
-        `n_second` (units). Unpaired, Hedges g is the standardized difference and Cliff's delta P(first > second) - P(first < second), both
-        without controls; paired, g is the mean difference over the standard deviation of differences (its error times the root of the number of
-        units), and delta the share of units above 0 less that below. Intervals that cannot be had, as Cliff's of groups that do not overlap,
-        are NaN.
+        one row per (layer, score): mean difference first - second, in the score's unit, with Student's 95 % interval over units
+        (Welch's if unpaired, cluster-robust if paired with controls) and the permutation p; `hedges_g` and `cliff_delta` with
+        intervals, `n_first`, `n_second` (units). Unpaired, Hedges g is the standardized difference and Cliff's delta P(first >
+        second) - P(first < second), both without controls; paired, g is the mean difference over the standard deviation of
+        differences (its error times the root of the number of units), and delta the share of units above 0 less that below.
+        Intervals that cannot be had, as Cliff's of groups that do not overlap, are NaN.
 
     Raises:
-        TableError: several runs, missing columns, not two groups, constant columns, or none of the controls (paired). StudyError: fewer than 4
-            units in a group (6 pairs), or unpaired groups that share a unit.
+        TableError: several runs, missing columns, not two groups, constant columns, or none of the controls (paired). StudyError:
+            fewer than 4 units in a group (6 pairs), or unpaired groups that share a unit.
 
-    Source: Chung and Romano 2013 (permutation of Welch's t, scipy); Freedman and Lane 1983 (with controls); paired with controls: Frisch and Waugh
-        1933 (slope), Hemerik, Goeman and Finos 2020 (flipped scores), Bell and McCaffrey 2002 (interval); Hedges 1981, Cliff 1993 (statsmodels).
+    Source: Chung and Romano 2013 (permutation of Welch's t, scipy); Freedman and Lane 1983 (with controls); paired with controls:
+        Frisch and Waugh 1933 (slope), Hemerik, Goeman and Finos 2020 (flipped scores), Bell and McCaffrey 2002 (interval); Hedges
+        1981, Cliff 1993 (statsmodels).
 
     Example:
         >>> import numpy as np
@@ -113,64 +106,93 @@ def compare_groups(
         True
     """
     names = names_of(scores)
-    lines, columns = [], []
-    label: dict[int, bool] = {}
+    test = _GroupTest(group, groups, paired, unit, n_resamples, seed)
+    selection = Selection(controls, frequency, layers, unit)
+    found = []
     for score in names:
-        with_them, there, note = chosen(table, controls, [score], frequency)
-        if paired and len(controls) and not there:
-            raise TableError(f"expected a table with at least one control, got none ({note}). Measure them, or name columns.")
-        for every in split(with_them, [score, *there], layers=layers, unit=unit, labels=[group]):
-            first, second, wording = two_groups(every, group, groups)
-            rows = every.where(first | second).finite(score, *there)
-            is_first = _is(rows.labels[group], first_value(every, group, groups))
-            given = {"group": wording, "controls": ", ".join(there), **dict.fromkeys(_SIZES, np.nan)}
-            test = "sign-flip permutation of paired differences" if paired else "permutation of labels (Welch t)"
-            if paired and there:
-                test = "sign-flip permutation of paired differences given the controls"
-            if constant(rows.values[score]):
-                lines.append(constant_line(rows, score, unit, test, "mean difference", score, **given))
-                columns.append((np.empty(0, int), np.empty(0)))
-                continue
-            here, flat = varied(rows, there)
-            said = [note, flat]
-            if paired:
-                rows, is_first = _shared(rows, is_first)
-                enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with both {wording.replace(' - ', ' and ')}")
-                parts = _slopes(rows, score, is_first, here) if here else _differences(rows, score, is_first)
-                codes, values = parts.codes, toned(parts.values, parts.inflation)
-                found = _paired(parts, n_resamples, seed)
-                rows = rows.where(np.isin(rows.unit, codes)) if len(codes) else rows
-                said.append(parts.note)
-            else:
-                codes, values = rows.unit_means(score)
-                chosen_units = _labels_of(rows, codes, is_first, unit, group)
-                label |= dict(zip(codes.tolist(), chosen_units.tolist(), strict=True))
-                for many, name in ((chosen_units.sum(), 0), ((~chosen_units).sum(), 1)):
-                    enough(int(many), FEWEST_PER_GROUP, f"units ({unit}) with {group} = {wording.split(' - ')[name]}")
-                found = _unpaired(values, chosen_units, n_resamples, seed)
-                if here:
-                    test = "permutation of residuals (Freedman-Lane)"
-                    whole = _nothing(_IN_FULL) if told_in_full(rows, score, here) else None
-                    found |= whole or _controlled(values, chosen_units, [rows.unit_means(c)[1] for c in here], n_resamples, seed)
-                    if "straight" in found["note"]:
-                        found["note"] = joined(found["note"], _bends(rows, score, here))
-            said.append(found.pop("note", ""))
-            lines.append(line(rows, score, unit, test, "mean difference", **given | found, note=joined(*said)))
-            columns.append((codes, values))
+        given = selection.given(table, [score])
+        if paired and len(controls) and not given.names:
+            raise TableError(f"expected a table with at least one control, got none ({given.note}). Measure them, or name columns.")
+        for every in selection.split(given.table, [score, *given.names], [group]):
+            found.append(test.of(every, score, given))
+    lines = [one.line for one in found]
     refuse_constant(lines, names)
     if not len(controls):
         for one in lines:
             del one["controls"]
-    adjusted = None
-    if correction == "max-t":
-        if len(controls) and not paired:
-            raise StudyError("expected max-t without controls, got both. Test bl.stats.residuals(...), or choose bh or holm.")
-        matrix, codes = side_by_side(columns)
-        if paired:
-            adjusted = max_t_signs(matrix, n_resamples, seed)
+    if correction == "max-t" and len(controls) and not paired:
+        raise StudyError("expected max-t without controls, got both. Test bl.stats.residuals(...), or choose bh or holm.")
+    return assemble(table, lines, correction, test.max_t(found) if correction == "max-t" else None)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The row of results of a score at a layer, and what max-t draws from: units' values and, unpaired, their groups."""
+
+    line: Line
+    codes: Int[np.ndarray, " units"] = field(default_factory=lambda: np.empty(0, int))
+    values: Float[np.ndarray, " units"] = field(default_factory=lambda: np.empty(0))
+    first: Bool[np.ndarray, " units"] | None = None
+
+
+@dataclass(frozen=True)
+class _GroupTest:
+    """How groups are compared."""
+
+    group: str
+    groups: Sequence[object] | None
+    paired: bool
+    unit: str
+    n_resamples: int
+    seed: int
+
+    def of(self, every: Rows, score: str, given: Controlled) -> _Compared:
+        """What comes of a score at one layer."""
+        first, second, wording = two_groups(every, self.group, self.groups)
+        rows = every.where(first | second).finite(score, *given.names)
+        is_first = _is(rows.labels[self.group], _values(every, self.group, self.groups)[0])
+        own: Line = {"group": wording, "controls": ", ".join(given.names), **dict.fromkeys(SIZES, np.nan)}
+        if constant(rows.values[score]):
+            return _Compared(self._procedure(self.paired and bool(given.names)).constant_line(rows, score, score, **own))
+        here, flat = varied(rows, given.names)
+        notes = [given.note, flat]
+        procedure = self._procedure(bool(given.names if self.paired else here))
+        if self.paired:
+            rows, is_first = in_both(rows, is_first)
+            enough(rows.counts()["n_units"], FEWEST, f"units ({self.unit}) with both {wording.replace(' - ', ' and ')}")
+            parts = slopes(rows, score, is_first, here) if here else differences(rows, score, is_first)
+            codes, values, side = parts.codes, toned(parts.values, parts.inflation), None
+            found = paired_test(parts, self.n_resamples, self.seed)
+            rows = rows.where(np.isin(rows.unit, codes)) if len(codes) else rows
+            notes.append(parts.note)
         else:
-            adjusted = max_t_labels(matrix, np.array([label[code] for code in codes.tolist()]), n_resamples, seed)
-    return assemble(table, lines, correction, adjusted)
+            codes, values = rows.unit_means(score)
+            side = labels_of(rows, codes, is_first, self.unit, self.group)
+            for many, name in zip((side.sum(), (~side).sum()), wording.split(" - "), strict=False):
+                enough(int(many), FEWEST_PER_GROUP, f"units ({self.unit}) with {self.group} = {name}")
+            found = unpaired_test(values, side, self.n_resamples, self.seed)
+            if here:
+                found |= controlled_test(rows, score, here, side, self.n_resamples, self.seed).columns()
+        note = joined(*notes, str(found.pop("note", "")))
+        return _Compared(procedure.line(rows, score, **own | found, note=note), codes, values, side)
+
+    def _procedure(self, controlled: bool) -> Procedure:
+        paired = "sign-flip permutation of paired differences"
+        if self.paired:
+            return Procedure(self.unit, f"{paired} given the controls" if controlled else paired, "mean difference")
+        test = "permutation of residuals (Freedman-Lane)" if controlled else "permutation of labels (Welch t)"
+        return Procedure(self.unit, test, "mean difference")
+
+    def max_t(self, found: Sequence[_Compared]) -> Float[np.ndarray, " rows"]:
+        """P-values corrected for the largest |t|, by permuting whole units."""
+        matrix, codes = side_by_side([(one.codes, one.values) for one in found])
+        if self.paired:
+            return max_t_signs(matrix, self.n_resamples, self.seed)
+        label: dict[int, bool] = {}
+        for one in found:
+            if one.first is not None:
+                label |= dict(zip(one.codes.tolist(), one.first.tolist(), strict=True))
+        return max_t_labels(matrix, np.array([label[code] for code in codes.tolist()]), self.n_resamples, self.seed)
 
 
 @whole_numbers(TableError)
@@ -178,7 +200,7 @@ def before_after(
     pairs: pd.DataFrame,
     on: str | Sequence[str] = "difference",
     *,
-    layers: Any = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
     n_resamples: int = 9999,
@@ -192,7 +214,8 @@ def before_after(
         layers, unit, correction, n_resamples, seed: as for `compare_groups`.
 
     Returns:
-        one row per (layer, column): the mean difference with Student's 95 % interval over units, and as `compare_groups(paired=True)`.
+        one row per (layer, column): the mean difference with Student's 95 % interval over units, and as
+        `compare_groups(paired=True)`.
 
     Raises:
         TableError: runs of different weight processing, missing columns, no difference anywhere. StudyError: fewer than 6 units.
@@ -210,39 +233,24 @@ def before_after(
     """
     names = names_of(on, "differences")
     lines, columns = [], []
-    test = "sign-flip permutation of paired differences"
+    procedure = Procedure(unit, "sign-flip permutation of paired differences", "mean difference")
     for name in names:
         for every in split(pairs, [name], layers=layers, unit=unit):
             rows = every.finite(name)
             if constant(rows.values[name]):
-                lines.append(constant_line(rows, name, unit, test, "mean difference", name, **dict.fromkeys(_SIZES, np.nan)))
+                lines.append(procedure.constant_line(rows, name, name, **dict.fromkeys(SIZES, np.nan)))
                 columns.append((np.empty(0, int), np.empty(0)))
                 continue
             codes, values = rows.unit_means(name)
             enough(len(codes), FEWEST, f"units ({unit})")
-            lines.append(line(rows, name, unit, test, "mean difference", **_paired(_Parts(codes, values), n_resamples, seed)))
+            lines.append(procedure.line(rows, name, **paired_test(Parts(codes, values), n_resamples, seed)))
             columns.append((codes, values))
     refuse_constant(lines, names)
     adjusted = max_t_signs(side_by_side(columns)[0], n_resamples, seed) if correction == "max-t" else None
     return assemble(pairs, lines, correction, adjusted)
 
 
-def side_by_side(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit values of all results as a matrix [units, results], NaN where a result lacks a unit; and the units' codes."""
-    codes = np.unique(np.concatenate([codes for codes, _ in columns]))
-    matrix = np.full((len(codes), len(columns)), np.nan)
-    for place, (there, values) in enumerate(columns):
-        if len(there) >= FEWEST and not constant_values(values):
-            matrix[np.searchsorted(codes, there), place] = values
-    return matrix, codes
-
-
-def first_value(rows: Rows, group: str, groups: Sequence[Any] | None) -> Any:
-    """The value of the label that counts as first."""
-    return _values(rows, group, groups)[0]
-
-
-def _values(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[Any, Any]:
+def _values(rows: Rows, group: str, groups: Sequence[object] | None) -> tuple[object, object]:
     there = list(dict.fromkeys(rows.labels[group][~pd.isna(rows.labels[group])].tolist()))
     if groups is None:
         if len(there) != 2:
@@ -257,7 +265,7 @@ def _values(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[Any, 
     return groups[0], groups[1]
 
 
-def two_groups(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray, str]:
+def two_groups(rows: Rows, group: str, groups: Sequence[object] | None) -> tuple[np.ndarray, np.ndarray, str]:
     """Which rows are in the first group, which in the second, and the comparison in words.
 
     Raises:
@@ -268,179 +276,6 @@ def two_groups(rows: Rows, group: str, groups: Sequence[Any] | None) -> tuple[np
     return _is(held, one), _is(held, other), f"{one} - {other}"
 
 
-def _is(held: np.ndarray, value: Any) -> Bool[np.ndarray, " rows"]:
+def _is(held: np.ndarray, value: object) -> Bool[np.ndarray, " rows"]:
     """Where a label has a value; a missing one, of whatever kind, has none."""
     return np.array([not missing and label == value for label, missing in zip(held, pd.isna(held), strict=True)], bool)
-
-
-def _labels_of(rows: Rows, codes: np.ndarray, is_first: np.ndarray, unit: str, group: str) -> Bool[np.ndarray, " units"]:
-    share = np.bincount(np.searchsorted(codes, rows.unit), weights=is_first) / np.bincount(np.searchsorted(codes, rows.unit))
-    if ((share > 0) & (share < 1)).any():
-        raise StudyError(
-            f"expected units ({unit}) of one group each, got {int(((share > 0) & (share < 1)).sum())} that hold both values of {group!r}. "
-            "Compare within them: paired=True."
-        )
-    return share == 1
-
-
-def _shared(rows: Rows, is_first: np.ndarray) -> tuple[Rows, np.ndarray]:
-    """The rows of the sequences that hold both groups."""
-    both = np.isin(rows.sequence, np.intersect1d(rows.sequence[is_first], rows.sequence[~is_first]))
-    return rows.where(both), is_first[both]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Codes of the units, their parts of an effect that is their mean, their shares in it (None: equal ones), and see `projection.Left`."""
-
-    codes: Int[np.ndarray, " units"]
-    values: Float[np.ndarray, " units"]
-    shares: Float[np.ndarray, " units"] | None = None
-    inflation: float = 1.0
-    note: str = ""
-
-
-def _differences(rows: Rows, score: str, is_first: np.ndarray) -> _Parts:
-    """The mean over a unit's sequences of the difference of means."""
-    codes, first = rows.where(is_first).unit_means(score)
-    return _Parts(codes, without_rounding(first - rows.where(~is_first).unit_means(score)[1], rows.values[score]))
-
-
-def _slopes(rows: Rows, score: str, is_first: np.ndarray, controls: Sequence[str]) -> _Parts:
-    """The units' parts of the slope of score on group given the controls.
-
-    The controls are taken out of both score y and group g (1: first, 0: second), over the same rows: taken out of the score alone, they would
-    take what the group has in common with them too, and leave (1 - R2) of the difference. Then the slope in all rows, sum(gy) / sum(gg), is
-    that of the regression on group, controls and sequences at once. It is the mean of the units' own slopes, each weighed by its sum(gg): by how
-    much it says. Equal weights would give the answer to the units of which the controls leave next to nothing, where a slope is noise over
-    almost 0. Without any difference, a unit's sum(gy) is as often above 0 as below, whatever its weight: signs can be flipped.
-    """
-    held = np.stack([rows.values[score], is_first.astype(float)], 1)
-    left, straight = unexplained(held, [rows.values[c] for c in controls], rows.sequence)
-    y, g = left.values.T
-    codes, at = np.unique(rows.unit, return_inverse=True)
-    products, squares = np.bincount(at, weights=g * y), np.bincount(at, weights=g * g)
-    kept = squares > _LEAST * np.bincount(at, weights=(held[:, 1] - level(rows.sequence, held[:, 1])) ** 2)
-    nothing = np.empty(0, int), np.empty(0)
-    if not (left.of(0) and left.of(1)) or not kept.any():
-        return _Parts(*nothing, note=_IN_FULL)
-    if kept.sum() < FEWEST:
-        return _Parts(*nothing, note=f"only {int(kept.sum())} units in which the controls do not explain the groups in full")
-    total = squares[kept].sum()
-    left_out = int((~kept).sum())
-    why = f"left out: {left_out} units in which the controls explain the groups in full" if left_out else ""
-    return _Parts(codes[kept], kept.sum() * products[kept] / total, squares[kept] / total, left.inflation, joined(straight, why))
-
-
-def _mean(x: np.ndarray, axis: int = -1) -> Any:
-    return x.mean(axis)
-
-
-def _welch(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (x.mean(axis) - y.mean(axis)) / np.sqrt(x.var(axis, ddof=1) / x.shape[axis] + y.var(axis, ddof=1) / y.shape[axis])
-
-
-def _paired(parts: _Parts, n_resamples: int, seed: int) -> dict[str, Any]:
-    """The mean of the units' values; with equal shares, Student's interval."""
-    values, n = parts.values, len(parts.values)
-    answer: dict[str, Any] = {**interval_and_p(values), **dict.fromkeys(_SIZES, np.nan), "n_first": n, "n_second": n}
-    if not n:
-        return answer | {"note": ""}  # the parts' own says why
-    if constant_values(values):
-        return answer | {"note": "the difference is the same in every unit"}
-    tested = toned(values, parts.inflation)
-    test = stats.permutation_test((tested,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
-    error, degrees = cluster_error(values, np.full(n, 1 / n) if parts.shares is None else parts.shares)
-    wide = stats.t.ppf(0.975, degrees) * error * np.sqrt(parts.inflation)
-    g = answer["estimate"] / (error * np.sqrt(n)) * (1 - 3 / (4 * n - 5))
-    wide_g = stats.norm.ppf(0.975) * np.sqrt(1 / n + g**2 / (2 * n))
-    signs = interval_and_p(np.sign(values))
-    return answer | {
-        "low": answer["estimate"] - wide, "high": answer["estimate"] + wide, "p": float(test.pvalue),
-        "hedges_g": g, "hedges_g_low": g - wide_g, "hedges_g_high": g + wide_g,
-        "cliff_delta": signs["estimate"], "cliff_delta_low": max(-1.0, signs["low"]) if signs["low"] == signs["low"] else np.nan,
-        "cliff_delta_high": min(1.0, signs["high"]) if signs["high"] == signs["high"] else np.nan,
-    }  # fmt: skip
-
-
-def cluster_error(values: Float[np.ndarray, " units"], shares: Float[np.ndarray, " units"]) -> tuple[float, float]:
-    """Standard error of a mean of units with these shares in it, and its degrees of freedom (Bell and McCaffrey 2002).
-
-    The plain cluster-robust error is too small where few units have most of the weight: here each unit's residual is blown up by its share,
-    and the degrees of freedom are those of the shares. With equal shares: the standard deviation over the root of n, and n - 1.
-    """
-    rest = values / len(values) - values.mean() * shares
-    a = shares**2 / (1 - shares)
-    # Of the matrix with shares on the diagonal and the roots of a_i a_j beside it, the sum of squares.
-    squares = (shares**2).sum() + a.sum() ** 2 - (a**2).sum()
-    return float(np.sqrt((rest**2 / (1 - shares)).sum())), float(1 / squares)
-
-
-def _unpaired(
-    values: Float[np.ndarray, " units"], first: Bool[np.ndarray, " units"], n_resamples: int, seed: int
-) -> dict[str, Any]:
-    one, other = values[first], values[~first]
-    answer = {"estimate": one.mean() - other.mean(), "n_first": len(one), "n_second": len(other)}
-    if constant_values(values):
-        return answer | {"note": "all units have the same mean"}
-    if constant_values(one) and constant_values(other):
-        return answer | {"note": "units do not differ within either group"}
-    test = stats.permutation_test(
-        (one, other), _welch, permutation_type="independent", vectorized=True, n_resamples=n_resamples, rng=seed
-    )
-    bounds = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
-    g, variance = effectsize_smd(one.mean(), one.std(ddof=1), len(one), other.mean(), other.std(ddof=1), len(other))
-    wide = stats.norm.ppf(0.975) * np.sqrt(variance)
-    above = stats.mannwhitneyu(one, other).statistic / (len(one) * len(other))
-    # Groups that do not overlap have no variance of ranks, and so no interval.
-    low, high = rank_compare_2indep(one, other).conf_int() if 0 < above < 1 else (np.nan, np.nan)
-    return answer | {
-        "low": bounds.low, "high": bounds.high, "p": float(test.pvalue), "hedges_g": g, "hedges_g_low": g - wide, "hedges_g_high": g + wide,
-        "cliff_delta": 2 * above - 1, "cliff_delta_low": max(-1.0, 2 * low - 1) if low == low else np.nan,
-        "cliff_delta_high": min(1.0, 2 * high - 1) if high == high else np.nan,
-    }  # fmt: skip
-
-
-def _bends(rows: Rows, score: str, controls: Sequence[str]) -> str:
-    """A note where straight lines over units cannot hold controls fixed, because the score bends with them within texts."""
-    held, there = rows.values[score][:, None], [rows.values[c] for c in controls]
-    straight, smooth = (unexplained(held, there, rows.sequence, smooth=bent)[0].share[0] for bent in (False, True))
-    share = 1 - smooth / straight if straight > 0 else 0.0
-    if share < _BEND:
-        return ""
-    return (
-        f"the score bends with the controls: within texts, curves take {100 * share:.0f} % of what straight lines leave, and units are too few to "
-        "hold that fixed. Test the group as a column of 0 and 1 with mixed_model"
-    )
-
-
-def _nothing(note: str) -> dict[str, Any]:
-    return {**dict.fromkeys(("estimate", "low", "high", "p"), np.nan), "note": note}
-
-
-def _controlled(
-    values: np.ndarray, first: np.ndarray, controls: Sequence[Float[np.ndarray, " units"]], n_resamples: int, seed: int
-) -> dict[str, Any]:
-    """The difference given the controls' unit means, by permuting what the controls leave of the score.
-
-    scipy permutes data, not residuals. Of a permuted outcome, only its part orthogonal to the controls matters for the partial correlation.
-    """
-    n = len(values)
-    held, note = unexplained(np.stack([values, first], 1), controls, np.zeros(n, int))
-    degrees = n - held.basis.shape[1] - 2
-    enough(degrees, FEWEST, "units beyond the number of controls")
-    if not (held.of(0) and held.of(1)):
-        return _nothing(_IN_FULL)
-    rest, side = held.values.T
-    slope = rest @ side / (side @ side)
-    error = np.sqrt(((rest - slope * side) ** 2).sum() / degrees / (side @ side))
-    wide = stats.t.ppf(0.975, degrees) * error
-    drawn = np.random.default_rng(seed).permuted(np.broadcast_to(rest, (n_resamples, n)), axis=1)
-    drawn = drawn - (drawn @ held.basis) @ held.basis.T
-    partial = np.abs(drawn @ side) / np.sqrt((drawn**2).sum(1))
-    reached = (partial >= abs(rest @ side) / np.sqrt(rest @ rest) * (1 - 1e-9)).sum()
-    return {
-        "estimate": slope, "low": slope - wide, "high": slope + wide, "p": (reached + 1) / (n_resamples + 1),
-        "note": note.replace("tokens", "units"),
-    }  # fmt: skip

@@ -13,7 +13,7 @@ from basin_lens.errors import TableError
 def match_units(
     table: pd.DataFrame, label: str, on: str, *, caliper: float, within: Sequence[str] = (), unit: str = "doc"
 ) -> pd.DataFrame:
-    """Pair units with a label and units without, each at most once, so that the pairs' differences in one quantity are smallest in all.
+    """Pair units with a label and units without, each at most once, so that the pairs differ least in one quantity, in all.
 
     Args:
         table: with the quantity and the label, the same throughout a unit once averaged.
@@ -24,8 +24,8 @@ def match_units(
         unit: column that names the units.
 
     Returns:
-        one row per pair: `with_label`, `without_label` (values of `unit`), `first`, `second` (the quantity of either). No rows where
-        nothing matches.
+        one row per pair: `with_label`, `without_label` (values of `unit`), `first`, `second` (the quantity of either). No rows
+        where nothing matches.
 
     Raises:
         TableError: missing columns, a label that changes within a unit, a caliper that is not above 0.

@@ -20,10 +20,11 @@ def mean_interval(
 ) -> pd.DataFrame:
     """Mean of a column in each group, with a 95 % percentile bootstrap interval over units.
 
-    With few units such an interval is too narrow: of 20, it misses the mean in 8 to 9 % of data sets (normal, lognormal, heavy tails), of 12 in 10
-    to 12 %; below 20, the note says so.
+    With few units such an interval is too narrow: of 20, it misses the mean in 8 to 9 % of data sets (normal, lognormal, heavy
+    tails), of 12 in 10 to 12 %; below 20, the note says so.
 
-    A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the table tells.
+    A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the
+    table tells.
 
     Args:
         table: one row per case.

@@ -1,8 +1,9 @@
 """Controls leave what is tested and one another in one least-squares projection: the only place where anything is held fixed.
 
-Frisch and Waugh (1933): a slope of y on x at fixed controls C is that of what C leaves of y on what *the same* C leaves of x. Taken out in steps
-(curves from the pair, then the untouched controls), what the first step took comes back with the second, and two columns that share nothing but
-a control go together. So curves, straight lines and levels leave at once, in the space where the test is made: values, or ranks within sequences.
+Frisch and Waugh (1933): a slope of y on x at fixed controls C is that of what C leaves of y on what *the same* C leaves of x. Taken
+out in steps (curves from the pair, then the untouched controls), what the first step took comes back with the second, and two
+columns that share nothing but a control go together. So curves, straight lines and levels leave at once, in the space where the
+test is made: values, or ranks within sequences.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ from basin_lens.stats.remembering import remembered
 _KNOTS = 5  # of the cubic splines of a control
 _ROWS_PER_TERM = 10  # beyond levels and straight lines; with fewer rows, fewer terms, and straight lines alone in the end
 _RANK = 1e-5  # of a term's size: what other terms leave of it when it says nothing that they do not
-# Of the variance of a tested column: what is left when the controls explain it in full. Of values, rounding (also that of a column made in float32);
-# of ranks, ties that rounding made.
+# Of the variance of a tested column: what is left when the controls explain it in full. Of values, rounding (also that of a column
+# made in float32); of ranks, ties that rounding made.
 IN_FULL, IN_FULL_OF_RANKS = 1e-10, 1e-4
 EXPLAINED = "the controls explain it in full"
+EXPLAINED_GROUPS = "the controls explain the groups or the score in full"
 COARSE = "coarse curves of the controls, too few tokens for finer ones: ranks may still go together where a control bends"
 STRAIGHT = "controls as straight lines: too few tokens for curves"
 
@@ -35,8 +37,8 @@ STRAIGHT = "controls as straight lines: too few tokens for curves"
 class Left:
     """What controls leave of columns: values, each column's share of its variance within groups, and the terms that were taken out.
 
-    `inflation`: of the variance of a sum over groups, against what the groups' own sums let one expect. Terms fitted over all rows tie groups
-    together: with p terms and f rows beyond levels and slopes, (f - p) / (f - 2 p).
+    `inflation`: of the variance of a sum over groups, against what the groups' own sums let one expect. Terms fitted over all rows
+    tie groups together: with p terms and f rows beyond levels and slopes, (f - p) / (f - 2 p).
     """
 
     values: Float[np.ndarray, "rows columns"]
@@ -58,12 +60,14 @@ def curves(
 ) -> list[Float[np.ndarray, "rows _"]] | None:
     """A smooth function of each control, as terms for `project`; None where there are too few rows for any.
 
-    The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's normal scores (whatever
-    its distribution, bends in the middle and at the ends can be followed) and of its values (where it is made of them, as an exponential is); of the
-    normal scores alone (for ranks, the control's own); or these to the power of 1, 2, 3. For tests of ranks within the groups `ranked`: splines of
-    normal scores of the control
-    less its group means, and of the control's own: what a rank can be expected to be bends with the value and with its group, not with the control's
-    rank. Knots are equally spaced. A control that does not vary has no terms. Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
+    The largest set that leaves 10 of the `free` rows (beyond levels and slopes) for each term: cubic splines of the control's
+    normal scores (whatever its distribution, bends in the middle and at the ends can be followed) and of its values (where it is
+    made of them, as an exponential is); of the normal scores alone (for ranks, the control's own); or these to the power of 1, 2,
+    3. For tests of ranks within the groups `ranked`: splines of normal scores of the control less its group means, and of the
+    control's own: what a rank can be expected to be bends with the value and with its group, not with the control's rank. Knots are
+    equally spaced. A control that does not vary has no terms.
+
+    Source: Eilers and Marx 1996, by scikit-learn's `SplineTransformer`.
     """
     varies = [len(values) > 0 and np.ptp(values) > 1e-12 * np.abs(values).max() for values in controls]
     if not any(varies):
@@ -94,7 +98,7 @@ def _curve(
 def curves_of_ranks(
     controls: Sequence[Float[np.ndarray, " rows"]], free: int, ranked: Int[np.ndarray, " rows"] | None
 ) -> tuple[list[Float[np.ndarray, "rows _"]] | None, str]:
-    """`curves` for a test of ranks, and what to say where they are not the finest: with a bent control, up to .1 false positives then."""
+    """`curves` for a test of ranks, and a note where they are not the finest: with a bent control, up to .1 false positives."""
     bent = curves(controls, free, ranked=ranked)
     if bent is None:
         return None, STRAIGHT
@@ -115,7 +119,7 @@ def unexplained(
     smooth: bool = True,
     most: int = 2 * (_KNOTS + 2),
 ) -> tuple[Left, str]:
-    """What a level of each group and the controls, straight and smooth, leave of columns; and a note where they were straight alone."""
+    """What a level of each group and the controls, straight and smooth, leave of columns; a note where they were straight alone."""
     straight = beside(*controls)
     free = len(columns) - len(np.unique(codes)) - straight.shape[1]
     bent = curves(controls, free, most=most) if smooth else None
@@ -140,10 +144,11 @@ def places(indexes: Sequence[Float[np.ndarray, " rows"]], codes: Int[np.ndarray,
 def with_indexes(
     rows: Rows, names: Sequence[str], codes: Int[np.ndarray, " rows"], *, smooth: bool = True
 ) -> list[Float[np.ndarray, " rows"]]:
-    """The controls and, of several, what they say of the first two columns at once: what a rank can be expected to be bends with that.
+    """The controls and, of several, what they say of the first two columns at once: a rank's expected value bends with that.
 
-    The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share nothing but
-    the controls' sum passed in 93 to 100 % of data sets. So the fitted columns, and their places within the sequence, are controls too.
+    The rank of a sum is no sum of functions of what is summed: with two controls and their functions alone, two columns that share
+    nothing but the controls' sum passed in 93 to 100 % of data sets. So the fitted columns, and their places within the sequence,
+    are controls too.
     """
     controls = [rows.values[name] for name in names[2:]]
     if len(controls) < 2:
@@ -155,7 +160,7 @@ def with_indexes(
 
 
 def grouped(bent: Sequence[Float[np.ndarray, "rows _"]], controls: int) -> list[Float[np.ndarray, "rows _"]]:
-    """Curves of controls and of what `with_indexes` added, in sets that tests share: those of the controls, of one column, of the other."""
+    """Curves of controls and of what `with_indexes` added, in sets that tests share: of controls, of one column, of the other."""
     own, added = bent[:controls], bent[controls:]
     return [beside(*own), *(beside(*added[column::2]) for column in range(2 if added else 0))]
 
@@ -167,7 +172,7 @@ def in_full(
     *,
     copies: bool,
 ) -> list[bool]:
-    """Which columns are a sum of levels and controls, each with a factor, or with `copies` of a control through a monotone function."""
+    """Which columns are a sum of levels and controls, each with a factor, or with `copies` a monotone function of a control."""
     told = project(columns, controls, codes).share <= IN_FULL
     if copies:
         ranks = np.stack([_ranks(column) for column in (*columns.T, *controls.T)])
@@ -189,7 +194,7 @@ def _ranks(column: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
 
 
 def told_in_full(rows: Rows, score: str, controls: Sequence[str]) -> bool:
-    """Whether controls explain a score in full token by token: their means over texts need not then, and would leave what means nothing."""
+    """Whether controls explain a score in full token by token: their means over texts need not then, and would leave noise."""
     held = np.stack([rows.values[name] for name in (score, *controls)], 1)
     return in_full(held[:, :1], held[:, 1:], np.zeros(len(held), int), copies=True)[0]
 
@@ -210,10 +215,11 @@ def project(
     each: Float[np.ndarray, "rows controls"] | None = None,
     *more: Float[np.ndarray, "rows _"],
 ) -> Left:
-    """What is left of columns after one least-squares fit on a level of each group, `each` with a slope in each group, and terms over all rows.
+    """What is left of columns after one fit on levels of groups, `each` with a slope in each group, and terms over all rows.
 
     Terms are taken to full rank, each against its own size: constants, copies and sums of others take nothing more. Without
-    groups (None) there are no levels: a constant is then a term like any other. `more`: sets of further terms, apart because other tests share them.
+    groups (None) there are no levels: a constant is then a term like any other. `more`: sets of further terms, apart because other
+    tests share them.
     """
     y, spread = _sized(columns, codes, each)
     basis = _basis(terms, codes, each)
@@ -270,8 +276,8 @@ def _beyond(
 def _orthonormal(terms: Float[np.ndarray, "rows terms"]) -> Float[np.ndarray, "rows rank"]:
     """A basis of what terms of size 1 (or less, where levels and slopes are out) span: those that others explain in full left out.
 
-    Pivoted QR by way of the products of terms, six times faster than LAPACK's on columns this long: pivoted Cholesky finds the rank and the
-    triangle, a second round what rounding has left between the columns.
+    Pivoted QR by way of the products of terms, six times faster than LAPACK's on columns this long: pivoted Cholesky finds the rank
+    and the triangle, a second round what rounding has left between the columns.
     """
     if not terms.shape[1]:
         return terms

@@ -1,14 +1,13 @@
 """A score in the quartiles of another column."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from basin_lens.errors import TableError
-from basin_lens.stats.design import FEWEST, constant, enough, names_of, refuse_constant, split, without_rounding
-from basin_lens.stats.results import Correction, assemble, constant_line, interval_and_p, line
+from basin_lens.stats.design import FEWEST, WhichLayers, enough, names_of, refuse_constant, split, without_rounding
+from basin_lens.stats.results import Correction, Estimate, Procedure, assemble, interval_and_p
 from basin_lens.values import whole_numbers
 
 
@@ -19,7 +18,7 @@ def quartile_table(
     by: str,
     *,
     parts: int = 4,
-    layers: Any = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
 ) -> pd.DataFrame:
@@ -35,8 +34,8 @@ def quartile_table(
         layers, unit, correction: as for `compare_groups`; no max-t.
 
     Returns:
-        one row per (layer, score, quartile), from 1 (lowest) on, and one with quartile `4 - 1`: the mean over units, with Student's 95 %
-        interval; p of the difference only (one-sample t-test of unit differences).
+        one row per (layer, score, quartile), from 1 (lowest) on, and one with quartile `4 - 1`: the mean over units, with Student's
+        95 % interval; p of the difference only (one-sample t-test of unit differences).
 
     Raises:
         TableError: several runs, missing columns, a column that is constant at every layer. StudyError: fewer than 6 units.
@@ -56,13 +55,15 @@ def quartile_table(
     if parts < 2:
         raise TableError(f"expected at least 2 parts, got {parts}.")
     label = f"{parts} - 1"
+    means = Procedure(unit, "t interval of unit means", "mean")
+    ends_apart = Procedure(unit, "one-sample t-test of unit differences", "mean difference")
     lines = []
     for every in split(table, [*names, by], layers=layers, unit=unit):
         for score in names:
             rows = every.finite(score, by)
-            flat = next((c for c in (score, by) if constant(rows.values[c])), None)
+            flat = rows.constant_column(score, by)
             if flat is not None:
-                lines.append(constant_line(rows, score, unit, "t interval of unit means", "mean", flat, against=by, quartile=label))
+                lines.append(means.constant_line(rows, score, flat, against=by, quartile=label))
                 continue
             ranks = pd.Series(rows.values[by]).groupby(rows.sequence)
             size = ranks.transform("size").to_numpy()
@@ -71,18 +72,17 @@ def quartile_table(
             enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with sequences of at least {2 * parts} scored tokens")
             for index in range(1, parts + 1):
                 held = rows.where(rows.values["_part"] == index)
-                answer = {"note": "a mean, not a test"} | interval_and_p(held.unit_means(score)[1]) | {"p": np.nan, "null": np.nan}
-                also = {"against": by, "quartile": str(index)}
-                lines.append(line(held, score, unit, "t interval of unit means", "mean", **also | answer))
+                found = interval_and_p(held.unit_means(score)[1])
+                answer = found.columns() | {"p": np.nan, "null": np.nan, "note": found.note or "a mean, not a test"}
+                lines.append(means.line(held, score, against=by, quartile=str(index), **answer))
             # Of the sequences that have both: ties can leave a quartile empty.
             ends = [rows.sequence[rows.values["_part"] == index] for index in (1, parts)]
             rows = rows.where(np.isin(rows.sequence, np.intersect1d(*ends)))
             rows = rows.where((rows.values["_part"] == 1) | (rows.values["_part"] == parts))
-            answer = {"note": f"fewer than {FEWEST} units with both ends: ties leave quartiles empty"}
+            found = Estimate(note=f"fewer than {FEWEST} units with both ends: ties leave quartiles empty")
             if rows.counts()["n_units"] >= FEWEST:
                 last, first = (rows.where(rows.values["_part"] == index).unit_means(score)[1] for index in (parts, 1))
-                answer = dict(interval_and_p(without_rounding(last - first, rows.values[score])))
-            also = {"against": by, "quartile": label}
-            lines.append(line(rows, score, unit, "one-sample t-test of unit differences", "mean difference", **also | answer))
+                found = interval_and_p(without_rounding(last - first, rows.values[score]))
+            lines.append(ends_apart.line(rows, score, against=by, quartile=label, **found.columns()))
     refuse_constant(lines, [*names, by])
     return assemble(table, lines, correction)

@@ -1,15 +1,14 @@
 """The slope of a score's ranks on another column's, with errors that know texts."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from basin_lens.stats.association import NEARLY, nearly
-from basin_lens.stats.covariates import by_layer, varied
-from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, constant, enough, names_of, refuse_constant
+from basin_lens.stats.covariates import Frequency, Selection, by_layer, varied
+from basin_lens.stats.design import FEWEST_CLUSTERS, Rows, WhichLayers, enough, names_of, pairs_of, refuse_constant
 from basin_lens.stats.projection import (
     EXPLAINED,
     IN_FULL_OF_RANKS,
@@ -24,19 +23,21 @@ from basin_lens.stats.projection import (
     ranks_within,
     with_indexes,
 )
-from basin_lens.stats.results import Correction, assemble, clustered_slope, constant_line, joined, line
+from basin_lens.stats.remembering import sharing
+from basin_lens.stats.results import Correction, Line, Procedure, assemble, clustered_slope, joined
 
 _UNITS_PER_INDEX = 5  # beyond the controls; with fewer texts, what the controls say at once is not held fixed besides
 
 
+@sharing()
 def rank_regression(
     table: pd.DataFrame,
     scores: str | Sequence[str],
     against: str | Sequence[str],
     *,
     controls: Sequence[str] = (),
-    frequency: Mapping[Any, float] | None = None,
-    layers: Any = None,
+    frequency: Frequency | None = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     within: bool = True,
     smooth: bool = True,
@@ -44,24 +45,28 @@ def rank_regression(
 ) -> pd.DataFrame:
     """Regression of a score's ranks on another column's ranks, with errors that allow any dependence within a unit.
 
-    rank(score) = a + b rank(against) + c rank(controls) + s(controls); cluster-robust covariance, Student's t with units - 1 degrees of freedom
+    rank(score) = a + b rank(against) + c rank(controls) + s(controls)
 
-    Against `within_sequence_correlation`, long sequences weigh more, and short ones are not lost. Where controls leave little, ranks have the excess
-    that `partial_correlation` tells of (here 11 % at .08, 27 % at .03, 51 % at .02), and the note says so.
+    Cluster-robust covariance, Student's t with units - 1 degrees of freedom.
 
-    Between texts (`within=False`), errors are the jackknife's. Of 48 texts with nothing in common but a control, 5 to 12 % passed with two controls,
-    9 to 10 % with one that bends, 27 % where two leave of a score what differs within texts alone; of 12 texts, 12 %. The note says where
-    curves are coarse, or lines straight.
+    Against `within_sequence_correlation`, long sequences weigh more, and short ones are not lost. Where controls leave little,
+    ranks have the excess that `partial_correlation` tells of (here 11 % at .08, 27 % at .03, 51 % at .02), and the note says so.
+
+    Between texts (`within=False`), errors are the jackknife's. Of 48 texts with nothing in common but a control, 5 to 12 % passed
+    with two controls, 9 to 10 % with one that bends, 27 % where two leave of a score what differs within texts alone; of 12 texts,
+    12 %. The note says where curves are coarse, or lines straight.
 
     Args:
         table, scores, against, controls, frequency, layers, unit, correction: as for `within_sequence_correlation`; no max-t.
-        within: rank within each sequence, less the sequence mean, so that differences between texts play no part; False: rank over all tokens.
-        smooth: a smooth function s of each control besides (see `basin_lens.stats.projection.curves`); where tokens are too few, straight lines
-            alone, and the note says so.
+        within: rank within each sequence, less the sequence mean, so that differences between texts play no part; False: rank over
+            all tokens.
+        smooth: a smooth function s of each control besides (see `basin_lens.stats.projection.curves`); where tokens are too few,
+            straight lines alone, and the note says so.
 
     Returns:
-        one row per (layer, score, against): the standardized slope b, its interval, p, and `partial_r2`, the share of the variance left by the
-        controls that `against` explains; `left` as for `within_sequence_correlation`. Where the controls explain a column in full: NaN and a note.
+        one row per (layer, score, against): the standardized slope b, its interval, p, and `partial_r2`, the share of the variance
+        left by the controls that `against` explains; `left` as for `within_sequence_correlation`. Where the controls explain a
+        column in full: NaN and a note.
 
     Raises:
         TableError: several runs, missing columns, a column that is constant at every layer. StudyError: fewer than 10 units.
@@ -78,26 +83,24 @@ def rank_regression(
         >>> bool(0.5 < bl.stats.rank_regression(table, "b", "a").estimate[0] < 0.9)
         True
     """
-    names, others = names_of(scores), names_of(against, "against")
-    test, effect = "rank regression, cluster-robust t-test", "standardized slope of ranks"
+    procedure = Procedure(unit, "rank regression, cluster-robust t-test", "standardized slope of ranks")
 
-    def of(rows: Rows, pair: tuple[str, str], there: list[str], note: str) -> dict[str, Any]:
+    def of(rows: Rows, pair: tuple[str, str], there: list[str], note: str) -> Line:
         enough(rows.counts()["n_units"], FEWEST_CLUSTERS, f"units ({unit}) for cluster-robust errors")
-        given = {"against": pair[1], "controls": ", ".join(there), "partial_r2": np.nan, "left": np.nan}
-        flat = next((c for c in pair if constant(rows.values[c])), None)
+        given: Line = {"against": pair[1], "controls": ", ".join(there), "partial_r2": np.nan, "left": np.nan}
+        flat = rows.constant_column(*pair)
         ranks = _ranks(rows, [*pair, *there], within)
         if flat is None and not (ranks[:, :2].std(0) > 0).all():
             flat = pair[int(np.argmin(ranks[:, :2].std(0)))]
         if flat is not None:
-            return constant_line(rows, pair[0], unit, test, effect, flat, **given)
+            return procedure.constant_line(rows, pair[0], flat, **given)
         here, said = varied(rows, there)
         kept = [0, 1, *(2 + there.index(name) for name in here)]
         found = _rank_slope(rows, ranks[:, kept], [*pair, *here], within, smooth)
-        return line(rows, pair[0], unit, test, effect, **given | found | {"note": joined(note, said, found["note"])})
+        return procedure.line(rows, pair[0], **given | found | {"note": joined(note, said, str(found["note"]))})
 
-    pairs = [(score, other) for other in others for score in names if score != other]
-    lines = by_layer(table, pairs, controls, frequency, layers, unit, of)
-    refuse_constant(lines, [*names, *others])
+    lines = by_layer(table, pairs_of(scores, against), Selection(controls, frequency, layers, unit), of)
+    refuse_constant(lines, [*names_of(scores), *names_of(against)])
     return assemble(table, lines, correction)
 
 
@@ -110,9 +113,7 @@ def _ranks(rows: Rows, names: Sequence[str], within: bool) -> Float[np.ndarray, 
     return held - levels(rows.sequence, held)
 
 
-def _rank_slope(
-    rows: Rows, ranks: Float[np.ndarray, "rows columns"], names: Sequence[str], within: bool, smooth: bool
-) -> dict[str, Any]:
+def _rank_slope(rows: Rows, ranks: Float[np.ndarray, "rows columns"], names: Sequence[str], within: bool, smooth: bool) -> Line:
     """The standardized slope of the first column's ranks on the second's, given the others."""
     codes = rows.sequence if within else np.zeros(len(ranks), int)
     there = names[2:]
@@ -137,8 +138,9 @@ def _rank_slope(
     whole = None if within else np.column_stack([left.basis, np.full(len(ranks), 1 / np.sqrt(len(ranks)))])
     found = clustered_slope(left.values[:, 0], left.values[:, 1], rows.unit, left.basis.shape[1] + 1, whole)
     size = ranks[:, 1].std() / ranks[:, 0].std()
-    found |= {name: found[name] * size for name in ("estimate", "low", "high")}
+    answer = found.columns() | {"estimate": found.estimate * size, "low": found.low * size, "high": found.high * size}
     if there:
-        found["left"] = min(float(left.share.min()), left_of_values(rows, names, codes, smooth))
-        notes += [nearly(found["left"]) + ": see partial_correlation"] if found["left"] < NEARLY else []
-    return found | {"note": joined(*notes, found.get("note", ""))}
+        share = min(float(left.share.min()), left_of_values(rows, names, codes, smooth))
+        answer["left"] = share
+        notes += [nearly(share) + ": see partial_correlation"] if share < NEARLY else []
+    return answer | {"note": joined(*notes, found.note)}

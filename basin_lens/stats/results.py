@@ -1,7 +1,8 @@
 """Result tables: the columns that every test's rows have, and corrections for many of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,24 +12,62 @@ from statsmodels.stats.multitest import multipletests
 
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
-from basin_lens.stats.design import Rows, names_of
+from basin_lens.stats.design import FEWEST, Rows, names_of
 
 Correction = Literal["bh", "holm", "max-t", "none"]
 
 # First what was tested, then on how much, then what came out. A test's own columns come after these, `note` last.
 _FIRST = ("layer", "score", "against", "group", "tag", "quartile", "metric", "versus", "term")
-_ALWAYS = (
-    "unit", "n_units", "n_sequences", "n_documents", "n_tokens", "test", "effect", "estimate", "low", "high", "null", "p", "p_corrected",
-    "correction", "n_tests",
-)  # fmt: skip
+_SIZE = ("unit", "n_units", "n_sequences", "n_documents", "n_tokens")
+_ANSWER = ("test", "effect", "estimate", "low", "high", "null", "p", "p_corrected", "correction", "n_tests")
+_ALWAYS = (*_SIZE, *_ANSWER)
+_NAN = float("nan")
+
+# A row of results by column; those that begin with _ are for `assemble` and `refuse_constant` alone.
+Line = dict[str, object]
 
 
-def line(rows: Rows, score: str, unit: str, test: str, effect: str, **more: Any) -> dict[str, Any]:
-    """One result, NaN until filled in by `more`."""
-    empty = {"estimate": np.nan, "low": np.nan, "high": np.nan, "null": 0.0, "p": np.nan, "note": ""}
-    infinite = f"{rows.infinite} rows with an infinite value left out" if rows.infinite else ""
-    given = {"layer": rows.layer, "score": score, "unit": unit, **rows.counts(), "test": test, "effect": effect}
-    return {**given, **empty, **more, "_infinite": infinite, "_copies": rows.copies}
+@dataclass(frozen=True)
+class Estimate:
+    """An effect with its 95 % interval and p-value; NaN what cannot be had, and a note that says why."""
+
+    estimate: float = _NAN
+    low: float = _NAN
+    high: float = _NAN
+    p: float = _NAN
+    note: str = ""
+
+    def columns(self) -> Line:
+        """As columns of a row of results."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Slope(Estimate):
+    """A slope, and `partial_r2`, the share it explains of what other terms leave."""
+
+    partial_r2: float = _NAN
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """The unit of analysis, the test, and the effect that it estimates: what all rows of one test say alike."""
+
+    unit: str
+    test: str
+    effect: str
+
+    def line(self, rows: Rows, score: str, **more: object) -> Line:
+        """One result, NaN until filled in by `more`."""
+        empty = {"estimate": np.nan, "low": np.nan, "high": np.nan, "null": 0.0, "p": np.nan, "note": ""}
+        infinite = f"{rows.infinite} rows with an infinite value left out" if rows.infinite else ""
+        given = {"layer": rows.layer, "score": score, "unit": self.unit, **rows.counts(), "test": self.test, "effect": self.effect}
+        return {**given, **empty, **more, "_infinite": infinite, "_copies": rows.copies}
+
+    def constant_line(self, rows: Rows, score: str, column: str, **more: object) -> Line:
+        """A result that is not there because a column does not vary at this layer."""
+        why = f"{column} is constant at this layer" if len(rows.sequence) else "no row where all columns are finite"
+        return self.line(rows, score, note=why, _constant=column, **more)
 
 
 def joined(*notes: str) -> str:
@@ -36,15 +75,9 @@ def joined(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def constant_line(rows: Rows, score: str, unit: str, test: str, effect: str, column: str, **more: Any) -> dict[str, Any]:
-    """A result that is not there because a column does not vary at this layer."""
-    why = f"{column} is constant at this layer" if len(rows.sequence) else "no row where all columns are finite"
-    return line(rows, score, unit, test, effect, note=why, _constant=column, **more)
-
-
 def assemble(
     table: pd.DataFrame,
-    lines: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, object]],
     correction: Correction,
     max_t: Float[np.ndarray, " rows"] | None = None,
 ) -> pd.DataFrame:
@@ -91,7 +124,7 @@ def correct(
     results: pd.DataFrame,
     method: Literal["bh", "holm", "none"] = "bh",
     *,
-    primary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    primary: Mapping[str, object] | Sequence[Mapping[str, object]] | None = None,
 ) -> pd.DataFrame:
     """Correct p-values over all rows at once: Holm for what was declared before looking, Benjamini-Hochberg for exploration.
 
@@ -99,8 +132,8 @@ def correct(
 
     Args:
         results: from any test here, or any table with a column `p`. Rows without a p-value are in no family.
-        method: `"bh"` controls the share of false discoveries, `"holm"` the chance of any, `"none"` nothing. With `primary`: for the
-            rows that were not declared.
+        method: `"bh"` controls the share of false discoveries, `"holm"` the chance of any, `"none"` nothing. With `primary`: for
+            the rows that were not declared.
         primary: the declared rows, as column values: `{"score": "compression", "layer": 18}`, or several such. They are a family
             of their own, corrected by Holm.
 
@@ -157,13 +190,22 @@ def adjust(p: Float[np.ndarray, " tests"], method: str) -> Float[np.ndarray, " t
     """
     if method not in ("bh", "holm", "none"):
         raise StudyError(f'expected a correction "bh", "holm", "max-t" or "none", got {method!r}.')
-    if (
-        method == "none" or len(p) < 2
-    ):  # one test is its own family; multipletests would collect all garbage first, a third of a second
+    # One test is its own family; multipletests would collect all garbage first, a third of a second.
+    if method == "none" or len(p) < 2:
         return p
     if method == "bh":
         return np.asarray(stats.false_discovery_control(p, method="bh"))
     return np.asarray(multipletests(p, method="holm")[1])
+
+
+def side_by_side(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Unit values of all results as a matrix [units, results], NaN where a result lacks a unit; and the units' codes."""
+    codes = np.unique(np.concatenate([codes for codes, _ in columns]))
+    matrix = np.full((len(codes), len(columns)), np.nan)
+    for place, (there, values) in enumerate(columns):
+        if len(there) >= FEWEST and not constant_values(values):
+            matrix[np.searchsorted(codes, there), place] = values
+    return matrix, codes
 
 
 def max_t_signs(values: Float[np.ndarray, "units tests"], n_resamples: int, seed: int) -> Float[np.ndarray, " tests"]:
@@ -225,7 +267,7 @@ def max_t_labels(
     return _exceeding(t(label.astype(float)[None])[0], resampled, n_resamples)
 
 
-def _exceeding(observed: np.ndarray, resampled: Any, n_resamples: int, chunk: int = 1000) -> np.ndarray:
+def _exceeding(observed: np.ndarray, resampled: Callable[[int], np.ndarray], n_resamples: int, chunk: int = 1000) -> np.ndarray:
     """Share of resamples whose largest statistic reaches each observed one; the observed one counts as a resample."""
     tested = np.isfinite(observed)
     reached = np.ones(len(observed))
@@ -236,20 +278,19 @@ def _exceeding(observed: np.ndarray, resampled: Any, n_resamples: int, chunk: in
     return np.where(tested, reached / (n_resamples + 1), np.nan)
 
 
-def interval_and_p(values: Float[np.ndarray, " units"], inflation: float = 1.0) -> dict[str, Any]:
+def interval_and_p(values: Float[np.ndarray, " units"], inflation: float = 1.0) -> Estimate:
     """Mean of independent values, Student's 95 % interval and p-value against 0; NaN, and a note, where the values do not differ.
 
     `inflation`: of the mean's variance, where the values are not quite independent (see `projection.Left`).
     """
-    mean = float(np.mean(values)) if len(values) else float("nan")
-    answer: dict[str, Any] = {"estimate": mean, "low": float("nan"), "high": float("nan"), "p": float("nan")}
+    mean = float(np.mean(values)) if len(values) else _NAN
     if len(values) < 2:
-        return answer | {"note": f"{len(values)} units: no interval and no p"}
+        return Estimate(mean, note=f"{len(values)} units: no interval and no p")
     if constant_values(values):
-        return answer | {"note": "the units do not differ: no interval and no p"}
+        return Estimate(mean, note="the units do not differ: no interval and no p")
     test = stats.ttest_1samp(toned(values, inflation), 0.0)
     wide = stats.t.ppf(0.975, len(values) - 1) * np.sqrt(inflation * np.var(values, ddof=1) / len(values))
-    return answer | {"low": float(mean - wide), "high": float(mean + wide), "p": float(test.pvalue)}
+    return Estimate(mean, float(mean - wide), float(mean + wide), float(test.pvalue))
 
 
 def toned(values: Float[np.ndarray, " units"], inflation: float) -> Float[np.ndarray, " units"]:
@@ -263,16 +304,15 @@ def clustered_slope(
     units: np.ndarray,
     n_terms: int,
     basis: Float[np.ndarray, "rows terms"] | None = None,
-) -> dict[str, Any]:
-    """Slope of y on x, both less what `n_terms` other terms explain, with cluster-robust errors (statsmodels' correction for small samples).
+) -> Slope:
+    """Slope of y on x, both less what `n_terms` other terms explain, with cluster-robust errors (as statsmodels corrects them).
 
-    By Frisch and Waugh, the slope and error that a regression on x and all terms at once gives. `partial_r2`: of what the terms leave.
-    With an orthonormal `basis` of the terms, the jackknife's error instead, over units: where a unit has much weight in a fit, its residual is
-    too small, and errors made of residuals are too.
+    By Frisch and Waugh, the slope and error that a regression on x and all terms at once gives. With an orthonormal `basis` of the
+    terms, the jackknife's error instead, over units: where a unit has much weight in a fit, its residual is too small, and errors
+    made of residuals are too.
     """
     if len(y) <= n_terms + 1:
-        missing = dict.fromkeys(("estimate", "low", "high", "p", "partial_r2"), np.nan)
-        return missing | {"note": f"{len(y)} rows for {n_terms + 1} terms: too few"}
+        return Slope(note=f"{len(y)} rows for {n_terms + 1} terms: too few")
     slope = float(x @ y / (x @ x))
     there, at = np.unique(units, return_inverse=True)
     rest = y - slope * x
@@ -281,24 +321,20 @@ def clustered_slope(
     error = np.sqrt(groups / (groups - 1) * (n - 1) / (n - n_terms - 1) * (scores @ scores)) / (x @ x)
     if basis is not None:
         error = _jackknife_error(np.column_stack([basis, x / np.sqrt(x @ x)]), rest, at) / np.sqrt(x @ x)
-    answer: dict[str, Any] = {"estimate": slope, "partial_r2": float(1 - rest @ rest / (y @ y))}
+    share = float(1 - rest @ rest / (y @ y))
     if rest @ rest <= 1e-20 * (y @ y):
-        return answer | {"low": np.nan, "high": np.nan, "p": np.nan, "note": "a perfect fit: no interval and no p"}
+        return Slope(slope, note="a perfect fit: no interval and no p", partial_r2=share)
     if not np.isfinite(error):
-        return answer | {
-            "low": np.nan,
-            "high": np.nan,
-            "p": np.nan,
-            "note": "without one of the units there is no fit: no interval and no p",
-        }
+        return Slope(slope, note="without one of the units there is no fit: no interval and no p", partial_r2=share)
     wide = stats.t.ppf(0.975, groups - 1) * error
-    return answer | {"low": slope - wide, "high": slope + wide, "p": float(2 * stats.t.sf(abs(slope) / error, groups - 1))}
+    p = float(2 * stats.t.sf(abs(slope) / error, groups - 1))
+    return Slope(slope, slope - wide, slope + wide, p, partial_r2=share)
 
 
 def _jackknife_error(
     basis: Float[np.ndarray, "rows terms"], rest: Float[np.ndarray, " rows"], at: Int[np.ndarray, " rows"]
 ) -> float:
-    """Jackknife error of the coefficient of the last column of an orthonormal basis, each unit left out once; infinite where one cannot be."""
+    """Jackknife error of the coefficient of a basis' last column, each unit left out once; infinite where one cannot be."""
     changes = []
     for code in range(int(at.max()) + 1):
         q, e = basis[at == code], rest[at == code]

@@ -8,8 +8,8 @@ import statsmodels.api as sm
 from scipy import stats
 
 from basin_lens.errors import TableError
-from basin_lens.stats.design import FEWEST, constant, enough, names_of, refuse_constant, split
-from basin_lens.stats.results import Correction, assemble, constant_line, line
+from basin_lens.stats.design import FEWEST, WhichLayers, constant, enough, names_of, refuse_constant, split
+from basin_lens.stats.results import Correction, Estimate, Procedure, assemble
 from basin_lens.values import whole_numbers
 
 
@@ -19,7 +19,7 @@ def unit_slope(
     scores: str | Sequence[str],
     on: str,
     *,
-    layers: object = None,
+    layers: WhichLayers = None,
     unit: str = "document",
     correction: Correction = "bh",
     n_resamples: int = 9999,
@@ -38,11 +38,12 @@ def unit_slope(
         n_resamples: permutations of the quantity among units.
 
     Returns:
-        one row per (layer, score): slope in the score's unit per step of `on`, with a 95 % interval by errors that allow unequal variances
-        (HC3), and the permutation p of Pearson's r; `rho`: Spearman's correlation over units.
+        one row per (layer, score): slope in the score's unit per step of `on`, with a 95 % interval by errors that allow unequal
+        variances (HC3), and the permutation p of Pearson's r; `rho`: Spearman's correlation over units.
 
     Raises:
-        TableError: several runs, missing or constant columns, a quantity that changes within a unit. StudyError: fewer than 6 units.
+        TableError: several runs, missing or constant columns, a quantity that changes within a unit. StudyError: fewer than 6
+            units.
 
     Source: MacKinnon and White 1985 (HC3, by statsmodels); permutation by scipy.
 
@@ -56,15 +57,15 @@ def unit_slope(
         0.5
     """
     names = names_of(scores)
-    test, effect = "permutation over units", f"slope per step of {on}"
+    procedure = Procedure(unit, "permutation over units", f"slope per step of {on}")
     lines = []
     # Copies of a text with another quantity are kept: they may be what is compared.
     for every in split(table, [*names, on], layers=layers, unit=unit, labels=[on]):
         for score in names:
             rows = every.finite(score, on)
-            flat = next((c for c in (score, on) if constant(rows.values[c])), None)
+            flat = rows.constant_column(score, on)
             if flat is not None:
-                lines.append(constant_line(rows, score, unit, test, effect, flat, against=on, rho=np.nan))
+                lines.append(procedure.constant_line(rows, score, flat, against=on, rho=np.nan))
                 continue
             codes, y = rows.unit_means(score)
             _, x = rows.unit_means(on)
@@ -74,7 +75,7 @@ def unit_slope(
                     f"expected a quantity that is the same throughout a unit ({unit}), got {on!r}, which changes within one."
                 )
             if constant(x) or constant(y):
-                lines.append(constant_line(rows, score, unit, test, effect, on if constant(x) else score, against=on, rho=np.nan))
+                lines.append(procedure.constant_line(rows, score, on if constant(x) else score, against=on, rho=np.nan))
                 continue
             fitted = sm.OLS(y, sm.add_constant(x)).fit(cov_type="HC3", use_t=True)
             low, high = fitted.conf_int()[1]
@@ -90,12 +91,9 @@ def unit_slope(
                 n_resamples=n_resamples,
                 rng=seed,
             )
-            lines.append(
-                line(
-                    rows, score, unit, test, effect, against=on, estimate=fitted.params[1], low=low, high=high, p=float(found.pvalue),
-                    rho=float(stats.spearmanr(x, y).statistic), note=note,
-                )
-            )  # fmt: skip
+            answer = Estimate(fitted.params[1], low, high, float(found.pvalue), note).columns()
+            rho = float(stats.spearmanr(x, y).statistic)
+            lines.append(procedure.line(rows, score, against=on, rho=rho, **answer))
     refuse_constant(lines, [*names, on])
     return assemble(table, lines, correction)
 

@@ -1,7 +1,7 @@
 """The original guide's tests, over tokens as if they were independent: to be read beside the sound ones, never instead."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from scipy import stats
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.stats.design import Rows, constant, names_of, split
+from basin_lens.stats.design import Rows, WhichLayers, constant, names_of, split
 from basin_lens.stats.groups import two_groups
 from basin_lens.stats.results import joined
 
@@ -23,9 +23,9 @@ def guide_tests(
     against: str | None = None,
     *,
     group: str | None = None,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[object] | None = None,
     tag: str | None = None,
-    layers: Any = None,
+    layers: WhichLayers = None,
 ) -> pd.DataFrame:
     """What the original guide would have reported: tests that count every token as an independent observation.
 
@@ -33,8 +33,8 @@ def guide_tests(
     - `group`: Student's t over tokens, with the point-biserial r.
     - `tag`: one-way analysis of variance over tokens, with r = sqrt(eta squared).
 
-    They are here so that older figures can be compared. **Their p-values are wrong** for tokens of running text: at an intraclass correlation of 0.3
-    and no effect at all, such a test rejects 6 times out of 10. Believe the tests over documents beside them.
+    They are here so that older figures can be compared. **Their p-values are wrong** for tokens of running text: at an intraclass
+    correlation of 0.3 and no effect at all, such a test rejects 6 times out of 10. Believe the tests over documents beside them.
 
     Args:
         table: from `analyze`, of one run.
@@ -45,9 +45,9 @@ def guide_tests(
         layers: which; None: all.
 
     Returns:
-        one row per (layer, score): `question, guide_test, guide_statistic, guide_r, guide_p, guide_reading`, and `n_tokens`. `guide_reading`:
-        "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is constant;
-        copies of texts count once here too, and the note says so.
+        one row per (layer, score): `question, guide_test, guide_statistic, guide_r, guide_p, guide_reading`, and `n_tokens`.
+        `guide_reading`: "strong" for |r| > 0.4, "moderate" for |r| > 0.2, else "weak". NaN, and a `note`, where a column is
+        constant; copies of texts count once here too, and the note says so.
 
     Raises:
         TableError: not exactly one question, several runs, missing columns, not two groups.
@@ -79,50 +79,57 @@ def guide_tests(
                 found = _difference(rows, score, group, groups)
             else:
                 found = _variance(rows, score, str(tag))
-            r = abs(found["guide_r"])
+            r = abs(found.guide_r)
             reading = "" if np.isnan(r) else "strong" if r > STRONG else "moderate" if r > MODERATE else "weak"
             note = "too few tokens, or values that do not differ" if np.isnan(r) else ""
             note = joined(note, f"{rows.infinite} rows with an infinite value left out" if rows.infinite else "", rows.copies)
-            lines.append({"layer": rows.layer, "score": score, **found, "guide_reading": reading, "note": note})
+            lines.append({"layer": rows.layer, "score": score, **vars(found), "guide_reading": reading, "note": note})
     answer = pd.DataFrame(lines)
     answer["layer"] = answer["layer"].astype("Int64")
     return tables.with_provenance(answer, table)
 
 
-def _line(question: str, test: str, statistic: float, r: float, p: float, n: int) -> dict[str, Any]:
-    return {
-        "question": question, "guide_test": test, "guide_statistic": float(statistic), "guide_r": float(r), "guide_p": float(p), "n_tokens": n,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class _Found:
+    """What a test over tokens says."""
+
+    question: str
+    guide_test: str
+    guide_statistic: float
+    guide_r: float
+    guide_p: float
+    n_tokens: int
 
 
-def _correlation(rows: Rows, score: str, against: str) -> dict[str, Any]:
+def _correlation(rows: Rows, score: str, against: str) -> _Found:
     x, y = rows.values[score], rows.values[against]
     if len(x) < 3 or constant(x) or constant(y):
-        return _line(against, "Pearson r over tokens", np.nan, np.nan, np.nan, len(x))
+        return _Found(against, "Pearson r over tokens", np.nan, np.nan, np.nan, len(x))
     found = stats.pearsonr(x, y)
-    return _line(against, "Pearson r over tokens", found.statistic, found.statistic, found.pvalue, len(x))
+    return _Found(against, "Pearson r over tokens", float(found.statistic), float(found.statistic), float(found.pvalue), len(x))
 
 
-def _difference(rows: Rows, score: str, group: str, groups: Sequence[Any] | None) -> dict[str, Any]:
+def _difference(rows: Rows, score: str, group: str, groups: Sequence[object] | None) -> _Found:
     first, second, wording = two_groups(rows, group, groups)
     one, other = rows.values[score][first], rows.values[score][second]
     test, count = "t-test over tokens, point-biserial r", len(one) + len(other)
     if min(len(one), len(other)) < 2 or constant(np.concatenate([one, other])):
-        return _line(wording, test, np.nan, np.nan, np.nan, count)
+        return _Found(wording, test, np.nan, np.nan, np.nan, count)
     t = stats.ttest_ind(one, other)
     r = stats.pointbiserialr(np.repeat([True, False], [len(one), len(other)]), np.concatenate([one, other]))
-    return _line(wording, test, t.statistic, r.statistic, t.pvalue, count)
+    return _Found(wording, test, float(t.statistic), float(r.statistic), float(t.pvalue), count)
 
 
-def _variance(rows: Rows, score: str, tag: str) -> dict[str, Any]:
+def _variance(rows: Rows, score: str, tag: str) -> _Found:
     there = ~pd.isna(rows.labels[tag])
     values, kinds = rows.values[score][there], rows.labels[tag][there].astype(str)
     groups = [values[kinds == kind] for kind in np.unique(kinds)]
     groups = [part for part in groups if len(part) > 1]
     test = "analysis of variance over tokens, r = sqrt(eta squared)"
     if len(groups) < 2 or constant(np.concatenate(groups)):
-        return _line(tag, test, np.nan, np.nan, np.nan, len(values))
+        return _Found(tag, test, np.nan, np.nan, np.nan, len(values))
     held = np.concatenate(groups)
     found = stats.f_oneway(*groups)
     between = sum(len(part) * (part.mean() - held.mean()) ** 2 for part in groups)
-    return _line(tag, test, found.statistic, float(np.sqrt(between / ((held - held.mean()) ** 2).sum())), found.pvalue, len(held))
+    r = float(np.sqrt(between / ((held - held.mean()) ** 2).sum()))
+    return _Found(tag, test, float(found.statistic), r, float(found.pvalue), len(held))

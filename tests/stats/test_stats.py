@@ -388,7 +388,7 @@ def test_slope_and_error_are_statsmodels_joint_ones():
     left = projection.project(np.stack([y, x], 1), terms, np.zeros(300, int))
     found = results.clustered_slope(*left.values.T, units, 6)
     expected = [fit.params[0], *fit.conf_int()[0], fit.pvalues[0]]
-    assert [found[name] for name in ("estimate", "low", "high", "p")] == pytest.approx(expected, rel=1e-8)
+    assert [found.estimate, found.low, found.high, found.p] == pytest.approx(expected, rel=1e-8)
 
 
 GIVEN = {
@@ -1073,8 +1073,9 @@ def test_refusals(name):
         test(table.drop(columns="a"))
     with pytest.raises(TableError, match="numbers"):
         test(table.assign(a="x"))
-    with pytest.raises(TableError, match="layers"):
-        test(table, layers=[7])
+    for wrong in ([7], [], 7, 0.5, "all", True):
+        with pytest.raises(TableError, match="layers"):
+            test(table, layers=wrong)
     with pytest.raises(TableError, match="unit"):
         test(table, unit="nonsense")
     with pytest.raises(TableError, match="changes within"):

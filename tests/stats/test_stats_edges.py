@@ -157,7 +157,7 @@ def test_jackknife_error_is_that_of_leaving_texts_out():
     one, other = (v - basis @ (basis.T @ v) for v in (y, x))
     found = results.clustered_slope(one, other, units, 4, basis)
     error = np.sqrt(11 / 12 * ((np.array(slopes) - np.mean(slopes)) ** 2).sum())
-    assert found["high"] - found["estimate"] == pytest.approx(2.200985 * error, rel=1e-5)
+    assert found.high - found.estimate == pytest.approx(2.200985 * error, rel=1e-5)
 
 
 def test_the_order_of_rows_makes_no_difference():

@@ -9,7 +9,7 @@ import torch
 from basin_lens import memorize, stats
 from basin_lens.analyzers import Agreement, Compression, Surprisal
 from basin_lens.capture import Capture
-from basin_lens.model import HookedModel, continuations, tokenizer_of
+from basin_lens.model import HookedModel, continuations, needed_tokenizer
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt, attempt_each
 from basin_lens.studies.memorization.experiment import Planted, tensor_of, with_changes
@@ -56,7 +56,7 @@ def _continuations(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Behind the same prefix, the true continuation and one that the base model finds as likely."""
     plan = planted.plan
-    tokenizer = tokenizer_of(planted.base)
+    tokenizer = needed_tokenizer(planted.base)
     length = tokens.shape[1] - first
     # The base model's own continuations are as fluent as it can be; other texts of the kind are as unlikely as the true one where it is not.
     repeated = tokens[:, :first].repeat_interleave(_CANDIDATES, 0)

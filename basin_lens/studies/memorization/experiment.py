@@ -24,7 +24,7 @@ from basin_lens.analyzers import (
 from basin_lens.capture import Capture
 from basin_lens.controls import random_twin
 from basin_lens.errors import StudyError, TextError
-from basin_lens.model import HookedModel, full_name, n_context, n_layers, tokenizer_of, uses_bos
+from basin_lens.model import HookedModel, full_name, n_context, n_layers, needed_tokenizer, uses_bos
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
 from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
@@ -425,6 +425,6 @@ def provenance(planted: Planted) -> dict[str, Any]:
 def tensor_of(planted: Planted, texts: Sequence[int]) -> torch.Tensor:
     """Token ids of some texts, BOS included."""
     bos = uses_bos(planted.base, None)
-    tokenizer = tokenizer_of(planted.base)
+    tokenizer = needed_tokenizer(planted.base)
     head = [] if bos is None else [bos]
     return torch.tensor(np.array([[*head, *memorize.ids_of(tokenizer, planted.passages[i].text)] for i in texts]))
