@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,12 +11,11 @@ from basin_lens import stats, tables
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
-from basin_lens.texts import Texts
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"
@@ -33,7 +31,7 @@ HYPOTHESIS = (
 )
 
 
-def study_codelength(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_codelength(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Ask whether a token whose neighborhood a block draws together costs fewer bits, itself or in what follows it.
 
     Args:

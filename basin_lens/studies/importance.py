@@ -1,8 +1,8 @@
 """Does compression go with the importance of a token, beyond what position, frequency, norm and density already say?"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
@@ -20,13 +20,12 @@ from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import ALL_SHOWN
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
-from basin_lens.texts import Texts
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measured in the pass that reads the texts, its gradients, and, for erasure, passes of its own.
@@ -70,7 +69,7 @@ HYPOTHESIS = (
 )
 
 
-def study_importance(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_importance(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Rank the measures of token importance by their agreement with erasure, then ask whether compression goes with importance.
 
     Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half
@@ -194,7 +193,7 @@ def _partial(table: pd.DataFrame, measures: list[str], measured: Measured) -> pd
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
-def _test(other: str, measured: Measured) -> Any:
+def _test(other: str, measured: Measured) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def test(part: pd.DataFrame) -> pd.DataFrame:
         return stats.partial_correlation(
             part,

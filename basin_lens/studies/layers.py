@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +23,12 @@ from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.control_scores import sampled_controls
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import unit_keys
-from basin_lens.texts import Texts
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -45,7 +43,7 @@ HYPOTHESIS = (
 )
 
 
-def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Follow every score over depth, beside its controls, and ask whether two halves of the documents tell the same story.
 
     Args:
@@ -68,7 +66,8 @@ def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **op
         >>> import basin_lens as bl
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
-        >>> study = bl.studies.study_layers(model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
+        >>> study = bl.studies.study_layers(
+        ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
         >>> sorted(study.tables)
         ['controls', 'halves', 'summary']
     """
@@ -76,15 +75,15 @@ def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **op
 
 
 def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
-    common: dict[str, Any] = {"k": scoring.k, "exclude": scoring.exclude}
+    k, exclude = scoring.k, scoring.exclude
     return [
         *sampled_controls(scoring),
-        SymmetricContraction(**common),
-        AngularContraction(**common, context=scoring.context),
-        NeighborOverlap(**common),
+        SymmetricContraction(k=k, exclude=exclude),
+        AngularContraction(k=k, exclude=exclude, context=scoring.context),
+        NeighborOverlap(k=k, exclude=exclude),
         MatrixEntropy(),
-        EffectiveRankChange(k=3 * scoring.k, exclude=scoring.exclude, context="native"),
-        LocalDimension(k=2 * scoring.k, exclude=scoring.exclude),
+        EffectiveRankChange(k=3 * k, exclude=exclude, context="native"),
+        LocalDimension(k=2 * k, exclude=exclude),
     ]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.merging_report import COPIED, RIVALS, about_merging, sections_of, verdict_of
 from basin_lens.texts import token_strings
-from basin_lens.values import whole_numbers
+from basin_lens.values import Facts, whole_numbers
 
 # One window is shown; the map of all would be a book.
 _SHOWN_TOKENS = 160
@@ -163,7 +162,7 @@ def _named_map(model: HookedModel, merger: TokenMerger, held_out: Windows) -> pd
 
 def _facts(
     model: HookedModel, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None, copied: int
-) -> dict[str, Any]:
+) -> Facts:
     windows = {
         "length": int(held_out.tokens.shape[1]),
         "calibration": len(calibration),
@@ -192,7 +191,7 @@ def _generated(
     )
 
 
-def _told(merger: TokenMerger) -> dict[str, Any]:
+def _told(merger: TokenMerger) -> Facts:
     """What a merger is and how it came to be, without the numbers by which copies of its training are known again."""
     training = {name: value for name, value in merger.facts.get("training", {}).items() if name != "seen_runs"}
     return merger.options.plain() | merger.facts | ({"training": training} if training else {})

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from basin_lens.studies.framework.storage import read_results
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import sentence
+from basin_lens.values import Facts
 from basin_lens.views import Section, forest
 from basin_lens.views.marks import plain
 
@@ -98,7 +98,7 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     )
 
 
-def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _one_family(held: Sequence[Facts]) -> pd.DataFrame:
     """The declared tests of all studies, corrected as one family (Holm)."""
     rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(FINDING))
     for name in ("estimate", "low", "high", "null", "p", "p_corrected", "p_floor", "guide_statistic", "guide_r", "guide_p"):
@@ -117,13 +117,13 @@ def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return findings
 
 
-def _overview(one: dict[str, Any]) -> dict[str, Any]:
+def _overview(one: Facts) -> Facts:
     """A study as one row."""
     row = {name: one[name] for name in ("study", "title", "decision")}
     return row | {"red_flags": _raised(one), "verdict": one["verdict"][0]}
 
 
-def _flags(held: Sequence[dict[str, Any]]) -> pd.DataFrame | None:
+def _flags(held: Sequence[Facts]) -> pd.DataFrame | None:
     """The red flags of all studies; None if there are none."""
     flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
     if not len(flags):
@@ -180,7 +180,7 @@ def _axis(part: pd.DataFrame) -> str:
     return plain(label + "".join(f" [{unit}]" for unit in units if f"[{unit}]" not in label), 110)
 
 
-def _raised(one: dict[str, Any]) -> int:
+def _raised(one: Facts) -> int:
     return sum(flag.get("raised") is True for flag in one["red_flags"] or [])
 
 

@@ -1,7 +1,6 @@
 """Two kinds of tokens or texts to be compared in every study."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +35,7 @@ class Contrast:
         """What is compared, in words."""
         return f"{self.by}: {self.first} - {self.second}"
 
-    def values(self, table: pd.DataFrame) -> "pd.Series[Any]":
+    def values(self, table: pd.DataFrame) -> pd.Series:
         """Each row's side: `first`, `second`, or None (neither, or spans of both).
 
         Raises:
@@ -58,12 +57,12 @@ class Contrast:
         return side
 
 
-def _names(found: Any, side: str) -> set[str]:
+def _names(found: object, side: str) -> set[str]:
     """The span asked for, if it is among those of a token, which the table joins by plus signs; a name may hold one itself."""
     return {side} if isinstance(found, str) and f"+{side}+" in f"+{found}+" else set()
 
 
-def _spellings(found: Any, _side: str) -> set[str]:
+def _spellings(found: object, _side: str) -> set[str]:
     """A label's value as text. pandas makes 1 into 1.0 where another text has no value."""
     if found is None or (isinstance(found, float) and np.isnan(found)):
         return set()

@@ -1,7 +1,6 @@
 """What the study of mergeability says and shows."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,7 +9,7 @@ from basin_lens import tables
 from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.measured_texts import Measured
-from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.mergeability.forced_merges import LATER, Costs, Setting
 from basin_lens.views import Section, forest, layer_curve, quartile_bars, result_curve, scatter, token_view
 
@@ -231,9 +230,10 @@ def _costs_by_layer(drawn: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _compared(row: Any) -> str:
+def _compared(row: Row) -> str:
     reading = "not told apart" if not row.p_corrected <= ALPHA else "less" if row.estimate < 0 else "more"
-    return f"{row.policy} ({row.merged_share:.0%} merged) {row.estimate:+.4f} nats/token ({row.low:+.4f} to {row.high:+.4f}): {reading}"
+    interval = f"({row.low:+.4f} to {row.high:+.4f})"
+    return f"{row.policy} ({row.merged_share:.0%} merged) {row.estimate:+.4f} nats/token {interval}: {reading}"
 
 
 def not_tested(measured: Measured, setting: Setting) -> tuple[str, ...]:
