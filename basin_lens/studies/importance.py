@@ -26,6 +26,7 @@ from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Pre
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measured in the pass that reads the texts, its gradients, and, for erasure, passes of its own.
@@ -59,6 +60,8 @@ MEASURES = (
 TRUTH = "erasure"
 WITHOUT_SURPRISAL = tuple(name for name in stats.CONTROLS if name != "surprisal")
 FEWEST_SCORED = 6  # erasure is known at 16 positions of a sequence, and six controls take their share
+
+_FINDING = "compression goes with"
 
 HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression goes with the token's importance (either "
@@ -120,7 +123,7 @@ def _analysis(task: Task) -> Analysis:
     task.step("partial correlations")
     return Analysis(
         table=table,
-        tests=[DeclaredTest(f"compression goes with {other}", other, _test(other, measured)) for other in (TRUTH, best)],
+        tests=[DeclaredTest(f"{_FINDING} {other}", other, _test(other, measured)) for other in (TRUTH, best)],
         token_level=[Check(other, list(SCORES), (other,)) for other in (TRUTH, best)],
         red_flags=[Check(other, "compression", (other,), {"frequency": measured.frequency}) for other in (TRUTH, best)],
         contrast=[*SCORES, TRUTH, *there],
@@ -337,14 +340,7 @@ def _remarks(ranking: pd.DataFrame, partials: pd.DataFrame, best: str) -> list[s
 
 
 def _not_tested(measured: Measured, unranked: list[str]) -> tuple[str, ...]:
-    said = [
-        "Whether compression causes importance or the reverse: nothing here intervenes on compression.",
-        "Importance for anything but the loss of later tokens of the same text (erasure, gradients) or the last token's logit.",
-        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more "
-        "than 16 positions per sequence.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-        "Token frequency outside of these texts: log frequency is counted on them.",
-    ]
+    said = SPEC.said(layers=layers_said(measured))
     if unranked:
         said.append(f"Not measured here: {', '.join(unranked)}.")
     few = measured.settings["integrated_gradients_sequences"]
@@ -360,6 +356,16 @@ SPEC = StudySpec(
     title="Does compression go with token importance?",
     question="Does compression go with token importance, beyond frequency, position, norm, density and surprisal?",
     hypothesis=HYPOTHESIS,
+    tests=(f"{_FINDING} {TRUTH}", f"{_FINDING} the cheaper measure of importance that agrees best with {TRUTH}"),
+    nulls=("no correlation within sequences at fixed controls: signs of whole documents are flipped",),
+    not_tested=(
+        "Whether compression causes importance or the reverse: nothing here intervenes on compression.",
+        "Importance for anything but the loss of later tokens of the same text (erasure, gradients) or the last token's logit.",
+        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more "
+        "than 16 positions per sequence.",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+        "Token frequency outside of these texts: log frequency is counted on them.",
+    ),
     if_yes="Compression goes with token importance beyond frequency, position, norm, density and surprisal.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance "
     "here.",

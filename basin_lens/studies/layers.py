@@ -29,6 +29,7 @@ from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Pre
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import unit_keys
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -171,7 +172,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         sections=[*_curve_sections(analysis, figures), *_agreement_sections(task.measured, analysis, figures, layer)],
         figures=figures,
         remarks=_remarks(results, analysis),
-        not_tested=_not_tested(task.measured),
+        not_tested=SPEC.said(layers=layers_said(task.measured)),
     )
 
 
@@ -268,20 +269,22 @@ def _remarks(results: Results, analysis: Analysis) -> list[str]:
     return told
 
 
-def _not_tested(measured: Measured) -> tuple[str, ...]:
-    return (
-        "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
-        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
-        "study robustness has the twin).",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-    )
-
-
 SPEC = StudySpec(
     name="layers",
     title="How does compression move over depth?",
     question="How do scores move over depth, and where do they beat their controls?",
     hypothesis=HYPOTHESIS,
+    tests=_FINDINGS,
+    nulls=(
+        f"random points in place of the nearest neighbors ({CONTROLS[0]})",
+        f"the neighbors of another token whose neighborhood is just as tight ({CONTROLS[1]})",
+    ),
+    not_tested=(
+        "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
+        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
+        "study robustness has the twin).",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+    ),
     if_yes="Nearest neighbors are compressed more than the controls at some layer.",
     if_no="Nearest neighbors are not compressed more than the controls here.",
     analyzers=_analyzers,

@@ -32,6 +32,7 @@ from basin_lens.studies.framework.spec import (
 )
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
 from basin_lens.studies.neighbor_composition import SYNTAX_FINDING, SYNTAX_FIRST, neighbor_shares, syntax_first
 from basin_lens.texts import Passage, words_of
@@ -50,6 +51,8 @@ HYPOTHESIS = (
 
 _PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
 _PLURALS = {"kind": ("function words", "content words"), "noun_verb": ("nouns", "verbs")}
+_DIFFERENCES = {name: f"{first} differ from {second}" for name, (first, second) in _PLURALS.items()}
+_BY_TAG = "parts of speech differ over texts and words"
 _PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
 _CONTROL_SETS = (("none", ()), ("standard", stats.CONTROLS))
 TAGGERS = ("auto", "gold", "nltk", "spacy")
@@ -250,7 +253,7 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
     shared = task.unit_and_seed
     tests = [
         DeclaredTest(
-            f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}",
+            _DIFFERENCES[column],
             " - ".join(sides),
             partial(
                 stats.compare_groups,
@@ -265,7 +268,7 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
         for column, sides in _PAIRS
     ]
     by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
-    tests.append(DeclaredTest("parts of speech differ over texts and words", "tag", by_tag))
+    tests.append(DeclaredTest(_BY_TAG, "tag", by_tag))
     if shares is not None:
         held = shares
         tests.append(
@@ -403,12 +406,7 @@ def _remarks(groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
 
 
 def _not_tested(measured: Measured, sentiment: str | None, shares: bool) -> tuple[str, ...]:
-    said = [
-        "Finer tags than the universal ones: auxiliaries are verbs here, proper names are nouns.",
-        "Other languages, and taggers other than the one named above.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-        "Word frequency outside of these texts: log frequency is counted on them.",
-    ]
+    said = SPEC.said(layers=layers_said(measured))
     if sentiment is None:
         said.append("Sentiment: no labelled sentences were given.")
     if not shares:
@@ -421,6 +419,18 @@ SPEC = StudySpec(
     title="Does compression differ between parts of speech?",
     question="Does compression differ between parts of speech? Who are the neighbors, by layer?",
     hypothesis=HYPOTHESIS,
+    tests=(*_DIFFERENCES.values(), _BY_TAG, f"{SYNTAX_FINDING} (in the family, not in the verdict)"),
+    nulls=(
+        "no difference between the two kinds of words: whole documents are flipped or permuted",
+        "no difference between tags over texts and words at once (min F'); beside it, tags permuted within texts and over words",
+        "the share of such neighbors that chance gives among all tokens that may be a token's neighbors",
+    ),
+    not_tested=(
+        "Finer tags than the universal ones: auxiliaries are verbs here, proper names are nouns.",
+        "Other languages, and taggers other than the one named above.",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+        "Word frequency outside of these texts: log frequency is counted on them.",
+    ),
     if_yes="Compression differs between parts of speech beyond frequency, position, norm, density and surprisal.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these "
     "parts of speech here.",

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from basin_lens import stats
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.declared_tests import ALPHA, FINDING, decide, p_floor, within_reach
+from basin_lens.studies.framework.runner import make_study
+from basin_lens.studies.framework.spec import Declaration, Presentation, Results
 from basin_lens.studies.framework.storage import read_results
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
@@ -22,6 +24,15 @@ from basin_lens.views.marks import plain
 HYPOTHESIS = (
     "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), "
     "which is stricter than each study's own."
+)
+SPEC = Declaration(
+    name="summary",
+    title="What the studies found",
+    question="What do the studies say together, their tests as one family?",
+    hypothesis=HYPOTHESIS,
+    tests=("every declared test of every study given, corrected over all of them (Holm)",),
+    nulls=("those of each study",),
+    not_tested=("What each study did not test: its own list, named by the study.",),
 )
 _SHOWN = (
     "study",
@@ -81,20 +92,14 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
     about = pd.DataFrame([_overview(one) for one in held])
     sections, figures = _sections(findings, about)
     flags = _flags(held)
-    return Study(
-        name="summary",
-        title="What the studies found",
-        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
-        hypothesis=HYPOTHESIS,
-        decision=decide(findings, flags),
-        verdict=tuple(_verdict(findings, about)),
-        findings=findings,
-        flags=flags,
-        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
-        sections=tuple(sections),
-        tables={"studies": about},
-        figures=figures,
+    not_tested = [f"{one['study']}: {line}" for one in held for line in one["not_tested"]]
+    return make_study(
+        SPEC,
+        Results(findings, flags, decide(findings, flags)),
+        Presentation(sections, figures, not_tested, tables={"studies": about}, verdict=_verdict(findings, about)),
+        about=[f"{one['study']}: {' '.join(one['about'])}" for one in held],
         provenance={one["study"]: one["provenance"] for one in held},
+        tokens=None,
     )
 
 

@@ -29,6 +29,11 @@ def about_measured(measured: Measured) -> list[str]:
     return sentences
 
 
+def layers_said(measured: Measured) -> str:
+    """The layers measured, as a list in a sentence."""
+    return ", ".join(map(str, measured.layers))
+
+
 def opening(decision: Decision, yes: str, no: str) -> str:
     """The first sentence of a verdict."""
     if decision == "undecided":

@@ -23,7 +23,7 @@ from basin_lens.studies.memorization.experiment import PRESETS, Plan, Planted, a
 from basin_lens.studies.memorization.extraction import Recited, prepare, recite
 from basin_lens.studies.memorization.report import sections_of, verdict_of
 from basin_lens.studies.memorization.single_author import author_passages, copies_said, guide_contrast, unrelated_passages
-from basin_lens.studies.memorization.tests import Tested, examine
+from basin_lens.studies.memorization.tests import QUESTIONS, Tested, examine
 from basin_lens.texts import Passage, read_by_document, read_passages
 from basin_lens.values import whole_numbers
 
@@ -266,20 +266,11 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
 
 
 def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
-    return (
-        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 "
-        "is exploratory).",
-        f"Other training: one recipe ({plan.recipe.learning_rate:g}, {plan.recipe.batch_size} texts a step), one seed "
-        f"({plan.seed}) of texts, coins and order; "
-        "run again with other seeds before citing.",
-        "True positives at 1 % false positives with fewer than 100 texts held out: no threshold could be placed.",
-        f"Memorization without verbatim repetition; texts longer than {plan.length} tokens.",
-        *(
-            ("The model's own sampled continuations as fluent texts (--sampled).",)
-            if design == "canaries" and not plan.sampled
-            else ()
-        ),
-    )
+    recipe = plan.recipe
+    said = SPEC.said(rate=f"{recipe.learning_rate:g}", batch=recipe.batch_size, seed=plan.seed, length=plan.length)
+    if design == "canaries" and not plan.sampled:
+        said.append("The model's own sampled continuations as fluent texts (--sampled).")
+    return tuple(said)
 
 
 def _gigabytes(model: HookedModel) -> float:
@@ -295,6 +286,21 @@ SPEC = ExperimentSpec(
     title="Does the geometry see what the model has memorized?",
     question="Does compression see what a model was made to memorize, beyond its loss? Trains a copy of the model.",
     hypothesis=HYPOTHESIS,
+    tests=tuple(QUESTIONS.values()),
+    nulls=(
+        "texts of the same kinds that a coin held out",
+        "random weights; a model tuned on other texts; the model before training",
+        "labels permuted within the pairs",
+        "a classifier that reads the text alone",
+    ),
+    not_tested=(
+        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 "
+        "is exploratory).",
+        "Other training: one recipe ({rate}, {batch} texts a step), one seed ({seed}) of texts, coins and order; run again with "
+        "other seeds before citing.",
+        "True positives at 1 % false positives with fewer than 100 texts held out: no threshold could be placed.",
+        "Memorization without verbatim repetition; texts longer than {length} tokens.",
+    ),
     options=MemorizationOptions,
     prepare=_prepare,
 )

@@ -31,6 +31,7 @@ from basin_lens.studies.framework.spec import (
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.studies.mergeability.forced_merges import (
     CHOICES,
     LATER,
@@ -48,10 +49,10 @@ from basin_lens.studies.mergeability.report import (
     COST,
     EXCESS,
     HYPOTHESIS,
+    NOT_TESTED,
     SCORES,
     SIMILARITY,
     about_merges,
-    not_tested,
     remarks_of,
     sections_of,
 )
@@ -62,6 +63,10 @@ CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.C
 # Six or seven controls take their share of a sequence's tokens; red flags need 16.
 FEWEST_PLACES = 16
 FEWEST_SCORED = 6
+COST_FINDINGS = (
+    "compression goes with the cost of merging the token",
+    "it does so beyond the similarity to the token it is merged into",
+)
 POLICY_FINDING = "merging the most compressed tokens costs less than merging any"
 QUARTERS = ("compression", SIMILARITY, "surprisal", "radius")
 UNITS = {COST: "nats", CHANGE: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
@@ -245,16 +250,12 @@ def _analysis(task: Task) -> Analysis:
     task.step("partial correlations")
     found = _correlations(drawn, measured)
     policies, policy_test = _policies(losses, measured, whole)
-    findings = (
-        "compression goes with the cost of merging the token",
-        "it does so beyond the similarity to the token it is merged into",
-    )
     return Analysis(
         table=drawn,
         tests=[
             *(
                 DeclaredTest(finding, COST, partial(_against_cost, controls=controls, measured=measured))
-                for controls, finding in zip(CONTROL_SETS.values(), findings, strict=True)
+                for controls, finding in zip(CONTROL_SETS.values(), COST_FINDINGS, strict=True)
             ),
             DeclaredTest(POLICY_FINDING, "policy", lambda _: policy_test, over_layers=True, unit="nats/token"),
         ],
@@ -294,7 +295,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         figures=figures,
         tables={"quartiles": quartiles},
         remarks=remarks_of(found, drawn, details.policies),
-        not_tested=not_tested(measured, setting),
+        not_tested=SPEC.said(layers=layers_said(measured), window=setting.window),
         about=about_merges(drawn, setting, details.costs, details.losses),
         facts={"mergeability": facts},
     )
@@ -406,6 +407,13 @@ SPEC = StudySpec(
     title="Does geometry predict which tokens a language model can merge?",
     question="Does geometry predict which tokens the model can merge? Slow.",
     hypothesis=HYPOTHESIS,
+    tests=(*COST_FINDINGS, POLICY_FINDING),
+    nulls=(
+        "no correlation within sequences at fixed controls: signs of whole documents are flipped",
+        "as many tokens merged, chosen at random (random choice)",
+        "as many tokens, each merged into any earlier cluster (random)",
+    ),
+    not_tested=NOT_TESTED,
     if_yes="Compression goes with what it costs to merge a token, beyond frequency, position, norm, density, surprisal and "
     "similarity, and choosing by it costs less than chance.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about what it costs to "

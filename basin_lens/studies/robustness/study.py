@@ -48,6 +48,11 @@ from basin_lens.studies.robustness.variants import (
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
+RANDOM, SURPRISAL = "differs from random neighbors", "goes with surprisal"
+_KINDS_OF_WORDS = {
+    "function words differ from content words": ("function-content", FUNCTION, CONTENT),
+    "nouns differ from verbs": ("noun-verb", ("NOUN",), ("VERB",)),
+}
 
 HYPOTHESIS = (
     "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
@@ -257,15 +262,12 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
         )
 
     answer = [
-        Finding("differs from random neighbors", "random", above, "random"),
-        Finding("goes with surprisal", "surprisal", goes_with("surprisal"), "surprisal"),
+        Finding(RANDOM, "random", above, "random"),
+        Finding(SURPRISAL, "surprisal", goes_with("surprisal"), "surprisal"),
         *(Finding(f"goes with {name}", name, goes_with(name), "importance") for name in importance),
     ]
     if tagged:
-        for name, question, first, second in (
-            ("function words differ from content words", "function-content", FUNCTION, CONTENT),
-            ("nouns differ from verbs", "noun-verb", ("NOUN",), ("VERB",)),
-        ):
+        for name, (question, first, second) in _KINDS_OF_WORDS.items():
             test = partial(words_of_kinds, first=first, second=second)
             answer.append(Finding(name, question, test, "words"))
     if measured.contrast is not None:
@@ -347,11 +349,7 @@ def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame)
     return [
         *untested,
         *untestable(survival),
-        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
-        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
-        "Each finding at other layers than its own, and in more than one sequence of a document.",
-        "Settings in combination: each setting that counts was changed alone.",
-        f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
+        *SPEC.said(max_length=measured.settings["max_length"]),
     ]
 
 
@@ -360,6 +358,21 @@ SPEC = StudySpec(
     title="Which findings survive other settings?",
     question="Which findings survive other settings, and a model that has learned nothing?",
     hypothesis=HYPOTHESIS,
+    tests=(
+        RANDOM,
+        SURPRISAL,
+        "goes with each measure of importance asked for",
+        *_KINDS_OF_WORDS,
+        "the contrast, if one was asked for",
+    ),
+    nulls=(f"a {TWIN}, which has learned nothing", "random points in place of the nearest neighbors"),
+    not_tested=(
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
+        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
+        "Each finding at other layers than its own, and in more than one sequence of a document.",
+        "Settings in combination: each setting that counts was changed alone.",
+        "Other lengths than {max_length} tokens, and other texts.",
+    ),
     options=RobustnessOptions,
     analyzers=_analyzers,
     analysis=_analysis,
