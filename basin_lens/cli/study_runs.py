@@ -11,6 +11,7 @@ from rich.console import Console
 
 from basin_lens import files as writing
 from basin_lens import studies
+from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
 from basin_lens.cli import options as shared
 from basin_lens.cli import study_words
@@ -20,8 +21,9 @@ from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
 from basin_lens.studies.framework.registry import specs_of_texts
 from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, StudySpec
-from basin_lens.studies.framework.storage import read_results, refuse_folder
+from basin_lens.studies.framework.storage import refuse_folder
 from basin_lens.studies.framework.study import Study
+from basin_lens.studies.summary import read_studies
 from basin_lens.texts import Passage
 from basin_lens.transport import Context
 
@@ -38,6 +40,7 @@ class _Asked:
     context: Context
     bank: Literal["reference"] | None
     contrast: Contrast | None
+    analyzers: Sequence[Analyzer]
 
 
 def run_studies(
@@ -55,8 +58,9 @@ def run_studies(
         refuse_folder(place, name, texts.files or [], heal=not dry_run)
     if dry_run:
         asked = _asked(own, texts, how)
-        headline = headline_of(texts.k, asked.context, how.exclude)
-        columns = [column.name for one in analyzers_of(asked.specs, headline) for column in one.columns]
+        columns = [column.name for one in asked.analyzers for column in one.columns]
+        if any(spec.integrated_gradients for spec in asked.specs):
+            columns.append("integrated_gradients (of some sequences)")
         _echo(study_words.would_run(asked.specs, asked.passages, texts, how, columns, places))
         return
     with ExitStack() as held:
@@ -94,8 +98,8 @@ def run_studies(
 
 
 def _locked(places: Mapping[str, Path]) -> list[Path]:
-    """Folders that nobody else may write to: of `all`, the one that holds those of the studies."""
-    return [places["summary"].parent] if "summary" in places else list(places.values())
+    """Folders that nobody else may write to: those of the studies and, of `all`, the one that holds them."""
+    return [*([places["summary"].parent] if "summary" in places else []), *places.values()]
 
 
 def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -> _Asked:
@@ -104,11 +108,14 @@ def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -
     contrast, bank = _contrast(how.contrast), shared.bank_of(how.bank)
     layers: list[int] | Literal["all"] | None = "all" if how.layers == "all" else shared.layers_of(how.layers)
     passages = texts.passages()
-    refuse_scoring(passages, context=how.context, unit=how.unit)
+    refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
     for spec in specs:
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none
-    return _Asked(specs, passages, layers, context, bank, contrast)
+    analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude))
+    for one in analyzers:
+        one.check()
+    return _Asked(specs, passages, layers, context, bank, contrast, analyzers)
 
 
 def run_experiment(spec: ExperimentSpec, own: object, texts: TextOptions, run: RunOptions) -> None:
@@ -134,7 +141,7 @@ def run_summary(folders: Sequence[Path], run: RunOptions) -> None:
     """Put studies that were run side by side."""
     refuse_folder(run.out, "summary", folders, heal=not run.dry_run)
     if run.dry_run:
-        _echo(study_words.would_summarize([read_results(folder) for folder in folders], run.out))
+        _echo(study_words.would_summarize(read_studies(folders), run.out))
         return
     with writing.lock_folder(run.out):
         say(studies.summarize(list(folders)), run.out)

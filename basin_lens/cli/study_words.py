@@ -75,7 +75,12 @@ def _said(label: str, lines: Sequence[str]) -> Iterator[str]:
     for number, line in enumerate(lines or ["none"]):
         head, bullet = ("" if number else label), ("- " if len(lines) > 1 else "")
         yield textwrap.fill(
-            bullet + line, _WIDTH, initial_indent=f"{head:<{_LABEL}}", subsequent_indent=" " * (_LABEL + len(bullet))
+            bullet + line,
+            _WIDTH,
+            initial_indent=f"{head:<{_LABEL}}",
+            subsequent_indent=" " * (_LABEL + len(bullet)),
+            break_on_hyphens=False,
+            break_long_words=False,
         )
 
 
@@ -97,7 +102,7 @@ def would_run(
     yield from _said("sequences", [f"{most} of at most {how.max_length} tokens; seed {texts.seed}"])
     yield from _said("layers", [how.layers or "ten, evenly spaced over the model (all if it has no more)"])
     source = "the texts themselves" if how.bank is None else "the built-in passages"
-    yield from _said("neighbors", [f"k = {texts.k}, context {how.context}, from {source}, never of the same {how.exclude}"])
+    yield from _said("neighbors", [f"k = {texts.k}, context {how.context}, from {source}; left out: the same {how.exclude}"])
     yield from _said("unit", [how.unit])
     yield from _said("contrast", [how.contrast or "none"])
     yield from _said("analyzers", [f"{len(columns)} columns: {', '.join(columns)}"])

@@ -82,12 +82,7 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
         ...
         basin_lens.errors.StudyError: expected at least one study, got none. Run one first.
     """
-    if not studies:
-        raise StudyError("expected at least one study, got none. Run one first.")
-    held = [study.as_json() if isinstance(study, Study) else read_results(Path(study)) for study in studies]
-    names = [one["study"] for one in held]
-    if len(set(names)) < len(names) or "summary" in names:
-        raise StudyError(f"expected different studies, and no summary among them, got {names}.")
+    held = read_studies(studies)
     findings = _one_family(held)
     about = pd.DataFrame([_overview(one) for one in held])
     sections, figures = _sections(findings, about)
@@ -101,6 +96,21 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
         provenance={one["study"]: one["provenance"] for one in held},
         tokens=None,
     )
+
+
+def read_studies(studies: Sequence[Study | str | os.PathLike[str]]) -> list[Facts]:
+    """What each study found, as its folder has it.
+
+    Raises:
+        StudyError: none, a study twice, or a summary. StoreError: a folder without a study's results.
+    """
+    if not studies:
+        raise StudyError("expected at least one study, got none. Run one first.")
+    held = [study.as_json() if isinstance(study, Study) else read_results(Path(study)) for study in studies]
+    names = [one["study"] for one in held]
+    if len(set(names)) < len(names) or "summary" in names:
+        raise StudyError(f"expected different studies, and no summary among them, got {names}.")
+    return held
 
 
 def _one_family(held: Sequence[Facts]) -> pd.DataFrame:

@@ -86,9 +86,7 @@ def measure(
         [5]
     """
     specs = specs_of_texts(*studies)
-    refuse_scoring([], context=context)
-    if exclude == "nothing":
-        raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
+    refuse_scoring([], context=context, exclude=exclude)
     planned = data if isinstance(data, Capture) else Capture.plan(model, data, layers=_layers(model, layers), max_length=max_length)
     count = Counter(planned.row_token.tolist())
     frequency = {token: times / planned.n_rows for token, times in count.items()}
@@ -127,14 +125,16 @@ def measure(
     return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies))
 
 
-def refuse_scoring(passages: Sequence[Passage], *, context: str, unit: str = "document") -> None:
+def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = "sequence", unit: str = "document") -> None:
     """Refuse what can be refused before a model is loaded.
 
     Raises:
-        StudyError: an unknown context, or a unit that no passage has as a label.
+        StudyError: an unknown context, an exclude that no study has, or a unit that no passage has as a label.
     """
     if context not in CONTEXTS:
         raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
+    if exclude == "nothing":
+        raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
     known = sorted({name for passage in passages for name in passage.labels})
     if unit not in ("document", "sequence", *known):
         raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
