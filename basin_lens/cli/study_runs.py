@@ -16,6 +16,7 @@ from basin_lens.capture import Capture
 from basin_lens.cli import options as shared
 from basin_lens.cli import study_words
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
+from basin_lens.scoring import Request
 from basin_lens.studies.framework import runner
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
@@ -113,8 +114,7 @@ def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none
     analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude))
-    for one in analyzers:
-        one.check()
+    Request(analyzers, seed=texts.seed)  # refuses what analyzers and a seed cannot be
     return _Asked(specs, passages, layers, context, bank, contrast, analyzers)
 
 

@@ -16,8 +16,8 @@ TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the fi
 def corrected(settings: pd.DataFrame) -> pd.DataFrame:
     """Holm over the settings of each finding, the twin and another score in families of their own.
 
-    `survives`: whether sign and significance stay; NA where that was not tested, or where so few units are left that no data of them
-    could have had a p of at most 0.05.
+    `survives`: whether sign and significance stay; NA where that was not tested, or where so few units are left that no data of
+    them could have had a p of at most 0.05.
     """
     parts = []
     for _, mine in settings.groupby("finding", sort=False):
