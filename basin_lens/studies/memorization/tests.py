@@ -222,7 +222,7 @@ def _added(planted: Planted) -> pd.DataFrame:
 
 
 def _detection(planted: Planted, shared: UnitAndSeed) -> pd.DataFrame:
-    """AUROC and TPR of every baseline and score over all texts, less those of the loss; and of scores, the layer chosen on others."""
+    """AUROC and TPR of every baseline and score over all texts, less those of the loss; and with layers chosen on other texts."""
     scores = [*SCORES, *CHANGES]
     versus = "log_likelihood"
     own = stats.detect(planted.texts, [*BASELINES, "matched"], "member", versus=versus, correction="none", **shared)
