@@ -108,7 +108,7 @@ def read_texts(files: list[Path], dataset: str | None, config: str | None, split
         raise typer.BadParameter("expected --dataset with --split or --config, got none; files have no splits. Leave them out.")
     if files:
         return read_passages(files)
-    name = dataset or "built-in"
+    name = "built-in" if dataset is None else dataset
     # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over
     # them.
     whole = name == "built-in" or name.startswith("nltk:")
@@ -140,8 +140,11 @@ def named_layers(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        found += range(int(first), int(last or first) + 1)
+        first, dash, last = part.strip().partition("-")
+        some = range(int(first), int(last if dash else first) + 1)
+        if not some:
+            raise ValueError(f"no layer from {first} to {last}")
+        found += some
     return found
 
 

@@ -18,7 +18,7 @@ from basin_lens.cli import study_words
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
 from basin_lens.scoring import Request
 from basin_lens.studies.framework import runner
-from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.contrast import Contrast, refuse_label
 from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
 from basin_lens.studies.framework.registry import specs_of_texts
 from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, StudySpec
@@ -110,6 +110,8 @@ def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -
     layers: list[int] | Literal["all"] | None = "all" if how.layers == "all" else shared.layers_of(how.layers)
     passages = texts.passages()
     refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
+    if contrast is not None:
+        refuse_label(passages, contrast)
     for spec in specs:
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none

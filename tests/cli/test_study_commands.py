@@ -26,6 +26,7 @@ def _no_model(monkeypatch, tmp_path):
 def texts(tmp_path) -> str:
     rows = [{"text": text, "doc": f"d{n}", "kind": "ab"[n % 2]} for n, text in enumerate(TEXTS)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "few.jsonl").write_text("\n".join(json.dumps(row | {"doc": "one"}) for row in rows), encoding="utf-8")
     return "texts.jsonl"
 
 
@@ -140,6 +141,11 @@ def test_dry_run_of_the_summary_reads_the_studies(capsys):
         (["layers", "{texts}", "--unit", "nonsense"], "expected unit"),
         (["layers", "{texts}", "--bank", "nonsense"], "expected --bank reference"),
         (["layers", "{texts}", "--contrast", "IO,S"], "span:IO,S"),
+        (["layers", "{texts}", "--contrast", "topic:a,b"], "expected a label of the texts or span as contrast, got 'topic'"),
+        (["layers", "{texts}", "--exclude", "topic"], "got 'topic'; labels: ['kind']"),
+        (["layers", "{texts}", "--exclude", "nothing"], "for SeedCompression"),
+        (["layers", "{texts}", "--seed", "-1"], "expected seed of at least 0"),
+        (["layers", "few.jsonl"], "expected at least 6 units (document), got 1"),
         (["layers", "{texts}", "--k", "1"], "expected k"),
         (["linguistic", "{texts}", "--tagger", "nonsense"], "expected a tagger"),
         (["mergeability", "{texts}", "--window", "0"], "window of at least 1"),

@@ -92,6 +92,7 @@ REFUSED = {
     "batch in a demo": (["demo", "--batch-size", "0"], "expected --batch-size from 1 to 4096, got 0"),
     "unknown bank": (["analyze", TEXT, "--bank", "nonsense"], "expected --bank reference, got 'nonsense'. Leave it out"),
     "layers to analyze": (["analyze", TEXT, "--layers", "0-"], "expected layers such as"),
+    "layers that run down": (["analyze", TEXT, "--layers", "9-0"], "expected layers such as 0,5,10 or 0-9, got '9-0'"),
 }
 
 

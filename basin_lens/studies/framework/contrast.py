@@ -1,5 +1,6 @@
 """Two kinds of tokens or texts to be compared in every study."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from basin_lens import tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.scoring.token_rows import row_facts
+from basin_lens.texts import Passage
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ def _spellings(found: object, _side: str) -> set[str]:
     if found is None or (isinstance(found, float) and np.isnan(found)):
         return set()
     return {str(found)} | ({str(int(found))} if isinstance(found, float) and found.is_integer() else set())
+
+
+def refuse_label(passages: Sequence[Passage], contrast: Contrast) -> None:
+    """Before a model is loaded: what is contrasted must be a label of the texts, or spans."""
+    known = sorted({name for passage in passages for name in passage.labels})
+    if contrast.by not in ("span", *known):
+        raise StudyError(f"expected a label of the texts or span as contrast, got {contrast.by!r}; labels: {known}.")
 
 
 def refuse_contrast(capture: Capture, contrast: Contrast) -> None:

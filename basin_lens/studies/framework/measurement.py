@@ -129,15 +129,25 @@ def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = 
     """Refuse what can be refused before a model is loaded.
 
     Raises:
-        StudyError: an unknown context, an exclude that no study has, or a unit that no passage has as a label.
+        StudyError: an unknown context, an exclude or a unit that no passage has as a label, or too few documents as units.
     """
     if context not in CONTEXTS:
         raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
     if exclude == "nothing":
         raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
     known = sorted({name for passage in passages for name in passage.labels})
+    if passages and exclude not in ("self", "sequence", "document", *known):
+        raise StudyError(
+            f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: {known}.'
+        )
     if unit not in ("document", "sequence", *known):
         raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
+    documents = len({index if one.doc is None else one.doc for index, one in enumerate(passages)})
+    if passages and unit == "document" and documents < FEWEST_UNITS:
+        raise StudyError(
+            f"expected at least {FEWEST_UNITS} units (document), got {documents}: tokens of one text are not independent. Add texts, "
+            "or give each its own document."
+        )
 
 
 def ready(
