@@ -8,16 +8,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from basin_lens import files as writing
+from basin_lens.cli.options import Model
 from basin_lens.errors import CodecError, StoreError
+from basin_lens.model import HookedModel
+
+if TYPE_CHECKING:  # long to load: help does not wait for it
+    import pandas
 
 _SUFFIX = ".blz"
 
-Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
 OutFile = Annotated[str | None, typer.Option("--out", help="Where to write; - for the output stream.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output file that is there.")]
 
@@ -46,8 +50,8 @@ def compress(
 ) -> None:
     """Compress a file with the model's predictions, without loss: FILE.blz. Text gets small; other files are stored by zstd.
 
-    The file can be read again only with the same model, on the same kind of processor, with the same versions of torch and the others.
-    The model is not counted in its size. A book takes hours: about 100 tokens per second on two cores.
+    The file can be read again only with the same model, on the same kind of processor, with the same versions of torch and the
+    others. The model is not counted in its size. A book takes hours: about 100 tokens per second on two cores.
 
     Examples: basin-lens compress book.txt
               basin-lens compress book.txt --method ranks --backend huffman --out ranks.blz
@@ -106,21 +110,34 @@ def codec_info(
 
     blob = _read(file)
     found = read(blob)
-    lines: dict[str, Any] = {
-        "method": found.method, "back end": found.backend, "original": f"{found.length} bytes", "file": f"{len(blob)} bytes",
-        "header": f"{len(found.header())} bytes", "chunks": len(found.chunks), "SHA-256": found.sha256.hex(),
-    }  # fmt: skip
+    lines: dict[str, object] = {
+        "method": found.method,
+        "back end": found.backend,
+        "original": f"{found.length} bytes",
+        "file": f"{len(blob)} bytes",
+        "header": f"{len(found.header())} bytes",
+        "chunks": len(found.chunks),
+        "SHA-256": found.sha256.hex(),
+    }
     if found.length:
         lines["bits per byte"] = f"{8 * len(blob) / found.length:.3f}"
     if found.setting is None:
         lines["why no model"] = found.why
     else:
-        s = found.setting
+        setting = found.setting
         lines |= {
-            "tokens": s.tokens, "streams": s.streams, "window": s.window, "windows a chunk": s.windows, "threads": s.threads, "dtype": s.dtype,
-            "start token": s.start,
-            "model": s.model.hex(), "tokenizer": s.tokenizer.hex(), "probe": s.probe.hex(), "environment": s.environment,
-        }  # fmt: skip
+            "tokens": setting.tokens,
+            "streams": setting.streams,
+            "window": setting.window,
+            "windows a chunk": setting.windows,
+            "threads": setting.threads,
+            "dtype": setting.dtype,
+            "start token": setting.start,
+            "model": setting.model.hex(),
+            "tokenizer": setting.tokenizer.hex(),
+            "probe": setting.probe.hex(),
+            "environment": setting.environment,
+        }
     for name, value in lines.items():
         typer.echo(f"{name:<16} {value}")
 
@@ -137,8 +154,8 @@ def codec_bench(
 ) -> None:
     """Every back end beside gzip, bzip2, xz, zstd, brotli and PPMd: a table, a CSV file and a figure (of all files together).
 
-    Each file is read by each model four times. The weights are not counted; famous text was probably seen in training. A file that cannot
-    be measured is named and left out; the exit code is then 1.
+    Each file is read by each model four times. The weights are not counted; famous text was probably seen in training. A file that
+    cannot be measured is named and left out; the exit code is then 1.
 
     Examples: basin-lens codec-bench chapter.txt --out bench/
               basin-lens codec-bench chapter.txt --model smollm2-135m --model EleutherAI/pythia-160m
@@ -176,13 +193,13 @@ def codec_bench(
         raise CodecError(f"expected files that can be measured, got {len(refused)} of {len(files)} left out: {'; '.join(refused)}")
 
 
-def _benches(files: list[str], names: list[str], streams: int, context: int) -> tuple[list[Any], list[str]]:
+def _benches(files: list[str], names: list[str], streams: int, context: int) -> "tuple[list[pandas.DataFrame], list[str]]":
     """A table for each model and file, and why files are left out: a file is measured by all models or by none."""
     from basin_lens.codec import bench
 
     texts: dict[int, bytes] = {}
     refused: dict[int, str] = {}
-    made: dict[tuple[str, int], Any] = {}
+    made: dict[tuple[str, int], pandas.DataFrame] = {}
 
     def without(index: int, error: Exception) -> None:
         refused[index] = f"{files[index]}: {error}"
@@ -237,17 +254,22 @@ def codec_view(
     shares = zipf(law, vocab)
     total = float(table["bits"].sum())
     facts = {
-        "file": _shown(file), "model": full_name(loaded), "bytes": str(len(data)), "tokens": str(len(table)),
-        "ideal size": f"{total / 8:.0f} bytes, {total / len(data):.3f} bits per byte", "bits per token": f"{total / len(table):.2f}",
-        "first choice right": f"{(ranks == 0).mean():.1%}", "fitted law": f"(rank + 1 + {law[1]:.2f})^-{law[0]:.2f}",
-    }  # fmt: skip
-    page = code_page(table, title=f"What does each token of {_shown(file)} cost?", facts=facts, growth=growth(codec, data, table["bits"].to_numpy()),
-                     zipf=shares / shares.sum())  # fmt: skip
+        "file": _shown(file),
+        "model": full_name(loaded),
+        "bytes": str(len(data)),
+        "tokens": str(len(table)),
+        "ideal size": f"{total / 8:.0f} bytes, {total / len(data):.3f} bits per byte",
+        "bits per token": f"{total / len(table):.2f}",
+        "first choice right": f"{(ranks == 0).mean():.1%}",
+        "fitted law": f"(rank + 1 + {law[1]:.2f})^-{law[0]:.2f}",
+    }
+    sizes, title = growth(codec, data, table["bits"].to_numpy()), f"What does each token of {_shown(file)} cost?"
+    page = code_page(table, title=title, facts=facts, growth=sizes, zipf=shares / shares.sum())
     _write(page.html.encode("utf-8"), target, force, file)
     _say(f"{out}: {total / len(data):.3f} bits per byte, first choice right {(ranks == 0).mean():.1%}")
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> HookedModel:
     from basin_lens.model import load_model
 
     _say(f"loading {name}")

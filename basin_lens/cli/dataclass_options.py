@@ -1,25 +1,31 @@
-"""Options of a command that are fields of a dataclass: name, type, default and help are those of the field."""
+"""Options of a command that are fields of dataclasses: name, type, default and help are those of the field."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, TypeVar, get_args
+from operator import or_
+from types import NoneType, UnionType
+from typing import Annotated, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from basin_lens.values import takes_whole
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., object])
+Parameters = Sequence[inspect.Parameter]
 
 
 def options_of(
     record: type,
     *,
     without: Collection[str] = (),
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
     flags: Mapping[str, str] | None = None,
-) -> list[inspect.Parameter]:
-    """A keyword parameter for each field that has a text under "help" in its metadata.
+) -> Parameters:
+    """A keyword parameter for each field that the command line offers.
+
+    Those are the fields whose type is an `Annotated` one of typer's, and those that have a text under "help" in their metadata;
+    with "model" there, too, the option is a model's name.
 
     Args:
         record: the dataclass.
@@ -27,36 +33,65 @@ def options_of(
         defaults: where the command's differ from the dataclass's.
         flags: where an option is not named as its field.
     """
-    defaults, flags = defaults or {}, flags or {}
+    hints = get_type_hints(record, include_extras=True)
     found = []
     for one in fields(record):
-        if "help" not in one.metadata or one.name in without:
+        if one.name in without or not (get_origin(hints[one.name]) is Annotated or "help" in one.metadata):
             continue
-        default = defaults.get(one.name, one.default)
+        default = (defaults or {}).get(one.name, one.default if one.default_factory is MISSING else one.default_factory())
         if default is MISSING:
             raise TypeError(f"expected a default of {record.__name__}.{one.name}, got none. Give one, or leave the field out.")
-        option = typer.Option(flags.get(one.name, "--" + one.name.replace("_", "-")), help=one.metadata["help"])
-        kind = inspect.Parameter.KEYWORD_ONLY
-        annotation: Any = Annotated[_type_of(one, default), option]
-        found.append(inspect.Parameter(one.name, kind, default=default, annotation=annotation))
+        flag = (flags or {}).get(one.name, flag_of(one))
+        annotation = hints[one.name] if get_origin(hints[one.name]) is Annotated else _annotated(one, hints, default, flag)
+        found.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return found
 
 
-def _type_of(one: "Field[Any]", default: Any) -> Any:
-    """As the command line reads it: whole numbers as int, None allowed where it is the default."""
-    kinds = [kind for kind in get_args(one.type) or (one.type,) if kind is not type(None)]
-    kind = int if takes_whole(one.type) else kinds[0]
-    return kind | None if default is None else kind
+def flag_of(one: "Field[object]") -> str:
+    """How an option is spelt."""
+    return "--" + one.name.replace("_", "-")
 
 
-def taking(*groups: list[inspect.Parameter]) -> Callable[[Command], Command]:
+def _annotated(one: "Field[object]", hints: Mapping[str, object], default: object, flag: str) -> object:
+    """As the command line reads it: whole numbers as int, models by name, None allowed where it is the default."""
+    hint = str if one.metadata.get("model") else hints[one.name]
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
+    kind = int if takes_whole(kinds[0]) else kinds[0]
+    return Annotated[or_(kind, None) if default is None else kind, typer.Option(flag, help=one.metadata["help"])]
+
+
+def taking(*groups: Parameters) -> Callable[[Command], Command]:
     """A decorator for a command that takes `**options`: the options of the groups stand in its place."""
 
     def decorate(command: Command) -> Command:
-        signature = inspect.signature(command)
-        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        whole = signature.replace(parameters=[*own, *(one for group in groups for one in group)])
-        command.__signature__ = whole  # type: ignore[attr-defined]  # typer reads it
-        return command
+        own = inspect.signature(command).parameters.values()
+        kept = [one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        return _with_parameters(command, [*kept, *(one for group in groups for one in group)])
 
     return decorate
+
+
+def command_of(function: Callable[..., None], *kinds: type, defaults: Mapping[str, object] | None = None) -> Callable[..., None]:
+    """A function that typer makes a command of: its parameters are the fields of dataclasses, see `options_of`.
+
+    A field that stands in several of them is one option and goes to all; the first says its type, default and help.
+
+    Args:
+        function: called with an instance of each dataclass.
+        kinds: the dataclasses.
+        defaults: where the command's differ from theirs.
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for kind in kinds:
+        parameters = {one.name: one for one in options_of(kind, defaults=defaults)} | parameters
+
+    def command(**given: object) -> None:
+        function(*(kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given}) for kind in kinds))
+
+    return _with_parameters(command, list(parameters.values()))
+
+
+def _with_parameters(command: Command, parameters: Parameters) -> Command:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {one.name: one.annotation for one in parameters if one.annotation is not one.empty}
+    return command

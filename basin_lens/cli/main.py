@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -17,6 +17,11 @@ from basin_lens.cli import study as cli_study
 from basin_lens.cli.signals import EndedError, ends_in_order
 from basin_lens.errors import BasinLensError, StoreError
 from basin_lens.model import HookedModel
+from basin_lens.texts import Passage
+from basin_lens.values import Facts
+
+if TYPE_CHECKING:  # long to load: help does not wait for it
+    import pandas
 
 app = typer.Typer(
     name="basin-lens",
@@ -49,10 +54,11 @@ def demo(
     """
     from basin_lens.texts import reference_passages
 
+    chosen, size = shared.layers_of(layers), shared.batch_size_of(batch_size)
     with _prepared(out, []):
         passages = list(reference_passages())
-        how: dict[str, Any] = {"layers": shared.layers_of(layers), "seed": seed, "max_length": 256, "batch_size": batch_size}
-        _run(shared.load(shared.EMBEDDED), passages, out, k=k, **how)
+        model = shared.load(shared.EMBEDDED)
+        _run(model, passages, out, k=k, layers=chosen, bank=None, max_length=256, batch_size=size, seed=seed)
 
 
 @app.command()
@@ -78,10 +84,11 @@ def analyze(
     """
     if not files and dataset is None:
         raise typer.BadParameter("expected files or --dataset, got neither. Name some.")
+    chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
     passages = shared.read_texts(files or [], dataset, config, split, None)
-    how: dict[str, Any] = {"layers": shared.layers_of(layers), "bank": bank, "seed": seed, "max_length": max_length}
     with _prepared(out, files or []):
-        _run(shared.load(model), passages, out, k=k, batch_size=batch_size, **how)
+        loaded = shared.load(model)
+        _run(loaded, passages, out, k=k, layers=chosen, bank=own_bank, max_length=max_length, batch_size=size, seed=seed)
 
 
 @app.command()
@@ -107,7 +114,10 @@ def info() -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 1 for an error that we raise on purpose; 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP."""
+    """Entry point: one line and exit code 1 for an error that we raise on purpose.
+
+    130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
+    """
     try:
         with ends_in_order():
             # An interruption is raised by some versions of typer and answered with 130 by others.
@@ -153,8 +163,19 @@ def _refuse_others(out: Path) -> None:
         raise StoreError(f"expected an empty folder or an earlier run's, got {str(out)!r} with {others[0]!r} in it. Choose --out.")
 
 
-def _run(model: HookedModel, passages: list[Any], out: Path, *, k: int, **options: Any) -> None:
-    """Score the texts and write what came out. `options`: of `analyze`."""
+def _run(
+    model: HookedModel,
+    passages: list[Passage],
+    out: Path,
+    *,
+    k: int,
+    layers: list[int] | None,
+    bank: Literal["reference"] | None,
+    max_length: int,
+    batch_size: int | None,
+    seed: int,
+) -> None:
+    """Score the texts and write what came out. The options are those of `analyze`."""
     from basin_lens import tables
     from basin_lens.analyzers import Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
     from basin_lens.scoring import Request, score
@@ -170,7 +191,8 @@ def _run(model: HookedModel, passages: list[Any], out: Path, *, k: int, **option
         Surprisal(),
         StateNorm(),
     ]
-    run = score(model, passages, Request(analyzers, **options), keep_neighbors_of=headline)
+    request = Request(analyzers, layers=layers, bank=bank, max_length=max_length, batch_size=batch_size, seed=seed)
+    run = score(model, passages, request, keep_neighbors_of=headline)
     summary = tables.layer_summary(run.table)
     facts = next(iter(tables.provenance(run.table).values()))
     report = make_report(run.table, neighbors=run.neighbors, title=f"Where does {facts['model']['name']} compress?")
@@ -181,7 +203,7 @@ def _run(model: HookedModel, passages: list[Any], out: Path, *, k: int, **option
     _print_summary(summary, facts, out)
 
 
-def _print_summary(summary: Any, facts: dict[str, Any], out: Path) -> None:
+def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

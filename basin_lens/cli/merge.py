@@ -1,16 +1,24 @@
 """The command line of token merging: `basin-lens merge train | test | generate`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
 from basin_lens import files as writing
+from basin_lens.cli import options as shared
 from basin_lens.cli.dataclass_options import options_of, taking
 from basin_lens.errors import MergeError
 from basin_lens.merging.options import Options
 from basin_lens.merging.training_options import Training
 from basin_lens.model import HookedModel
+from basin_lens.texts import Passage
+from basin_lens.values import Facts
+
+if TYPE_CHECKING:  # long to load: help does not wait for them
+    import basin_lens.merging.training
+    import basin_lens.merging.windows
 
 app = typer.Typer(
     help="Causal token merging: train where a model may merge, test it beside baselines, write with a compressed cache.",
@@ -24,7 +32,6 @@ _MOST_HELD = 0.4  # of the windows, to set budgets or to watch a training by
 _ROWS_PER_WINDOW = 20
 PRESETS = {"quick": (40, 128, 96, 8, 8, 16), "full": (400, 256, 1000, 24, 24, 64)}
 
-Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
 Data = Annotated[
     list[Path] | None,
     typer.Option("--data", help="Text files; .jsonl, .json, .csv, .tsv, .parquet: each row a text (text, doc); more may follow."),
@@ -41,9 +48,7 @@ Split = Annotated[
     typer.Option("--split", help="Of a data set of the Hub or a local folder; if left out, train to train and test to test."),
 ]
 Preset = Annotated[str, typer.Option("--preset", help="quick (minutes) or full (hours): steps, window length, number of windows.")]
-Layers = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0,5,10 or 0-9; all if left out.")]
 Length = Annotated[int | None, typer.Option("--length", help="Tokens per window; from the preset if left out.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
 # Those of `Training`; the number of steps is the preset's, and one seed is for all.
@@ -59,15 +64,15 @@ def train(
     dataset: Dataset = None,
     config: Config = None,
     split: Split = None,
-    model: Model = "smollm2-135m",
+    model: shared.Model = "smollm2-135m",
     preset: Preset = "quick",
-    layers: Layers = None,
+    layers: shared.Layers = None,
     length: Length = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the merger; an interrupted training goes on from it.")] = Path(
         "merger"
     ),
-    seed: Seed = 0,
-    **options: Any,
+    seed: shared.Seed = 0,
+    **options: object,
 ) -> None:
     """Train thresholds, what moves them, and the projection by the language model's own loss; the base model is frozen.
 
@@ -82,11 +87,11 @@ def train(
     from basin_lens.views import training_curves
 
     n_steps, n_length, n_train, n_held, *_ = _preset(preset)
-    asked = {one.name: options[one.name] for one in _MERGER}
+    asked: dict[str, Any] = {one.name: options[one.name] for one in _MERGER}
     if all(asked[name] is None for name in ("target_rate", "target_bytes", "threshold")):
         asked["target_rate"] = 0.5
     texts = _texts(data, files, dataset, config, split, n_train + n_held, own="train")
-    chosen = {one.name: options[one.name] for one in _TRAINING}
+    chosen: dict[str, Any] = {one.name: options[one.name] for one in _TRAINING}
     if chosen["steps"] is None:
         chosen["steps"] = n_steps
     training = Training(**chosen, seed=seed)
@@ -104,7 +109,7 @@ def train(
         first = own.tokens[: max(4, n_held)].to(device_of(loaded))
         merger.calibrate(loaded, first, surprisal=surprisal_for(merger, loaded, first))
 
-        def also(made: Any) -> None:
+        def also(made: "basin_lens.merging.training.Trained") -> None:
             writing.write_file(out / "training.png", lambda path: training_curves(made.history).savefig(path, dpi=150))
 
         made = train_merger(merger, loaded, own, held, training=training, folder=out, also=also)
@@ -131,10 +136,10 @@ def compare(
     preset: Preset = "quick",
     budgets: Annotated[str, typer.Option("--budgets", help="Shares of the full cache to be left.")] = "0.75,0.5",
     seeds: Annotated[int, typer.Option("--seeds", help="Of random merging.")] = 5,
-    layers: Layers = None,
+    layers: shared.Layers = None,
     length: Length = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for tables, figures and report.")] = Path("merging"),
-    seed: Seed = 0,
+    seed: shared.Seed = 0,
 ) -> None:
     """Set the merger beside all baselines at equal bytes, on texts it has not seen: table, Pareto figure, report.
 
@@ -166,13 +171,11 @@ def compare(
         typer.echo(f"{count} documents to test on are few: every window of {size} tokens counts as one", err=True)
         held_out = held_out.in_pieces()
     chosen = merger.options.layers if merger is not None else tuple(_layers(layers, loaded))
-    options: dict[str, Any] = (
-        {} if merger is None else {"recent": merger.options.recent, "projection": merger.options.projection or 32}
-    )
+    setting = Setting(chosen, shares, seeds=seeds)
+    if merger is not None:
+        setting = replace(setting, recent=merger.options.recent, projection=merger.options.projection or 32)
     history = None if merger is None or "steps" not in known else read_log(run, int(known["steps"]))
-    made = studies.study_merging(
-        loaded, calibration, held_out, Setting(chosen, shares, seeds=seeds, **options), merger=merger, history=history, seed=seed
-    )
+    made = studies.study_merging(loaded, calibration, held_out, setting, merger=merger, history=history, seed=seed)
     made.save(out)
     typer.echo("\n".join(made.verdict))
     typer.echo(f"wrote {out / 'report.html'}")
@@ -189,7 +192,7 @@ def generate(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="smollm2-135m if left out, or RUN's trained base.")] = None,
     past_end: Annotated[bool, typer.Option("--past-end", help="Go on behind the end of the text.")] = False,
-    seed: Seed = 0,
+    seed: shared.Seed = 0,
 ) -> None:
     """Write with a compressed key/value cache, and say how large it is. It stops where the model ends the text.
 
@@ -225,16 +228,24 @@ def generate(
     typer.echo(f"\ncache: {held:,} of {full:,} bytes ({held / full:.2f}), {rows:,} of {whole:,} rows in {len(table)} layers")
 
 
-def _behind(tokenizer: Any, prompt: list[int], written: list[int]) -> str:
+@runtime_checkable
+class _Decodes(Protocol):
+    """What `_behind` asks of a tokenizer."""
+
+    def decode(self, token_ids: list[int], **options: bool) -> object: ...
+
+
+def _behind(tokenizer: _Decodes, prompt: list[int], written: list[int]) -> str:
     """What was written, as it reads behind the prompt: by themselves, tokens lose the space before them, or part of a character."""
     before, whole = (
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (prompt, prompt + written)
+        str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for ids in (prompt, prompt + written)
     )
     # Up to where they differ: a character that the prompt's last token only began is whole now.
     same = next(
         (at for at, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), min(len(before), len(whole))
     )
-    return str(whole)[same:]
+    return whole[same:]
 
 
 def _preset(name: str) -> tuple[int, int, int, int, int, int]:
@@ -259,7 +270,7 @@ def _texts(
     windows: int,
     *,
     own: str,
-) -> list[Any]:
+) -> list[Passage]:
     """Texts from files or a named data set, all of it before a model is loaded; of one that is streamed, enough for so many
     windows.
 
@@ -282,7 +293,9 @@ def _texts(
     return list(read_dataset(dataset, config=config, split=chosen, max_passages=most))
 
 
-def _unseen_windows(model: HookedModel, texts: list[Any], known: dict[str, Any], size: int, most: int) -> Any:
+def _unseen_windows(
+    model: HookedModel, texts: list[Passage], known: Facts, size: int, most: int
+) -> "basin_lens.merging.windows.Windows":
     """Windows without those of the merger's training, of which `known` is what the merger keeps; what is left out is said."""
     from basin_lens.merging import windows_of
     from basin_lens.merging.windows import without_seen
@@ -302,7 +315,7 @@ def _unseen_windows(model: HookedModel, texts: list[Any], known: dict[str, Any],
     return windows
 
 
-def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
+def _unseen(texts: list[Passage], seen: set[str]) -> list[Passage]:
     """Without the texts of the merger's training, which is said."""
     from basin_lens.merging.windows import text_digest
 
@@ -314,7 +327,9 @@ def _unseen(texts: list[Any], seen: set[str]) -> list[Any]:
     return rest
 
 
-def _apart(windows: Any, wanted: int) -> Any:
+def _apart(
+    windows: "basin_lens.merging.windows.Windows", wanted: int
+) -> "tuple[basin_lens.merging.windows.Windows, basin_lens.merging.windows.Windows]":
     """About so many windows, of whole documents, and those of the others; of one document, its first windows and the others,
     which is said.
     """
@@ -324,7 +339,9 @@ def _apart(windows: Any, wanted: int) -> Any:
     return windows.apart(min(wanted / len(windows), _MOST_HELD))
 
 
-def _others(held: Any, own: Any, what: str) -> Any:
+def _others(
+    held: "basin_lens.merging.windows.Windows", own: "basin_lens.merging.windows.Windows", what: str
+) -> "basin_lens.merging.windows.Windows":
     """Held-out windows that are no copies of those beside them; what is left out is said."""
     rest, copied = held.without_copies_of(own)
     if not len(rest):
@@ -336,24 +353,11 @@ def _others(held: Any, own: Any, what: str) -> Any:
     return rest
 
 
-def named_layers(text: str) -> list[int]:
-    """Layers named as 0,5,10 or 0-9.
-
-    Raises:
-        ValueError: named otherwise.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
-
-
 def _layers(text: str | None, model: HookedModel) -> list[int]:
     from basin_lens.model import n_layers
 
     try:
-        return list(range(n_layers(model))) if text is None else named_layers(text)
+        return list(range(n_layers(model))) if text is None else shared.named_layers(text)
     except ValueError as error:
         raise MergeError(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
 
@@ -379,7 +383,7 @@ def _unfinished(folder: Path) -> None:
         )
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> HookedModel:
     from basin_lens.model import load_model
 
     typer.echo(f"loading {name}", err=True)

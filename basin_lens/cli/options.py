@@ -1,20 +1,21 @@
-"""Options that several commands share, each defined once, and commands made from dataclasses of options."""
+"""Options that several commands share, each defined once, and the texts, layers and models that they name."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Literal
 
 import typer
 
-from basin_lens.cli.merge import named_layers
+from basin_lens.model import HookedModel
+from basin_lens.texts import Passage
 
 TEXTS = (
     "Text files, each a document (UTF-8, or UTF-16 with its mark); .jsonl, .ndjson, .json, .csv, .tsv, .parquet: each row is a "
     "text, with text, doc, labels, spans (not in CSV), and other columns as labels."
 )
 EMBEDDED = "smollm2-135m"
+# Sequences per pass. Of 128 tokens each, that many hold half a million: no machine that this runs on takes more at once.
+MOST_PER_PASS = 4096
 
 Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help=TEXTS)]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
@@ -44,6 +45,10 @@ MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens per sequenc
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per pass; chosen by memory if left out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check texts, options and folder, and say what would be run; load no model, write nothing."),
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class TextOptions:
     k: K = 15
     seed: Seed = 0
 
-    def passages(self, most: int | None = None) -> list[Any]:
+    def passages(self, most: int | None = None) -> list[Passage]:
         """The texts; of a streamed data set at most `most`, or `max_sequences`."""
         return read_texts(self.files or [], self.dataset, self.config, self.split, self.max_sequences or most)
 
@@ -77,7 +82,15 @@ class MeasureOptions:
     max_length: MaxLength = 128
 
 
-def load(name: str) -> Any:
+@dataclass(frozen=True)
+class RunOptions:
+    """Where results go, and whether there are to be any."""
+
+    out: Out = Path("basin-lens-out")
+    dry_run: DryRun = False
+
+
+def load(name: str) -> HookedModel:
     """A model by its name, which is said."""
     from basin_lens.model import load_model
 
@@ -85,21 +98,54 @@ def load(name: str) -> Any:
     return load_model(name)
 
 
-def read_texts(files: list[Path], dataset: str | None, config: str | None, split: str | None, most: int | None) -> list[Any]:
+def read_texts(files: list[Path], dataset: str | None, config: str | None, split: str | None, most: int | None) -> list[Passage]:
     """Texts from files or a named data set, all of it before a model is loaded."""
     from basin_lens.texts import read_dataset, read_passages
 
     if files and dataset is not None:
-        raise typer.BadParameter("expected files or --dataset, got both.")
+        raise typer.BadParameter("expected files or --dataset, got both. Leave one of them out.")
     if dataset is None and (split is not None or config is not None):
         raise typer.BadParameter("expected --dataset with --split or --config, got none; files have no splits. Leave them out.")
     if files:
         return read_passages(files)
-    name = dataset or "built-in"
-    # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over them.
+    name = "built-in" if dataset is None else dataset
+    # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over
+    # them.
     whole = name == "built-in" or name.startswith("nltk:")
     typer.echo(f"reading {name}")
     return list(read_dataset(name, config=config, split=split, max_passages=None if whole else most))
+
+
+def batch_size_of(given: int | None) -> int | None:
+    """Sequences per pass, refused before a model is loaded where they are none or too many."""
+    if given is not None and not 1 <= given <= MOST_PER_PASS:
+        raise typer.BadParameter(
+            f"expected --batch-size from 1 to {MOST_PER_PASS}, got {given}. Leave it out: it is then chosen by memory."
+        )
+    return given
+
+
+def bank_of(given: str | None) -> Literal["reference"] | None:
+    """Where neighbors come from, as the command line has it."""
+    if given is None or given == "reference":
+        return None if given is None else "reference"
+    raise typer.BadParameter(f"expected --bank reference, got {given!r}. Leave it out: the texts are then their own bank.")
+
+
+def named_layers(text: str) -> list[int]:
+    """Layers named as 0,5,10 or 0-9.
+
+    Raises:
+        ValueError: named otherwise.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        some = range(int(first), int(last if dash else first) + 1)
+        if not some:
+            raise ValueError(f"no layer from {first} to {last}")
+        found += some
+    return found
 
 
 def layers_of(text: str | None) -> list[int] | None:
@@ -108,47 +154,3 @@ def layers_of(text: str | None) -> list[int] | None:
         return None if text is None else named_layers(text)
     except ValueError as error:
         raise typer.BadParameter(f"expected layers such as 0,5,10 or 0-9, got {text!r}.") from error
-
-
-# -- commands from dataclasses ------------------------------------------------------------------------------------------------------
-
-
-def command_of(function: Callable[..., None], *kinds: type, out: Path) -> Callable[..., None]:
-    """A function that typer makes a command of: its parameters are the fields of dataclasses, and `out`.
-
-    A field is a parameter if its type is an `Annotated` one of typer's, or if its metadata hold a `help`. One that stands
-    in several dataclasses is one option and goes to all of them.
-
-    Args:
-        function: called with an instance of each dataclass, then the folder.
-        kinds: the dataclasses.
-        out: default of the folder.
-    """
-    parameters: dict[str, inspect.Parameter] = {}
-    for kind in kinds:
-        parameters = {**{parameter.name: parameter for parameter in _parameters(kind)}, **parameters}
-    parameters["out"] = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=out, annotation=Out)
-
-    def command(**given: Any) -> None:
-        held = [kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given}) for kind in kinds]
-        function(*held, given["out"])
-
-    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
-    return command
-
-
-def _parameters(kind: type) -> list[inspect.Parameter]:
-    """One for each field that the command line offers."""
-    answer = []
-    hints = get_type_hints(kind, include_extras=True)
-    for one in fields(kind):
-        annotation = hints[one.name]
-        if not hasattr(annotation, "__metadata__"):
-            if "help" not in one.metadata:
-                continue
-            of_type = str | None if one.metadata.get("model") else annotation
-            annotation = Annotated[of_type, typer.Option(f"--{one.name.replace('_', '-')}", help=one.metadata["help"])]
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        answer.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return answer

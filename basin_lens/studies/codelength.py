@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +11,19 @@ from basin_lens import stats, tables
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
-from basin_lens.texts import Texts
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
 OWN, NEXT = "code_length", "next_code_length"
 # The token's own code length is surprisal in bits: it cannot be a control of itself.
 CONTROLS = {OWN: tuple(name for name in stats.CONTROLS if name != "surprisal"), NEXT: stats.CONTROLS}
+
+FINDINGS = {OWN: "compression goes with the token's code length", NEXT: "compression goes with the next token's code length"}
 
 HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token "
@@ -33,7 +34,7 @@ HYPOTHESIS = (
 )
 
 
-def study_codelength(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_codelength(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Ask whether a token whose neighborhood a block draws together costs fewer bits, itself or in what follows it.
 
     Args:
@@ -77,17 +78,16 @@ def _analysis(task: Task) -> Analysis:
     measured, table = task.measured, with_code_lengths(task.measured.table)
     task.step("partial correlations")
     parts = [_correlated(table, list(SCORES), against, measured) for against in (OWN, NEXT)]
-    findings = {OWN: "compression goes with the token's code length", NEXT: "compression goes with the next token's code length"}
     return Analysis(
         table=table,
         tests=[
             DeclaredTest(finding, against, partial(_correlated, scores="compression", against=against, measured=measured))
-            for against, finding in findings.items()
+            for against, finding in FINDINGS.items()
         ],
-        token_level=[Check(against, list(SCORES), (against,)) for against in findings],
+        token_level=[Check(against, list(SCORES), (against,)) for against in FINDINGS],
         red_flags=[
             Check(against, "compression", (against,), {"controls": CONTROLS[against], "frequency": measured.frequency})
-            for against in findings
+            for against in FINDINGS
         ],
         contrast=[*SCORES, OWN, NEXT],
         tokens=measured.table,
@@ -117,12 +117,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         figures=figures,
         tables={"quartiles": quartiles},
         remarks=_remarks(found, table),
-        not_tested=(
-            "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own "
-            "beginning.",
-            "Whether compression makes a token cheap or the reverse: nothing here intervenes.",
-            f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-        ),
+        not_tested=SPEC.said(layers=layers_said(measured)),
     )
 
 
@@ -172,6 +167,13 @@ SPEC = StudySpec(
     title="Does compression go with code length?",
     question="Does compression go with how many bits the model needs for a token, or for the next one?",
     hypothesis=HYPOTHESIS,
+    tests=tuple(FINDINGS.values()),
+    nulls=("no correlation within sequences at fixed controls: signs of whole documents are flipped",),
+    not_tested=(
+        "Code lengths as the codec's streams and windows give them (bl.codec): here every sequence is read from its own beginning.",
+        "Whether compression makes a token cheap or the reverse: nothing here intervenes.",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+    ),
     if_yes="Compression goes with code length beyond frequency, position, norm and density.",
     if_no="At fixed frequency, position, norm and density, compression says nothing reliable about code length here.",
     analysis=_analysis,

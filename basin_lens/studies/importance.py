@@ -1,8 +1,8 @@
 """Does compression go with the importance of a token, beyond what position, frequency, norm and density already say?"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
@@ -20,13 +20,13 @@ from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import ALL_SHOWN
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
-from basin_lens.texts import Texts
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
 
 # Measured in the pass that reads the texts, its gradients, and, for erasure, passes of its own.
@@ -61,6 +61,8 @@ TRUTH = "erasure"
 WITHOUT_SURPRISAL = tuple(name for name in stats.CONTROLS if name != "surprisal")
 FEWEST_SCORED = 6  # erasure is known at 16 positions of a sequence, and six controls take their share
 
+_FINDING = "compression goes with"
+
 HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression goes with the token's importance (either "
     "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
@@ -70,7 +72,7 @@ HYPOTHESIS = (
 )
 
 
-def study_importance(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_importance(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Rank the measures of token importance by their agreement with erasure, then ask whether compression goes with importance.
 
     Agreement is the correlation within sequences at the positions where erasure is known. Each measure's layer is chosen on half
@@ -121,7 +123,7 @@ def _analysis(task: Task) -> Analysis:
     task.step("partial correlations")
     return Analysis(
         table=table,
-        tests=[DeclaredTest(f"compression goes with {other}", other, _test(other, measured)) for other in (TRUTH, best)],
+        tests=[DeclaredTest(f"{_FINDING} {other}", other, _test(other, measured)) for other in (TRUTH, best)],
         token_level=[Check(other, list(SCORES), (other,)) for other in (TRUTH, best)],
         red_flags=[Check(other, "compression", (other,), {"frequency": measured.frequency}) for other in (TRUTH, best)],
         contrast=[*SCORES, TRUTH, *there],
@@ -194,7 +196,7 @@ def _partial(table: pd.DataFrame, measures: list[str], measured: Measured) -> pd
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
-def _test(other: str, measured: Measured) -> Any:
+def _test(other: str, measured: Measured) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def test(part: pd.DataFrame) -> pd.DataFrame:
         return stats.partial_correlation(
             part,
@@ -338,14 +340,7 @@ def _remarks(ranking: pd.DataFrame, partials: pd.DataFrame, best: str) -> list[s
 
 
 def _not_tested(measured: Measured, unranked: list[str]) -> tuple[str, ...]:
-    said = [
-        "Whether compression causes importance or the reverse: nothing here intervenes on compression.",
-        "Importance for anything but the loss of later tokens of the same text (erasure, gradients) or the last token's logit.",
-        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more "
-        "than 16 positions per sequence.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-        "Token frequency outside of these texts: log frequency is counted on them.",
-    ]
+    said = SPEC.said(layers=layers_said(measured))
     if unranked:
         said.append(f"Not measured here: {', '.join(unranked)}.")
     few = measured.settings["integrated_gradients_sequences"]
@@ -361,6 +356,16 @@ SPEC = StudySpec(
     title="Does compression go with token importance?",
     question="Does compression go with token importance, beyond frequency, position, norm, density and surprisal?",
     hypothesis=HYPOTHESIS,
+    tests=(f"{_FINDING} {TRUTH}", f"{_FINDING} the cheaper measure of importance that agrees best with {TRUTH}"),
+    nulls=("no correlation within sequences at fixed controls: signs of whole documents are flipped",),
+    not_tested=(
+        "Whether compression causes importance or the reverse: nothing here intervenes on compression.",
+        "Importance for anything but the loss of later tokens of the same text (erasure, gradients) or the last token's logit.",
+        "Erasure at position 0 (the model breaks without its attention sink), at the last two positions, and at more "
+        "than 16 positions per sequence.",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+        "Token frequency outside of these texts: log frequency is counted on them.",
+    ),
     if_yes="Compression goes with token importance beyond frequency, position, norm, density and surprisal.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about token importance "
     "here.",

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +23,13 @@ from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.control_scores import sampled_controls
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
 from basin_lens.studies.framework.units import unit_keys
-from basin_lens.texts import Texts
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
 CONTROLS = ("compression_random", "compression_radius_matched")
@@ -45,7 +44,7 @@ HYPOTHESIS = (
 )
 
 
-def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **options: Any) -> Study:
+def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
     """Follow every score over depth, beside its controls, and ask whether two halves of the documents tell the same story.
 
     Args:
@@ -68,7 +67,8 @@ def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **op
         >>> import basin_lens as bl
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
-        >>> study = bl.studies.study_layers(model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
+        >>> study = bl.studies.study_layers(
+        ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
         >>> sorted(study.tables)
         ['controls', 'halves', 'summary']
     """
@@ -76,15 +76,15 @@ def study_layers(model: HookedModel, data: Texts, *, progress: bool = True, **op
 
 
 def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
-    common: dict[str, Any] = {"k": scoring.k, "exclude": scoring.exclude}
+    k, exclude = scoring.k, scoring.exclude
     return [
         *sampled_controls(scoring),
-        SymmetricContraction(**common),
-        AngularContraction(**common, context=scoring.context),
-        NeighborOverlap(**common),
+        SymmetricContraction(k=k, exclude=exclude),
+        AngularContraction(k=k, exclude=exclude, context=scoring.context),
+        NeighborOverlap(k=k, exclude=exclude),
         MatrixEntropy(),
-        EffectiveRankChange(k=3 * scoring.k, exclude=scoring.exclude, context="native"),
-        LocalDimension(k=2 * scoring.k, exclude=scoring.exclude),
+        EffectiveRankChange(k=3 * k, exclude=exclude, context="native"),
+        LocalDimension(k=2 * k, exclude=exclude),
     ]
 
 
@@ -172,7 +172,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         sections=[*_curve_sections(analysis, figures), *_agreement_sections(task.measured, analysis, figures, layer)],
         figures=figures,
         remarks=_remarks(results, analysis),
-        not_tested=_not_tested(task.measured),
+        not_tested=SPEC.said(layers=layers_said(task.measured)),
     )
 
 
@@ -269,20 +269,22 @@ def _remarks(results: Results, analysis: Analysis) -> list[str]:
     return told
 
 
-def _not_tested(measured: Measured) -> tuple[str, ...]:
-    return (
-        "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
-        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
-        "study robustness has the twin).",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-    )
-
-
 SPEC = StudySpec(
     name="layers",
     title="How does compression move over depth?",
     question="How do scores move over depth, and where do they beat their controls?",
     hypothesis=HYPOTHESIS,
+    tests=_FINDINGS,
+    nulls=(
+        f"random points in place of the nearest neighbors ({CONTROLS[0]})",
+        f"the neighbors of another token whose neighborhood is just as tight ({CONTROLS[1]})",
+    ),
+    not_tested=(
+        "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
+        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
+        "study robustness has the twin).",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+    ),
     if_yes="Nearest neighbors are compressed more than the controls at some layer.",
     if_no="Nearest neighbors are not compressed more than the controls here.",
     analyzers=_analyzers,

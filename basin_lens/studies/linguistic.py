@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
 from basin_lens.capture import Capture
@@ -16,14 +17,25 @@ from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
-from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task, option
+from basin_lens.studies.framework.spec import (
+    Analysis,
+    Check,
+    DeclaredTest,
+    Presentation,
+    Results,
+    StudySpec,
+    Task,
+    option,
+    own_options,
+)
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
 from basin_lens.studies.neighbor_composition import SYNTAX_FINDING, SYNTAX_FIRST, neighbor_shares, syntax_first
-from basin_lens.texts import Passage, Texts, words_of
+from basin_lens.texts import Passage, words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
@@ -39,6 +51,8 @@ HYPOTHESIS = (
 
 _PARTS = {"mean": "the mean over its tokens", "first": "that of its first token", "last": "that of its last token"}
 _PLURALS = {"kind": ("function words", "content words"), "noun_verb": ("nouns", "verbs")}
+_DIFFERENCES = {name: f"{first} differ from {second}" for name, (first, second) in _PLURALS.items()}
+_BY_TAG = "parts of speech differ over texts and words"
 _PAIRS = (("kind", ("function", "content")), ("noun_verb", ("noun", "verb")))
 _CONTROL_SETS = (("none", ()), ("standard", stats.CONTROLS))
 TAGGERS = ("auto", "gold", "nltk", "spacy")
@@ -55,13 +69,13 @@ class LinguisticOptions:
 
 def study_linguistic(
     model: HookedModel,
-    data: Texts,
+    data: StudyData,
     *,
     tagger: Literal["auto", "gold", "nltk", "spacy"] = "auto",
     part: Part = "mean",
     sentiment: str | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: object,
 ) -> Study:
     """Compare parts of speech in every score, and look at who the neighbors are.
 
@@ -103,12 +117,13 @@ def study_linguistic(
     return run_study(SPEC, model, data, own, progress=progress, measure_options=options)
 
 
-def refuse(options: LinguisticOptions, passages: Sequence[Passage]) -> None:
+def refuse(given: object, passages: Sequence[Passage]) -> None:
     """Refuse what can be refused before a model is loaded.
 
     Raises:
         StudyError: an unknown tagger, or a sentiment that is not a label of two values.
     """
+    options = own_options(given, LinguisticOptions)
     if options.tagger not in TAGGERS:
         raise StudyError(f"expected a tagger among {list(TAGGERS)}, got {options.tagger!r}.")
     label = options.sentiment
@@ -117,12 +132,13 @@ def refuse(options: LinguisticOptions, passages: Sequence[Passage]) -> None:
         raise StudyError(f"expected a label of the texts with two values as sentiment, got {label!r}; labels: {known}.")
 
 
-def check_texts(_model: Any, options: LinguisticOptions, _unit: str) -> Callable[[Capture], None]:
+def check_texts(_model: HookedModel, given: object, _unit: str) -> Callable[[Capture], None]:
     """What this study refuses, as a check to be made before the model runs.
 
     The check raises StudyError for an unknown option, token ids in place of texts, or a label without two values, and TextError for
     tags that are not to be had.
     """
+    options = own_options(given, LinguisticOptions)
     tagger, part, sentiment = options.tagger, options.part, options.sentiment
 
     def check(capture: Capture) -> None:
@@ -156,7 +172,7 @@ class _Details:
 
 
 def _analysis(task: Task) -> Analysis:
-    measured, options = task.measured, task.options
+    measured, options = task.measured, task.own(LinguisticOptions)
     task.step("tags")
     tokens, source = tagged_tokens(measured, options.tagger)
     words = word_table(tokens, options.part)
@@ -172,7 +188,7 @@ def _analysis(task: Task) -> Analysis:
     task.step("neighbors")
     shares, curves = neighbor_shares(tokens, measured)
     held = {"groups": groups, "tag_means": means, "tag_effect": effect}
-    pairs: list[tuple[str, dict[str, Any]]] = [
+    pairs: list[tuple[str, dict[str, object]]] = [
         (" - ".join(sides), {"group": column, "groups": sides, "paired": True}) for column, sides in _PAIRS
     ]
     return Analysis(
@@ -215,22 +231,29 @@ def _groups(words: pd.DataFrame, task: Task) -> pd.DataFrame:
 def _tag_effects(words: pd.DataFrame, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How much of the score is between tags, and the mean of each tag, without and with controls."""
     effects, means = [], []
-    shared: dict[str, Any] = {"correction": "none"}
     for wording, controls in _CONTROL_SETS:
         found = attempt(
-            stats.tag_effect, words, "compression", "tag", controls=controls, n_resamples=499, **shared, **task.unit_and_seed
+            stats.tag_effect,
+            words,
+            "compression",
+            "tag",
+            controls=controls,
+            n_resamples=499,
+            correction="none",
+            **task.unit_and_seed,
         )
         effects.append(found.assign(control_set=wording))
-        found = stats.tag_means(words, list(SCORES), "tag", controls=controls, unit=task.measured.unit, **shared)
+        found = stats.tag_means(words, list(SCORES), "tag", controls=controls, unit=task.measured.unit, correction="none")
         means.append(found.assign(control_set=wording))
-    return tuple(stats.correct(pd.concat(parts, ignore_index=True), "bh") for parts in (effects, means))  # type: ignore[return-value]
+    effect, mean = (stats.correct(pd.concat(parts, ignore_index=True), "bh") for parts in (effects, means))
+    return effect, mean
 
 
 def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
     shared = task.unit_and_seed
     tests = [
         DeclaredTest(
-            f"{_PLURALS[column][0]} differ from {_PLURALS[column][1]}",
+            _DIFFERENCES[column],
             " - ".join(sides),
             partial(
                 stats.compare_groups,
@@ -245,7 +268,7 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
         for column, sides in _PAIRS
     ]
     by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
-    tests.append(DeclaredTest("parts of speech differ over texts and words", "tag", by_tag))
+    tests.append(DeclaredTest(_BY_TAG, "tag", by_tag))
     if shares is not None:
         held = shares
         tests.append(
@@ -260,22 +283,22 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
     return tests
 
 
-# -- what a reader sees -------------------------------------------------------------------------------------------------------------
+# -- what a reader sees ---------------------------------------------------------------------------------------------------------
 
 
 def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
-    measured, words, options, details = task.measured, analysis.table, task.options, analysis.details
+    measured, words, options, details = task.measured, analysis.table, task.own(LinguisticOptions), analysis.details
+    assert isinstance(details, _Details)
     layer = int(results.findings["layer"].iloc[0])
     figures = _figures(words, analysis.tables, layer)
     assert results.token_level is not None
     sections, more = _sections(measured, analysis.tables, figures, layer), {"guide": results.token_level}
     if details.curves is not None:
-        sections.append(_shares_section(details.curves))
-        figures["neighbor-shares-by-layer"] = sections[-1].figure
+        figures["neighbor-shares-by-layer"] = result_curve(details.curves, by="score")
+        sections.append(_shares_section(details.curves, figures["neighbor-shares-by-layer"]))
     if options.sentiment is not None:
-        section, more["sentiment"] = _sentiment(words, measured, options.sentiment)
+        section, more["sentiment"], figures["sentiment-by-layer"] = _sentiment(words, measured, options.sentiment)
         sections.append(section)
-        figures["sentiment-by-layer"] = section.figure
     return Presentation(
         sections=sections,
         figures=figures,
@@ -286,7 +309,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     )
 
 
-def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Any]:
+def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Figure]:
     groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     headline, mine = groups[groups["score"] == "compression"], means[means["score"] == "compression"]
     by_controls = [mine[mine["control_set"] == wording] for wording, _ in _CONTROL_SETS]
@@ -298,7 +321,7 @@ def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) 
     }
 
 
-def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Any], layer: int) -> list[Section]:
+def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure], layer: int) -> list[Section]:
     groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
     view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
     return [
@@ -339,27 +362,26 @@ def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Map
     ]
 
 
-def _shares_section(curves: pd.DataFrame) -> Section:
+def _shares_section(curves: pd.DataFrame, figure: Figure) -> Section:
     return Section(
         "Who the neighbors are",
         "Share of a token's neighbors that have its tag, its word, or its document, less what chance gives among all "
         "tokens that may be its neighbors; and of those neighbors that are another word, the share that has its tag. "
         "Neighbors of the same sequence are never counted.",
-        figure=result_curve(curves, by="score"),
+        figure=figure,
         caption="Mean over documents with 95 % intervals; filled: p at most 0.05 by max-|t| over all layers and shares.",
         table=shown(curves, "layer", "score", "share", "chance", "n_documents"),
     )
 
 
-def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame]:
+def _sentiment(words: pd.DataFrame, measured: Measured, label: str) -> tuple[Section, pd.DataFrame, Figure]:
     values = sorted({str(v) for v in words[label].dropna()})
     table = tables.assign(words, contrast=Contrast(label, values[0], values[1]).values(words))
     as_contrast = replace(measured, table=table, contrast=Contrast(label, values[0], values[1]))
     section, found, figure = contrast_section(table, list(SCORES), as_contrast)
     text = "Sentences by their label: means over a sentence's words, sentences compared as wholes."
-    return Section(
-        f"Sentiment: {values[0]} - {values[1]}", text, figure=figure, caption=section.caption, table=section.table
-    ), found
+    title = f"Sentiment: {values[0]} - {values[1]}"
+    return Section(title, text, figure=figure, caption=section.caption, table=section.table), found, figure
 
 
 def _remarks(groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
@@ -384,12 +406,7 @@ def _remarks(groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
 
 
 def _not_tested(measured: Measured, sentiment: str | None, shares: bool) -> tuple[str, ...]:
-    said = [
-        "Finer tags than the universal ones: auxiliaries are verbs here, proper names are nouns.",
-        "Other languages, and taggers other than the one named above.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts (study robustness).",
-        "Word frequency outside of these texts: log frequency is counted on them.",
-    ]
+    said = SPEC.said(layers=layers_said(measured))
     if sentiment is None:
         said.append("Sentiment: no labelled sentences were given.")
     if not shares:
@@ -402,6 +419,18 @@ SPEC = StudySpec(
     title="Does compression differ between parts of speech?",
     question="Does compression differ between parts of speech? Who are the neighbors, by layer?",
     hypothesis=HYPOTHESIS,
+    tests=(*_DIFFERENCES.values(), _BY_TAG, f"{SYNTAX_FINDING} (in the family, not in the verdict)"),
+    nulls=(
+        "no difference between the two kinds of words: whole documents are flipped or permuted",
+        "no difference between tags over texts and words at once (min F'); beside it, tags permuted within texts and over words",
+        "the share of such neighbors that chance gives among all tokens that may be a token's neighbors",
+    ),
+    not_tested=(
+        "Finer tags than the universal ones: auxiliaries are verbs here, proper names are nouns.",
+        "Other languages, and taggers other than the one named above.",
+        "Layers other than {layers}; other k, metrics and contexts (study robustness).",
+        "Word frequency outside of these texts: log frequency is counted on them.",
+    ),
     if_yes="Compression differs between parts of speech beyond frequency, position, norm, density and surprisal.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression does not reliably differ between these "
     "parts of speech here.",

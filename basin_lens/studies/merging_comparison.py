@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,28 +14,39 @@ from basin_lens.model import HookedModel, kind_of, needed_tokenizer, provenance
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import decide, one_sided, p_floor, settle
 from basin_lens.studies.framework.progress import progress_steps
+from basin_lens.studies.framework.runner import make_study
+from basin_lens.studies.framework.spec import Declaration, Presentation, Results
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.merging_report import COPIED, RIVALS, about_merging, sections_of, verdict_of
 from basin_lens.texts import token_strings
-from basin_lens.values import whole_numbers
+from basin_lens.values import Facts, whole_numbers
 
 # One window is shown; the map of all would be a book.
 _SHOWN_TOKENS = 160
 _PROBED = ("cosine", "random", "stride")  # beside ours and the recent window
 
-_NOT_TESTED = (
-    "Other models, languages, lengths and tasks; retrieval over long contexts.",
-    "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what "
-    "they could be.",
-    "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
-    "A second seed of training.",
-)
 HYPOTHESIS = (
     "Declared before looking: at the same bytes of key/value cache (indices, sizes and descriptors counted), trained causal "
     "merging costs less loss than random causal merging and than merging at a uniform stride, on documents that it was neither "
     "trained nor calibrated on. Tested at each budget by flipping the signs of whole documents' differences, as one family "
     "(Holm). Intervals that do not overlap are reported beside."
+)
+
+SPEC = Declaration(
+    name="merging",
+    title="Causal token merging: what it saves and what it costs",
+    question="What does causal token merging cost at equal bytes of cache, trained and not?",
+    hypothesis=HYPOTHESIS,
+    tests=tuple(f"merging, trained if it was, costs less than {rival}, at each budget of the cache" for rival in RIVALS),
+    nulls=("random causal merging at the same bytes", "merging at a uniform stride at the same bytes"),
+    not_tested=(
+        "Other models, languages, lengths and tasks; retrieval over long contexts.",
+        "Speed: rows are read by gathering here, a kernel for clusters was not written; bytes are real, seconds are not what "
+        "they could be.",
+        "Quantized caches and per-head eviction, which save bytes in other ways and could be combined.",
+        "A second seed of training.",
+    ),
 )
 
 
@@ -121,20 +131,14 @@ def study_merging(
         held["training"] = history
     sections, figures = sections_of(held, mapped, generation, history, ours, min(setting.budgets))
     untold = _untold(model, merger, prompts) if generation is None else []
-    return Study(
-        name="merging",
-        title="Causal token merging: what it saves and what it costs",
+    verdict = verdict_of(decision, findings, curve, induction, ours, reach)
+    return make_study(
+        SPEC,
+        Results(findings, None, decision),
+        Presentation(sections, figures, [*SPEC.said(), *untold], tables=held, verdict=verdict),
         about=(*about_merging(model, calibration, held_out, setting, merger), *_copies(copied)),
-        hypothesis=HYPOTHESIS,
-        decision=decision,
-        verdict=tuple(verdict_of(decision, findings, curve, induction, ours, reach)),
-        findings=findings,
-        flags=None,
-        not_tested=(*_NOT_TESTED, *untold),
-        sections=tuple(sections),
-        tables=held,
-        figures=figures,
         provenance={"merging": _facts(model, calibration, held_out, setting, merger, copied) | {"seed": seed}},
+        tokens=None,
     )
 
 
@@ -163,7 +167,7 @@ def _named_map(model: HookedModel, merger: TokenMerger, held_out: Windows) -> pd
 
 def _facts(
     model: HookedModel, calibration: Windows, held_out: Windows, setting: Setting, merger: TokenMerger | None, copied: int
-) -> dict[str, Any]:
+) -> Facts:
     windows = {
         "length": int(held_out.tokens.shape[1]),
         "calibration": len(calibration),
@@ -192,7 +196,7 @@ def _generated(
     )
 
 
-def _told(merger: TokenMerger) -> dict[str, Any]:
+def _told(merger: TokenMerger) -> Facts:
     """What a merger is and how it came to be, without the numbers by which copies of its training are known again."""
     training = {name: value for name, value in merger.facts.get("training", {}).items() if name != "seen_runs"}
     return merger.options.plain() | merger.facts | ({"training": training} if training else {})

@@ -1,7 +1,6 @@
 """Who the neighbors of a token are: of its tag, its word, its document."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,7 +94,7 @@ def syntax_first(shares: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     known = tables.select(table, table[[one, other]].notna().all(axis=1))
     one_sample = partial(stats.before_after, unit=measured.unit, seed=measured.seed)
 
-    def test(part: pd.DataFrame, *_: Any, **__: Any) -> pd.DataFrame:
+    def test(part: pd.DataFrame, *_: object, **__: object) -> pd.DataFrame:
         above = one_sided(partial(one_sample, on=[one, other]))(part)
         usable = tables.select(part, part["difference"].notna())
         earlier = one_sided(partial(one_sample, on="difference"), more=False)(usable)
@@ -130,7 +129,7 @@ def _chance(code: np.ndarray, group: np.ndarray, eligible: np.ndarray) -> np.nda
 
 
 def _chance_of_other_words(tag: np.ndarray, word: np.ndarray, group: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-    """Share of eligible tokens of another word outside the token's own group that have its tag; NaN for a token without a word or tag."""
+    """Share of eligible tokens of another word outside the token's own group that have its tag; NaN without a word or tag."""
     named = eligible & (word >= 0)
     same_of_both = np.where((tag < 0) | (word < 0), -1, tag * (int(word.max()) + 1) + word)
     of_tag = _outside(tag, group, named) - _outside(same_of_both, group, named)

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,16 +11,28 @@ from matplotlib.figure import Figure
 from basin_lens import stats
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.declared_tests import ALPHA, FINDING, decide, p_floor, within_reach
+from basin_lens.studies.framework.runner import make_study
+from basin_lens.studies.framework.spec import Declaration, Presentation, Results
 from basin_lens.studies.framework.storage import read_results
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import sentence
+from basin_lens.values import Facts
 from basin_lens.views import Section, forest
 from basin_lens.views.marks import plain
 
 HYPOTHESIS = (
     "Declared before looking: what each study declared. Here all declared tests of all studies are one family (Holm), "
     "which is stricter than each study's own."
+)
+SPEC = Declaration(
+    name="summary",
+    title="What the studies found",
+    question="What do the studies say together, their tests as one family?",
+    hypothesis=HYPOTHESIS,
+    tests=("every declared test of every study given, corrected over all of them (Holm)",),
+    nulls=("those of each study",),
+    not_tested=("What each study did not test: its own list, named by the study.",),
 )
 _SHOWN = (
     "study",
@@ -71,34 +82,38 @@ def summarize(studies: Sequence[Study | str | os.PathLike[str]]) -> Study:
         ...
         basin_lens.errors.StudyError: expected at least one study, got none. Run one first.
     """
+    held = read_studies(studies)
+    findings = _one_family(held)
+    about = pd.DataFrame([_overview(one) for one in held])
+    sections, figures = _sections(findings, about)
+    flags = _flags(held)
+    not_tested = [f"{one['study']}: {line}" for one in held for line in one["not_tested"]]
+    return make_study(
+        SPEC,
+        Results(findings, flags, decide(findings, flags)),
+        Presentation(sections, figures, not_tested, tables={"studies": about}, verdict=_verdict(findings, about)),
+        about=[f"{one['study']}: {' '.join(one['about'])}" for one in held],
+        provenance={one["study"]: one["provenance"] for one in held},
+        tokens=None,
+    )
+
+
+def read_studies(studies: Sequence[Study | str | os.PathLike[str]]) -> list[Facts]:
+    """What each study found, as its folder has it.
+
+    Raises:
+        StudyError: none, a study twice, or a summary. StoreError: a folder without a study's results.
+    """
     if not studies:
         raise StudyError("expected at least one study, got none. Run one first.")
     held = [study.as_json() if isinstance(study, Study) else read_results(Path(study)) for study in studies]
     names = [one["study"] for one in held]
     if len(set(names)) < len(names) or "summary" in names:
         raise StudyError(f"expected different studies, and no summary among them, got {names}.")
-    findings = _one_family(held)
-    about = pd.DataFrame([_overview(one) for one in held])
-    sections, figures = _sections(findings, about)
-    flags = _flags(held)
-    return Study(
-        name="summary",
-        title="What the studies found",
-        about=tuple(f"{one['study']}: {' '.join(one['about'])}" for one in held),
-        hypothesis=HYPOTHESIS,
-        decision=decide(findings, flags),
-        verdict=tuple(_verdict(findings, about)),
-        findings=findings,
-        flags=flags,
-        not_tested=tuple(f"{one['study']}: {line}" for one in held for line in one["not_tested"]),
-        sections=tuple(sections),
-        tables={"studies": about},
-        figures=figures,
-        provenance={one["study"]: one["provenance"] for one in held},
-    )
+    return held
 
 
-def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _one_family(held: Sequence[Facts]) -> pd.DataFrame:
     """The declared tests of all studies, corrected as one family (Holm)."""
     rows = pd.DataFrame([row for one in held for row in one["findings"]], columns=list(FINDING))
     for name in ("estimate", "low", "high", "null", "p", "p_corrected", "p_floor", "guide_statistic", "guide_r", "guide_p"):
@@ -117,13 +132,13 @@ def _one_family(held: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return findings
 
 
-def _overview(one: dict[str, Any]) -> dict[str, Any]:
+def _overview(one: Facts) -> Facts:
     """A study as one row."""
     row = {name: one[name] for name in ("study", "title", "decision")}
     return row | {"red_flags": _raised(one), "verdict": one["verdict"][0]}
 
 
-def _flags(held: Sequence[dict[str, Any]]) -> pd.DataFrame | None:
+def _flags(held: Sequence[Facts]) -> pd.DataFrame | None:
     """The red flags of all studies; None if there are none."""
     flags = pd.DataFrame([{**flag, "study": one["study"]} for one in held for flag in one["red_flags"] or []])
     if not len(flags):
@@ -180,7 +195,7 @@ def _axis(part: pd.DataFrame) -> str:
     return plain(label + "".join(f" [{unit}]" for unit in units if f"[{unit}]" not in label), 110)
 
 
-def _raised(one: dict[str, Any]) -> int:
+def _raised(one: Facts) -> int:
     return sum(flag.get("raised") is True for flag in one["red_flags"] or [])
 
 

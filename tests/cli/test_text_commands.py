@@ -32,6 +32,8 @@ def files(tmp_path):
     pd.DataFrame(rows).to_csv(path / "texts.csv", index=False)
     (path / "text.txt").write_text(TEXTS[0])
     (path / "mixed.jsonl").write_text('{"text": "a b", "n": 1}\n{"text": "c d", "n": "unknown"}')
+    (path / "rows").mkdir()  # a data set of one split
+    pd.DataFrame(rows).to_parquet(path / "rows" / "train.parquet")
     (path / "near.jsonl").write_text('{"text": "a b", "docid": 1}')
     (path / "many.jsonl").write_text('{"text": "a b", "doc": "x"}\n{"text": "c d", "doc": "x"}')
     return path
@@ -71,6 +73,26 @@ REFUSED = {
     "split in a test": (["merge", "test", "-", TEXT, "--split", "test"], "expected --dataset with --split"),
     "split of a corpus": (["merge", "train", "--dataset", "nltk:brown", "--split", "train"], "expected no split for 'nltk:brown'"),
     "split of a file": (["merge", "test", "-", "--dataset", TEXT, "--split", "test"], "expected no split for"),
+    "no texts": (["analyze"], "expected files or --dataset, got neither. Name some."),
+    "file and data set": (["analyze", TEXT, "--dataset", "built-in"], "expected files or --dataset, got both. Leave one"),
+    "unknown data set": (["analyze", "--dataset", "no/such-data-set"], "got 'no/such-data-set'"),
+    "unknown corpus": (["analyze", "--dataset", "nltk:nonsense"], "nonsense"),
+    "data set without a name": (["analyze", "--dataset", ""], "expected the name of a data set, got an empty one. Such as"),
+    "data set that is no file": (["analyze", "--dataset", "{files}/no.txt"], "which does not exist. Check the path"),
+    "split that is not there": (["analyze", "--dataset", "{files}/rows", "--split", "validation"], "split that exist, got"),
+    "split left out": (["analyze", "--dataset", "{files}/rows"], "split that exist, got"),  # then it is test
+    "unknown configuration": (["analyze", "--dataset", "{files}/rows", "--config", "x", "--split", "train"], "got"),
+    "configuration of the built-in": (["analyze", "--dataset", "built-in", "--config", "x"], "expected no configuration for"),
+    "split of files to analyze": (["analyze", TEXT, "--split", "test"], "expected --dataset with --split"),
+    "batch of none": (["analyze", TEXT, "--batch-size", "0"], "expected --batch-size from 1 to 4096, got 0. Leave it out"),
+    "batch below none": (["analyze", TEXT, "--batch-size", "-1"], "expected --batch-size from 1 to 4096, got -1. Leave it out"),
+    "huge batch": (["analyze", TEXT, "--batch-size", "1000000"], "expected --batch-size from 1 to 4096, got 1000000"),
+    "huger batch": (["analyze", TEXT, "--batch-size", "9" * 30], "expected --batch-size from 1 to 4096, got 999"),
+    "batch that is no number": (["analyze", TEXT, "--batch-size", "many"], "--batch-size"),
+    "batch in a demo": (["demo", "--batch-size", "0"], "expected --batch-size from 1 to 4096, got 0"),
+    "unknown bank": (["analyze", TEXT, "--bank", "nonsense"], "expected --bank reference, got 'nonsense'. Leave it out"),
+    "layers to analyze": (["analyze", TEXT, "--layers", "0-"], "expected layers such as"),
+    "layers that run down": (["analyze", TEXT, "--layers", "9-0"], "expected layers such as 0,5,10 or 0-9, got '9-0'"),
 }
 
 
@@ -83,3 +105,4 @@ def test_refused_before_a_model_is_loaded(files, tmp_path, capsys, name):
     assert code in (1, 2), err
     (line,) = [line for line in err.splitlines() if line.startswith("basin-lens:")]
     assert said in line
+    assert not out.exists()

@@ -48,6 +48,9 @@ def test_it_is_listed_and_a_part_of_all(capsys):
     assert "--fewest" in said(capsys, "study", "all", "--help")
     shown = said(capsys, "study", "positions", "--help")
     assert question in shown and "Fewest scored tokens" in shown and "Declared before looking" in shown
+    declared = said(capsys, "study", "show", "positions")
+    assert "tests compression goes with position nulls no correlation within sequences" in declared
+    assert "- --fewest [10]: Fewest scored tokens" in declared and "not tested Texts longer than <most> tokens." in declared
 
 
 @pytest.mark.usefixtures("added")

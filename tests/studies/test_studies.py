@@ -1645,6 +1645,21 @@ def test_folders_and_studies_give_the_same(summary, important, deep, spoken):
     pd.testing.assert_frame_equal(other.findings, summary.findings)
 
 
+def test_what_is_tested_and_what_not_is_what_was_declared(important, deep, spoken, summary):
+    """`study show` prints the spec: a run tests no more, and leaves out nothing of what it says is not tested."""
+    for study in (important, deep, spoken, summary):
+        spec = registry.find_declaration(study.name)
+        assert (study.title, study.hypothesis) == (spec.title, spec.hypothesis)
+        layers = ", ".join(map(str, study.tokens["layer"].unique())) if study.tokens is not None else ""
+        assert study is summary or set(spec.said(layers=layers)) <= set(study.not_tested)
+    for study in (deep, spoken):
+        declared = registry.find_declaration(study.name).tests
+        assert [test.removesuffix(" (in the family, not in the verdict)") for test in declared] == study.findings[
+            "finding"
+        ].tolist()
+    assert important.findings["finding"][0] == registry.find_declaration("importance").tests[0]
+
+
 def test_summary_does_not_revive_what_a_study_denied(deep):
     denied = replace(deep, findings=deep.findings.assign(holds=False))
     assert not S.summarize([denied]).findings.holds.any()

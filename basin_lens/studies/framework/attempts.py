@@ -1,7 +1,6 @@
 """Tests that say why they could not be made, in place of stopping a study."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -13,21 +12,21 @@ LAYER_FREE = ("surprisal", "agreement", "surprisal_change", "agreement_change")
 
 
 def attempt(
-    test: Callable[..., pd.DataFrame], table: pd.DataFrame, score: str | list[str], *args: Any, **options: Any
+    test: Callable[..., pd.DataFrame], table: pd.DataFrame, score: str | list[str], *args: object, **options: object
 ) -> pd.DataFrame:
-    """`test(table, score, ...)`; where these texts are too few for it, or a column does not vary, rows without numbers that say so."""
+    """`test(table, score, ...)`; where texts are too few for it, or a column does not vary, rows without numbers that say so."""
     try:
         return test(table, score, *args, **options)
     except (StudyError, TableError) as error:
         names = [score] if isinstance(score, str) else score
-        layers: list[Any] = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else [pd.NA]
+        layers: list[object] = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else [pd.NA]
         empty = [empty_finding(name, str(options.get("unit", ""))).to_dict("records")[0] for name in names]
         blank = pd.DataFrame([{**line, "layer": layer} for line in empty for layer in layers])
         return blank.astype({"layer": "Int64"}).assign(note=f"not tested: {error}")
 
 
 def attempt_each(
-    test: Callable[..., pd.DataFrame], table: pd.DataFrame, scores: Sequence[str], *args: Any, **options: Any
+    test: Callable[..., pd.DataFrame], table: pd.DataFrame, scores: Sequence[str], *args: object, **options: object
 ) -> pd.DataFrame:
     """`attempt` score by score, uncorrected: one that cannot be tested does not take the others with it."""
     parts = []
@@ -48,19 +47,21 @@ def empty_finding(score: str, unit: str) -> pd.DataFrame:
     return pd.DataFrame([row | {"null": 0.0, "note": ""}]).astype({"layer": "Int64"})
 
 
-def checked_red_flags(table: pd.DataFrame, score: str, *args: Any, **options: Any) -> pd.DataFrame:
+def checked_red_flags(table: pd.DataFrame, score: str, *args: object, **options: object) -> pd.DataFrame:
     """`stats.red_flags` at the layers that a declared test may choose; where they cannot be computed, one row that says why."""
+    check: Callable[..., pd.DataFrame] = stats.red_flags
     try:
-        return stats.red_flags(above_layer_0(table), score, *args, **options)
+        return check(above_layer_0(table), score, *args, **options)
     except (StudyError, TableError) as error:
         line = {"flag": "could not be checked", "score": score, "layer": pd.NA, "raised": pd.NA, "why": f"not checked: {error}"}
         return pd.DataFrame([line]).astype({"layer": "Int64", "raised": "boolean"})
 
 
-def token_level_tests(table: pd.DataFrame, scores: list[str], *args: Any, **options: Any) -> pd.DataFrame:
+def token_level_tests(table: pd.DataFrame, scores: list[str], *args: object, **options: object) -> pd.DataFrame:
     """`stats.guide_tests`; no rows where the question cannot be asked of this table."""
+    test: Callable[..., pd.DataFrame] = stats.guide_tests
     try:
-        return stats.guide_tests(table, scores, *args, **options)
+        return test(table, scores, *args, **options)
     except TableError:
         return pd.DataFrame(columns=["layer", "score", "question", *_GUIDE])
 

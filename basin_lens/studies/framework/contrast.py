@@ -1,7 +1,7 @@
 """Two kinds of tokens or texts to be compared in every study."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ from basin_lens import tables
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.scoring.token_rows import row_facts
+from basin_lens.texts import Passage
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Contrast:
         """What is compared, in words."""
         return f"{self.by}: {self.first} - {self.second}"
 
-    def values(self, table: pd.DataFrame) -> "pd.Series[Any]":
+    def values(self, table: pd.DataFrame) -> pd.Series:
         """Each row's side: `first`, `second`, or None (neither, or spans of both).
 
         Raises:
@@ -58,16 +59,23 @@ class Contrast:
         return side
 
 
-def _names(found: Any, side: str) -> set[str]:
+def _names(found: object, side: str) -> set[str]:
     """The span asked for, if it is among those of a token, which the table joins by plus signs; a name may hold one itself."""
     return {side} if isinstance(found, str) and f"+{side}+" in f"+{found}+" else set()
 
 
-def _spellings(found: Any, _side: str) -> set[str]:
+def _spellings(found: object, _side: str) -> set[str]:
     """A label's value as text. pandas makes 1 into 1.0 where another text has no value."""
     if found is None or (isinstance(found, float) and np.isnan(found)):
         return set()
     return {str(found)} | ({str(int(found))} if isinstance(found, float) and found.is_integer() else set())
+
+
+def refuse_label(passages: Sequence[Passage], contrast: Contrast) -> None:
+    """Before a model is loaded: what is contrasted must be a label of the texts, or spans."""
+    known = sorted({name for passage in passages for name in passage.labels})
+    if contrast.by not in ("span", *known):
+        raise StudyError(f"expected a label of the texts or span as contrast, got {contrast.by!r}; labels: {known}.")
 
 
 def refuse_contrast(capture: Capture, contrast: Contrast) -> None:

@@ -1,6 +1,6 @@
 """Two kinds of tokens or texts compared, in whatever study asks for it."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def is_paired(table: pd.DataFrame) -> bool:
 
 
 def _compared(
-    table: pd.DataFrame, score: str, sides: tuple[str, str], paired: bool, controls: Any, measured: Measured
+    table: pd.DataFrame, score: str, sides: tuple[str, str], paired: bool, controls: Sequence[str], measured: Measured
 ) -> pd.DataFrame:
     """One score's rows."""
     return attempt(

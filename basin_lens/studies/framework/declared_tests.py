@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import pandas as pd
 from basin_lens import stats
 from basin_lens.errors import StudyError, TableError
 from basin_lens.studies.framework.attempts import attempt
-from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, Units
 from basin_lens.views.marks import unit_of
 
@@ -124,7 +124,10 @@ def declared_test(
 
 
 def settle(study: str, tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Declared tests as one family (Holm), in the columns of `FINDING`; `holds`: corrected p at most 0.05. `within_reach`: see there."""
+    """Declared tests as one family (Holm), in the columns of `FINDING`.
+
+    `holds`: corrected p at most 0.05. `within_reach`: see there.
+    """
     family = pd.DataFrame([row for test in tests for row in test.to_dict("records")])
     for name in (*_NUMBERS, "p_floor"):
         family[name] = family[name].astype(float) if name in family else float("nan")
@@ -152,7 +155,7 @@ def within_reach(family: pd.DataFrame) -> "pd.Series[bool]":
     return pd.Series(reached, index=family.index)
 
 
-def p_floor(row: Any) -> float:
+def p_floor(row: Row) -> float:
     """The smallest p of a permutation of so many units; 0 for tests without such a bound."""
     sides = 1 if "one-sided" in row.test else 2
     if "sign-flip" in row.test and row.n_units:

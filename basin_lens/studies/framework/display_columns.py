@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-# For figures at the layer of a declared test, which itself was made on the documents that did not choose it, where there were enough.
+# For figures at the layer of a declared test, which itself was made on the documents that did not choose it, if enough.
 ALL_SHOWN = "All documents are shown, those that chose this layer among them."
 
 _ALWAYS = ("estimate", "low", "high", "p", "p_corrected", "hedges_g", "n_units", "n_tokens", "note")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -11,6 +10,8 @@ from basin_lens.capture import Bank, Capture
 from basin_lens.scoring import KeptNeighbors
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.units import count_units
+from basin_lens.texts import Texts
+from basin_lens.values import Facts
 
 # The scores that every study looks at, the headline first.
 SCORES = ("compression", "compression_other_token", "contraction", "raw_compression")
@@ -33,7 +34,7 @@ class Measured:
     bank: Bank
     frequency: Mapping[int, float]
     contrast: Contrast | None
-    settings: dict[str, Any]
+    settings: Facts
     studies: tuple[str, ...]
 
     @property
@@ -57,6 +58,10 @@ class Measured:
         return count_units(self.capture, self.unit)
 
 
-def study_provenance(measured: Measured) -> dict[str, Any]:
+# What a study takes: texts, a capture of them, or what was measured on them.
+StudyData = Texts | Capture | Measured
+
+
+def study_provenance(measured: Measured) -> Facts:
     """Of the tokens' run, with the study's own settings in it."""
     return {run: {**facts, "study": measured.settings} for run, facts in tables.provenance(measured.table).items()}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,23 +14,23 @@ from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
 from basin_lens.studies.framework.contrast import Contrast, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import Measured, StudyData
 from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
 from basin_lens.studies.framework.sequences import FEWEST_TOKENS, choose_sequences
 from basin_lens.studies.framework.spec import ScoreOptions, StudySpec
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, FEWEST_UNITS, count_units
 from basin_lens.texts import Passage, Texts
 from basin_lens.transport import CONTEXTS, Context
-from basin_lens.values import Layers, whole_numbers
+from basin_lens.values import Facts, Layers, whole_numbers
 
 
 @whole_numbers(StudyError)
 def measure(
     model: HookedModel,
-    data: Texts,
+    data: Capture | Texts,
     *,
     studies: Sequence[str] = STUDIES,
-    layers: Layers = None,
+    layers: Layers | Literal["all"] = None,
     k: int = 15,
     context: Context = "patched",
     bank: Bank = None,
@@ -80,31 +80,30 @@ def measure(
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
         >>> measured = bl.studies.measure(
-        ...     model, list(reference_passages()), studies=["linguistic"], layers=[5], max_sequences=8, max_length=48, progress=False)
+        ...     model, list(reference_passages()), studies=["linguistic"], layers=[5], max_sequences=8, max_length=48,
+        ...     progress=False)
         >>> measured.layers
         [5]
     """
     specs = specs_of_texts(*studies)
-    refuse_scoring([], context=context)
-    if exclude == "nothing":
-        raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
+    refuse_scoring([], context=context, exclude=exclude)
     planned = data if isinstance(data, Capture) else Capture.plan(model, data, layers=_layers(model, layers), max_length=max_length)
     count = Counter(planned.row_token.tolist())
     frequency = {token: times / planned.n_rows for token, times in count.items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
-    analyzers = _analyzers(specs, k, context, exclude)
+    headline = headline_of(k, context, exclude)
     wanted = _layers(model, layers) if layers is not None else capture.layers
     if contrast is not None:
         refuse_contrast(capture, contrast)
     if check is not None:
         check(capture)
-    request = Request(analyzers, layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    run = score(model, capture, request, keep_neighbors_of=analyzers[0])
+    request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
+    run = score(model, capture, request, keep_neighbors_of=headline)
     table = run.table
     (facts,) = tables.provenance(table).values()
-    settings: dict[str, Any] = {
+    settings: Facts = {
         "k": k,
         "context": context,
         "exclude": exclude,
@@ -126,25 +125,37 @@ def measure(
     return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies))
 
 
-def refuse_scoring(passages: Sequence[Passage], *, context: str, unit: str = "document") -> None:
+def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = "sequence", unit: str = "document") -> None:
     """Refuse what can be refused before a model is loaded.
 
     Raises:
-        StudyError: an unknown context, or a unit that no passage has as a label.
+        StudyError: an unknown context, an exclude or a unit that no passage has as a label, or too few documents as units.
     """
     if context not in CONTEXTS:
         raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
+    if exclude == "nothing":
+        raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
     known = sorted({name for passage in passages for name in passage.labels})
+    if passages and exclude not in ("self", "sequence", "document", *known):
+        raise StudyError(
+            f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: {known}.'
+        )
     if unit not in ("document", "sequence", *known):
         raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
+    documents = len({index if one.doc is None else one.doc for index, one in enumerate(passages)})
+    if passages and unit == "document" and documents < FEWEST_UNITS:
+        raise StudyError(
+            f"expected at least {FEWEST_UNITS} units (document), got {documents}: tokens of one text are not independent. Add texts, "
+            "or give each its own document."
+        )
 
 
 def ready(
     model: HookedModel,
-    data: Texts,
+    data: StudyData,
     study: str,
     progress: bool,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     check: Callable[[Capture], None] | None = None,
 ) -> Measured:
     """What a study works on: texts are measured, what was measured is taken as it is.
@@ -153,7 +164,8 @@ def ready(
         StudyError: measured for other studies, or options for what is measured already.
     """
     if not isinstance(data, Measured):
-        return measure(model, data, studies=(study,), progress=progress, check=check, **options)
+        given: dict[str, Any] = dict(options)  # measure checks what each is
+        return measure(model, data, studies=(study,), progress=progress, check=check, **given)
     data.capture.check_model_is(model)
     if options:
         raise StudyError(
@@ -173,7 +185,7 @@ def spaced_layers(n_layers: int, count: int = 10) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
 
 
-def _layers(model: HookedModel, layers: Layers) -> tuple[int, ...]:
+def _layers(model: HookedModel, layers: Layers | Literal["all"]) -> tuple[int, ...]:
     every = check_layers(model, None)
     if layers is None:
         return tuple(spaced_layers(len(every)))
@@ -201,17 +213,20 @@ def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, un
     return capture, short
 
 
-def _analyzers(specs: Sequence[StudySpec], k: int, context: Context, exclude: str) -> list[Any]:
+def headline_of(k: int, context: Context, exclude: str) -> Compression:
+    """The headline score."""
+    return Compression(k=k, context=context, exclude=exclude)
+
+
+def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
     """Those of every study, the headline first, and what the studies want besides, each once."""
-    common: dict[str, Any] = {"k": k, "exclude": exclude}
-    passed: dict[str, Any] = {**common, "context": context}
-    headline = Compression(**passed)
+    k, context, exclude = headline.k, headline.context, headline.exclude
     answer: list[Analyzer] = [
         headline,
-        Compression(same_token="exclude", name="compression_other_token", **passed),
-        Contraction(**passed),
-        RawCompression(**common),
-        Neighborhood(**common),
+        Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
+        Contraction(k=k, exclude=exclude, context=context),
+        RawCompression(k=k, exclude=exclude),
+        Neighborhood(k=k, exclude=exclude),
         Surprisal(),
         StateNorm(),
     ]

@@ -6,9 +6,10 @@ To add a study: one module that defines `SPEC`, and one line here.
 import importlib
 
 from basin_lens.errors import StudyError
-from basin_lens.studies.framework.spec import ExperimentSpec, StudySpec
+from basin_lens.studies.framework.spec import Declaration, ExperimentSpec, StudySpec
 
-# Studies of texts: measured together, parts of `study all`, in this order. Modules by name, so that a command loads no more than its own study.
+# Studies of texts: measured together, parts of `study all`, in this order. Modules by name, so that a command loads no more than
+# its own study.
 OF_TEXTS = {
     "importance": "basin_lens.studies.importance",
     "linguistic": "basin_lens.studies.linguistic",
@@ -20,6 +21,9 @@ OF_TEXTS = {
 SLOW = {"mergeability": "basin_lens.studies.mergeability.study"}
 # With texts and a training of their own.
 EXPERIMENTS = {"memorization": "basin_lens.studies.memorization.study"}
+
+# What other commands make: declared like the others, run by functions of their own.
+ELSEWHERE = {"merging": "basin_lens.studies.merging_comparison", "summary": "basin_lens.studies.summary"}
 
 STUDIES = tuple(OF_TEXTS)
 
@@ -38,8 +42,29 @@ def find_spec(name: str) -> StudySpec | ExperimentSpec:
     modules = OF_TEXTS | SLOW | EXPERIMENTS
     if name not in modules:
         raise StudyError(f"expected studies among {names()}, or all, got {[name]}.")
-    found = importlib.import_module(modules[name]).SPEC
-    assert found.name == name, (found.name, name)
+    found = _spec_in(modules[name])
+    assert isinstance(found, StudySpec | ExperimentSpec) and found.name == name, (found, name)
+    return found
+
+
+def find_declaration(name: str) -> Declaration:
+    """What a study of any kind declares.
+
+    Raises:
+        StudyError: an unknown study.
+    """
+    if name not in ELSEWHERE and name not in names():
+        raise StudyError(f"expected a study among {[*names(), *ELSEWHERE]}, got {name!r}. See basin-lens study list.")
+    return _spec_in(ELSEWHERE[name]) if name in ELSEWHERE else find_spec(name)
+
+
+def command_of(name: str) -> str:
+    """The command that runs a study."""
+    return "basin-lens merge test" if name == "merging" else f"basin-lens study {name}"
+
+
+def _spec_in(module: str) -> Declaration:
+    found: Declaration = importlib.import_module(module).SPEC
     return found
 
 

@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import beside_token_level_tests, checked_red_flags, token_level_tests
 from basin_lens.studies.framework.contrast_report import contrast_section
-from basin_lens.studies.framework.declared_tests import decide, declared_test, settle
-from basin_lens.studies.framework.measured_texts import Measured, study_provenance
+from basin_lens.studies.framework.declared_tests import Decision, decide, declared_test, settle
+from basin_lens.studies.framework.measured_texts import Measured, StudyData, study_provenance
 from basin_lens.studies.framework.measurement import ready
 from basin_lens.studies.framework.progress import progress_steps
-from basin_lens.studies.framework.spec import Analysis, Presentation, Results, StudySpec, Task
+from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import about_measured, opening, sentence
-from basin_lens.texts import Texts
+from basin_lens.values import Facts
 
 _SHARED_STEPS = 3  # tests, figures, contrast
 
@@ -25,11 +24,11 @@ _SHARED_STEPS = 3  # tests, figures, contrast
 def run_study(
     spec: StudySpec,
     model: HookedModel,
-    data: Texts,
-    own: Any = None,
+    data: StudyData,
+    own: object = None,
     *,
     progress: bool = True,
-    measure_options: Mapping[str, Any] | None = None,
+    measure_options: Mapping[str, object] | None = None,
 ) -> Study:
     """Run a study of texts.
 
@@ -47,7 +46,7 @@ def run_study(
     """
     own = spec.options() if own is None else own
     given = dict(measure_options or {})
-    unit = data.unit if isinstance(data, Measured) else given.get("unit", "document")
+    unit = data.unit if isinstance(data, Measured) else str(given.get("unit", "document"))
     check = None if spec.check is None else spec.check(model, own, unit)
     measured = ready(model, data, spec.name, progress, given, check)
     with progress_steps(f"study {spec.name}", spec.steps + _SHARED_STEPS, progress) as step:
@@ -69,15 +68,15 @@ def run_study(
 
 
 def make_study(
-    spec: Any,
+    spec: Declaration,
     results: Results,
     shown: Presentation,
     *,
     about: Sequence[str],
-    provenance: Mapping[str, Any],
+    provenance: Facts,
     tokens: pd.DataFrame | None,
 ) -> Study:
-    """The record of a study that has run. `spec`: anything with a name, a title and a hypothesis."""
+    """The record of a study that has run, of any kind: all of them are made here."""
     assert shown.verdict is not None
     return Study(
         name=spec.name,
@@ -129,7 +128,7 @@ def _listed(scores: str | list[str]) -> list[str]:
     return [scores] if isinstance(scores, str) else scores
 
 
-def _decided(analysis: Analysis, findings: pd.DataFrame, flags: pd.DataFrame | None) -> Any:
+def _decided(analysis: Analysis, findings: pd.DataFrame, flags: pd.DataFrame | None) -> Decision:
     beside = [one.question for one in analysis.tests if not one.decides]
     return decide(findings[~findings["question"].isin(beside)], flags)
 

@@ -4,9 +4,10 @@ StudySpec.analysis(task) -> Analysis -> (declared tests, token-level tests, red 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,8 +23,11 @@ from basin_lens.texts import Passage
 from basin_lens.transport import Context
 from basin_lens.views import Section
 
+Value = TypeVar("Value")
+Own = TypeVar("Own")
 
-def option(default: Any, help_text: str = "", *, model: bool = False) -> Any:
+
+def option(default: Value, help_text: str = "", *, model: bool = False) -> Value:
     """A field of a study's options. The command line offers those with a help text.
 
     Args:
@@ -33,7 +37,7 @@ def option(default: Any, help_text: str = "", *, model: bool = False) -> Any:
     """
     facts = ({"help": help_text} if help_text else {}) | ({"model": True} if model else {})
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=facts)
+        return field(default_factory=lambda: copy(default), metadata=facts)
     return field(default=default, metadata=facts)
 
 
@@ -44,7 +48,7 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How the headline score is measured. `headline`: the analyzer itself. A study's own analyzers take the same `k`, `context` and `exclude`."""
+    """How the headline score is measured; a study's own analyzers take the same. `headline`: the analyzer itself."""
 
     k: int
     context: Context
@@ -52,20 +56,37 @@ class ScoreOptions:
     headline: Analyzer
 
 
+class UnitAndSeed(TypedDict):
+    """Options of every test."""
+
+    unit: str
+    seed: int
+
+
 @dataclass(frozen=True)
 class Task:
-    """What a study works on. `step`: to be called with a few words as each step begins."""
+    """What a study works on. `options`: its own, see `own`. `step`: to be called with a few words as each step begins."""
 
     model: HookedModel
     measured: Measured
-    options: Any
+    options: object
     step: Steps
     progress: bool
 
+    def own(self, kind: type[Own]) -> Own:
+        """The study's own options, as the class that its spec names."""
+        return own_options(self.options, kind)
+
     @property
-    def unit_and_seed(self) -> dict[str, Any]:
+    def unit_and_seed(self) -> UnitAndSeed:
         """Options of every test."""
         return {"unit": self.measured.unit, "seed": self.measured.seed}
+
+
+def own_options(given: object, kind: type[Own]) -> Own:
+    """Options as the class that a study's spec names: the framework passes them on and knows no more of them."""
+    assert isinstance(given, kind), (type(given), kind)
+    return given
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,7 @@ class Check:
     question: str
     scores: str | list[str]
     against: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +145,7 @@ class Analysis:
     contrast: Sequence[str] = SCORES
     tokens: pd.DataFrame | None = None
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    details: Any = None
+    details: object = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +180,7 @@ class Presentation:
     about: Sequence[str] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     verdict: Sequence[str] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 def no_analyzers(_: ScoreOptions) -> Sequence[Analyzer]:
@@ -167,19 +188,45 @@ def no_analyzers(_: ScoreOptions) -> Sequence[Analyzer]:
     return ()
 
 
-def refuse_nothing(_options: Any, _passages: Sequence[Passage]) -> None:
+def refuse_nothing(_options: object, _passages: Sequence[Passage]) -> None:
     """Of a study whose options are always possible."""
 
 
 @dataclass(frozen=True)
-class StudySpec:
-    """A study of texts.
+class Declaration:
+    """What a study of any kind says before looking. `basin-lens study show NAME` prints it.
+
+    As it stands, it is the spec of a study that other functions measure for: `merging` (windows, at equal bytes) and `summary`
+    (studies that were run). `StudySpec` and `ExperimentSpec` say how to measure, too.
 
     Args:
         name: of its command and its folder.
         title: of its report, as a question.
         question: one line for lists and help.
         hypothesis: what was declared before looking.
+        tests: what holds if each declared test passes, as clauses.
+        nulls: what the tests are made against, or stand beside: random points, chance, a model that has learned nothing.
+        not_tested: what a reader might think was tested. `{layers}` and other names in braces are what a run fills in; see `said`.
+    """
+
+    name: str
+    title: str
+    question: str
+    hypothesis: str
+    tests: tuple[str, ...] = ()
+    nulls: tuple[str, ...] = ()
+    not_tested: tuple[str, ...] = ()
+
+    def said(self, **run: object) -> list[str]:
+        """What is not tested, with what a run fills in."""
+        return [line.format(**run) for line in self.not_tested]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec(Declaration):
+    """A study of texts. Fields as of `Declaration`, and:
+
+    Args:
         if_yes, if_no: the first sentence of the verdict, unless `presentation` gives a verdict of its own.
         analysis: computes, and says what is to be tested.
         presentation: sections, figures, sentences.
@@ -192,10 +239,6 @@ class StudySpec:
         steps: how many steps of its own it tells `Task.step`.
     """
 
-    name: str
-    title: str
-    question: str
-    hypothesis: str
     analysis: Callable[[Task], Analysis]
     presentation: Callable[[Task, Analysis, Results], Presentation]
     if_yes: str = ""
@@ -203,8 +246,8 @@ class StudySpec:
     analyzers: Callable[[ScoreOptions], Sequence[Analyzer]] = no_analyzers
     integrated_gradients: bool = False
     options: type = NoOptions
-    refuse: Callable[[Any, Sequence[Passage]], None] = refuse_nothing
-    check: Callable[[Any, Any, str], Callable[[Capture], None]] | None = None
+    refuse: Callable[[object, Sequence[Passage]], None] = refuse_nothing
+    check: Callable[[HookedModel, object, str], Callable[[Capture], None]] | None = None
     judge: Callable[[Task, Analysis, Results], tuple[Analysis, Results]] | None = None
     steps: int = 1
 
@@ -213,7 +256,7 @@ class StudySpec:
 class ExperimentCall:
     """What the command line hands to an experiment. `options`: its own; `files`: those that `texts` were read from."""
 
-    options: Any
+    options: object
     texts: list[Passage]
     files: list[Path]
     k: int
@@ -223,24 +266,23 @@ class ExperimentCall:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An experiment of which all was refused that can be without a model.
+    """An experiment of which all was refused that can be without a model, but for its folder.
 
-    `folders`: written to, besides the study's own. `describe`: from a model to lines that say what will be done. `run`: from a
+    `inputs`: files that are read, which the study's folder must not hold. `folders`: written to, besides the study's own. `plan`:
+    what will be done, as far as it is known without a model. `describe`: from a model to lines that say all of it. `run`: from a
     model to the study.
     """
 
+    inputs: Sequence[Path]
     folders: Sequence[Path]
-    describe: Callable[[Any], Sequence[str]]
-    run: Callable[[Any], Study]
+    plan: Sequence[str]
+    describe: Callable[[HookedModel], Sequence[str]]
+    run: Callable[[HookedModel], Study]
 
 
-@dataclass(frozen=True)
-class ExperimentSpec:
-    """A study that makes texts and a training of its own. Fields as of `StudySpec`; `prepare` begins it from the command line."""
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSpec(Declaration):
+    """A study that makes texts and a training of its own. `prepare` begins it from the command line."""
 
-    name: str
-    title: str
-    question: str
-    hypothesis: str
     options: type
     prepare: Callable[[ExperimentCall], Prepared]

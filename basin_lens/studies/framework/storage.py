@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,9 +9,10 @@ import pandas as pd
 from basin_lens import records as kept
 from basin_lens.errors import StoreError
 from basin_lens.files import check_folder, check_name, check_no_inputs, clear_leavings, is_lock
+from basin_lens.values import Facts
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
-_FIELDS: dict[str, Any] = {
+_FIELDS: dict[str, object] = {
     "study": str,
     "title": str,
     "about": [str],
@@ -47,8 +47,10 @@ _NUMBERS = (
 )
 
 
-def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = ()) -> None:
+def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = (), *, heal: bool = True) -> None:
     """Refuse a folder that holds anything but an earlier run of this study, or an input. To be called before any long work, too.
+
+    `heal`: first clear away and put back what a run that was killed left there; else nothing is touched.
 
     Raises:
         StoreError: see there.
@@ -57,7 +59,7 @@ def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = ()) -> None:
     target = target.resolve()
     check_folder(target)
     check_no_inputs(target, inputs)
-    for folder in (target.parent, target):
+    for folder in (target.parent, target) if heal else ():
         clear_leavings(folder)
     if not target.exists():
         return
@@ -77,7 +79,7 @@ def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = ()) -> None:
         raise StoreError(f"expected an empty folder or an earlier {name} study, got {str(target)!r} with {min(held)!r} in it.")
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> Facts:
     """What `Study.save` wrote to `results.json`.
 
     Raises:
@@ -94,12 +96,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def records(table: pd.DataFrame) -> list[Facts]:
     """Rows as plain JSON, every digit kept; what is missing is null."""
     return [{str(name): _plain(value) for name, value in row.items()} for row in table.astype(object).to_dict("records")]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if value is None or value is pd.NA or (isinstance(value, float | np.floating) and not np.isfinite(value)):
         return None
     return value.item() if isinstance(value, np.generic) else value

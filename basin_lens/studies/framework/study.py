@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from basin_lens.files import new_folder
 from basin_lens.records import Unfinished
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.storage import KIND, records, refuse_folder
+from basin_lens.values import Facts
 from basin_lens.views import Report, Section, study_page
 
 
@@ -39,7 +39,7 @@ class Study:
     sections: tuple[Section, ...]
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure]
-    provenance: Mapping[str, Any]
+    provenance: Facts
     tokens: pd.DataFrame | None = field(default=None, repr=False)
 
     def report(self) -> Report:
@@ -92,7 +92,7 @@ class Study:
         (folder / "results.json").write_bytes(KIND.record(self.as_json(), {}, indent=1, allow_nan=False))
         self.report().save(folder / "report.html")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Facts:
         """What was declared and what came out, as plain JSON (NaN is null)."""
         return {
             "study": self.name,

@@ -1,13 +1,16 @@
 """Rows and columns of a study's tables."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from basin_lens import tables
 
+# A row as a named tuple: which names it has is known where its table is made.
+Row: TypeAlias = Any
 
-def named_rows(table: pd.DataFrame) -> list[Any]:
+
+def named_rows(table: pd.DataFrame) -> list[Row]:
     """The rows as named tuples."""
     return list(table.itertuples())
 

@@ -1,11 +1,10 @@
 """Sentences that all studies share: what was measured, and what came out."""
 
-from typing import Any
-
 import pandas as pd
 
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.table_parts import Row
 
 
 def about_measured(measured: Measured) -> list[str]:
@@ -30,6 +29,11 @@ def about_measured(measured: Measured) -> list[str]:
     return sentences
 
 
+def layers_said(measured: Measured) -> str:
+    """The layers measured, as a list in a sentence."""
+    return ", ".join(map(str, measured.layers))
+
+
 def opening(decision: Decision, yes: str, no: str) -> str:
     """The first sentence of a verdict."""
     if decision == "undecided":
@@ -40,8 +44,8 @@ def opening(decision: Decision, yes: str, no: str) -> str:
     return said + (" But red flags are raised (below): do not cite this as it stands." if decision.endswith("flags") else "")
 
 
-def sentence(row: Any, unit: str = "") -> str:
-    """One finding in words, with its figures and its note. `unit`: of the estimate; if not given, what the column `effect_unit` says."""
+def sentence(row: Row, unit: str = "") -> str:
+    """One finding in words, with its figures and its note. `unit`: of the estimate; if left out, that in `effect_unit`."""
     told = unit or getattr(row, "effect_unit", None)
     measure = f" {told}" if isinstance(told, str) and told else ""
     layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
@@ -60,7 +64,7 @@ def sentence(row: Any, unit: str = "") -> str:
     )
 
 
-def as_sentence(note: Any, opening: str = "") -> str:
+def as_sentence(note: object, opening: str = "") -> str:
     """A note as a sentence of its own; nothing if there is none."""
     if not isinstance(note, str) or not note:
         return ""

@@ -1,7 +1,7 @@
 """Tokens grouped into words, with their parts of speech."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ CONTENT = ("ADJ", "ADV", "NOUN", "VERB")
 Part = Literal["mean", "first", "last"]
 
 
-def tagged_tokens(measured: Measured, tagger: Any) -> tuple[pd.DataFrame, str]:
+def tagged_tokens(measured: Measured, tagger: str) -> tuple[pd.DataFrame, str]:
     """The measured tokens with their words (see `with_words`), and where the tags come from."""
     words, source = words_by_passage(measured.capture, tagger)
     return with_words(measured.table, words), source
@@ -33,7 +33,7 @@ def with_words(table: pd.DataFrame, words: Mapping[int, tuple[Word, ...]]) -> pd
     return answer
 
 
-def words_by_passage(capture: Capture, tagger: Any) -> tuple[dict[int, tuple[Word, ...]], str]:
+def words_by_passage(capture: Capture, tagger: str) -> tuple[dict[int, tuple[Word, ...]], str]:
     assert capture.passages is not None
     used = sorted({s.passage for s in capture.sequences})
     passages = [capture.passages[index] for index in used]

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from basin_lens import memorize
@@ -45,7 +45,7 @@ def text_baselines(
     return texts
 
 
-def add_fitted_baselines(texts: pd.DataFrame, made: Sequence[Passage], capture: Capture, probe_layer: int, seed: int) -> Any:
+def add_fitted_baselines(texts: pd.DataFrame, made: Sequence[Passage], capture: Capture, probe_layer: int, seed: int) -> np.ndarray:
     """Baselines that are fitted, each on other pairs than it is used on, as columns of the texts. Answers the states they were
     fitted to.
     """

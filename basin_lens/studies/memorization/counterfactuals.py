@@ -58,7 +58,8 @@ def _continuations(
     plan = planted.plan
     tokenizer = needed_tokenizer(planted.base)
     length = tokens.shape[1] - first
-    # The base model's own continuations are as fluent as it can be; other texts of the kind are as unlikely as the true one where it is not.
+    # The base model's own continuations are as fluent as it can be; where it is not, other texts of the kind are as unlikely as the
+    # true one.
     repeated = tokens[:, :first].repeat_interleave(_CANDIDATES, 0)
     sampled = continuations(planted.base, repeated, length, temperature=1.0, seed=plan.seed).tolist()
     held_out = [p.text for p in planted.passages if not p.labels["member"]]
@@ -151,7 +152,7 @@ def _damaged(
 
 
 def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Texts of which only the middle was memorized, between thirds of texts of its kind that were held out: does the score say where?
+    """Texts of which only the middle was memorized, between thirds of held-out texts of its kind: does the score say where?
 
     The base model reads the same texts, so that what the parts are without any training is taken out.
     """

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ import torch
 from basin_lens import memorize, tables
 from basin_lens.analyzers import (
     Agreement,
+    Analyzer,
     Compression,
     Contraction,
     Neighborhood,
@@ -27,12 +28,13 @@ from basin_lens.errors import StudyError, TextError
 from basin_lens.model import HookedModel, full_name, n_context, n_layers, needed_tokenizer, uses_bos
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
+from basin_lens.studies.framework.progress import Steps
 from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
 from basin_lens.texts import Passage, reference_passages
 from basin_lens.texts.copies import copied_passages
-from basin_lens.values import Whole, whole_fields
+from basin_lens.values import Facts, Whole, whole_fields
 
-# Contraction differs from compression by the same number for all texts of a layer: every contrast of the two would be one test made twice.
+# Contraction differs from compression by the same number for all texts of a layer: a contrast of it would be one test made twice.
 SCORES = ("compression", "compression_native")
 CHANGES = tuple(f"{name}_change" for name in SCORES)
 BEFORE = tuple(f"{name}_base" for name in SCORES)
@@ -137,7 +139,24 @@ class Planted:
     layers: tuple[int, ...]
     probe_layer: int
     states: np.ndarray
-    facts: dict[str, Any]
+    facts: Facts
+
+
+class _Reading(TypedDict):
+    """Options that every measurement shares."""
+
+    layers: tuple[int, ...]
+    seed: int
+    progress: bool
+
+
+class _Training(TypedDict):
+    """Options that every training shares."""
+
+    filler: Sequence[Passage]
+    recipe: memorize.Recipe
+    max_length: int
+    progress: bool
 
 
 def plant(
@@ -147,7 +166,7 @@ def plant(
     passages: Sequence[Passage] | None = None,
     folder: Path | None = None,
     progress: bool = True,
-    say: Any = None,
+    say: Steps | None = None,
 ) -> Planted:
     """Make the texts, train on the members, and measure.
 
@@ -163,7 +182,7 @@ def plant(
         StudyError: fewer than 5 members or texts held out, or none of either; a context too short for the plan. Others as for
             `finetune`.
     """
-    say = say or (lambda _text: None)
+    say = say or (lambda _step: None)
     say("texts")
     made = _texts_to_plant(model, plan, passages)
     members = [p for p in made if p.labels["member"]]
@@ -172,13 +191,13 @@ def plant(
     _refuse_texts(model, plan, made, longest)
     # Before the training: what cannot be measured is refused before the long work.
     say("before training")
-    shared: dict[str, Any] = {"layers": layers, "seed": plan.seed, "progress": progress}
+    shared: _Reading = {"layers": layers, "seed": plan.seed, "progress": progress}
     banks = {"base": bank_of(model, bank, layers, longest)}
     before = analyze(model, made, _analyzers(plan.k), bank=banks["base"], max_length=longest, **shared)
 
     say("training")
-    options: dict[str, Any] = {"filler": filler, "recipe": replace(plan.recipe, seed=plan.seed), "max_length": longest}
-    options["progress"] = progress
+    recipe = replace(plan.recipe, seed=plan.seed)
+    options: _Training = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
     begun = time.perf_counter()
     tuned = _tuned(model, members, [int(cast("int", p.labels["dose"])) for p in members], folder, "tuned", options)
     seconds = time.perf_counter() - begun
@@ -231,11 +250,11 @@ def _measured_negatives(
     bank: Sequence[Passage],
     longest: int,
     folder: Path | None,
-    shared: dict[str, Any],
-    options: dict[str, Any],
+    shared: _Reading,
+    options: _Training,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The texts under random weights, and under a model that was tuned on other texts."""
-    few: list[Any] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
+    few: list[Analyzer] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
     layers = shared["layers"]
     twin = random_twin(model, seed=plan.seed)
     untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
@@ -247,8 +266,8 @@ def _measured_negatives(
 
 
 def _facts(
-    plan: Plan, training: Any, seconds: float, bank: Sequence[Passage], filler: Sequence[Passage], folder: Path | None
-) -> dict[str, Any]:
+    plan: Plan, training: Facts, seconds: float, bank: Sequence[Passage], filler: Sequence[Passage], folder: Path | None
+) -> Facts:
     return {
         "plan": _plain(plan),
         "training": training,
@@ -298,7 +317,7 @@ def _refuse_texts(model: HookedModel, plan: Plan, made: Sequence[Passage], longe
     refuse_copies(made, model)
 
 
-def _analyzers(k: int) -> list[Any]:
+def _analyzers(k: int) -> list[Analyzer]:
     return [
         Compression(k=k),
         Compression(k=k, context="native", name="compression_native"),
@@ -388,7 +407,7 @@ def analysis_seconds(model: HookedModel, plan: Plan, training: float) -> float:
 
 
 def _tuned(
-    model: HookedModel, passages: Sequence[Passage], doses: Sequence[int], folder: Path | None, name: str, options: dict[str, Any]
+    model: HookedModel, passages: Sequence[Passage], doses: Sequence[int], folder: Path | None, name: str, options: _Training
 ) -> memorize.Tuned:
     """Train, or take up a training of the very same plan in the folder."""
     place = None if folder is None else folder / name
@@ -413,11 +432,11 @@ def _others(model: HookedModel, plan: Plan, made: Sequence[Passage]) -> list[Pas
     return [Passage(text, doc=f"other-{i}") for i, text in enumerate(texts)]
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
+def _plain(plan: Plan) -> Facts:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan).items()}
 
 
-def provenance(planted: Planted) -> dict[str, Any]:
+def provenance(planted: Planted) -> Facts:
     """Of the tuned model's run, with the plan and the training in it."""
     return {run: {**facts, "study": planted.facts} for run, facts in tables.provenance(planted.tokens).items()}
 

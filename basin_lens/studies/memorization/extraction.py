@@ -46,7 +46,7 @@ def prepare(
     files: Sequence[Passage] = (),
     paraphrases: Mapping[str, str] | None = None,
 ) -> tuple[list[Passage], list[str]]:
-    """Openings and their controls from the user's texts, NLTK's corpora where they are installed, and licences found here; and what was read.
+    """Openings and their controls from the user's texts, NLTK's corpora if installed, and licences found here; and what was read.
 
     Corpora give a third of `count` each, licences what is left of it.
 

@@ -1,7 +1,6 @@
 """The memorization study as figures, sections and sentences."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -232,7 +231,8 @@ def verdict_of(
         told.append(
             f"{one.score} alone: could not be tested ({one.note})."
             if pd.isna(one.estimate)
-            else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, chosen on other texts."
+            else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, "
+            "chosen on other texts."
         )
     loss = tested.detection[(tested.detection["score"] == "log_likelihood") & (tested.detection["metric"] == "auroc")].iloc[0]
     told.append(
@@ -259,7 +259,7 @@ def verdict_of(
 _UNITS = {"difference": "nats", "dose": "nats", "added": "nats per text", "matched": "nats"}
 
 
-def _of(results: pd.DataFrame, scores: Any) -> pd.DataFrame:
+def _of(results: pd.DataFrame, scores: Iterable[str]) -> pd.DataFrame:
     return tables.select(results, results["score"].isin(list(scores)))
 
 

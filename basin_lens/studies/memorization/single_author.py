@@ -1,7 +1,6 @@
 """The original guide's own design: passages of one author trained on, others of the same author, and unrelated text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +52,7 @@ def author_passages(model: HookedModel, texts: Sequence[Passage], plan: Plan) ->
 
 
 def unrelated_passages(model: HookedModel, texts: Sequence[Passage], plan: Plan, works: Sequence[Passage] = ()) -> list[Passage]:
-    """Passages by others, as many as are to be planted and held out at most; copies of one another, and of passages of the works, left out.
+    """Passages by others, at most as many as are to be planted and held out; copies of one another, and of the works, left out.
 
     Raises:
         StudyError: too few, or built-in texts.
@@ -102,9 +101,17 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
     """The original guide's contrast: trained on against unrelated text, beside trained on against the same author's."""
     plan = planted.plan
     analyzers = [Compression(k=plan.k)]
-    options: dict[str, Any] = {"layers": planted.layers, "max_length": plan.length + 1, "seed": plan.seed, "progress": progress}
     before, after = (
-        analyze(model, list(made), analyzers, bank=planted.banks[name], **options)
+        analyze(
+            model,
+            list(made),
+            analyzers,
+            bank=planted.banks[name],
+            layers=planted.layers,
+            max_length=plan.length + 1,
+            seed=plan.seed,
+            progress=progress,
+        )
         for name, model in (("base", planted.base), ("tuned", planted.tuned))
     )
     apart = with_changes(before, after, ("compression",))

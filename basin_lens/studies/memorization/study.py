@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast, get_args
 
 import pandas as pd
 
@@ -16,15 +16,14 @@ from basin_lens.model import provenance as model_provenance
 from basin_lens.studies.framework.declared_tests import decide
 from basin_lens.studies.framework.progress import progress_steps
 from basin_lens.studies.framework.runner import make_study
-from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, Prepared, Presentation, Results, option
-from basin_lens.studies.framework.storage import refuse_folder
+from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, Prepared, Presentation, Results, option, own_options
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.memorization.counterfactuals import Forked, fork
 from basin_lens.studies.memorization.experiment import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
 from basin_lens.studies.memorization.extraction import Recited, prepare, recite
 from basin_lens.studies.memorization.report import sections_of, verdict_of
 from basin_lens.studies.memorization.single_author import author_passages, copies_said, guide_contrast, unrelated_passages
-from basin_lens.studies.memorization.tests import Tested, examine
+from basin_lens.studies.memorization.tests import QUESTIONS, Tested, examine
 from basin_lens.texts import Passage, read_by_document, read_passages
 from basin_lens.values import whole_numbers
 
@@ -62,17 +61,23 @@ def describe(model: HookedModel, plan: Plan) -> list[str]:
     """What a plan will do and about how long it will take here, from a timed forward pass."""
     training = memorize.estimate(model, plan.tokens_trained())
     rest = analysis_seconds(model, plan, training)
-    members = plan.per_dose * len(plan.doses)
     every = n_layers(model)
     layers = every if plan.layers is None else min(plan.layers, every)
     return [
-        f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many "
-        f"held out by a coin; kinds: {', '.join(plan.kinds)}.",
+        _texts_planned(plan),
         f"Training: {plan.tokens_trained():,} tokens with filler and the negative control, about {_minutes(training)}.",
         f"Memory: about {6 * _gigabytes(model):.0f} GB; disk: {2 * _gigabytes(model):.1f} GB for the tuned models, three times "
         "as much while training.",
         f"Measuring: {layers} of {every} layers, four models, forks, damaged prefixes, recitation: about {_minutes(rest)}.",
     ]
+
+
+def _texts_planned(plan: Plan) -> str:
+    members = plan.per_dose * len(plan.doses)
+    return (
+        f"{members} texts of {plan.length} tokens to be memorized, shown {', '.join(map(str, plan.doses))} times, and as many "
+        f"held out by a coin; kinds: {', '.join(plan.kinds)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -148,15 +153,17 @@ def study_memorization(
     made = author_passages(model, texts, plan) if is_author else None
     apart = unrelated_passages(model, unrelated, plan, texts) if is_author else []
     copies = copies_said(model, texts, unrelated, plan) if is_author else []
-    shared: dict[str, Any] = {"length": plan.length, "seed": plan.seed}
-    known, said = prepare(model, count=plan.sources, files=() if is_author else texts, paraphrases=paraphrases, **shared)
+    files = () if is_author else texts
+    known, said = prepare(model, count=plan.sources, files=files, paraphrases=paraphrases, length=plan.length, seed=plan.seed)
     with progress_steps("study memorization", 9, progress) as step:
         planted = plant(model, plan, passages=made, folder=None if folder is None else Path(folder), progress=progress, say=step)
         step("forks")
         forked = fork(planted, progress=progress)
         step("recitation")
         base_bank = planted.banks["base"]
-        recited = recite(model, base_bank, planted.layers, known, said, k=plan.k, progress=progress, **shared)
+        recited = recite(
+            model, base_bank, planted.layers, known, said, k=plan.k, progress=progress, length=plan.length, seed=plan.seed
+        )
         step("tests and figures")
         tested = examine(planted)
         author = guide_contrast(planted, apart, progress) if is_author else None
@@ -205,13 +212,10 @@ def _tables(planted: Planted, tested: Tested, forked: Forked, recited: Recited) 
 
 
 def _prepare(call: ExperimentCall) -> Prepared:
-    """Refuses what can be refused before a model is loaded, and reads the other texts."""
-    options: MemorizationOptions = call.options
-    beside = [*options.unrelated, *([] if options.paraphrases is None else [options.paraphrases])]
-    refuse_folder(call.out, "memorization", [*call.files, *beside])
+    """Refuses what can be refused before a model is loaded, but for the folder, and reads the other texts."""
+    options = own_options(call.options, MemorizationOptions)
     plan = plan_of(options.preset, seed=call.seed, k=call.k, sampled=options.sampled)
-    if options.design not in ("canaries", "author"):
-        raise StudyError(f"expected design canaries or author, got {options.design!r}.")
+    design = _design(options.design)
     if options.design == "canaries" and options.unrelated:
         raise StudyError("expected texts by others (--unrelated) with design author, got design canaries. Leave them out.")
     if options.unrelated:
@@ -222,12 +226,23 @@ def _prepare(call: ExperimentCall) -> Prepared:
         raise StudyError("expected the author's works as files (or --dataset) and texts by others (--unrelated) for design author.")
     # Beside the study: an interrupted training goes on from there.
     folder = call.out.resolve().with_name(call.out.resolve().name + "-models")
-    design: Any = options.design
 
     def run(model: HookedModel) -> Study:
         return study_memorization(model, plan, design=design, texts=call.texts, unrelated=others, paraphrases=known, folder=folder)
 
-    return Prepared([folder], partial(describe, plan=plan), run)
+    beside = [*options.unrelated, *([] if options.paraphrases is None else [options.paraphrases])]
+    planned = [
+        _texts_planned(plan),
+        f"Training: {plan.tokens_trained():,} tokens with filler and the negative control.",
+        f"Measuring: {'all' if plan.layers is None else f'at most {plan.layers}'} layers, four models, k = {plan.k}.",
+    ]
+    return Prepared([*call.files, *beside], [folder], planned, partial(describe, plan=plan), run)
+
+
+def _design(name: str) -> Design:
+    if name not in get_args(Design):
+        raise StudyError(f"expected design canaries or author, got {name!r}.")
+    return cast("Design", name)
 
 
 def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
@@ -251,20 +266,11 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
 
 
 def _not_tested(plan: Plan, design: str) -> tuple[str, ...]:
-    return (
-        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 "
-        "is exploratory).",
-        f"Other training: one recipe ({plan.recipe.learning_rate:g}, {plan.recipe.batch_size} texts a step), one seed "
-        f"({plan.seed}) of texts, coins and order; "
-        "run again with other seeds before citing.",
-        "True positives at 1 % false positives with fewer than 100 texts held out: no threshold could be placed.",
-        f"Memorization without verbatim repetition; texts longer than {plan.length} tokens.",
-        *(
-            ("The model's own sampled continuations as fluent texts (--sampled).",)
-            if design == "canaries" and not plan.sampled
-            else ()
-        ),
-    )
+    recipe = plan.recipe
+    said = SPEC.said(rate=f"{recipe.learning_rate:g}", batch=recipe.batch_size, seed=plan.seed, length=plan.length)
+    if design == "canaries" and not plan.sampled:
+        said.append("The model's own sampled continuations as fluent texts (--sampled).")
+    return tuple(said)
 
 
 def _gigabytes(model: HookedModel) -> float:
@@ -280,6 +286,21 @@ SPEC = ExperimentSpec(
     title="Does the geometry see what the model has memorized?",
     question="Does compression see what a model was made to memorize, beyond its loss? Trains a copy of the model.",
     hypothesis=HYPOTHESIS,
+    tests=tuple(QUESTIONS.values()),
+    nulls=(
+        "texts of the same kinds that a coin held out",
+        "random weights; a model tuned on other texts; the model before training",
+        "labels permuted within the pairs",
+        "a classifier that reads the text alone",
+    ),
+    not_tested=(
+        "Texts memorized in pre-training, where no coin decided: membership of this model's training data is not known (part M2 "
+        "is exploratory).",
+        "Other training: one recipe ({rate}, {batch} texts a step), one seed ({seed}) of texts, coins and order; run again with "
+        "other seeds before citing.",
+        "True positives at 1 % false positives with fewer than 100 texts held out: no threshold could be placed.",
+        "Memorization without verbatim repetition; texts longer than {length} tokens.",
+    ),
     options=MemorizationOptions,
     prepare=_prepare,
 )

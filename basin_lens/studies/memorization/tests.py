@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.attempts import attempt, attempt_each, checked_red_flags, empty_finding
 from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
+from basin_lens.studies.framework.spec import UnitAndSeed
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS
 from basin_lens.studies.memorization.experiment import BEFORE, CHANGES, SCORES, Planted
@@ -48,7 +48,7 @@ class Tested:
     negatives: pd.DataFrame
     flags: pd.DataFrame
     chosen: int
-    design: dict[str, Any]
+    design: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def examine(planted: Planted) -> Tested:
     half of the units and tested on the others.
     """
     sequences, seed = planted.sequences, planted.plan.seed
-    shared: dict[str, Any] = {"unit": "document", "seed": seed}
+    shared: UnitAndSeed = {"unit": "document", "seed": seed}
     apart = pair_differences(sequences, [*CHANGES, *SCORES])
     effects = attempt(stats.before_after, apart, [*CHANGES, *SCORES], correction="max-t", **shared)
     parts = [
@@ -113,7 +113,7 @@ def examine(planted: Planted) -> Tested:
 def _declared(planted: Planted, apart: pd.DataFrame, alike: pd.DataFrame, pairs: pd.DataFrame) -> list[pd.DataFrame]:
     """The declared tests, a row each: differences within pairs, their slope over doses, added value, pairs of equal loss."""
     seed = planted.plan.seed
-    shared: dict[str, Any] = {"unit": "document", "seed": seed}
+    shared: UnitAndSeed = {"unit": "document", "seed": seed}
     by_pair = _Units(apart["doc"].nunique(), seed)
     change = partial(stats.before_after, on="compression_change", **shared)
     slope = partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared)
@@ -221,8 +221,8 @@ def _added(planted: Planted) -> pd.DataFrame:
     )
 
 
-def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
-    """AUROC and TPR of every baseline and score over all texts, less those of the loss, and of scores where the layer was chosen on other texts."""
+def _detection(planted: Planted, shared: UnitAndSeed) -> pd.DataFrame:
+    """AUROC and TPR of every baseline and score over all texts, less those of the loss; and with layers chosen on other texts."""
     scores = [*SCORES, *CHANGES]
     versus = "log_likelihood"
     own = stats.detect(planted.texts, [*BASELINES, "matched"], "member", versus=versus, correction="none", **shared)
@@ -248,7 +248,7 @@ def _detection(planted: Planted, shared: dict[str, Any]) -> pd.DataFrame:
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
-def _detection_by_dose(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataFrame:
+def _detection_by_dose(planted: Planted, layer: int, shared: UnitAndSeed) -> pd.DataFrame:
     """The same for the members of each dose, at the layer of the declared difference."""
     scores = [*BASELINES, *SCORES, *CHANGES]
     table = planted.sequences[planted.sequences["layer"] == layer]
@@ -258,7 +258,7 @@ def _detection_by_dose(planted: Planted, layer: int, shared: dict[str, Any]) -> 
     return stats.correct(pd.concat(parts, ignore_index=True), "bh")
 
 
-def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataFrame:
+def _negatives(planted: Planted, layer: int, shared: UnitAndSeed) -> pd.DataFrame:
     """AUROC where there is nothing to find: intervals must hold 0.5."""
     at = planted.sequences[planted.sequences["layer"] == layer]
     cases = [
@@ -280,7 +280,7 @@ def _negatives(planted: Planted, layer: int, shared: dict[str, Any]) -> pd.DataF
 
 
 def _permuted(planted: Planted) -> pd.DataFrame:
-    """What depends on labels, made again with labels of new coins within the pairs: the probe, and the choice of a layer on half."""
+    """What depends on labels, made again with labels of new coins within the pairs: the probe, and a layer's choice on half."""
     texts, plan = planted.texts, planted.plan
     rng = np.random.default_rng(plan.seed)
     truth, pair = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
@@ -326,10 +326,10 @@ def _flags(
     planted: Planted,
     apart: pd.DataFrame,
     negatives: pd.DataFrame,
-    design: dict[str, Any],
+    design: dict[str, float],
     detection: pd.DataFrame,
     findings: pd.DataFrame,
-    shared: dict[str, Any],
+    shared: UnitAndSeed,
 ) -> pd.DataFrame:
     """The usual ones, of the difference, and those of a planted design, which count for every question."""
     usual = checked_red_flags(above_layer_0(apart), "compression_change", **shared)
@@ -342,19 +342,19 @@ def _flags(
     return pd.concat([usual, pd.DataFrame(lines)], ignore_index=True).astype({"raised": "boolean", "layer": "Int64"})
 
 
-def _flag(flag: str, raised: bool, why: str, question: str = "every", **numbers: Any) -> dict[str, Any]:
+def _flag(flag: str, raised: bool, why: str, question: str = "every", **numbers: float) -> dict[str, object]:
     return {"flag": flag, "score": "", "raised": bool(raised), "why": why, "question": question, **numbers}
 
 
-def _design_flags(planted: Planted, design: dict[str, Any]) -> list[dict[str, Any]]:
+def _design_flags(planted: Planted, design: dict[str, float]) -> list[dict[str, object]]:
     """Whether anything was memorized."""
     lines = []
     lines.append(
         _flag(
             "the design does not work",
             not design["estimate"] > 0.9,
-            f"the log likelihood tells members of the highest dose from texts held out with AUROC {design['estimate']:.2f} (expected "
-            "above 0.9)",
+            "the log likelihood tells members of the highest dose from texts held out with AUROC "
+            f"{design['estimate']:.2f} (expected above 0.9)",
             value=design["estimate"],
             limit=0.9,
         )
@@ -370,7 +370,7 @@ def _design_flags(planted: Planted, design: dict[str, Any]) -> list[dict[str, An
     return lines
 
 
-def _negative_flags(negatives: pd.DataFrame, detection: pd.DataFrame) -> list[dict[str, Any]]:
+def _negative_flags(negatives: pd.DataFrame, detection: pd.DataFrame) -> list[dict[str, object]]:
     """Whether something is found where there is nothing."""
     lines = []
     real = negatives[negatives["p_corrected"] <= ALPHA]
@@ -397,7 +397,7 @@ def _negative_flags(negatives: pd.DataFrame, detection: pd.DataFrame) -> list[di
     return lines
 
 
-def _training_flags(planted: Planted, findings: pd.DataFrame) -> list[dict[str, Any]]:
+def _training_flags(planted: Planted, findings: pd.DataFrame) -> list[dict[str, object]]:
     """Whether the training reached texts held out, and whether the loss says it all."""
     lines = []
     held, own = planted.texts[~planted.texts["member"]], planted.texts[planted.texts["member"]]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,7 +94,21 @@ def draw_calibration(capture: Capture, sequences: Sequence[int], seed: int) -> l
     return sorted(chosen)
 
 
-# ---- one token at a time ------------------------------------------------------------------------------------------------------------
+# ---- one token at a time --------------------------------------------------------------------------------------------------------
+
+
+# Columns of one merge.
+_COSTS = [
+    "layer",
+    "seq",
+    "pos",
+    "merge_cost",
+    "merge_change",
+    "merge_similarity",
+    "leader_pos",
+    "leader_is_same_token",
+    "losses_behind",
+]
 
 
 def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs:
@@ -135,13 +148,11 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
                     if found.place == NOTHING:
                         rounding = max(rounding, float(np.abs(rise).max()))
                         continue
-                    lines.append({
-                        "layer": layer, "seq": found.seq, "pos": found.place, "merge_cost": float(rise[first - 1 :].sum()),
-                        "merge_change": found.change, "merge_similarity": found.similarity, "leader_pos": found.leader,
-                        "leader_is_same_token": float(ids[found.leader] == ids[found.place]), "losses_behind": len(ids) - first,
-                    })  # fmt: skip
+                    cost, same = float(rise[first - 1 :].sum()), float(ids[found.leader] == ids[found.place])
+                    row = (layer, found.seq, found.place, cost, found.change, found.similarity, found.leader, same)
+                    lines.append((*row, len(ids) - first))
                 bar.update(len(part))
-    return Costs(pd.DataFrame(lines).sort_values(["layer", "seq", "pos"], ignore_index=True), rounding)
+    return Costs(pd.DataFrame(lines, columns=_COSTS).sort_values(["layer", "seq", "pos"], ignore_index=True), rounding)
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ def _forcing(layers: list[int], window: int) -> TokenMerger:
 
 
 def _forced(setting: Setting, merger: TokenMerger, layer: int, jobs: Sequence[tuple[int, int]]) -> list[_Forced]:
-    """One pass: each row's losses when its one token is merged, and with which; a row without a merge for each sequence is among them."""
+    """One pass: each row's losses when its one token is merged, and with which; each sequence has a row without a merge, too."""
     tokens, valid = _batch(setting, [seq for seq, _ in jobs])
     rows = torch.arange(len(jobs), device=tokens.device)
     places = torch.tensor([place for _, place in jobs], device=tokens.device)
@@ -192,7 +203,7 @@ def _divergence(plain: Float[Tensor, "pos vocab"], other: Float[Tensor, "pos voc
     return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
-# ---- many tokens at once ------------------------------------------------------------------------------------------------------------
+# ---- many tokens at once --------------------------------------------------------------------------------------------------------
 
 
 def score_grid(table: pd.DataFrame, capture: Capture, column: str) -> dict[int, Float[np.ndarray, "seqs pos"]]:
@@ -223,11 +234,11 @@ def policy_losses(
         one row per policy, share, draw and sequence: `merge_excess` (mean loss with merging less without, nats per token, over
         `n_tokens`), `merged_share` (of the tokens that could be, mean over layers).
     """
+    surprisal = score_grid(table, setting.capture, "surprisal")
     grids = {
-        "low surprisal": {layer: np.where(grid == UNSCORED, UNSCORED, -grid) for layer, grid in score_grid(
-            table, setting.capture, "surprisal").items()},
+        "low surprisal": {layer: np.where(grid == UNSCORED, UNSCORED, -grid) for layer, grid in surprisal.items()},
         "high compression": score_grid(table, setting.capture, "compression"),
-    }  # fmt: skip
+    }
     plain = plain_losses(setting, tested)
     runs = [
         (share, policy, draw)
@@ -235,7 +246,7 @@ def policy_losses(
         for policy, (_, by_chance) in CHOICES.items()
         for draw in range(n_random if by_chance else 1)
     ]
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, object]] = []
     for share, policy, draw in tqdm(runs, desc="merging policies", unit="run", disable=not setting.progress):
         grid = _chance(setting, draw) if policy == "random choice" else grids.get(policy)
         merger = _calibrated(setting, CHOICES[policy][0], share, grid, draw)
@@ -261,8 +272,12 @@ def _calibrated(setting: Setting, rule: str, share: float, grid: Mapping[int, np
 
 
 def _merged(
-    setting: Setting, merger: TokenMerger, tested: Sequence[int], grid: Mapping[int, np.ndarray] | None, plain: Mapping[int, Any]
-) -> Iterator[dict[str, Any]]:
+    setting: Setting,
+    merger: TokenMerger,
+    tested: Sequence[int],
+    grid: Mapping[int, np.ndarray] | None,
+    plain: Mapping[int, np.ndarray],
+) -> Iterator[dict[str, object]]:
     """Each sequence's excess loss."""
     lengths = [len(setting.capture.sequences[seq].tokens) for seq in tested]
     for part in in_passes(lengths):
@@ -276,10 +291,9 @@ def _merged(
         for row, seq in enumerate(chosen):
             length = len(setting.capture.sequences[seq].tokens)
             able = slice(1, length - setting.window)
-            yield {
-                "seq": seq, "n_tokens": length - 1, "merge_excess": float((losses[row, 1:length] - plain[seq][1:]).mean()),
-                "merged_share": float(joined[:, row, able].mean()),
-            }  # fmt: skip
+            excess = float((losses[row, 1:length] - plain[seq][1:]).mean())
+            merged = float(joined[:, row, able].mean())
+            yield {"seq": seq, "n_tokens": length - 1, "merge_excess": excess, "merged_share": merged}
 
 
 def _rows(grid: Mapping[int, np.ndarray] | None, sequences: Sequence[int], tokens: Tensor) -> dict[int, Tensor] | None:
@@ -289,7 +303,7 @@ def _rows(grid: Mapping[int, np.ndarray] | None, sequences: Sequence[int], token
     return {layer: torch.from_numpy(held[list(sequences), : tokens.shape[1]]).to(tokens.device) for layer, held in grid.items()}
 
 
-# ---- passes --------------------------------------------------------------------------------------------------------------------------
+# ---- passes ---------------------------------------------------------------------------------------------------------------------
 
 
 def plain_losses(setting: Setting, sequences: Sequence[int]) -> dict[int, Float[np.ndarray, " pos"]]:

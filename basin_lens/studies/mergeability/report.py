@@ -1,7 +1,6 @@
 """What the study of mergeability says and shows."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -9,8 +8,7 @@ from matplotlib.figure import Figure
 from basin_lens import tables
 from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import Measured
-from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.mergeability.forced_merges import LATER, Costs, Setting
 from basin_lens.views import Section, forest, layer_curve, quartile_bars, result_curve, scatter, token_view
 
@@ -34,6 +32,15 @@ HYPOTHESIS = (
     "documents, on the other half. And: when the largest share of tokens is merged in all layers measured, taking those of "
     "highest compression costs less loss than taking any (one-sided), on documents that did not set the levels. One family "
     "(Holm)."
+)
+
+NOT_TESTED = (
+    "What a streaming system could do: surprisal comes from a pass without merging, and compression from neighbors in other "
+    "texts and from the block's own output. Neither is there when the token has to be merged.",
+    "Single tokens merged in several layers at once, into another token than the most similar one, or after training.",
+    f"Another window than {{window}} tokens; tokens of which fewer than {LATER} later losses could have felt the merge.",
+    "Whether the geometry is the cause: nothing here changes a token's geometry.",
+    "Layers other than {layers}; other k, metrics and contexts of the score (study robustness).",
 )
 
 
@@ -231,18 +238,7 @@ def _costs_by_layer(drawn: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _compared(row: Any) -> str:
+def _compared(row: Row) -> str:
     reading = "not told apart" if not row.p_corrected <= ALPHA else "less" if row.estimate < 0 else "more"
-    return f"{row.policy} ({row.merged_share:.0%} merged) {row.estimate:+.4f} nats/token ({row.low:+.4f} to {row.high:+.4f}): {reading}"
-
-
-def not_tested(measured: Measured, setting: Setting) -> tuple[str, ...]:
-    """What a reader might think was tested."""
-    return (
-        "What a streaming system could do: surprisal comes from a pass without merging, and compression from neighbors in other "
-        "texts and from the block's own output. Neither is there when the token has to be merged.",
-        "Single tokens merged in several layers at once, into another token than the most similar one, or after training.",
-        f"Another window than {setting.window} tokens; tokens of which fewer than {LATER} later losses could have felt the merge.",
-        "Whether the geometry is the cause: nothing here changes a token's geometry.",
-        f"Layers other than {', '.join(map(str, measured.layers))}; other k, metrics and contexts of the score (study robustness).",
-    )
+    interval = f"({row.low:+.4f} to {row.high:+.4f})"
+    return f"{row.policy} ({row.merged_share:.0%} merged) {row.estimate:+.4f} nats/token {interval}: {reading}"

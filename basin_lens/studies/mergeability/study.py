@@ -1,9 +1,8 @@
 """Does the geometry of a token's state say whether a language model can do without it, merged into an earlier one?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,12 +14,24 @@ from basin_lens.merging import TokenMerger
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import one_sided, p_floor
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
-from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task, option
+from basin_lens.studies.framework.spec import (
+    Analysis,
+    Check,
+    DeclaredTest,
+    Presentation,
+    Results,
+    StudySpec,
+    Task,
+    UnitAndSeed,
+    option,
+    own_options,
+)
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
+from basin_lens.studies.framework.wording import layers_said
 from basin_lens.studies.mergeability.forced_merges import (
     CHOICES,
     LATER,
@@ -38,21 +49,24 @@ from basin_lens.studies.mergeability.report import (
     COST,
     EXCESS,
     HYPOTHESIS,
+    NOT_TESTED,
     SCORES,
     SIMILARITY,
     about_merges,
-    not_tested,
     remarks_of,
     sections_of,
 )
 from basin_lens.tables.distinct import documents_once
-from basin_lens.texts import Texts
-from basin_lens.values import whole, whole_numbers
+from basin_lens.values import Plain, whole, whole_numbers
 
 CONTROL_SETS = {"standard": stats.CONTROLS, "standard and similarity": (*stats.CONTROLS, SIMILARITY)}
 # Six or seven controls take their share of a sequence's tokens; red flags need 16.
 FEWEST_PLACES = 16
 FEWEST_SCORED = 6
+COST_FINDINGS = (
+    "compression goes with the cost of merging the token",
+    "it does so beyond the similarity to the token it is merged into",
+)
 POLICY_FINDING = "merging the most compressed tokens costs less than merging any"
 QUARTERS = ("compression", SIMILARITY, "surprisal", "radius")
 UNITS = {COST: "nats", CHANGE: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
@@ -80,7 +94,7 @@ class MergeabilityOptions:
 @whole_numbers(StudyError)
 def study_mergeability(
     model: HookedModel,
-    data: Texts,
+    data: StudyData,
     *,
     progress: bool = True,
     tokens_per_sequence: int = 16,
@@ -88,7 +102,7 @@ def study_mergeability(
     shares: Sequence[float] = (0.25, 0.5),
     n_random: int = 3,
     seed: int = 0,
-    **options: Any,
+    **options: object,
 ) -> Study:
     """Ask whether compression, or anything cheaper, tells which tokens can be merged.
 
@@ -126,8 +140,8 @@ def study_mergeability(
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
         >>> study = bl.studies.study_mergeability(
-        ...     model, list(reference_passages()), layers=[20], max_sequences=12, max_length=44, unit="sequence", shares=[0.5], n_random=1,
-        ...     progress=False)
+        ...     model, list(reference_passages()), layers=[20], max_sequences=12, max_length=44, unit="sequence", shares=[0.5],
+        ...     n_random=1, progress=False)
         >>> sorted(study.tables)
         ['costs', 'partial_correlation', 'policies', 'quartiles']
     """
@@ -157,8 +171,9 @@ def check_settings(
         raise StudyError(f"expected shares of the tokens to merge, between 0 and 1, each once, got {shares!r}.")
 
 
-def check_texts(model: HookedModel, options: MergeabilityOptions, unit: str) -> Callable[[Capture], None]:
+def check_texts(model: HookedModel, given: object, unit: str) -> Callable[[Capture], None]:
     """What `study_mergeability` refuses before the model runs, as a check of the texts chosen."""
+    options = own_options(given, MergeabilityOptions)
     options.check()
     window = options.window
 
@@ -181,11 +196,11 @@ def _enough(count: int, unit: str, what: str) -> None:
         )
 
 
-def _unit_of(capture: Capture, seq: int, unit: str) -> Any:
+def _unit_of(capture: Capture, seq: int, unit: str) -> Plain:
     return seq if unit == "sequence" else capture.docs[seq] if unit == "document" else capture.labels[seq][unit]
 
 
-def _units(capture: Capture, sequences: Sequence[int], unit: str) -> set[Any]:
+def _units(capture: Capture, sequences: Sequence[int], unit: str) -> set[Plain]:
     return {_unit_of(capture, seq, unit) for seq in sequences}
 
 
@@ -209,7 +224,7 @@ class _Details:
 
 
 def _analysis(task: Task) -> Analysis:
-    measured, options = task.measured, task.options
+    measured, options = task.measured, task.own(MergeabilityOptions)
     table = stats.add_controls(measured.table, frequency=measured.frequency)
     scored = table[np.isfinite(table["compression"])].groupby(["seq", "pos"])["layer"].nunique()
     everywhere = scored[scored == len(measured.layers)].reset_index()
@@ -235,16 +250,12 @@ def _analysis(task: Task) -> Analysis:
     task.step("partial correlations")
     found = _correlations(drawn, measured)
     policies, policy_test = _policies(losses, measured, whole)
-    findings = (
-        "compression goes with the cost of merging the token",
-        "it does so beyond the similarity to the token it is merged into",
-    )
     return Analysis(
         table=drawn,
         tests=[
             *(
                 DeclaredTest(finding, COST, partial(_against_cost, controls=controls, measured=measured))
-                for controls, finding in zip(CONTROL_SETS.values(), findings, strict=True)
+                for controls, finding in zip(CONTROL_SETS.values(), COST_FINDINGS, strict=True)
             ),
             DeclaredTest(POLICY_FINDING, "policy", lambda _: policy_test, over_layers=True, unit="nats/token"),
         ],
@@ -263,6 +274,7 @@ def _against_cost(table: pd.DataFrame, controls: Sequence[str], measured: Measur
 
 def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
     measured, drawn, details = task.measured, analysis.table, analysis.details
+    assert isinstance(details, _Details)
     setting, found = details.setting, analysis.tables["partial_correlation"]
     chosen = results.findings["layer"].iloc[0]
     layer = int(chosen) if pd.notna(chosen) else measured.layers[-1]
@@ -283,7 +295,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         figures=figures,
         tables={"quartiles": quartiles},
         remarks=remarks_of(found, drawn, details.policies),
-        not_tested=not_tested(measured, setting),
+        not_tested=SPEC.said(layers=layers_said(measured), window=setting.window),
         about=about_merges(drawn, setting, details.costs, details.losses),
         facts={"mergeability": facts},
     )
@@ -312,8 +324,14 @@ def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
     return drawn[[name for name in dict.fromkeys(names) if name in drawn]]
 
 
-def _options(measured: Measured) -> dict[str, Any]:
+class _TestOptions(UnitAndSeed):
     """Of `stats.partial_correlation`."""
+
+    frequency: Mapping[int, float]
+    min_tokens: int
+
+
+def _options(measured: Measured) -> _TestOptions:
     return {"frequency": measured.frequency, "unit": measured.unit, "min_tokens": FEWEST_SCORED, "seed": measured.seed}
 
 
@@ -389,12 +407,19 @@ SPEC = StudySpec(
     title="Does geometry predict which tokens a language model can merge?",
     question="Does geometry predict which tokens the model can merge? Slow.",
     hypothesis=HYPOTHESIS,
+    tests=(*COST_FINDINGS, POLICY_FINDING),
+    nulls=(
+        "no correlation within sequences at fixed controls: signs of whole documents are flipped",
+        "as many tokens merged, chosen at random (random choice)",
+        "as many tokens, each merged into any earlier cluster (random)",
+    ),
+    not_tested=NOT_TESTED,
     if_yes="Compression goes with what it costs to merge a token, beyond frequency, position, norm, density, surprisal and "
     "similarity, and choosing by it costs less than chance.",
     if_no="At fixed frequency, position, norm, density and surprisal, compression says nothing reliable about what it costs to "
     "merge a token, and choosing by it is not shown to be better than chance.",
     options=MergeabilityOptions,
-    refuse=lambda options, _: options.check(),
+    refuse=lambda given, _: own_options(given, MergeabilityOptions).check(),
     check=check_texts,
     analysis=_analysis,
     presentation=_presentation,

@@ -1,24 +1,23 @@
 """Which findings of the robustness study survive its settings, and what may be said of that."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from basin_lens import stats
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision, p_floor, within_reach
-from basin_lens.studies.framework.table_parts import named_rows
+from basin_lens.studies.framework.table_parts import Row, named_rows
 from basin_lens.studies.framework.wording import as_sentence, in_words, opening
 
 TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the finding: families of their own
 
 
 def corrected(settings: pd.DataFrame) -> pd.DataFrame:
-    """Holm over the settings of each finding, the twin and another score in families of their own; whether sign and significance stay.
+    """Holm over the settings of each finding, the twin and another score in families of their own.
 
-    `survives` is NA where that was not tested, or where so few units are left that no data of them could have had a p of at most
-    0.05.
+    `survives`: whether sign and significance stay; NA where that was not tested, or where so few units are left that no data of
+    them could have had a p of at most 0.05.
     """
     parts = []
     for _, mine in settings.groupby("finding", sort=False):
@@ -77,7 +76,7 @@ def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame:
-    """A finding holds if it holds as run, under every setting that could be tested, and was looked for in the twin and not found there."""
+    """A finding holds if it holds as run, under every setting that could be tested, and was looked for in the twin in vain."""
     answer = settled.copy()
     whole = survival["survives"] == survival["settings"]
     # Without the twin, or without any other setting, no data could have made it hold.
@@ -95,20 +94,19 @@ def with_survival(settled: pd.DataFrame, survival: pd.DataFrame) -> pd.DataFrame
 
 def flags_of(survival: pd.DataFrame) -> pd.DataFrame:
     """A flag per finding for settings that lose it, and one if the twin shows it."""
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, object]] = []
     for row in named_rows(survival):
-        lost: Any = pd.NA
+        lost: object = pd.NA
         why = f"not checked: {row.finding} does not hold"
         if row.holds_as_run:
             lost = row.survives < row.settings if row.settings else pd.NA
             why = f"{row.finding}: {_survived(row)}"
         common = {"score": "compression", "layer": row.layer, "question": row.finding}
         lines.append({"flag": "lost under another setting", **common, "raised": lost, "why": why})
-        there: Any = pd.NA if row.in_random_twin is None else row.in_random_twin
-        why = (
-            "not checked" if row.in_random_twin is None else "also in a model that has learned nothing" if there else "absent there"
-        )
-        lines.append({"flag": "appears in the random twin", **common, "raised": there, "why": why})
+        there = row.in_random_twin
+        why = "not checked" if there is None else "also in a model that has learned nothing" if there else "absent there"
+        raised = pd.NA if there is None else there
+        lines.append({"flag": "appears in the random twin", **common, "raised": raised, "why": why})
     return pd.DataFrame(lines).astype({"layer": "Int64", "raised": "boolean"})
 
 
@@ -131,7 +129,8 @@ def verdict_of(decision: Decision, settled: pd.DataFrame, survival: pd.DataFrame
     if decision.startswith("in part"):
         told.append(count)
     for row, last in zip(named_rows(settled), named_rows(survival), strict=True):
-        found = f"{row.effect} {row.estimate:+.3f}{f' {row.effect_unit}' if row.effect_unit else ''}, corrected p {in_words(row.p_corrected)}"
+        unit = f" {row.effect_unit}" if row.effect_unit else ""
+        found = f"{row.effect} {row.estimate:+.3f}{unit}, corrected p {in_words(row.p_corrected)}"
         # What is not there cannot be lost.
         rest = f"{_survived(last)}; {_in_twin(last)}" if last.holds_as_run else f"so there is nothing to lose; {_in_twin(last)}"
         if pd.isna(row.p):
@@ -158,7 +157,7 @@ def untestable(survival: pd.DataFrame) -> Sequence[str]:
     ]
 
 
-def _survived(row: Any) -> str:
+def _survived(row: Row) -> str:
     if not row.settings and row.not_testable != "none":
         return "testable under no other setting, for too few units"
     if not row.settings:
@@ -167,7 +166,7 @@ def _survived(row: Any) -> str:
     return f"survives {row.survives} of {row.settings} settings (lost under: {row.lost_under}{few})"
 
 
-def _in_twin(row: Any) -> str:
+def _in_twin(row: Row) -> str:
     if row.in_random_twin is None:
         return "not checked in the random twin"
     return "ALSO IN THE RANDOM TWIN" if row.in_random_twin else "absent from the random twin"

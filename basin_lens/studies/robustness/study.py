@@ -1,9 +1,8 @@
-"""Which findings survive other settings: k, metric, context, bank, positions, number format, halves of the documents, another model."""
+"""Which findings survive other settings: k, metric, context, bank, positions, number format, halves of the texts, another model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +18,20 @@ from basin_lens.studies.framework.attempts import empty_finding
 from basin_lens.studies.framework.contrast_report import is_paired
 from basin_lens.studies.framework.control_scores import sampled_controls
 from basin_lens.studies.framework.declared_tests import IF_FEW
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import Measured, StudyData
 from basin_lens.studies.framework.measurement import spaced_layers
 from basin_lens.studies.framework.runner import run_study
-from basin_lens.studies.framework.spec import Analysis, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task, option
+from basin_lens.studies.framework.spec import (
+    Analysis,
+    DeclaredTest,
+    Presentation,
+    Results,
+    ScoreOptions,
+    StudySpec,
+    Task,
+    UnitAndSeed,
+    option,
+)
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, tagged_tokens, word_table
 from basin_lens.studies.robustness.stability import corrected, flags_of, survival_of, untestable, verdict_of, with_survival
@@ -36,10 +45,14 @@ from basin_lens.studies.robustness.variants import (
     scores,
     with_frequency,
 )
-from basin_lens.texts import Texts
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
+RANDOM, SURPRISAL = "differs from random neighbors", "goes with surprisal"
+_KINDS_OF_WORDS = {
+    "function words differ from content words": ("function-content", FUNCTION, CONTENT),
+    "nouns differ from verbs": ("noun-verb", ("NOUN",), ("VERB",)),
+}
 
 HYPOTHESIS = (
     "Declared before looking: each finding that holds at the settings of this run (held-out half of the documents, "
@@ -51,7 +64,7 @@ HYPOTHESIS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement about the column `compression` of a table, and its test at one layer. `subject`: findings that are shown together."""
+    """A statement about the column `compression` of a table, and its test at one layer. `subject`: what is shown together."""
 
     name: str
     question: str
@@ -65,19 +78,19 @@ class RobustnessOptions:
     """Of `study_robustness`."""
 
     importance: tuple[str, ...] = option(("gradient_norm_scaled", "attention_received"))
-    second_model: Any = option(None, "Another model to read the same texts.", model=True)
+    second_model: HookedModel | None = option(None, "Another model to read the same texts.", model=True)
     dtype: torch.dtype | None = option(torch.bfloat16)
 
 
 def study_robustness(
     model: HookedModel,
-    data: Texts,
+    data: StudyData,
     *,
     importance: str | Sequence[str] = ("gradient_norm_scaled", "attention_received"),
-    second_model: Any = None,
+    second_model: HookedModel | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
     progress: bool = True,
-    **options: Any,
+    **options: object,
 ) -> Study:
     """Test the main findings again under other settings: one table says which survive.
 
@@ -153,7 +166,7 @@ def _analysis(task: Task) -> Analysis:
     scored = np.tile(queries(measured.capture), len(measured.layers))
     table = with_frequency(table, measured)
     table = tables.select(table, scored & table["layer"].isin(few))
-    findings = _findings(measured, task.options.importance, tagged)
+    findings = _findings(measured, task.own(RobustnessOptions).importance, tagged)
     return Analysis(
         table=table,
         tests=[DeclaredTest(finding.name, finding.question, finding.test) for finding in findings],
@@ -164,7 +177,8 @@ def _analysis(task: Task) -> Analysis:
 
 def _judge(task: Task, analysis: Analysis, results: Results) -> tuple[Analysis, Results]:
     """Every finding again under every setting: one holds that survives them all."""
-    details: _Details = analysis.details
+    details = analysis.details
+    assert isinstance(details, _Details)
     findings = tuple(
         replace(finding, layer=int(layer)) for finding, layer in zip(details.findings, results.findings["layer"], strict=True)
     )
@@ -183,13 +197,13 @@ def _judge(task: Task, analysis: Analysis, results: Results) -> tuple[Analysis, 
 
 def _tried(task: Task, table: pd.DataFrame, layers: list[int], untested: list[str]) -> list[Setting]:
     """The run's own tables, and those of every other setting; why one could not be made goes to `untested`."""
-    model, measured, options = task.model, task.measured, task.options
+    model, measured, options = task.model, task.measured, task.own(RobustnessOptions)
     tried = [Setting("as run", "own", table), *parts(table, measured)]
     task.step("k, metric, neighbors, context")
     tried += scores(model, measured, table, layers, untested)
     task.step("banks")
     tried += banks(model, measured, table, layers, untested)
-    shared: tuple[Any, ...] = (measured, layers, list(options.importance), untested)
+    other = partial(other_model, measured=measured, layers=layers, importance=options.importance, untested=untested)
     task.step("number format")
     dtype = options.dtype
     if dtype is None or next(model.parameters()).dtype == dtype:
@@ -197,18 +211,18 @@ def _tried(task: Task, table: pd.DataFrame, layers: list[int], untested: list[st
             "Other number formats: none was asked for." if dtype is None else f"Number format {dtype}: the model has it already."
         )
     else:
-        tried += other_model(lambda: in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype", *shared)
+        tried += other(lambda: in_dtype(model, dtype), str(dtype).removeprefix("torch."), "dtype")
     task.step("other models")
-    tried += other_model(lambda: random_twin(model, seed=measured.seed), TWIN, "twin", *shared)
+    tried += other(lambda: random_twin(model, seed=measured.seed), TWIN, "twin")
     second = options.second_model
     if second is None:
         untested.append("A second trained model: none was given (second_model=).")
     else:
-        tried += other_model(lambda: second, full_name(second), "model", *shared)
+        tried += other(lambda: second, full_name(second), "model")
     return tried
 
 
-# -- findings -----------------------------------------------------------------------------------------------------------------------
+# -- findings -------------------------------------------------------------------------------------------------------------------
 
 
 def _tagged(measured: Measured, untested: list[str]) -> tuple[pd.DataFrame, bool]:
@@ -223,7 +237,7 @@ def _tagged(measured: Measured, untested: list[str]) -> tuple[pd.DataFrame, bool
 
 
 def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> list[Finding]:
-    options: dict[str, Any] = {"unit": measured.unit, "seed": measured.seed}
+    options: UnitAndSeed = {"unit": measured.unit, "seed": measured.seed}
 
     def above(part: pd.DataFrame) -> pd.DataFrame:
         table = tables.assign(part, compression=part["compression"] - part["compression_random"])
@@ -248,15 +262,12 @@ def _findings(measured: Measured, importance: Sequence[str], tagged: bool) -> li
         )
 
     answer = [
-        Finding("differs from random neighbors", "random", above, "random"),
-        Finding("goes with surprisal", "surprisal", goes_with("surprisal"), "surprisal"),
+        Finding(RANDOM, "random", above, "random"),
+        Finding(SURPRISAL, "surprisal", goes_with("surprisal"), "surprisal"),
         *(Finding(f"goes with {name}", name, goes_with(name), "importance") for name in importance),
     ]
     if tagged:
-        for name, question, first, second in (
-            ("function words differ from content words", "function-content", FUNCTION, CONTENT),
-            ("nouns differ from verbs", "noun-verb", ("NOUN",), ("VERB",)),
-        ):
+        for name, (question, first, second) in _KINDS_OF_WORDS.items():
             test = partial(words_of_kinds, first=first, second=second)
             answer.append(Finding(name, question, test, "words"))
     if measured.contrast is not None:
@@ -283,12 +294,12 @@ def _tested(finding: Finding, setting: Setting) -> pd.DataFrame:
     return found.assign(finding=finding.name, question=finding.question, setting=setting.name, kind=setting.kind)
 
 
-# -- what a reader sees -------------------------------------------------------------------------------------------------------------
+# -- what a reader sees ---------------------------------------------------------------------------------------------------------
 
 
 def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
-    details: _Details = analysis.details
-    assert details.settings is not None and details.survival is not None
+    details = analysis.details
+    assert isinstance(details, _Details) and details.settings is not None and details.survival is not None
     sections, figures = _sections(details.findings, details.settings, details.survival, task.measured)
     return Presentation(
         sections=sections,
@@ -338,11 +349,7 @@ def _not_tested(measured: Measured, untested: list[str], survival: pd.DataFrame)
     return [
         *untested,
         *untestable(survival),
-        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
-        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
-        "Each finding at other layers than its own, and in more than one sequence of a document.",
-        "Settings in combination: each setting that counts was changed alone.",
-        f"Other lengths than {measured.settings['max_length']} tokens, and other texts.",
+        *SPEC.said(max_length=measured.settings["max_length"]),
     ]
 
 
@@ -351,6 +358,21 @@ SPEC = StudySpec(
     title="Which findings survive other settings?",
     question="Which findings survive other settings, and a model that has learned nothing?",
     hypothesis=HYPOTHESIS,
+    tests=(
+        RANDOM,
+        SURPRISAL,
+        "goes with each measure of importance asked for",
+        *_KINDS_OF_WORDS,
+        "the contrast, if one was asked for",
+    ),
+    nulls=(f"a {TWIN}, which has learned nothing", "random points in place of the nearest neighbors"),
+    not_tested=(
+        "Findings of the other studies that are not among these: agreement with erasure, more than equally tight neighborhoods "
+        "(radius-matched control), code length of the next token, tags and documents of the neighbors.",
+        "Each finding at other layers than its own, and in more than one sequence of a document.",
+        "Settings in combination: each setting that counts was changed alone.",
+        "Other lengths than {max_length} tokens, and other texts.",
+    ),
     options=RobustnessOptions,
     analyzers=_analyzers,
     analysis=_analysis,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from basin_lens.analyzers import (
     Surprisal,
 )
 from basin_lens.analyzers.control import controls_of
-from basin_lens.capture import Capture, read_states, subset
+from basin_lens.capture import Bank, Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.model import HookedModel, missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
@@ -53,7 +53,7 @@ class Setting:
 
 
 def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
-    """The tokens tested again: those of one sequence of each document, for every setting costs as much as a run. The bank stays whole."""
+    """The tokens tested again: of one sequence of each document, for every setting costs as much as a run. The bank stays whole."""
     first = {doc: seq for seq, doc in reversed(list(enumerate(capture.docs)))}
     return np.isin(capture.row_seq.numpy(), list(first.values()))
 
@@ -73,9 +73,9 @@ def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
 def scores(
     model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]
 ) -> Iterator[Setting]:
-    """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is searched and passed once."""
+    """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is computed once."""
     own = measured.settings
-    common: dict[str, Any] = {"k": own["k"], "context": own["context"], "exclude": own["exclude"]}
+    plain = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
     points = int((measured.capture.row_pos > 0).sum())
     wanted: list[tuple[str, str, Compression]] = []
     for k in KS:
@@ -84,21 +84,19 @@ def scores(
         if k > points // 4:
             untested.append(f"k = {k}: the bank has {points} points.")
             continue
-        wanted.append((f"k = {k}", "k", Compression(**common | {"k": k}, name=f"k{k}")))
-    wanted.append(("cosine neighbors", "metric", Compression(**common, metric="cosine", name="cosine")))
-    wanted.append(("neighbors of other tokens", "neighbors", Compression(**common, same_token="exclude", name="other_token")))
+        wanted.append((f"k = {k}", "k", replace(plain, k=k, name=f"k{k}")))
+    wanted.append(("cosine neighbors", "metric", replace(plain, metric="cosine", name="cosine")))
+    wanted.append(("neighbors of other tokens", "neighbors", replace(plain, same_token="exclude", name="other_token")))
     if own["exclude"] != "document":
-        wanted.append(
-            ("no neighbors of the document", "neighbors", Compression(**common | {"exclude": "document"}, name="outside"))
-        )
-    wanted.append(("position 0 among the neighbors", "position 0", Compression(**common, position_0=True, name="first_too")))
+        wanted.append(("no neighbors of the document", "neighbors", replace(plain, exclude="document", name="outside")))
+    wanted.append(("position 0 among the neighbors", "position 0", replace(plain, position_0=True, name="first_too")))
     halves = not missing_points(model, {"resid_mid"}, layers)
     if not halves:
         untested.append("Contexts attn and mlp: parallel blocks have no state between their halves.")
     for context in ("patched", "native", "affine", *(("attn", "mlp") if halves else ())):
         if context != own["context"]:
-            wanted.append((f"context {context}", "context", Compression(**common | {"context": context}, name=context)))
-    analyzers: list[Any] = [analyzer for _, _, analyzer in wanted]
+            wanted.append((f"context {context}", "context", replace(plain, context=context, name=context)))
+    analyzers: list[Analyzer] = [analyzer for _, _, analyzer in wanted]
     # A random set is random whatever the metric and k: only another context, or another choice of points, needs its own.
     controlled = [a for _, kind, a in wanted if kind in ("context", "position 0")]
     analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
@@ -144,8 +142,8 @@ def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: l
     own, capture = measured.settings, measured.capture
     headline = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
     control = next(c for c in controls_of([headline]) if c.choice == "random")
-    analyzers: list[Any] = [headline, control, Neighborhood(k=own["k"], exclude=own["exclude"])]
-    others: list[tuple[str, Any]] = []
+    analyzers: list[Analyzer] = [headline, control, Neighborhood(k=own["k"], exclude=own["exclude"])]
+    others: list[tuple[str, Bank]] = []
     if measured.bank is None:
         order = np.random.default_rng(measured.seed).permutation(len(capture.sequences)).tolist()
         others.append(("half of the bank", subset(capture, sorted(order[: max(2, len(order) // 2)]))))
@@ -171,7 +169,7 @@ def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: l
 
 
 def other_model(
-    build: Callable[[], Any],
+    build: Callable[[], HookedModel],
     name: str,
     kind: str,
     measured: Measured,
@@ -186,10 +184,10 @@ def other_model(
     """
     own, chosen = measured.capture, measured.settings
     same = kind in _SAME_TOKENS
-    common: dict[str, Any] = {"k": chosen["k"], "exclude": chosen["exclude"]}
-    headline = Compression(**common, context=chosen["context"])
+    k, exclude = chosen["k"], chosen["exclude"]
+    headline = Compression(k=k, exclude=exclude, context=chosen["context"])
     control = next(c for c in controls_of([headline]) if c.choice == "random")
-    analyzers: list[Any] = [headline, control, Neighborhood(**common), Surprisal(), StateNorm()]
+    analyzers: list[Analyzer] = [headline, control, Neighborhood(k=k, exclude=exclude), Surprisal(), StateNorm()]
     analyzers += [a for a in IMPORTANCE if any(column.name in importance for column in a.columns)]
     # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
     length = 4 * chosen["max_length"]
@@ -228,7 +226,7 @@ def other_model(
 
 
 def same_tokens(capture: Capture, model: HookedModel, layers: tuple[int, ...]) -> Capture:
-    """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; nothing read yet."""
+    """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; unread."""
     source = "tokens" if capture.passages is None else "texts"
     held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
     return Capture(
@@ -249,7 +247,7 @@ def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
 
 
 def passages_of(capture: Capture) -> list[Passage] | None:
-    """The captured pieces of text as passages of their own, with their documents, labels, spans and gold words; None without texts."""
+    """The captured pieces of text as passages with their documents, labels, spans and gold words; None without texts."""
     if capture.passages is None:
         return None
     answer = []
@@ -257,14 +255,10 @@ def passages_of(capture: Capture) -> list[Passage] | None:
         whole = capture.passages[sequence.passage]
         start, end = min(s for s in sequence.starts if s >= 0), max(sequence.ends)
         inside = {n: (max(a, start) - start, min(b, end) - start) for n, (a, b) in whole.spans.items() if a < end and b > start}
-        changes: dict[str, Any] = {
-            "text": whole.text[start:end],
-            "doc": capture.docs[index],
-            "labels": capture.labels[index],
-            "spans": inside,
-        }
+        held = {"doc": capture.docs[index], "labels": capture.labels[index], "spans": inside}
+        cut = partial(replace, whole, text=whole.text[start:end], **held)
         if isinstance(whole, TaggedPassage):
             within = [w for w in whole.words if w.start >= start and w.end <= end]
-            changes["words"] = tuple(replace(w, start=w.start - start, end=w.end - start) for w in within)
-        answer.append(replace(whole, **changes))
+            cut = partial(cut, words=tuple(replace(w, start=w.start - start, end=w.end - start) for w in within))
+        answer.append(cut())
     return answer

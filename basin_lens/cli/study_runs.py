@@ -1,0 +1,189 @@
+"""What the study commands do: refuse before a model is loaded, then say what would be run, or run it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import typer
+from rich.console import Console
+
+from basin_lens import files as writing
+from basin_lens import studies
+from basin_lens.analyzers import Analyzer
+from basin_lens.capture import Capture
+from basin_lens.cli import options as shared
+from basin_lens.cli import study_words
+from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
+from basin_lens.scoring import Request
+from basin_lens.studies.framework import runner
+from basin_lens.studies.framework.contrast import Contrast, refuse_label
+from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
+from basin_lens.studies.framework.registry import specs_of_texts
+from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, StudySpec
+from basin_lens.studies.framework.storage import refuse_folder
+from basin_lens.studies.framework.study import Study
+from basin_lens.studies.summary import read_studies
+from basin_lens.texts import Passage
+from basin_lens.transport import Context
+
+_MOST_TEXTS = 100  # that an experiment reads of a data set, where no number is given
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call in which all was refused that can be without a model."""
+
+    specs: Sequence[StudySpec]
+    passages: list[Passage]
+    layers: list[int] | Literal["all"] | None
+    context: Context
+    bank: Literal["reference"] | None
+    contrast: Contrast | None
+    analyzers: Sequence[Analyzer]
+
+
+def run_studies(
+    own: Mapping[str, object], texts: TextOptions, how: MeasureOptions, places: Mapping[str, Path], *, dry_run: bool = False
+) -> None:
+    """Measure once, run each study, and sum up.
+
+    Args:
+        own: the options of each study, by name.
+        texts, how: what all of them share.
+        places: the folder of each; with one for "summary", they are summed up.
+        dry_run: say what would be run in place of running it.
+    """
+    for name, place in places.items():
+        refuse_folder(place, name, texts.files or [], heal=not dry_run)
+    if dry_run:
+        asked = _asked(own, texts, how)
+        columns = [column.name for one in asked.analyzers for column in one.columns]
+        if any(spec.integrated_gradients for spec in asked.specs):
+            columns.append("integrated_gradients (of some sequences)")
+        _echo(study_words.would_run(asked.specs, asked.passages, texts, how, columns, places))
+        return
+    with ExitStack() as held:
+        for folder in _locked(places):
+            held.enter_context(writing.lock_folder(folder))
+        asked = _asked(own, texts, how)
+        model = shared.load(texts.model)
+        given = {spec.name: _with_models(own[spec.name], texts.seed) for spec in asked.specs}
+        checks = [spec.check(model, given[spec.name], how.unit) for spec in asked.specs if spec.check is not None]
+
+        def check(capture: Capture) -> None:
+            for one in checks:
+                one(capture)
+
+        measured = studies.measure(
+            model,
+            asked.passages,
+            studies=list(own),
+            layers=asked.layers,
+            k=texts.k,
+            context=asked.context,
+            bank=asked.bank,
+            exclude=how.exclude,
+            unit=how.unit,
+            contrast=asked.contrast,
+            max_sequences=texts.max_sequences,
+            max_length=how.max_length,
+            seed=texts.seed,
+            check=check,
+        )
+        for spec in asked.specs:
+            say(runner.run_study(spec, model, measured, given[spec.name]), places[spec.name])
+        if "summary" in places:
+            say(studies.summarize([places[name] for name in own]), places["summary"])
+
+
+def _locked(places: Mapping[str, Path]) -> list[Path]:
+    """Folders that nobody else may write to: those of the studies and, of `all`, the one that holds them."""
+    return [*([places["summary"].parent] if "summary" in places else []), *places.values()]
+
+
+def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -> _Asked:
+    """Refuse options and texts that do not fit, before a model is loaded."""
+    specs = specs_of_texts(*own)
+    contrast, bank = _contrast(how.contrast), shared.bank_of(how.bank)
+    layers: list[int] | Literal["all"] | None = "all" if how.layers == "all" else shared.layers_of(how.layers)
+    passages = texts.passages()
+    refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
+    if contrast is not None:
+        refuse_label(passages, contrast)
+    for spec in specs:
+        spec.refuse(own[spec.name], passages)
+    context = cast("Context", how.context)  # refused above if it is none
+    analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude))
+    Request(analyzers, seed=texts.seed)  # refuses what analyzers and a seed cannot be
+    return _Asked(specs, passages, layers, context, bank, contrast, analyzers)
+
+
+def run_experiment(spec: ExperimentSpec, own: object, texts: TextOptions, run: RunOptions) -> None:
+    """Say the plan, then run it."""
+    files = texts.files or []
+    if texts.dataset is None and (texts.split is not None or texts.config is not None):
+        raise typer.BadParameter("expected --dataset with --split or --config, got none. Leave them out.")
+    read = texts.passages(_MOST_TEXTS) if files or texts.dataset is not None else []
+    prepared = spec.prepare(ExperimentCall(own, read, files, texts.k, texts.seed, run.out))
+    refuse_folder(run.out, spec.name, prepared.inputs, heal=not run.dry_run)
+    if run.dry_run:
+        _echo(study_words.would_experiment(spec, prepared, read, texts, run.out))
+        return
+    with ExitStack() as held:
+        for folder in (run.out, *prepared.folders):
+            held.enter_context(writing.lock_folder(folder))
+        model = shared.load(texts.model)
+        _echo(prepared.describe(model))
+        say(prepared.run(model), run.out)
+
+
+def run_summary(folders: Sequence[Path], run: RunOptions) -> None:
+    """Put studies that were run side by side."""
+    refuse_folder(run.out, "summary", folders, heal=not run.dry_run)
+    if run.dry_run:
+        _echo(study_words.would_summarize(read_studies(folders), run.out))
+        return
+    with writing.lock_folder(run.out):
+        say(studies.summarize(list(folders)), run.out)
+
+
+def _with_models(own: object, seed: int) -> object:
+    """The options with models in place of their names, and with the seed that all share."""
+    assert is_dataclass(own) and not isinstance(own, type)
+    changes: dict[str, object] = {}
+    for one in fields(own):
+        value = getattr(own, one.name)
+        if one.metadata.get("model") and value is not None:
+            changes[one.name] = shared.load(value)
+        if one.name == "seed":
+            changes["seed"] = seed
+    return replace(own, **changes)
+
+
+def _contrast(text: str | None) -> Contrast | None:
+    """A contrast from `span:IO,S` or `label:one,other`."""
+    if text is None:
+        return None
+    by, _, sides = text.partition(":")
+    first, _, second = sides.partition(",")
+    if not (by and first and second):
+        raise typer.BadParameter(f"expected a contrast such as span:IO,S or memorized:True,False, got {text!r}.")
+    return Contrast(by, first, second)
+
+
+def _echo(lines: Sequence[str] | Iterator[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def say(study: Study, out: Path) -> None:
+    """Save a study, and say its verdict."""
+    folder = study.save(out)
+    console = Console(markup=False, highlight=False)
+    raised = 0 if study.flags is None else int(study.flags["raised"].fillna(False).astype(bool).sum())  # NA: not checked
+    console.print(f"\n{study.title}  [{study.decision}; {raised} red flags]", soft_wrap=True)
+    for line in study.verdict:
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(f"  {folder / 'report.html'}", soft_wrap=True)
