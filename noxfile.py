@@ -1,11 +1,10 @@
 """What `.ci/run` proves, in sessions; every environment is built from nothing.
 
-`nox` runs both lanes of tests, lint and notebooks; `nox -s "tests(3.9)"` one of them; `nox -s benchmarks -- codec.py FILE` a benchmark.
+`.ci/run` runs `ci` and `tests(3.9)`. `nox -s lint` is one part alone, in an environment of its own; `nox -s benchmarks -- codec.py FILE` a
+benchmark.
 """
 
 import re
-import shlex
-import tomllib
 from pathlib import Path
 
 import nox
@@ -13,20 +12,26 @@ import nox
 HERE = Path(__file__).parent
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "no"
-nox.options.sessions = ["tests", "lint", "notebooks"]
+nox.options.sessions = ["ci", "tests(3.9)"]
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-# A file at a time on each core, one thread each: two-threaded work beside anything else is many times slower.
-TWO_CORES = "-n 2 --dist loadfile"
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "OMP_NUM_THREADS": "1",  # two-threaded work beside anything else is many times slower
+}
+# Every marker that a plain `pytest` leaves out.
+LEFT_OUT = "real or simulation or slow or browser or damage or death"
+# What meets TransformerLens: everything before the table, and what hooks into a model.
+MEETS_TRANSFORMER_LENS = "model capture neighbors transport analyzers scoring controls memorize codec merging studies cli"
 
 
 def environment(session: nox.Session, *packages: str) -> dict[str, str]:
     """Install the packages with the CPU build of torch, and give the variables that every command needs."""
     constraints = Path(session.virtualenv.location).resolve() / "constraints.txt"
     constraints.write_text("torch==2.13.0\n", encoding="utf-8")  # a plain torch would take a CUDA build of several GB
-    variables = {**OFFLINE, "PIP_CONSTRAINT": str(constraints)}
-    session.install("-q", "-U", "pip", env=variables)
-    session.install("-q", *packages, env=variables)
+    variables = VARIABLES | {"PIP_CONSTRAINT": str(constraints)}
+    session.install("-q", "-U", "pip", *packages, env=variables)
     return variables
 
 
@@ -38,45 +43,56 @@ def readme_command() -> str:
     return found[1]
 
 
-def left_out() -> str | None:
-    """The marker expression of what a plain `pytest` leaves out; None where it leaves out nothing."""
-    options = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]["addopts"]
-    words = shlex.split(options) if isinstance(options, str) else options
-    return f"not ({words[words.index('-m') + 1]})" if "-m" in words else None
-
-
-@nox.session
-@nox.parametrize("transformer_lens", [nox.param("4", id="4"), nox.param("3.9", id="3.9")])
-def tests(session: nox.Session, transformer_lens: str) -> None:
-    """Every marker with TransformerLens 4; with 3.9, all but simulations, damages and killings, which do not meet it."""
-    if transformer_lens == "3.9":
-        variables = environment(session, ".[test]", "transformer-lens==3.9.*", "pytest-xdist")
-        variables["PYTEST_ADDOPTS"] = TWO_CORES
-        session.run("pytest", "-q", "-m", "not simulation and not damage and not death", env=variables)
-        return
-    variables = environment(session, "pytest-xdist") | {"PYTEST_ADDOPTS": TWO_CORES}
+def run_tests(session: nox.Session, variables: dict[str, str]) -> None:
     session.run("bash", "-euc", readme_command(), env=variables, external=True)
-    if rest := left_out():
-        session.run("pytest", "-q", "-m", rest, env=variables)
+    session.run("pytest", "-q", "-m", LEFT_OUT, env=variables)
 
 
-@nox.session
-def lint(session: nox.Session) -> None:
-    """Ruff, mypy and the import contracts."""
-    variables = environment(session, ".[dev]")
+def run_lint(session: nox.Session, variables: dict[str, str]) -> None:
     session.run("ruff", "check", ".", env=variables)
     session.run("ruff", "format", "--check", ".", env=variables)
     session.run("mypy", env=variables)
     session.run("lint-imports", env=variables)
 
 
+def run_notebooks(session: nox.Session, variables: dict[str, str]) -> None:
+    """The kernel that ipykernel brings runs this environment's Python, and so the package as it was installed."""
+    pages = sorted(str(path.relative_to(HERE)) for path in (HERE / "demos").glob("*.ipynb"))
+    session.run("pytest", "-q", "--nbmake", "--nbmake-timeout=900", *pages, env=variables | {"BASIN_LENS_QUICK": "1"})
+
+
+@nox.session
+def ci(session: nox.Session) -> None:
+    """`tests(4)`, `lint` and `notebooks` in one environment: to build one takes a minute and a half."""
+    variables = environment(session)
+    run_tests(session, variables)
+    environment(session, ".[dev]")
+    run_lint(session, variables)
+    run_notebooks(session, variables)
+
+
+@nox.session
+@nox.parametrize("transformer_lens", [nox.param("4", id="4"), nox.param("3.9", id="3.9")])
+def tests(session: nox.Session, transformer_lens: str) -> None:
+    """Every marker with TransformerLens 4; with 3.9, the rooms that meet it, and the real model in its own room."""
+    if transformer_lens == "4":
+        run_tests(session, environment(session))
+        return
+    variables = environment(session, ".[test]", "transformer-lens==3.9.*")
+    session.run("pytest", "-q", *(f"tests/{room}" for room in MEETS_TRANSFORMER_LENS.split()), env=variables)
+    session.run("pytest", "-q", "-m", "real", "tests/model", "tests/real", env=variables)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, mypy and the import contracts."""
+    run_lint(session, environment(session, ".[dev]"))
+
+
 @nox.session
 def notebooks(session: nox.Session) -> None:
-    """Every notebook of demos/ in its quick setting, on the package as it was installed (ipykernel brings this environment's kernel)."""
-    variables = environment(session, ".[notebook]", "pytest-xdist")
-    variables |= {"PYTEST_ADDOPTS": TWO_CORES, "BASIN_LENS_QUICK": "1", "OMP_NUM_THREADS": "1"}
-    pages = sorted(str(path.relative_to(HERE)) for path in (HERE / "demos").glob("*.ipynb"))
-    session.run("pytest", "-q", "--nbmake", "--nbmake-timeout=900", *pages, env=variables)
+    """Every notebook of demos/ in its quick setting."""
+    run_notebooks(session, environment(session, ".[notebook]"))
 
 
 @nox.session

@@ -1,8 +1,11 @@
-"""The run-time check of types under pytest: beartype, for everything that a module defines."""
+"""The run-time check of types under pytest: beartype, for everything that a module defines; jaxtyping, where shapes are told."""
 
+import inspect
 import sys
 from functools import cache
+from typing import get_args
 
+import jaxtyping
 from beartype import BeartypeConf, FrozenDict, beartype
 
 # What comes from outside is refused by the package, in words that a user can act on; the tests of those words must reach them.
@@ -29,10 +32,40 @@ def _lenient(*hints) -> BeartypeConf:
 
 
 def outermost(thing):
-    """Functions made inside functions, anew in every call, are left alone: a check would be compiled each time, which took a seventh of
-    the time of a study's measurement."""
-    if "<locals>" in getattr(thing, "__qualname__", ""):
-        return thing
+    """Beartype, lenient where the package itself refuses."""
     # A module that names one of them has imported it before its own functions are made.
     known = [getattr(sys.modules.get(module), name, None) for module, name in _FROM_OUTSIDE]
     return beartype(thing, conf=_lenient(*(hint for hint in known if hint is not None)))
+
+
+def tells_a_shape(hint) -> bool:
+    if isinstance(hint, str) or (isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)):
+        return True
+    return any(tells_a_shape(part) for part in get_args(hint))
+
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def where_needed(thing=None, *, typechecker):
+    """What jaxtyping's import hook puts on everything: jaxtyping's own check, which binds every call's arguments for the sake of their
+    shapes, only where a shape is told. It took a third of the time of all tests.
+
+    Functions made inside functions, anew in every call, are left alone: a check would be compiled each time.
+    """
+    if thing is None:
+        return lambda known: where_needed(known, typechecker=typechecker)
+    if inspect.isfunction(thing) and "<locals>" in thing.__qualname__:
+        return thing
+    if inspect.isclass(thing) and "__dataclass_fields__" not in vars(thing):
+        return thing
+    made = thing.__init__ if inspect.isclass(thing) else thing
+    if inspect.isfunction(made) and not any(tells_a_shape(hint) for hint in made.__annotations__.values()):
+        if made is thing:
+            return outermost(thing)
+        thing.__init__ = outermost(made)
+        return thing
+    return _jaxtyped(thing, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = where_needed

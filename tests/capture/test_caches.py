@@ -15,7 +15,12 @@ from tests.conftest import hooked_lane, make_bridge, make_hooked, random_tokens
 from tests.families import families, model_of
 
 A = bl.analyzers
-SERVED = [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families() if f.name not in ("Mamba", "T5")]
+QUICK = {"Llama, SmolLM2", "Gemma 2", "GPT-2", "native"}
+SERVED = [
+    pytest.param(f, id=f"{f.kind}-{f.name}", marks=() if f.name in QUICK else pytest.mark.slow)
+    for f in families()
+    if f.name not in ("Mamba", "T5")
+]
 
 
 def either(kind):

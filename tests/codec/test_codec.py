@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import lzma
 import os
 import random
 import re
@@ -341,7 +342,7 @@ def test_odd_bytes_come_back(tiny, data):
             assert coder.decode(coded(coder, data.decode())) == data
 
 
-@pytest.mark.parametrize("streams", [1, 16, 64])
+@pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.slow), 16, 64])
 def test_one_stream_and_many(llama, streams):
     coder = codec.TextCodec(llama, streams=streams, context=7)
     assert [coder.streams_for(n) for n in (0, 1, 511, 512, 10**9)] == [1, 1, 1, min(2, streams), streams]
@@ -631,8 +632,8 @@ def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, m
 @pytest.mark.parametrize(("method", "backend"), METHODS)
 def test_stopping_early_changes_no_file(llama, method, backend):
     """At every bound: the file as without one, or none where it is not below."""
-    coder = codec.TextCodec(llama, method, backend, streams=2, context=30)
-    plain, tokens = coder.prepared(TEXT)
+    coder = codec.TextCodec(llama, method, backend, streams=2, context=10)
+    plain, tokens = coder.prepared(TEXT[:150])
     whole = coder.encode_text(plain, tokens)
     for below in (0, len(whole) - 100, len(whole) - 1, len(whole), len(whole) + 1, len(whole) + 9, 1 << 20):
         assert coder._coded(plain, tokens, below=below) == (whole if len(whole) < below else None), below
@@ -722,8 +723,15 @@ def call(monkeypatch, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, 
     return code, out.buffer.getvalue(), err.getvalue()
 
 
+def weaken_xz(monkeypatch) -> None:
+    """Its strongest setting clears hundreds of megabytes at every call; here no size of it is looked at."""
+    plain = lzma.compress
+    monkeypatch.setattr(lzma, "compress", lambda data, **_: plain(data, preset=0))
+
+
 @pytest.fixture
 def loaded(llama, monkeypatch):
+    weaken_xz(monkeypatch)
     monkeypatch.setattr(cli_codec, "_load", lambda _: llama)
 
 
@@ -893,6 +901,8 @@ def test_a_benchmark_that_fails_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_bench_agrees_with_files_and_names_what_is_missing(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "brotli", None)
+    monkeypatch.setattr(codec.TextCodec, "streams_for", lambda *_: 8)  # a text as short as this has one, and a step for each token
+    weaken_xz(monkeypatch)
     table = codec.bench(llama, TEXT, streams=2, context=50).set_index("coder")
     assert table.columns.tolist() == list(codec.benchmark.COLUMNS[1:])
     for method, backend in METHODS:
@@ -1025,8 +1035,6 @@ def test_public_docstrings_have_their_parts():
 
 @pytest.mark.real
 def test_the_real_model_halves_what_xz_makes(real_model):
-    import lzma
-
     text = (Path(bl.__file__).parent / "data" / "passages" / "fiction.txt").read_text(encoding="utf-8")[:1500]
     coder = codec.TextCodec(real_model)
     made = coder.encode(text)

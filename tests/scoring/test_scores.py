@@ -478,7 +478,7 @@ def test_permuting_the_texts_permutes_the_answer(world):
     # Which of several equal states stands for all of them is the first in the bank: this shows where other things than the
     # state itself are read (at layer 0, also its native image).
     first_counts = {"hubness": 3, "same_position_share": 1, "raw_compression": 1, "compression": 1}
-    for name in (column.name for a in analyzers for column in a.columns):
+    for name in (one_column.name for a in analyzers for one_column in a.columns):
         at = both[both.layer >= first_counts.get(name, 0)]
         assert at[name].to_numpy() == near(at[f"{name}_permuted"].to_numpy(), nan_ok=True, abs=1e-3), name
 
@@ -504,7 +504,7 @@ def test_the_headline_beyond_the_random_points_is_one_number_per_layer(llama, ca
 def test_batch_size_does_not_matter(llama, size):
     analyzers = (A.Contraction(k=6), A.GradientNorm(), A.Surprisal(), A.AttentionReceived(), A.MatrixEntropy())
     one, other = run(llama, TEXTS, *analyzers), run(llama, TEXTS, *analyzers, batch_size=size)
-    for name in (column.name for a in analyzers for column in a.columns):
+    for name in (one_column.name for a in analyzers for one_column in a.columns):
         assert other[name].to_numpy() == near(one[name].to_numpy(), nan_ok=True, rel=1e-4), name
 
 

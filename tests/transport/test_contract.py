@@ -41,6 +41,8 @@ SERVED = [
     if f.name not in REFUSED
 ]
 
+FEW = ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("neox", "gemma2", "bloom"))]
+
 
 class Held:
     """A family's tiny model, its capture, and the oracle."""
@@ -243,7 +245,7 @@ def test_hooked_transformer_is_ten_times_cheaper_than_the_rerun():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2", "bloom"])
+@pytest.mark.parametrize("name", FEW)
 def test_half_precision(name, dtype, tolerance):
     """States are pooled in float32; the routes agree within the stated tolerance of the type."""
     model = make_bridge(name, tokenizer=make_tokenizer())
@@ -280,7 +282,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", FEW)
 def test_the_state_of_the_model_changes_nothing(name, state):
     """Dropout, frozen parameters, global switches: the same numbers, gradients too."""
     tokens = random_tokens(8, 14)

@@ -1,0 +1,3 @@
+"""Reports are drawn coarse here, too."""
+
+from tests.studies.conftest import _coarse_pictures  # noqa: F401 - a fixture for every test
