@@ -127,7 +127,7 @@ def make_hooked(seed: int = 0, **changes):
 
 def replace_in_all_rooms(monkeypatch, name: str, new) -> None:
     """Put something else in the place of a name of the model room, in every module outside that room that has imported it."""
-    import basin_lens.cli.main
+    import basin_lens.cli.app
     import basin_lens.studies
 
     old = getattr(basin_lens.model, name)

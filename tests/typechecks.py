@@ -19,7 +19,7 @@ _FROM_OUTSIDE = (
     ("basin_lens.texts.passages", "Texts"),
     ("basin_lens.capture.record", "Bank"),
     ("basin_lens.capture.planning", "Mask"),
-    ("basin_lens.capture.caches", "StateCache"),
+    ("basin_lens.model.protocol", "StateCache"),
     ("basin_lens.scoring.request", "Analyzers"),
     ("basin_lens.scoring.request", "Queries"),
     ("basin_lens.scoring.comparison", "Side"),

@@ -7,7 +7,6 @@ that attention patterns are never held for more than one layer.
 
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers
 from basin_lens.capture.cache_check import check_cache, tolerance_of
-from basin_lens.capture.caches import StateCache
 from basin_lens.capture.derived import border_states, borders, subset, with_states, with_tokens
 from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.planning import Mask
@@ -16,6 +15,7 @@ from basin_lens.capture.record import Bank, Capture
 from basin_lens.capture.reference import reference_capture
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.token_columns import fill_columns
+from basin_lens.model import StateCache
 
 __all__ = [
     "Bank",

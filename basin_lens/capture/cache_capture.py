@@ -7,10 +7,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from basin_lens.capture import caches
-from basin_lens.capture.caches import StateCache
 from basin_lens.capture.fields import CaptureFields
 from basin_lens.capture.planning import Mask, row_fields
-from basin_lens.model import HookedModel, check_lengths, check_model
+from basin_lens.model import HookedModel, StateCache, check_lengths, check_model
 from basin_lens.texts import Passage, read_passages
 from basin_lens.texts.tokens import from_token_ids, refuse_padding
 from basin_lens.values import document, labels_of_all

@@ -1,7 +1,6 @@
 """Reading a user's own activation cache: whatever holds it, every tensor as it should be on every axis."""
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,19 +9,11 @@ from torch import Tensor
 
 from basin_lens import texts
 from basin_lens.errors import BasinLensError, CaptureError, TextError
-from basin_lens.model import HookedModel, cache_entry, n_layers, point_name, width
+from basin_lens.model import HookedModel, StateCache, cache_entry, n_layers, point_name, width
 from basin_lens.texts import Passage, TokenSequence, tokenize
 
 # Name of the reading that says whose tokens the states are: what enters block 0, of a cache that holds no whole layer 0.
 ENTRY = "entry"
-
-
-@runtime_checkable
-class StateCache(Protocol):
-    """A cache: an `ActivationCache`, or a dict of tensors or arrays by hook name."""
-
-    def keys(self) -> Iterable[str]: ...
-    def __getitem__(self, name: str, /) -> object: ...
 
 
 def check_is_cache(cache: object) -> None:

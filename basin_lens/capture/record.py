@@ -11,13 +11,12 @@ from torch import Tensor
 
 from basin_lens.capture.batches import TokenMeasure
 from basin_lens.capture.cache_capture import cache_fields
-from basin_lens.capture.caches import StateCache
 from basin_lens.capture.planning import Mask, planned_fields
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.saving import save_capture
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import check_shards, read_capture
-from basin_lens.model import HookedModel
+from basin_lens.model import HookedModel, StateCache
 from basin_lens.texts import Passage, Texts
 from basin_lens.values import Layers, Whole
 

@@ -1,5 +1,5 @@
 """`python -m basin_lens.cli`."""
 
-from basin_lens.cli.main import main
+from basin_lens.cli.app import main
 
 main()

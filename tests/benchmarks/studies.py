@@ -23,7 +23,7 @@ OPTIONS = ["--dataset", "nltk:treebank", "--max-sequences", "24", "--layers", "3
 # The command stood in a module of its own before it got a folder.
 COMMAND = """
 try:
-    from basin_lens.cli.main import main
+    from basin_lens.cli.app import main
 except ImportError:
     from basin_lens.cli import main
 main()

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from basin_lens import files, tables
-from basin_lens.cli import main as cli
+from basin_lens.cli import app as cli
 from basin_lens.cli import options as cli_options
 from tests.conftest import TEXTS, TRAINED, make_hf, make_tokenizer
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from basin_lens import merging, studies
 from basin_lens import model as door
 from basin_lens.cli import merge as cli_merge
-from basin_lens.cli.main import app
+from basin_lens.cli.app import app
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging import Options, TokenMerger, Training
 from basin_lens.merging.training_run import TrainingRun

@@ -13,8 +13,8 @@ from basin_lens import files, tables
 from basin_lens import model as door
 from basin_lens.capture import fill_columns, read_states, token_columns
 from basin_lens.capture.reading import run_model
+from basin_lens.cli import app as cli
 from basin_lens.cli import codec as cli_codec
-from basin_lens.cli import main as cli
 from basin_lens.cli import options as cli_options
 from basin_lens.errors import CaptureError, MergeError, StoreError, TableError
 from basin_lens.merging import TokenMerger, Training, train_merger, training_log, windows_of

@@ -30,8 +30,8 @@ from tokenizers import normalizers
 import basin_lens as bl
 from basin_lens import codec
 from basin_lens import model as door
+from basin_lens.cli import app as cli
 from basin_lens.cli import codec as cli_codec
-from basin_lens.cli import main as cli
 from basin_lens.codec import container, entropy, lockstep, rank_coders
 from basin_lens.codec.probabilities import TOTAL, frequencies, quantize, uncertainty
 from basin_lens.codec.ranks import rank_of, token_of

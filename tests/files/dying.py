@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import basin_lens as bl
 from basin_lens import files, studies, tables
 from basin_lens import model as door
-from basin_lens.cli import main as cli
+from basin_lens.cli import app as cli
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli import options as cli_options
 from basin_lens.memorize import finetune, load_tuned

@@ -8,7 +8,7 @@ import pytest
 import typer.main
 
 import basin_lens as bl
-from basin_lens.cli.main import app
+from basin_lens.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import basin_lens as bl
 from basin_lens import merging
 from basin_lens import model as door
-from basin_lens.cli.main import app
+from basin_lens.cli.app import app
 from basin_lens.errors import MergeError, StoreError
 from basin_lens.merging import Parachute, Setting, TokenMerger, Training, Windows, train_merger, training_run
 from basin_lens.merging.probes import repetition

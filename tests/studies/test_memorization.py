@@ -292,7 +292,7 @@ def test_sources_say_what_was_found_and_what_was_not(learner, monkeypatch):
 
 
 def test_command_refuses_what_it_does_not_use(monkeypatch, capsys, tmp_path):
-    from basin_lens.cli import main as cli
+    from basin_lens.cli import app as cli
 
     monkeypatch.setattr("sys.argv", ["basin-lens", "study", "memorization", "--layers", "3", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:

@@ -287,7 +287,7 @@ def documents(tmp_path):
 
 
 def command(monkeypatch, model, *arguments):
-    from basin_lens.cli import main as cli
+    from basin_lens.cli import app as cli
     from basin_lens.cli import options
 
     monkeypatch.setattr(options, "load", lambda _: model)
@@ -352,7 +352,7 @@ def test_few_tokens_with_a_score_are_refused(llama, measured):
 
 
 def test_command_refuses_before_a_model_is_loaded(monkeypatch, documents, capsys, tmp_path):
-    from basin_lens.cli import main as cli
+    from basin_lens.cli import app as cli
     from basin_lens.cli import options
 
     monkeypatch.setattr(options, "load", forbidden)

@@ -145,8 +145,8 @@ def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = 
     documents = len({index if one.doc is None else one.doc for index, one in enumerate(passages)})
     if passages and unit == "document" and documents < FEWEST_UNITS:
         raise StudyError(
-            f"expected at least {FEWEST_UNITS} units (document), got {documents}: tokens of one text are not independent. Add texts, "
-            "or give each its own document."
+            f"expected at least {FEWEST_UNITS} units (document), got {documents}: tokens of one text are not independent. "
+            "Add texts, or give each its own document."
         )
 
 

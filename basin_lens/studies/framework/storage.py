@@ -12,7 +12,7 @@ from basin_lens.files import check_folder, check_name, check_no_inputs, clear_le
 from basin_lens.values import Facts
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
-_FIELDS: dict[str, object] = {
+_FIELDS: dict[str, kept.Expected] = {
     "study": str,
     "title": str,
     "about": [str],
