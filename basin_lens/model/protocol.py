@@ -61,6 +61,7 @@ class StateCache(Protocol):
         """A tensor or an array, as whoever reads it checks."""
 
 
+@runtime_checkable
 class ModelSettings(Protocol):
     """A model's `cfg`: sizes and rules. What only some models have is read with `getattr`."""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 
 from basin_lens.model import HookedModel
+from basin_lens.stats.remembering import sharing
 from basin_lens.studies.framework.attempts import beside_token_level_tests, checked_red_flags, token_level_tests
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import Decision, decide, declared_test, settle
@@ -21,6 +22,7 @@ from basin_lens.values import Facts
 _SHARED_STEPS = 3  # tests, figures, contrast
 
 
+@sharing()  # a study asks for many pairs under the same controls, one call each
 def run_study(
     spec: StudySpec,
     model: HookedModel,
