@@ -14,7 +14,6 @@ RESAMPLES = 199
 LAYERS = 4  # of a draw, where a statistic is about many layers
 EXCESS = "excess of its own"  # said where partial rank correlation has one
 COARSE = "coarse curves"  # said where they suffice for few alone
-NARROW = "too narrow"  # said of bootstrap intervals of few units
 STRAIGHT = "as straight lines"  # said where units are too few for curves
 TOKENS = "not of tags as such"  # said by tests of tags that hold for these words or these texts
 
@@ -200,7 +199,7 @@ BARE = (
     Statistic("unit_slope", made.bare_units, _bare(_alone(stats.unit_slope, "y", **_N)), _PLAIN),
     Statistic("detect", made.bare_units, _bare(_alone(stats.detect, "group", rates=(), **_N)), _PLAIN),
     Statistic("detect, better than another", made.bare_units, _bare(_better), _PLAIN),
-    Statistic("mean_interval, 0 outside", made.bare_tokens, _bare(_outside), _PLAIN, says=(NARROW,)),
+    Statistic("mean_interval, 0 outside", made.bare_tokens, _bare(_outside), _PLAIN),
     Statistic("before_after, max-t over layers", made.bare_tokens, _family(_bare(_change_max_t)), _PLAIN, layers=LAYERS),
     Statistic("compare_groups, unpaired, max-t over layers", made.bare_units, _family(_bare(_unpaired_max_t)), ("straight",), layers=LAYERS),
     Statistic("best_layer of before_after", made.bare_tokens, _bare(_best_change), _PLAIN, layers=LAYERS, share=0.5),

@@ -194,7 +194,20 @@ def test_a_flag_asks_values_too_where_controls_leave_little():
     assert flags._of_both(ranks, values).p_corrected.tolist() == [0.4, 1.0, 1.0, 0.01]
 
 
+@pytest.mark.simulation
+@pytest.mark.parametrize("kind", ["normal", "t"])
+def test_an_interval_of_few_units_misses_no_more_than_it_says(kind):
+    """2,000 data sets of 12 units: a plain percentile interval misses in 10 % (normal)."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(2000, 12)) if kind == "normal" else rng.standard_t(2.5, size=(2000, 12))
+    table = pd.DataFrame({"set": np.repeat(range(2000), 12), "doc": np.tile(range(12), 2000), "a": values.ravel()})
+    found = S.mean_interval(table, "a", "set", n_resamples=499)
+    missed = ((found.low > 0) | (found.high < 0)).mean()
+    print(f"missed in {missed:.3f}")
+    assert missed < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
+
+
 def test_intervals_of_few_units_say_that_they_are_narrow():
-    table = drawn(12)
+    table = drawn(7)
     assert "too narrow" in S.mean_interval(table, "a", "layer", n_resamples=99).note.item()
     assert S.mean_interval(drawn(24), "a", "layer", n_resamples=99).note.item() == ""
