@@ -10,7 +10,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.capture import read_states, reference_capture
-from basin_lens.errors import BasinLensError, CaptureError, TransportError
+from basin_lens.errors import BasinLensError, CaptureError, MergeError, ModelError, TransportError, WrongModelError
 from basin_lens.neighbors import Points, find
 from basin_lens.neighbors.choices import reach
 from tests.conftest import hooked_lane, make_bridge, make_hooked, make_tokenizer, random_tokens
@@ -77,6 +77,25 @@ def test_another_quantized_model_does_not_use_the_stored_bank(monkeypatch, tmp_p
     first, second = reference_capture(one, progress=False), reference_capture(other, progress=False)
     assert len(list((tmp_path / "reference").iterdir())) == 2
     assert not torch.equal(first.resid_post(1), second.resid_post(1))
+
+
+def test_what_was_made_with_another_quantized_model_is_refused(tmp_path):
+    """Mergers, files of the codec and tuned weights know their model by the same fingerprint."""
+    tokenizer = make_tokenizer()
+    one, other = quantized(tokenizer=tokenizer), quantized(tokenizer=tokenizer, change=other_scale)
+    bl.merging.TokenMerger([0, 1], target_rate=0.3, recent=2).calibrate(one, random_tokens(2, 24)).save(tmp_path / "merger")
+    coder = bl.codec.TextCodec(one)
+    file = coder.encode_text(*coder.prepared("The lamp had a voice."))
+    door.save_tuned(door.copy_of(one), tmp_path / "tuned", one, {})
+    assert coder.decode(file) == b"The lamp had a voice."
+    for error, read in (
+        (MergeError, lambda model: bl.merging.TokenMerger.load(tmp_path / "merger", model)),
+        (WrongModelError, lambda model: bl.codec.TextCodec(model).decode(file)),
+        (ModelError, lambda model: door.put_tuned(model, tmp_path / "tuned")),
+    ):
+        read(one)
+        with pytest.raises(error):
+            read(other)
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families() if f.name not in ("Mamba", "T5")])
