@@ -40,7 +40,8 @@ def read(parameters) -> dict[str, tuple]:
     found = {}
     for one in parameters:
         kind, told = one.annotation.__origin__, one.annotation.__metadata__[0]
-        found[one.name] = (kind, one.default, told.param_decls, told.help)
+        # typer takes the first flag for a default until it sees that the option stands in an annotation.
+        found[one.name] = (kind, one.default, (told.default, *told.param_decls), told.help)
     return found
 
 

@@ -75,7 +75,7 @@ REFUSED = {
     "split of a file": (["merge", "test", "-", "--dataset", TEXT, "--split", "test"], "expected no split for"),
     "no texts": (["analyze"], "expected files or --dataset, got neither. Name some."),
     "file and data set": (["analyze", TEXT, "--dataset", "built-in"], "expected files or --dataset, got both. Leave one"),
-    "unknown data set": (["analyze", "--dataset", "no/such-data-set"], "got 'no/such-data-set'"),
+    "unknown data set": (["analyze", "--dataset", "no/such-data-set"], "'no/such-data-set'"),
     "unknown corpus": (["analyze", "--dataset", "nltk:nonsense"], "nonsense"),
     "data set without a name": (["analyze", "--dataset", ""], "expected the name of a data set, got an empty one. Such as"),
     "data set that is no file": (["analyze", "--dataset", "{files}/no.txt"], "which does not exist. Check the path"),
