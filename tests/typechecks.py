@@ -59,12 +59,9 @@ def where_needed(thing=None, *, typechecker):
         return thing
     if inspect.isclass(thing) and "__dataclass_fields__" not in vars(thing):
         return thing
-    made = thing.__init__ if inspect.isclass(thing) else thing
-    if inspect.isfunction(made) and not any(tells_a_shape(hint) for hint in made.__annotations__.values()):
-        if made is thing:
-            return outermost(thing)
-        thing.__init__ = outermost(made)
-        return thing
+    if inspect.isfunction(thing) and not any(tells_a_shape(hint) for hint in thing.__annotations__.values()):
+        return outermost(thing)
+    # Of a dataclass too: it is checked when it is made, behind its own refusals.
     return _jaxtyped(thing, typechecker=typechecker)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from basin_lens.errors import StudyError, TextError
 from basin_lens.memorize.grammar import fluent_text, salad_text
-from basin_lens.model import HookedModel, Tokenizer, continuations, needed_tokenizer, uses_bos
+from basin_lens.model import HookedModel, Tokenizer, continuations, needed_tokenizer, tokenizer_of, uses_bos
 from basin_lens.texts import Passage
 from basin_lens.values import Plain, whole_numbers
 
@@ -90,7 +90,7 @@ def fresh_texts(model: HookedModel, kind: str, count: int, length: int, *, seed:
 
 def _texts(model: HookedModel, kind: str, count: int, length: int, sampled: bool, rng: np.random.Generator) -> list[str]:
     """Different texts of `length` tokens."""
-    tokenizer = needed_tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise TextError("expected a model with a fast tokenizer to make texts for, got one without. Give the model its tokenizer.")
     if kind == "random":

@@ -21,7 +21,7 @@ from basin_lens.analyzers import CloudAnalyzer, Column, TokenAnalyzer
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.transport import LayerMaps
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
-from tests.scoring.test_scores import Oracle
+from tests.scoring.oracle import Oracle
 
 A = bl.analyzers
 LAYERS = range(3)

@@ -10,7 +10,7 @@ import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.capture import check_cache, fill_columns
 from basin_lens.errors import BasinLensError, CaptureError, TransportError
-from tests.capture.test_capture import BOTH, counting
+from tests.capture.readers import BOTH, counting
 from tests.conftest import hooked_lane, make_bridge, make_hooked, random_tokens
 from tests.families import families, model_of
 

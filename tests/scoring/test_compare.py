@@ -8,7 +8,7 @@ import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import NeighborError, TableError
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_scores import Oracle
+from tests.scoring.oracle import Oracle
 
 A = bl.analyzers
 

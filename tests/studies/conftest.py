@@ -2,6 +2,10 @@
 
 import pytest
 
+from basin_lens.studies import Contrast
+from basin_lens.studies.framework import words
+from tests.studies.planted import QUIET, S, made_text, noise, plant, prompts, short_texts, with_importance
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _coarse_pictures():
@@ -11,3 +15,62 @@ def _coarse_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, *given, **options: real(figure, *given, **options | {"dpi": 20}))
         yield
+
+
+# -- one measurement for all -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [made_text(48, seed, f"doc-{seed}") for seed in range(18)]
+
+
+@pytest.fixture(scope="session")
+def measured(llama, texts):
+    return S.measure(llama, texts, max_length=44, max_sequences=32, integrated=8, **QUIET)
+
+
+@pytest.fixture(scope="session")
+def important(llama, measured):
+    return S.study_importance(llama, with_importance(measured, 1), progress=False)
+
+
+@pytest.fixture(scope="session")
+def deep(llama, measured):
+    """Compression above both controls at every layer, most at layer 1."""
+    table = measured.table
+    control = table[["compression_random", "compression_radius_matched"]].max(axis=1)
+    more = 0.2 + 0.3 * (table["layer"] == 1) + noise(table, 5, 0.1)
+    return S.study_layers(llama, plant(measured, compression=control + more), progress=False)
+
+
+@pytest.fixture(scope="session")
+def spoken(llama, measured):
+    """Function words above content words, nouns like verbs."""
+    tokens, _ = words.tagged_tokens(measured, "auto")
+    values = 1.0 * tokens["tag"].isin(words.FUNCTION) + noise(tokens, 6, 0.3)
+    return S.study_linguistic(llama, plant(measured, compression=values), progress=False)
+
+
+# -- contrasts -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prompted(llama):
+    return S.measure(
+        llama, prompts(), studies=["layers"], layers=[1], max_length=64, unit="template", exclude="template", bank="reference",
+        contrast=Contrast("span", "IO", "S"), **QUIET,
+    )  # fmt: skip
+
+
+# -- robustness ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sturdy(llama):
+    """An effect in the table only, not in the model: compression above random points, by surprisal's rank."""
+    data = short_texts(20, n_words=13)
+    held = S.measure(llama, data, studies=["robustness"], layers=[1], max_length=40, **QUIET)
+    table = held.table
+    values = table["compression_random"] + 1 + noise(table, 0, 0.2)
+    return held, S.study_robustness(llama, plant(held, compression=values), dtype=None, progress=False)

@@ -13,7 +13,7 @@ import basin_lens as bl
 from basin_lens.cli import options
 from basin_lens.studies.framework import registry
 from tests.cli.test_cli import call
-from tests.studies.test_studies import short_texts
+from tests.studies.planted import short_texts
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "position_study.py"
 

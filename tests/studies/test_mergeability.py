@@ -17,7 +17,7 @@ from basin_lens.studies.mergeability import forced_merges
 from basin_lens.studies.mergeability import study as mergeability
 from basin_lens.studies.mergeability.forced_merges import Setting
 from tests.conftest import hooked_lane, make_bridge, make_hooked, random_tokens
-from tests.studies.test_studies import made_text, noise, plant, standard
+from tests.studies.planted import made_text, noise, plant, standard
 
 S = bl.studies
 WINDOW = 4

@@ -1,0 +1,14 @@
+"""Fixtures that several files of this room use."""
+
+import pytest
+
+from basin_lens import codec
+from tests.codec.coded import TEXT, coded
+
+
+@pytest.fixture(scope="module")
+def blob(llama) -> bytes:
+    """A file that the model wrote, of several chunks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec.text, "CHUNK_TOKENS", 1)
+        return coded(codec.TextCodec(llama, streams=2, context=40), TEXT[:330])

@@ -1,0 +1,5 @@
+"""Captures in memory and on disk."""
+
+import basin_lens as bl
+
+C = bl.controls
