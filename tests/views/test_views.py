@@ -52,6 +52,26 @@ def test_report_holds_the_neighbors_that_neighborhood_finds(run, llama):
     np.testing.assert_allclose(kept.after[1, row], found["distance_after"], rtol=1e-4)
 
 
+def test_a_report_of_a_large_run_shows_its_first_sequences_and_says_so(run, monkeypatch):
+    """A page of 3 million rows had 57 MB."""
+    from basin_lens.views.pages import report
+
+    whole = data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)
+    lengths = [len(one["tokens"]) for one in whole["sequences"]]
+    per_row = len(whole["layers"]) * (len(whole["scores"]) + 3 * 5)
+    monkeypatch.setattr(report, "_MOST_VALUES", per_row * (sum(lengths[:2]) + 1))
+    page = bl.views.make_report(run.table, neighbors=run.neighbors).html
+    part = data_of(page)
+    assert [len(one["tokens"]) for one in part["sequences"]] == lengths[:2]
+    words = [[data["strings"][t] for s in data["sequences"] for t in s["tokens"]] for data in (part, whole)]
+    assert words[0] == words[1][: sum(lengths[:2])] and len(part["positions"]) == sum(lengths[:2])
+    assert part["curves"] == whole["curves"] and part["n_documents"] == whole["n_documents"]
+    assert f"the first 2 of {len(lengths)} sequences" in part["about"] and "Shown here" not in whole["about"]
+    assert [len(rows) for rows in part["neighbors"]["rows"]] < [len(rows) for rows in whole["neighbors"]["rows"]]
+    monkeypatch.setattr(report, "_MOST_VALUES", 1)
+    assert len(data_of(bl.views.make_report(run.table).html)["sequences"]) == 1
+
+
 @pytest.mark.parametrize("make", ["report", "tokens"])
 def test_text_never_becomes_markup(run, make):
     table = run.table.copy()

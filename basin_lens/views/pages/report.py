@@ -13,6 +13,8 @@ from basin_lens.errors import TableError
 from basin_lens.values import Facts
 from basin_lens.views.pages.page import Report, page_of
 
+# Values in a page, of 2 bytes each before they become text: about 16 MB. A page of every token of a large run no browser opens.
+_MOST_VALUES = 6_000_000
 _NOTES = (
     "compression is how much more the block shrinks the variance of a token's neighborhood than it shrinks unrelated states "
     "passed through the same block in the same context (natural logarithm of the ratio of ratios). Positive: the neighborhood is "
@@ -49,6 +51,8 @@ def make_report(
 ) -> Report:
     """A page to look at one run: token view (selectors for score and layer), layer curve, layer table, what was left out.
 
+    Of a run with more values than a browser can open, the first sequences are shown, and the page says how many; curves and means are of all.
+
     Args:
         table: from `analyze`, of one run.
         neighbors: the neighbors behind one score, shown when a token is clicked; None: not shown.
@@ -76,15 +80,23 @@ def make_report(
         raise TableError("expected a table with scores, got none.")
     table = table.sort_values(["layer", "seq", "pos"], kind="stable")
     layers = sorted(table["layer"].unique().tolist())
+    summary = tables.layer_summary(table)
     first = table[table["layer"] == layers[0]]
+    about = _about(facts, first, facts.get("bank", {}))
+    n_documents = int(first["doc"].nunique())
+    each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * neighbors.rows.shape[2]))
+    if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
+        about += (
+            f" Shown here: the first {len(shown):,} of {first['seq'].nunique():,} sequences; curves and means are of all, and the table "
+            "holds every token."
+        )
+        table, first = table[table["seq"].isin(shown)], first[first["seq"].isin(shown)]
     bank = None if neighbors is None else neighbors.bank
     words = pd.concat([first["token"], *([] if bank is None else [bank["token"]])])
     codes, strings = pd.factorize(words)
-    summary = tables.layer_summary(table)
-    bank_facts = facts.get("bank", {})
     data = {
         "title": title,
-        "about": _about(facts, first, bank_facts),
+        "about": about,
         "notes": _NOTES,
         "layers": layers,
         "scores": [{"name": name, "unit": fact["unit"]} for name, fact in scores.items()],
@@ -94,12 +106,18 @@ def make_report(
         "sequences": _sequences(first, codes),
         "values": [[_steps(part) for part in _by_layer(table, name, layers)] for name in scores],
         "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
-        "n_documents": int(first["doc"].nunique()),
+        "n_documents": n_documents,
         "left_out": [{"score": name, "counts": counts} for name, counts in facts.get("left_out", {}).items()],
         "provenance": json.dumps({runs[0]: facts}, indent=1),
-        "neighbors": None if neighbors is None else _neighbors(neighbors, codes[len(first) :]),
+        "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
     }
     return page_of("report.html", title=title, data=data)
+
+
+def _first_sequences(of_rows: pd.Series, most: int) -> list[int]:
+    """The sequences from the first on whose rows are no more than so many, but one at least; empty where all are."""
+    ends = of_rows.value_counts(sort=False).cumsum()
+    return [] if len(of_rows) <= most else ends.index[: max(1, int((ends <= most).sum()))].tolist()
 
 
 def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
@@ -148,7 +166,8 @@ def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> Facts:
     return {**columns, "shown": analyzer != "Neighborhood"}
 
 
-def _neighbors(kept: KeptLike, tokens: np.ndarray) -> Facts:
+def _neighbors(kept: KeptLike, shown: int, tokens: np.ndarray) -> Facts:
+    """Those of the first rows, so many as are shown; `tokens` are the bank's."""
     bank = kept.bank
     counts = bank.groupby("seq", sort=True).size()
     none, kind = (65535, "<u2") if len(bank) < 65535 else (2**32 - 1, "<u4")
@@ -157,9 +176,11 @@ def _neighbors(kept: KeptLike, tokens: np.ndarray) -> Facts:
         "score": kept.score,
         "own": kept.own,
         "none": none,
-        "rows": [base64.b64encode(np.where(layer < 0, none, layer).astype(kind).tobytes()).decode() for layer in kept.rows],
-        "before": [_steps(layer.astype(float).ravel()) for layer in kept.before],
-        "after": [_steps(layer.astype(float).ravel()) for layer in kept.after],
+        "rows": [
+            base64.b64encode(np.where(layer < 0, none, layer).astype(kind).tobytes()).decode() for layer in kept.rows[:, :shown]
+        ],
+        "before": [_steps(layer.astype(float).ravel()) for layer in kept.before[:, :shown]],
+        "after": [_steps(layer.astype(float).ravel()) for layer in kept.after[:, :shown]],
         "bank": {
             "tokens": tokens.tolist(),
             "seq": bank["seq"].tolist(),
