@@ -21,9 +21,9 @@ def mean_interval(
     """Mean of a column in each group, with a 95 % bootstrap interval over units: percentiles, expanded for few units.
 
     A plain percentile interval is too narrow: of 24 normal units it misses the mean in 7 % of data sets, of 8 in 12 %. Here its
-    percentiles are moved out as far as Student's t is beyond the normal. Of 8, 12, 24 and 60 units the interval misses in 6, 5, 5 and 4 %
-    (normal), in 7, 6, 5 and 6 % (t with 2.5 degrees of freedom), but in 16, 14, 13 and 9 % where units are as skewed as a lognormal, as
-    Student's own does. Below 8 the note says that it is still too narrow.
+    percentiles are moved out as far as Student's t is beyond the normal. Of 8, 12, 24 and 60 units the interval misses in 6, 5, 5
+    and 4 % (normal), in 7, 6, 5 and 6 % (t with 2.5 degrees of freedom), but in 16, 14, 13 and 9 % where units are as skewed as a
+    lognormal, as Student's own does. Below 8 the note says that it is still too narrow.
 
     A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the
     table tells.
