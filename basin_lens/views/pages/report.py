@@ -51,7 +51,8 @@ def make_report(
 ) -> Report:
     """A page to look at one run: token view (selectors for score and layer), layer curve, layer table, what was left out.
 
-    Of a run with more values than a browser can open, the first sequences are shown, and the page says how many; curves and means are of all.
+    Of a run with more values than a browser can open, the first sequences are shown, and the page says how many; curves and means
+    are of all.
 
     Args:
         table: from `analyze`, of one run.
@@ -87,8 +88,8 @@ def make_report(
     each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * neighbors.rows.shape[2]))
     if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
         about += (
-            f" Shown here: the first {len(shown):,} of {first['seq'].nunique():,} sequences; curves and means are of all, and the table "
-            "holds every token."
+            f" Shown here: the first {len(shown):,} of {first['seq'].nunique():,} sequences; curves and means are of all, "
+            "and the table holds every token."
         )
         table, first = table[table["seq"].isin(shown)], first[first["seq"].isin(shown)]
     bank = None if neighbors is None else neighbors.bank
