@@ -224,8 +224,10 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"{name} as {value.dtype} {tuple(value.shape)}, not {dtype} {shape}")
 
 
-def _passage(record: Facts) -> Passage:
+def _passage(record: object) -> Passage:
     """A passage, with its gold words if it has some, from JSON that has no tuples."""
+    if not isinstance(record, dict):
+        raise TypeError("a passage that is no record")
     spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
     if "words" not in record:
         return Passage(**record | {"spans": spans})

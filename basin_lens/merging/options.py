@@ -1,7 +1,7 @@
 """What a `TokenMerger` can be asked for."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from basin_lens.errors import MergeError
@@ -182,7 +182,7 @@ class Options:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
-def options_of(layers: Sequence[Whole], given: Facts) -> Options:
+def options_of(layers: Iterable[object], given: Facts) -> Options:
     """Options by their names, as a caller or a record gives them.
 
     Raises:

@@ -1,7 +1,7 @@
 """Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class TokenMerger(nn.Module):
 
     weights: Parameters  # made by `prepare`, when the model is known
 
-    def __init__(self, layers: Sequence[Whole], **options: object) -> None:
+    def __init__(self, layers: Iterable[object], **options: object) -> None:
         super().__init__()
         self.options = options_of(layers, options)
         self.base: str | None = None  # fingerprint of the model that it was prepared for
