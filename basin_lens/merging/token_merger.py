@@ -18,7 +18,7 @@ from basin_lens.merging.options import options_of
 from basin_lens.merging.parameters import Parameters, check_able, shape_of
 from basin_lens.merging.statistics import Row, statistics_table
 from basin_lens.model import HookedModel, check_model, fingerprint, full_name, measuring, reading
-from basin_lens.values import Facts, Whole
+from basin_lens.values import Facts
 
 
 class TokenMerger(nn.Module):

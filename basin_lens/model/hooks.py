@@ -1,7 +1,7 @@
 """Reading a model while it runs: names of points, read-only hooks that always leave, and the forward pass itself."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from basin_lens.errors import ModelError
-from basin_lens.model.identity import hf_config, kind_of, n_layers
+from basin_lens.model.identity import device_of, hf_config, kind_of, n_layers
 from basin_lens.model.numerics import full_precision
 from basin_lens.model.protocol import HookedModel, StateCache
 from basin_lens.model.rope import forget_lengths
@@ -96,7 +96,7 @@ def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
             switch("eager")
         _measured[model] = True
         forget_lengths(model)
-        with modes[0], modes[1], full_precision():
+        with modes[0], modes[1], full_precision(), _at_home(model):
             yield
     finally:
         _measured.pop(model, None)
@@ -104,6 +104,13 @@ def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
             module.training = True
         if switch is not None:
             switch(attention)
+
+
+def _at_home(model: HookedModel) -> AbstractContextManager[object]:
+    """Where a caller's `set_default_device` names another place, such as meta: what transformers makes without naming one stands by the
+    model, as with no default."""
+    home, default = device_of(model), torch.get_default_device()
+    return nullcontext() if default.type in ("cpu", home.type) else home
 
 
 def forward_pass(
