@@ -12,6 +12,7 @@ from basin_lens.analyzers.contract import (
     CloudScore,
     Column,
     Neighborhoods,
+    RandomContraction,
     Role,
     RunOn,
     Surroundings,
@@ -20,6 +21,7 @@ from basin_lens.analyzers.contract import (
 )
 from basin_lens.analyzers.contraction import Contraction
 from basin_lens.analyzers.control import Control
+from basin_lens.analyzers.crossed_table import CrossedTable, Crossing, Displaced
 from basin_lens.analyzers.effective_rank_change import EffectiveRankChange
 from basin_lens.analyzers.erasure import Erasure
 from basin_lens.analyzers.gradient import GradientNorm
@@ -106,6 +108,9 @@ __all__ = [
     "Column",
     "Compression",
     "Contraction",
+    "CrossedTable",
+    "Crossing",
+    "Displaced",
     "EffectiveRankChange",
     "Erasure",
     "GradientNorm",
@@ -116,6 +121,7 @@ __all__ = [
     "MatrixEntropy",
     "NeighborOverlap",
     "Neighborhood",
+    "RandomContraction",
     "RawCompression",
     "Role",
     "RunOn",
