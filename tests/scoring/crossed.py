@@ -1,5 +1,6 @@
 """Groups of planted states through any map, and what is expected of a crossed table, by loops."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +129,10 @@ def parts_by_loops(c):
     return np.array(found).T
 
 
+class WasRead(Exception):  # noqa: N818 - no error: the rest of the pass is not needed
+    """The states that were to be read are there."""
+
+
 def plain_images(model, layer, tokens, pos, points, blocks):
     """States behind some blocks of a plain transformers model, where `points` enter block `layer` at one position."""
     seen = []
@@ -140,12 +145,13 @@ def plain_images(model, layer, tokens, pos, points, blocks):
     def read(*given):
         output = given[-1]
         seen.append((output[0] if isinstance(output, tuple) else output)[:, pos])
+        raise WasRead
 
     layers = model.model.layers
     hooks = [layers[layer].register_forward_pre_hook(put, with_kwargs=True), layers[layer + blocks - 1].register_forward_hook(read)]
     try:
-        with torch.no_grad():
-            model(tokens.expand(len(points), -1), use_cache=False)
+        with torch.no_grad(), suppress(WasRead):
+            model(tokens[: pos + 1].expand(len(points), -1), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
