@@ -12,6 +12,7 @@ from basin_lens.analyzers.contract import (
     CloudScore,
     Column,
     Neighborhoods,
+    RandomContraction,
     Role,
     RunOn,
     Surroundings,
@@ -20,17 +21,22 @@ from basin_lens.analyzers.contract import (
 )
 from basin_lens.analyzers.contraction import Contraction
 from basin_lens.analyzers.control import Control
+from basin_lens.analyzers.crossed_table import CrossedTable, Crossing, Displaced
+from basin_lens.analyzers.directional_contraction import DirectionalContraction
 from basin_lens.analyzers.effective_rank_change import EffectiveRankChange
 from basin_lens.analyzers.erasure import Erasure
 from basin_lens.analyzers.gradient import GradientNorm
 from basin_lens.analyzers.gradient_times_activation import GradientTimesActivation
 from basin_lens.analyzers.integrated_gradients import IntegratedGradients
+from basin_lens.analyzers.interaction_compression import InteractionCompression
 from basin_lens.analyzers.jacobian_gain import JacobianGain
+from basin_lens.analyzers.jacobian_spectrum import JacobianSpectrum
 from basin_lens.analyzers.local_dimension import LocalDimension
 from basin_lens.analyzers.matrix_entropy import MatrixEntropy
 from basin_lens.analyzers.neighbor_overlap import NeighborOverlap
 from basin_lens.analyzers.neighborhood import Neighborhood
 from basin_lens.analyzers.raw_compression import RawCompression
+from basin_lens.analyzers.relative_contraction import RelativeContraction
 from basin_lens.analyzers.seed_compression import SeedCompression
 from basin_lens.analyzers.standardized_likelihood import StandardizedLikelihood
 from basin_lens.analyzers.state_norm import StateNorm
@@ -41,7 +47,10 @@ from basin_lens.capture import TokenBatch
 
 ANALYZERS: tuple[type[Analyzer], ...] = (
     Compression,
+    InteractionCompression,
     Contraction,
+    RelativeContraction,
+    DirectionalContraction,
     RawCompression,
     SeedCompression,
     SymmetricContraction,
@@ -51,6 +60,7 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
     NeighborOverlap,
     LocalDimension,
     JacobianGain,
+    JacobianSpectrum,
     CentroidEffect,
     Surprisal,
     Agreement,
@@ -106,17 +116,25 @@ __all__ = [
     "Column",
     "Compression",
     "Contraction",
+    "CrossedTable",
+    "Crossing",
+    "DirectionalContraction",
+    "Displaced",
     "EffectiveRankChange",
     "Erasure",
     "GradientNorm",
     "GradientTimesActivation",
     "IntegratedGradients",
+    "InteractionCompression",
     "JacobianGain",
+    "JacobianSpectrum",
     "LocalDimension",
     "MatrixEntropy",
     "NeighborOverlap",
     "Neighborhood",
+    "RandomContraction",
     "RawCompression",
+    "RelativeContraction",
     "Role",
     "RunOn",
     "SeedCompression",

@@ -6,16 +6,17 @@ dataclass and pass an instance to `analyze`; nothing needs to be registered.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from basin_lens.analyzers.crossed_table import CrossedTable, Crossing, Displaced
 from basin_lens.capture import Target, TokenBatch
 from basin_lens.errors import NeighborError
 from basin_lens.neighbors import Metric, SameToken
@@ -58,6 +59,19 @@ class Surroundings:
         """Mean of the states after, and a mask that is 0 on their massive dimensions."""
         return mean_and_mask(self.after)
 
+    @cached_property
+    def ordinary(self) -> Bool[Tensor, " d"]:
+        """Dimensions that are massive on neither side of the map."""
+        return (self.directions_before[1] * self.directions_after[1]).bool()
+
+
+@dataclass(frozen=True)
+class RandomContraction:
+    """Contraction of random sets of the bank through the map, in its ordinary dimensions: mean over tokens, its standard error."""
+
+    mean: float
+    standard_error: float
+
 
 @dataclass(frozen=True)
 class RunOn:
@@ -84,6 +98,9 @@ class Neighborhoods:
     `block(points [q, m, d]) -> [q, m, d]`: any states through the map in the queries' contexts (only if needed).
     `run_on(points [q, m, d]) -> RunOn`: any states in the queries' places, run on to the logits (only if needed).
     `bank`: the bank's states around the map (only if needed).
+    `random_contraction`: what the map does to random sets of the bank (only if needed).
+    `crossed`: for an analyzer with a `crossing`, whose queries come group after group: the groups' tables, by whose displacements
+    were passed.
     """
 
     layer: int
@@ -109,6 +126,8 @@ class Neighborhoods:
     block: Callable[[Tensor], Tensor] | None = None
     run_on: Callable[[Tensor], RunOn] | None = None
     bank: Surroundings | None = None
+    random_contraction: RandomContraction | None = None
+    crossed: Mapping[Displaced, CrossedTable] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
@@ -182,9 +201,9 @@ class CloudAnalyzer(Analyzer):
     """A measurement on neighborhoods.
 
     `needs` may hold `"input_neighbors"`, `"output_neighbors"`, `"images"`, `"candidates"`, `"block"`, `"run_on"`, `"bank"`,
-    `"final_norm"`, and `"halves"` for a score that can be computed on half of the neighbors: its split-half reliability then comes
-    with it. With `max_queries` set, at most so many tokens per layer are measured, a seeded sample (for measurements that cost a
-    pass each).
+    `"final_norm"`, `"random_contraction"`, `"crossed"` (with `crossing`), and `"halves"` for a score that can be computed on half
+    of the neighbors: its split-half reliability then comes with it. With `max_queries` set, at most so many tokens per layer are
+    measured, a seeded sample (for measurements that cost a pass each).
 
     The options below may be fields or class attributes; only `k` has no default. See `CloudScore`.
     """
@@ -201,6 +220,11 @@ class CloudAnalyzer(Analyzer):
     @property
     def max_queries(self) -> int | None:
         """At most so many tokens per layer are measured; None: all."""
+        return None
+
+    @property
+    def crossing(self) -> Crossing | None:
+        """How tokens are put into groups and crossed; None: each is measured by itself."""
         return None
 
     @abstractmethod
@@ -283,6 +307,13 @@ def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch
 def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
     """Natural logarithm; NaN where the value is rounding beside `reference`."""
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
+
+
+def log_variance_ratio(before: Float[Tensor, "q k d"], after: Float[Tensor, "q k d"], bank: Surroundings) -> Float[Tensor, " q"]:
+    """log(V_in / V_out) over the ordinary dimensions; NaN where either is rounding beside the bank's own variance."""
+    sides = ((before, bank.before), (after, bank.after))
+    first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), total_variance(all_[:, bank.ordinary])) for x, all_ in sides)
+    return first - second
 
 
 def mean_and_mask(states: Float[Tensor, "points d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:

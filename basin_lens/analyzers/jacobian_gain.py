@@ -101,7 +101,11 @@ class JacobianGain(CloudScore):
 
 
 def derivative(
-    function: Callable[[Tensor], Tensor], points: Float[Tensor, "q m d"], moves: Float[Tensor, "q m d"]
+    function: Callable[[Tensor], Tensor],
+    points: Float[Tensor, "q m d"],
+    moves: Float[Tensor, "q m d"],
+    *,
+    analyzer: str = "JacobianGain",
 ) -> Float[Tensor, "q m d"]:
     """J v for each point and its move v, in one forward pass of dual numbers.
 
@@ -118,11 +122,11 @@ def derivative(
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "/torch/" not in frame.f_code.co_filename]
             raise TransportError(
                 "expected a block whose every operation has a forward-mode derivative, got one in "
-                f"{frames[-1].f_code.co_qualname}: {error} Leave JacobianGain out for this model."
+                f"{frames[-1].f_code.co_qualname}: {error} Leave {analyzer} out for this model."
             ) from error
         moved = forward_ad.unpack_dual(image).tangent
     if moved is None:
         raise TransportError(
-            "expected a block that can be differentiated, got one that detaches its output. Leave JacobianGain out."
+            f"expected a block that can be differentiated, got one that detaches its output. Leave {analyzer} out."
         )
     return moved

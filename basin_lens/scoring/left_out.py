@@ -9,7 +9,12 @@ from torch import Tensor
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 
-_SELDOM = ("too few blocks left", "not sampled", "zero state, which has no cosine")  # reasons that are named only where they occur
+_SELDOM = (
+    "too few blocks left",
+    "not sampled",
+    "no group",
+    "zero state, which has no cosine",
+)  # reasons that are named only where they occur
 
 
 def count_left_out(
@@ -20,6 +25,7 @@ def count_left_out(
     *,
     complete: Bool[Tensor, " rows"] | None,
     sampled: Bool[Tensor, " rows"] | None = None,
+    grouped: Bool[Tensor, " rows"] | None = None,
     undirected: Bool[Tensor, " rows"] | None = None,
 ) -> dict[str, dict[str, int]]:
     """How many values of an analyzer are missing at a layer, by column and reason; each missing value has one reason.
@@ -31,6 +37,7 @@ def count_left_out(
         asked: rows that were to be scored.
         complete: rows with as many neighbors as asked for; None: there is no block to pass.
         sampled: rows in the analyzer's sample; None: all.
+        grouped: rows that were put into a group; None: none had to be.
         undirected: rows whose state has no length, and so no cosine with any other.
     """
     first = (capture.row_pos == 0) & (analyzer.exclude != "nothing")
@@ -39,6 +46,7 @@ def count_left_out(
     looked = none if complete is None else wanted  # with no block to pass, no other reason counts
     enough = none if complete is None else complete
     there = torch.ones_like(wanted) if sampled is None else sampled.cpu()
+    alone = none if grouped is None else ~grouped.cpu()
     zero = none if undirected is None else looked & undirected
     reasons = {
         "position 0": first,
@@ -47,7 +55,8 @@ def count_left_out(
         "zero state, which has no cosine": zero,
         "too few neighbors": looked & ~enough & ~zero,
         "not sampled": looked & enough & ~there,
-        "degenerate or undefined": looked & enough & there,
+        "no group": looked & enough & there & alone,
+        "degenerate or undefined": looked & enough & there & ~alone,
     }
     named = {reason: where for reason, where in reasons.items() if reason not in _SELDOM or bool(where.any())}
     missing = {column.name: answers[column.name].isnan() for column in analyzer.columns}

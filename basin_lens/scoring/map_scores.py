@@ -1,6 +1,8 @@
 """One map at one layer: the union of all neighbors passes once, and every analyzer looks."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,13 +15,17 @@ from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
+from basin_lens.scoring.crossed_pass import Crossed, CrossedPass
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.search import Searches, SearchResult
-from basin_lens.scoring.spread import layer_spread
+from basin_lens.scoring.spread import layer_spread, random_contraction
 from basin_lens.transport import BlockMap, query_chunks, rows_per_call
+from basin_lens.values import Facts
+
+_GROUPS = 64  # groups of tokens that an analyzer looks at together
 
 
 class MapScores:
@@ -67,7 +73,15 @@ class MapScores:
         }
         in_bank = (searches.bank.row_pos > 0).to(self.device)
         self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
-        self._measure()
+        asking = dict.fromkeys(a.exclude for a in plan.analyzers if "random_contraction" in a.needs)
+        self._random = {e: random_contraction(searches, layer, e, passage, self._surroundings) for e in asking}
+        self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
+        self._crossed: dict[object, Crossed] = {}
+        self.groups: dict[str, Facts] = {}  # what provenance says of an analyzer's groups, by its first column
+        if plan.single:
+            self._measure()
+        for a in plan.grouped:
+            self._measure_groups(a)
 
     def _measure(self) -> None:
         """Pass the neighbors, a part of the queries at a time, and let every analyzer look before the images are dropped."""
@@ -80,13 +94,52 @@ class MapScores:
         for part in query_chunks(self.searches.capture, queries, union.shape[1], rows_per_call(self.device)):
             passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
             looks: dict[object, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
-            for a in self.plan.analyzers:
+            for a in self.plan.single:
                 options = (SearchSite.before(a), a.k, a.needs, a.max_queries and a.key)
                 if options not in looks:
                     looks[options] = self._look(a, part, passed, place_of)
                 seen = looks[options]
                 if seen is not None:
                     self._answer(a, *seen)
+
+    def _measure_groups(self, a: CloudAnalyzer) -> None:
+        """Put tokens into groups, pass every cloud of a group at every place of it, and let the analyzer look, also at halves."""
+        assert a.crossing is not None
+        site = SearchSite.before(a)
+        able = self.found[site].near.rows[:, a.k - 1] >= 0
+        if a.max_queries is not None:
+            able = able & self._sampled[a.key]
+        options = (site, a.k, a.crossing, a.max_queries)  # analyzers with the same options share the pass
+        if options not in self._crossed:
+            self._crossed[options] = CrossedPass(
+                self.searches, self.layer, self.passage, self._surroundings, site.options, self.found[site], a.k, a.crossing
+            )(able)
+        crossed = self._crossed[options]
+        if a is self.keep:
+            for part in torch.nonzero(able).squeeze(1).split(_GROUPS * a.crossing.group):
+                self._keep(self._neighborhoods(a, part, None, None), part.cpu())
+        self._grouped[a.key] = torch.zeros_like(able)
+        self._grouped[a.key][crossed.rows.flatten()] = True
+        partners = {column.name: (_nothing(len(able)), _nothing(len(able))) for column in a.columns}
+        for groups in torch.arange(len(crossed.rows), device=self.device).split(_GROUPS):
+            at = crossed.rows[groups].flatten()
+            there, seen = at.cpu(), self._neighborhoods(a, at, None, None)
+            tables = {kind: table.some(groups) for kind, table in crossed.tables.items()}
+            self._note(a, replace(seen, crossed=tables), there, self.answers)
+            for half in (0, 1):
+                looks = (
+                    ({kind: table.halves[half] for kind, table in tables.items()}, self._of_halves),
+                    ({kind: table.partner_halves[half] for kind, table in tables.items()}, partners),
+                )
+                for read, answers in looks:
+                    self._note(a, replace(seen, crossed=read), there, {name: pair[half] for name, pair in answers.items()})
+        self.groups[a.columns[0].name] = {
+            "size": a.crossing.group,
+            **crossed.facts(),
+            "dimensions_left_out": int((~self._surroundings.ordinary).sum()),
+            "reliability_over_displacements": {c.name: spearman_brown(*self._of_halves[c.name]) for c in a.columns},
+            "reliability_over_partners": {name: spearman_brown(*pair) for name, pair in partners.items()},
+        }
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
         """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""
@@ -165,21 +218,31 @@ class MapScores:
             block=partial(passage.of_points, at) if "block" in a.needs else None,
             run_on=rerun if "run_on" in a.needs else None,
             bank=self._surroundings if "bank" in a.needs else None,
+            random_contraction=self._random[a.exclude][0] if "random_contraction" in a.needs else None,
             final_norm=partial(final_norm, searches.model) if "final_norm" in a.needs else None,
         )
 
     def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:
         """Let an analyzer look at neighborhoods of the rows `there`, and put down what it says, also of halves of the neighbors."""
-        for name, value in a.measure(neighborhoods).items():
-            self.answers[name][there] = value.detach().float().cpu()
+        self._note(a, neighborhoods, there, self.answers)
         if "halves" in a.needs and a.k >= 4:
             for half, split in enumerate(neighborhoods.split_half):
-                for name, value in a.measure(split).items():
-                    self._of_halves[name][half][there] = value.detach().float().cpu()
+                self._note(a, split, there, {name: pair[half] for name, pair in self._of_halves.items()})
         if a is self.keep:
-            assert self.neighbors is not None and neighborhoods.images is not None
-            self.neighbors.rows[there.numpy()] = neighborhoods.rows.cpu().numpy()
-            self.neighbors.before[there.numpy()] = neighborhoods.distances.cpu().numpy()
+            self._keep(neighborhoods, there)
+
+    @staticmethod
+    def _note(a: CloudAnalyzer, neighborhoods: Neighborhoods, there: Int[Tensor, " q"], answers: Mapping[str, Tensor]) -> None:
+        """Put down what an analyzer says of neighborhoods."""
+        for name, value in a.measure(neighborhoods).items():
+            answers[name][there] = value.detach().float().cpu()
+
+    def _keep(self, neighborhoods: Neighborhoods, there: Int[Tensor, " q"]) -> None:
+        """Keep these neighbors, with their distances before the map, and behind it if they pass it."""
+        assert self.neighbors is not None
+        self.neighbors.rows[there.numpy()] = neighborhoods.rows.cpu().numpy()
+        self.neighbors.before[there.numpy()] = neighborhoods.distances.cpu().numpy()
+        if neighborhoods.images is not None:
             self.neighbors.after[there.numpy()] = (
                 (neighborhoods.images - neighborhoods.query_image[:, None]).norm(dim=2).cpu().numpy()
             )
@@ -196,9 +259,21 @@ class MapScores:
                 self.searches.asked,
                 complete=result.near.rows[:, a.k - 1].cpu() >= 0,
                 sampled=self._sampled.get(a.key),
+                grouped=self._grouped.get(a.key),
                 undirected=~result.directed.cpu() if a.metric == "cosine" else None,
             )
         return counts
+
+    def random_contraction(self) -> dict[str, Facts]:
+        """Mean contraction of random sets, its standard error and their number, by column that it is taken out of."""
+        facts: dict[str, Facts] = {}
+        for a in self.plan.analyzers:
+            if "random_contraction" in a.needs:
+                found, sets = self._random[a.exclude]
+                numbers = {"mean": found.mean, "standard_error": found.standard_error}
+                known: Facts = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+                facts.update({column.name: {**known, "sets": sets} for column in a.columns})
+        return facts
 
     def reliability(self) -> dict[str, float | None]:
         """Spearman correlation of each score over disjoint halves of the neighbors, by column."""
@@ -229,6 +304,16 @@ def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     union.scatter_(1, slots, values)
     places = torch.empty_like(slots).scatter_(1, order, slots)
     return union, list(places.split([t.shape[1] for t in tables_], dim=1))
+
+
+def spearman_brown(first: Tensor, second: Tensor) -> float | None:
+    """Reliability of a whole whose two halves these are, over rows where both are there; None if it is not defined."""
+    both = ~(first.isnan() | second.isnan())
+    a, b = first[both].double().numpy(), second[both].double().numpy()
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    r = float(np.corrcoef(a, b)[0, 1])
+    return 2 * r / (1 + r) if r > -1 else None
 
 
 def _spearman(first: Tensor, second: Tensor) -> float | None:

@@ -61,6 +61,16 @@ class MapPlan:
     analyzers: tuple[CloudAnalyzer, ...]
 
     @cached_property
+    def single(self) -> tuple[CloudAnalyzer, ...]:
+        """Analyzers that measure each token by itself."""
+        return tuple(a for a in self.analyzers if a.crossing is None)
+
+    @cached_property
+    def grouped(self) -> tuple[CloudAnalyzer, ...]:
+        """Analyzers that cross the tokens of a group."""
+        return tuple(a for a in self.analyzers if a.crossing is not None)
+
+    @cached_property
     def of_images(self) -> tuple[CloudAnalyzer, ...]:
         """Analyzers that need their neighbors' images."""
         return tuple(a for a in self.analyzers if "images" in a.needs)
@@ -68,7 +78,7 @@ class MapPlan:
     @cached_property
     def passing(self) -> tuple[SearchSite, ...]:
         """Searches whose neighbors go through the map together, each pair once; all searches, if no analyzer needs images."""
-        return tuple(dict.fromkeys(SearchSite.before(a) for a in self.of_images or self.analyzers))
+        return tuple(dict.fromkeys(SearchSite.before(a) for a in self.of_images or self.single))
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Results:
         for name, value in scores.values.items():
             self.values[name][self.plan.layers.index(scores.layer)] = value
         for name, fact in scores.facts.items():
-            self.facts[name][str(scores.layer)] = fact
+            self.facts.setdefault(name, {})[str(scores.layer)] = fact
         for name, agreement in scores.reliability.items():
             self.reliability[name][str(scores.layer)] = agreement
         for name, reasons in scores.left_out.items():

@@ -10,6 +10,7 @@ from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
 from basin_lens.model import HookedModel, full_name, one_side
 from basin_lens.neighbors import Backend
+from basin_lens.scoring.crossed_pass import refuse_few_units
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.map_scores import MapScores
 from basin_lens.scoring.plan import MapPlan, Piece, Plan, SearchSite
@@ -54,6 +55,7 @@ class Run:
         self.model, self.capture, self.bank, self.plan, self.keep = model, capture, bank, plan, keep
         self.external = bank is not capture
         self._refuse_missing_layers()
+        refuse_few_units(capture, plan, asked)
         self.searches = Searches(model, capture, bank, plan, asked, backend)
         if frozen is not None:
             self.searches.frozen = {layer: torch.from_numpy(frozen.rows[index]) for index, layer in enumerate(plan.layers)}
@@ -87,6 +89,9 @@ class Run:
             scores.values.update({name: answer.numpy() for name, answer in done.answers.items()})
             scores.reliability.update(done.reliability())
             scores.left_out.update(done.left_out())
+            for name, facts in (("groups", done.groups), ("random_contraction", done.random_contraction())):
+                if facts:
+                    scores.facts.setdefault(name, {}).update(facts)
             if done.neighbors is not None:
                 scores.neighbors = done.neighbors
         scores.facts.update(_facts_of(maps))

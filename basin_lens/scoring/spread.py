@@ -1,14 +1,17 @@
 """G_in and G_out: the scale of a layer, against which the variances of neighborhoods are held."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens.analyzers import total_variance
+from basin_lens.analyzers import RandomContraction, Surroundings, total_variance
+from basin_lens.analyzers.contract import log_variance_ratio
 from basin_lens.scoring.search import Searches
 from basin_lens.transport import BlockMap, query_chunks
 
 _QUERIES, _POINTS = 32, 64  # random points behind G_in and G_out, per layer
+_SETS = 64  # random sets behind the mean contraction, per layer
 
 
 def layer_spread(searches: Searches, layer: int, exclude: str, passage: BlockMap) -> tuple[float, float]:
@@ -36,6 +39,39 @@ def layer_spread(searches: Searches, layer: int, exclude: str, passage: BlockMap
         before.append(total_variance(passage.bank_before[chosen]))
         after.append(total_variance(passage.of_rows(part.to(searches.device), chosen)))
     return float(torch.cat(before).mean()), float(torch.cat(after).mean())
+
+
+def random_contraction(
+    searches: Searches, layer: int, exclude: str, passage: BlockMap, bank: Surroundings
+) -> tuple[RandomContraction, int]:
+    """Mean contraction of random sets of the bank, each in a token's own place and context, and of how many sets it is the mean.
+
+    The standard error is over documents, as tokens of one share their context.
+    """
+    pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
+    generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
+    candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
+    picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_SETS]
+    groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
+    values, documents = [], []
+    for part in query_chunks(searches.capture, candidates[picks].sort().values, _POINTS, 16 * _POINTS):
+        rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
+        fewest = min(len(r) for r in rows)
+        if fewest < 2:
+            continue
+        chosen = torch.stack([r[:fewest] for r in rows]).to(searches.device)
+        images = passage.of_rows(part.to(searches.device), chosen)
+        values.append(log_variance_ratio(passage.bank_before[chosen], images, bank))
+        documents += [searches.capture.docs[int(seq)] for seq in searches.capture.row_seq[part]]
+    ratios = torch.cat(values).double().cpu().numpy() if values else np.empty(0)
+    there = ~np.isnan(ratios)
+    ratios, names = ratios[there], np.array(documents)[there]
+    if not len(ratios):
+        return RandomContraction(float("nan"), float("nan")), 0
+    mean = float(ratios.mean())
+    sums = [float((ratios[names == name] - mean).sum()) for name in np.unique(names)]
+    scale = len(sums) / (len(sums) - 1) if len(sums) > 1 else float("nan")
+    return RandomContraction(mean, float(np.sqrt(scale * np.square(sums).sum()) / len(ratios))), len(ratios)
 
 
 def _random_rows(

@@ -53,6 +53,10 @@ VARIANTS = [
     A.ValueWeightedAttention(normalize=False, sink=False),
     A.GradientNorm(target="last_logit"),
     A.GradientTimesActivation(target=11),
+    A.InteractionCompression(k=4, group=3, scale=0.5),
+    A.InteractionCompression(k=4, context="mlp", queries=30, nulls=False),
+    A.RelativeContraction(k=4, context="native"),
+    A.DirectionalContraction(k=4, context="attn", seed=2),
     A.IntegratedGradients(steps=6, layer=None, target="last_logit"),
     A.Erasure(positions=3, seed=5),
 ]
@@ -112,6 +116,7 @@ def test_needs_are_declared(cls):
     assert cls.needs
     if issubclass(cls, CloudAnalyzer):
         known = {"input_neighbors", "output_neighbors", "images", "candidates", "block", "run_on", "bank", "halves", "final_norm"}
+        known |= {"random_contraction", "crossed"}
         assert cls.needs <= known
 
 

@@ -1,0 +1,108 @@
+"""Compression as what neither the place nor the directions explain."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
+from basin_lens.analyzers.crossed_table import Crossing, Displaced
+from basin_lens.errors import NeighborError
+from basin_lens.values import Whole, whole_or_none
+
+
+@dataclass(frozen=True)
+class InteractionCompression(CloudScore):
+    """Contraction of a token's neighborhood at home, beyond what its place does to other neighborhoods and other places to it.
+
+    c(p, q) = log [ V(mu_p +- s D_q) / V(F_p(mu_p +- s D_q)) ], for the tokens p, q of a group
+    interaction = c(i, i) - interaction_place - interaction_directions + mean over p != q of c(p, q)
+    interaction_place = mean over q of c(i, q); interaction_directions = mean over p of c(p, i); p, q: the others of i's group
+
+    F_p: the block at token p; mu_p: the centroid of its neighbors; D_q: the displacements of q's neighbors from their own, with
+    both signs; V: total variance over the layer's ordinary dimensions (left out: those whose variance in the bank is above 20
+    times the median, before or behind the block). It is the interaction of a two-way table, and so 0 for every token, to
+    rounding, for the identity, any isometry, scaling, projection or other affine map, any context vector, any factor of the
+    place. Positive: differences between the neighbors are drawn together more at home than elsewhere (a basin of this place).
+    Negative: the block tells apart what is near home. Unit: nats. Range: all real numbers.
+
+    `interaction_random_sets` and `interaction_isotropic` are the same over the same groups for other displacements, the nulls:
+    those of random sets of the bank, each around its own centroid, and random directions with the neighbors' lengths around the
+    neighbors' centroid.
+
+    Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
+    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Provenance has, by layer,
+    their number and spread, the dimensions left out, the median V_in of neighbors over that of random sets, and the reliability
+    (Spearman-Brown) over halves of the displacements and over halves of the partners.
+
+    Options and errors: see `Compression`. `name` becomes a prefix of the columns. A token costs 2 k group rows through the block,
+    and as many for each null.
+
+    Args:
+        group: tokens in a group.
+        scale: s, the factor on the displacements.
+        queries: at most so many tokens per layer, a seeded sample; None: all.
+        nulls: pass the displacements of the nulls, too; without them there are no columns for them.
+
+    Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
+
+    Raises:
+        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, fewer
+            documents than a group has tokens, or `context="native"`, where a displaced state has no image.
+
+    Source: design of basin_lens; the interaction of a two-way table is Fisher's.
+
+    Example:
+        >>> import basin_lens as bl
+        >>> [column.name for column in bl.analyzers.InteractionCompression(nulls=False).columns]
+        ['interaction', 'interaction_place', 'interaction_directions']
+    """
+
+    role: ClassVar[Role] = "score"
+    group: Whole = 4
+    scale: float | int = 1.0
+    queries: Whole | None = None
+    nulls: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "crossed", "halves"})
+
+    @property
+    def max_queries(self) -> int | None:
+        """Tokens measured per layer."""
+        return None if self.queries is None else int(self.queries)
+
+    @property
+    def crossing(self) -> Crossing:
+        """Groups, scale, and whose displacements are passed."""
+        nulls: tuple[Displaced, ...] = ("random_sets", "isotropic") if self.nulls else ()
+        return Crossing(int(self.group), float(self.scale), ("neighbors", *nulls))
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        prefix = f"{self.name}_" if self.name else ""
+        nulls = ("interaction_random_sets", "interaction_isotropic") if self.nulls else ()
+        names = ("interaction", "interaction_place", "interaction_directions", *nulls)
+        return tuple(Column(prefix + name, "nats") for name in names)
+
+    def check(self) -> None:
+        super().check()
+        kind = type(self).__name__
+        if self.context == "native":
+            raise NeighborError(
+                f'expected a context that passes states for {kind}, got "native": neighbors displaced to another place are no '
+                'tokens of the bank, and have no cached output. Use context="patched".'
+            )
+        if self.k < 4:
+            raise NeighborError(f"expected k of at least 4 for {kind}, whose reliability is over halves of them, got {self.k!r}.")
+        if (whole_or_none(self.group) or 0) < 3:
+            raise NeighborError(f"expected group of at least 3 for {kind} (a token and two partners), got {self.group!r}.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not 0 < self.scale < math.inf:
+            raise NeighborError(f"expected a positive scale for {kind}, got {self.scale!r}.")
+        if self.queries is not None and (whole_or_none(self.queries) or 0) < self.group:
+            raise NeighborError(f"expected queries of at least {self.group} for {kind}, one group, got {self.queries!r}.")
+
+    def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
+        assert neighborhoods.crossed is not None
+        parts = {kind: table.parts() for kind, table in neighborhoods.crossed.items()}
+        values = [*parts["neighbors"], *(parts[kind].interaction for kind in ("random_sets", "isotropic") if kind in parts)]
+        return {column.name: value.flatten() for column, value in zip(self.columns, values, strict=True)}

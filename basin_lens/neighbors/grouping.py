@@ -1,0 +1,145 @@
+"""Tokens in groups of one size: alike in one value, of different units, no two of them with a neighbor in common.
+
+A matching, not a greedy pass. A greedy one in order of the value leaves most tokens over where a few points are everyone's
+neighbor.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment
+
+_GROUPS_AT_ONCE = 256
+_ROUNDS = 24  # tries to place those left over by taking groups apart
+_APART = 3.0  # groups taken apart, as a multiple of the groups that those left over would make
+_FORBIDDEN = 1e6  # beside differences of a logarithm
+
+
+def matched_groups(
+    values: Float[np.ndarray, " n"],
+    units: Int[np.ndarray, " n"],
+    neighbors: Int[np.ndarray, "n k"],
+    keys: Int[np.ndarray, " n"],
+    *,
+    size: int,
+    seed: int,
+) -> Int[np.ndarray, "groups size"]:
+    """Groups of points with nearly equal values; a point is in one group at most, and few are left over where few must be.
+
+    The order of the points changes nothing: they are put in order of value and key first, and every draw is made in that order.
+
+    Args:
+        values: what is to be nearly equal within a group.
+        units: no two points of a group have the same unit.
+        neighbors: ids of each point's neighbors; no two points of a group have one in common.
+        keys: tell points of equal value apart.
+        size: points in a group.
+        seed: which points meet, where several could.
+
+    Returns:
+        indices of the points, one row per group.
+    """
+    order = np.lexsort((keys, values))
+    pool = _Pool(values[order], units[order], _incidence(neighbors[order]), size, np.random.default_rng(seed))
+    groups = np.empty((0, size), np.int64)
+    left = np.empty(0, np.int64)
+    for window in np.array_split(np.arange(len(order)), max(1, -(-len(order) // (_GROUPS_AT_ONCE * size)))):
+        made, over = pool.solve(window, pool.side_by_side(window))
+        groups, left = np.concatenate([groups, made]), np.concatenate([left, over])
+    for _ in range(_ROUNDS):
+        if len(left) < size:
+            break
+        groups, left = pool.place_left(groups, left)
+    # Places within a group are drawn, so that nothing follows from the order in which its members were found.
+    return order[pool.rng.permuted(groups, axis=1)] if len(groups) else groups
+
+
+def _incidence(neighbors: Int[np.ndarray, "n k"]) -> sparse.csr_array:
+    """One row per point, one column per neighbor that any of them has."""
+    n, k = neighbors.shape
+    _, columns = np.unique(neighbors, return_inverse=True)
+    ones = np.ones(n * k, np.float32)
+    return sparse.csr_array((ones, columns.reshape(-1), np.arange(0, n * k + 1, k)), shape=(n, int(columns.max(initial=-1)) + 1))
+
+
+class _Pool:
+    """Points in order of their values, and how some of them are put into groups."""
+
+    def __init__(
+        self,
+        values: Float[np.ndarray, " n"],
+        units: Int[np.ndarray, " n"],
+        incidence: sparse.csr_array,
+        size: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self.values, self.units, self.incidence, self.size, self.rng = values, units, incidence, size, rng
+
+    def side_by_side(self, points: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+        """An order in which points that follow one another in value stand at the same place of different places of groups."""
+        count = len(points) // self.size
+        rows = np.arange(count * self.size).reshape(count, self.size)
+        return np.concatenate([self.rng.permuted(rows, axis=1).T.reshape(-1), np.arange(count * self.size, len(points))])
+
+    def most_conflicts_first(self, points: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+        """An order that begins with the points that fit in fewest groups; a factor lets chance have its say."""
+        return np.argsort(-self._conflicts(points).sum(1) * self.rng.uniform(0.5, 1, len(points)), kind="stable")
+
+    def solve(
+        self, points: Int[np.ndarray, " m"], waiting: Int[np.ndarray, " m"]
+    ) -> tuple[Int[np.ndarray, "groups size"], Int[np.ndarray, " left"]]:
+        """Full groups of some points, and those left over: one place of every group after the other, each an assignment problem.
+
+        `waiting`: the order in which points are offered; the first found the groups.
+        """
+        count = len(points) // self.size
+        conflicts = self._conflicts(points)
+        members, waiting = [[int(first)] for first in waiting[:count]], waiting[count:]
+        width = count
+        while open_ := [group for group in members if len(group) < self.size]:
+            offered = waiting[:width]
+            blocked = np.stack([conflicts[group].any(0) for group in open_])[:, offered]
+            means = np.array([self.values[points[group]].mean() for group in open_])
+            far = np.abs(means[:, None] - self.values[points[offered]]) + _FORBIDDEN * blocked
+            pairs = [
+                (open_[at], int(offered[to])) for at, to in zip(*linear_sum_assignment(far), strict=True) if not blocked[at, to]
+            ]
+            for group, point in pairs:
+                group.append(point)
+            waiting = waiting[~np.isin(waiting, [point for _, point in pairs])]
+            if not pairs and len(offered) < len(waiting):
+                width = len(waiting)
+            elif not pairs:
+                # Fewer groups can be filled: half of those that lack most give their points back.
+                open_.sort(key=len)
+                given_up = open_[: -(-len(open_) // 2)]
+                members = [group for group in members if not any(group is other for other in given_up)]
+                waiting = np.concatenate([waiting, *given_up])
+        full = np.array(members, np.int64).reshape(-1, self.size)
+        return points[full], np.setdiff1d(points, points[full])
+
+    def place_left(
+        self, groups: Int[np.ndarray, "groups size"], left: Int[np.ndarray, " left"]
+    ) -> tuple[Int[np.ndarray, "new size"], Int[np.ndarray, " rest"]]:
+        """Take some groups apart, solve again for their members and those left over, and keep the outcome if it is no worse."""
+        some = left[: _GROUPS_AT_ONCE * self.size // 4] if len(left) <= _GROUPS_AT_ONCE * self.size // 4 else self._stretch(left)
+        wanted = min(len(groups), int(_APART * len(some)) // self.size + self.size)
+        # The nearer a group is in value the sooner it is taken; the draw lets other groups be tried in the next round.
+        far = np.abs(self.values[groups].mean(1)[:, None] - self.values[some]).min(1) if len(groups) else np.empty(0)
+        taken = np.argsort((far + 1e-3) * self.rng.uniform(0.1, 1, len(groups)), kind="stable")[:wanted]
+        pool = np.sort(np.concatenate([some, groups[taken].reshape(-1)]))
+        made, over = self.solve(pool, self.most_conflicts_first(pool))
+        if len(made) < wanted:
+            return groups, left
+        return np.concatenate([np.delete(groups, taken, 0), made]), np.sort(np.concatenate([np.setdiff1d(left, some), over]))
+
+    def _stretch(self, left: Int[np.ndarray, " left"]) -> Int[np.ndarray, " some"]:
+        """A stretch of those left over, next to one another in value."""
+        length = _GROUPS_AT_ONCE * self.size // 4
+        first = int(self.rng.integers(len(left) - length + 1))
+        return np.sort(left)[first : first + length]
+
+    def _conflicts(self, points: Int[np.ndarray, " m"]) -> Bool[np.ndarray, "m m"]:
+        """Which points may not meet: those of one unit, or with a neighbor in common; a point conflicts with itself."""
+        rows = self.incidence[points]
+        return ((rows @ rows.T).toarray() > 0) | (self.units[points][:, None] == self.units[points])

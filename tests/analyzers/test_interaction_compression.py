@@ -1,0 +1,161 @@
+"""The interaction as an analyzer: columns, nulls and options, in every context and family. Its laws are in test_crossed_pass.py."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import basin_lens as bl
+from basin_lens.analyzers import CrossedTable
+from basin_lens.errors import NeighborError
+from tests.conftest import PACKED, hooked_lane, make_hooked, random_tokens
+from tests.families import capture_of, families, model_of, served
+from tests.scoring.oracle import facts_of, identity_bridge, make_cloud, run
+from tests.transport.test_contract import SERVED
+
+A = bl.analyzers
+COLUMNS = ("interaction", "interaction_place", "interaction_directions", "interaction_random_sets", "interaction_isotropic")
+
+
+@pytest.fixture(scope="module")
+def capture(llama):
+    return bl.Capture.from_texts(llama, random_tokens(10, 14), progress=False)
+
+
+def test_columns():
+    assert tuple(c.name for c in A.InteractionCompression().columns) == COLUMNS
+    assert tuple(c.name for c in A.InteractionCompression(nulls=False).columns) == COLUMNS[:3]
+
+
+def test_it_reads_the_tables():
+    """A group of three, written by hand: 1 nat at home for the first token, and nothing elsewhere."""
+    near = torch.zeros(1, 3, 3)
+    near[0, 0, 0] = 1
+    tables = {
+        "neighbors": CrossedTable(torch.zeros(1, 3), -near),
+        "random_sets": CrossedTable(torch.zeros(1, 3), near),
+        "isotropic": CrossedTable(torch.zeros(1, 3), torch.zeros(1, 3, 3)),
+    }
+    got = A.InteractionCompression(group=3).measure(make_cloud(lambda x: x, q=3, crossed=tables))
+    assert {name: value.tolist() for name, value in got.items()} == {
+        "interaction": [1, 0, 0],
+        "interaction_place": [0, 0, 0],
+        "interaction_directions": [0, 0, 0],
+        "interaction_random_sets": [-1, 0, 0],
+        "interaction_isotropic": [0, 0, 0],
+    }
+
+
+@pytest.mark.parametrize("context", ["patched", "solo"])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_block_that_writes_nothing_has_no_interaction(name, context):
+    table = run(identity_bridge(name), random_tokens(8, 14), A.InteractionCompression(k=4, context=context))
+    for column in COLUMNS:
+        assert table[column].notna().any()
+        assert table[column].abs().max() < 1e-4, column
+
+
+def test_the_linear_null_has_no_interaction(llama, capture):
+    """The affine fit of a block that has some."""
+    table = run(llama, capture, A.InteractionCompression(k=4, context="affine", name="fit"), A.InteractionCompression(k=4))
+    assert table.fit_interaction.abs().max() < 1e-3
+    assert table.interaction.abs().median() > 1e-2
+    assert table.fit_interaction_directions.abs().median() > 1e-2
+
+
+@pytest.mark.parametrize("context", ["attn", "mlp", "solo", "affine"])
+def test_every_context_that_passes_states(llama, capture, context):
+    table = run(llama, capture, A.InteractionCompression(k=4, context=context, queries=40), layers=[1])
+    assert table.interaction.notna().sum() > 30
+    for column in COLUMNS:
+        assert np.isfinite(table[column].dropna()).all()
+
+
+def test_a_path_of_all_blocks(llama, capture):
+    table = run(llama, capture, A.InteractionCompression(k=4, blocks=3), A.InteractionCompression(k=4, name="one"))
+    assert table[table.layer == 0].interaction.notna().any() and table[table.layer > 0].interaction.isna().all()
+    first = table[table.layer == 0]
+    assert (first.interaction - first.one_interaction).abs().median() > 1e-2
+    assert facts_of(table)["left_out"]["interaction"]["too few blocks left"] > 0
+
+
+def test_parts_are_those_of_the_contraction_of_synthetic_clouds(llama, capture):
+    """With nothing but linear maps in it, place and directions add up to the contraction; here they come near it."""
+    table = run(llama, capture, A.InteractionCompression(k=6, nulls=False), A.Contraction(k=6), layers=[1])
+    held = table.dropna(subset=["interaction"])
+    explained = held.interaction_place + held.interaction_directions
+    assert np.corrcoef(explained, held.contraction)[0, 1] > 0.5
+
+
+def test_reliability_reaches_the_provenance_and_the_summary(llama, capture):
+    table = run(llama, capture, A.InteractionCompression(k=6))
+    facts = facts_of(table)
+    assert set(facts["reliability"]["interaction"]) == {"0", "1", "2"}
+    for layer in "012":
+        groups = facts["groups"][layer]["interaction"]
+        for kind in ("reliability_over_displacements", "reliability_over_partners"):
+            assert set(groups[kind]) == set(COLUMNS)
+    assert "interaction_reliability" in bl.tables.layer_summary(table)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"context": "native"}, "no cached output"),
+        ({"k": 3}, "k of at least 4"),
+        ({"group": 2}, "group of at least 3"),
+        ({"group": True}, "group"),
+        ({"scale": 0}, "positive scale"),
+        ({"scale": -1.0}, "positive scale"),
+        ({"scale": math.inf}, "positive scale"),
+        ({"scale": math.nan}, "positive scale"),
+        ({"queries": 3}, "queries of at least 4"),
+        ({"context": "mlp", "blocks": 2}, "blocks=1"),
+    ],
+    ids=str,
+)
+def test_options_without_meaning_are_refused(options, word):
+    with pytest.raises(NeighborError, match=word):
+        A.InteractionCompression(**options).check()
+
+
+def test_numbers_of_numpy_are_taken():
+    analyzer = A.InteractionCompression(group=np.int64(5), queries=torch.tensor(20))
+    analyzer.check()
+    assert analyzer == A.InteractionCompression(group=5, queries=20)
+
+
+def test_seeds_move_no_mean_by_more_than_its_error(llama, capture):
+    """What the first headline failed: with other seeds, its mean moved by many times its printed interval."""
+    means, errors = [], []
+    for seed in range(20):
+        table = run(llama, capture, A.InteractionCompression(k=4, nulls=False), seed=seed, layers=[1])
+        by_document = table.groupby("doc").interaction.mean()
+        means.append(by_document.mean())
+        errors.append(by_document.std() / math.sqrt(len(by_document)))
+    assert np.abs(np.array(means) - np.mean(means)).max() < 2 * np.mean(errors)
+
+
+# -- every family ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_every_family_is_served(family):
+    model, capture = model_of(family.name, family.kind), capture_of(family.name, family.kind)
+    chosen = [A.InteractionCompression(k=4, group=3), A.RelativeContraction(k=4), A.DirectionalContraction(k=4)]
+    if served(family.name, family.kind).halves:
+        chosen += [A.InteractionCompression(k=4, group=3, context=half, name=half, nulls=False) for half in ("attn", "mlp")]
+    table = bl.analyze(model, capture, chosen, layers=[1], progress=False)
+    for column in (column.name for a in chosen for column in a.columns):
+        values = table[column].dropna()
+        assert len(values) > 20, column
+        assert np.isfinite(values).all()
+    assert table.interaction.abs().max() > 1e-3
+
+
+@hooked_lane
+def test_a_hooked_transformer_is_served():
+    assert families("hooked")
+    table = run(make_hooked(), random_tokens(8, 14), A.InteractionCompression(k=4))
+    assert table.interaction.notna().mean() > 0.5
