@@ -107,8 +107,8 @@ def measuring(model: HookedModel, *, gradients: bool = False) -> Iterator[None]:
 
 
 def _at_home(model: HookedModel) -> AbstractContextManager[object]:
-    """Where a caller's `set_default_device` names another place, such as meta: what transformers makes without naming one stands by the
-    model, as with no default."""
+    """Where a caller's `set_default_device` names another place, such as meta: what transformers makes without naming one stands
+    by the model, as with no default."""
     home, default = device_of(model), torch.get_default_device()
     return nullcontext() if default.type in ("cpu", home.type) else home
 
