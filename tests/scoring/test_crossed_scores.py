@@ -10,7 +10,7 @@ import basin_lens as bl
 from basin_lens.errors import NeighborError
 from basin_lens.scoring.crossed_pass import CrossedPass
 from tests.conftest import make_bridge, make_hf, random_tokens
-from tests.scoring.crossed import SIZE, Parts, parts_by_loops, plain_images
+from tests.scoring.crossed import SIZE, K, Parts, parts_by_loops, plain_images
 from tests.scoring.oracle import facts_of, run, variance
 
 
