@@ -223,7 +223,7 @@ def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_eff
         apart = planted_tests.pair_differences(sequences, ["compression_change"])
         test = partial(bl.stats.before_after, on="compression_change", unit="document", n_resamples=499, seed=seed)
         units = planted_tests._Units(apart.doc.nunique(), seed)
-        found = planted_tests.base.declared(apart, test, units, "x", "difference", "compression_change")
+        found = planted_tests.declared_test(apart, test, units, "x", "difference", "compression_change")
         return float(found.p.iloc[0])
 
     null = np.array([declared(seed, 0.0) for seed in range(120)])
