@@ -22,7 +22,7 @@ _hook.__enter__()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# On tiny models, threads only wait for one another: ten times slower on a busy machine.
+# Two threads beside another worker only wait for one another: up to ten times slower.
 torch.set_num_threads(1)
 
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
@@ -192,15 +192,6 @@ def real_model():
     import basin_lens as bl
 
     return bl.load_model("smollm2-135m")
-
-
-@pytest.fixture(scope="module")
-def all_threads():
-    """For work on the real model."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # else another worker has the other core
-        torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

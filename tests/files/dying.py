@@ -3,6 +3,7 @@
 python -m tests.files.dying FOLDER        # writes FOLDER/killings.jsonl, a line for each; used by tests/test_death.py
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import basin_lens as bl
 from basin_lens import files, studies, tables
@@ -36,6 +39,7 @@ from tests.conftest import TEXTS, make_bridge, make_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 TRIALS = 16  # for each command and signal: half of them at write steps
+LONGEST = 90.0  # seconds of a fork, which takes a few: one that waits for ever says where, and fails
 STEPS = ("replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "chmod", "open", "ftruncate")
 
 
@@ -189,6 +193,9 @@ def train_merger(model, folder: Path) -> Doomed:
 
 def forked(act: Callable[[], int], log: Path) -> int:
     """Process number of a fork that does it and ends with its code."""
+    # A fork keeps the locks that other threads held, and not the threads.
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/task")) == 1, [thread.name for thread in threading.enumerate()]
     child = os.fork()
     if child:
         return child
@@ -197,6 +204,7 @@ def forked(act: Callable[[], int], log: Path) -> int:
         with log.open("a") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         code = act()
     except BaseException:
         traceback.print_exc()
@@ -299,6 +307,9 @@ def kill(one: Doomed, place: Path, number: int, moment: float | int, sign: signa
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     mpl.rcParams["savefig.dpi"] = 20
+    # The forks of one process share tqdm's own lock, and who is killed while drawing a bar would hold it for ever.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     model = make_bridge("llama", tokenizer=make_tokenizer(), num_hidden_layers=2, num_key_value_heads=4)
     cli_options.load = cli_merge._load = lambda _: model
     for make in (capture, tune, analyze, study, train_merger):

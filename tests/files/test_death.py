@@ -11,6 +11,8 @@ import pytest
 pytestmark = pytest.mark.death
 
 TRIALS = 16  # of each command and signal, as in tests/files/dying.py
+# Else pyarrow's allocator has a thread of its own, which a fork would not have.
+ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 COMMANDS = ("capture", "finetune", "analyze", "study", "merge train")
 
 
@@ -20,7 +22,7 @@ def killings(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("death")
     done = subprocess.run(
         [sys.executable, "-m", "tests.files.dying", str(folder)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"} | ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (folder / "killings.jsonl").read_text().splitlines()]

@@ -37,7 +37,6 @@ def test_example(example, request, monkeypatch, tmp_path):
         pytest.skip("takes minutes; set BASIN_LENS_ALL_EXAMPLES=1")
     monkeypatch.chdir(tmp_path)
     if request.node.get_closest_marker("real"):
-        request.getfixturevalue("all_threads")
         model = request.getfixturevalue("real_model")
         for place in ("basin_lens.load_model", "basin_lens.model.load_model"):
             monkeypatch.setattr(place, lambda *_, **__: model)

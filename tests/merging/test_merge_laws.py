@@ -175,7 +175,6 @@ def test_padding_and_company_do_not_matter_to_any_representative(wide, kind):
 
 
 @pytest.mark.real
-@pytest.mark.usefixtures("all_threads")
 def test_the_real_model_merges_in_steps_what_it_merges_in_one_pass(real_model, monkeypatch):
     """In float32, where sums in another order differ in their last digits. Claimed: of the decisions on 100 tokens in 30 layers, 99 % or
     more are the same (leader and joined), and so are the rows left but for as many; log-probabilities differ by under 0.001 nats in the

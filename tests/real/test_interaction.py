@@ -12,14 +12,14 @@ from basin_lens.texts import reference_passages
 from tests.scoring.crossed import parts_by_loops, plain_images
 from tests.scoring.oracle import variance
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
+pytestmark = pytest.mark.real
 LAYERS, K, SIZE = (2, 13, 26), 6, 3
 
 
 @pytest.fixture(scope="module")
-def capture(real_model, all_threads):  # noqa: ARG001
+def capture(real_model):
     passages = list(reference_passages())[::3]
-    return bl.Capture.from_texts(real_model, passages, layers=LAYERS, max_length=96, progress=False)
+    return bl.Capture.from_texts(real_model, passages, layers=LAYERS, max_length=32, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from basin_lens.analyzers import (
 )
 from basin_lens.texts import reference_passages
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
+pytestmark = pytest.mark.real
 LAYERS = [0, 1, 3, 8, 11, 12, 15, 20, 24, 29]
 
 
 @pytest.fixture(scope="module")
-def captures(real_model, all_threads):  # noqa: ARG001
+def captures(real_model):
     """Two passages of each built-in document: read by the model, by the model with tokens shuffled, by its random twin."""
     passages = list(reference_passages())
     passages = passages[::4] + passages[1::4]

@@ -9,7 +9,7 @@ import basin_lens as bl
 from basin_lens.texts import reference_passages
 from tests.house.test_documents import python_blocks
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("all_threads")]
+pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
 LAYERS = [1, 8, 15, 22]
 
