@@ -1,0 +1,102 @@
+"""Where the nulls of the crossed table's interaction lie: random sets, isotropic displacements, random initialization.
+
+    NLTK_DATA=... python tests/benchmarks/nulls.py [QUERIES] [LAYER ...]
+
+50 files of the Penn Treebank sample (up to 128 tokens of each), 600 tokens, groups of 4, k = 15, patched: SmolLM2-135M, and a twin of it with
+weights drawn anew. The first two nulls share the neighbors' groups. Of each: mean over documents +- its standard error, SD over tokens,
+reliability over halves of the displacements and of the partners; and how local the neighborhoods are (median V_in over that of random
+sets). Gaussian states have no context to pass displaced states in: they are refused, and no row here. The last line is JSON.
+"""
+
+import json
+import platform
+import sys
+import time
+
+import numpy as np
+import torch
+
+import basin_lens as bl
+from basin_lens import tables
+
+LAYERS, QUERIES, DOCUMENTS, LENGTH = (2, 8, 11, 13, 18, 23, 26), 600, 50, 128
+OF_ONE = ("interaction", "interaction_random_sets", "interaction_isotropic")
+
+
+def described(table, column, layer):
+    """Mean over documents and its standard error, SD over tokens, and how many tokens and documents."""
+    here = table[table["layer"] == layer].dropna(subset=[column])
+    means = here.groupby("doc")[column].mean()
+    return {
+        "mean": float(means.mean()),
+        "error": float(means.std(ddof=1) / np.sqrt(len(means))),
+        "sd": float(here[column].std()),
+        "below_0": float((here[column] < 0).mean()),
+        "tokens": len(here),
+        "documents": len(means),
+    }
+
+
+def measured(model, capture, layers, queries, *, nulls):
+    """Rows of one capture, by layer and column."""
+    score = bl.analyzers.InteractionCompression(queries=queries, nulls=nulls)
+    begun = time.process_time()
+    table = bl.analyze(model, capture, [score], layers=layers, progress=False)
+    seconds = time.process_time() - begun
+    (facts,) = tables.provenance(table).values()
+    rows = []
+    for layer in layers:
+        groups = facts["groups"][str(layer)]["interaction"]
+        for column in OF_ONE if nulls else OF_ONE[:1]:
+            rows.append(
+                {
+                    "layer": layer,
+                    "column": column,
+                    **described(table, column, layer),
+                    "halves": groups["reliability_over_displacements"][column],
+                    "partners": groups["reliability_over_partners"][column],
+                    "local": groups.get("local"),
+                    "without_group": groups["without_group"],
+                }
+            )
+    return rows, seconds
+
+
+def main(queries, layers):
+    torch.set_num_threads(1)
+    model = bl.load_model()
+    texts = bl.texts.read_dataset("nltk:treebank", max_passages=DOCUMENTS)
+    around = sorted({layer + step for layer in layers for step in (0, 1)} & set(range(30)))
+    capture = bl.Capture.from_texts(model, texts, layers=around, max_length=LENGTH, progress=False)
+    twin = bl.model.random_twin(model, seed=0)
+    found = {}
+    found["trained"] = measured(model, capture, layers, queries, nulls=True)
+    found["random initialization"] = measured(
+        twin, bl.Capture.from_texts(twin, texts, layers=around, max_length=LENGTH, progress=False), layers, queries, nulls=True
+    )
+    print("| layer | states | displacements | mean +- error | SD | below 0 | halves | partners | tokens | documents | no group | local |")
+    print("| --- " * 12 + "|")
+    for states, (rows, _) in found.items():
+        for row in rows:
+            told = row["column"].removeprefix("interaction").strip("_").replace("_", " ") or "neighbors"
+            reliable = [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("halves", "partners")]
+            local = f"{row['local']:.2f}" if row["local"] is not None else "-"
+            print(
+                f"| {row['layer']} | {states} | {told} | {row['mean']:+.4f} +- {row['error']:.4f} | {row['sd']:.4f} | {row['below_0']:.0%} | "
+                f"{reliable[0]} | {reliable[1]} | {row['tokens']} | {row['documents']} | {row['without_group']} | {local} |"
+            )
+    print(
+        json.dumps(
+            {
+                "machine": platform.platform(),
+                "torch": torch.__version__,
+                "queries": queries,
+                "processor_seconds": {states: round(seconds, 1) for states, (_, seconds) in found.items()},
+                "rows": {states: rows for states, (rows, _) in found.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else QUERIES, tuple(map(int, sys.argv[2:])) or LAYERS)
