@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
@@ -143,7 +142,7 @@ def correct(
     Raises:
         TableError: no column `p`, an unknown column, or a declared primary that no row matches.
 
-    Source: Holm 1979; Benjamini and Hochberg 1995; by statsmodels and scipy.
+    Source: Holm 1979; Benjamini and Hochberg 1995 (scipy).
 
     Example:
         >>> import pandas as pd
@@ -190,12 +189,14 @@ def adjust(p: Float[np.ndarray, " tests"], method: str) -> Float[np.ndarray, " t
     """
     if method not in ("bh", "holm", "none"):
         raise StudyError(f'expected a correction "bh", "holm", "max-t" or "none", got {method!r}.')
-    # One test is its own family; multipletests would collect all garbage first, a third of a second.
-    if method == "none" or len(p) < 2:
+    if method == "none" or len(p) < 2:  # one test is its own family
         return p
     if method == "bh":
         return np.asarray(stats.false_discovery_control(p, method="bh"))
-    return np.asarray(multipletests(p, method="holm")[1])
+    # As statsmodels' multipletests, which collects all garbage at every call, a third of a second.
+    order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
 
 
 def side_by_side(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

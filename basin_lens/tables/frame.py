@@ -8,6 +8,7 @@ Provenance is plain JSON by run in `table.attrs["provenance"]`, where notebooks 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from operator import methodcaller
 
 import numpy as np
@@ -19,6 +20,26 @@ from basin_lens.tables.schema import Column, Provenance
 from basin_lens.values import KEYS, Facts, whole_numbers
 
 _NAME = "provenance"
+
+
+class _Records(dict[str, Facts]):
+    """Plain JSON by run. Pandas copies `attrs` deeply at every `table[column]`: here by a quarter of `copy.deepcopy`'s work."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Records":
+        def copied(fact: object) -> object:
+            if type(fact) is dict:
+                return {name: part if type(part) in _FLAT else copied(part) for name, part in fact.items()}
+            if type(fact) is list:
+                return [part if type(part) in _FLAT else copied(part) for part in fact]
+            return deepcopy(fact, memo)
+
+        return _Records({run: copied(facts) for run, facts in self.items()})
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Facts]]]:
+        return dict, (dict(self),)  # a copy that is stored is read without this package, too
+
+
+_FLAT = frozenset((str, int, float, bool, type(None)))
 
 
 def build(
@@ -131,7 +152,7 @@ def described_by_json(table: pd.DataFrame, held: Mapping[str, Facts]) -> pd.Data
     answer = table.copy(deep=False)
     answer.attrs = {name: note for name, note in table.attrs.items() if name != _NAME}
     if held:
-        answer.attrs[_NAME] = dict(held)
+        answer.attrs[_NAME] = _Records(held)
     return answer
 
 

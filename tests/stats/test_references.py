@@ -12,9 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
+from statsmodels.stats.multitest import multipletests
 
 from basin_lens.errors import StudyError, TableError
 from basin_lens.stats import added, auroc, mixed
+from basin_lens.stats.results import adjust
 from tests.stats.simulated import S, planted, simulate
 
 
@@ -234,6 +236,14 @@ def test_corrections_are_those_of_the_libraries():
     assert both.p_corrected[[0, 3, 5]].tolist() == pytest.approx(stats.false_discovery_control([0.001, 0.5, 0.04]).tolist())
     with pytest.raises(TableError, match="no row matches"):
         S.correct(frame, primary={"score": "z"})
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 200])
+def test_holm_is_statsmodels_to_the_last_bit(count):
+    """With equal ones, and some that come to 1."""
+    p = np.random.default_rng(count).beta(0.3, 1, count)
+    for values in (p, p.round(1), np.ones(count)):
+        assert np.array_equal(adjust(values, "holm"), multipletests(values, method="holm")[1])
 
 
 def test_max_t_is_between_no_correction_and_holm_for_dependent_tests():

@@ -50,14 +50,7 @@ def declared_differences(held):
     return settle("x", [declared_test(held.table, t_test(name), held, name, name) for name in ("one", "other")])
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """statsmodels collects all garbage in every call of its `multipletests`, a third of a second."""
-    monkeypatch.setattr("gc.collect", lambda: 0)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
 def test_false_positives_of_a_whole_family_are_five_percent(measured):
     """Six layers to choose from, two declared tests: the chance that any holds."""
     assert measured.n_units == 16
@@ -66,7 +59,6 @@ def test_false_positives_of_a_whole_family_are_five_percent(measured):
     assert stats.binom.isf(0.999, runs, 0.05) <= wrong <= stats.binom.isf(0.001, runs, 0.05)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_family_has_power(measured):
     found = [declared_differences(simulated(measured, seed, effect=2)) for seed in range(10)]
     assert np.mean([one.holds.all() for one in found]) > 0.6
@@ -166,7 +158,6 @@ def test_too_few_units_for_any_yes_is_undecided(measured, docs, findings):
     assert decide(settle("x", rows), None) in ("yes", "undecided")
 
 
-@pytest.mark.usefixtures("quick")
 def test_within_reach_by_brute_force():
     """Each test's p at its floor, the others as they are, Holm by statsmodels."""
     rng = np.random.default_rng(0)

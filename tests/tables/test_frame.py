@@ -1,6 +1,8 @@
 """Laws: whatever tables are made of tables, they say where the numbers come from; and the tables given stay as they were."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import pytest
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.tables import Column, Provenance
+from basin_lens.tables import Column, Provenance, frame
 from basin_lens.values import KEYS
 
 
@@ -48,6 +50,20 @@ def test_provenance_is_kept_and_the_table_given_stays(way):
     answer["new"] = 0
     pd.testing.assert_frame_equal(table, values)
     assert json.dumps(table.attrs) == facts
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))], ids=["copied", "pickled"])
+def test_a_copy_of_provenance_is_equal_and_shares_nothing(again):
+    table = frame.described_by_json(
+        made(), {"r": {"list": [1, [2, {"a": None}]], "array": np.arange(3), "nested": {"b": [True, 0.5]}}}
+    )
+    held, copied = table.attrs["provenance"], again(table.attrs["provenance"])
+    assert json.dumps(held | {"r": {**held["r"], "array": 0}}) == json.dumps(copied | {"r": {**copied["r"], "array": 0}})
+    copied["r"]["list"][1][1]["a"] = copied["r"]["array"][0] = copied["r"]["nested"]["b"][0] = 9
+    assert held["r"]["list"] == [1, [2, {"a": None}]] and held["r"]["array"][0] == 0 and held["r"]["nested"]["b"][0] is True
+    column = table["score"]  # pandas copies it there
+    column.attrs["provenance"]["r"]["list"].append(3)
+    assert len(table.attrs["provenance"]["r"]["list"]) == 2
 
 
 def test_what_pandas_would_do_is_what_is_done():
