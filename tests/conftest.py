@@ -10,6 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two threads beside another worker only wait for one another: up to ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from jaxtyping import install_import_hook
 
@@ -20,10 +25,9 @@ _hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
 _hook.__enter__()
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-# Two threads beside another worker only wait for one another: up to ten times slower.
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # the process that only hands tests to others imports neither torch nor TransformerLens
+    import torch
 
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
@@ -32,12 +36,8 @@ TRAINED = Path(__file__).parent / "fixtures" / "trained"
 
 
 def has_hooked_transformer() -> bool:
-    """Whether this lane has TransformerLens 3.9's HookedTransformer. Even `hasattr` raises on TransformerLens 4."""
-    try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether this lane has TransformerLens 3.9's HookedTransformer."""
+    return int(version("transformer-lens").split(".")[0]) < 4
 
 
 hooked_lane = pytest.mark.skipif(not has_hooked_transformer(), reason="needs TransformerLens 3.9")
@@ -45,6 +45,7 @@ hooked_lane = pytest.mark.skipif(not has_hooked_transformer(), reason="needs Tra
 
 def make_hf(name: str, seed: int = 0, **changes):
     """A tiny random Hugging Face model: name in `TINY`."""
+    import torch
     from transformers import (
         AutoModelForCausalLM,
         BloomConfig,
@@ -137,8 +138,10 @@ def replace_in_all_rooms(monkeypatch, name: str, new) -> None:
             monkeypatch.setattr(module, name, new)
 
 
-def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> torch.Tensor:
+def random_tokens(batch: int = 6, length: int = 14, seed: int = 1) -> "torch.Tensor":
     """Random token ids that any tiny model takes."""
+    import torch
+
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -150,8 +153,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now lives as long as the tests: statsmodels collects all garbage in every correction of p values, and
-    need not walk through it (a third of a second each time)."""
+    """What is imported by now lives as long as the tests: who collects garbage need not walk through it, a third of a second each
+    time."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -197,6 +203,8 @@ def real_model():
 @pytest.fixture(autouse=True)
 def _torch_as_found():
     """No test may leave gradients or the default type switched."""
+    import torch
+
     yield
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
