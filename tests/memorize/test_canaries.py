@@ -41,10 +41,13 @@ def test_a_fair_coin_decides_for_each_pair(llama):
     assert 30 < sum(first) < 70 and 30 < sum(a != b for a, b in itertools.pairwise(first)) < 70
 
 
-def test_equal_seed_gives_equal_canaries_in_another_process(llama):
+def test_equal_seed_gives_equal_canaries_in_another_process(llama, tmp_path):
+    """In a process that imports no more than it needs."""
+    llama.tokenizer.save_pretrained(tmp_path)
     code = (
-        "import json, types, tests.conftest as c, basin_lens as bl; "
-        "made = bl.memorize.make_canaries(types.SimpleNamespace(tokenizer=c.make_tokenizer()), per_dose=3, doses=[2], length=12, seed=5); "
+        "import json, types; from transformers import PreTrainedTokenizerFast; from basin_lens.memorize import make_canaries; "
+        f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r}); "
+        "made = make_canaries(types.SimpleNamespace(tokenizer=tokenizer), per_dose=3, doses=[2], length=12, seed=5); "
         "print(json.dumps([[p.text, p.labels] for p in made]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}

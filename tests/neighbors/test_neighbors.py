@@ -51,34 +51,39 @@ def reference(queries: Points, bank: Points, k: int, metric: str, same_token: st
         far, near = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (far, near))
     distances = np.linalg.norm(far[:, None] - near[None], axis=2) if metric == "l2" else 1 - far @ near.T
     rows, found = np.full((len(far), k), -1), np.full((len(far), k), np.nan)
-    for i in range(len(far)):
-        used, count = {int(queries.key[i])}, 0
-        for j in sorted(range(len(near)), key=lambda j, i=i: (distances[i, j], j)):
-            own_group = queries.group[i] >= 0 and queries.group[i] == bank.group[j]
-            same = bool(queries.token[i] == bank.token[j])
-            wrong_token = same_token != "any" and same != (same_token == "only")
-            duplicate = distinct and int(bank.key[j]) in used
-            if count == k or not bank.pool[j] or own_group or wrong_token or duplicate:
+    keys, group, token, pool = (field.numpy() for field in (bank.key, bank.group, bank.token, bank.pool))
+    for i, (own, own_group, own_token) in enumerate(
+        zip(queries.key.tolist(), queries.group.tolist(), queries.token.tolist(), strict=True)
+    ):
+        allowed = pool & ~((own_group >= 0) & (group == own_group))
+        if same_token != "any":
+            allowed &= (token == own_token) == (same_token == "only")
+        used, count = {own}, 0
+        for j in np.argsort(distances[i], kind="stable"):  # of equal ones, the lower row first
+            if count == k:
+                break
+            if not allowed[j] or (distinct and int(keys[j]) in used):
                 continue
             rows[i, count], found[i, count] = j, distances[i, j]
-            used.add(int(bank.key[j]))
+            used.add(int(keys[j]))
             count += 1
     return rows, found
 
 
 @st.composite
 def worlds(draw):
-    """A small bank of few distinct states: many duplicates, many ties, any groups, tokens and pool."""
+    """A small bank of few distinct states: many duplicates, many ties, any groups, tokens and pool.
+
+    Sizes are hypothesis's, values come from a seed: drawn one by one they would take most of the time of these tests.
+    """
     kinds, d = draw(st.integers(1, 7)), draw(st.integers(1, 3))
-    kind_states = draw(st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=kinds, max_size=kinds))
-    kind_token = draw(st.lists(st.integers(0, 2), min_size=kinds, max_size=kinds))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind_states, kind_token = rng.integers(-2, 3, (kinds, d)), rng.integers(0, 3, kinds)
 
     def rows(least: int, most: int) -> Points:
-        n = draw(st.integers(least, most))
-        key = draw(st.lists(st.integers(0, kinds - 1), min_size=n, max_size=n))
-        group = draw(st.lists(st.integers(-1, 3), min_size=n, max_size=n))
-        pool = draw(st.lists(st.booleans(), min_size=n, max_size=n))
-        return as_points([kind_states[i] for i in key], key, [kind_token[i] for i in key], group, pool)
+        n, share = draw(st.integers(least, most)), draw(st.sampled_from([0.2, 0.5, 1.0]))
+        key = rng.integers(0, kinds, n)
+        return as_points(kind_states[key], key, kind_token[key], rng.integers(-1, 4, n), rng.random(n) <= share)
 
     queries, bank = rows(1, 5), rows(2, 14)
     size = int(bank.pool.sum())

@@ -181,11 +181,13 @@ def test_nltk_words_of_any_text(text):
 
 
 @needs_tagger
+@pytest.mark.parametrize("size", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "text", ["word " * 20_000, "x" * 50_000, "Mr. X " * 8_000, "\n" * 20_000 + "end", '"' * 20_000, "A. " * 10_000]
+    ("piece", "count"), [("word ", 2000), ("x", 5000), ("Mr. X ", 800), ("\n", 2000), ('"', 2000), ("A. ", 1000)]
 )
-def test_nltk_words_of_long_texts(text):
+def test_nltk_words_of_long_texts(piece, count, size):
     """In seconds, not minutes."""
+    text = piece * count * size + "end"
     (words,) = words_of([bl.Passage(text)], "nltk")
     assert_words_of(text, words)
 
