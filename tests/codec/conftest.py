@@ -4,6 +4,13 @@ import pytest
 
 from basin_lens import codec
 from tests.codec.coded import TEXT, coded
+from tests.conftest import make_bridge
+
+
+@pytest.fixture(scope="package")
+def llama(tokenizer):
+    """One block: a file is made of predictions, a step for every token, and what makes them is tested by the model's room."""
+    return make_bridge("llama", tokenizer=tokenizer, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
