@@ -119,7 +119,6 @@ def no_model(monkeypatch):
 FAST = ("--layers", "1", "--k", "5", "--max-length", "40", "--max-sequences", "14")
 
 
-@pytest.mark.usefixtures("quick")
 def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path, capsys):
     out = tmp_path / "layers"
     call_ = ("study", "layers", *documents, "--model", str(folder), *FAST, "--out", str(out))
@@ -181,16 +180,6 @@ def spoken(folder) -> str:
     return str(path)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Coarse pictures, and no collecting of all garbage in every Holm correction of statsmodels: half of the time that these runs take."""
-    from matplotlib.figure import Figure
-
-    real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: real(figure, *given, **options | {"dpi": 20}))
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-
-
 TINY = ("--layers", "1", "--k", "5", "--max-length", "40")
 
 
@@ -217,7 +206,6 @@ def studied(out: Path, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
 def test_study_importance_for_real(folder, documents, tmp_path, capsys):
     """Eight documents: none are set aside, and the report says so."""
     out = tmp_path / "importance"
@@ -232,7 +220,6 @@ def test_study_importance_for_real(folder, documents, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
 def test_study_robustness_for_real(folder, spoken, tmp_path, capsys):
     """Another number format and a second model, as asked for by default and by an option."""
     out = tmp_path / "robustness"
@@ -254,7 +241,6 @@ def test_study_robustness_for_real(folder, spoken, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
 def test_study_all_for_real(folder, documents, tmp_path, capsys):
     """Every study of texts on one measurement, none replaced."""
     from basin_lens import studies

@@ -1,4 +1,8 @@
-"""Pictures as coarse as can be: what they show is tested by the views; here only that they are there."""
+"""Pictures as coarse as can be, drawn once each: what they show is tested by the views; here only that they are there."""
+
+import weakref
+from io import BytesIO
+from pathlib import Path
 
 import pytest
 
@@ -9,11 +13,21 @@ from tests.studies.planted import QUIET, S, made_text, noise, plant, prompts, sh
 
 @pytest.fixture(scope="package", autouse=True)
 def _coarse_pictures():
+    """A study saves each figure three times: as PNG, as PDF, in its page."""
     from matplotlib.figure import Figure
 
-    real = Figure.savefig
+    real, drawn = Figure.savefig, weakref.WeakKeyDictionary()
+
+    def savefig(figure, target, **options):
+        if figure not in drawn:
+            real(figure, picture := BytesIO(), **options | {"dpi": 20, "format": "png"})
+            drawn[figure] = picture.getvalue()
+        kind = options.get("format") or Path(target).suffix[1:]
+        data = drawn[figure] if kind == "png" else f"{kind} of a figure that was drawn".encode()
+        target.write(data) if hasattr(target, "write") else Path(target).write_bytes(data)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, *given, **options: real(figure, *given, **options | {"dpi": 20}))
+        patch.setattr(Figure, "savefig", savefig)
         yield
 
 
