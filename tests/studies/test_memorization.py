@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,14 @@ from tests.conftest import make_bridge
 PLAN = Plan(
     per_dose=8, doses=(1, 24), length=16, layers=None, forks=6, sources=9, others=6, other_dose=4, k=5, recipe=Recipe(learning_rate=3e-3)
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _licences_are_found_once():
+    """They are looked for among the names of all installed files: a second for every study."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extraction, "find_licences", cache(extraction.find_licences))
+        yield
 
 
 @pytest.fixture(scope="module")
