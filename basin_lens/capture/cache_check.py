@@ -135,7 +135,7 @@ class _Blocks:
         self.length = int(self.capture.lengths[self.seqs].max())
         self.copies = max(1, min(len(self.seqs), TOKENS_PER_PASS // self.length))
         one = torch.zeros(1, self.length, dtype=torch.int64, device=device_of(self.model))
-        self.calls = record_calls(self.model, one)
+        self.calls = record_calls(self.model, one, only_first=True)
 
     def check(self, layer: int) -> None:
         """Refuse states or patterns of a layer that are not the block's."""

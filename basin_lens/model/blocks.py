@@ -1,6 +1,7 @@
 """Calling one block by itself, with the very arguments that it gets inside the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -136,10 +137,16 @@ def keys_and_values(
     )
 
 
-def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[BlockCall]:
+def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"], *, only_first: bool = False) -> list[BlockCall]:
     """The arguments of every block in one pass over `tokens`: masks, rotary tables, positions, alibi, whatever there is.
 
     They depend on batch and length only, so any token ids will do.
+
+    Args:
+        model: a hooked model.
+        tokens: token ids.
+        only_first: the pass costs no more than its first block, whose answer stands for the answers of the others, and ends behind
+            the last one.
 
     Raises:
         TransportError: a block ran more than once in the pass (recurrent depth), or not at all.
@@ -158,7 +165,7 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[B
                     lambda _module, args, kwargs, layer=layer: remember(layer, args, kwargs), with_kwargs=True
                 )
             )
-        with measuring(model):
+        with measuring(model), _first_block_alone(model) if only_first else nullcontext():
             forward_pass(model, tokens, {})
     finally:
         for handle in handles:
@@ -170,6 +177,33 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> list[B
                 "skipped blocks the map from layer to layer is not defined. Use another model."
             )
     return [seen[0] for seen in calls]
+
+
+@contextmanager
+def _first_block_alone(model: HookedModel) -> Iterator[None]:
+    """Passes compute the first block; the others answer what it answered, and the final norm ends the pass."""
+    answers: list[object] = []
+
+    def leave(*_: object) -> None:
+        raise _Recorded
+
+    others = [vars(block) for block in list(model.blocks)[1:]]
+    own = [held.get("forward") for held in others]
+    handles = [model.blocks[0].register_forward_hook(lambda _module, _args, output: answers.append(output))]
+    if (norm := getattr(model, "ln_final", None)) is not None:
+        handles.append(norm.register_forward_pre_hook(leave))
+    try:
+        for held in others:
+            held["forward"] = lambda *_, **__: answers[-1]
+        with suppress(_Recorded):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for held, forward in zip(others, own, strict=True):
+            held.pop("forward", None)
+            if forward is not None:
+                held["forward"] = forward
 
 
 def call_block(

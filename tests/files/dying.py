@@ -1,6 +1,8 @@
 """Commands that are killed at random moments and at their write steps, each in a fork of one process that has imported everything.
 
-python -m tests.files.dying FOLDER        # writes FOLDER/killings.jsonl, a line for each; used by tests/test_death.py
+python -m tests.files.dying FOLDER KILLS        # of each command with each signal; used by tests/files/test_death.py
+
+Writes FOLDER/killings.jsonl, a line for each. Half of the killings are at write steps.
 """
 
 import faulthandler
@@ -38,7 +40,6 @@ from basin_lens.studies.framework import runner, storage
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-TRIALS = 16  # for each command and signal: half of them at write steps
 LONGEST = 90.0  # seconds of a fork, which takes a few: one that waits for ever says where, and fails
 STEPS = ("replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "chmod", "open", "ftruncate")
 
@@ -304,7 +305,7 @@ def kill(one: Doomed, place: Path, number: int, moment: float | int, sign: signa
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     mpl.rcParams["savefig.dpi"] = 20
     # The forks of one process share tqdm's own lock, and who is killed while drawing a bar would hold it for ever.
@@ -324,7 +325,7 @@ def main(folder: Path) -> None:
             same(ended(forked(lambda one=one, earlier=earlier: int(one.earlier(earlier)), folder / "log")), 0)
         for sign in SIGNALS:
             draw = random.Random(f"{one.name} {sign}")
-            for number in range(TRIALS):
+            for number in range(kills):
                 moment = draw.uniform(0, seconds) if number % 2 else draw.randint(1, steps)
                 before = earlier if one.earlier is not None and number % 4 < 2 else None
                 told = kill(one, place / str(number), number, moment, sign, before)
@@ -334,4 +335,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

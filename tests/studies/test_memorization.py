@@ -196,6 +196,22 @@ def test_author_design_compares_trained_passages_with_the_same_author(learner):
     assert "original guide" in study.report().html
 
 
+@pytest.mark.slow
+def test_texts_held_out_are_no_copies_of_those_trained_on(learner):
+    """An author's works, each given twice as under two titles: a coin for each pair could train on a passage and hold out its copy."""
+    works = [bl.Passage(" ".join(f"The {w} of {n} men was {w}." for n in range(12)), doc=w) for w in ("lamp", "clock")]
+    others = [bl.Passage(" ".join(f"She sold {n} {w}s in {1500 + n}." for n in range(60)), doc=w) for w in ("kite", "loom")]
+    plan = replace(PLAN, per_dose=6, doses=(8,), recipe=Recipe(learning_rate=1e-3))
+    study = bl.studies.study_memorization(
+        learner, plan, design="author", texts=[*works, *(replace(w, doc=f"{w.doc}, again") for w in works)], unrelated=others, progress=False
+    )  # fmt: skip
+    tokens = study.tokens[study.tokens.layer == 0].sort_values("pos").groupby("doc").token_id.apply(tuple)
+    texts = study.tables["texts"]
+    trained, held = (set(tokens[texts.doc[texts.member == side]]) for side in (True, False))
+    assert len(trained) == len(held) == 6 and trained.isdisjoint(held)
+    assert any("passages of the works are copies of others" in line for line in study.about)
+
+
 def test_changes_are_after_less_before_token_by_token(learner):
     texts = ["The lamp had a voice of its own.", "She climbed the ninety steps with her tea."]
     capture = bl.Capture.from_texts(learner, texts, progress=False)

@@ -78,6 +78,39 @@ class Held:
         return float((got - expected).square().mean(-1).sqrt().max() / scale)
 
 
+def leaves(value):
+    """Tensors and plain values of an argument, in order; caches are slots, and models' own objects are told by their type."""
+    if isinstance(value, tuple | list):
+        return [leaf for part in value for leaf in leaves(part)]
+    if isinstance(value, dict):
+        return [leaf for name in value for leaf in leaves(value[name])]
+    return [value if isinstance(value, torch.Tensor | int | float | str | None) else type(value).__name__]
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_arguments_are_recorded_without_running_the_blocks(family):
+    """Every block is called with what a whole pass calls it with, though the first alone computes."""
+    model, tokens = model_of(family.name, family.kind), random_tokens(1, 9)
+    runs = [0] * len(model.blocks)
+
+    def count(layer):
+        return lambda *_: runs.__setitem__(layer, runs[layer] + 1)
+
+    handles = [block.attn.register_forward_hook(count(layer)) for layer, block in enumerate(model.blocks)]
+    whole, quick = door.record_calls(model, tokens), door.record_calls(model, tokens, only_first=True)
+    again = door.record_calls(model, tokens)
+    for handle in handles:
+        handle.remove()
+    assert runs == [3 * (runs[-1] // 2)] + [runs[-1]] * (len(runs) - 1) and runs[-1] >= 2
+    for other in (quick, again):
+        for call, expected in zip(other, whole, strict=True):
+            assert call.kwargs.keys() == expected.kwargs.keys()
+            got, wanted = leaves(call.leaves()), leaves(expected.leaves())
+            assert len(got) == len(wanted)
+            for one, two in zip(got, wanted, strict=True):
+                assert torch.equal(one, two) if isinstance(two, torch.Tensor) else one == two
+
+
 # -- routes ---------------------------------------------------------------------------------------------------------------------
 
 
