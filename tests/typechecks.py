@@ -77,7 +77,9 @@ def where_needed(thing=None, *, typechecker):
         return thing
     if inspect.isclass(thing) and "__dataclass_fields__" not in vars(thing):
         return thing
-    # A dataclass is checked when it is made, behind its own refusals.
+    # A dataclass is checked when it is made, behind its own refusals, if it has some.
+    if inspect.isclass(thing) and hasattr(thing, "__post_init__"):
+        return _jaxtyped(thing, typechecker=typechecker)
     made = vars(thing).get("__init__") if inspect.isclass(thing) else thing
     hints = list(made.__annotations__.values()) if inspect.isfunction(made) else [""]
     if any(map(is_quoted, hints)) or inspect.isgeneratorfunction(made):
