@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from torch import Tensor
 
 from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
@@ -18,6 +16,7 @@ from basin_lens.neighbors import Neighbors
 from basin_lens.scoring.crossed_pass import Crossed, CrossedPass
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
+from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.search import Searches, SearchResult
@@ -137,8 +136,8 @@ class MapScores:
             "size": a.crossing.group,
             **crossed.facts(),
             "dimensions_left_out": int((~self._surroundings.ordinary).sum()),
-            "reliability_over_displacements": {c.name: spearman_brown(*self._of_halves[c.name]) for c in a.columns},
-            "reliability_over_partners": {name: spearman_brown(*pair) for name, pair in partners.items()},
+            "reliability_over_displacements": {c.name: _whole(self._of_halves[c.name]) for c in a.columns},
+            "reliability_over_partners": {name: _whole(pair) for name, pair in partners.items()},
         }
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
@@ -270,15 +269,19 @@ class MapScores:
         for a in self.plan.analyzers:
             if "random_contraction" in a.needs:
                 found, sets = self._random[a.exclude]
-                numbers = {"mean": found.mean, "standard_error": found.standard_error}
-                known: Facts = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-                facts.update({column.name: {**known, "sets": sets} for column in a.columns})
+                known: Facts = {"mean": _or_none(found.mean), "standard_error": _or_none(found.standard_error), "sets": sets}
+                facts.update({column.name: known for column in a.columns})
         return facts
+
+    def reference_error(self) -> dict[str, float | None]:
+        """Standard error of the mean of a random sample that columns are held against, by column; None: not defined."""
+        held = [a for a in self.plan.analyzers if "random_contraction" in a.needs]
+        return {column.name: _or_none(self._random[a.exclude][0].standard_error) for a in held for column in a.columns}
 
     def reliability(self) -> dict[str, float | None]:
         """Spearman correlation of each score over disjoint halves of the neighbors, by column."""
         split = [column.name for a in self.plan.analyzers if "halves" in a.needs for column in a.columns]
-        return {name: _spearman(*self._of_halves[name]) for name in split}
+        return {name: _or_none(_agreement(self._of_halves[name])) for name in split}
 
 
 def _looks_behind(a: CloudAnalyzer) -> bool:
@@ -306,20 +309,14 @@ def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return union, list(places.split([t.shape[1] for t in tables_], dim=1))
 
 
-def spearman_brown(first: Tensor, second: Tensor) -> float | None:
-    """Reliability of a whole whose two halves these are, over rows where both are there; None if it is not defined."""
-    both = ~(first.isnan() | second.isnan())
-    a, b = first[both].double().numpy(), second[both].double().numpy()
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    r = float(np.corrcoef(a, b)[0, 1])
-    return 2 * r / (1 + r) if r > -1 else None
+def _agreement(halves: tuple[Tensor, Tensor]) -> float:
+    return rank_agreement(*(half.numpy() for half in halves))
 
 
-def _spearman(first: Tensor, second: Tensor) -> float | None:
-    """Spearman correlation over rows where both are there; None if it is not defined."""
-    both = ~(first.isnan() | second.isnan())
-    a, b = first[both].numpy(), second[both].numpy()
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(stats.spearmanr(a, b).statistic)
+def _whole(halves: tuple[Tensor, Tensor]) -> float | None:
+    return _or_none(spearman_brown(_agreement(halves)))
+
+
+def _or_none(number: float) -> float | None:
+    """A number as JSON has it."""
+    return number if math.isfinite(number) else None

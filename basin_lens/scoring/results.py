@@ -74,6 +74,7 @@ class LayerScores:
         layer: where.
         values: by column, for each row of the capture; NaN: left out.
         reliability: Spearman correlation over disjoint halves of the neighbors, by column; None: not defined.
+        reference_error: standard error of what a column is held against, by column; None: not defined.
         left_out: how many values are missing, by column and reason.
         facts: route, reason for it, error of the check and affine fit of the layer, by their names in provenance.
         neighbors: behind one score, if they were to be kept.
@@ -82,6 +83,7 @@ class LayerScores:
     layer: int
     values: dict[str, Float[np.ndarray, " rows"]] = field(default_factory=dict)
     reliability: dict[str, float | None] = field(default_factory=dict)
+    reference_error: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
     neighbors: LayerNeighbors | None = None
@@ -94,6 +96,7 @@ class Results:
     plan: Plan
     values: dict[str, Float[np.ndarray, "layers rows"]]
     reliability: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    reference_error: dict[str, dict[str, float | None]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
 
@@ -126,6 +129,8 @@ class Results:
             self.facts.setdefault(name, {})[str(scores.layer)] = fact
         for name, agreement in scores.reliability.items():
             self.reliability[name][str(scores.layer)] = agreement
+        for name, error in scores.reference_error.items():
+            self.reference_error.setdefault(name, {})[str(scores.layer)] = error
         for name, reasons in scores.left_out.items():
             counts = self.left_out[name]
             for reason, count in reasons.items():
@@ -167,6 +172,7 @@ def provenance(
         "left_out": results.left_out,
         **results.facts,
         **({"reliability": results.reliability} if results.plan.of_neighbors else {}),
+        **({"reference_error": results.reference_error} if results.reference_error else {}),
     }
 
 

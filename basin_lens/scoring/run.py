@@ -88,6 +88,7 @@ class Run:
             done = MapScores(self.searches, layer, some, passage, found, self.keep)
             scores.values.update({name: answer.numpy() for name, answer in done.answers.items()})
             scores.reliability.update(done.reliability())
+            scores.reference_error.update(done.reference_error())
             scores.left_out.update(done.left_out())
             for name, facts in (("groups", done.groups), ("random_contraction", done.random_contraction())):
                 if facts:

@@ -74,18 +74,20 @@ def _mean(x: np.ndarray, axis: int = -1) -> np.ndarray:
 def paired_test(parts: Parts, n_resamples: int, seed: int) -> Line:
     """The mean of the units' values; with equal shares, Student's interval."""
     values, n = parts.values, len(parts.values)
-    plain = interval_and_p(values)
+    plain = interval_and_p(values, parts.inflation)
     answer: Line = {**plain.columns(), **dict.fromkeys(SIZES, np.nan), "n_first": n, "n_second": n}
     if not n:
         return answer | {"note": ""}  # the parts' own says why
     if constant_values(values):
         return answer | {"note": "the difference is the same in every unit"}
+    if np.isnan(parts.inflation):
+        return answer  # with its note
     tested = toned(values, parts.inflation)
     test = stats.permutation_test((tested,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
     error, degrees = cluster_error(values, np.full(n, 1 / n) if parts.shares is None else parts.shares)
     wide = stats.t.ppf(0.975, degrees) * error * np.sqrt(parts.inflation)
     g = plain.estimate / (error * np.sqrt(n)) * (1 - 3 / (4 * n - 5))
-    wide_g = stats.norm.ppf(0.975) * np.sqrt(1 / n + g**2 / (2 * n))
+    wide_g = stats.norm.ppf(0.975) * np.sqrt(parts.inflation / n + g**2 / (2 * n))
     signs = interval_and_p(np.sign(values))
     return answer | {
         "low": plain.estimate - wide,
