@@ -27,6 +27,7 @@ from basin_lens.stats.results import (
     Line,
     Procedure,
     assemble,
+    constant_values,
     joined,
     max_t_labels,
     max_t_signs,
@@ -209,8 +210,8 @@ def before_after(
 ) -> pd.DataFrame:
     """Does a score change between two runs on the same texts? By flipping the signs of whole units.
 
-    The error of a column's reference (see `tables.reference_error`; of `compare`'s `difference`, that of both runs) is in the interval,
-    in p and in Hedges g's interval; Cliff's delta counts units as they were measured.
+    The error of a column's reference (see `tables.reference_error`; of `compare`'s `difference`, that of both runs) is in the
+    interval, in p and in Hedges g's interval; Cliff's delta counts units as they were measured.
 
     Args:
         pairs: from `basin_lens.compare`; any table with columns of differences will do.
@@ -241,15 +242,17 @@ def before_after(
     for name in names:
         for every in split(pairs, [name], layers=layers, unit=unit):
             rows = every.finite(name)
-            if constant(rows.values[name]):
+            error = rows.reference_error.get(name, 0.0)
+            if constant(rows.values[name]) and not (error > 0 and len(rows.sequence)):
                 lines.append(procedure.constant_line(rows, name, name, **dict.fromkeys(SIZES, np.nan)))
                 columns.append((np.empty(0, int), np.empty(0)))
                 continue
             codes, values = rows.unit_means(name)
             enough(len(codes), FEWEST, f"units ({unit})")
-            parts = Parts(codes, values, inflation=shared_error(values, rows.reference_error.get(name, 0.0)))
+            parts = Parts(codes, values, inflation=shared_error(values, error), shared=error)
             lines.append(procedure.line(rows, name, **paired_test(parts, n_resamples, seed)))
-            known = slice(0 if np.isnan(parts.inflation) else None)  # nobody, where the reference's error is not known
+            # Nobody, where the reference's error is not known, or all there is.
+            known = slice(0 if np.isnan(parts.inflation) or constant_values(values) else None)
             columns.append((codes[known], toned(values, parts.inflation)[known]))
     refuse_constant(lines, names)
     adjusted = max_t_signs(side_by_side(columns)[0], n_resamples, seed) if correction == "max-t" else None

@@ -28,9 +28,9 @@ def mean_interval(
     and 4 % (normal), in 7, 6, 5 and 6 % (t with 2.5 degrees of freedom), but in 16, 14, 13 and 9 % where units are as skewed as a
     lognormal, as Student's own does. Below 8 the note says that it is still too narrow.
 
-    A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where the
-    table tells. The error of the column's reference (see `tables.reference_error`) is added to either arm in quadrature, as Student's
-    t for so many units; in a group of several layers or runs, the mean of theirs, as if it were one draw.
+    A unit's rows are averaged first, so that long documents count as much as short ones. Copies of a document count once, where
+    the table tells. The error of the column's reference (see `tables.reference_error`) is added to either arm in quadrature, as
+    Student's t for so many units; in a group of several layers or runs, the mean of theirs, as if it were one draw.
 
     Args:
         table: one row per case.

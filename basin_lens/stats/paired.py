@@ -19,13 +19,17 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class Parts:
-    """Codes of units, their parts of an effect that is their mean, their shares in it (None: equal ones); see `projection.Left`."""
+    """Codes of units, their parts of an effect that is their mean, their shares in it (None: equal ones); see `projection.Left`.
+
+    `shared`: an error that all values share (see `tables.reference_error`), which is in `inflation` where the values differ.
+    """
 
     codes: Int[np.ndarray, " units"]
     values: Float[np.ndarray, " units"]
     shares: Float[np.ndarray, " units"] | None = None
     inflation: float = 1.0
     note: str = ""
+    shared: float = 0.0
 
 
 def in_both(rows: Rows, is_first: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -79,7 +83,13 @@ def paired_test(parts: Parts, n_resamples: int, seed: int) -> Line:
     if not n:
         return answer | {"note": ""}  # the parts' own says why
     if constant_values(values):
-        return answer | {"note": "the difference is the same in every unit"}
+        same = "the difference is the same in every unit"
+        if not parts.shared > 0:
+            return answer | {"note": same}
+        wide = stats.t.ppf(0.975, n - 1) * parts.shared
+        p = 2 * stats.t.sf(abs(plain.estimate) / parts.shared, n - 1)
+        ends = {"low": plain.estimate - wide, "high": plain.estimate + wide, "p": float(p)}
+        return answer | ends | {"note": f"{same}: the error is the reference's alone (Student's t)"}
     if np.isnan(parts.inflation):
         return answer  # with its note
     tested = toned(values, parts.inflation)

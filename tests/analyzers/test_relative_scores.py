@@ -139,7 +139,7 @@ def test_isotropic_neighborhoods_in_an_isotropic_bank_have_no_direction(f):
     """Their displacements are as generic as the bank's pairs, whatever the block: the mean over 400 tokens is 0 within its error."""
     got = value(A.DirectionalContraction(), isotropic(f))
     error = got.std(ddof=1) / math.sqrt(len(got))
-    assert 0 < error < 0.01
+    assert 0 < error < 0.02
     assert abs(got.mean()) < 4 * error
 
 

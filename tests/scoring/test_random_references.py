@@ -15,7 +15,7 @@ from tests.scoring.oracle import facts_of, run
 
 A = bl.analyzers
 SEEDS = 20
-MASSIVE, SIZE = 1, 100.0  # a token and how far it is out in dimension 0
+MASSIVE, SIZE = 1, 1000.0  # a token and how far it is out in dimension 0
 SEQUENCES, LENGTH = 30, 16
 ASKED = (torch.arange(SEQUENCES * LENGTH) % LENGTH)[:, None].eq(torch.tensor([3, 6, 12])).any(1)
 
@@ -68,7 +68,7 @@ def test_seeds_move_no_mean_by_more_than_its_printed_error(layer):
     square = float((((means - means.mean()) / errors) ** 2).sum())
     assert scipy_stats.chi2.ppf(1e-6, SEEDS - 1) < square < scipy_stats.chi2.ppf(0.999, SEEDS - 1)
     wide = (here["relative_contraction_high"] - here["relative_contraction_low"]) / 2
-    assert (abs(means - means.mean()) < wide).all()
+    assert (abs(means - means.mean()) > wide).sum() <= scipy_stats.binom.ppf(0.999, SEEDS, 0.05)
 
 
 def test_the_score_before_it_moves_by_far_more_than_its_printed_interval():

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from basin_lens import stats, tables
+from basin_lens.errors import TableError
 
 ERRORS = {0: 0.5, 1: 0.02}
 DOCUMENTS, TOKENS = 12, 20
@@ -113,6 +114,19 @@ def test_an_error_that_was_not_measured_leaves_no_interval():
     found = stats.mean_interval(table, "score", "layer")
     assert np.isnan(found["low"].iloc[0]) and "was not measured" in found["note"].iloc[0]
     assert "was not measured" in stats.quartile_table(table, "score", "by")["note"].iloc[0]
+
+
+def test_a_difference_that_is_the_same_in_every_unit_has_the_error_of_its_references():
+    """Two runs that differ in the seed alone."""
+    table = tables.assign(made(), score=0.3)
+    for correction in ("bh", "max-t"):
+        tested = stats.before_after(table, "score", correction=correction)
+        assert half(tested.iloc[0]) == pytest.approx(T * 0.5) and half(tested.iloc[1]) == pytest.approx(T * 0.02)
+        assert tested["p"].tolist() == pytest.approx([2 * scipy_stats.t.sf(0.3 / e, DOCUMENTS - 1) for e in (0.5, 0.02)])
+        assert tested["note"].str.contains("reference's alone").all()
+    assert half(stats.mean_interval(table, "score", "layer").iloc[0]) == pytest.approx(T * 0.5)
+    with pytest.raises(TableError, match="varies"):
+        stats.before_after(tables.without_provenance(table), "score")
 
 
 def test_intervals_hold_what_they_promise():
