@@ -38,8 +38,8 @@ def compare(
     Args:
         a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.
         on: a column of both tables; with pairs, a default score's column or an analyzer.
-        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in
-            the map alone. Needs pairs: a table does not hold its neighbors.
+        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, and crosses the same tokens
+            with one another, so that the difference is in the map alone. Needs pairs: a table does not hold its neighbors.
         layers: with pairs, which layers; None: all that both captures hold.
         seed, progress: with pairs, as for `analyze`.
 

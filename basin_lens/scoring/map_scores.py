@@ -13,6 +13,8 @@ from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
+from basin_lens.scoring.bank_partners import BankPartners
+from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import Crossed, CrossedPass
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
@@ -37,6 +39,8 @@ class MapScores:
         passage: the map on the states of this layer.
         found: results of the searches before the map, and behind it where an analyzer needs them.
         keep: the analyzer whose neighbors are kept, if it is one of these.
+        partners: the bank's tokens, for analyzers (by key, `partnered`) whose tokens' partners come from the bank.
+        groups: groups of another run, taken as they are.
     """
 
     def __init__(
@@ -47,9 +51,14 @@ class MapScores:
         passage: BlockMap,
         found: Mapping[SearchSite, SearchResult],
         keep: CloudAnalyzer | None = None,
+        *,
+        partners: BankPartners | None = None,
+        partnered: frozenset[str] = frozenset(),
+        groups: Int[Tensor, "groups g"] | None = None,
     ) -> None:
         self.searches, self.layer, self.plan, self.passage, self.found = searches, layer, plan, passage, found
         self.device = searches.device
+        self._partners, self._partnered, self._frozen_groups = partners, partnered, groups
         count = searches.capture.n_rows
         self.keep = keep if any(a is keep for a in plan.analyzers) else None
         self.neighbors = None if self.keep is None else LayerNeighbors.none(count, self.keep.k)
@@ -110,18 +119,18 @@ class MapScores:
             able = able & self._sampled[a.key]
         options = (site, a.k, a.crossing, a.max_queries)  # analyzers with the same options share the pass
         if options not in self._crossed:
-            self._crossed[options] = CrossedPass(
-                self.searches, self.layer, self.passage, self._surroundings, site.options, self.found[site], a.k, a.crossing
-            )(able)
+            self._crossed[options] = self._pass(a, site)(able)
         crossed = self._crossed[options]
         if a is self.keep:
+            assert self.neighbors is not None
+            self.neighbors = replace(self.neighbors, groups=crossed.rows.cpu().numpy())
             for part in torch.nonzero(able).squeeze(1).split(_GROUPS * a.crossing.group):
                 self._keep(self._neighborhoods(a, part, None, None), part.cpu())
         self._grouped[a.key] = torch.zeros_like(able)
-        self._grouped[a.key][crossed.rows.flatten()] = True
+        self._grouped[a.key][crossed.scored.flatten()] = True
         partners = {column.name: (_nothing(len(able)), _nothing(len(able))) for column in a.columns}
         for groups in torch.arange(len(crossed.rows), device=self.device).split(_GROUPS):
-            at = crossed.rows[groups].flatten()
+            at = crossed.scored[groups].flatten()
             there, seen = at.cpu(), self._neighborhoods(a, at, None, None)
             tables = {kind: table.some(groups) for kind, table in crossed.tables.items()}
             self._note(a, replace(seen, crossed=tables), there, self.answers)
@@ -139,6 +148,18 @@ class MapScores:
             "reliability_over_displacements": {c.name: _whole(self._of_halves[c.name]) for c in a.columns},
             "reliability_over_partners": {name: _whole(pair) for name, pair in partners.items()},
         }
+
+    def _pass(self, a: CloudAnalyzer, site: SearchSite) -> CrossedPass:
+        """The crossed tables that an analyzer looks at."""
+        assert a.crossing is not None
+        about = (self._surroundings, site.options)
+        own = Clouds(self.searches, self.layer, self.passage, *about, self.found[site], a.k, a.crossing)
+        bank = None
+        if a.key in self._partnered:
+            assert self._partners is not None
+            bare = self.layer == 0 and site.place == "pre"
+            bank = self._partners.clouds(self.layer, self.plan, *about, a.k, a.crossing, bare=bare)
+        return CrossedPass(own, bank, self._frozen_groups)
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
         """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""

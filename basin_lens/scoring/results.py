@@ -17,11 +17,15 @@ from basin_lens.values import Facts
 
 @dataclass(frozen=True)
 class LayerNeighbors:
-    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none."""
+    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none.
+
+    `groups`: rows of the tokens that were crossed with one another, for a score that crosses them.
+    """
 
     rows: Int[np.ndarray, "rows k"]
     before: Float[np.ndarray, "rows k"]
     after: Float[np.ndarray, "rows k"]
+    groups: Int[np.ndarray, "groups g"] | None = None
 
     @classmethod
     def none(cls, n_rows: int, k: int) -> "LayerNeighbors":
@@ -35,7 +39,8 @@ class KeptNeighbors:
     """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN:
     none.
 
-    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves.
+    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves. `groups`: by layer, of
+    a score that crosses tokens.
     """
 
     rows: np.ndarray
@@ -44,6 +49,7 @@ class KeptNeighbors:
     bank: pd.DataFrame
     score: str
     own: bool
+    groups: tuple[np.ndarray | None, ...] = ()
 
     @classmethod
     def of(cls, layers: Sequence[LayerNeighbors], bank: Capture, score: str, *, own: bool) -> "KeptNeighbors":
@@ -63,6 +69,7 @@ class KeptNeighbors:
             about,
             score,
             own,
+            tuple(some.groups for some in layers),
         )
 
 
