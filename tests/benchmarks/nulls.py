@@ -74,7 +74,9 @@ def main(queries, layers):
     found["random initialization"] = measured(
         twin, bl.Capture.from_texts(twin, texts, layers=around, max_length=LENGTH, progress=False), layers, queries, nulls=True
     )
-    print("| layer | states | displacements | mean +- error | SD | below 0 | halves | partners | tokens | documents | no group | local |")
+    print(
+        "| layer | states | displacements | mean +- error | SD | below 0 | halves | partners | tokens | documents | no group | local |"
+    )
     print("| --- " * 12 + "|")
     for states, (rows, _) in found.items():
         for row in rows:
