@@ -28,11 +28,11 @@ class Crossing:
 
 
 class Parts(NamedTuple):
-    """What a table says of each token: the interaction, and the two parts that it is free of."""
+    """What a table says of each token scored: the interaction, and the two parts that it is free of."""
 
-    interaction: Float[Tensor, "groups g"]
-    place: Float[Tensor, "groups g"]
-    directions: Float[Tensor, "groups g"]
+    interaction: Float[Tensor, "groups scored"]
+    place: Float[Tensor, "groups scored"]
+    directions: Float[Tensor, "groups scored"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class CrossedTable:
         log_after: log V of the images, by place and by directions. NaN where it is rounding.
         halves: the same over every other displacement, and over those between.
         partners: which of a token's partners count, see `parts`.
+        scored: how many of a group's tokens are scored, the first ones; None: all. The others are partners alone.
     """
 
     log_before: Float[Tensor, "groups g"]
     log_after: Float[Tensor, "groups g g"]
     halves: "tuple[CrossedTable, ...]" = field(default=())
     partners: Partners = "all"
+    scored: int | None = None
 
     @property
     def contraction(self) -> Float[Tensor, "groups g g"]:
@@ -80,7 +82,7 @@ class CrossedTable:
         )
 
     def parts(self) -> Parts:
-        """Interaction, place and directions of each token i.
+        """Interaction, place and directions of each token i that is scored.
 
         place_i = mean over q of c(i, q); directions_i = mean over p of c(p, i); p, q: partners, the other tokens of the group
         interaction_i = c(i, i) - place_i - directions_i + mean over p != q of c(p, q)
@@ -94,7 +96,8 @@ class CrossedTable:
         place = torch.einsum("niq,iq->ni", table, _shares(as_directions, table))
         directions = torch.einsum("npi,ip->ni", table, _shares(as_place, table))
         elsewhere = torch.einsum("npq,ipq->ni", table, pairs / pairs.sum((1, 2), keepdim=True))
-        return Parts(table.diagonal(dim1=1, dim2=2) - place - directions + elsewhere, place, directions)
+        found = (table.diagonal(dim1=1, dim2=2) - place - directions + elsewhere, place, directions)
+        return Parts(*(part[:, : self.scored] for part in found))
 
 
 def partner_masks(size: int, partners: Partners, device: torch.device) -> tuple[Bool[Tensor, "g g"], Bool[Tensor, "g g"]]:

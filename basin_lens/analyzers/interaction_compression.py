@@ -32,12 +32,15 @@ class InteractionCompression(CloudScore):
     neighbors' centroid.
 
     Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
-    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Provenance has, by layer,
-    their number and spread, the dimensions left out, the median V_in of neighbors over that of random sets, and the reliability
-    (Spearman-Brown) over halves of the displacements and over halves of the partners.
+    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Where the tokens asked for
+    are of fewer documents than a group has tokens (a single prompt) and the bank is another capture, a token's partners are tokens
+    of the bank, each in its own context: those of 512 drawn with the seed that are nearest in log V_in. Provenance has, by layer,
+    whose the partners are (`"texts"` or `"bank"`), the groups' number and spread, the dimensions left out, the median V_in of
+    neighbors over that of random sets, and the reliability (Spearman-Brown) over halves of the displacements and over halves of
+    the partners.
 
-    Options and errors: see `Compression`. `name` becomes a prefix of the columns. A token costs 2 k group rows through the block,
-    and as many for each null.
+    Options and errors: see `Compression`. `name` becomes a prefix of the columns. A token costs 2 k group rows through the block
+    (with partners from the bank 2 k group^2), and as many for each null.
 
     Args:
         group: tokens in a group.
@@ -48,8 +51,9 @@ class InteractionCompression(CloudScore):
     Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
 
     Raises:
-        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, fewer
-            documents than a group has tokens, or `context="native"`, where a displaced state has no image.
+        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, texts that
+            are their own bank and fewer documents than a group has tokens, or `context="native"`, where a displaced state has no
+            image.
 
     Source: design of basin_lens; the interaction of a two-way table is Fisher's.
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
@@ -14,6 +13,7 @@ from basin_lens.capture import Bank, Capture, subset
 from basin_lens.errors import CaptureError, NeighborError, TableError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Queries, analyze
+from basin_lens.scoring.reliability import rank_agreement
 from basin_lens.values import Layers, whole_numbers
 
 _KS = (5, 10, 15, 30, 50)
@@ -103,7 +103,7 @@ def sweep(
                     line[short] = summary[f"{column.name}_{long}"]
                 line["reliability"] = summary.get(f"{column.name}_reliability", np.nan)
                 pairs = zip(standing[score.name], values[column.name], strict=True)
-                line["spearman"] = [_spearman(one, other) for one, other in pairs]
+                line["spearman"] = [rank_agreement(one, other) for one, other in pairs]
                 lines.append(pd.DataFrame(line))
     answer = pd.concat(lines, ignore_index=True)
     order = {score.name: place for place, score in enumerate(analyzer.columns)}
@@ -146,12 +146,3 @@ def _banks(capture: Capture, bank: Bank, sizes: Sequence[int] | None, seed: int)
         )
     ends = sorted({int((held < size).sum()) + 1 for size in sizes} - {len(points)}, reverse=True)
     return [bank, *(subset(source, sorted(order[:end].tolist())) for end in ends)]
-
-
-def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman correlation over tokens where both are there; NaN if it is not defined."""
-    both = ~(np.isnan(one) | np.isnan(other))
-    a, b = one[both], other[both]
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(stats.spearmanr(a, b).statistic)

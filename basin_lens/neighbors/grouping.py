@@ -54,6 +54,40 @@ def matched_groups(
     return order[pool.rng.permuted(groups, axis=1)] if len(groups) else groups
 
 
+def nearest_partners(
+    own: tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, "n k"]],
+    others: tuple[Float[np.ndarray, " m"], Int[np.ndarray, " m"], Int[np.ndarray, "m k"]],
+    *,
+    count: int,
+) -> Int[np.ndarray, "n count"]:
+    """For each point, other points nearest in value, all of them of different units and no two with a neighbor in common.
+
+    Several points may have the same partners: nobody is left over because another was served first.
+
+    Args:
+        own: values, units and ids of neighbors of the points that get partners.
+        others: the same of those among whom partners are sought; units and ids are comparable with `own`'s.
+        count: partners of each.
+
+    Returns:
+        indices of `others`, nearest first; a row of -1 where there are too few.
+    """
+    chosen = np.full((len(own[0]), count), -1, np.int64)
+    sets = [frozenset(ids) for ids in others[2].tolist()]
+    for index, (value, unit, ids) in enumerate(zip(own[0], own[1].tolist(), own[2].tolist(), strict=True)):
+        units, taken, partners = {unit}, set(ids), []
+        for other in np.argsort(np.abs(others[0] - value), kind="stable").tolist():
+            if others[1][other] in units or not taken.isdisjoint(sets[other]):
+                continue
+            partners.append(other)
+            if len(partners) == count:
+                chosen[index] = partners
+                break
+            units.add(int(others[1][other]))
+            taken |= sets[other]
+    return chosen
+
+
 def _incidence(neighbors: Int[np.ndarray, "n k"]) -> sparse.csr_array:
     """One row per point, one column per neighbor that any of them has."""
     n, k = neighbors.shape

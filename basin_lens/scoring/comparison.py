@@ -1,5 +1,8 @@
 """Two runs on the same texts, row by row."""
 
+import math
+from collections.abc import Sequence
+
 import pandas as pd
 
 from basin_lens import tables
@@ -28,13 +31,15 @@ def compare(
 ) -> pd.DataFrame:
     """Pair the rows of two runs on the same texts: two models, checkpoints, layers or settings.
 
-    Each run keeps its own G, so what a layer does to everything is taken out of each side by itself.
+    Each run keeps its own G, so what a layer does to everything is taken out of each side by itself. What a score is held against
+    (`tables.reference_error`) has an error on each side, also where both have the same model and neighbors: that of `difference` is
+    both in quadrature, stands in provenance, and is in every interval of `basin_lens.stats`. A run's layer beside itself has none.
 
     Args:
         a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.
         on: a column of both tables; with pairs, a default score's column or an analyzer.
-        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, so that the difference is in
-            the map alone. Needs pairs: a table does not hold its neighbors.
+        frozen_neighbors: the second run measures the neighbors that the first one found, not its own, and crosses the same tokens
+            with one another, so that the difference is in the map alone. Needs pairs: a table does not hold its neighbors.
         layers: with pairs, which layers; None: all that both captures hold.
         seed, progress: with pairs, as for `analyze`.
 
@@ -91,7 +96,21 @@ def compare(
     layer_columns = ["layer_a", "layer_b"] if apart else ["layer"]
     joined = joined[[*layer_columns, *_ROW, f"{column}_a", f"{column}_b"]]
     joined["difference"] = joined[f"{column}_b"] - joined[f"{column}_a"]
-    return tables.noted(tables.with_provenance(joined, *both), frozen_neighbors=frozen_neighbors)
+    answer = tables.noted(tables.with_provenance(joined, *both), frozen_neighbors=frozen_neighbors)
+    return _with_reference_errors(answer, both, column)
+
+
+def _with_reference_errors(joined: pd.DataFrame, both: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
+    """The pairs with the errors of both sides' references, and of the differences, in their provenance."""
+    a, b = (dict(zip(table["layer"].tolist(), tables.reference_error(table, column).tolist(), strict=True)) for table in both)
+    if not any(a.values()) and not any(b.values()):
+        return joined
+    pairs = zip(a, b, strict=True) if "layer_b" in joined else zip(a, a, strict=True)
+    same_run = both[0]["run"].iloc[0] == both[1]["run"].iloc[0]
+    # One run has one reference at a layer; another run, also of the same model and neighbors, drew its own.
+    apart = {str(after): 0.0 if same_run and before == after else math.hypot(a[before], b[after]) for before, after in pairs}
+    sides = {f"{column}_{name}": {str(layer): error for layer, error in side.items()} for name, side in (("a", a), ("b", b))}
+    return tables.with_reference_error(joined, {**sides, "difference": apart})
 
 
 def _facts(table: pd.DataFrame) -> Facts:

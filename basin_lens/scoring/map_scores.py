@@ -5,19 +5,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from torch import Tensor
 
 from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
+from basin_lens.scoring.bank_partners import BankPartners
+from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import Crossed, CrossedPass
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
+from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.search import Searches, SearchResult
@@ -38,6 +39,8 @@ class MapScores:
         passage: the map on the states of this layer.
         found: results of the searches before the map, and behind it where an analyzer needs them.
         keep: the analyzer whose neighbors are kept, if it is one of these.
+        partners: the bank's tokens, for analyzers (by key, `partnered`) whose tokens' partners come from the bank.
+        groups: groups of another run, taken as they are.
     """
 
     def __init__(
@@ -48,9 +51,14 @@ class MapScores:
         passage: BlockMap,
         found: Mapping[SearchSite, SearchResult],
         keep: CloudAnalyzer | None = None,
+        *,
+        partners: BankPartners | None = None,
+        partnered: frozenset[str] = frozenset(),
+        groups: Int[Tensor, "groups g"] | None = None,
     ) -> None:
         self.searches, self.layer, self.plan, self.passage, self.found = searches, layer, plan, passage, found
         self.device = searches.device
+        self._partners, self._partnered, self._frozen_groups = partners, partnered, groups
         count = searches.capture.n_rows
         self.keep = keep if any(a is keep for a in plan.analyzers) else None
         self.neighbors = None if self.keep is None else LayerNeighbors.none(count, self.keep.k)
@@ -111,18 +119,18 @@ class MapScores:
             able = able & self._sampled[a.key]
         options = (site, a.k, a.crossing, a.max_queries)  # analyzers with the same options share the pass
         if options not in self._crossed:
-            self._crossed[options] = CrossedPass(
-                self.searches, self.layer, self.passage, self._surroundings, site.options, self.found[site], a.k, a.crossing
-            )(able)
+            self._crossed[options] = self._pass(a, site)(able)
         crossed = self._crossed[options]
         if a is self.keep:
+            assert self.neighbors is not None
+            self.neighbors = replace(self.neighbors, groups=crossed.rows.cpu().numpy())
             for part in torch.nonzero(able).squeeze(1).split(_GROUPS * a.crossing.group):
                 self._keep(self._neighborhoods(a, part, None, None), part.cpu())
         self._grouped[a.key] = torch.zeros_like(able)
-        self._grouped[a.key][crossed.rows.flatten()] = True
+        self._grouped[a.key][crossed.scored.flatten()] = True
         partners = {column.name: (_nothing(len(able)), _nothing(len(able))) for column in a.columns}
         for groups in torch.arange(len(crossed.rows), device=self.device).split(_GROUPS):
-            at = crossed.rows[groups].flatten()
+            at = crossed.scored[groups].flatten()
             there, seen = at.cpu(), self._neighborhoods(a, at, None, None)
             tables = {kind: table.some(groups) for kind, table in crossed.tables.items()}
             self._note(a, replace(seen, crossed=tables), there, self.answers)
@@ -137,9 +145,21 @@ class MapScores:
             "size": a.crossing.group,
             **crossed.facts(),
             "dimensions_left_out": int((~self._surroundings.ordinary).sum()),
-            "reliability_over_displacements": {c.name: spearman_brown(*self._of_halves[c.name]) for c in a.columns},
-            "reliability_over_partners": {name: spearman_brown(*pair) for name, pair in partners.items()},
+            "reliability_over_displacements": {c.name: _whole(self._of_halves[c.name]) for c in a.columns},
+            "reliability_over_partners": {name: _whole(pair) for name, pair in partners.items()},
         }
+
+    def _pass(self, a: CloudAnalyzer, site: SearchSite) -> CrossedPass:
+        """The crossed tables that an analyzer looks at."""
+        assert a.crossing is not None
+        about = (self._surroundings, site.options)
+        own = Clouds(self.searches, self.layer, self.passage, *about, self.found[site], a.k, a.crossing)
+        bank = None
+        if a.key in self._partnered:
+            assert self._partners is not None
+            bare = self.layer == 0 and site.place == "pre"
+            bank = self._partners.clouds(self.layer, self.plan, *about, a.k, a.crossing, bare=bare)
+        return CrossedPass(own, bank, self._frozen_groups)
 
     def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
         """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""
@@ -270,15 +290,19 @@ class MapScores:
         for a in self.plan.analyzers:
             if "random_contraction" in a.needs:
                 found, sets = self._random[a.exclude]
-                numbers = {"mean": found.mean, "standard_error": found.standard_error}
-                known: Facts = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-                facts.update({column.name: {**known, "sets": sets} for column in a.columns})
+                known: Facts = {"mean": _or_none(found.mean), "standard_error": _or_none(found.standard_error), "sets": sets}
+                facts.update({column.name: known for column in a.columns})
         return facts
+
+    def reference_error(self) -> dict[str, float | None]:
+        """Standard error of the mean of a random sample that columns are held against, by column; None: not defined."""
+        held = [a for a in self.plan.analyzers if "random_contraction" in a.needs]
+        return {column.name: _or_none(self._random[a.exclude][0].standard_error) for a in held for column in a.columns}
 
     def reliability(self) -> dict[str, float | None]:
         """Spearman correlation of each score over disjoint halves of the neighbors, by column."""
         split = [column.name for a in self.plan.analyzers if "halves" in a.needs for column in a.columns]
-        return {name: _spearman(*self._of_halves[name]) for name in split}
+        return {name: _or_none(_agreement(self._of_halves[name])) for name in split}
 
 
 def _looks_behind(a: CloudAnalyzer) -> bool:
@@ -306,20 +330,14 @@ def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return union, list(places.split([t.shape[1] for t in tables_], dim=1))
 
 
-def spearman_brown(first: Tensor, second: Tensor) -> float | None:
-    """Reliability of a whole whose two halves these are, over rows where both are there; None if it is not defined."""
-    both = ~(first.isnan() | second.isnan())
-    a, b = first[both].double().numpy(), second[both].double().numpy()
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    r = float(np.corrcoef(a, b)[0, 1])
-    return 2 * r / (1 + r) if r > -1 else None
+def _agreement(halves: tuple[Tensor, Tensor]) -> float:
+    return rank_agreement(*(half.numpy() for half in halves))
 
 
-def _spearman(first: Tensor, second: Tensor) -> float | None:
-    """Spearman correlation over rows where both are there; None if it is not defined."""
-    both = ~(first.isnan() | second.isnan())
-    a, b = first[both].numpy(), second[both].numpy()
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(stats.spearmanr(a, b).statistic)
+def _whole(halves: tuple[Tensor, Tensor]) -> float | None:
+    return _or_none(spearman_brown(_agreement(halves)))
+
+
+def _or_none(number: float) -> float | None:
+    """A number as JSON has it."""
+    return number if math.isfinite(number) else None

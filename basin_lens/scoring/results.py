@@ -17,11 +17,15 @@ from basin_lens.values import Facts
 
 @dataclass(frozen=True)
 class LayerNeighbors:
-    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none."""
+    """Neighbors behind one score at one layer: bank rows, and distances before and after the block; -1 and NaN: none.
+
+    `groups`: rows of the tokens that were crossed with one another, for a score that crosses them.
+    """
 
     rows: Int[np.ndarray, "rows k"]
     before: Float[np.ndarray, "rows k"]
     after: Float[np.ndarray, "rows k"]
+    groups: Int[np.ndarray, "groups g"] | None = None
 
     @classmethod
     def none(cls, n_rows: int, k: int) -> "LayerNeighbors":
@@ -35,7 +39,8 @@ class KeptNeighbors:
     """Who the neighbors behind one score are: bank rows and distances before and after the block, `[layers, rows, k]`; -1, NaN:
     none.
 
-    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves.
+    `bank`: token, doc, seq and pos of each row of the bank. `own`: whether the bank is the texts themselves. `groups`: by layer, of
+    a score that crosses tokens.
     """
 
     rows: np.ndarray
@@ -44,6 +49,7 @@ class KeptNeighbors:
     bank: pd.DataFrame
     score: str
     own: bool
+    groups: tuple[np.ndarray | None, ...] = ()
 
     @classmethod
     def of(cls, layers: Sequence[LayerNeighbors], bank: Capture, score: str, *, own: bool) -> "KeptNeighbors":
@@ -63,6 +69,7 @@ class KeptNeighbors:
             about,
             score,
             own,
+            tuple(some.groups for some in layers),
         )
 
 
@@ -74,6 +81,7 @@ class LayerScores:
         layer: where.
         values: by column, for each row of the capture; NaN: left out.
         reliability: Spearman correlation over disjoint halves of the neighbors, by column; None: not defined.
+        reference_error: standard error of what a column is held against, by column; None: not defined.
         left_out: how many values are missing, by column and reason.
         facts: route, reason for it, error of the check and affine fit of the layer, by their names in provenance.
         neighbors: behind one score, if they were to be kept.
@@ -82,6 +90,7 @@ class LayerScores:
     layer: int
     values: dict[str, Float[np.ndarray, " rows"]] = field(default_factory=dict)
     reliability: dict[str, float | None] = field(default_factory=dict)
+    reference_error: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
     neighbors: LayerNeighbors | None = None
@@ -94,6 +103,7 @@ class Results:
     plan: Plan
     values: dict[str, Float[np.ndarray, "layers rows"]]
     reliability: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    reference_error: dict[str, dict[str, float | None]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
 
@@ -126,6 +136,8 @@ class Results:
             self.facts.setdefault(name, {})[str(scores.layer)] = fact
         for name, agreement in scores.reliability.items():
             self.reliability[name][str(scores.layer)] = agreement
+        for name, error in scores.reference_error.items():
+            self.reference_error.setdefault(name, {})[str(scores.layer)] = error
         for name, reasons in scores.left_out.items():
             counts = self.left_out[name]
             for reason, count in reasons.items():
@@ -167,6 +179,7 @@ def provenance(
         "left_out": results.left_out,
         **results.facts,
         **({"reliability": results.reliability} if results.plan.of_neighbors else {}),
+        **({"reference_error": results.reference_error} if results.reference_error else {}),
     }
 
 

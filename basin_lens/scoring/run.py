@@ -10,7 +10,8 @@ from basin_lens.capture import Capture
 from basin_lens.errors import CaptureError, TransportError
 from basin_lens.model import HookedModel, full_name, one_side
 from basin_lens.neighbors import Backend
-from basin_lens.scoring.crossed_pass import refuse_few_units
+from basin_lens.scoring.bank_partners import BankPartners
+from basin_lens.scoring.crossed_pass import need_partners
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.map_scores import MapScores
 from basin_lens.scoring.plan import MapPlan, Piece, Plan, SearchSite
@@ -55,14 +56,17 @@ class Run:
         self.model, self.capture, self.bank, self.plan, self.keep = model, capture, bank, plan, keep
         self.external = bank is not capture
         self._refuse_missing_layers()
-        refuse_few_units(capture, plan, asked)
-        self.searches = Searches(model, capture, bank, plan, asked, backend)
+        self.partnered = need_partners(capture, bank, plan, asked)
+        self.searches = Searches(model, capture, bank, plan.largest_k, asked, backend, plan.seed)
+        self.frozen_groups: dict[int, np.ndarray | None] = {}
         if frozen is not None:
             self.searches.frozen = {layer: torch.from_numpy(frozen.rows[index]) for index, layer in enumerate(plan.layers)}
+            self.frozen_groups = dict(zip(plan.layers, frozen.groups, strict=True))
         self.own_states = capture.states_of_model and bank.states_of_model
         self._refuse_two_tables()
         probe = Probe(model, int(capture.lengths.max()))
         self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe
+        self.partners = BankPartners(model, bank, self.probes[1], backend, plan.seed) if self.partnered else None
 
     def facts(self) -> Facts:
         """What provenance says of the bank and of the searches, which add to it while the run lasts."""
@@ -85,9 +89,21 @@ class Run:
         for some in piece.maps:
             passage = maps.map(some.context, some.blocks)
             self._search(layer, some, passage, found)
-            done = MapScores(self.searches, layer, some, passage, found, self.keep)
+            groups = self.frozen_groups.get(layer)
+            done = MapScores(
+                self.searches,
+                layer,
+                some,
+                passage,
+                found,
+                self.keep,
+                partners=self.partners,
+                partnered=self.partnered,
+                groups=None if groups is None else torch.from_numpy(groups).to(self.searches.device),
+            )
             scores.values.update({name: answer.numpy() for name, answer in done.answers.items()})
             scores.reliability.update(done.reliability())
+            scores.reference_error.update(done.reference_error())
             scores.left_out.update(done.left_out())
             for name, facts in (("groups", done.groups), ("random_contraction", done.random_contraction())):
                 if facts:
@@ -119,8 +135,8 @@ class Run:
 
     def _refuse_two_tables(self) -> None:
         """A block is called with one rotary table, that of the longest sequence."""
-        halves = any(a.context in ("attn", "mlp") for a in self.plan.of_neighbors)
-        for name, source in (("capture", self.capture), *([("bank", self.bank)] if halves else [])):
+        called = self.partnered or any(a.context in ("attn", "mlp") for a in self.plan.of_neighbors)
+        for name, source in (("capture", self.capture), *([("bank", self.bank)] if called else [])):
             lengths = source.lengths.tolist()
             boundary = one_side(self.model, lengths)
             if boundary is not None and self.own_states:

@@ -1,5 +1,6 @@
 """Who the neighbors are: every distinct set of neighbor options is searched once, under one set of exclusion rules."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from basin_lens.errors import NeighborError
 from basin_lens.model import HookedModel, device_of, has_absolute_positions, n_context
 from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
-from basin_lens.scoring.plan import Plan, SearchOptions
+from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.token_rows import row_groups
 from basin_lens.values import Facts
 
@@ -34,7 +35,7 @@ class SearchResult:
 class Searches:
     """The searches of a plan over one capture and its bank: tokens, groups and token prefixes of both.
 
-    `largest`: the largest k asked for, by neighbor options.
+    `largest`: the largest k asked for, by neighbor options. `seed`: of every random choice.
 
     Raises:
         NeighborError: a k above the bank, or options under which no token has k candidates.
@@ -45,18 +46,19 @@ class Searches:
         model: HookedModel,
         capture: Capture,
         bank: Capture,
-        plan: Plan,
+        largest: Mapping[SearchOptions, int],
         asked: Bool[Tensor, " rows"],
         backend: Backend,
+        seed: int,
     ) -> None:
-        self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, plan.seed
+        self.model, self.capture, self.bank, self.asked, self.seed = model, capture, bank, asked, seed
         if backend == "faiss":
             flat.load()
         self.backend, self.device = backend, device_of(model)
         self.facts: Facts = {"backend": backend, "exact": backend != "approximate", "recall": {}}
         self.external = bank is not capture
         self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
-        self.largest = plan.largest_k
+        self.largest = largest
         texts = [[s.tokens for s in capture.sequences], [s.tokens for s in bank.sequences]]
         keys = prefix_keys(*texts) if self.external else prefix_keys(texts[0]) * 2
         self.keys = [key.to(self.device) for key in keys]

@@ -1,5 +1,7 @@
 """G_in and G_out: the scale of a layer, against which the variances of neighborhoods are held."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -16,28 +18,16 @@ _SETS = 64  # random sets behind the mean contraction, per layer
 
 def layer_spread(searches: Searches, layer: int, exclude: str, passage: BlockMap) -> tuple[float, float]:
     """G_in and G_out: mean total variance of random bank points before and after the same map."""
-    pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
     if passage.context in ("native", "mlp"):
-        at = pool.to(searches.device)
+        at = torch.nonzero(searches.bank.row_pos > 0).squeeze(1).to(searches.device)
         return float(total_variance(passage.bank_before[at])), float(total_variance(passage.bank_after[at]))
-    generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
-    # Of all tokens, asked for or not: G is a fact about the layer.
-    candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
-    picks = torch.randint(len(candidates), (_QUERIES,), generator=generator, device="cpu")
-    if len(candidates) >= _QUERIES:
-        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_QUERIES]
-    queries = candidates[picks].sort().values
-    groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
     before: list[Float[Tensor, " part"]] = []
     after: list[Float[Tensor, " part"]] = []
-    for part in query_chunks(searches.capture, queries, _POINTS, 16 * _POINTS):
-        rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
-        fewest = min(len(r) for r in rows)
-        if fewest < 2:
+    for part, chosen in _random_sets(searches, layer, exclude, _QUERIES):
+        if chosen.shape[1] < 2:
             return float("nan"), float("nan")
-        chosen = torch.stack([r[:fewest] for r in rows]).to(searches.device)
         before.append(total_variance(passage.bank_before[chosen]))
-        after.append(total_variance(passage.of_rows(part.to(searches.device), chosen)))
+        after.append(total_variance(passage.of_rows(part, chosen)))
     return float(torch.cat(before).mean()), float(torch.cat(after).mean())
 
 
@@ -48,21 +38,11 @@ def random_contraction(
 
     The standard error is over documents, as tokens of one share their context.
     """
-    pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
-    generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
-    candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
-    picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_SETS]
-    groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
     values, documents = [], []
-    for part in query_chunks(searches.capture, candidates[picks].sort().values, _POINTS, 16 * _POINTS):
-        rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
-        fewest = min(len(r) for r in rows)
-        if fewest < 2:
-            continue
-        chosen = torch.stack([r[:fewest] for r in rows]).to(searches.device)
-        images = passage.of_rows(part.to(searches.device), chosen)
-        values.append(log_variance_ratio(passage.bank_before[chosen], images, bank))
-        documents += [searches.capture.docs[int(seq)] for seq in searches.capture.row_seq[part]]
+    for part, chosen in _random_sets(searches, layer, exclude, _SETS):
+        if chosen.shape[1] > 1:
+            values.append(log_variance_ratio(passage.bank_before[chosen], passage.of_rows(part, chosen), bank))
+            documents += [searches.capture.docs[seq] for seq in searches.capture.row_seq[part.cpu()].tolist()]
     ratios = torch.cat(values).double().cpu().numpy() if values else np.empty(0)
     there = ~np.isnan(ratios)
     ratios, names = ratios[there], np.array(documents)[there]
@@ -72,6 +52,23 @@ def random_contraction(
     sums = [float((ratios[names == name] - mean).sum()) for name in np.unique(names)]
     scale = len(sums) / (len(sums) - 1) if len(sums) > 1 else float("nan")
     return RandomContraction(mean, float(np.sqrt(scale * np.square(sums).sum()) / len(ratios))), len(ratios)
+
+
+def _random_sets(
+    searches: Searches, layer: int, exclude: str, count: int
+) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
+    """Seeded tokens, asked for or not (these are facts about the layer), each with random rows of the bank; a part at a time."""
+    pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
+    generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
+    candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
+    picks = torch.randint(len(candidates), (count,), generator=generator, device="cpu")  # of fewer tokens, some several times
+    if len(candidates) >= count:
+        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:count]
+    groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
+    for part in query_chunks(searches.capture, candidates[picks].sort().values, _POINTS, 16 * _POINTS):
+        rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
+        fewest = min(len(r) for r in rows)
+        yield part.to(searches.device), torch.stack([r[:fewest] for r in rows]).to(searches.device)
 
 
 def _random_rows(

@@ -1,7 +1,7 @@
 """Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
 import numpy as np
@@ -29,6 +29,8 @@ class Rows:
 
     Codes count from 0 over the whole table, so that they are the same at every layer. Texts that are copies of others are not among
     the rows; `copies` says how many. `fold`: units, those that share copies under whatever labels in one: for splits.
+    `reference_error`: standard error of what a column is held against, for columns that have a reference: it is in the mean of the
+    rows, and not in differences between them, slopes or ranks.
     """
 
     layer: object  # an int, or pandas' NA in a table without layers
@@ -40,6 +42,7 @@ class Rows:
     fold: Int[np.ndarray, " rows"]
     copies: str
     infinite: int = 0  # rows left out because a value was infinite
+    reference_error: Mapping[str, float] = field(default_factory=dict)
 
     def where(self, keep: Bool[np.ndarray, " rows"] | Int[np.ndarray, " kept"]) -> "Rows":
         """The rows marked, or those at these places."""
@@ -121,6 +124,7 @@ def split(
     if layers is not None:
         there = asked_layers(table, layers)
     values = {name: numbers(table, name) for name in columns}
+    errors = {name: tables.reference_error(table, name) for name in columns}
     texts = {name: table[name].to_numpy(dtype=object) for name in labels}
     whole = Rows(pd.NA, values, texts, sequence, found.units, found.documents, found.folds, found.note)
     order = np.lexsort((sequence, layered))
@@ -128,7 +132,8 @@ def split(
     ends = np.searchsorted(layered[order], there, side="right").tolist()
     for layer, first, last in zip(there, starts, ends, strict=True):
         at = order[first:last]
-        rows = whole.where(at[found.keep[at]])
+        of_reference = {name: float(error[at].max()) for name, error in errors.items() if len(at) and error[at].any()}
+        rows = replace(whole.where(at[found.keep[at]]), reference_error=of_reference)
         yield replace(rows, layer=layer) if "layer" in table.columns else rows
 
 

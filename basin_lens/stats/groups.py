@@ -27,9 +27,11 @@ from basin_lens.stats.results import (
     Line,
     Procedure,
     assemble,
+    constant_values,
     joined,
     max_t_labels,
     max_t_signs,
+    shared_error,
     side_by_side,
     toned,
 )
@@ -58,7 +60,7 @@ def compare_groups(
 
     Tokens are averaged within a sequence, sequences within a unit. Unpaired (memorized against novel texts): labels are exchanged
     between units; statistic: Welch's t. Paired (function against content words, or two spans, in the same texts): the difference
-    within each sequence; signs of units are flipped.
+    within each sequence; signs of units are flipped. The error of a score's reference is the same in both groups, and cancels.
 
     Args:
         table: from `analyze`, of one run, or from `compare` (score `difference`) with a label.
@@ -208,6 +210,9 @@ def before_after(
 ) -> pd.DataFrame:
     """Does a score change between two runs on the same texts? By flipping the signs of whole units.
 
+    The error of a column's reference (see `tables.reference_error`; of `compare`'s `difference`, that of both runs) is in the
+    interval, in p and in Hedges g's interval; Cliff's delta counts units as they were measured.
+
     Args:
         pairs: from `basin_lens.compare`; any table with columns of differences will do.
         on: columns of differences (after less before).
@@ -237,14 +242,18 @@ def before_after(
     for name in names:
         for every in split(pairs, [name], layers=layers, unit=unit):
             rows = every.finite(name)
-            if constant(rows.values[name]):
+            error = rows.reference_error.get(name, 0.0)
+            if constant(rows.values[name]) and not (error > 0 and len(rows.sequence)):
                 lines.append(procedure.constant_line(rows, name, name, **dict.fromkeys(SIZES, np.nan)))
                 columns.append((np.empty(0, int), np.empty(0)))
                 continue
             codes, values = rows.unit_means(name)
             enough(len(codes), FEWEST, f"units ({unit})")
-            lines.append(procedure.line(rows, name, **paired_test(Parts(codes, values), n_resamples, seed)))
-            columns.append((codes, values))
+            parts = Parts(codes, values, inflation=shared_error(values, error), shared=error)
+            lines.append(procedure.line(rows, name, **paired_test(parts, n_resamples, seed)))
+            # Nobody, where the reference's error is not known, or all there is.
+            known = slice(0 if np.isnan(parts.inflation) or constant_values(values) else None)
+            columns.append((codes[known], toned(values, parts.inflation)[known]))
     refuse_constant(lines, names)
     adjusted = max_t_signs(side_by_side(columns)[0], n_resamples, seed) if correction == "max-t" else None
     return assemble(pairs, lines, correction, adjusted)

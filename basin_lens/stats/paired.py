@@ -19,13 +19,17 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class Parts:
-    """Codes of units, their parts of an effect that is their mean, their shares in it (None: equal ones); see `projection.Left`."""
+    """Codes of units, their parts of an effect that is their mean, their shares in it (None: equal ones); see `projection.Left`.
+
+    `shared`: an error that all values share (see `tables.reference_error`), which is in `inflation` where the values differ.
+    """
 
     codes: Int[np.ndarray, " units"]
     values: Float[np.ndarray, " units"]
     shares: Float[np.ndarray, " units"] | None = None
     inflation: float = 1.0
     note: str = ""
+    shared: float = 0.0
 
 
 def in_both(rows: Rows, is_first: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -74,18 +78,26 @@ def _mean(x: np.ndarray, axis: int = -1) -> np.ndarray:
 def paired_test(parts: Parts, n_resamples: int, seed: int) -> Line:
     """The mean of the units' values; with equal shares, Student's interval."""
     values, n = parts.values, len(parts.values)
-    plain = interval_and_p(values)
+    plain = interval_and_p(values, parts.inflation)
     answer: Line = {**plain.columns(), **dict.fromkeys(SIZES, np.nan), "n_first": n, "n_second": n}
     if not n:
         return answer | {"note": ""}  # the parts' own says why
     if constant_values(values):
-        return answer | {"note": "the difference is the same in every unit"}
+        same = "the difference is the same in every unit"
+        if not parts.shared > 0:
+            return answer | {"note": same}
+        wide = stats.t.ppf(0.975, n - 1) * parts.shared
+        p = 2 * stats.t.sf(abs(plain.estimate) / parts.shared, n - 1)
+        ends = {"low": plain.estimate - wide, "high": plain.estimate + wide, "p": float(p)}
+        return answer | ends | {"note": f"{same}: the error is the reference's alone (Student's t)"}
+    if np.isnan(parts.inflation):
+        return answer  # with its note
     tested = toned(values, parts.inflation)
     test = stats.permutation_test((tested,), _mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples, rng=seed)
     error, degrees = cluster_error(values, np.full(n, 1 / n) if parts.shares is None else parts.shares)
     wide = stats.t.ppf(0.975, degrees) * error * np.sqrt(parts.inflation)
     g = plain.estimate / (error * np.sqrt(n)) * (1 - 3 / (4 * n - 5))
-    wide_g = stats.norm.ppf(0.975) * np.sqrt(1 / n + g**2 / (2 * n))
+    wide_g = stats.norm.ppf(0.975) * np.sqrt(parts.inflation / n + g**2 / (2 * n))
     signs = interval_and_p(np.sign(values))
     return answer | {
         "low": plain.estimate - wide,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from basin_lens.errors import TableError
 from basin_lens.stats.design import FEWEST, WhichLayers, enough, names_of, refuse_constant, split, without_rounding
-from basin_lens.stats.results import Correction, Estimate, Procedure, assemble, interval_and_p
+from basin_lens.stats.results import Correction, Estimate, Procedure, assemble, interval_and_p, shared_error
 from basin_lens.values import whole_numbers
 
 
@@ -35,7 +35,7 @@ def quartile_table(
 
     Returns:
         one row per (layer, score, quartile), from 1 (lowest) on, and one with quartile `4 - 1`: the mean over units, with Student's
-        95 % interval; p of the difference only (one-sample t-test of unit differences).
+        95 % interval, the error of the score's reference in it; p of the difference only (one-sample t-test of unit differences).
 
     Raises:
         TableError: several runs, missing columns, a column that is constant at every layer. StudyError: fewer than 6 units.
@@ -72,10 +72,11 @@ def quartile_table(
             enough(rows.counts()["n_units"], FEWEST, f"units ({unit}) with sequences of at least {2 * parts} scored tokens")
             for index in range(1, parts + 1):
                 held = rows.where(rows.values["_part"] == index)
-                found = interval_and_p(held.unit_means(score)[1])
+                means_of = held.unit_means(score)[1]
+                found = interval_and_p(means_of, shared_error(means_of, rows.reference_error.get(score, 0.0)))
                 answer = found.columns() | {"p": np.nan, "null": np.nan, "note": found.note or "a mean, not a test"}
                 lines.append(means.line(held, score, against=by, quartile=str(index), **answer))
-            # Of the sequences that have both: ties can leave a quartile empty.
+            # Of the sequences that have both: ties can leave a quartile empty. A reference is in both, and cancels.
             ends = [rows.sequence[rows.values["_part"] == index] for index in (1, parts)]
             rows = rows.where(np.isin(rows.sequence, np.intersect1d(*ends)))
             rows = rows.where((rows.values["_part"] == 1) | (rows.values["_part"] == parts))

@@ -22,6 +22,8 @@ _ANSWER = ("test", "effect", "estimate", "low", "high", "null", "p", "p_correcte
 _ALWAYS = (*_SIZE, *_ANSWER)
 _NAN = float("nan")
 
+NO_ERROR = "the error of the score's reference was not measured: no interval and no p"
+
 # A row of results by column; those that begin with _ are for `assemble` and `refuse_constant` alone.
 Line = dict[str, object]
 
@@ -282,16 +284,25 @@ def _exceeding(observed: np.ndarray, resampled: Callable[[int], np.ndarray], n_r
 def interval_and_p(values: Float[np.ndarray, " units"], inflation: float = 1.0) -> Estimate:
     """Mean of independent values, Student's 95 % interval and p-value against 0; NaN, and a note, where the values do not differ.
 
-    `inflation`: of the mean's variance, where the values are not quite independent (see `projection.Left`).
+    `inflation`: of the mean's variance, where the values are not quite independent (see `projection.Left`), or share an error (see
+    `shared_error`).
     """
     mean = float(np.mean(values)) if len(values) else _NAN
     if len(values) < 2:
         return Estimate(mean, note=f"{len(values)} units: no interval and no p")
     if constant_values(values):
         return Estimate(mean, note="the units do not differ: no interval and no p")
+    if np.isnan(inflation):
+        return Estimate(mean, note=NO_ERROR)
     test = stats.ttest_1samp(toned(values, inflation), 0.0)
     wide = stats.t.ppf(0.975, len(values) - 1) * np.sqrt(inflation * np.var(values, ddof=1) / len(values))
     return Estimate(mean, float(mean - wide), float(mean + wide), float(test.pvalue))
+
+
+def shared_error(values: Float[np.ndarray, " units"], error: float) -> float:
+    """Inflation of the variance of a mean whose values share an error (see `tables.reference_error`), added in quadrature."""
+    variance = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
+    return float(1 + error**2 / variance) if error and variance > 0 else 1.0
 
 
 def toned(values: Float[np.ndarray, " units"], inflation: float) -> Float[np.ndarray, " units"]:

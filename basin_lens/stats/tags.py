@@ -22,7 +22,7 @@ from basin_lens.stats.design import (
 )
 from basin_lens.stats.projection import EXPLAINED
 from basin_lens.stats.remembering import sharing
-from basin_lens.stats.results import Correction, Estimate, Line, Procedure, assemble, interval_and_p, joined
+from basin_lens.stats.results import Correction, Estimate, Line, Procedure, assemble, interval_and_p, joined, shared_error
 from basin_lens.stats.tag_tests import by_sequence, by_type, centered, min_f
 from basin_lens.values import whole_numbers
 
@@ -267,7 +267,9 @@ def tag_means(
 def _mean_of_tag(part: Rows, score: str, values: np.ndarray, explained: bool) -> Line:
     """The mean of one tag and its deviation, `_off`; `values`: of all tags."""
     off, whole = (part.unit_means(name)[1] for name in ("_off", score))
-    found, mean = interval_and_p(without_rounding(off, values)), interval_and_p(whole)
+    # A reference is in the tag's mean, and cancels in its deviation.
+    inflation = shared_error(whole, part.reference_error.get(score, 0.0))
+    found, mean = interval_and_p(without_rounding(off, values)), interval_and_p(whole, inflation)
     own: Line = {"mean": mean.estimate, "mean_low": mean.low, "mean_high": mean.high}
     if explained:
         return Estimate(note=EXPLAINED).columns() | dict.fromkeys(own, np.nan)

@@ -1,7 +1,8 @@
 """Tidy tables: one row per (layer, token), and where it came from.
 
 `schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py`
-the files that keep both. `distinct.py` finds the rows of copied texts, `summary.py` has means by layer.
+the files that keep both. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
+`summary.py` has means by layer.
 """
 
 from basin_lens.tables.files import csv_text, is_saved, load, save, save_csv
@@ -24,6 +25,7 @@ from basin_lens.tables.frame import (
     with_provenance,
     without_provenance,
 )
+from basin_lens.tables.references import reference_error, with_reference_error
 from basin_lens.tables.schema import Column, Provenance
 from basin_lens.tables.summary import interval, layer_summary
 from basin_lens.values import KEYS, Facts
@@ -48,6 +50,7 @@ __all__ = [
     "merge",
     "noted",
     "provenance",
+    "reference_error",
     "require",
     "runs",
     "save",
@@ -56,5 +59,6 @@ __all__ = [
     "select",
     "with_columns",
     "with_provenance",
+    "with_reference_error",
     "without_provenance",
 ]

@@ -45,7 +45,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("precision", "texts", "neighbors", "queries"), str),
     **dict.fromkeys(("layers", "analyzers", "controls", "read_again_for"), list),
     **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study"), dict),
-    **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability"), dict),
+    **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error"), dict),
 }
 
 
@@ -74,6 +74,8 @@ class Provenance:
         check_error: how far the block is from the captured states, by layer.
         affine_fit: fit of the affine map, by layer and number of blocks.
         reliability: Spearman correlation of a column over disjoint halves of the neighbors, by column and layer.
+        reference_error: standard error of the reference that a column is held against, by column and layer; see
+            `tables.reference_error`.
         study: settings of the study that made the table.
         others: further facts by name, as they are in JSON.
 
@@ -104,6 +106,7 @@ class Provenance:
     check_error: Mapping[str, float | int | None] | None = None
     affine_fit: Mapping[str, Facts] | None = None
     reliability: Mapping[str, Mapping[str, float | int | None]] | None = None
+    reference_error: Mapping[str, Mapping[str, float | int | None]] | None = None
     study: Facts | None = None
     others: Facts = field(default_factory=dict)
 
@@ -139,3 +142,12 @@ class Provenance:
         """Correlation of a column over disjoint halves of the neighbors at one layer; NaN where it was not measured."""
         value = (self.reliability or {}).get(name, {}).get(str(layer))
         return float("nan") if value is None else float(value)
+
+    def error_of_reference(self, name: str, layer: object = None) -> float:
+        """Standard error of a column's reference at one layer (None: the largest); 0 without one, NaN where it was not measured."""
+        by_layer = (self.reference_error or {}).get(name)
+        if by_layer is None:
+            return 0.0
+        errors = list(by_layer.values()) if layer is None else [by_layer.get(str(layer))]
+        known = [float(error) for error in errors if error is not None]
+        return max(known) if known and len(known) == len(errors) else float("nan")

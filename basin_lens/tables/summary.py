@@ -9,6 +9,7 @@ from scipy import stats
 from basin_lens.errors import TableError
 from basin_lens.tables.distinct import documents_once
 from basin_lens.tables.frame import assign, provenance, require, scores, select
+from basin_lens.tables.references import reference_error
 from basin_lens.tables.schema import Provenance
 
 
@@ -16,7 +17,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
 
     Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
-    with fewer than two documents. Of texts that are copies of one another, one counts.
+    with fewer than two documents. Of texts that are copies of one another, one counts. The error of a score's reference (see
+    `tables.reference_error`) is in its interval.
     `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
     neighbors (only for scores that have one).
 
@@ -26,7 +28,7 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
 
     Returns:
         columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens)
-        and `_reliability`.
+        and `_reliability`; `_reference_error` of a score that has a reference.
 
     Raises:
         TableError: several runs, or an unknown column.
@@ -40,6 +42,7 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     # One text several times is one document: its copies would narrow the interval.
     found = documents_once(table)
     table = select(assign(table, _document=found.documents), found.keep)
+    of_reference = {name: reference_error(table, name) for name in names if name in (facts.reference_error or {})}
     by_sequence = table.groupby(["layer", "_document", "doc", "seq"], sort=True)[names].mean()
     by_document = by_sequence.groupby(level=["layer", "_document"]).mean()
     lines = []
@@ -52,7 +55,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
         }
         for name in names:
             means = by_document[name].xs(layer, level="layer").dropna()
-            low, high = interval(means.to_numpy())
+            error = of_reference[name][(table["layer"] == layer).to_numpy()].max() if name in of_reference else 0.0
+            low, high = interval(means.to_numpy(), error=error)
             line |= {
                 f"{name}_mean": means.mean() if len(means) else np.nan,
                 f"{name}_low": low,
@@ -61,16 +65,18 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
             }
             if name in (facts.reliability or {}):
                 line[f"{name}_reliability"] = facts.half_reliability(name, layer)
+            if name in of_reference:
+                line[f"{name}_reference_error"] = float(error)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of independent values; NaN with fewer than two."""
+def interval(values: np.ndarray, level: float = 0.95, error: float = 0.0) -> tuple[float, float]:
+    """Student's t interval of the mean of independent values; NaN with fewer than two.
+
+    `error`: a standard error that all values share (see `tables.reference_error`), added in quadrature to that of their mean.
+    """
     if len(values) < 2:
         return float("nan"), float("nan")
-    error = stats.sem(values)
-    if error == 0:
-        return float(values.mean()), float(values.mean())
-    low, high = stats.t.interval(level, len(values) - 1, loc=values.mean(), scale=error)
-    return float(low), float(high)
+    wide = float(np.hypot(stats.sem(values), error) * stats.t.isf((1 - level) / 2, len(values) - 1))
+    return float(values.mean()) - wide, float(values.mean()) + wide

@@ -12,7 +12,7 @@ R0, rerunning the model with a hook, is the oracle (`model.rerun_with_state`).
 
 from basin_lens.transport.affine import AffineFit, affine_fit
 from basin_lens.transport.maps import CONTEXTS, BlockMap, Context, LayerMaps, solo_images
-from basin_lens.transport.patched import PatchedBlock, query_chunks, rows_per_call
+from basin_lens.transport.patched import PatchedBlock, chunk_places, query_chunks, rows_per_call
 from basin_lens.transport.probe import Probe, why_not_packed
 from basin_lens.transport.proof import Proof, check, prove
 
@@ -27,6 +27,7 @@ __all__ = [
     "Proof",
     "affine_fit",
     "check",
+    "chunk_places",
     "prove",
     "query_chunks",
     "rows_per_call",

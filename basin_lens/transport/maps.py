@@ -8,6 +8,7 @@
 `affine`   a global affine fit of the block: the linear null
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -175,11 +176,14 @@ class LayerMaps:
         return _pointwise(context, own, own_post, bank, bank_post, fit(bank), fit)
 
     def _feed_forward(self, states: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """No position enters, so states stand in whatever batch is full: one sequence, or many of one token."""
         length = self.probes[0].length
-        call = self.probes[0].call(self.layer)
-        padded = torch.cat([states, states[:1].expand(-len(states) % length, -1)])
+        shape = (1, length) if len(states) <= length else (_SOLO_ROWS, 1)
+        call = self.probes[0].call(self.layer, *shape)
+        padded = torch.cat([states, states[:1].expand(-len(states) % math.prod(shape), -1)])
         with measuring(self.model):
-            answers = [feed_forward(self.model, self.layer, call, part[None])[0] for part in padded.split(length)]
+            batches = padded.view(-1, *shape, states.shape[1])
+            answers = [feed_forward(self.model, self.layer, call, batch).flatten(0, 1) for batch in batches]
         return torch.cat(answers)[: len(states)]
 
 

@@ -242,10 +242,16 @@ class PatchedBlock:
 
 def query_chunks(capture: Capture, queries: Int[Tensor, " q"], points_per_query: int, rows: int) -> Iterator[Int[Tensor, " part"]]:
     """Queries in parts that fill one block call each, a few neighboring positions of many sequences at a time."""
+    for places in chunk_places(capture, queries, points_per_query, rows):
+        yield queries[places]
+
+
+def chunk_places(capture: Capture, queries: Int[Tensor, " q"], points_per_query: int, rows: int) -> Iterator[Int[Tensor, " part"]]:
+    """The same parts, as places in the list of queries, of which one may be there several times."""
     at = queries.cpu()
     seq, pos = capture.row_seq[at], capture.row_pos[at]
     width = len(capture.sequences)
     order = ((seq // _SEQUENCES_AT_ONCE) * (int(capture.lengths.max()) + 1) + pos // _POSITIONS_AT_ONCE) * width + seq
     size = rows // max(1, points_per_query)
     size = size - size % _POSITIONS_AT_ONCE if size > _POSITIONS_AT_ONCE else max(1, size)
-    yield from queries[order.argsort(stable=True).to(queries.device)].split(size)
+    yield from order.argsort(stable=True).to(queries.device).split(size)

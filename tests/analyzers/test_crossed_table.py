@@ -8,7 +8,7 @@ import torch
 
 from basin_lens.analyzers import CrossedTable
 from basin_lens.analyzers.crossed_table import partner_masks
-from basin_lens.scoring.map_scores import spearman_brown
+from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from tests.scoring.crossed import parts_by_loops
 
 
@@ -45,12 +45,21 @@ def test_halves_of_the_partners_share_no_cell_but_the_tokens_own(size):
 
 
 def test_reliability_is_that_of_the_whole():
-    """Two halves, each signal and as much noise: the whole has half the noise variance."""
-    g = torch.Generator().manual_seed(0)
-    signal = torch.randn(20_000, generator=g)
-    halves = [signal + torch.randn(20_000, generator=g) for _ in (0, 1)]
-    assert spearman_brown(*halves) == pytest.approx(1 / (1 + 1 / 2), abs=0.02)
-    assert spearman_brown(signal, signal) == pytest.approx(1)
-    assert spearman_brown(signal[:2], signal[:2]) is None
-    assert spearman_brown(signal, torch.ones(20_000)) is None
-    assert spearman_brown(torch.cat([signal, signal[:1] * torch.nan]), torch.cat([signal, signal[:1]])) == pytest.approx(1)
+    """Two halves, each signal and as much noise: the whole has half the noise variance. By ranks: 6 / pi asin(r / 2) of normals."""
+    rng = np.random.default_rng(0)
+    signal = rng.normal(size=20_000)
+    halves = [signal + rng.normal(size=20_000) for _ in (0, 1)]
+    half = rank_agreement(*halves)
+    assert half == pytest.approx(6 / np.pi * np.arcsin(1 / 4), abs=0.01)
+    assert spearman_brown(half) == pytest.approx(2 * half / (1 + half))
+    assert [rank_agreement(signal, signal), spearman_brown(1.0)] == pytest.approx([1, 1])
+    assert np.isnan([rank_agreement(signal[:2], signal[:2]), rank_agreement(signal, np.ones(20_000)), spearman_brown(-1.0)]).all()
+    assert rank_agreement(np.append(signal, np.nan), np.append(signal, signal[0])) == pytest.approx(1)
+
+
+def test_a_few_outliers_do_not_make_a_score_reliable():
+    """Two halves of noise with 5 tokens in common of 2,000: their values correlate, their ranks do not."""
+    first, second = np.random.default_rng(1).normal(size=(2, 2000))
+    first[:5] = second[:5] = 40 + np.arange(5)
+    assert np.corrcoef(first, second)[0, 1] > 0.7
+    assert abs(rank_agreement(first, second)) < 0.1

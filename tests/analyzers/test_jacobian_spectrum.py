@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import digamma
 
 import basin_lens as bl
 from basin_lens import model as door
@@ -53,6 +54,22 @@ def test_a_linear_map_by_its_formulas():
     assert got["participation_ratio"] == near(np.full(Q, (s**2).sum() ** 2 / (s**4).sum()), abs=1e-3)
     departure = math.sqrt(((s**2).sum() - (np.abs(eigenvalues) ** 2).sum()) / (s**2).sum())
     assert got["nonnormality"] == near(np.full(Q, departure), abs=1e-3)
+
+
+def test_random_linear_maps_have_the_spectrum_of_random_matrices():
+    """Normal entries of variance 1/d. Exact: mean log|det| / d; for large d: singular values' participation d/2 (Marchenko-Pastur), departure
+    from normality sqrt(1/2) (the circular law), and a span that the map does not know holds its share of the dimensions."""
+    volumes, others = [], []
+    for seed in range(40):
+        matrix = torch.randn(D, D, generator=torch.Generator().manual_seed(seed)) / math.sqrt(D)
+        got = values(linear(matrix), seed=seed)
+        volumes.append(got["log_volume"][0])
+        others.append([got["participation_ratio"][0] / D, got["nonnormality"][0], got["neighborhood_share"].mean() / (4 / D)])
+    exact = (digamma(np.arange(1, D + 1) / 2) + math.log(2 / D)).sum() / (2 * D)
+    assert abs(np.mean(volumes) - exact) < 4 * np.std(volumes) / math.sqrt(40)
+    means, errors = np.mean(others, axis=0), np.std(others, axis=0) / math.sqrt(40)
+    assert (errors < 0.03).all()
+    assert (abs(means - [0.5, math.sqrt(0.5), 1]) < 4 * errors + [0.06, 0.04, 0]).all()  # d is 12
 
 
 def test_a_symmetric_map_is_normal_and_a_shift_of_axes_is_not():

@@ -134,6 +134,34 @@ def test_options_without_meaning_are_refused(options, word):
         A.DirectionalContraction(**options).check()
 
 
+@pytest.mark.parametrize("f", [torch.tanh, lambda x: x * x.square().sum(-1, keepdim=True) / 40], ids=["bends", "stretches"])
+def test_isotropic_neighborhoods_in_an_isotropic_bank_have_no_direction(f):
+    """Their displacements are as generic as the bank's pairs, whatever the block: the mean over 400 tokens is 0 within its error."""
+    got = value(A.DirectionalContraction(), isotropic(f))
+    error = got.std(ddof=1) / math.sqrt(len(got))
+    assert 0 < error < 0.02
+    assert abs(got.mean()) < 4 * error
+
+
+def test_and_a_line_among_them_has_one():
+    """The same places and sizes, all displacements along one axis that the block shrinks."""
+    cloud = isotropic(lambda x: torch.cat([0.5 * x[..., :1], x[..., 1:]], dim=-1))
+    center = cloud.neighbors.mean(1, keepdim=True)
+    line = torch.zeros_like(cloud.neighbors)
+    line[..., 0] = (cloud.neighbors - center)[..., 0]
+    cloud = replace(cloud, neighbors=center + line, images=cloud.block(center + line))
+    assert (value(A.DirectionalContraction(), cloud) > 1).all()
+
+
+def isotropic(f, q=400):
+    """Normal states without a favorite direction, and neighborhoods of the same shape at places drawn from them."""
+    g = torch.Generator().manual_seed(11)
+    states = torch.randn(600, D, generator=g)
+    neighbors = states[:q, None] + 0.5 * torch.randn(q, 15, D, generator=g)
+    bank = Surroundings(states, f(states))
+    return replace(family_cloud(f, q=q), neighbors=neighbors, images=f(neighbors), block=f, bank=bank)
+
+
 # -- through analyze ------------------------------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ PARTS = {
     "neighbors' states": (["map_scores.py:_neighborhoods"], []),
     "scores": ([f"/{name}.py:measure" for name in ("compression", "contraction", "raw_compression", "neighborhood")], []),
     "halves of the neighbors, but for the scores": (["contract.py:split_half"], []),
-    "reliability": (["map_scores.py:_spearman"], []),
+    "reliability": (["reliability.py:rank_agreement"], []),
     "table": (["tables/__init__.py:build", "token_rows.py:row_facts"], []),
     "fingerprint of the model": (["identity.py:fingerprint"], []),
 }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from basin_lens.neighbors.grouping import matched_groups
+from basin_lens.neighbors.grouping import matched_groups, nearest_partners
 
 SIZE = 4
 
@@ -144,3 +144,20 @@ def test_many_points_take_no_matrix_of_all_of_them():
     groups = grouped(values, units, neighbors, keys)
     check(groups, units, neighbors)
     assert groups.size > 0.97 * len(values)
+
+
+def test_partners_are_the_nearest_that_may_meet():
+    """Against a loop over all points in order of distance."""
+    rng = np.random.default_rng(3)
+    own, others = ((rng.normal(size=n), rng.integers(0, 9, n), rng.integers(0, 60, (n, 3))) for n in (12, 80))
+    chosen = nearest_partners(own, others, count=3)
+    assert (chosen >= 0).all()
+    for index, row in enumerate(chosen.tolist()):
+        units, taken, expected = {own[1][index]}, set(own[2][index]), []
+        for other in sorted(range(80), key=lambda o: abs(others[0][o] - own[0][index])):
+            if len(expected) < 3 and others[1][other] not in units and not taken & set(others[2][other]):
+                expected.append(other)
+                units.add(others[1][other])
+                taken |= set(others[2][other])
+        assert row == expected
+    assert (nearest_partners(own, tuple(each[:2] for each in others), count=3) == -1).all()

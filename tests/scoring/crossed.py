@@ -8,6 +8,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens.analyzers import CloudScore, Column, Crossing, Surroundings
+from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import CrossedPass
 from basin_lens.scoring.plan import Plan, SearchOptions
 from basin_lens.scoring.search import Searches
@@ -62,7 +63,7 @@ class World:
         self.after = torch.randn(count, d, generator=g)
         asked = torch.ones(count, dtype=torch.bool)
         plan = Plan((1,), 3, (Parts(),), seed=seed)
-        self.searches = Searches(llama, self.capture, self.capture, plan, asked, "auto")
+        self.searches = Searches(llama, self.capture, self.capture, plan.largest_k, asked, "auto", seed)
         self.options = SearchOptions.of(Parts())
         self.found = self.searches.find(self.options, 1, self.states, self.states)
         in_bank = self.capture.row_pos > 0
@@ -76,8 +77,8 @@ class World:
 
         passage = BlockMap("patched", self.states, self.after, self.states, self.after, nothing, f)
         crossing = Crossing(size, scale, displaced)
-        crossed = CrossedPass(self.searches, 1, passage, self.bank, self.options, self.found, K, crossing)
-        return crossed(self.found.near.rows[:, K - 1] >= 0)
+        clouds = Clouds(self.searches, 1, passage, self.bank, self.options, self.found, K, crossing)
+        return CrossedPass(clouds)(self.found.near.rows[:, K - 1] >= 0)
 
     def cloud(self, row):
         near = self.states[self.found.near.rows[row]]

@@ -99,6 +99,24 @@ def test_frozen_neighbors_are_crossed_too(llama, capture):
     assert pairs.difference.notna().mean() > 0.5
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_another_model_crosses_the_same_groups_if_they_are_frozen(monkeypatch, frozen):
+    kept = []
+
+    class Watched(CrossedPass):
+        def __call__(self, able):
+            found = super().__call__(able)
+            kept.append(found.rows.tolist())
+            return found
+
+    monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Watched)
+    models = [make_bridge("llama", seed=seed) for seed in (0, 1)]
+    pairs = [(model, bl.Capture.from_texts(model, random_tokens(8, 12), progress=False)) for model in models]
+    bl.compare(*pairs, on=Parts(displaced=("neighbors",)), frozen_neighbors=frozen, layers=[1, 2], progress=False)
+    assert len(kept) == 4 and len(kept[0]) > 10
+    assert (kept[:2] == kept[2:]) == frozen
+
+
 # -- an independent computation -------------------------------------------------------------------------------------------------
 
 

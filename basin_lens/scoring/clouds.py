@@ -1,0 +1,137 @@
+"""Tokens with neighborhoods: where these are, what displaces their centroids, and what the map makes of states there."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from basin_lens.analyzers import Crossing, Displaced, Surroundings, total_variance
+from basin_lens.analyzers.contract import log_or_nan
+from basin_lens.neighbors.choices import random_sets
+from basin_lens.scoring.plan import SearchOptions
+from basin_lens.scoring.search import Searches, SearchResult
+from basin_lens.transport import BlockMap
+
+_TOKENS = 256  # clouds held at once where only their variance is asked for
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """The tokens of one capture (the texts', or the bank's own) at one layer, and their clouds.
+
+    Attributes:
+        searches: the searches among the bank's rows for these tokens.
+        layer: where the map begins.
+        passage: the map at these tokens.
+        bank: the bank's states around the map: what its ordinary dimensions are measured on.
+        options: under which the neighbors were found.
+        found: who the neighbors are.
+        k: how many of them count.
+        crossing: what is crossed.
+    """
+
+    searches: Searches
+    layer: int
+    passage: BlockMap
+    bank: Surroundings
+    options: SearchOptions
+    found: SearchResult
+    k: int
+    crossing: Crossing
+
+    def near(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
+        """Rows of the bank that are these tokens' neighbors."""
+        return self.found.near.rows[rows, : self.k]
+
+    def neighbor_keys(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
+        """Neighbors told apart: equal keys are one neighbor."""
+        return self.found.bank.key[self.near(rows)]
+
+    def log_variance(self, rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """log V_in of these tokens' neighborhoods; NaN where it is rounding."""
+        parts = [self.log_before(self.of("neighbors", part)[1])[0] for part in rows.split(_TOKENS)]
+        return torch.cat(parts) if parts else torch.empty(0, device=rows.device)
+
+    def of(self, kind: Displaced, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
+        """Centers and displacements of these tokens' clouds."""
+        known: dict[Displaced, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+            "neighbors": self._neighbors,
+            "random_sets": self._random_sets,
+            "isotropic": self._isotropic,
+        }
+        return known[kind](rows)
+
+    def _neighbors(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
+        return _centered(self.passage.bank_before[self.near(rows)])
+
+    def _random_sets(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
+        chosen = self._random_rows[rows]
+        assert bool((chosen >= 0).all())  # who has k neighbors has k random points, under the same rules
+        return _centered(self.passage.bank_before[chosen])
+
+    @cached_property
+    def _random_rows(self) -> Int[Tensor, "rows k"]:
+        """Random rows of the bank for each row of the capture, under the rules for its neighbors; -1 for rows not searched."""
+        found, seed = self.found, (self.searches.seed * 1_000_003 + self.layer) % 2**63
+        same_token, distinct = self.options.same_token, self.options.exclude != "nothing"
+        chosen = random_sets(found.queries, found.bank, self.k, same_token=same_token, distinct=distinct, seed=seed)
+        rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
+        rows[found.at] = chosen
+        return rows
+
+    def _isotropic(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
+        """Displacements in random directions, each as long in the ordinary dimensions as one of the neighbors'."""
+        center, moves = self._neighbors(rows)
+        drawn = [
+            np.random.default_rng([self.searches.seed, self.layer, key]).standard_normal(moves.shape[1:], dtype=np.float32)
+            for key in self.keys[rows.cpu()].tolist()
+        ]
+        random = torch.from_numpy(np.stack(drawn)).to(moves)
+        ordinary = self.bank.ordinary
+        return center, random * (moves[..., ordinary].norm(dim=2) / random[..., ordinary].norm(dim=2))[..., None]
+
+    @cached_property
+    def keys(self) -> Int[Tensor, " rows"]:
+        """What tells tokens apart, whatever the order of the texts: their sequence and their place in it."""
+        return torch.tensor(
+            [
+                int.from_bytes(hashlib.blake2b(repr((sequence.tokens, pos)).encode(), digest_size=8).digest(), "big") >> 1
+                for sequence in self.searches.capture.sequences
+                for pos in range(len(sequence.tokens))
+            ],
+            device="cpu",
+        )
+
+    def log_before(self, moves: Float[Tensor, "n k d"]) -> list[Float[Tensor, " n"]]:
+        """log V of displacements with both signs, of all of them and of either half; NaN where they are rounding."""
+        sizes, total = moves[..., self.bank.ordinary].square().sum(2), self._total(self.bank.before)
+        factor = 2 * math.log(self.crossing.scale)
+        return [log_or_nan(sizes[:, some].mean(1), total) + factor for some in halves_of(self.k)]
+
+    def log_after(self, kind: Displaced, rows: Int[Tensor, " n"], moves: Float[Tensor, "n g k d"]) -> list[Float[Tensor, "n g"]]:
+        """log V of the images of these tokens' centers so displaced, of all displacements and of either half; NaN: rounding."""
+        center = self.of(kind, rows)[0]
+        points = center[:, None, None, None] + self.crossing.scale * torch.stack([moves, -moves], dim=2)
+        images = self.passage.of_points(rows, points.flatten(1, 3)).view(points.shape)[..., self.bank.ordinary]
+        total = self._total(self.bank.after)
+        return [log_or_nan(total_variance(images[..., some, :].flatten(2, 3)), total) for some in halves_of(self.k)]
+
+    def _total(self, states: Float[Tensor, "points d"]) -> float:
+        """The layer's own variance in its ordinary dimensions, beside which rounding is told."""
+        return float(total_variance(states[:, self.bank.ordinary]))
+
+
+def _centered(states: Float[Tensor, "n k d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
+    center = states.mean(1)
+    return center, states - center[:, None]
+
+
+def halves_of(k: int) -> tuple[slice, slice, slice]:
+    """All displacements, every other one, and as many of those between."""
+    return slice(0, k), slice(0, k - k % 2, 2), slice(1, k, 2)
