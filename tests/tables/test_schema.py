@@ -32,6 +32,7 @@ FULL = Provenance(
     check_error={"0": None, "2": 1e-6},
     affine_fit={},
     reliability={"surprisal": {"0": 0.5, "2": None}},
+    reference_error={"surprisal": {"0": 0.01, "2": None}},
     study={"k": 15},
     others={"note": "by hand"},
 )
