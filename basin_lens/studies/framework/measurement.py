@@ -50,9 +50,10 @@ def measure(
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
-        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"`, which needs no
-            scores of its own.
-        layers: block indices; None: ten, evenly spaced over the model (all if it has no more); `"all"`.
+        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"` and
+            `"basins"`, which need no scores of their own.
+        layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
+            alone; `"all"`.
         k, context, exclude: of the compression scores; see `Compression`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
         unit: what is independent: `"document"`, `"sequence"`, or a label (the template of a prompt).
@@ -87,14 +88,19 @@ def measure(
     """
     specs = specs_of_texts(*studies)
     refuse_scoring([], context=context, exclude=exclude)
-    planned = data if isinstance(data, Capture) else Capture.plan(model, data, layers=_layers(model, layers), max_length=max_length)
-    count = Counter(planned.row_token.tolist())
-    frequency = {token: times / planned.n_rows for token, times in count.items()}
+    count = max(spec.layers for spec in specs)
+    planned = (
+        data
+        if isinstance(data, Capture)
+        else Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
+    )
+    times = Counter(planned.row_token.tolist())
+    frequency = {token: often / planned.n_rows for token, often in times.items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
     headline = headline_of(k, context, exclude)
-    wanted = _layers(model, layers) if layers is not None else capture.layers
+    wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if contrast is not None:
         refuse_contrast(capture, contrast)
     if check is not None:
@@ -185,10 +191,10 @@ def spaced_layers(n_layers: int, count: int = 10) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
 
 
-def _layers(model: HookedModel, layers: Layers | Literal["all"]) -> tuple[int, ...]:
+def _layers(model: HookedModel, layers: Layers | Literal["all"], count: int) -> tuple[int, ...]:
     every = check_layers(model, None)
     if layers is None:
-        return tuple(spaced_layers(len(every)))
+        return tuple(spaced_layers(len(every), count))
     return every if isinstance(layers, str) and layers == "all" else check_layers(model, layers)
 
 
