@@ -12,7 +12,7 @@ import basin_lens as bl
 from basin_lens.errors import StudyError
 from basin_lens.scoring.crossed_pass import CrossedPass
 from basin_lens.studies.basins import tests as cell_tests
-from basin_lens.studies.basins.grid import GROUP, HOME, HOME_ISOTROPIC, HOME_RANDOM, SCORE, SCORE_RANDOM, VALUES, Grid, sampled
+from basin_lens.studies.basins.grid import HOME, HOME_ISOTROPIC, HOME_RANDOM, SCORE, SCORE_RANDOM, VALUES, Grid, sampled
 from basin_lens.studies.basins.report import flags_of
 from basin_lens.studies.basins.tests import ABOVE, APART, BASIN, GROWN, GROWTH, MEASURES, finding_of, with_measures
 from basin_lens.studies.framework import measurement, registry
@@ -241,9 +241,7 @@ def test_every_cell_has_its_nulls_and_the_twin(plain):
     assert "Layer 0 is no part of the grid" in said and "9 cells" in said and "Absent" not in said
     values = plain.tables["cell_values"]
     assert values.groupby(["layer", "blocks", "scale"]).size().eq(72).all()
-    assert (
-        values[HOME_ISOTROPIC].notna().sum() == values[values[HOME_ISOTROPIC].notna()][HOME].notna().sum() < len(values) / 3 + GROUP
-    )
+    assert 0 < values[HOME_ISOTROPIC].notna().sum() <= len(values) / 3
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The grid of layers, scales and paths, and what is measured at each cell of it on a sample of the tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,8 @@ from basin_lens.transport import Context
 
 # Columns of the analyzer: the one place that names them.
 SCORE, HOME = "interaction", "interaction_contraction"
-RANDOM, ISOTROPIC = "random_sets", "isotropic"
+RANDOM: Displaced = "random_sets"
+ISOTROPIC: Displaced = "isotropic"
 SCORE_RANDOM, SCORE_ISOTROPIC, HOME_RANDOM, HOME_ISOTROPIC = (
     f"{name}_{null}" for name in (SCORE, HOME) for null in (RANDOM, ISOTROPIC)
 )
@@ -117,30 +117,32 @@ def sampled(capture: Capture, count: int, seed: int) -> Int[np.ndarray, " tokens
 def measure_cells(
     subject: Subject,
     grid: Grid,
-    samples: Sequence[tuple[Int[np.ndarray, " tokens"], tuple[Displaced, ...]]],
+    tokens: Int[np.ndarray, " tokens"],
     measured: Measured,
     *,
+    isotropic: int = 0,
     progress: bool,
     what: str,
 ) -> pd.DataFrame:
-    """Every cell on every sample: a row per cell and token, with the columns `VALUES` as far as they were measured.
+    """Every cell on a sample: a row per cell and token, with the columns `VALUES`; NaN for what was not measured.
 
     Args:
         subject: who is measured.
         grid: the cells.
-        samples: rows of tokens, and the nulls that are passed beside them. Groups are formed within a sample.
+        tokens: rows of the capture.
         measured: whose options and seed hold here.
+        isotropic: so many of the tokens have isotropic displacements passed beside them, too.
         progress: show a bar, over blocks passed.
         what: is measured, for the bar.
     """
     parts = []
-    cost = sum(blocks for _, blocks in grid.routes)
-    with tqdm(total=cost, desc=what, unit="block", disable=not progress) as bar:
-        for layer, blocks in grid.routes:
-            parts += [_route(subject, grid, layer, blocks, rows, nulls, measured) for rows, nulls in samples if len(rows) >= GROUP]
-            bar.update(blocks)
-    found = pd.concat(parts, ignore_index=True).reindex(columns=[*_keys(measured), *CELL, *VALUES])
-    return tables.with_columns(tables.with_provenance(found, measured.table), {name: tables.Column("nats") for name in VALUES})
+    # All paths from a layer go the way of the longest one.
+    with tqdm(total=sum(grid.n_layers - layer for layer in grid.layers), desc=what, unit="block", disable=not progress) as bar:
+        for layer in grid.layers:
+            parts.append(_layer(subject, grid, layer, tokens, isotropic, measured))
+            bar.update(grid.n_layers - layer)
+    found = tables.with_provenance(pd.concat(parts, ignore_index=True), measured.table)
+    return tables.with_columns(found, {name: tables.Column("nats") for name in VALUES})
 
 
 def _keys(measured: Measured) -> list[str]:
@@ -149,39 +151,31 @@ def _keys(measured: Measured) -> list[str]:
     return list(dict.fromkeys(["passage", "doc", "seq", "pos", "token_id", "token", *own]))
 
 
-def _route(
-    subject: Subject,
-    grid: Grid,
-    layer: int,
-    blocks: int,
-    rows: Int[np.ndarray, " tokens"],
-    nulls: tuple[Displaced, ...],
-    measured: Measured,
+def _layer(
+    subject: Subject, grid: Grid, layer: int, tokens: Int[np.ndarray, " tokens"], isotropic: int, measured: Measured
 ) -> pd.DataFrame:
-    """One path from one layer at every scale, on some tokens."""
+    """All paths from one layer at every scale, on some tokens."""
     mask = np.zeros(subject.capture.n_rows, bool)
-    mask[rows] = True
+    mask[tokens] = True
     context: Context = measured.settings["context"]
-    cells = [
-        InteractionCompression(
-            k=grid.neighbors,
-            context=context,
-            exclude=measured.settings["exclude"],
-            blocks=blocks,
-            group=GROUP,
-            scale=scale,
-            nulls=nulls,
-            contractions=True,
-            name=f"scale{at}",
-        )
-        for at, scale in enumerate(grid.scales)
-    ]
-    request = Request(cells, layers=[layer], bank=subject.bank, queries=mask, seed=measured.seed, progress=False)
-    table = score(subject.model, subject.capture, request).table
-    table = table[mask]
+    plain = InteractionCompression(
+        k=grid.neighbors, context=context, exclude=measured.settings["exclude"], group=GROUP, nulls=(RANDOM,), contractions=True
+    )
+    cells: dict[tuple[int, float], list[InteractionCompression]] = {}
+    for blocks in grid.blocks_from(layer):
+        for at, scale in enumerate(grid.scales):
+            own = replace(plain, blocks=blocks, scale=scale, name=f"path{blocks}_scale{at}")
+            few = replace(own, nulls=(ISOTROPIC,), queries=isotropic, name=f"{own.name}_few")
+            cells[blocks, scale] = [own, few] if isotropic else [own]
+    analyzers = [one for some in cells.values() for one in some]
+    request = Request(analyzers, layers=[layer], bank=subject.bank, queries=mask, seed=measured.seed, progress=False)
+    table = score(subject.model, subject.capture, request).table[mask]
     parts = []
-    for cell in cells:
-        held = {column.name: column.name.removeprefix(f"{cell.name}_") for column in cell.columns}
-        part = table[[*_keys(measured), *held]].rename(columns=held)
-        parts.append(part.assign(layer=layer, blocks=blocks, scale=float(cell.scale)))
+    for (blocks, scale), some in cells.items():
+        # The fewer tokens last: of them, only their nulls are taken.
+        held = {column.name: column.name.removeprefix(f"{one.name}_") for one in some for column in one.columns}
+        taken = {name: column for name, column in held.items() if column in VALUES}
+        own_first = {column: name for name, column in reversed(list(taken.items()))}
+        part = pd.DataFrame({column: table[own_first[column]] if column in own_first else np.nan for column in VALUES}, table.index)
+        parts.append(pd.concat([table[_keys(measured)], part], axis=1).assign(layer=layer, blocks=blocks, scale=scale))
     return tables.without_provenance(pd.concat([tables.without_provenance(part) for part in parts], ignore_index=True))

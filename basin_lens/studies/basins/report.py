@@ -20,13 +20,14 @@ MARKS = {BASIN: "+", APART: "−"}
 ONCE = "·"
 KINDS = {HOME: "neighbors", HOME_RANDOM: "random sets"}
 LITERATURE = (
-    "Beside the literature. “Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) finds regions in which "
-    "the model's output hardly moves, in trained models and not in random ones: what stands closest to it here is the path to the "
-    "end of the model. “Concept Attractors in LLMs and their Applications” (2601.11575) takes layers as contractions towards "
-    "concepts: that would be a cell above 0 in the first map. “Attention sinks and compression valleys in LLMs are two sides of the "
-    "same coin” (2510.06477) is about all tokens of a sequence at once and its first token: a place that shrinks whatever enters it, "
-    "or a block that shrinks some directions everywhere, is in neither of the two measures here.",
-    "What these studies call regions, attractors and valleys is not what is tested here; a no here is no evidence against them.",
+    "Beside the literature. “Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the "
+    "first layer from one text's to another's and finds regions in which the model's output hardly moves, with sharp borders, in trained "
+    "models and not in random ones. Closest to it here are the paths to the end of the model: such a region would be contraction that "
+    "is high at small scales and falls beyond the border. “Concept Attractors in LLMs and their Applications” (2601.11575) takes layers as "
+    "contractions towards concepts: that would be cells above 0 in the first map. “Attention sinks and compression valleys in LLMs "
+    "are two sides of the same coin” (2510.06477) is about all states of a sequence at once and its first token: what a place does to "
+    "whatever enters it, or a block to some directions everywhere, is in neither of the two measures here.",
+    "None of these regions, attractors and valleys is what is tested here; a no here is no evidence against them.",
 )
 MEANING = (
     "Above 0: the blocks draw a token's neighbors together more at home than elsewhere, and more than they do other displacements "

@@ -75,7 +75,7 @@ HYPOTHESIS = (
 class BasinOptions:
     """Of `study_basins`."""
 
-    tokens: int = option(48, "Tokens measured at each cell.")
+    tokens: int = option(40, "Tokens measured at each cell.")
     neighbors: int = option(8, "Neighbors of a token whose displacements pass; at most --k.")
     scales: tuple[float, ...] = option((0.02, 0.1, 0.5, 1.0, 2.0))
     paths: tuple[int, ...] = option((1, 2, 4, 8))
@@ -104,7 +104,7 @@ def study_basins(
     data: StudyData,
     *,
     progress: bool = True,
-    tokens: int = 48,
+    tokens: int = 40,
     neighbors: int = 8,
     scales: Sequence[float] = (0.02, 0.1, 0.5, 1.0, 2.0),
     paths: Sequence[int] = (1, 2, 4, 8),
@@ -194,11 +194,12 @@ class _Details:
 def _analysis(task: Task) -> Analysis:
     measured, grid = task.measured, _grid(task)
     tokens = sampled(measured.capture, grid.tokens, measured.seed)
-    third = max(GROUP, len(tokens) // 3 // GROUP * GROUP)
     task.step("every cell of the grid")
-    samples = ((tokens[:third], ("random_sets", "isotropic")), (tokens[third:], ("random_sets",)))
     subject = subject_of(task.model, measured, grid)
-    values = with_measures(measure_cells(subject, grid, samples, measured, progress=task.progress, what="cells of the grid"))
+    found = measure_cells(
+        subject, grid, tokens, measured, isotropic=max(GROUP, len(tokens) // 3), progress=task.progress, what="cells of the grid"
+    )
+    values = with_measures(found)
     del subject  # the states of many layers
     task.step("the random twin")
     of_twin = tokens[: max(FEWEST_TOKENS, len(tokens) // 2)]
@@ -233,9 +234,7 @@ def _twin(task: Task, grid: Grid, tokens: Int[np.ndarray, " tokens"]) -> tuple[p
     try:
         model = random_twin(task.model, seed=task.measured.seed)
         subject = subject_of(model, task.measured, grid)
-        found = measure_cells(
-            subject, grid, ((tokens, ("random_sets",)),), task.measured, progress=task.progress, what="cells of the random twin"
-        )
+        found = measure_cells(subject, grid, tokens, task.measured, progress=task.progress, what="cells of the random twin")
     except BasinLensError as error:
         return None, f"The random twin: {error}"
     return with_measures(found), ""
@@ -305,5 +304,7 @@ SPEC = StudySpec(
     judge=_judge,
     presentation=_presentation,
     layers=8,
+    shared_scores=False,
+    apart=(f"{SCORE} and {HOME} of neighbors, random sets and isotropic displacements (at every cell, of a sample of tokens)",),
     steps=3,
 )

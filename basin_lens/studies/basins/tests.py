@@ -13,17 +13,21 @@ from basin_lens.studies.basins.grid import (
     HOME_RANDOM,
     SCORE,
     SCORE_RANDOM,
+    VALUES,
 )
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, p_floor
 from basin_lens.studies.framework.table_parts import named_rows
-from basin_lens.studies.framework.units import FEWEST_UNITS, unit_keys
+from basin_lens.studies.framework.units import FEWEST_UNITS
 
 # What is tested: a score less the same of random sets.
 ABOVE, GROWTH = "interaction_above_random_sets", "contraction_growth_above_random_sets"
 GROWN, GROWN_ISOTROPIC = "contraction_growth", "contraction_growth_isotropic"
 MEASURES = (ABOVE, GROWTH)
+_MADE = (ABOVE, GROWN, GROWTH, GROWN_ISOTROPIC)
 BASIN, APART = "basin", "tells apart"
 LEVEL = ALPHA / len(MEASURES)  # of a cell: there are two measures
+_COUNTS = ("n_units", "n_documents", "n_sequences", "n_tokens")
+_NUMBERS = ("estimate", "low", "high", "null", "p", "p_corrected", *_COUNTS)
 _FAMILY = "max-|t| over the grid"
 
 
@@ -49,7 +53,7 @@ def with_measures(values: pd.DataFrame) -> pd.DataFrame:
             GROWN_ISOTROPIC: grown[:, 2],
         },
     )
-    return tables.with_columns(answer, dict.fromkeys((ABOVE, GROWN, GROWTH, GROWN_ISOTROPIC), tables.Column("nats")))
+    return tables.with_columns(answer, dict.fromkeys(_MADE, tables.Column("nats")))
 
 
 def cell_tests(values: pd.DataFrame, measure: str, unit: str, seed: int, *, n_resamples: int = 9999) -> pd.DataFrame:
@@ -74,7 +78,7 @@ def cell_tests(values: pd.DataFrame, measure: str, unit: str, seed: int, *, n_re
     every = _max_t(wide, list(cells), unit, seed, n_resamples)
     answer = every.merge(pd.DataFrame({"cell": list(cells), **_split(cells)}), on="cell", how="right")
     answer["score"], answer["unit"] = measure, unit
-    explored = confirmed = pd.DataFrame({"cell": [], "estimate": [], "low": [], "high": [], "p": [], "p_corrected": []})
+    explored = confirmed = _max_t(wide, [], unit, seed, n_resamples)
     if _units(wide, unit) >= FEWEST_TO_SPLIT:
         choosing = stats.halves(wide, unit=unit, seed=seed)
         explored = _max_t(tables.select(wide, choosing), list(cells), unit, seed, n_resamples)
@@ -84,10 +88,9 @@ def cell_tests(values: pd.DataFrame, measure: str, unit: str, seed: int, *, n_re
         ("explored", explored, {"estimate": "estimate", "p": "p"}),
         ("confirmed", confirmed, {"estimate": "estimate", "low": "low", "high": "high", "p_corrected": "p"}),
     ):
-        for column, short in columns.items():
+        for column, short in {**columns, **{count: count for count in _COUNTS}}.items():
             held = dict(zip(found["cell"], found[column], strict=True))
             answer[f"{name}_{short}"] = [held.get(cell, np.nan) for cell in answer["cell"]]
-        answer[f"{name}_units"] = int(found["n_units"].max()) if len(found) else 0
     answer["reads"] = _reads(answer, halved=bool(len(explored)))
     answer["layer"] = answer["layer"].astype("Int64")
     return tables.with_provenance(answer.drop(columns="cell"), values)
@@ -102,7 +105,7 @@ def finding_of(cells: pd.DataFrame) -> pd.DataFrame:
     halved = bool(cells["explored_p"].notna().any())
     if halved:
         tested = cells[cells["confirmed_p"].notna() & (cells["explored_estimate"] > 0)]
-        names = {"confirmed_estimate": "estimate", "confirmed_low": "low", "confirmed_high": "high", "confirmed_p": "p"}
+        names = {f"confirmed_{name}": name for name in ("estimate", "low", "high", "p", *_COUNTS)}
         tested = tested.drop(columns=list(names.values())).rename(columns=names)
         n_chosen = int(cells["confirmed_p"].notna().sum())
     else:
@@ -117,15 +120,12 @@ def finding_of(cells: pd.DataFrame) -> pd.DataFrame:
     (one,) = named_rows(row)
     at = f"path of {one.blocks} block{'s' * (one.blocks != 1)}, scale {one.scale:g}"
     if halved:
-        row["n_units"] = row["confirmed_units"]
-        row["n_documents"] = row["n_documents"] * row["confirmed_units"] // max(1, int(one.n_units))
         how = (
-            f"explored on {one.explored_units} units (there {one.explored_estimate:+.3f}, p {one.explored_p:.2g}), tested on "
-            f"{one.confirmed_units} others, p corrected for the {n_chosen} cells explored ({_FAMILY})"
+            f"explored on {one.explored_n_units:.0f} units (there {one.explored_estimate:+.3f}, p {one.explored_p:.2g}), tested on "
+            f"{one.n_units:.0f} others, p corrected for the {n_chosen} cells explored ({_FAMILY})"
         )
     else:
-        how = f"too few units to halve ({one.n_units}): the best of {n_chosen} cells, p corrected for them ({_FAMILY})"
-    (one,) = named_rows(row)
+        how = f"too few units to halve ({one.n_units:.0f}): the best of {n_chosen} cells, p corrected for them ({_FAMILY})"
     p = 1.0 if one.estimate <= 0 else float(one.p)
     return row.assign(p=p, p_floor=p_floor(one), effect_unit="nats", note=f"{at}; {how}")
 
@@ -136,7 +136,7 @@ def _nothing(cells: pd.DataFrame, halved: bool) -> pd.DataFrame:
     (one,) = named_rows(row)
     at = f"path of {one.blocks} block{'s' * (one.blocks != 1)}, scale {one.scale:g}"
     if halved and not one.explored_estimate > 0:
-        said = f"{at}; no cell is above 0 on the {one.explored_units} units that explore, so none was tested on the others"
+        said = f"{at}; no cell is above 0 on the {one.explored_n_units:.0f} units that explore, so none was tested on the others"
         return row.assign(p=1.0, p_floor=0.0, effect_unit="nats", note=said)
     return row.assign(p=np.nan, p_floor=np.nan, effect_unit="nats", note="no cell has values of enough units")
 
@@ -155,7 +155,7 @@ def plain_means(values: pd.DataFrame, columns: Sequence[str], unit: str, seed: i
 def _wide(values: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[str, tuple[int, int, float]]]:
     """A row per token and a column per cell, so that whole units flip their signs at all cells at once; and the cells' names."""
     held = values[values[column].notna()]
-    keys = [name for name in values if name not in CELL and not pd.api.types.is_float_dtype(values[name])]
+    keys = [name for name in values if name not in (*CELL, *VALUES, *_MADE)]
     cells = {f"cell{at}": cell for at, cell in enumerate(sorted(set(held[CELL].itertuples(index=False, name=None))))}
     tokens = values.drop_duplicates(["seq", "pos"])[keys].sort_values(["seq", "pos"]).reset_index(drop=True)
     at = pd.MultiIndex.from_frame(tokens[["seq", "pos"]])
@@ -175,7 +175,6 @@ def _units(wide: pd.DataFrame, unit: str) -> int:
 def _max_t(wide: pd.DataFrame, names: Sequence[str], unit: str, seed: int, n_resamples: int) -> pd.DataFrame:
     """Means of some cells over units, corrected for the largest |t| of them; cells of too few units, or without spread, are left
     out."""
-    keys = unit_keys(unit)
     able = []
     for name in names:
         there = wide[wide[name].notna()]
@@ -186,8 +185,7 @@ def _max_t(wide: pd.DataFrame, names: Sequence[str], unit: str, seed: int, n_res
         ):
             able.append(name)
     if not able:
-        nothing = ("estimate", "low", "high", "p", "p_corrected", "n_units", "n_documents", "n_tokens", "null")
-        return pd.DataFrame({"cell": pd.Series([], dtype=object), **{name: pd.Series([], dtype=float) for name in nothing}})
+        return pd.DataFrame({"cell": pd.Series([], dtype=object), **{name: pd.Series([], dtype=float) for name in _NUMBERS}})
     found = stats.before_after(wide, able, unit=unit, correction="max-t", n_resamples=n_resamples, seed=seed)
     return found.rename(columns={"score": "cell"}).drop(columns="layer")
 

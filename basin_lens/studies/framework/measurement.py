@@ -106,7 +106,7 @@ def measure(
     if check is not None:
         check(capture)
     request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    run = score(model, capture, request, keep_neighbors_of=headline)
+    run = score(model, capture, request, keep_neighbors_of=headline if headline in request.chosen else None)
     table = run.table
     (facts,) = tables.provenance(table).values()
     settings: Facts = {
@@ -227,15 +227,16 @@ def headline_of(k: int, context: Context, exclude: str) -> Compression:
 def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
     """Those of every study, the headline first, and what the studies want besides, each once."""
     k, context, exclude = headline.k, headline.context, headline.exclude
-    answer: list[Analyzer] = [
-        headline,
-        Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
-        Contraction(k=k, exclude=exclude, context=context),
-        RawCompression(k=k, exclude=exclude),
-        Neighborhood(k=k, exclude=exclude),
-        Surprisal(),
-        StateNorm(),
-    ]
+    answer: list[Analyzer] = [Surprisal(), StateNorm()]
+    if any(spec.shared_scores for spec in specs):
+        answer = [
+            headline,
+            Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
+            Contraction(k=k, exclude=exclude, context=context),
+            RawCompression(k=k, exclude=exclude),
+            Neighborhood(k=k, exclude=exclude),
+            *answer,
+        ]
     for spec in specs:
         answer += [one for one in spec.analyzers(ScoreOptions(k, context, exclude, headline)) if one not in answer]
     return answer
