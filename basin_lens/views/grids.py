@@ -14,6 +14,7 @@ from basin_lens.views import marks
 
 _MOST_PANELS = 16
 _ACROSS = 4  # panels in a row
+_APART = 1.6  # ratio of neighboring ticks
 
 
 def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | None = None, title: str | None = None) -> Figure:
@@ -120,7 +121,7 @@ def curve_panels(
     size = (7.6, 3.9) if len(shown) == 1 else (1.2 + 2.3 * columns, 1.0 + 2.1 * rows)
     figure = Figure(figsize=size, layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    steps = np.sort(results[across].unique())
+    steps = _ticks(np.sort(results[across].unique()).tolist())
     for axes, (name, part) in zip(every, shown, strict=False):
         _panel(axes, part, across, by, looks, alpha, flat)
         if panel is not None:
@@ -137,6 +138,15 @@ def curve_panels(
     _panel_legend(figure, results, by, looks, alpha, flat)
     marks.finish(figure, title or "", marks.sample(results))
     return figure
+
+
+def _ticks(steps: list[float]) -> list[float]:
+    """Those of the steps that have room beside one another on a logarithmic axis."""
+    kept = steps[:1]
+    for step in steps[1:]:
+        if step >= _APART * kept[-1]:
+            kept.append(step)
+    return kept
 
 
 def _panel(

@@ -88,7 +88,7 @@ def made(seed, *, documents=32, effect=None, size=0.3):
     return with_measures(pd.DataFrame(rows))
 
 
-def tested(values, measure):
+def in_cells(values, measure):
     return cell_tests.cell_tests(values, measure, "document", 0, n_resamples=499)
 
 
@@ -96,7 +96,7 @@ def tested(values, measure):
 def test_an_effect_is_found_at_its_cell_alone(size, reads):
     values = made(3, effect=(2, 1.0), size=size)
     for measure in MEASURES:
-        cells = tested(values, measure)
+        cells = in_cells(values, measure)
         found = cells[cells.reads != ""]
         assert found[["layer", "scale", "reads"]].values.tolist() == [[2, 1.0, reads]], measure
         row = finding_of(cells)
@@ -113,7 +113,7 @@ def test_chance_is_not_called_a_basin(capsys):
     wrong = dict.fromkeys((BASIN, APART), 0)
     for seed in range(20):
         values = made(seed)
-        said = {reads for measure in MEASURES for reads in tested(values, measure).reads}
+        said = {reads for measure in MEASURES for reads in in_cells(values, measure).reads}
         for reads in wrong:
             wrong[reads] += reads in said
     with capsys.disabled():
@@ -134,7 +134,7 @@ def test_growth_is_free_of_the_linear_part():
 
 
 def test_few_documents_are_not_halved():
-    cells = tested(made(1, documents=10, effect=(1, 0.5)), ABOVE)
+    cells = in_cells(made(1, documents=10, effect=(1, 0.5)), ABOVE)
     assert cells.explored_p.isna().all() and cells.confirmed_p.isna().all()
     assert cells[cells.reads == BASIN][["layer", "scale"]].values.tolist() == [[1, 0.5]]
     row = finding_of(cells)
@@ -143,14 +143,16 @@ def test_few_documents_are_not_halved():
 
 
 def test_fewer_than_six_documents_are_no_test():
-    cells = tested(made(1, documents=5), ABOVE)
+    cells = in_cells(made(1, documents=5), ABOVE)
     assert len(cells) == 12 and cells.p.isna().all() and (cells.reads == "").all()
     row = finding_of(cells)
     assert np.isnan(row.p[0]) and "no cell has values of enough units" in row.note[0]
 
 
 def test_red_flags_ask_who_else_has_the_basin():
-    cells = tested(made(3, effect=(2, 1.0)), ABOVE).assign(random_twin=0.3, random_twin_low=0.2, isotropic=0.0, isotropic_low=-0.1)
+    cells = in_cells(made(3, effect=(2, 1.0)), ABOVE).assign(
+        random_twin=0.3, random_twin_low=0.2, isotropic=0.0, isotropic_low=-0.1
+    )
     assert flags_of(cells).raised.tolist() == [True, False]
     none = flags_of(cells.assign(reads=""))
     assert none.raised.tolist() == [False, False] and none.why.str.contains("no basin was found").all()

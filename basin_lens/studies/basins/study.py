@@ -206,10 +206,9 @@ def _analysis(task: Task) -> Analysis:
     twin, why = _twin(task, grid, of_twin)
     task.step("tests of every cell")
     tests = {measure: cell_tests(values, measure, **task.unit_and_seed) for measure in MEASURES}
-    means = plain_means(
-        values, (SCORE, SCORE_RANDOM, SCORE_ISOTROPIC, GROWN, GROWN_ISOTROPIC, HOME, HOME_RANDOM), **task.unit_and_seed
-    )
-    twin_means = plain_means(values[:0] if twin is None else twin, MEASURES, **task.unit_and_seed)
+    unit = measured.unit
+    means = plain_means(values, (SCORE, SCORE_RANDOM, SCORE_ISOTROPIC, GROWN, GROWN_ISOTROPIC, HOME, HOME_RANDOM), unit)
+    twin_means = plain_means(values[:0] if twin is None else twin, MEASURES, unit)
     seen = Seen(grid, values, tests, means, twin_means)
     cells = cells_of(seen)
     return Analysis(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import stats, tables
+from basin_lens.stats.results import constant_values
 from basin_lens.studies.basins.grid import (
     CELL,
     HOME,
@@ -141,15 +142,28 @@ def _nothing(cells: pd.DataFrame, halved: bool) -> pd.DataFrame:
     return row.assign(p=np.nan, p_floor=np.nan, effect_unit="nats", note="no cell has values of enough units")
 
 
-def plain_means(values: pd.DataFrame, columns: Sequence[str], unit: str, seed: int) -> pd.DataFrame:
+def plain_means(values: pd.DataFrame, columns: Sequence[str], unit: str) -> pd.DataFrame:
     """Mean and 95 % interval over units of other columns, a row per cell and column; no test."""
-    parts = []
+    lines: list[dict[str, object]] = []
     for column in columns:
         wide, cells = _wide(values, column)
-        found = _max_t(wide, list(cells), unit, seed, 99)
-        found = found.merge(pd.DataFrame({"cell": list(cells), **_split(cells)}), on="cell", how="right")
-        parts.append(found.assign(score=column)[[*CELL, "score", "estimate", "low", "high", "n_units", "n_tokens"]])
-    return tables.with_provenance(pd.concat(parts, ignore_index=True), values)
+        for name, (_, means, tokens) in _unit_means(wide, list(cells), unit).items():
+            low, high = tables.interval(means)
+            found = {"score": column, "estimate": float(means.mean()), "low": low, "high": high}
+            lines.append({**dict(zip(CELL, cells[name], strict=True)), **found, "n_units": len(means), "n_tokens": tokens})
+    names = [*CELL, "score", "estimate", "low", "high", "n_units", "n_tokens"]
+    return tables.with_provenance(pd.DataFrame(lines, columns=names), values)
+
+
+def _unit_means(wide: pd.DataFrame, names: Sequence[str], unit: str) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """Units, their means and the number of tokens, at each cell that has any."""
+    answer = {}
+    for rows in stats.design.split(wide, names, unit=unit) if names else ():
+        for name in names:
+            there = rows.finite(name)
+            if len(there.sequence):
+                answer[name] = (*there.unit_means(name), len(there.sequence))
+    return answer
 
 
 def _wide(values: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[str, tuple[int, int, float]]]:
@@ -175,15 +189,8 @@ def _units(wide: pd.DataFrame, unit: str) -> int:
 def _max_t(wide: pd.DataFrame, names: Sequence[str], unit: str, seed: int, n_resamples: int) -> pd.DataFrame:
     """Means of some cells over units, corrected for the largest |t| of them; cells of too few units, or without spread, are left
     out."""
-    able = []
-    for name in names:
-        there = wide[wide[name].notna()]
-        if (
-            len(there.drop_duplicates(keys))
-            and stats.design.distinct_units(there, unit) >= FEWEST_UNITS
-            and there[name].nunique() > 1
-        ):
-            able.append(name)
+    means = _unit_means(wide, names, unit)
+    able = [name for name, (units, values, _) in means.items() if len(units) >= FEWEST_UNITS and not constant_values(values)]
     if not able:
         return pd.DataFrame({"cell": pd.Series([], dtype=object), **{name: pd.Series([], dtype=float) for name in _NUMBERS}})
     found = stats.before_after(wide, able, unit=unit, correction="max-t", n_resamples=n_resamples, seed=seed)
