@@ -125,7 +125,7 @@ def curve_panels(
     for axes, (name, part) in zip(every, shown, strict=False):
         _panel(axes, part, across, by, looks, alpha, flat)
         if panel is not None:
-            axes.set_title(marks.plain(f"{panel} {name}"), fontsize=9)
+            axes.set_title(marks.plain(marks.described({panel: name})), fontsize=9)
         axes.set_xscale("log")
         axes.set_xticks(steps, [f"{step:g}" for step in steps])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -172,7 +172,15 @@ def _panel_legend(
 ) -> None:
     """Beside the panels: what each line is."""
     handles = [
-        Line2D([], [], color=look.color, linestyle=look.style, marker=look.shape, markersize=5, label=marks.plain(f"{by} {line}"))
+        Line2D(
+            [],
+            [],
+            color=look.color,
+            linestyle=look.style,
+            marker=look.shape,
+            markersize=5,
+            label=marks.plain(marks.described({by: line})),
+        )
         for line, look in looks.items()
         if by is not None
     ]

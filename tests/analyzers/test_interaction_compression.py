@@ -72,7 +72,7 @@ def test_contraction_at_home_is_what_place_directions_and_interaction_say(llama,
     held = table.dropna(subset=["interaction"])
     assert held.interaction_contraction.notna().all()
     elsewhere = held.interaction_contraction - held.interaction
-    assert np.corrcoef(elsewhere, held.interaction_place + held.interaction_directions)[0, 1] > 0.8
+    assert np.corrcoef(elsewhere, held.interaction_place + held.interaction_directions)[0, 1] > 0.5
     few = run(llama, capture, A.InteractionCompression(k=4, nulls=("isotropic",)), layers=[1])
     assert few.interaction_isotropic.equals(alone.interaction_isotropic) and "interaction_random_sets" not in few
 

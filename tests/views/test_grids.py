@@ -56,7 +56,7 @@ def test_panels_have_their_lines_and_the_level_of_the_first_estimate():
     (filled, *_) = lines(axes, "filled")
     assert filled.get_ydata().tolist() == [0.1] and to_rgba(filled.get_markerfacecolor()) == to_rgba(first.get_color())
     words = [text.get_text() for text in figure.legends[0].texts]
-    assert words == ["kind a", "kind b", "corrected p ≤ 0.05", "corrected p > 0.05,\nor not tested", "linear part"]
+    assert words == ["a", "b", "corrected p ≤ 0.05", "corrected p > 0.05,\nor not tested", "linear part"]
 
 
 def test_one_line_needs_no_legend_without_p():

@@ -20,7 +20,7 @@ MARKS = {BASIN: "+", APART: "−"}
 ONCE = "·"
 KINDS = {HOME: "neighbors", HOME_RANDOM: "random sets"}
 LITERATURE = (
-    "Beside the literature. “Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the "
+    "“Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the "
     "first layer from one text's to another's and finds regions in which the model's output hardly moves, with sharp borders, in trained "
     "models and not in random ones. Closest to it here are the paths to the end of the model: such a region would be contraction that "
     "is high at small scales and falls beyond the border. “Concept Attractors in LLMs and their Applications” (2601.11575) takes layers as "
@@ -185,8 +185,8 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
             "Every cell of the growth of contraction",
             "Contraction at home at a scale less that at the smallest one, less the same of random sets.",
             table=shown.get(GROWTH),
-            note=" ".join(LITERATURE),
         ),
+        Section("Beside the literature", LITERATURE),
     ]
     return sections
 
@@ -244,16 +244,22 @@ def _fewest(held: pd.DataFrame) -> int:
 
 
 def flags_of(cells: pd.DataFrame) -> pd.DataFrame:
-    """Reasons not to believe a basin: what has learned nothing, or points nowhere, has it too."""
+    """Reasons not to believe a basin: what has learned nothing, or points anywhere, has at least half of it, too."""
+    # With what each is compared: the twin less its random sets; isotropic displacements as they are.
+    asked = (
+        ("the random twin has it too", "random_twin", "estimate"),
+        ("isotropic displacements have it too", "isotropic", "score_mean"),
+    )
     rows = []
     for measure in dict.fromkeys(cells["score"]):
         basins = cells[(cells["score"] == measure) & (cells["reads"] == BASIN)]
-        for name, column in (("the random twin has it too", "random_twin"), ("isotropic displacements have it too", "isotropic")):
-            raised, why = False, "no basin was found that could be asked"
+        for name, column, own in asked:
+            raised: object = False
+            why = "no basin was found that could be asked"
             if len(basins):
                 known = basins[basins[column].notna()]
-                too = known[known[f"{column}_low"] > 0]
+                too = known[(known[f"{column}_low"] > 0) & (known[column] > known[own] / 2)]
                 raised = pd.NA if known.empty else bool(len(too))
-                why = f"{len(too)} of {len(known)} basins have an interval above 0 there" if len(known) else "not measured there"
+                why = f"{len(too)} of {len(known)} basins have at least half of it there" if len(known) else "not measured there"
             rows.append({"flag": name, "question": measure, "score": measure, "layer": pd.NA, "raised": raised, "why": why})
     return pd.DataFrame(rows).astype({"layer": "Int64", "raised": "boolean"})

@@ -217,7 +217,6 @@ def _analysis(task: Task) -> Analysis:
             DeclaredTest(finding, measure, _finding(measure, finding), over_layers=True, score=measure)
             for measure, finding in FINDINGS.items()
         ],
-        tokens=measured.table,
         contrast=(),
         tables={"cells": cells, "cell_values": values},
         details=_Details(seen, cells, len(tokens), len(of_twin), why),

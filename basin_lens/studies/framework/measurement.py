@@ -120,7 +120,7 @@ def measure(
         "per_document": per_document,
         "sequences_given": len(planned.sequences),
         "sequences_too_short": short,
-        "bank": facts.get("bank", {}).get("source"),
+        "bank": facts.get("bank", {}).get("source") or ("the texts themselves" if bank is None else "another capture"),
         "integrated_gradients_sequences": 0,
         "contrast": contrast and contrast.title,
     }
