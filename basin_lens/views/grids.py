@@ -159,7 +159,7 @@ def _panel(
         mine = part if by is None else part[part[by] == line]
         drawn = mine.sort_values(across).reset_index(drop=True)
         shift = 1 + 0.06 * (index - (len(there) - 1) / 2)
-        marks.draw(axes, drawn[across].to_numpy(float) * shift, drawn, looks[line], alpha, size=4)
+        marks.draw(axes, drawn[across].to_numpy(float) * shift, drawn, looks[line], alpha, size=4.0)
         known = drawn["estimate"].dropna()
         if flat and len(known):
             axes.axhline(float(known.iloc[0]), color=looks[line].color, linestyle=":", linewidth=1.0, zorder=1, gid="flat")

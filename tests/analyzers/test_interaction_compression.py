@@ -144,8 +144,6 @@ def test_reliability_reaches_the_provenance_and_the_summary(llama, capture):
         ({"context": "mlp", "blocks": 2}, "blocks=1"),
         ({"nulls": ("neighbors",)}, "expected nulls True, False or some of"),
         ({"nulls": ("isotropic", "isotropic")}, "each once"),
-        ({"nulls": "isotropic"}, "expected nulls"),
-        ({"contractions": 1}, "contractions True or False"),
     ],
     ids=str,
 )

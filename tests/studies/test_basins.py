@@ -150,9 +150,8 @@ def test_fewer_than_six_documents_are_no_test():
 
 
 def test_red_flags_ask_who_else_has_the_basin():
-    cells = in_cells(made(3, effect=(2, 1.0)), ABOVE).assign(
-        random_twin=0.3, random_twin_low=0.2, isotropic=0.0, isotropic_low=-0.1
-    )
+    cells = in_cells(made(3, effect=(2, 1.0)), ABOVE)
+    cells = cells.assign(random_twin=0.3, random_twin_low=0.2, isotropic=0.1, isotropic_low=0.05, score_mean=0.3)
     assert flags_of(cells).raised.tolist() == [True, False]
     none = flags_of(cells.assign(reads=""))
     assert none.raised.tolist() == [False, False] and none.why.str.contains("no basin was found").all()

@@ -65,7 +65,9 @@ def cells_of(seen: Seen) -> pd.DataFrame:
             for end, value in (("", "estimate"), ("_low", "low"), ("_high", "high")):
                 held = dict(zip(mine[CELL].itertuples(index=False, name=None), mine[value], strict=True))
                 part[f"{name}{end}"] = [held.get(cell, np.nan) for cell in part[CELL].itertuples(index=False, name=None)]
-        part["path"] = [seen.grid.path_name(layer, blocks) for layer, blocks in zip(part["layer"], part["blocks"], strict=True)]
+        part["path"] = [
+            seen.grid.path_name(int(layer), int(blocks)) for layer, blocks in zip(part["layer"], part["blocks"], strict=True)
+        ]
         parts.append(part)
     answer = pd.concat([tables.without_provenance(part) for part in parts], ignore_index=True)
     return tables.with_provenance(answer, seen.values)

@@ -110,10 +110,9 @@ def finding_of(cells: pd.DataFrame) -> pd.DataFrame:
         tested = tested.drop(columns=list(names.values())).rename(columns=names)
         n_chosen = int(cells["confirmed_p"].notna().sum())
     else:
-        tested, n_chosen = (
-            cells[cells["p_corrected"].notna()].assign(p=cells["p_corrected"]),
-            int(cells["p_corrected"].notna().sum()),
-        )
+        tested = cells[cells["p_corrected"].notna()]
+        tested = tested.assign(p=tested["p_corrected"])
+        n_chosen = len(tested)
     if tested.empty:
         return _nothing(cells, halved)
     ordered = tested.assign(_below=tested["estimate"] <= 0).sort_values(["_below", "p", "estimate"], ascending=[True, True, False])
