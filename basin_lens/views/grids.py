@@ -121,7 +121,7 @@ def curve_panels(
     size = (7.6, 3.9) if len(shown) == 1 else (1.2 + 2.3 * columns, 1.0 + 2.1 * rows)
     figure = Figure(figsize=size, layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    steps = _ticks(np.sort(results[across].unique()).tolist())
+    steps = _ticks(np.sort(results[across].unique()).astype(float).tolist())
     for axes, (name, part) in zip(every, shown, strict=False):
         _panel(axes, part, across, by, looks, alpha, flat)
         if panel is not None:
