@@ -21,11 +21,15 @@ ONCE = "·"
 KINDS = {HOME: "neighbors", HOME_RANDOM: "random sets"}
 LITERATURE = (
     "“Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the "
-    "first layer from one text's to another's and finds regions in which the model's output hardly moves, with sharp borders, in trained "
-    "models and not in random ones. Closest to it here are the paths to the end of the model: such a region would be contraction that "
-    "is high at small scales and falls beyond the border. “Concept Attractors in LLMs and their Applications” (2601.11575) takes layers as "
+    "first layer from one text's to another's and finds regions in which the model's output hardly moves, with sharp "
+    "borders, in trained "
+    "models and not in random ones. Closest to it here are the paths to the end of the model: such a region would be "
+    "contraction that "
+    "is high at small scales and falls beyond the border. “Concept Attractors in LLMs and their Applications” "
+    "(2601.11575) takes layers as "
     "contractions towards concepts: that would be cells above 0 in the first map. “Attention sinks and compression valleys in LLMs "
-    "are two sides of the same coin” (2510.06477) is about all states of a sequence at once and its first token: what a place does to "
+    "are two sides of the same coin” (2510.06477) is about all states of a sequence at once and its first token: what "
+    "a place does to "
     "whatever enters it, or a block to some directions everywhere, is in neither of the two measures here.",
     "None of these regions, attractors and valleys is what is tested here; a no here is no evidence against them.",
 )
@@ -106,7 +110,8 @@ def _marks(cells: pd.DataFrame) -> list[str]:
 
 
 _MARKED = (
-    f"Written into a cell: {MARKS[BASIN]} a basin, {MARKS[APART]} tells apart (max-|t| over the grid, and again on the documents that did "
+    f"Written into a cell: {MARKS[BASIN]} a basin, {MARKS[APART]} tells apart (max-|t| over the grid, and again on "
+    f"the documents that did "
     f"not choose); {ONCE} significant over the grid in all documents, not confirmed."
 )
 _COLUMNS = (
@@ -156,7 +161,8 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
         sections.append(
             Section(
                 "The same of a model that has learned nothing",
-                "Random initialization, its own neighbors and random sets, on some of the tokens. The colors have a scale of their own.",
+                "Random initialization, its own neighbors and random sets, on some of the tokens. The colors have a "
+                "scale of their own.",
                 figure=figures["random-twin-by-layer-and-scale"],
             )
         )
@@ -166,18 +172,21 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
             "By path length",
             "The last point of each panel is the path to the end of the model.",
             figure=figures["interaction-by-path"],
-            caption="Mean less random sets with 95 % intervals; filled: p at most 0.05 by max-|t| over the whole grid, all documents.",
+            caption="Mean less random sets with 95 % intervals; filled: p at most 0.05 by max-|t| over the grid, all documents.",
         ),
         Section(
             "Every cell of the interaction",
-            "Beside each: the mean interaction itself, of random sets, of isotropic displacements (on a third of the tokens), and of the "
+            "Beside each: the mean interaction itself, of random sets, of isotropic displacements (on a third of the "
+            "tokens), and of the "
             "random twin less its random sets (on half of them).",
             table=shown.get(ABOVE),
         ),
         Section(
             "Contraction at home against scale, one block",
-            "What the linear part of a block does is the same at every scale (dotted: the level at the smallest one). A basin in the "
-            "plain sense rises above it. Random sets are longer than the neighbors' displacements, so that the same bend shows in them "
+            "What the linear part of a block does is the same at every scale (dotted: the level at the smallest one). "
+            "A basin in the "
+            "plain sense rises above it. Random sets are longer than the neighbors' displacements, so that the same "
+            "bend shows in them "
             "at a smaller scale.",
             figure=figures["contraction-by-scale"],
             caption="c(i, i): log variance before less after, around the neighbors' centroid. Mean with 95 % intervals.",
@@ -201,15 +210,18 @@ def remarks_of(cells: pd.DataFrame) -> list[str]:
         basins, apart = (mine[mine["reads"] == reads] for reads in (BASIN, APART))
         less = "tell apart what is near home" if measure == ABOVE else "below that of random sets"
         told.append(
-            f"{words}: of {len(mine)} cells, {len(basins)} basin{'s' * (len(basins) != 1)}{_at(basins)}; {len(apart)} {less}{_at(apart)}."
+            f"{words}: of {len(mine)} cells, {len(basins)} basin{'s' * (len(basins) != 1)}{_at(basins)}; {len(apart)} "
+            f"{less}{_at(apart)}."
         )
     above = cells[cells["score"] == ABOVE]
     twin = above["random_twin"]
     if twin.notna().any():
         clear = above[(above["random_twin_low"] > 0) | (above["random_twin_high"] < 0)]
         told.append(
-            f"The random twin's cells lie from {twin.min():+.3f} to {twin.max():+.3f} nats, {len(clear)} of {int(twin.notna().sum())} with an "
-            f"interval without 0 (not corrected); the model's from {above['estimate'].min():+.3f} to {above['estimate'].max():+.3f}."
+            f"The random twin's cells lie from {twin.min():+.3f} to {twin.max():+.3f} nats, {len(clear)} of "
+            f"{int(twin.notna().sum())} with an "
+            f"interval without 0 (not corrected); the model's from {above['estimate'].min():+.3f} to "
+            f"{above['estimate'].max():+.3f}."
         )
     return told
 
@@ -229,7 +241,8 @@ def about_cells(seen: Seen, measured: Measured, tokens: int, twin_tokens: int) -
     said = [
         f"Grid: layers {', '.join(map(str, grid.layers))}; scales {', '.join(f'{scale:g}' for scale in grid.scales)}; paths of "
         f"{', '.join(map(str, grid.paths))} blocks and {TO_THE_END} of the model: {len(grid.cells)} cells.",
-        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets beside all of them, "
+        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets "
+        f"beside all of them, "
         f"isotropic displacements beside a third; {twin_tokens} tokens of the random twin. Between {_fewest(held)} and "
         f"{int(held.groupby(CELL).size().max()) if len(held) else 0} found a group.",
     ]

@@ -61,12 +61,16 @@ FEWEST_TOKENS = 24  # of six groups
 _THROUGH = ("patched", "solo", "affine")  # contexts in which displaced states pass whole blocks
 
 HYPOTHESIS = (
-    "Declared before looking: at some cell of a grid of layers, scales and path lengths, (1) the interaction of place and directions "
+    "Declared before looking: at some cell of a grid of layers, scales and path lengths, (1) the interaction of place "
+    "and directions "
     "(contraction at home that neither the place nor the directions explain) is above that of random sets, (2) contraction at home "
-    "grows with scale beyond what the linear part gives (its value at the smallest scale) more than that of random sets. Tested over "
-    "documents: cells are explored on half of them and confirmed on the others, corrected by max-|t| over the cells explored; the two "
+    "grows with scale beyond what the linear part gives (its value at the smallest scale) more than that of random "
+    "sets. Tested over "
+    "documents: cells are explored on half of them and confirmed on the others, corrected by max-|t| over the cells "
+    "explored; the two "
     "measures are one family (Holm). A cell is called a basin where it is also significant over the whole grid in all documents "
-    f"(max-|t|). Below 0, the blocks tell apart what is near home. With fewer than {FEWEST_TO_SPLIT} units none are set aside: the best cell is "
+    f"(max-|t|). Below 0, the blocks tell apart what is near home. With fewer than {FEWEST_TO_SPLIT} units none are "
+    f"set aside: the best cell is "
     "shown, p corrected for the whole grid."
 )
 
@@ -290,9 +294,9 @@ SPEC = StudySpec(
         "Stable regions, attractors and valleys as others define them: see the literature in the report.",
         "Any contrast of spans or labels: cells are measured on {tokens} tokens, too few for one.",
     ),
-    if_yes="At some layer, scale and path length, differences between neighbors are drawn together at home, more than elsewhere and more "
+    if_yes="At some layer, scale and path length, neighbors are drawn together at home, more than elsewhere and more "
     "than those of random sets, and contraction at home grows with scale.",
-    if_no="No layer, scale or path length shows a basin here: nowhere are differences between neighbors drawn together more at home "
+    if_no="No layer, scale or path length shows a basin here: nowhere are neighbors drawn together more at home "
     "than elsewhere, nor does contraction at home grow with scale, beyond what random sets show.",
     options=BasinOptions,
     analyzers=_analyzers,

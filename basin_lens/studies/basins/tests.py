@@ -72,7 +72,7 @@ def cell_tests(values: pd.DataFrame, measure: str, unit: str, seed: int, *, n_re
         `explored_estimate`, `explored_p`: of the half that explores;
         `confirmed_estimate`, `confirmed_low`, `confirmed_high`, `confirmed_p`: of the other half, for the cells of an explored p of
         at most 0.05 (and the most positive one), p by max-|t| over these. NaN where there are too few units to halve;
-        `reads`: `"basin"` (above 0) or `"tells apart"` (below 0) where both corrected p, or the first one if there are no halves, are
+        `reads`: `"basin"` (above 0) or `"tells apart"` (below 0) where both corrected p (without halves, the first) are
         at most 0.025 (there are two measures) and the signs agree; else empty.
     """
     wide, cells = _wide(values, measure)

@@ -89,11 +89,7 @@ def measure(
     specs = specs_of_texts(*studies)
     refuse_scoring([], context=context, exclude=exclude)
     count = max(spec.layers for spec in specs)
-    planned = (
-        data
-        if isinstance(data, Capture)
-        else Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
-    )
+    planned = _planned(model, data, layers, count, max_length)
     times = Counter(planned.row_token.tolist())
     frequency = {token: often / planned.n_rows for token, often in times.items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
@@ -196,6 +192,13 @@ def _layers(model: HookedModel, layers: Layers | Literal["all"], count: int) -> 
     if layers is None:
         return tuple(spaced_layers(len(every), count))
     return every if isinstance(layers, str) and layers == "all" else check_layers(model, layers)
+
+
+def _planned(model: HookedModel, data: Capture | Texts, layers: Layers | Literal["all"], count: int, max_length: int) -> Capture:
+    """All sequences given, unread unless a capture was given."""
+    if isinstance(data, Capture):
+        return data
+    return Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
 
 
 def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, unit: str) -> tuple[Capture, int]:
