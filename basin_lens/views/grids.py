@@ -58,9 +58,8 @@ def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | Non
         for (row, column), text in np.ndenumerate(texts.to_numpy(object)):
             if isinstance(text, str) and text:
                 dark = abs(float(held.to_numpy(float)[row, column])) > 0.6 * bound
-                color = "white" if dark else "black"
-                where = {"ha": "center", "va": "center", "fontsize": 11, "fontweight": "bold", "gid": "mark"}
-                axes.text(column + 0.5, row + 0.5, marks.plain(text), color=color, **where)
+                words, color = marks.plain(text), "white" if dark else "black"
+                axes.text(column + 0.5, row + 0.5, words, color=color, ha="center", va="center", size=11, weight="bold", gid="mark")
     axes.set_xticks(np.arange(cells.shape[1]) + 0.5, [f"{value:g}" for value in held.columns])
     axes.set_yticks(np.arange(len(held)) + 0.5, [f"{value:g}" for value in held.index])
     axes.set_xlabel(across)
