@@ -11,6 +11,8 @@ from basin_lens.analyzers.crossed_table import Crossing, Displaced
 from basin_lens.errors import NeighborError
 from basin_lens.values import Whole, whole_or_none
 
+_NULLS: tuple[Displaced, ...] = ("random_sets", "isotropic")
+
 
 @dataclass(frozen=True)
 class InteractionCompression(CloudScore):
@@ -29,7 +31,9 @@ class InteractionCompression(CloudScore):
 
     `interaction_random_sets` and `interaction_isotropic` are the same over the same groups for other displacements, the nulls:
     those of random sets of the bank, each around its own centroid, and random directions with the neighbors' lengths around the
-    neighbors' centroid.
+    neighbors' centroid. `interaction_contraction` (with `contractions`) is c(i, i), and `interaction_contraction_random_sets`,
+    `interaction_contraction_isotropic` the same for the displacements of the nulls: what grows with the scale in it is what the
+    block's linear part does not do.
 
     Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
     names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Where the tokens asked for
@@ -46,14 +50,16 @@ class InteractionCompression(CloudScore):
         group: tokens in a group.
         scale: s, the factor on the displacements.
         queries: at most so many tokens per layer, a seeded sample; None: all.
-        nulls: pass the displacements of the nulls, too; without them there are no columns for them.
+        nulls: pass the displacements of the nulls, too: True for both, False for none, or the names of some, as `("random_sets",)`;
+            without them there are no columns for them.
+        contractions: also the contraction at home.
 
     Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
 
     Raises:
-        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, texts that
-            are their own bank and fewer documents than a group has tokens, or `context="native"`, where a displaced state has no
-            image.
+        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, an unknown null,
+            texts that are their own bank and fewer documents than a group has tokens, or `context="native"`, where a displaced state
+            has no image.
 
     Source: design of basin_lens; the interaction of a two-way table is Fisher's.
 
@@ -67,7 +73,8 @@ class InteractionCompression(CloudScore):
     group: Whole = 4
     scale: float | int = 1.0
     queries: Whole | None = None
-    nulls: bool = True
+    nulls: bool | tuple[Displaced, ...] = True
+    contractions: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "crossed", "halves"})
 
     @property
@@ -78,14 +85,18 @@ class InteractionCompression(CloudScore):
     @property
     def crossing(self) -> Crossing:
         """Groups, scale, and whose displacements are passed."""
-        nulls: tuple[Displaced, ...] = ("random_sets", "isotropic") if self.nulls else ()
-        return Crossing(int(self.group), float(self.scale), ("neighbors", *nulls))
+        return Crossing(int(self.group), float(self.scale), ("neighbors", *self._nulls))
+
+    @property
+    def _nulls(self) -> tuple[Displaced, ...]:
+        return (_NULLS if self.nulls else ()) if isinstance(self.nulls, bool) else self.nulls
 
     @property
     def columns(self) -> tuple[Column, ...]:
         prefix = f"{self.name}_" if self.name else ""
-        nulls = ("interaction_random_sets", "interaction_isotropic") if self.nulls else ()
-        names = ("interaction", "interaction_place", "interaction_directions", *nulls)
+        names = ["interaction", "interaction_place", "interaction_directions", *(f"interaction_{kind}" for kind in self._nulls)]
+        if self.contractions:
+            names += ["interaction_contraction", *(f"interaction_contraction_{kind}" for kind in self._nulls)]
         return tuple(Column(prefix + name, "nats") for name in names)
 
     def check(self) -> None:
@@ -104,9 +115,17 @@ class InteractionCompression(CloudScore):
             raise NeighborError(f"expected a positive scale for {kind}, got {self.scale!r}.")
         if self.queries is not None and (whole_or_none(self.queries) or 0) < self.group:
             raise NeighborError(f"expected queries of at least {self.group} for {kind}, one group, got {self.queries!r}.")
+        known = isinstance(self.nulls, bool) or (isinstance(self.nulls, tuple) and set(self.nulls) <= set(_NULLS))
+        if not known or len(set(self._nulls)) < len(self._nulls):
+            raise NeighborError(f"expected nulls True, False or some of {_NULLS} for {kind}, each once, got {self.nulls!r}.")
+        if not isinstance(self.contractions, bool):
+            raise NeighborError(f"expected contractions True or False for {kind}, got {self.contractions!r}.")
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         assert neighborhoods.crossed is not None
-        parts = {kind: table.parts() for kind, table in neighborhoods.crossed.items()}
-        values = [*parts["neighbors"], *(parts[kind].interaction for kind in ("random_sets", "isotropic") if kind in parts)]
+        kinds = self.crossing.displaced
+        parts = {kind: neighborhoods.crossed[kind].parts() for kind in kinds}
+        values = [*parts["neighbors"], *(parts[kind].interaction for kind in kinds[1:])]
+        if self.contractions:
+            values += [neighborhoods.crossed[kind].contraction.diagonal(dim1=1, dim2=2) for kind in kinds]
         return {column.name: value.flatten() for column, value in zip(self.columns, values, strict=True)}

@@ -62,6 +62,7 @@ def run_studies(
         columns = [column.name for one in asked.analyzers for column in one.columns]
         if any(spec.integrated_gradients for spec in asked.specs):
             columns.append("integrated_gradients (of some sequences)")
+        columns += [what for spec in asked.specs for what in spec.apart]
         _echo(study_words.would_run(asked.specs, asked.passages, texts, how, columns, places))
         return
     with ExitStack() as held:

@@ -100,7 +100,8 @@ def would_run(
     yield from _texts(passages)
     most = "all sequences" if texts.max_sequences is None else f"at most {texts.max_sequences} sequences"
     yield from _said("sequences", [f"{most} of at most {how.max_length} tokens; seed {texts.seed}"])
-    yield from _said("layers", [how.layers or "ten, evenly spaced over the model (all if it has no more)"])
+    count = max(spec.layers for spec in specs)
+    yield from _said("layers", [how.layers or f"{count}, evenly spaced over the model (all if it has no more)"])
     source = "the texts themselves" if how.bank is None else "the built-in passages"
     yield from _said("neighbors", [f"k = {texts.k}, context {how.context}, from {source}; left out: the same {how.exclude}"])
     yield from _said("unit", [how.unit])

@@ -81,7 +81,8 @@ class Run:
     def layer(self, layer: int) -> LayerScores:
         """Do the piece of work of one layer."""
         piece = self.plan.piece(layer)
-        maps = LayerMaps(self.model, self.capture, self.bank, self.probes, layer, self.plan.seed)
+        lengths = {some.blocks for some in piece.maps if some.context == "patched"}
+        maps = LayerMaps(self.model, self.capture, self.bank, self.probes, layer, self.plan.seed, several_paths=len(lengths) > 1)
         if self.own_states:
             maps.block(layer, patched=self.plan.patches)
         scores = self._too_few_blocks(piece)

@@ -14,11 +14,13 @@ does all of it.
 | `study_codelength` | does it go with how many bits the model needs for a token, or for the next one? |
 | `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
 | `study_mergeability` | does geometry predict which tokens the model can merge? (slow) |
+| `study_basins` | does the model have basins at any layer, scale or path length? (slow) |
 | `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
 | `study_merging` | what does causal token merging cost at equal bytes, trained and not? (`basin-lens merge test`) |
 | `summarize` | all of them as one family, beside what the original guide would have said |
 """
 
+from basin_lens.studies.basins.study import study_basins
 from basin_lens.studies.codelength import study_codelength
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.measured_texts import Measured
@@ -45,6 +47,7 @@ __all__ = [
     "describe",
     "measure",
     "plan_of",
+    "study_basins",
     "study_codelength",
     "study_importance",
     "study_layers",

@@ -8,7 +8,9 @@
 `affine`   a global affine fit of the block: the linear null
 """
 
+import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,7 @@ from basin_lens.transport.proof import Proof, check_halves, prove
 
 Context = Literal["patched", "native", "solo", "attn", "mlp", "affine"]
 CONTEXTS: tuple[Context, ...] = ("patched", "native", "solo", "attn", "mlp", "affine")
+_KEPT_BYTES = 1 << 29
 _SOLO_ROWS = 1024  # states in one call, each a sequence of one token
 
 
@@ -59,11 +62,21 @@ class LayerMaps:
         probes: the model's recorded block arguments, for the capture and for the bank.
         layer: the first block.
         seed: of the check's random tokens.
+        several_paths: paths of several lengths are to be asked for with the same states; a longer one then goes on from a shorter.
     """
 
     def __init__(
-        self, model: HookedModel, capture: Capture, bank: Capture, probes: tuple[Probe, Probe], layer: int, seed: int = 0
+        self,
+        model: HookedModel,
+        capture: Capture,
+        bank: Capture,
+        probes: tuple[Probe, Probe],
+        layer: int,
+        seed: int = 0,
+        *,
+        several_paths: bool = False,
     ) -> None:
+        self.several_paths = several_paths
         self.model, self.capture, self.bank, self.probes, self.layer, self.seed = model, capture, bank, probes, layer, seed
         self.device = device_of(model)
         self.errors: dict[int, float] = {}
@@ -73,6 +86,7 @@ class LayerMaps:
         self._borders: dict[int, tuple[Tensor, Tensor]] = {}
         self._blocks: dict[int, PatchedBlock] = {}
         self._mids: tuple[Tensor, Tensor, PatchedBlock] | None = None
+        self._on_the_way = OnTheWay()
 
     def border(self, layer: int) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "bank d"]]:
         """States that enter block `layer` (leave the one before it), of the capture and of the bank."""
@@ -150,7 +164,8 @@ class LayerMaps:
             def of_rows(queries: Tensor, rows: Tensor) -> Tensor:
                 return _rest(steps, queries, steps[0].of_rows(bank, queries, rows), rows)
 
-            return BlockMap(context, own, own_post, bank, bank_post, of_rows, _chain(steps))
+            through = self._on_the_way.chain(steps) if self.several_paths else _chain(steps)
+            return BlockMap(context, own, own_post, bank, bank_post, of_rows, through)
         if context == "attn":
             own_mid, bank_mid, attention = self.mids()
             return BlockMap(context, own, own_mid, bank, bank_mid, partial(attention.of_rows, bank), attention)
@@ -185,6 +200,40 @@ class LayerMaps:
             batches = padded.view(-1, *shape, states.shape[1])
             answers = [feed_forward(self.model, self.layer, call, batch).flatten(0, 1) for batch in batches]
         return torch.cat(answers)[: len(states)]
+
+
+class OnTheWay:
+    """Images on a path, kept so that a longer path of the same states goes on from where a shorter one ended.
+
+    States are known again by their values. At most 512 MiB of images are kept, the oldest forgotten first.
+    """
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[bytes, tuple[int, Tensor]] = OrderedDict()
+
+    def chain(self, steps: list[PatchedBlock]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The path of all the blocks, as a map."""
+
+        def through(queries: Tensor, points: Tensor) -> Tensor:
+            key = _digest(queries, points)
+            done, images = self._held.pop(key, (0, points))
+            if done > len(steps):
+                done, images = 0, points
+            images = _chain(steps[done:])(queries, images)
+            self._held[key] = len(steps), images
+            while sum(held.numel() * held.element_size() for _, held in self._held.values()) > _KEPT_BYTES:
+                self._held.popitem(last=False)
+            return images
+
+        return through
+
+
+def _digest(queries: Tensor, points: Tensor) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for values in (queries, points):
+        found.update(repr((values.dtype, values.shape)).encode())
+        found.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.digest()
 
 
 def _chain(steps: list[PatchedBlock]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -6,6 +6,7 @@ Each returns a value; showing and saving are separate.
 from basin_lens.views.categories import distributions
 from basin_lens.views.codec_figures import size_bars
 from basin_lens.views.detection import dose_curve, roc
+from basin_lens.views.grids import curve_panels, grid_map
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
 from basin_lens.views.joint import joint_density, scatter
 from basin_lens.views.layers import layer_curve, position_map, result_curve
@@ -21,9 +22,11 @@ __all__ = [
     "Section",
     "TokenView",
     "code_page",
+    "curve_panels",
     "distributions",
     "dose_curve",
     "forest",
+    "grid_map",
     "joint_density",
     "layer_curve",
     "layer_view",

@@ -26,6 +26,10 @@ def capture(llama):
 def test_columns():
     assert tuple(c.name for c in A.InteractionCompression().columns) == COLUMNS
     assert tuple(c.name for c in A.InteractionCompression(nulls=False).columns) == COLUMNS[:3]
+    some = A.InteractionCompression(nulls=("random_sets",), contractions=True, name="a")
+    assert tuple(c.name for c in some.columns) == tuple(
+        f"a_{name}" for name in (*COLUMNS[:4], "interaction_contraction", "interaction_contraction_random_sets")
+    )
 
 
 def test_it_reads_the_tables():
@@ -45,6 +49,32 @@ def test_it_reads_the_tables():
         "interaction_random_sets": [-1, 0, 0],
         "interaction_isotropic": [0, 0, 0],
     }
+
+
+def test_contraction_at_home_is_the_diagonal_of_the_table():
+    """Of the neighbors and of each null: what is put in less what comes out."""
+    before = torch.tensor([[1.0, 2.0, 3.0]])
+    after = torch.arange(9.0).view(1, 3, 3)
+    tables = {"neighbors": CrossedTable(before, after), "random_sets": CrossedTable(before + 1, after)}
+    analyzer = A.InteractionCompression(group=3, nulls=("random_sets",), contractions=True)
+    got = analyzer.measure(make_cloud(lambda x: x, q=3, crossed=tables))
+    assert list(got) == [column.name for column in analyzer.columns]
+    assert got["interaction_contraction"].tolist() == [1.0, -2.0, -5.0]
+    assert got["interaction_contraction_random_sets"].tolist() == [2.0, -1.0, -4.0]
+
+
+def test_contraction_at_home_is_what_place_directions_and_interaction_say(llama, capture):
+    """At one scale, c(i, i) is log V_in less log V_out of the token's own displacements; the columns beside it stay as they are."""
+    table = run(llama, capture, A.InteractionCompression(k=4, contractions=True), layers=[1])
+    alone = run(llama, capture, A.InteractionCompression(k=4), layers=[1])
+    for column in COLUMNS:
+        assert table[column].equals(alone[column])
+    held = table.dropna(subset=["interaction"])
+    assert held.interaction_contraction.notna().all()
+    elsewhere = held.interaction_contraction - held.interaction
+    assert np.corrcoef(elsewhere, held.interaction_place + held.interaction_directions)[0, 1] > 0.5
+    few = run(llama, capture, A.InteractionCompression(k=4, nulls=("isotropic",)), layers=[1])
+    assert few.interaction_isotropic.equals(alone.interaction_isotropic) and "interaction_random_sets" not in few
 
 
 @pytest.mark.parametrize("context", ["patched", "solo"])
@@ -112,6 +142,8 @@ def test_reliability_reaches_the_provenance_and_the_summary(llama, capture):
         ({"scale": math.nan}, "positive scale"),
         ({"queries": 3}, "queries of at least 4"),
         ({"context": "mlp", "blocks": 2}, "blocks=1"),
+        ({"nulls": ("neighbors",)}, "expected nulls True, False or some of"),
+        ({"nulls": ("isotropic", "isotropic")}, "each once"),
     ],
     ids=str,
 )

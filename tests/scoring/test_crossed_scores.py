@@ -9,6 +9,7 @@ import torch
 import basin_lens as bl
 from basin_lens.errors import NeighborError
 from basin_lens.scoring.crossed_pass import CrossedPass
+from basin_lens.transport.patched import PatchedBlock
 from tests.conftest import make_bridge, make_hf, random_tokens
 from tests.scoring.crossed import SIZE, K, Parts, parts_by_loops, plain_images
 from tests.scoring.oracle import facts_of, run, variance
@@ -115,6 +116,29 @@ def test_another_model_crosses_the_same_groups_if_they_are_frozen(monkeypatch, f
     bl.compare(*pairs, on=Parts(displaced=("neighbors",)), frozen_neighbors=frozen, layers=[1, 2], progress=False)
     assert len(kept) == 4 and len(kept[0]) > 10
     assert (kept[:2] == kept[2:]) == frozen
+
+
+def test_a_longer_path_goes_on_from_a_shorter_one(llama, capture, monkeypatch):
+    """Paths measured together have the numbers of each by itself, and pass every block once."""
+    passed = []
+    real = PatchedBlock.__call__
+
+    def counted(block, queries, points):
+        if points.shape[1] == 2 * K * SIZE:  # not the calls by which a block is checked
+            passed.append(block.layer)
+        return real(block, queries, points)
+
+    monkeypatch.setattr(PatchedBlock, "__call__", counted)
+    paths = [Parts(blocks=blocks, displaced=("neighbors", "isotropic"), name=f"path{blocks}_") for blocks in (1, 2, 3)]
+    together = run(llama, capture, *paths, layers=[0])
+    shared = [passed.count(layer) for layer in range(3)]
+    passed.clear()
+    for one in paths:
+        alone = run(llama, capture, one, layers=[0])
+        for column in one.columns:
+            assert together[column.name].equals(alone[column.name]), column.name
+    assert [passed.count(layer) for layer in range(3)] == [3 * shared[0], 2 * shared[1], shared[2]]
+    assert shared[0] == shared[1] == shared[2] > 0
 
 
 # -- an independent computation -------------------------------------------------------------------------------------------------

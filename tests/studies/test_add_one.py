@@ -97,6 +97,7 @@ def test_every_study_has_a_command_of_its_own_options(capsys):
         "linguistic": {"--tagger", "--sentiment"},
         "robustness": {"--second-model"},
         "mergeability": {"--tokens-per-sequence", "--window"},
+        "basins": {"--tokens", "--neighbors"},
         "memorization": {"--preset", "--design", "--unrelated", "--paraphrases", "--sampled"},
     }
     every = set.union(*own.values())

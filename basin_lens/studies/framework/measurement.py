@@ -50,9 +50,10 @@ def measure(
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
-        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"`, which needs no
-            scores of its own.
-        layers: block indices; None: ten, evenly spaced over the model (all if it has no more); `"all"`.
+        studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"` and
+            `"basins"`, which need no scores of their own.
+        layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
+            alone; `"all"`.
         k, context, exclude: of the compression scores; see `Compression`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
         unit: what is independent: `"document"`, `"sequence"`, or a label (the template of a prompt).
@@ -87,20 +88,21 @@ def measure(
     """
     specs = specs_of_texts(*studies)
     refuse_scoring([], context=context, exclude=exclude)
-    planned = data if isinstance(data, Capture) else Capture.plan(model, data, layers=_layers(model, layers), max_length=max_length)
-    count = Counter(planned.row_token.tolist())
-    frequency = {token: times / planned.n_rows for token, times in count.items()}
+    count = max(spec.layers for spec in specs)
+    planned = _planned(model, data, layers, count, max_length)
+    times = Counter(planned.row_token.tolist())
+    frequency = {token: often / planned.n_rows for token, often in times.items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
     headline = headline_of(k, context, exclude)
-    wanted = _layers(model, layers) if layers is not None else capture.layers
+    wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if contrast is not None:
         refuse_contrast(capture, contrast)
     if check is not None:
         check(capture)
     request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    run = score(model, capture, request, keep_neighbors_of=headline)
+    run = score(model, capture, request, keep_neighbors_of=headline if headline in request.chosen else None)
     table = run.table
     (facts,) = tables.provenance(table).values()
     settings: Facts = {
@@ -114,7 +116,7 @@ def measure(
         "per_document": per_document,
         "sequences_given": len(planned.sequences),
         "sequences_too_short": short,
-        "bank": facts.get("bank", {}).get("source"),
+        "bank": facts.get("bank", {}).get("source") or ("the texts themselves" if bank is None else "another capture"),
         "integrated_gradients_sequences": 0,
         "contrast": contrast and contrast.title,
     }
@@ -185,11 +187,18 @@ def spaced_layers(n_layers: int, count: int = 10) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
 
 
-def _layers(model: HookedModel, layers: Layers | Literal["all"]) -> tuple[int, ...]:
+def _layers(model: HookedModel, layers: Layers | Literal["all"], count: int) -> tuple[int, ...]:
     every = check_layers(model, None)
     if layers is None:
-        return tuple(spaced_layers(len(every)))
+        return tuple(spaced_layers(len(every), count))
     return every if isinstance(layers, str) and layers == "all" else check_layers(model, layers)
+
+
+def _planned(model: HookedModel, data: Capture | Texts, layers: Layers | Literal["all"], count: int, max_length: int) -> Capture:
+    """All sequences given, unread unless a capture was given."""
+    if isinstance(data, Capture):
+        return data
+    return Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
 
 
 def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, unit: str) -> tuple[Capture, int]:
@@ -221,15 +230,16 @@ def headline_of(k: int, context: Context, exclude: str) -> Compression:
 def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
     """Those of every study, the headline first, and what the studies want besides, each once."""
     k, context, exclude = headline.k, headline.context, headline.exclude
-    answer: list[Analyzer] = [
-        headline,
-        Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
-        Contraction(k=k, exclude=exclude, context=context),
-        RawCompression(k=k, exclude=exclude),
-        Neighborhood(k=k, exclude=exclude),
-        Surprisal(),
-        StateNorm(),
-    ]
+    answer: list[Analyzer] = [Surprisal(), StateNorm()]
+    if any(spec.shared_scores for spec in specs):
+        answer = [
+            headline,
+            Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
+            Contraction(k=k, exclude=exclude, context=context),
+            RawCompression(k=k, exclude=exclude),
+            Neighborhood(k=k, exclude=exclude),
+            *answer,
+        ]
     for spec in specs:
         answer += [one for one in spec.analyzers(ScoreOptions(k, context, exclude, headline)) if one not in answer]
     return answer

@@ -18,7 +18,7 @@ OF_TEXTS = {
     "robustness": "basin_lens.studies.robustness.study",
 }
 # Measured like the others, but too slow to be part of `study all`.
-SLOW = {"mergeability": "basin_lens.studies.mergeability.study"}
+SLOW = {"mergeability": "basin_lens.studies.mergeability.study", "basins": "basin_lens.studies.basins.study"}
 # With texts and a training of their own.
 EXPERIMENTS = {"memorization": "basin_lens.studies.memorization.study"}
 

@@ -236,6 +236,9 @@ class StudySpec(Declaration):
         refuse: refuses options before a model is loaded.
         check: from model, options and unit to a check of the texts chosen, made before the model runs.
         judge: corrects what came of the declared tests by what else the study found.
+        layers: how many it measures where none are named, evenly spaced over the model.
+        shared_scores: it looks at the scores that all studies share; where no study does, they are not measured.
+        apart: what its analysis measures by itself, in words, for `--dry-run`.
         steps: how many steps of its own it tells `Task.step`.
     """
 
@@ -249,6 +252,9 @@ class StudySpec(Declaration):
     refuse: Callable[[object, Sequence[Passage]], None] = refuse_nothing
     check: Callable[[HookedModel, object, str], Callable[[Capture], None]] | None = None
     judge: Callable[[Task, Analysis, Results], tuple[Analysis, Results]] | None = None
+    layers: int = 10
+    shared_scores: bool = True
+    apart: tuple[str, ...] = ()
     steps: int = 1
 
 

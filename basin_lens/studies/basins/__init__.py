@@ -1,0 +1,1 @@
+"""Does a model have basins at any layer, scale or path length?"""
