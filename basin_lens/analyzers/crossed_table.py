@@ -65,6 +65,11 @@ class CrossedTable:
         return self.log_before[:, None, :] - self.log_after
 
     @property
+    def at_home(self) -> Float[Tensor, "groups scored"]:
+        """c(i, i) of each token i that is scored, in nats."""
+        return self.contraction.diagonal(dim1=1, dim2=2)[:, : self.scored]
+
+    @property
     def partner_halves(self) -> "tuple[CrossedTable, CrossedTable]":
         """The same table, read once with half of the partners as places and the rest as directions, and once the other way round.
 

@@ -57,9 +57,9 @@ class InteractionCompression(CloudScore):
     Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
 
     Raises:
-        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, an unknown null,
-            texts that are their own bank and fewer documents than a group has tokens, or `context="native"`, where a displaced state
-            has no image.
+        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4, an unknown
+            null, texts that are their own bank and fewer documents than a group has tokens, or `context="native"`, where a
+            displaced state has no image.
 
     Source: design of basin_lens; the interaction of a two-way table is Fisher's.
 
@@ -127,5 +127,5 @@ class InteractionCompression(CloudScore):
         parts = {kind: neighborhoods.crossed[kind].parts() for kind in kinds}
         values = [*parts["neighbors"], *(parts[kind].interaction for kind in kinds[1:])]
         if self.contractions:
-            values += [neighborhoods.crossed[kind].contraction.diagonal(dim1=1, dim2=2) for kind in kinds]
+            values += [neighborhoods.crossed[kind].at_home for kind in kinds]
         return {column.name: value.flatten() for column, value in zip(self.columns, values, strict=True)}

@@ -111,7 +111,7 @@ def bank(llama):
 
 
 def test_a_single_prompt_has_scores_and_nulls(llama, bank):
-    analyzer = InteractionCompression(k=K)
+    analyzer = InteractionCompression(k=K, contractions=True)
     table = run(llama, random_tokens(1, 12, seed=9), analyzer, bank=bank)
     names = [column.name for column in analyzer.columns]
     assert table[table.pos > 0][names].notna().all().all()

@@ -174,14 +174,16 @@ def plant_basin(monkeypatch, model, layer, blocks):
         return passage
 
     class Planted(CrossedPass):
-        def __init__(self, *given):
-            super().__init__(*given)
-            if (self.layer, paths[id(self.passage)][1]) == (layer, blocks) and self.searches.model is model:
-                self.passage = replace(self.passage, of_points=self.shrinking(self.passage.of_points))
+        def __init__(self, own, *given):
+            if (own.layer, paths[id(own.passage)][1]) == (layer, blocks) and own.searches.model is model:
+                shrinking = self.shrinking(own, own.passage.of_points)
+                own = replace(own, passage=replace(own.passage, of_points=shrinking))
+            super().__init__(own, *given)
 
-        def shrinking(self, block):
+        @staticmethod
+        def shrinking(own, block):
             def through(rows, points):
-                center, moves = self._near(rows)
+                center, moves = own.of("neighbors", rows)
                 basis = torch.linalg.qr(moves[:, :-1].transpose(1, 2)).Q
                 steps = points - center[:, None]
                 far, sizes = steps.norm(dim=2, keepdim=True), moves.norm(dim=2)[:, :, None]
