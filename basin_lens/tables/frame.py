@@ -33,7 +33,7 @@ class _Records(dict[str, Facts]):
                 return [part if type(part) in _FLAT else copied(part) for part in fact]
             return deepcopy(fact, memo)
 
-        return _Records({run: copied(facts) for run, facts in self.items()})
+        return _Records({run: {name: copied(fact) for name, fact in facts.items()} for run, facts in self.items()})
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Facts]]]:
         return dict, (dict(self),)  # a copy that is stored is read without this package, too
