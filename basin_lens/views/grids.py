@@ -65,7 +65,8 @@ def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | Non
     axes.set_xlabel(across)
     axes.set_ylabel(down)
     marks.bare(axes)
-    marks.finish(figure, title or "", marks.sample(results))
+    sample = marks.sample(results.assign(low=np.nan, high=np.nan))  # a map has no bars to explain
+    marks.finish(figure, title or "", sample.replace("; no intervals", ""))
     return figure
 
 
@@ -131,8 +132,10 @@ def curve_panels(
         marks.bare(axes)
     for axes in every[len(shown) :]:
         axes.remove()
+    for axes in every[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(across, fontsize=9)
     figure.supylabel(marks.effect_label(results), fontsize=9)
-    every[max(0, len(shown) - columns)].set_xlabel(across)
     _panel_legend(figure, results, by, looks, alpha, flat)
     marks.finish(figure, title or "", marks.sample(results))
     return figure
