@@ -79,8 +79,8 @@ HYPOTHESIS = (
 class BasinOptions:
     """Of `study_basins`."""
 
-    tokens: int = option(40, "Tokens measured at each cell.")
-    neighbors: int = option(8, "Neighbors of a token whose displacements pass; at most --k.")
+    tokens: int = option(32, "Tokens measured at each cell.")
+    neighbors: int = option(6, "Neighbors of a token whose displacements pass; at most --k.")
     scales: tuple[float, ...] = option((0.02, 0.1, 0.5, 1.0, 2.0))
     paths: tuple[int, ...] = option((1, 2, 4, 8))
 
@@ -108,8 +108,8 @@ def study_basins(
     data: StudyData,
     *,
     progress: bool = True,
-    tokens: int = 40,
-    neighbors: int = 8,
+    tokens: int = 32,
+    neighbors: int = 6,
     scales: Sequence[float] = (0.02, 0.1, 0.5, 1.0, 2.0),
     paths: Sequence[int] = (1, 2, 4, 8),
     **options: object,
@@ -206,7 +206,7 @@ def _analysis(task: Task) -> Analysis:
     values = with_measures(found)
     del subject  # the states of many layers
     task.step("the random twin")
-    of_twin = tokens[: max(FEWEST_TOKENS, len(tokens) // 2)]
+    of_twin = tokens[: max(4 * GROUP, len(tokens) // 2)]
     twin, why = _twin(task, grid, of_twin)
     task.step("tests of every cell")
     tests = {measure: cell_tests(values, measure, **task.unit_and_seed) for measure in MEASURES}
