@@ -20,17 +20,13 @@ MARKS = {BASIN: "+", APART: "−"}
 ONCE = "·"
 KINDS = {HOME: "neighbors", HOME_RANDOM: "random sets"}
 LITERATURE = (
-    "“Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the "
-    "first layer from one text's to another's and finds regions in which the model's output hardly moves, with sharp "
-    "borders, in trained "
-    "models and not in random ones. Closest to it here are the paths to the end of the model: such a region would be "
-    "contraction that "
-    "is high at small scales and falls beyond the border. “Concept Attractors in LLMs and their Applications” "
-    "(2601.11575) takes layers as "
-    "contractions towards concepts: that would be cells above 0 in the first map. “Attention sinks and compression valleys in LLMs "
-    "are two sides of the same coin” (2510.06477) is about all states of a sequence at once and its first token: what "
-    "a place does to "
-    "whatever enters it, or a block to some directions everywhere, is in neither of the two measures here.",
+    "“Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the first layer from "
+    "one text's to another's and finds regions in which the model's output hardly moves, with sharp borders, in trained models and "
+    "not in random ones. Closest to it here are the paths to the end of the model: such a region would be contraction that is high "
+    "at small scales and falls beyond the border. “Concept Attractors” (arXiv 2601.11575): layers that contract towards concepts "
+    "would be cells above 0 in the first map. “Attention sinks and compression valleys” (arXiv 2510.06477) is about all states of "
+    "a sequence at once: what a place does to whatever enters it, or a block to some directions everywhere, is in neither of the "
+    "two measures here.",
     "None of these regions, attractors and valleys is what is tested here; a no here is no evidence against them.",
 )
 MEANING = (
