@@ -24,8 +24,8 @@ def summaries(real_model):
     capture = bl.Capture.from_texts(real_model, passages, layers=LAYERS, max_length=40, progress=False)
     known, found = {}, []
 
-    def proved_once(model, texts, bank, probes, layer, seed):
-        return known.setdefault(layer, LayerMaps(model, texts, bank, probes, layer, seed))
+    def proved_once(model, texts, bank, probes, layer, *given, **options):
+        return known.setdefault(layer, LayerMaps(model, texts, bank, probes, layer, *given, **options))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("basin_lens.scoring.run.LayerMaps", proved_once)
