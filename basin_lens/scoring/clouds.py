@@ -50,8 +50,15 @@ class Clouds:
         return self.found.near.rows[rows, : self.k]
 
     def neighbor_keys(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
-        """Neighbors told apart: equal keys are one neighbor."""
-        return self.found.bank.key[self.near(rows)]
+        """Neighbors told apart: equal keys are one neighbor, also of tokens of another capture with the same bank."""
+        return self._first_alike[self.near(rows)]
+
+    @cached_property
+    def _first_alike(self) -> Int[Tensor, " bank"]:
+        """For each row of the bank, the first row with its key: keys themselves are numbered anew in every search."""
+        _, which = self.found.bank.key.unique(return_inverse=True)
+        rows = torch.arange(len(which), device=which.device)
+        return torch.zeros_like(rows).scatter_reduce(0, which, rows, "amin", include_self=False)[which]
 
     def log_variance(self, rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """log V_in of these tokens' neighborhoods; NaN where it is rounding."""

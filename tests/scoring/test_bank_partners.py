@@ -92,14 +92,34 @@ def test_a_planted_basin_is_found_where_it_is(two, factor, sign):
 def test_partners_are_the_nearest_of_other_documents_with_other_neighbors(two):
     crossed = two.cross(lambda _, x: x)
     own, bank = units_of_both(*two.captures, "sequence")
-    keys = [found.bank.key[found.near.rows] for _, found in two.searched]
+    near = [found.near.rows for _, found in two.searched]  # of one bank, in which no two rows are one point
     for group in crossed.rows.tolist():
         row, *partners = group
         assert len({int(own[row]), *bank[partners].tolist()}) == SIZE
-        assert len(torch.cat([keys[0][row], *keys[1][partners]]).unique()) == SIZE * K
+        assert len(torch.cat([near[0][row], *near[1][partners]]).unique()) == SIZE * K
     before = crossed.tables["neighbors"].log_before
     assert (before[:, 1:] - before[:, :1]).abs().max(1).values.median() < 0.1
     assert crossed.scored.flatten().tolist() == (two.captures[0].row_pos > 0).nonzero().flatten().tolist()
+
+
+def test_copies_in_the_bank_are_one_neighbor(llama, monkeypatch):
+    """Every text of the bank twice, under two documents: a prefix is in one cloud of a group at most."""
+    tokens, texts = random_tokens(1, 12, seed=9), random_tokens(SEQUENCES, 12)
+    twice = bl.Capture.from_texts(llama, torch.cat([texts, texts]), progress=False)
+    kept = []
+
+    class Watched(CrossedPass):
+        def __call__(self, able):
+            kept.append((super().__call__(able), [side.near for side in (self.own, self.partners)]))
+            return kept[-1][0]
+
+    monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Watched)
+    run(llama, tokens, Parts(k=K, displaced=("neighbors",)), bank=twice, layers=[1])
+    ((crossed, near),) = kept
+    assert len(crossed.rows) == 11
+    for group in crossed.rows:
+        rows = torch.cat([near[0](group[:1]), near[1](group[1:])]).flatten()
+        assert len({tuple(texts[row // 12 % SEQUENCES, : row % 12 + 1].tolist()) for row in rows.tolist()}) == SIZE * K
 
 
 # -- through analyze ------------------------------------------------------------------------------------------------------------
