@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from scipy.sparse import csgraph
 from torch import Tensor
 
 from basin_lens.analyzers import CrossedTable, Displaced
@@ -15,6 +18,8 @@ from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.token_rows import row_groups
 from basin_lens.transport import chunk_places, rows_per_call
 from basin_lens.values import Facts
+
+_NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` that name no label
 
 
 @dataclass(frozen=True)
@@ -139,29 +144,31 @@ class CrossedPass:
 
 
 def unit_of_rows(capture: Capture, exclude: str) -> Int[Tensor, " rows"]:
-    """What tokens of one group must differ in: the document, or the label that `exclude` names, where a text has it."""
-    documents = row_groups(capture, capture, "document")[0]
-    if exclude in ("self", "sequence", "document", "nothing"):
-        return documents
-    labels = row_groups(capture, capture, exclude)[0]
-    return torch.where(labels >= 0, labels, documents + len(capture.sequences))
+    """What tokens of one group must differ in: the document, or the label that `exclude` names, where a text has it.
+
+    Copies of a text are one unit, whatever documents they are of.
+    """
+    if exclude not in _NO_LABELS:
+        row_groups(capture, capture, exclude)  # refuses a label that no text has
+    return units_of_both(capture, capture, exclude)[0]
 
 
 def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " bank"]]:
     """The same of a capture and a bank, in one numbering. A text that is in both is one unit."""
-    known: dict[object, int] = {}
-
-    def unit(source: Capture, sequence: int) -> object:
-        label = source.labels[sequence].get(exclude)
-        return (exclude, label) if label is not None else source.docs[sequence]
-
-    texts = {s.tokens: unit(capture, index) for index, s in enumerate(capture.sequences)}
-    answers = []
+    names: dict[object, int] = {}
+    texts: dict[object, int] = {}
+    pairs = []
     for source in (capture, bank):
-        names = [texts.get(s.tokens, unit(source, index)) for index, s in enumerate(source.sequences)]
-        codes = torch.tensor([known.setdefault(name, len(known)) for name in names], device="cpu")
-        answers.append(codes[source.row_seq])
-    return answers[0], answers[1]
+        for sequence, labels, doc in zip(source.sequences, source.labels, source.docs, strict=True):
+            label = None if exclude in _NO_LABELS else labels.get(exclude)
+            name = doc if label is None else (exclude, label)
+            pairs.append((names.setdefault(name, len(names)), texts.setdefault(sequence.tokens, len(texts))))
+    by_name, by_text = np.array(pairs).T
+    # Names that share a text are one unit.
+    shared = sparse.coo_array((np.ones(len(pairs)), (by_name, len(names) + by_text)), shape=(len(names) + len(texts),) * 2)
+    units = torch.from_numpy(csgraph.connected_components(shared, directed=False)[1].astype(np.int64))[by_name]
+    own, other = units.split([len(capture.sequences), len(bank.sequences)])
+    return own[capture.row_seq], other[bank.row_seq]
 
 
 def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tensor, " rows"]) -> frozenset[str]:
@@ -180,8 +187,8 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
             if bank is capture:
                 raise NeighborError(
                     f"expected tokens of at least {a.crossing.group} different values of {kind!r} for {type(a).__name__}, whose "
-                    f"groups of {a.crossing.group} hold one of each, got {units}. Add texts, ask for tokens of more of them, or "
-                    'pass bank="reference" or another capture, whose tokens then are the partners.'
+                    f"groups of {a.crossing.group} hold one of each, got {units} (copies of a text count once). Add texts, ask for "
+                    'tokens of more of them, or pass bank="reference" or another capture, whose tokens then are the partners.'
                 )
             keys.add(a.key)
     return frozenset(keys)

@@ -7,8 +7,9 @@ import torch
 
 import basin_lens as bl
 from basin_lens.analyzers import Surroundings
+from basin_lens.errors import NeighborError
 from basin_lens.scoring.crossed_pass import unit_of_rows
-from tests.scoring.crossed import BASIS, EXACT, FACTOR, KINDS, SIZE, ZEROS, D, K, World, along, rotation
+from tests.scoring.crossed import BASIS, EXACT, FACTOR, KINDS, SIZE, ZEROS, D, K, Parts, World, along, rotation
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,17 @@ def test_a_label_is_the_unit_where_it_is_excluded(llama):
     part = [bl.Passage(passages[0].text), *passages[1:]]
     capture = bl.Capture.from_texts(llama, part, progress=False)
     assert unit_of_rows(capture, "kind").unique().numel() == 3  # without a label, a text's document is its unit
+
+
+def test_copies_of_a_text_are_one_unit_under_whatever_documents(llama):
+    """One prompt four times has no partners of other texts; a document's other texts go with the copied one."""
+    texts = [("one and the same", "a"), ("one and the same", "b"), ("another of b", "b"), ("a third", "c")]
+    passages = [bl.Passage(text, doc=doc) for text, doc in texts]
+    units = unit_of_rows(bl.Capture.from_texts(llama, passages, progress=False), "sequence")
+    assert units.unique().numel() == 2
+    four = [bl.Passage(texts[0][0], doc=doc) for doc in "abcd"]
+    with pytest.raises(NeighborError, match="got 1"):
+        bl.analyze(llama, four, [Parts(k=K, exclude="self")], progress=False)
 
 
 def test_massive_dimensions_are_left_out(llama):
