@@ -116,7 +116,7 @@ def red_flags(
     if len(finding.asked) > 1:
         raise TableError(f"expected one question, got {finding.asked}. Pass against, group or tag, and ask again for the others.")
     if "layer" not in table.columns:
-        table, layers = _with_layer(table), None
+        table, layers = _with_layer(table, names), None
     if layers is not None:
         table = table[table["layer"].isin(asked_layers(table, layers))]
     flags, varied = [], []
@@ -208,10 +208,12 @@ class _Options(TypedDict):
     seed: int
 
 
-def _with_layer(table: pd.DataFrame) -> pd.DataFrame:
-    answer = table.copy()
-    answer["layer"] = 0
-    return answer
+def _with_layer(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A table without layers as one of layer 0, with the errors of the scores' references there."""
+    errors = {name: tables.reference_error(table, name) for name in names}
+    held = {name: {"0": float(error.max())} for name, error in errors.items() if error.any()}
+    answer = tables.assign(table, layer=0)
+    return tables.with_reference_error(answer, held) if held else answer
 
 
 def _unknown(flag: str, score: str, why: str) -> _Flag:

@@ -139,3 +139,15 @@ def test_intervals_hold_what_they_promise():
         held, plain = held + (low <= 0 <= high), plain + (low_plain <= 0 <= high_plain)
     assert 0.94 < held / 2000 < 0.975
     assert plain / 2000 < 0.87
+
+
+def test_red_flags_of_a_table_without_layers_count_it():
+    """Two layers of one run beside one another: the table of pairs has no layer of its own."""
+    flags = {}
+    for name, errors in (("small", {0: 0.001, 1: 0.001}), ("large", {0: 0.001, 1: 0.5})):
+        pairs = made(errors)
+        pairs = tables.select(pairs, pairs["layer"] == 0).drop(columns=["layer", "run"]).assign(pos=1)
+        found = stats.red_flags(tables.with_provenance(pairs, made(errors)), "score", n_resamples=999).set_index("flag")
+        flags[name] = found.loc["nothing survives correction"]
+    assert flags["small"].value < 0.05 and not flags["small"].raised
+    assert flags["large"].value > 0.05 and flags["large"].raised
