@@ -13,8 +13,8 @@ from basin_lens.errors import StudyError
 from basin_lens.scoring.crossed_pass import CrossedPass
 from basin_lens.studies.basins import tests as cell_tests
 from basin_lens.studies.basins.grid import HOME, HOME_ISOTROPIC, HOME_RANDOM, SCORE, SCORE_RANDOM, VALUES, Grid, sampled
-from basin_lens.studies.basins.report import flags_of
-from basin_lens.studies.basins.tests import ABOVE, APART, BASIN, GROWN, GROWTH, MEASURES, finding_of, with_measures
+from basin_lens.studies.basins.report import Seen, cells_of, figures_of, flags_of, sections_of
+from basin_lens.studies.basins.tests import ABOVE, APART, BASIN, GROWN, GROWTH, MEASURES, finding_of, plain_means, with_measures
 from basin_lens.studies.framework import measurement, registry
 from basin_lens.transport import LayerMaps
 from tests.studies.planted import made_text
@@ -155,6 +155,30 @@ def test_red_flags_ask_who_else_has_the_basin():
     assert flags_of(cells).raised.tolist() == [True, False]
     none = flags_of(cells.assign(reads=""))
     assert none.raised.tolist() == [False, False] and none.why.str.contains("no basin was found").all()
+
+
+def test_figures_say_which_paths_and_layers_they_show():
+    """No path of one block but the last layer's, and more layers than a figure has panels."""
+    grid = Grid(tuple(range(1, 21)), (0.02, 1.0), (2,), 24, 4, 21)
+    rng = np.random.default_rng(0)
+    rows = [
+        {"doc": f"d{doc}", "seq": doc, "pos": 1, "token_id": doc, "layer": layer, "blocks": blocks, "scale": scale}
+        | dict(zip(VALUES, rng.normal(size=len(VALUES)), strict=True))
+        for doc in range(3)
+        for layer, blocks, scale in grid.cells
+    ]
+    values = with_measures(pd.DataFrame(rows))
+    means = plain_means(values, (*VALUES, GROWN), "document")
+    tests = {measure: in_cells(values, measure) for measure in MEASURES}
+    seen = Seen(grid, values, tests, means, plain_means(values[:0], MEASURES, "document"))
+    cells = cells_of(seen)
+    figures = figures_of(cells, seen)
+    first = figures["interaction-by-layer-and-scale"]
+    assert first.get_suptitle() == "2 blocks"
+    assert [label.get_text() for label in first.axes[0].get_yticklabels()] == [str(layer) for layer in range(1, 20)]
+    said = {section.title: str(section) for section in sections_of(cells, seen, figures)}
+    assert "Layer by scale, 2 blocks" in said and "Contraction at home against scale, 2 blocks" in said
+    assert len(figures["interaction-by-path"].axes) == 16 and "16 of the 20 layers are shown" in said["By path length"]
 
 
 # -- on a tiny model ----------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,12 @@ class Grid:
         """Layers and paths that would go beyond the last block."""
         return [(layer, path) for layer in self.layers for path in self.paths if layer + path > self.n_layers]
 
+    @property
+    def shortest(self) -> int:
+        """Blocks of the shortest path of those named that is in the grid; where none is, of the shortest to the end."""
+        there = [blocks for _, blocks in self.routes]
+        return min([blocks for blocks in there if blocks in self.paths] or there)
+
     def path_name(self, layer: int, blocks: int) -> str:
         """A path in words: its blocks, or that it goes to the end."""
         return TO_THE_END if layer + blocks == self.n_layers and blocks not in self.paths else str(blocks)

@@ -12,12 +12,14 @@ from basin_lens.studies.basins.grid import CELL, HOME, HOME_RANDOM, SCORE, SCORE
 from basin_lens.studies.basins.tests import ABOVE, APART, BASIN, GROWN, GROWN_ISOTROPIC, GROWTH
 from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measurement import spaced_layers
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.views import Section, curve_panels, grid_map
 
 # In a map: a cell that the two halves agree on, and one that stands in all documents alone.
 MARKS = {BASIN: "+", APART: "−"}
 ONCE = "·"
+_PANELS = 16  # the most that a figure has
 KINDS = {HOME: "neighbors", HOME_RANDOM: "random sets"}
 LITERATURE = (
     "“Characterizing stable regions in the residual stream of LLMs” (arXiv 2409.17113) moves states behind the first layer from "
@@ -74,31 +76,50 @@ def cells_of(seen: Seen) -> pd.DataFrame:
 
 
 def figures_of(cells: pd.DataFrame, seen: Seen) -> dict[str, Figure]:
-    """Maps at one block, curves by path length, contraction against scale."""
+    """Maps of the shortest paths and of those to the end, curves by path length, contraction against scale."""
     above = tables.select(cells, cells["score"] == ABOVE)
     above = tables.assign(above, mark=_marks(above))
-    one = tables.select(above, above["blocks"] == above["blocks"].min())
+    shortest = seen.grid.shortest
+    one = tables.select(above, above["blocks"] == shortest)
     whole = tables.select(above, above["layer"] + above["blocks"] == seen.grid.n_layers)
     scale = min(seen.grid.scales, key=lambda value: abs(np.log(value)))
-    paths = tables.select(above, above["scale"] == scale)
-    twin = tables.with_provenance(seen.twin[(seen.twin["score"] == ABOVE) & (seen.twin["blocks"] == above["blocks"].min())], cells)
+    shown = above["layer"].isin(_panels(seen))
+    paths = tables.select(above, (above["scale"] == scale) & shown)
+    twin = tables.with_provenance(seen.twin[(seen.twin["score"] == ABOVE) & (seen.twin["blocks"] == shortest)], cells)
     answer = {
-        "interaction-by-layer-and-scale": grid_map(one, "layer", "scale", marked="mark", title="One block"),
+        "interaction-by-layer-and-scale": grid_map(one, "layer", "scale", marked="mark", title=_blocks(seen).capitalize()),
         "interaction-to-the-end": grid_map(whole, "layer", "scale", marked="mark", title="From the layer to the end of the model"),
         "interaction-by-path": curve_panels(paths, "blocks", panel="layer", title=f"Scale {scale:g}"),
     }
     if len(twin):
-        answer["random-twin-by-layer-and-scale"] = grid_map(twin, "layer", "scale", title="The random twin, one block")
+        answer["random-twin-by-layer-and-scale"] = grid_map(twin, "layer", "scale", title=f"The random twin, {_blocks(seen)}")
     for name, chosen in (
-        ("contraction-by-scale", seen.means["blocks"] == seen.means["blocks"].min()),
+        ("contraction-by-scale", seen.means["blocks"] == shortest),
         ("contraction-by-scale-to-the-end", seen.means["layer"] + seen.means["blocks"] == seen.grid.n_layers),
     ):
-        part = seen.means[chosen & seen.means["score"].isin(list(KINDS))]
+        part = seen.means[chosen & seen.means["score"].isin(list(KINDS)) & seen.means["layer"].isin(_panels(seen))]
         part = part.assign(displaced=part["score"].map(KINDS), score=HOME, effect="mean", unit=seen.tests[ABOVE]["unit"].iloc[0])
         answer[name] = curve_panels(
             tables.with_provenance(part, cells), "scale", by="displaced", panel="layer", flat=True, title="Contraction at home"
         )
     return answer
+
+
+def _panels(seen: Seen) -> list[int]:
+    """Layers with panels of their own: all, or as many as there is room for, evenly spaced."""
+    layers = seen.grid.layers
+    return [layers[place] for place in spaced_layers(len(layers), _PANELS)]
+
+
+def _cut(seen: Seen) -> str:
+    panels = _panels(seen)
+    return f" {len(panels)} of the {len(seen.grid.layers)} layers are shown." if len(panels) < len(seen.grid.layers) else ""
+
+
+def _blocks(seen: Seen) -> str:
+    """The shortest paths in words."""
+    count = seen.grid.shortest
+    return "one block" if count == 1 else f"{count} blocks"
 
 
 def _marks(cells: pd.DataFrame) -> list[str]:
@@ -144,7 +165,7 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
     }
     sections = [
         Section(
-            "Layer by scale, one block",
+            f"Layer by scale, {_blocks(seen)}",
             [
                 "Interaction of place and directions less the same of random sets, mean over documents.",
                 MEANING,
@@ -166,7 +187,7 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
         Section("Layer by scale, to the end of the model", figure=figures["interaction-to-the-end"], caption=_MARKED),
         Section(
             "By path length",
-            "The last point of each panel is the path to the end of the model.",
+            "The last point of each panel is the path to the end of the model." + _cut(seen),
             figure=figures["interaction-by-path"],
             caption="Mean less random sets with 95 % intervals; filled: p at most 0.05 by max-|t| over the grid, all documents.",
         ),
@@ -178,14 +199,15 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
             table=shown.get(ABOVE),
         ),
         Section(
-            "Contraction at home against scale, one block",
+            f"Contraction at home against scale, {_blocks(seen)}",
             "What the linear part of a block does is the same at every scale (dotted: the level at the smallest one). "
             "A basin in the "
             "plain sense rises above it. Random sets are longer than the neighbors' displacements, so that the same "
             "bend shows in them "
             "at a smaller scale.",
             figure=figures["contraction-by-scale"],
-            caption="c(i, i): log variance before less after, around the neighbors' centroid. Mean with 95 % intervals.",
+            caption="c(i, i): log variance before less after, around the neighbors' centroid. Mean with 95 % intervals."
+            + _cut(seen),
         ),
         Section("Contraction at home against scale, to the end", figure=figures["contraction-by-scale-to-the-end"]),
         Section(
