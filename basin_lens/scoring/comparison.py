@@ -108,8 +108,8 @@ def _with_reference_errors(joined: pd.DataFrame, both: Sequence[pd.DataFrame], c
     pairs = zip(a, b, strict=True) if "layer_b" in joined else zip(a, a, strict=True)
     same_run = both[0]["run"].iloc[0] == both[1]["run"].iloc[0]
     # One run has one reference at a layer; another run, also of the same model and neighbors, drew its own.
-    apart = {str(after): 0.0 if same_run and before == after else math.hypot(a[before], b[after]) for before, after in pairs}
-    sides = {f"{column}_{name}": {str(layer): error for layer, error in side.items()} for name, side in (("a", a), ("b", b))}
+    apart = {str(int(after)): 0.0 if same_run and before == after else math.hypot(a[before], b[after]) for before, after in pairs}
+    sides = {f"{column}_{name}": {str(int(layer)): error for layer, error in side.items()} for name, side in (("a", a), ("b", b))}
     return tables.with_reference_error(joined, {**sides, "difference": apart})
 
 

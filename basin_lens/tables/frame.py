@@ -33,7 +33,13 @@ class _Records(dict[str, Facts]):
                 return [part if type(part) in _FLAT else copied(part) for part in fact]
             return deepcopy(fact, memo)
 
-        return _Records({run: {name: copied(fact) for name, fact in facts.items()} for run, facts in self.items()})
+        return _Records(
+            {
+                # What others put among them need not be records.
+                run: {name: copied(fact) for name, fact in facts.items()} if type(facts) is dict else deepcopy(facts, memo)
+                for run, facts in self.items()
+            }
+        )
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Facts]]]:
         return dict, (dict(self),)  # a copy that is stored is read without this package, too
@@ -110,7 +116,7 @@ def provenance(table: pd.DataFrame) -> dict[str, Facts]:
 def _held(table: pd.DataFrame) -> dict[str, Facts]:
     """Provenance by run, as plain JSON; empty if the table has none."""
     found = table.attrs.get(_NAME)
-    return found if isinstance(found, dict) else {}
+    return {run: facts for run, facts in found.items() if isinstance(facts, dict)} if isinstance(found, dict) else {}
 
 
 def runs(table: pd.DataFrame) -> dict[str, Provenance]:
@@ -159,6 +165,8 @@ def described_by_json(table: pd.DataFrame, held: Mapping[str, Facts]) -> pd.Data
 def with_provenance(table: pd.DataFrame, *sources: pd.DataFrame) -> pd.DataFrame:
     """The table with the provenance of the tables that it was made of, in place of its own; without any if they have none.
 
+    Of a run that several of them have, the last one's is kept, with the errors of references that any of them knows.
+
     Example:
         >>> import pandas as pd
         >>> from basin_lens import tables
@@ -169,8 +177,31 @@ def with_provenance(table: pd.DataFrame, *sources: pd.DataFrame) -> pd.DataFrame
     """
     held: dict[str, Facts] = {}
     for source in sources:
-        held |= _held(source)
+        for run, facts in _held(source).items():
+            held[run] = _with_errors_of(facts, held[run]) if run in held else facts
     return described_by_json(table, held)
+
+
+def _with_errors_of(facts: Facts, other: Facts) -> Facts:
+    """A run's record with the errors of references that another record of it knows: of two for one layer, the larger.
+
+    Pairs of runs (`compare`) have errors of their own by column and layer under the names of both runs.
+    """
+    one, two = (_errors_by_layer(record) for record in (facts, other))
+    if not two or one == two:
+        return facts
+    errors = {name: dict(by_layer) for name, by_layer in one.items()}
+    for name, by_layer in two.items():
+        mine = errors.setdefault(name, {})
+        for layer, error in by_layer.items():
+            known = mine.get(layer, error)
+            mine[layer] = None if error is None or known is None else max(error, known)
+    return {**facts, "reference_error": errors}
+
+
+def _errors_by_layer(facts: Facts) -> Facts:
+    held = facts.get("reference_error")
+    return {name: each for name, each in held.items() if isinstance(each, dict)} if isinstance(held, dict) else {}
 
 
 def without_provenance(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,8 @@ def reference_error(table: pd.DataFrame, column: str) -> Float[np.ndarray, " row
 
     Returns:
         an error per row, in the column's unit: 0 for a column without a reference, NaN where the error was not measured (texts of a
-        single document). In a table without the column `layer`, or of several runs without the column `run`, the largest known.
+        single document). In a table without the column `layer`, or of several runs without the column `run`, the largest known;
+        so, too, where tables put together have different errors of one column and layer of a run.
 
     Raises:
         TableError: no such column.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 
 from basin_lens.values import Facts
 
@@ -117,8 +118,9 @@ class Provenance:
         A fact of another kind than tables keep under its name, as in provenance written by hand, is among `others`.
         """
         known = {name: facts[name] for name, kind in _KINDS.items() if isinstance(facts.get(name), kind)}
-        if not all(isinstance(column, dict) for column in known.get("columns", {}).values()):
-            del known["columns"]
+        for name in ("columns", "reliability", "reference_error"):
+            if not all(isinstance(each, dict) for each in known.get(name, {}).values()):
+                del known[name]
         others = {name: fact for name, fact in facts.items() if name not in known}
         typed = known | {name: tuple(fact) for name, fact in known.items() if isinstance(fact, list)}
         if "columns" in known:
@@ -140,7 +142,7 @@ class Provenance:
 
     def half_reliability(self, name: str, layer: object) -> float:
         """Correlation of a column over disjoint halves of the neighbors at one layer; NaN where it was not measured."""
-        value = (self.reliability or {}).get(name, {}).get(str(layer))
+        value = (self.reliability or {}).get(name, {}).get(_layer_name(layer))
         return float("nan") if value is None else float(value)
 
     def error_of_reference(self, name: str, layer: object = None) -> float:
@@ -148,6 +150,11 @@ class Provenance:
         by_layer = (self.reference_error or {}).get(name)
         if by_layer is None:
             return 0.0
-        errors = list(by_layer.values()) if layer is None else [by_layer.get(str(layer))]
+        errors = list(by_layer.values()) if layer is None else [by_layer.get(_layer_name(layer))]
         known = [float(error) for error in errors if error is not None]
         return max(known) if known and len(known) == len(errors) else float("nan")
+
+
+def _layer_name(layer: object) -> str:
+    """A layer as JSON names it, also one that pandas has made a float of."""
+    return str(int(float(layer))) if isinstance(layer, Real) and float(layer).is_integer() else str(layer)

@@ -123,3 +123,14 @@ def test_columns_made_later_are_described_in_every_run():
 def test_a_name_used_twice_is_refused(names):
     with pytest.raises(TableError, match=f"got {names[0]!r} twice"):
         tables.check_names(names)
+
+
+def test_what_another_tool_calls_provenance_does_no_harm():
+    """Pandas copies what is there at every look at a column; what is no record says nothing of a run."""
+    table = pd.DataFrame({"a": [1.0, 2.0]})
+    table.attrs["provenance"] = {"source": "my lab"}
+    assert tables.runs(tables.with_provenance(table.assign(b=1), table)) == {}
+    mine = tables.with_provenance(table.assign(b=1), made())
+    mine.attrs["provenance"] |= {"source": "my lab", "files": ["x"]}
+    assert mine["a"].tolist() == [1.0, 2.0] and mine["a"].attrs["provenance"] == mine.attrs["provenance"]
+    assert len(tables.runs(tables.select(mine, mine["a"] > 1))) == 1
