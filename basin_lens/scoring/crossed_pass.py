@@ -175,7 +175,8 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
     """Keys of the analyzers whose tokens cannot all be of different documents, so that partners come from the bank.
 
     Raises:
-        NeighborError: before any work, fewer documents than a group has tokens, and a bank that is the texts themselves.
+        NeighborError: before any work, fewer documents than a group has tokens, and a bank that is the texts themselves, or has too
+            few documents of its own.
     """
     keys = set()
     for a in plan.of_neighbors:
@@ -189,6 +190,15 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
                     f"expected tokens of at least {a.crossing.group} different values of {kind!r} for {type(a).__name__}, whose "
                     f"groups of {a.crossing.group} hold one of each, got {units} (copies of a text count once). Add texts, ask for "
                     'tokens of more of them, or pass bank="reference" or another capture, whose tokens then are the partners.'
+                )
+            own, other = units_of_both(capture, bank, a.exclude)
+            mine, theirs = set(own[asked & (capture.row_pos > 0)].tolist()), set(other[bank.row_pos > 0].tolist())
+            most = max((len(theirs - {unit}) for unit in mine), default=a.crossing.group)
+            if most < a.crossing.group - 1:
+                raise NeighborError(
+                    f"expected a bank of at least {a.crossing.group - 1} different values of {kind!r} beside the tokens' own for "
+                    f"{type(a).__name__}, whose tokens have partners from it, got {most} (copies of a text count once). Pass "
+                    'bank="reference" or a capture of more texts.'
                 )
             keys.add(a.key)
     return frozenset(keys)

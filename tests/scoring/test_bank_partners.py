@@ -14,7 +14,7 @@ from basin_lens.scoring.crossed_pass import CrossedPass, units_of_both
 from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.search import Searches
 from basin_lens.transport import BlockMap
-from tests.conftest import make_bridge, make_hf, random_tokens
+from tests.conftest import TEXTS, make_bridge, make_hf, random_tokens
 from tests.scoring.crossed import EXACT, KINDS, SIZE, ZEROS, D, K, Parts, along, parts_by_loops, plain_images
 from tests.scoring.oracle import facts_of, run, variance
 
@@ -173,6 +173,19 @@ def test_a_label_that_the_bank_lacks(llama, bank):
 def test_the_texts_as_their_own_bank_are_refused_and_the_reference_is_named(llama):
     with pytest.raises(NeighborError, match=r'got 1.*bank="reference"'):
         run(llama, random_tokens(1, 40), InteractionCompression(k=K))
+
+
+@pytest.mark.parametrize("exclude", ["sequence", "self", "document"])
+def test_a_bank_of_too_few_documents_is_refused_before_any_work(llama, exclude):
+    """The prompt itself is none of them."""
+    prompt, *others = (bl.Passage(text, doc=f"doc {at}") for at, text in enumerate(TEXTS[:4]))
+    again = bl.Passage(prompt.text, doc="another name")
+    few = bl.Capture.from_texts(llama, [*others[:2], again], progress=False)
+    analyzer = InteractionCompression(k=K, exclude=exclude, nulls=False)
+    with pytest.raises(NeighborError, match=r'bank of at least 3.*got 2.*bank="reference"'):
+        run(llama, prompt, analyzer, bank=few, layers=[1])
+    enough = bl.Capture.from_texts(llama, [*others, again], progress=False)
+    assert run(llama, prompt, analyzer, bank=enough, layers=[1])["interaction"].notna().any()
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
