@@ -17,7 +17,8 @@ def reference_error(table: pd.DataFrame, column: str) -> Float[np.ndarray, " row
     mean's error is one and the same in every row: it does not shrink with rows or documents, and is taken into every interval of a
     layer's mean (`tables.layer_summary`, `stats.mean_interval`, `stats.before_after` and what is made of them), in quadrature, as
     if the sample were another one than the documents'. Where rows of one layer are compared with one another (groups of texts or
-    tokens, slopes, ranks, detection), it cancels. A column computed from another under the same name keeps the record.
+    tokens, slopes, ranks, detection), it cancels. A column computed from another under the same name keeps the record;
+    one renamed, or under a name of its own, has none until `with_reference_error` gives it one.
 
     Args:
         table: any table.
