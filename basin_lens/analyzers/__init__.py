@@ -28,7 +28,6 @@ from basin_lens.analyzers.erasure import Erasure
 from basin_lens.analyzers.gradient import GradientNorm
 from basin_lens.analyzers.gradient_times_activation import GradientTimesActivation
 from basin_lens.analyzers.integrated_gradients import IntegratedGradients
-from basin_lens.analyzers.interaction_compression import InteractionCompression
 from basin_lens.analyzers.jacobian_gain import JacobianGain
 from basin_lens.analyzers.jacobian_spectrum import JacobianSpectrum
 from basin_lens.analyzers.local_dimension import LocalDimension
@@ -47,7 +46,6 @@ from basin_lens.capture import TokenBatch
 
 ANALYZERS: tuple[type[Analyzer], ...] = (
     Compression,
-    InteractionCompression,
     Contraction,
     RelativeContraction,
     DirectionalContraction,
@@ -77,6 +75,9 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
 )
 
 
+SAMPLED = 480  # tokens of a layer that the default analyzers cross
+
+
 def names_of(*roles: Role) -> frozenset[str]:
     """Names of the classes that declare one of these roles, as provenance has them.
 
@@ -90,10 +91,12 @@ def names_of(*roles: Role) -> frozenset[str]:
 
 
 def default_analyzers() -> list[Analyzer]:
-    """What `analyze` measures when nothing else is asked for."""
+    """What `analyze` measures when nothing else is asked for.
+
+    Of `Compression`, which costs as much as dozens of the others, a sample of so many tokens per layer: `Compression()` is of all.
+    """
     return [
-        Compression(),
-        Compression(same_token="exclude", name="compression_other_token"),
+        Compression(queries=SAMPLED),
         Contraction(),
         RawCompression(),
         Neighborhood(),
@@ -104,6 +107,7 @@ def default_analyzers() -> list[Analyzer]:
 
 __all__ = [
     "ANALYZERS",
+    "SAMPLED",
     "Agreement",
     "Analyzer",
     "AngularContraction",
@@ -125,7 +129,6 @@ __all__ = [
     "GradientNorm",
     "GradientTimesActivation",
     "IntegratedGradients",
-    "InteractionCompression",
     "JacobianGain",
     "JacobianSpectrum",
     "LocalDimension",

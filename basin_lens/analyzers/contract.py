@@ -91,7 +91,7 @@ class Neighborhoods:
 
     `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's
     own state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
-    `spread_in`, `spread_out`: mean total variance of random bank points before and after the same map in the same context.
+    `spread_in`, `spread_out`: total variance of the bank's states before and behind the map, beside which rounding is told.
     `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`:
     their states behind it, `output_preimages`: before it.
     `candidates`: how many rows each query could have chosen from (only if needed).
@@ -132,12 +132,12 @@ class Neighborhoods:
 
     @cached_property
     def log_variance_in(self) -> Float[Tensor, " q"]:
-        """log V_in per query; NaN where it is rounding beside G_in. Computed once for all that share the object."""
+        """log V_in per query; NaN where it is rounding beside the layer's own. Computed once for all that share the object."""
         return log_or_nan(total_variance(self.neighbors), self.spread_in)
 
     @cached_property
     def log_variance_out(self) -> Float[Tensor, " q"]:
-        """log V_out per query; NaN where it is rounding beside G_out."""
+        """log V_out per query; NaN where it is rounding beside the layer's own."""
         assert self.images is not None
         return log_or_nan(total_variance(self.images), self.spread_out)
 

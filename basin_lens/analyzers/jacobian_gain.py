@@ -34,7 +34,10 @@ class JacobianGain(CloudScore):
     jacobian_gain_neighborhood: v = h_j - mean of the neighbors, all k of them (on the data): tr(J S J^T) / tr S, S: their
     covariance; jacobian_contrast = log(jacobian_gain_random / jacobian_gain_neighborhood)
 
-    A positive contrast is the real signature of a basin: the block shrinks along the data more than off it. For a linear block the
+    A positive contrast would be a basin's signature: the block shrinks along the data more than off it. Found was the opposite: the
+    contrast is negative at all layers of SmolLM2-135M, whose blocks stretch the directions between neighbors more than random ones
+    (as work on activation plateaus reports). It says which directions a neighborhood spans, not that its place is special:
+    `Compression` is free of directions. For a linear block the
     neighborhood's gain is V_out / V_in exactly; elsewhere it is what `Contraction` would be for infinitely small neighborhoods of
     this shape. Exact derivatives in forward mode, no finite differences. Units: ratio, and nats for the contrast. Range: [0, inf)
     for the gains, all real numbers for the contrast; an isometry has gains of 1 and contrast 0, a scaling by a has a^2.

@@ -18,7 +18,7 @@ class RelativeContraction(CloudScore):
     The mean is over 64 tokens, each with 64 random points of the bank in its own place and context: a mean of logarithms, so that
     no single set decides it. Its standard error over documents is in provenance (`random_contraction` and `reference_error`, by
     layer), and in every interval of a layer's mean (see `tables.reference_error`): an offset of that size is chance. Holds what
-    the layer does to the directions that neighborhoods span; `InteractionCompression` takes that out. Unit: nats. Range: all real
+    the layer does to the directions that neighborhoods span; `Compression` takes that out. Unit: nats. Range: all real
     numbers; 0 for an isometry, scaling or shift.
     Options and errors: see `Compression`.
 

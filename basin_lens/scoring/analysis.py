@@ -27,15 +27,16 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
         model: a `TransformerBridge` or `HookedTransformer`, in any state.
         data: a text, a `Passage`, a path, a list of these, a table with a `text` column (`datasets`, pandas, Arrow), token ids
             (`[batch, pos]`, lists of their own lengths, what a tokenizer returns), or a `Capture`.
-        analyzers: what to measure; None: `Compression`, the same over other tokens, `Contraction`, `RawCompression`,
-            `Neighborhood`, `Surprisal`, `StateNorm`.
+        analyzers: what to measure; None: `Compression` of 480 tokens per layer (a seeded sample; `Compression()` is of all),
+            `Contraction`, `RawCompression`, `Neighborhood`, `Surprisal`, `StateNorm`.
         layers: block indices; None: all (of the capture).
         bank: where neighbors come from: None for the texts themselves, another `Capture`, or `"reference"` for the built-in
             passages (needed for a single text).
         queries: which tokens are scored: positions, a boolean mask `[rows]` or `[seqs, pos]`, a label or span name, or a number of
             tokens (a seeded sample); None: all. It does not shrink the bank.
         controls: add to each score on neighbors' images the same on random points (`<column>_random`) and on an equally tight set
-            elsewhere, the neighbors of another token (`<column>_radius_matched`). Costs two more sets of images.
+            elsewhere, the neighbors of another token (`<column>_radius_matched`). Costs two more sets of images. `Compression` has
+            its own nulls beside it.
         backend: how neighbors are searched; see `basin_lens.neighbors.find`. Only `"approximate"` is not exact.
         seed: of every random choice.
         max_length, batch_size, prepend_bos, attention_mask: see `Capture.from_texts`.

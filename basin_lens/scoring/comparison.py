@@ -31,7 +31,7 @@ def compare(
 ) -> pd.DataFrame:
     """Pair the rows of two runs on the same texts: two models, checkpoints, layers or settings.
 
-    Each run keeps its own G, so what a layer does to everything is taken out of each side by itself. What a score is held against
+    What a score is held against
     (`tables.reference_error`) has an error on each side, also where both have the same model and neighbors: that of `difference` is
     both in quadrature, stands in provenance, and is in every interval of `basin_lens.stats`. A run's layer beside itself has none.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
+from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings, total_variance
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
@@ -22,7 +22,7 @@ from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.search import Searches, SearchResult
-from basin_lens.scoring.spread import layer_spread, random_contraction
+from basin_lens.scoring.spread import random_contraction
 from basin_lens.transport import BlockMap, query_chunks, rows_per_call
 from basin_lens.values import Facts
 
@@ -65,7 +65,6 @@ class MapScores:
         columns = [column.name for a in plan.analyzers for column in a.columns]
         self.answers = {name: _nothing(count) for name in columns}
         self._of_halves = {name: (_nothing(count), _nothing(count)) for name in columns}
-        self._spreads = {e: layer_spread(searches, layer, e, passage) for e in dict.fromkeys(a.exclude for a in plan.of_images)}
         self._hubness = {
             (site, k): searches.hubness(found[site].near.rows[:, :k])
             for site, k in dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers)
@@ -81,6 +80,7 @@ class MapScores:
         }
         in_bank = (searches.bank.row_pos > 0).to(self.device)
         self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
+        self._spreads = float(total_variance(self._surroundings.before)), float(total_variance(self._surroundings.after))
         asking = dict.fromkeys(a.exclude for a in plan.analyzers if "random_contraction" in a.needs)
         self._random = {e: random_contraction(searches, layer, e, passage, self._surroundings) for e in asking}
         self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
@@ -213,7 +213,7 @@ class MapScores:
         rows = near.rows[at, : a.k]
         there = None if after is None else after.rows[at, : a.k]
         rerun = partial(rerun_points, searches.model, searches.capture, self.layer, at)
-        spread_in, spread_out = self._spreads.get(a.exclude, (float("nan"), float("nan")))
+        spread_in, spread_out = self._spreads
         return Neighborhoods(
             layer=self.layer,
             n_layers=count_layers(searches.model),

@@ -1,4 +1,4 @@
-"""G_in and G_out: the scale of a layer, against which the variances of neighborhoods are held."""
+"""Random sets of the bank through a map: what a layer does to everything, on average over logarithms."""
 
 from collections.abc import Iterator
 
@@ -7,28 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basin_lens.analyzers import RandomContraction, Surroundings, total_variance
+from basin_lens.analyzers import RandomContraction, Surroundings
 from basin_lens.analyzers.contract import log_variance_ratio
 from basin_lens.scoring.search import Searches
 from basin_lens.transport import BlockMap, query_chunks
 
-_QUERIES, _POINTS = 32, 64  # random points behind G_in and G_out, per layer
-_SETS = 64  # random sets behind the mean contraction, per layer
-
-
-def layer_spread(searches: Searches, layer: int, exclude: str, passage: BlockMap) -> tuple[float, float]:
-    """G_in and G_out: mean total variance of random bank points before and after the same map."""
-    if passage.context in ("native", "mlp"):
-        at = torch.nonzero(searches.bank.row_pos > 0).squeeze(1).to(searches.device)
-        return float(total_variance(passage.bank_before[at])), float(total_variance(passage.bank_after[at]))
-    before: list[Float[Tensor, " part"]] = []
-    after: list[Float[Tensor, " part"]] = []
-    for part, chosen in _random_sets(searches, layer, exclude, _QUERIES):
-        if chosen.shape[1] < 2:
-            return float("nan"), float("nan")
-        before.append(total_variance(passage.bank_before[chosen]))
-        after.append(total_variance(passage.of_rows(part, chosen)))
-    return float(torch.cat(before).mean()), float(torch.cat(after).mean())
+_SETS, _POINTS = 64, 64  # random sets behind the mean contraction of a layer, and points of a set
 
 
 def random_contraction(

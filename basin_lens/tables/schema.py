@@ -46,7 +46,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("precision", "texts", "neighbors", "queries"), str),
     **dict.fromkeys(("layers", "analyzers", "controls", "read_again_for"), list),
     **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study"), dict),
-    **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error"), dict),
+    **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error", "groups"), dict),
 }
 
 
@@ -77,6 +77,7 @@ class Provenance:
         reliability: Spearman correlation of a column over disjoint halves of the neighbors, by column and layer.
         reference_error: standard error of the reference that a column is held against, by column and layer; see
             `tables.reference_error`.
+        groups: by layer and column, the groups of tokens that a score crosses; see `basin_lens.analyzers.Compression`.
         study: settings of the study that made the table.
         others: further facts by name, as they are in JSON.
 
@@ -108,6 +109,7 @@ class Provenance:
     affine_fit: Mapping[str, Facts] | None = None
     reliability: Mapping[str, Mapping[str, float | int | None]] | None = None
     reference_error: Mapping[str, Mapping[str, float | int | None]] | None = None
+    groups: Mapping[str, Mapping[str, Facts]] | None = None
     study: Facts | None = None
     others: Facts = field(default_factory=dict)
 
@@ -143,6 +145,11 @@ class Provenance:
     def half_reliability(self, name: str, layer: object) -> float:
         """Correlation of a column over disjoint halves of the neighbors at one layer; NaN where it was not measured."""
         value = (self.reliability or {}).get(name, {}).get(_layer_name(layer))
+        return float("nan") if value is None else float(value)
+
+    def local(self, name: str, layer: object) -> float:
+        """Median V_in of neighbors over that of random sets at one layer, where a column crosses groups; NaN where not measured."""
+        value = (self.groups or {}).get(_layer_name(layer), {}).get(name, {}).get("local")
         return float("nan") if value is None else float(value)
 
     def error_of_reference(self, name: str, layer: object = None) -> float:

@@ -19,8 +19,9 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
     with fewer than two documents. Of texts that are copies of one another, one counts. The error of a score's reference (see
     `tables.reference_error`) is in its interval.
-    `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the
-    neighbors (only for scores that have one).
+    `<score>_reliability` is the Spearman correlation of the score over disjoint halves of the neighbors (only for scores that have
+    one). `<score>_local`, of a score that crosses groups of tokens, is the median variance of its neighborhoods over that of random
+    sets: how local a "neighborhood" is.
 
     Args:
         table: from `analyze`, of one run.
@@ -28,7 +29,7 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
 
     Returns:
         columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens)
-        and `_reliability`; `_reference_error` of a score that has a reference.
+        and `_reliability`; `_reference_error` of a score that has a reference; `_local` (ratio) of one that crosses groups.
 
     Raises:
         TableError: several runs, or an unknown column.
@@ -65,6 +66,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
             }
             if name in (facts.reliability or {}):
                 line[f"{name}_reliability"] = facts.half_reliability(name, layer)
+            if np.isfinite(local := facts.local(name, layer)):
+                line[f"{name}_local"] = local
             if name in of_reference:
                 line[f"{name}_reference_error"] = float(error)
         lines.append(line)

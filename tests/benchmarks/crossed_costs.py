@@ -26,7 +26,7 @@ def measured(model, capture, layers, queries, group, k):
     """Rows of one design, by layer, and processor seconds for each token without the nulls."""
 
     def run(*, nulls):
-        score = bl.analyzers.InteractionCompression(group=group, k=k, queries=queries, nulls=nulls)
+        score = bl.analyzers.Compression(group=group, k=k, queries=queries, nulls=nulls)
         return bl.analyze(model, capture, [score], layers=layers, progress=False)
 
     begun = time.process_time()
@@ -37,17 +37,17 @@ def measured(model, capture, layers, queries, group, k):
     rows = []
     for layer in layers:
         here = table[table["layer"] == layer]
-        about = facts["groups"][str(layer)]["interaction"]
+        about = facts["groups"][str(layer)]["compression"]
         rows.append(
             {
                 "group": group,
                 "k": k,
                 "layer": layer,
-                "tokens": int(here["interaction"].notna().sum()),
-                "halves": about["reliability_over_displacements"]["interaction"],
-                "partners": about["reliability_over_partners"]["interaction"],
-                "sd": float(here["interaction"].std()),
-                "sd_isotropic": float(here["interaction_isotropic"].std()),
+                "tokens": int(here["compression"].notna().sum()),
+                "halves": about["reliability_over_displacements"]["compression"],
+                "partners": about["reliability_over_partners"]["compression"],
+                "sd": float(here["compression"].std()),
+                "sd_isotropic": float(here["compression_isotropic"].std()),
             }
         )
     return rows, seconds / sum(row["tokens"] for row in rows)

@@ -20,7 +20,7 @@ import basin_lens as bl
 from basin_lens import tables
 
 LAYERS, QUERIES, DOCUMENTS, LENGTH = (2, 8, 11, 13, 18, 23, 26), 600, 50, 128
-OF_ONE = ("interaction", "interaction_random_sets", "interaction_isotropic")
+OF_ONE = ("compression", "compression_random_sets", "compression_isotropic")
 
 
 def described(table, column, layer):
@@ -39,14 +39,14 @@ def described(table, column, layer):
 
 def measured(model, capture, layers, queries, *, nulls):
     """Rows of one capture, by layer and column."""
-    score = bl.analyzers.InteractionCompression(queries=queries, nulls=nulls)
+    score = bl.analyzers.Compression(queries=queries, nulls=nulls)
     begun = time.process_time()
     table = bl.analyze(model, capture, [score], layers=layers, progress=False)
     seconds = time.process_time() - begun
     (facts,) = tables.provenance(table).values()
     rows = []
     for layer in layers:
-        groups = facts["groups"][str(layer)]["interaction"]
+        groups = facts["groups"][str(layer)]["compression"]
         for column in OF_ONE if nulls else OF_ONE[:1]:
             rows.append(
                 {
@@ -80,7 +80,7 @@ def main(queries, layers):
     print("| --- " * 12 + "|")
     for states, (rows, _) in found.items():
         for row in rows:
-            told = row["column"].removeprefix("interaction").strip("_").replace("_", " ") or "neighbors"
+            told = row["column"].removeprefix("compression").strip("_").replace("_", " ") or "neighbors"
             reliable = [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("halves", "partners")]
             local = f"{row['local']:.2f}" if row["local"] is not None else "-"
             print(

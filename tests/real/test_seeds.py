@@ -14,7 +14,7 @@ LAYERS, SEEDS = (11, 18), 20  # 11: where one of the old score's means moved fro
 # The reference of patched images costs 4,096 rows through the block for each seed and layer: it is tried on tiny models.
 SCORES = (
     bl.analyzers.RelativeContraction(k=8, context="native"),
-    bl.analyzers.InteractionCompression(k=4, group=3, queries=24, nulls=False),
+    bl.analyzers.Compression(k=4, group=3, queries=24, nulls=False),
 )
 
 
@@ -36,7 +36,7 @@ def summaries(real_model):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("column", ["relative_contraction", "interaction"])
+@pytest.mark.parametrize("column", ["relative_contraction", "compression"])
 def test_seeds_move_no_mean_by_more_than_its_printed_error(summaries, column, layer):
     """Squares of the means' deviations over their printed errors: at most a chi-squared variable's with 19 degrees of freedom."""
     here = summaries[summaries["layer"] == layer]

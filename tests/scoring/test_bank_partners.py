@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.analyzers import Crossing, InteractionCompression, Surroundings
+from basin_lens.analyzers import Crossing, Compression, Surroundings
 from basin_lens.errors import NeighborError
 from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import CrossedPass, units_of_both
@@ -61,8 +61,8 @@ def test_the_interaction_is_0_for_every_token(two, name):
     assert len(crossed.rows) == 18 and crossed.without == 0
     for table in crossed.tables.values():
         for read in (table, *table.halves, *table.partner_halves):
-            assert read.parts().interaction.shape == (18, 1)
-            assert read.parts().interaction.abs().max() < EXACT
+            assert read.parts().compression.shape == (18, 1)
+            assert read.parts().compression.abs().max() < EXACT
 
 
 @pytest.mark.parametrize(("factor", "sign"), [(0.2, 1), (3.0, -1)], ids=["basin", "saddle"])
@@ -84,7 +84,7 @@ def test_a_planted_basin_is_found_where_it_is(two, factor, sign):
 
     planted = two.cross(f)
     assert planted.rows.tolist() == crossed.rows.tolist()
-    found = planted.tables["neighbors"].parts().interaction[:, 0]
+    found = planted.tables["neighbors"].parts().compression[:, 0]
     assert sign * float(found[7]) > 0.5
     assert np.delete(found.numpy(), 7) == pytest.approx(0, abs=EXACT)
 
@@ -131,48 +131,48 @@ def bank(llama):
 
 
 def test_a_single_prompt_has_scores_and_nulls(llama, bank):
-    analyzer = InteractionCompression(k=K, contractions=True)
+    analyzer = Compression(k=K, contractions=True)
     table = run(llama, random_tokens(1, 12, seed=9), analyzer, bank=bank)
     names = [column.name for column in analyzer.columns]
     assert table[table.pos > 0][names].notna().all().all()
     assert table[table.pos == 0][names].isna().all().all()
-    assert (table.groupby("layer")["interaction"].std() > 0.01).all()
+    assert (table.groupby("layer")["compression"].std() > 0.01).all()
     for layer in "012":
-        facts = facts_of(table)["groups"][layer]["interaction"]
+        facts = facts_of(table)["groups"][layer]["compression"]
         assert (facts["partners"], facts["groups"], facts["without_group"], facts["size"]) == ("bank", 11, 0, 4)
         assert 0 < facts["local"] < 1
         assert set(facts["reliability_over_partners"]) == set(names)
     many = run(llama, random_tokens(6, 12, seed=9), analyzer, bank=bank, layers=[1])
-    assert facts_of(many)["groups"]["1"]["interaction"]["partners"] == "texts"
-    assert facts_of(many)["groups"]["1"]["interaction"]["groups"] * 4 == many["interaction"].notna().sum()
+    assert facts_of(many)["groups"]["1"]["compression"]["partners"] == "texts"
+    assert facts_of(many)["groups"]["1"]["compression"]["groups"] * 4 == many["compression"].notna().sum()
 
 
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo"])
 def test_every_context_that_passes_states(llama, bank, context):
     table = run(
-        llama, random_tokens(1, 8, seed=9), InteractionCompression(k=K, context=context, nulls=False), bank=bank, layers=[1]
+        llama, random_tokens(1, 8, seed=9), Compression(k=K, context=context, nulls=False), bank=bank, layers=[1]
     )
-    assert table[table.pos > 0]["interaction"].notna().all()
+    assert table[table.pos > 0]["compression"].notna().all()
 
 
 def test_other_queries_change_no_score(llama, bank):
     """Nobody's partners depend on who else is asked for."""
     tokens = random_tokens(1, 12, seed=9)
-    whole = run(llama, tokens, InteractionCompression(k=K, nulls=False), bank=bank, layers=[1])
-    part = run(llama, tokens, InteractionCompression(k=K, nulls=False), bank=bank, layers=[1], queries=[3, 8])
-    assert part["interaction"].notna().sum() == 2
-    assert part["interaction"][[3, 8]].to_numpy() == pytest.approx(whole["interaction"][[3, 8]].to_numpy(), abs=1e-5)
+    whole = run(llama, tokens, Compression(k=K, nulls=False), bank=bank, layers=[1])
+    part = run(llama, tokens, Compression(k=K, nulls=False), bank=bank, layers=[1], queries=[3, 8])
+    assert part["compression"].notna().sum() == 2
+    assert part["compression"][[3, 8]].to_numpy() == pytest.approx(whole["compression"][[3, 8]].to_numpy(), abs=1e-5)
 
 
 def test_a_label_that_the_bank_lacks(llama, bank):
     passages = [bl.Passage("The man took the piano away in the rain.", labels={"kind": "x"})]
-    table = run(llama, passages, InteractionCompression(k=K, nulls=False, exclude="kind"), bank=bank, layers=[1])
-    assert table[table.pos > 0]["interaction"].notna().all()
+    table = run(llama, passages, Compression(k=K, nulls=False, exclude="kind"), bank=bank, layers=[1])
+    assert table[table.pos > 0]["compression"].notna().all()
 
 
 def test_the_texts_as_their_own_bank_are_refused_and_the_reference_is_named(llama):
     with pytest.raises(NeighborError, match=r'got 1.*bank="reference"'):
-        run(llama, random_tokens(1, 40), InteractionCompression(k=K))
+        run(llama, random_tokens(1, 40), Compression(k=K))
 
 
 @pytest.mark.parametrize("exclude", ["sequence", "self", "document"])
@@ -181,11 +181,11 @@ def test_a_bank_of_too_few_documents_is_refused_before_any_work(llama, exclude):
     prompt, *others = (bl.Passage(text, doc=f"doc {at}") for at, text in enumerate(TEXTS[:4]))
     again = bl.Passage(prompt.text, doc="another name")
     few = bl.Capture.from_texts(llama, [*others[:2], again], progress=False)
-    analyzer = InteractionCompression(k=K, exclude=exclude, nulls=False)
+    analyzer = Compression(k=K, exclude=exclude, nulls=False)
     with pytest.raises(NeighborError, match=r'bank of at least 3.*got 2.*bank="reference"'):
         run(llama, prompt, analyzer, bank=few, layers=[1])
     enough = bl.Capture.from_texts(llama, [*others, again], progress=False)
-    assert run(llama, prompt, analyzer, bank=enough, layers=[1])["interaction"].notna().any()
+    assert run(llama, prompt, analyzer, bank=enough, layers=[1])["compression"].notna().any()
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from basin_lens import tables
-from basin_lens.analyzers import InteractionCompression
+from basin_lens.analyzers import Compression
 from basin_lens.analyzers.crossed_table import Displaced
 from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.model import HookedModel
@@ -18,7 +18,7 @@ from basin_lens.studies.robustness.variants import same_tokens
 from basin_lens.transport import Context
 
 # Columns of the analyzer: the one place that names them.
-SCORE, HOME = "interaction", "interaction_contraction"
+SCORE, HOME = "compression", "compression_at_home"
 RANDOM: Displaced = "random_sets"
 ISOTROPIC: Displaced = "isotropic"
 SCORE_RANDOM, SCORE_ISOTROPIC, HOME_RANDOM, HOME_ISOTROPIC = (
@@ -164,13 +164,13 @@ def _layer(
     mask = np.zeros(subject.capture.n_rows, bool)
     mask[tokens] = True
     context: Context = measured.settings["context"]
-    plain = InteractionCompression(
+    plain = Compression(
         k=grid.neighbors, context=context, exclude=measured.settings["exclude"], group=GROUP, nulls=(RANDOM,), contractions=True
     )
-    cells: dict[tuple[int, float], list[InteractionCompression]] = {}
+    cells: dict[tuple[int, float], list[Compression]] = {}
     for blocks in grid.blocks_from(layer):
         for at, scale in enumerate(grid.scales):
-            own = replace(plain, blocks=blocks, scale=scale, name=f"path{blocks}_scale{at}")
+            own = replace(plain, blocks=blocks, scale=scale, name=f"compression_path{blocks}_scale{at}")
             few = replace(own, nulls=(ISOTROPIC,), queries=isotropic, name=f"{own.name}_few")
             cells[blocks, scale] = [own, few] if isotropic else [own]
     analyzers = [one for some in cells.values() for one in some]
@@ -179,7 +179,7 @@ def _layer(
     parts = []
     for (blocks, scale), some in cells.items():
         # The fewer tokens last: of them, only their nulls are taken.
-        held = {column.name: column.name.removeprefix(f"{one.name}_") for one in some for column in one.columns}
+        held = {column.name: column.name.replace(str(one.name), SCORE, 1) for one in some for column in one.columns}
         taken = {name: column for name, column in held.items() if column in VALUES}
         own_first = {column: name for name, column in reversed(list(taken.items()))}
         part = pd.DataFrame({column: table[own_first[column]] if column in own_first else np.nan for column in VALUES}, table.index)

@@ -117,7 +117,7 @@ def study_basins(
     """Ask whether blocks draw a token's neighbors together at home, at any layer, scale or path length.
 
     At each cell (a layer, a factor on the displacements, a number of blocks), on a sample of the tokens: the interaction of place
-    and directions (see `InteractionCompression`), and the contraction at home at that scale less that at the smallest, each less
+    and directions (see `Compression`), and the contraction at home at that scale less that at the smallest, each less
     the same of random sets. Isotropic displacements and a random-initialization twin stand beside every cell. Slow: a token costs
     8 `neighbors` passes through each block of a cell's path, and as many for random sets.
 

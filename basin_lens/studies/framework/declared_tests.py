@@ -10,6 +10,7 @@ import pandas as pd
 from basin_lens import stats
 from basin_lens.errors import StudyError, TableError
 from basin_lens.studies.framework.attempts import attempt
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, Units
 from basin_lens.views.marks import unit_of
@@ -73,7 +74,7 @@ def declared_test(
     measured: Units,
     finding: str,
     question: str,
-    score: str = "compression",
+    score: str = HEADLINE,
     *,
     stratify: str | None = None,
 ) -> pd.DataFrame:

@@ -23,6 +23,8 @@ from basin_lens.texts import Passage, Texts
 from basin_lens.transport import CONTEXTS, Context
 from basin_lens.values import Facts, Layers, whole_numbers
 
+COMPRESSION_TOKENS = 600  # of a layer: those that studies cross
+
 
 @whole_numbers(StudyError)
 def measure(
@@ -41,6 +43,7 @@ def measure(
     per_document: int = 2,
     max_length: int = 128,
     integrated: int = 8,
+    compression_tokens: int | None = COMPRESSION_TOKENS,
     seed: int = 0,
     check: Callable[[Capture], None] | None = None,
     progress: bool = True,
@@ -54,7 +57,7 @@ def measure(
             `"basins"`, which need no scores of their own.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
             alone; `"all"`.
-        k, context, exclude: of the compression scores; see `Compression`.
+        k, context, exclude: of the compression scores; see `Compression`. The context is not `"native"`.
         bank: as for `analyze`; `"reference"` for a few short texts or many prompts of one template.
         unit: what is independent: `"document"`, `"sequence"`, or a label (the template of a prompt).
         contrast: two kinds of tokens or texts to compare in every study.
@@ -65,6 +68,8 @@ def measure(
         max_length: tokens per sequence.
         integrated: so many sequences, of different documents, get integrated gradients (of the states that enter the middle
             block), which cost about a hundred forward passes each.
+        compression_tokens: at most so many tokens per layer have compression and its nulls, a seeded sample, because each costs
+            dozens of passes of the block; None: all.
         seed: of every random choice.
         check: called with the texts chosen, before the model runs: what a study refuses.
         progress: show progress bars.
@@ -95,7 +100,7 @@ def measure(
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
-    headline = headline_of(k, context, exclude)
+    headline = headline_of(k, context, exclude, compression_tokens)
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if contrast is not None:
         refuse_contrast(capture, contrast)
@@ -109,6 +114,7 @@ def measure(
         "k": k,
         "context": context,
         "exclude": exclude,
+        "compression_tokens": compression_tokens,
         "unit": unit,
         "seed": seed,
         "max_length": capture.settings["max_length"],
@@ -133,8 +139,9 @@ def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = 
     Raises:
         StudyError: an unknown context, an exclude or a unit that no passage has as a label, or too few documents as units.
     """
-    if context not in CONTEXTS:
-        raise StudyError(f"expected a context among {list(CONTEXTS)}, got {context!r}.")
+    passing = [one for one in CONTEXTS if one != "native"]
+    if context not in passing:
+        raise StudyError(f"expected a context among {passing}, which pass displaced states, got {context!r}.")
     if exclude == "nothing":
         raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
     known = sorted({name for passage in passages for name in passage.labels})
@@ -222,9 +229,9 @@ def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, un
     return capture, short
 
 
-def headline_of(k: int, context: Context, exclude: str) -> Compression:
-    """The headline score."""
-    return Compression(k=k, context=context, exclude=exclude)
+def headline_of(k: int, context: Context, exclude: str, tokens: int | None = COMPRESSION_TOKENS) -> Compression:
+    """The headline score, of at most so many tokens per layer."""
+    return Compression(k=k, context=context, exclude=exclude, queries=tokens)
 
 
 def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
@@ -234,7 +241,6 @@ def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Anal
     if any(spec.shared_scores for spec in specs):
         answer = [
             headline,
-            Compression(k=k, exclude=exclude, context=context, same_token="exclude", name="compression_other_token"),
             Contraction(k=k, exclude=exclude, context=context),
             RawCompression(k=k, exclude=exclude),
             Neighborhood(k=k, exclude=exclude),

@@ -16,7 +16,7 @@ from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import Decision
-from basin_lens.studies.framework.measured_texts import SCORES, Measured
+from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured
 from basin_lens.studies.framework.progress import Steps
 from basin_lens.studies.framework.study import Study
 from basin_lens.texts import Passage
@@ -110,7 +110,7 @@ class DeclaredTest:
     over_layers: bool = False
     decides: bool = True
     unit: str = ""
-    score: str = "compression"
+    score: str = HEADLINE
 
 
 @dataclass(frozen=True)

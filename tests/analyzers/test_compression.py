@@ -15,7 +15,7 @@ from tests.scoring.oracle import facts_of, identity_bridge, make_cloud, run
 from tests.transport.test_contract import SERVED
 
 A = bl.analyzers
-COLUMNS = ("interaction", "interaction_place", "interaction_directions", "interaction_random_sets", "interaction_isotropic")
+COLUMNS = ("compression", "compression_place", "compression_directions", "compression_random_sets", "compression_isotropic")
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,11 @@ def capture(llama):
 
 
 def test_columns():
-    assert tuple(c.name for c in A.InteractionCompression().columns) == COLUMNS
-    assert tuple(c.name for c in A.InteractionCompression(nulls=False).columns) == COLUMNS[:3]
-    some = A.InteractionCompression(nulls=("random_sets",), contractions=True, name="a")
+    assert tuple(c.name for c in A.Compression().columns) == COLUMNS
+    assert tuple(c.name for c in A.Compression(nulls=False).columns) == COLUMNS[:3]
+    some = A.Compression(nulls=("random_sets",), contractions=True, name="a")
     assert tuple(c.name for c in some.columns) == tuple(
-        f"a_{name}" for name in (*COLUMNS[:4], "interaction_contraction", "interaction_contraction_random_sets")
+        f"a_{name}" for name in (*COLUMNS[:4], "compression_at_home", "compression_at_home_random_sets")
     )
 
 
@@ -41,13 +41,13 @@ def test_it_reads_the_tables():
         "random_sets": CrossedTable(torch.zeros(1, 3), near),
         "isotropic": CrossedTable(torch.zeros(1, 3), torch.zeros(1, 3, 3)),
     }
-    got = A.InteractionCompression(group=3).measure(make_cloud(lambda x: x, q=3, crossed=tables))
+    got = A.Compression(group=3).measure(make_cloud(lambda x: x, q=3, crossed=tables))
     assert {name: value.tolist() for name, value in got.items()} == {
-        "interaction": [1, 0, 0],
-        "interaction_place": [0, 0, 0],
-        "interaction_directions": [0, 0, 0],
-        "interaction_random_sets": [-1, 0, 0],
-        "interaction_isotropic": [0, 0, 0],
+        "compression": [1, 0, 0],
+        "compression_place": [0, 0, 0],
+        "compression_directions": [0, 0, 0],
+        "compression_random_sets": [-1, 0, 0],
+        "compression_isotropic": [0, 0, 0],
     }
 
 
@@ -56,31 +56,31 @@ def test_contraction_at_home_is_the_diagonal_of_the_table():
     before = torch.tensor([[1.0, 2.0, 3.0]])
     after = torch.arange(9.0).view(1, 3, 3)
     tables = {"neighbors": CrossedTable(before, after), "random_sets": CrossedTable(before + 1, after)}
-    analyzer = A.InteractionCompression(group=3, nulls=("random_sets",), contractions=True)
+    analyzer = A.Compression(group=3, nulls=("random_sets",), contractions=True)
     got = analyzer.measure(make_cloud(lambda x: x, q=3, crossed=tables))
     assert list(got) == [column.name for column in analyzer.columns]
-    assert got["interaction_contraction"].tolist() == [1.0, -2.0, -5.0]
-    assert got["interaction_contraction_random_sets"].tolist() == [2.0, -1.0, -4.0]
+    assert got["compression_at_home"].tolist() == [1.0, -2.0, -5.0]
+    assert got["compression_at_home_random_sets"].tolist() == [2.0, -1.0, -4.0]
 
 
 def test_contraction_at_home_is_what_place_directions_and_interaction_say(llama, capture):
     """At one scale, c(i, i) is log V_in less log V_out of the token's own displacements; the columns beside it stay as they are."""
-    table = run(llama, capture, A.InteractionCompression(k=4, contractions=True), layers=[1])
-    alone = run(llama, capture, A.InteractionCompression(k=4), layers=[1])
+    table = run(llama, capture, A.Compression(k=4, contractions=True), layers=[1])
+    alone = run(llama, capture, A.Compression(k=4), layers=[1])
     for column in COLUMNS:
         assert table[column].equals(alone[column])
-    held = table.dropna(subset=["interaction"])
-    assert held.interaction_contraction.notna().all()
-    elsewhere = held.interaction_contraction - held.interaction
-    assert np.corrcoef(elsewhere, held.interaction_place + held.interaction_directions)[0, 1] > 0.5
-    few = run(llama, capture, A.InteractionCompression(k=4, nulls=("isotropic",)), layers=[1])
-    assert few.interaction_isotropic.equals(alone.interaction_isotropic) and "interaction_random_sets" not in few
+    held = table.dropna(subset=["compression"])
+    assert held.compression_at_home.notna().all()
+    elsewhere = held.compression_at_home - held.compression
+    assert np.corrcoef(elsewhere, held.compression_place + held.compression_directions)[0, 1] > 0.5
+    few = run(llama, capture, A.Compression(k=4, nulls=("isotropic",)), layers=[1])
+    assert few.compression_isotropic.equals(alone.compression_isotropic) and "compression_random_sets" not in few
 
 
 @pytest.mark.parametrize("context", ["patched", "solo"])
 @pytest.mark.parametrize("name", PACKED)
 def test_a_block_that_writes_nothing_has_no_interaction(name, context):
-    table = run(identity_bridge(name), random_tokens(8, 14), A.InteractionCompression(k=4, context=context))
+    table = run(identity_bridge(name), random_tokens(8, 14), A.Compression(k=4, context=context))
     for column in COLUMNS:
         assert table[column].notna().any()
         assert table[column].abs().max() < 1e-4, column
@@ -88,45 +88,45 @@ def test_a_block_that_writes_nothing_has_no_interaction(name, context):
 
 def test_the_linear_null_has_no_interaction(llama, capture):
     """The affine fit of a block that has some."""
-    table = run(llama, capture, A.InteractionCompression(k=4, context="affine", name="fit"), A.InteractionCompression(k=4))
-    assert table.fit_interaction.abs().max() < 1e-3
-    assert table.interaction.abs().median() > 1e-2
+    table = run(llama, capture, A.Compression(k=4, context="affine", name="fit"), A.Compression(k=4))
+    assert table.fit.abs().max() < 1e-3
+    assert table.compression.abs().median() > 1e-2
     assert table.fit_interaction_directions.abs().median() > 1e-2
 
 
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo", "affine"])
 def test_every_context_that_passes_states(llama, capture, context):
-    table = run(llama, capture, A.InteractionCompression(k=4, context=context, queries=40), layers=[1])
-    assert table.interaction.notna().sum() > 30
+    table = run(llama, capture, A.Compression(k=4, context=context, queries=40), layers=[1])
+    assert table.compression.notna().sum() > 30
     for column in COLUMNS:
         assert np.isfinite(table[column].dropna()).all()
 
 
 def test_a_path_of_all_blocks(llama, capture):
-    table = run(llama, capture, A.InteractionCompression(k=4, blocks=3), A.InteractionCompression(k=4, name="one"))
-    assert table[table.layer == 0].interaction.notna().any() and table[table.layer > 0].interaction.isna().all()
+    table = run(llama, capture, A.Compression(k=4, blocks=3), A.Compression(k=4, name="one"))
+    assert table[table.layer == 0].compression.notna().any() and table[table.layer > 0].compression.isna().all()
     first = table[table.layer == 0]
-    assert (first.interaction - first.one_interaction).abs().median() > 1e-2
-    assert facts_of(table)["left_out"]["interaction"]["too few blocks left"] > 0
+    assert (first.compression - first.one).abs().median() > 1e-2
+    assert facts_of(table)["left_out"]["compression"]["too few blocks left"] > 0
 
 
 def test_parts_are_those_of_the_contraction_of_synthetic_clouds(llama, capture):
     """With nothing but linear maps in it, place and directions add up to the contraction; here they come near it."""
-    table = run(llama, capture, A.InteractionCompression(k=6, nulls=False), A.Contraction(k=6), layers=[1])
-    held = table.dropna(subset=["interaction"])
-    explained = held.interaction_place + held.interaction_directions
+    table = run(llama, capture, A.Compression(k=6, nulls=False), A.Contraction(k=6), layers=[1])
+    held = table.dropna(subset=["compression"])
+    explained = held.compression_place + held.compression_directions
     assert np.corrcoef(explained, held.contraction)[0, 1] > 0.5
 
 
 def test_reliability_reaches_the_provenance_and_the_summary(llama, capture):
-    table = run(llama, capture, A.InteractionCompression(k=6))
+    table = run(llama, capture, A.Compression(k=6))
     facts = facts_of(table)
-    assert set(facts["reliability"]["interaction"]) == {"0", "1", "2"}
+    assert set(facts["reliability"]["compression"]) == {"0", "1", "2"}
     for layer in "012":
-        groups = facts["groups"][layer]["interaction"]
+        groups = facts["groups"][layer]["compression"]
         for kind in ("reliability_over_displacements", "reliability_over_partners"):
             assert set(groups[kind]) == set(COLUMNS)
-    assert "interaction_reliability" in bl.tables.layer_summary(table)
+    assert "compression_reliability" in bl.tables.layer_summary(table)
 
 
 @pytest.mark.parametrize(
@@ -149,21 +149,21 @@ def test_reliability_reaches_the_provenance_and_the_summary(llama, capture):
 )
 def test_options_without_meaning_are_refused(options, word):
     with pytest.raises(NeighborError, match=word):
-        A.InteractionCompression(**options).check()
+        A.Compression(**options).check()
 
 
 def test_numbers_of_numpy_are_taken():
-    analyzer = A.InteractionCompression(group=np.int64(5), queries=torch.tensor(20))
+    analyzer = A.Compression(group=np.int64(5), queries=torch.tensor(20))
     analyzer.check()
-    assert analyzer == A.InteractionCompression(group=5, queries=20)
+    assert analyzer == A.Compression(group=5, queries=20)
 
 
 def test_seeds_move_no_mean_by_more_than_its_error(llama, capture):
     """What the first headline failed: with other seeds, its mean moved by many times its printed interval."""
     means, errors = [], []
     for seed in range(20):
-        table = run(llama, capture, A.InteractionCompression(k=4, nulls=False), seed=seed, layers=[1])
-        by_document = table.groupby("doc").interaction.mean()
+        table = run(llama, capture, A.Compression(k=4, nulls=False), seed=seed, layers=[1])
+        by_document = table.groupby("doc").compression.mean()
         means.append(by_document.mean())
         errors.append(by_document.std() / math.sqrt(len(by_document)))
     assert np.abs(np.array(means) - np.mean(means)).max() < 2 * np.mean(errors)
@@ -175,19 +175,19 @@ def test_seeds_move_no_mean_by_more_than_its_error(llama, capture):
 @pytest.mark.parametrize("family", SERVED)
 def test_every_family_is_served(family):
     model, capture = model_of(family.name, family.kind), capture_of(family.name, family.kind)
-    chosen = [A.InteractionCompression(k=4, group=3), A.RelativeContraction(k=4), A.DirectionalContraction(k=4)]
+    chosen = [A.Compression(k=4, group=3), A.RelativeContraction(k=4), A.DirectionalContraction(k=4)]
     if served(family.name, family.kind).halves:
-        chosen += [A.InteractionCompression(k=4, group=3, context=half, name=half, nulls=False) for half in ("attn", "mlp")]
+        chosen += [A.Compression(k=4, group=3, context=half, name=half, nulls=False) for half in ("attn", "mlp")]
     table = bl.analyze(model, capture, chosen, layers=[1], progress=False)
     for column in (column.name for a in chosen for column in a.columns):
         values = table[column].dropna()
         assert len(values) > 20, column
         assert np.isfinite(values).all()
-    assert table.interaction.abs().max() > 1e-3
+    assert table.compression.abs().max() > 1e-3
 
 
 @hooked_lane
 def test_a_hooked_transformer_is_served():
     assert families("hooked")
-    table = run(make_hooked(), random_tokens(8, 14), A.InteractionCompression(k=4))
-    assert table.interaction.notna().mean() > 0.5
+    table = run(make_hooked(), random_tokens(8, 14), A.Compression(k=4))
+    assert table.compression.notna().mean() > 0.5

@@ -38,7 +38,7 @@ def test_thirty_tokens_at_three_layers_agree_with_a_plain_model(real_model, plai
             return kept[self.layer][0]
 
     monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Watched)
-    analyzer = bl.analyzers.InteractionCompression(k=K, group=SIZE, nulls=False)
+    analyzer = bl.analyzers.Compression(k=K, group=SIZE, nulls=False)
     table = bl.analyze(real_model, capture, [analyzer], queries=200, progress=False)
     with torch.no_grad():
         held = [plain(torch.tensor([s.tokens]), output_hidden_states=True).hidden_states for s in capture.sequences]
@@ -57,4 +57,4 @@ def test_thirty_tokens_at_three_layers_agree_with_a_plain_model(real_model, plai
                 images = plain_images(plain, layer, tokens, int(capture.row_pos[row]), put, 1).reshape(points.shape)
                 c[p] = np.log(variance(points[..., ordinary]) / variance(images[..., ordinary]))
             for name, expected in zip(("", "_place", "_directions"), parts_by_loops(c), strict=True):
-                assert here[f"interaction{name}"].to_numpy()[group] == pytest.approx(expected, abs=1e-5), (layer, name)
+                assert here[f"compression{name}"].to_numpy()[group] == pytest.approx(expected, abs=1e-5), (layer, name)
