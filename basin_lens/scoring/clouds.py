@@ -117,7 +117,7 @@ class Clouds:
 
     def log_before(self, moves: Float[Tensor, "n k d"]) -> list[Float[Tensor, " n"]]:
         """log V of displacements with both signs, of all of them and of either half; NaN where they are rounding."""
-        sizes, total = moves[..., self.bank.ordinary].square().sum(2), self._total(self.bank.before)
+        sizes, total = moves[..., self.bank.ordinary].square().sum(2), self._totals[0]
         factor = 2 * math.log(self.crossing.scale)
         return [log_or_nan(sizes[:, some].mean(1), total) + factor for some in halves_of(self.k)]
 
@@ -126,12 +126,14 @@ class Clouds:
         center = self.of(kind, rows)[0]
         points = center[:, None, None, None] + self.crossing.scale * torch.stack([moves, -moves], dim=2)
         images = self.passage.of_points(rows, points.flatten(1, 3)).view(points.shape)[..., self.bank.ordinary]
-        total = self._total(self.bank.after)
+        total = self._totals[1]
         return [log_or_nan(total_variance(images[..., some, :].flatten(2, 3)), total) for some in halves_of(self.k)]
 
-    def _total(self, states: Float[Tensor, "points d"]) -> float:
-        """The layer's own variance in its ordinary dimensions, beside which rounding is told."""
-        return float(total_variance(states[:, self.bank.ordinary]))
+    @cached_property
+    def _totals(self) -> tuple[float, float]:
+        """The layer's own variance in its ordinary dimensions before and behind the map, beside which rounding is told."""
+        before, after = (total_variance(states[:, self.bank.ordinary]) for states in (self.bank.before, self.bank.after))
+        return float(before), float(after)
 
 
 def _centered(states: Float[Tensor, "n k d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
