@@ -232,11 +232,12 @@ def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None
         f"{facts['model']['name']}; transport and slower routes agree to {max(facts['check_error'].values()):.0e} of the states' "
         "scale."
     )
-    sampled = int((1 - summary["compression_nan"].min()) * int(first["n_tokens"]) + 0.5)
+    measured = round((1 - summary["compression_nan"].min()) * int(first["n_tokens"]))
     console.print(
-        f"Compression is of {sampled} tokens per layer, a seeded sample. Positive: differences between a token's neighbors are drawn "
-        "together more at its own place than at others (a basin). Negative: the block tells apart what is near. Beside it the same "
-        "for random sets and for random directions, and how tight neighborhoods are beside random sets. No test was made."
+        f"Compression is of at most {measured} tokens per layer, in groups of 4 from different documents. Positive: differences "
+        "between a token's neighbors are drawn together more at its own place than at others (a basin). Negative: the block tells "
+        "apart what is near. Beside it the same for random sets and for random directions, and the neighborhoods' median variance "
+        "over that of random sets. No test was made."
     )
     for name in _FILES:
         console.print(f"  {out / name}", soft_wrap=True)

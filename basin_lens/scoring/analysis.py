@@ -27,7 +27,7 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
         model: a `TransformerBridge` or `HookedTransformer`, in any state.
         data: a text, a `Passage`, a path, a list of these, a table with a `text` column (`datasets`, pandas, Arrow), token ids
             (`[batch, pos]`, lists of their own lengths, what a tokenizer returns), or a `Capture`.
-        analyzers: what to measure; None: `Compression` of 480 tokens per layer (a seeded sample; `Compression()` is of all),
+        analyzers: what to measure; None: `Compression` of 192 tokens per layer (a seeded sample; `Compression()` is of all),
             `Contraction`, `RawCompression`, `Neighborhood`, `Surprisal`, `StateNorm`.
         layers: block indices; None: all (of the capture).
         bank: where neighbors come from: None for the texts themselves, another `Capture`, or `"reference"` for the built-in

@@ -16,11 +16,16 @@ from basin_lens.views.pages.page import Report, page_of
 # Values in a page, of 2 bytes each before they become text: about 16 MB. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
 _NOTES = (
-    "compression is how much more the block shrinks the variance of a token's neighborhood than it shrinks unrelated states "
-    "passed through the same block in the same context (natural logarithm of the ratio of ratios). Positive: the neighborhood is "
-    "drawn together more than unrelated states are; negative: less. 0 is what any rotation, shift or scaling gives.",
-    "contraction is the same without the comparison to unrelated states. raw_compression is the log variance of the neighbors' "
-    "outputs alone: it mostly tells how dense the neighborhood was to begin with, and moves with the growth of norms.",
+    "compression is how much more the block contracts the differences between a token's neighbors at the token's own place than "
+    "the place contracts other neighborhoods' differences (compression_place) and other places contract these "
+    "(compression_directions); natural logarithms of ratios of variances. Positive: differences are drawn together more at home than "
+    "elsewhere, a basin of this place; negative: the block tells apart what is near home. 0, for every token, is what any affine map "
+    "gives, also with a vector or a factor of its own at each place.",
+    "compression_random_sets and compression_isotropic are the same for random sets of the bank and for random directions: the nulls. "
+    "A finding is a difference from the random sets, compression_above_random_sets.",
+    "contraction is the log ratio of the neighborhood's variance before and after the block: how much it shrinks at all. "
+    "raw_compression is the log variance of the neighbors' outputs alone: it mostly tells how dense the neighborhood was to begin "
+    "with, and moves with the growth of norms.",
     "A correlation with a score cannot exceed the square root of the product of the reliabilities: read differences between tokens "
     "only where the split-half reliability is well above 0.",
     "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
@@ -85,6 +90,7 @@ def make_report(
     first = table[table["layer"] == layers[0]]
     about = _about(facts, first, facts.get("bank", {}))
     n_documents = int(first["doc"].nunique())
+    sampled = _sampled(facts, table)
     each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * neighbors.rows.shape[2]))
     if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
         about += (
@@ -100,7 +106,7 @@ def make_report(
         "about": about,
         "notes": _NOTES,
         "layers": layers,
-        "scores": [{"name": name, "unit": fact["unit"]} for name, fact in scores.items()],
+        "scores": [{"name": name, "unit": fact["unit"], "sampled": sampled.get(name)} for name, fact in scores.items()],
         "strings": [str(text) for text in strings],
         "rows": codes[: len(first)].tolist(),
         "positions": first["pos"].tolist(),
@@ -157,14 +163,25 @@ def _steps(values: np.ndarray) -> Facts:
     return {"low": low, "high": high, "data": base64.b64encode(steps.tobytes()).decode()}
 
 
+def _sampled(facts: Facts, table: pd.DataFrame) -> dict[str, int]:
+    """The most tokens of a layer that have a score, of the scores that were measured on a sample of them."""
+    names = [name for name, counts in facts.get("left_out", {}).items() if counts.get("not sampled") and name in table]
+    return {name: int(table[name].notna().groupby(table["layer"]).sum().max()) for name in names}
+
+
 def _curve(summary: pd.DataFrame, name: str, analyzer: str) -> Facts:
     def column(suffix: str) -> list[float | None] | None:
         if f"{name}_{suffix}" not in summary:
             return None
         return [None if not np.isfinite(v) else float(v) for v in summary[f"{name}_{suffix}"]]
 
-    columns = {suffix: column(suffix) for suffix in ("mean", "low", "high", "reliability")}
-    return {**columns, "shown": analyzer != "Neighborhood"}
+    columns = {suffix: column(suffix) for suffix in ("mean", "low", "high", "reliability", "local")}
+    nulls = [
+        {"name": null.replace("_", " "), "mean": of}
+        for null in ("random_sets", "isotropic")
+        if (of := column(f"{null}_mean")) is not None
+    ]
+    return {**columns, "nulls": nulls, "shown": analyzer != "Neighborhood"}
 
 
 def _neighbors(kept: KeptLike, shown: int, tokens: np.ndarray) -> Facts:

@@ -61,7 +61,8 @@ function paint() {
   });
   $("low").textContent = fmt(middle - bound); $("high").textContent = fmt(middle + bound); $("unit").textContent = s.unit;
   $("viewtitle").textContent = `${s.name} at layer ${D.layers[layer]}`;
-  $("viewnote").textContent = `White is ${fmt(middle)}${middle === 0 ? "" : ", the median here"}. ${none} of ${array.length} tokens have no score (gray).`;
+  $("viewnote").textContent = `White is ${fmt(middle)}${middle === 0 ? "" : ", the median here"}. ${none} of ${array.length} tokens have no score (gray).` +
+    (s.sampled ? ` It was measured on a seeded sample of ${s.sampled} tokens per layer, the colored ones.` : "");
   $("score").value = score; $("layer").value = layer; $("slider").value = layer;
   curve(); pane();
 }
@@ -69,9 +70,9 @@ function paint() {
 const NS = "http://www.w3.org/2000/svg";
 function shape(tag, attributes, text) { const e = document.createElementNS(NS, tag); for (const k in attributes) e.setAttribute(k, attributes[k]);
   if (text !== undefined) e.textContent = text; return e; }
-function plot(layers, mean, low, high, current, unit, pick) {
+function plot(layers, mean, low, high, current, unit, pick, nulls = []) {
   const W = 400, H = 190, L = 52, R = 8, T = 8, B = 34;
-  const finite = [...mean, ...low, ...high].filter(v => v !== null && !Number.isNaN(v));
+  const finite = [...mean, ...low, ...high, ...nulls.flatMap(n => n.mean)].filter(v => v !== null && !Number.isNaN(v));
   const svg = shape("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "score by layer"});
   if (!finite.length) { svg.append(shape("text", {x: W / 2, y: H / 2, "text-anchor": "middle"}, "no values")); return svg; }
   let lo = Math.min(...finite), hi = Math.max(...finite); if (lo === hi) { lo -= 1; hi += 1; }
@@ -85,9 +86,13 @@ function plot(layers, mean, low, high, current, unit, pick) {
   const band = layers.map((_, i) => i).filter(i => there(low[i]) && there(high[i]));
   if (band.length > 1) svg.append(shape("path", {fill: "#0072b2", opacity: .18,
     d: "M" + band.map(i => `${x(i)},${y(high[i])}`).join("L") + "L" + band.reverse().map(i => `${x(i)},${y(low[i])}`).join("L") + "Z"}));
-  let path = "", open = false;
-  mean.forEach((v, i) => { if (there(v)) { path += `${open ? "L" : "M"}${x(i)},${y(v)}`; open = true; } else open = false; });
-  svg.append(shape("path", {d: path, fill: "none", stroke: "#0072b2", "stroke-width": 1.6}));
+  function line(of, style) {
+    let path = "", open = false;
+    of.forEach((v, i) => { if (there(v)) { path += `${open ? "L" : "M"}${x(i)},${y(v)}`; open = true; } else open = false; });
+    svg.append(shape("path", {d: path, fill: "none", ...style}));
+  }
+  for (const n of nulls) line(n.mean, {stroke: n.color, "stroke-width": 1.2, "stroke-dasharray": n.dash});
+  line(mean, {stroke: "#0072b2", "stroke-width": 1.6});
   mean.forEach((v, i) => { if (!there(v)) return; svg.append(shape("circle", {cx: x(i), cy: y(v), r: i === current ? 4.5 : 2.2,
     fill: i === current ? "#d55e00" : "#0072b2"})); });
   const step = Math.max(1, Math.ceil(layers.length / 8));
@@ -101,10 +106,18 @@ function plot(layers, mean, low, high, current, unit, pick) {
 function curve() {
   const s = D.scores[score], c = D.curves[score];
   $("curvetitle").textContent = `${s.name} over depth`;
-  $("curve").replaceChildren(plot(D.layers, c.mean, c.low, c.high, layer, s.unit, go));
+  const nulls = c.nulls.map((n, i) => ({...n, color: ["#d55e00", "#6b7280"][i % 2], dash: ["5 3", "1.5 2.5"][i % 2]}));
+  $("curve").replaceChildren(plot(D.layers, c.mean, c.low, c.high, layer, s.unit, go, nulls));
   const r = c.reliability ? c.reliability[layer] : undefined;
   $("curvenote").textContent = `Mean over documents, 95 % interval over ${D.n_documents} documents. ` +
-    (c.reliability ? `Split-half reliability at layer ${D.layers[layer]}: ${fmt(r)} (Spearman over disjoint neighbor halves).` : "");
+    (c.reliability ? `Split-half reliability at layer ${D.layers[layer]}: ${fmt(r)} (Spearman over disjoint neighbor halves). ` : "") +
+    (c.local ? `The neighborhoods' median variance is ${fmt(c.local[layer])} of that of random sets here. ` : "");
+  if (nulls.length) {
+    $("curvenote").append("Its nulls: ");
+    nulls.forEach((n, i) => { const word = make("span", `${["dashed", "dotted"][i % 2]}, ${n.name}`); word.style.color = n.color;
+      $("curvenote").append(i ? "; " : "", word); });
+    $("curvenote").append(".");
+  }
 }
 function go(i) { layer = i; paint(); }
 
@@ -155,12 +168,14 @@ document.addEventListener("keydown", e => { if (["SELECT", "INPUT"].includes(e.t
 { // Tables that do not change.
   const table = $("summary"), head = make("tr"); head.append(make("th", "layer", "n"));
   D.scores.forEach((s, i) => { if (D.curves[i].shown) { head.append(make("th", `${s.name} [${s.unit}]`, "n"));
-    if (D.curves[i].reliability) head.append(make("th", "reliability", "n")); } });
+    if (D.curves[i].reliability) head.append(make("th", "reliability", "n"));
+    if (D.curves[i].local) head.append(make("th", "V in / V of random sets", "n")); } });
   table.append(head);
   D.layers.forEach((l, j) => { const line = make("tr"); line.append(make("td", l, "n"));
     D.scores.forEach((s, i) => { const c = D.curves[i]; if (!c.shown) return;
       line.append(make("td", c.low[j] === null ? fmt(c.mean[j]) : `${fmt(c.mean[j])} (${fmt(c.low[j])} to ${fmt(c.high[j])})`, "n"));
-      if (c.reliability) line.append(make("td", fmt(c.reliability[j]), "n")); });
+      if (c.reliability) line.append(make("td", fmt(c.reliability[j]), "n"));
+      if (c.local) line.append(make("td", fmt(c.local[j]), "n")); });
     table.append(line); });
   const left = $("left");
   const names = [...new Set(D.left_out.flatMap(l => Object.keys(l.counts)))], top = make("tr"); top.append(make("th", "score"));
