@@ -62,7 +62,7 @@ class Run:
         if frozen is not None:
             self.searches.frozen = {layer: torch.from_numpy(frozen.rows[index]) for index, layer in enumerate(plan.layers)}
             self.frozen_groups = dict(zip(plan.layers, frozen.groups, strict=True))
-        self.own_states = capture.states_of_model and bank.states_of_model
+        self.own_states = capture.states_of_model
         self._refuse_two_tables()
         probe = Probe(model, int(capture.lengths.max()))
         self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe

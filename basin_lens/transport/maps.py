@@ -148,13 +148,12 @@ class LayerMaps:
             TransportError: the route is not exact on this model, or the context is not defined on it.
             CaptureError: states that do not belong to the model, in a context that runs the model.
         """
-        if not all(c.settings.get("states_of_model", True) for c in (self.capture, self.bank)) and context not in (
-            "native",
-            "affine",
-        ):
+        # States of a control may stand in a token's place, but there is no context of theirs to stand in.
+        sensible = {"native", "affine"} | ({"patched"} if self.capture.states_of_model else set())
+        if not (self.capture.states_of_model and self.bank.states_of_model) and context not in sensible:
             raise CaptureError(
-                f'expected context "native" or "affine" for states that are not the model\'s own, got {context!r}. '
-                "A control capture has no context to patch into."
+                f"expected a context among {sorted(sensible)} for states that are not the model's own, got {context!r}. "
+                "A control capture has no context to patch into; as a bank, its states can be patched into the texts' own."
             )
         (own, bank), (own_post, bank_post) = self.border(self.layer), self.border(self.layer + blocks)
         path = range(self.layer, self.layer + blocks)

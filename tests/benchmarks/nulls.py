@@ -1,11 +1,12 @@
-"""Where the nulls of the crossed table's interaction lie: random sets, isotropic displacements, random initialization.
+"""Where the nulls of compression lie: random sets, isotropic displacements, random initialization, Gaussian states.
 
     NLTK_DATA=... python tests/benchmarks/nulls.py [QUERIES] [LAYER ...]
 
 50 files of the Penn Treebank sample (up to 128 tokens of each), 600 tokens, groups of 4, k = 15, patched: SmolLM2-135M, and a twin of it with
 weights drawn anew. The first two nulls share the neighbors' groups. Of each: mean over documents +- its standard error, SD over tokens,
 reliability over halves of the displacements and of the partners; and how local the neighborhoods are (median V_in over that of random
-sets). Gaussian states have no context to pass displaced states in: they are refused, and no row here. The last line is JSON.
+sets). Gaussian states are neighbors drawn from the layer's own moments, at the tokens' own places and in their own contexts: the same
+tokens with `gaussian_states` of the capture as their bank. The last line is JSON.
 """
 
 import json
@@ -37,11 +38,11 @@ def described(table, column, layer):
     }
 
 
-def measured(model, capture, layers, queries, *, nulls):
+def measured(model, capture, layers, queries, *, nulls, bank=None):
     """Rows of one capture, by layer and column."""
     score = bl.analyzers.Compression(queries=queries, nulls=nulls)
     begun = time.process_time()
-    table = bl.analyze(model, capture, [score], layers=layers, progress=False)
+    table = bl.analyze(model, capture, [score], layers=layers, bank=bank, progress=False)
     seconds = time.process_time() - begun
     (facts,) = tables.provenance(table).values()
     rows = []
@@ -62,31 +63,40 @@ def measured(model, capture, layers, queries, *, nulls):
     return rows, seconds
 
 
+def show(states, rows):
+    for row in rows:
+        told = row["column"].removeprefix("compression").strip("_").replace("_", " ") or "neighbors"
+        reliable = [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("halves", "partners")]
+        local = f"{row['local']:.2f}" if row["local"] is not None else "-"
+        print(
+            f"| {row['layer']} | {states} | {told} | {row['mean']:+.4f} +- {row['error']:.4f} | {row['sd']:.4f} | {row['below_0']:.0%} | "
+            f"{reliable[0]} | {reliable[1]} | {row['tokens']} | {row['documents']} | {row['without_group']} | {local} |",
+            flush=True,
+        )
+
+
 def main(queries, layers):
     torch.set_num_threads(1)
     model = bl.load_model()
     texts = bl.texts.read_dataset("nltk:treebank", max_passages=DOCUMENTS)
     around = sorted({layer + step for layer in layers for step in (0, 1)} & set(range(30)))
     capture = bl.Capture.from_texts(model, texts, layers=around, max_length=LENGTH, progress=False)
-    twin = bl.model.random_twin(model, seed=0)
-    found = {}
-    found["trained"] = measured(model, capture, layers, queries, nulls=True)
-    found["random initialization"] = measured(
-        twin, bl.Capture.from_texts(twin, texts, layers=around, max_length=LENGTH, progress=False), layers, queries, nulls=True
-    )
     print(
         "| layer | states | displacements | mean +- error | SD | below 0 | halves | partners | tokens | documents | no group | local |"
     )
     print("| --- " * 12 + "|")
-    for states, (rows, _) in found.items():
-        for row in rows:
-            told = row["column"].removeprefix("compression").strip("_").replace("_", " ") or "neighbors"
-            reliable = [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("halves", "partners")]
-            local = f"{row['local']:.2f}" if row["local"] is not None else "-"
-            print(
-                f"| {row['layer']} | {states} | {told} | {row['mean']:+.4f} +- {row['error']:.4f} | {row['sd']:.4f} | {row['below_0']:.0%} | "
-                f"{reliable[0]} | {reliable[1]} | {row['tokens']} | {row['documents']} | {row['without_group']} | {local} |"
-            )
+    found = {}
+
+    def add(states, *given, **options):
+        found[states] = rows, _ = measured(*given, layers, queries, **options)
+        show(states, rows)
+
+    add("trained", model, capture, nulls=True)
+    drawn = bl.controls.gaussian_states(capture, seed=0, progress=False)
+    add("Gaussian", model, capture, nulls=False, bank=drawn)
+    twin = bl.controls.random_twin(model, seed=0)
+    read = bl.Capture.from_texts(twin, texts, layers=around, max_length=LENGTH, progress=False)
+    add("random initialization", twin, read, nulls=True)
     print(
         json.dumps(
             {

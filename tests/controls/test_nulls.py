@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import basin_lens as bl
+from basin_lens.analyzers import total_variance
 from basin_lens.capture import border_states, borders, fill_columns, subset
 from basin_lens.errors import CaptureError
+from basin_lens.model import rerun_with_state
+from basin_lens.scoring import Request, score
 from tests.conftest import TEXTS, make_bridge, random_tokens
 from tests.controls.made import C
 
@@ -321,6 +324,28 @@ def test_native_and_affine_scores_are_measured_and_others_refused(llama, capture
     for context in ("patched", "solo", "attn", "mlp"):
         with pytest.raises(bl.errors.BasinLensError):
             bl.analyze(llama, made, [bl.analyzers.Contraction(k=5, context=context)], layers=[1], progress=False)
+
+
+@pytest.mark.parametrize("make", [MADE["gaussian"], MADE["permuted"]], ids=["gaussian", "permuted"])
+def test_states_of_a_control_may_be_neighbors_in_the_texts_own_contexts(llama, capture, make):
+    """Patched alone: a control has no context of its own. What comes out is what the model itself makes of such states there."""
+    bank = make(llama, capture, 0)
+    neighbors = score(llama, capture, Request([one := bl.analyzers.Contraction(k=5)], layers=[1], bank=bank, progress=False),
+                      keep_neighbors_of=one)  # fmt: skip
+    row = int(np.flatnonzero(neighbors.table.contraction.notna())[3])
+    near = bank.resid_pre(1)[neighbors.neighbors.rows[0][row]]
+    sequence, pos = capture.sequences[int(capture.row_seq[row])], int(capture.row_pos[row])
+    images = rerun_with_state(llama, torch.tensor(sequence.tokens), 1, pos, near)
+    expected = float((total_variance(near) / total_variance(images)).log())
+    assert neighbors.table.contraction[row] == pytest.approx(expected, abs=1e-4)
+    assert (
+        bl.analyze(llama, capture, [bl.analyzers.Compression(k=5)], layers=[1], bank=bank, progress=False).compression.notna().any()
+    )
+    for context in ("solo", "attn", "mlp"):
+        with pytest.raises(CaptureError, match="as a bank, its states can be patched"):
+            bl.analyze(llama, capture, [bl.analyzers.Contraction(k=5, context=context)], layers=[1], bank=bank, progress=False)
+    with pytest.raises(CaptureError, match="no context to patch into"):
+        bl.analyze(llama, bank, [bl.analyzers.Contraction(k=5)], layers=[1], bank=capture, progress=False)
 
 
 def test_native_contraction_of_layers_that_do_not_correspond_is_that_of_random_points(points):
