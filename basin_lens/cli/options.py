@@ -41,6 +41,12 @@ Bank = Annotated[
 Exclude = Annotated[str, typer.Option("--exclude", help="Never neighbors: those of the same sequence, document, or a label.")]
 Unit = Annotated[str, typer.Option("--unit", help="What is independent: document, sequence, or a label such as template.")]
 Contrasted = Annotated[str | None, typer.Option("--contrast", help="Compare two kinds everywhere: span:IO,S or LABEL:VALUE,VALUE.")]
+CompressionTokens = Annotated[
+    int,
+    typer.Option(
+        "--compression-tokens", min=4, help="At most so many tokens per layer have compression and its nulls, a seeded sample."
+    ),
+]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens per sequence; longer texts become several.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per pass; chosen by memory if left out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
@@ -80,6 +86,7 @@ class MeasureOptions:
     unit: Unit = "document"
     contrast: Contrasted = None
     max_length: MaxLength = 128
+    compression_tokens: CompressionTokens = 600
 
 
 @dataclass(frozen=True)

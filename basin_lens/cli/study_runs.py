@@ -90,6 +90,7 @@ def run_studies(
             contrast=asked.contrast,
             max_sequences=texts.max_sequences,
             max_length=how.max_length,
+            compression_tokens=how.compression_tokens,
             seed=texts.seed,
             check=check,
         )
@@ -116,7 +117,7 @@ def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -
     for spec in specs:
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none
-    analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude))
+    analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude, how.compression_tokens))
     Request(analyzers, seed=texts.seed)  # refuses what analyzers and a seed cannot be
     return _Asked(specs, passages, layers, context, bank, contrast, analyzers)
 
