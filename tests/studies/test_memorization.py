@@ -16,7 +16,15 @@ from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.memorization import extraction
 from basin_lens.studies.memorization import tests as planted_tests
 from basin_lens.studies.memorization.experiment import check_classes, plant
-from basin_lens.studies.memorization.scores import CHANGE, SCORES, by_sequence, with_changes
+from basin_lens.studies.memorization.scores import (
+    CHANGE,
+    CROSSED,
+    SCORES,
+    by_sequence,
+    measure_texts,
+    spread_tokens,
+    with_changes,
+)
 from basin_lens.studies.memorization.single_author import author_passages
 from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge
@@ -224,6 +232,39 @@ def test_changes_are_after_less_before_token_by_token(learner):
     assert np.allclose(found.state_norm_change, 2) and np.array_equal(found.state_norm_base, table.state_norm)
     with pytest.raises(AssertionError):
         with_changes(table, table[table.seq == 0], ["state_norm"])
+
+
+def test_tokens_crossed_are_spread_evenly_and_the_same_under_any_model():
+    rows = pd.DataFrame({"seq": [0] * 20 + [1] * 5, "span": ["a"] * 4 + [None] * 16 + ["a"] * 5})
+    chosen = spread_tokens(rows, count=5)
+    assert np.flatnonzero(chosen).tolist() == [0, 5, 10, 14, 19, 20, 21, 22, 23, 24]
+    parts = spread_tokens(rows, ["seq", "span"], count=3)
+    assert np.flatnonzero(parts).tolist() == [0, 2, 3, 4, 12, 19, 20, 22, 24]
+    assert spread_tokens(rows).sum() == CROSSED + 5
+
+
+def test_compression_is_of_some_tokens_of_each_text_and_contraction_of_all(learner):
+    texts = [
+        bl.Passage(f"The {word} had a voice of its own, and she climbed the ninety steps.")
+        for word in ("lamp", "tea", "jar", "boy", "rain")
+    ]
+    bank = bl.Capture.from_texts(learner, reference_passages()[:12], layers=[0, 2], max_length=24, progress=False)
+    options = {"k": 5, "layers": [0, 2], "bank": bank, "seed": 0, "progress": False}
+    for first in (1, 6):
+        capture = bl.Capture.plan(learner, texts, layers=[0, 2], max_length=24)
+        table = measure_texts(learner, capture, **options, first=first)
+        assert table.contraction.notna().equals(table.pos >= first)
+        asked = np.zeros(len(table) // 2, bool)
+        there = table[: len(asked)].pos >= first
+        asked[there] = spread_tokens(table[: len(asked)][there])
+        assert asked.sum() == 5 * CROSSED and not table[HEADLINE].notna()[~np.tile(asked, 2)].any()
+        # Half of the tokens at least find others as tight, whose neighbors are not theirs.
+        assert table[HEADLINE].notna().sum() > asked.sum()
+        own = bl.analyzers.Compression(k=5, nulls=("random_sets",))
+        again = bl.analyze(learner, capture, [own], layers=[0, 2], bank=bank, queries=asked, progress=False)
+        for name in (HEADLINE, "compression", "compression_place"):
+            assert table[name].equals(again[name]), name
+        assert bl.tables.scores(table)[HEADLINE]["unit"] == "nats"
 
 
 def _planted_null(seed: int, effect: float = 0.0, n_pairs: int = 20, layers: int = 3):
