@@ -290,7 +290,7 @@ def test_refused_before_the_model_runs(llama, held, monkeypatch):
         ({"paths": ()}, "paths of at least 1"),
         ({"paths": (0,)}, "paths of at least 1"),
         ({"paths": (2, 2)}, "each once"),
-        ({"context": "native"}, "displaced states must pass whole blocks"),
+        ({"context": "native"}, "pass displaced states"),
         ({"context": "mlp"}, "expected a context among"),
     ):
         with pytest.raises(StudyError, match=match):
