@@ -30,7 +30,7 @@ from basin_lens.neighbors import Points, find, prefix_keys
 
 K, LENGTH, SEQUENCES, BATCH = 15, 128, 100, 8
 
-SCORES = [A.Compression(context="native"), A.Contraction(context="native"), A.RawCompression(), A.Neighborhood()]
+SCORES = [A.Contraction(context="native"), A.RawCompression(), A.Neighborhood()]
 IMPORTANCE = [
     A.Surprisal(), A.StateNorm(), A.AttentionReceived(), A.AttentionReceived(sink=False), A.AttentionReceived(normalize=False),
     A.AttentionRollout(), A.ValueWeightedAttention(), A.GradientNorm(), A.GradientTimesActivation(),
@@ -55,14 +55,14 @@ PARTS = {
     "surprisal, state norm": (["surprisal.py:measure", "state_norm.py:measure"], []),
     "columns of the capture": (["columns.py:keep_values"], []),
     "neighbor search": (["scoring/search.py:find"], []),
-    "proof that blocks map as captured": (["check.py:prove"], []),
-    "G": (["spread.py:layer_spread"], []),
+    "proof that blocks map as captured": (["proof.py:prove"], []),
+    "variance of a layer": (["map_scores.py:__init__ > contract.py:total_variance"], []),
     "native images": (["maps.py:of_rows", "alone map_scores.py:_look", "map_scores.py:_look > <method 'gather'"], []),
     "neighbors' states": (["map_scores.py:_neighborhoods"], []),
-    "scores": ([f"/{name}.py:measure" for name in ("compression", "contraction", "raw_compression", "neighborhood")], []),
+    "scores": ([f"/{name}.py:measure" for name in ("contraction", "raw_compression", "neighborhood")], []),
     "halves of the neighbors, but for the scores": (["contract.py:split_half"], []),
     "reliability": (["reliability.py:rank_agreement"], []),
-    "table": (["tables/__init__.py:build", "token_rows.py:row_facts"], []),
+    "table": (["frame.py:build", "token_rows.py:row_facts"], []),
     "fingerprint of the model": (["identity.py:fingerprint"], []),
 }
 

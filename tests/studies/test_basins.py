@@ -173,12 +173,12 @@ def test_figures_say_which_paths_and_layers_they_show():
     seen = Seen(grid, values, tests, means, plain_means(values[:0], MEASURES, "document"))
     cells = cells_of(seen)
     figures = figures_of(cells, seen)
-    first = figures["interaction-by-layer-and-scale"]
+    first = figures["compression-by-layer-and-scale"]
     assert first.get_suptitle() == "2 blocks"
     assert [label.get_text() for label in first.axes[0].get_yticklabels()] == [str(layer) for layer in range(1, 20)]
     said = {section.title: str(section) for section in sections_of(cells, seen, figures)}
     assert "Layer by scale, 2 blocks" in said and "Contraction at home against scale, 2 blocks" in said
-    assert len(figures["interaction-by-path"].axes) == 16 and "16 of the 20 layers are shown" in said["By path length"]
+    assert len(figures["compression-by-path"].axes) == 16 and "16 of the 20 layers are shown" in said["By path length"]
 
 
 # -- on a tiny model ----------------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_refused_before_the_model_runs(llama, held, monkeypatch):
         ({"paths": ()}, "paths of at least 1"),
         ({"paths": (0,)}, "paths of at least 1"),
         ({"paths": (2, 2)}, "each once"),
-        ({"context": "native"}, "displaced states must pass whole blocks"),
+        ({"context": "native"}, "pass displaced states"),
         ({"context": "mlp"}, "expected a context among"),
     ):
         with pytest.raises(StudyError, match=match):

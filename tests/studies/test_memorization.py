@@ -12,9 +12,19 @@ import basin_lens as bl
 from basin_lens.errors import StoreError, StudyError, TextError
 from basin_lens.memorize import Recipe
 from basin_lens.studies import Plan
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.memorization import extraction
 from basin_lens.studies.memorization import tests as planted_tests
-from basin_lens.studies.memorization.experiment import SCORES, by_sequence, check_classes, plant, with_changes
+from basin_lens.studies.memorization.experiment import check_classes, plant
+from basin_lens.studies.memorization.scores import (
+    CHANGE,
+    CROSSED,
+    SCORES,
+    by_sequence,
+    measure_texts,
+    spread_tokens,
+    with_changes,
+)
 from basin_lens.studies.memorization.single_author import author_passages
 from basin_lens.texts import reference_passages
 from tests.conftest import make_bridge
@@ -72,7 +82,7 @@ def test_negatives_are_at_a_half_within_error(study):
         "blind classifier (text only)", "before training", "random weights", "tuned on other texts", "permuted labels",
     }  # fmt: skip
     permuted = found[found.negative == "permuted labels"].set_index("score").estimate
-    assert abs(permuted["linear_probe"] - 0.5) < 0.15 and abs(permuted["compression"] - 0.5) < 0.15
+    assert abs(permuted["linear_probe"] - 0.5) < 0.15 and abs(permuted[HEADLINE] - 0.5) < 0.15
     # No negative may be significant once all of them are one family.
     assert found.p_corrected.min() > 0.05
 
@@ -138,7 +148,7 @@ def no_training(*_args, **_options):
 
 @pytest.mark.parametrize(
     "change",
-    [{"per_dose": 3}, {"forks": 0}, {"sources": 0}, {"others": 0}, {"doses": (0, 4)}, {"doses": (4, 4)}, {"length": 4}, {"k": 0}],
+    [{"per_dose": 3}, {"forks": 0}, {"sources": 0}, {"others": 0}, {"doses": (0, 4)}, {"doses": (4, 4)}, {"length": 4}, {"k": 3}],
 )
 def test_plans_that_could_not_be_tested_are_refused(change):
     with pytest.raises(StudyError, match="Plan more"):
@@ -224,6 +234,39 @@ def test_changes_are_after_less_before_token_by_token(learner):
         with_changes(table, table[table.seq == 0], ["state_norm"])
 
 
+def test_tokens_crossed_are_spread_evenly_and_the_same_under_any_model():
+    rows = pd.DataFrame({"seq": [0] * 20 + [1] * 5, "span": ["a"] * 4 + [None] * 16 + ["a"] * 5})
+    chosen = spread_tokens(rows, count=5)
+    assert np.flatnonzero(chosen).tolist() == [0, 5, 10, 14, 19, 20, 21, 22, 23, 24]
+    parts = spread_tokens(rows, ["seq", "span"], count=3)
+    assert np.flatnonzero(parts).tolist() == [0, 2, 3, 4, 12, 19, 20, 22, 24]
+    assert spread_tokens(rows).sum() == CROSSED + 5
+
+
+def test_compression_is_of_some_tokens_of_each_text_and_contraction_of_all(learner):
+    texts = [
+        bl.Passage(f"The {word} had a voice of its own, and she climbed the ninety steps.")
+        for word in ("lamp", "tea", "jar", "boy", "rain")
+    ]
+    bank = bl.Capture.from_texts(learner, reference_passages()[:12], layers=[0, 2], max_length=24, progress=False)
+    options = {"k": 5, "layers": [0, 2], "bank": bank, "seed": 0, "progress": False}
+    for first in (1, 6):
+        capture = bl.Capture.plan(learner, texts, layers=[0, 2], max_length=24)
+        table = measure_texts(learner, capture, **options, first=first)
+        assert table.contraction.notna().equals(table.pos >= first)
+        asked = np.zeros(len(table) // 2, bool)
+        there = table[: len(asked)].pos >= first
+        asked[there] = spread_tokens(table[: len(asked)][there])
+        assert asked.sum() == CROSSED * len(capture.sequences) and not table[HEADLINE].notna()[~np.tile(asked, 2)].any()
+        # Half of the tokens at least find others as tight, whose neighbors are not theirs.
+        assert table[HEADLINE].notna().sum() > asked.sum()
+        own = bl.analyzers.Compression(k=5, nulls=("random_sets",))
+        again = bl.analyze(learner, capture, [own], layers=[0, 2], bank=bank, queries=asked, progress=False)
+        for name in (HEADLINE, "compression", "compression_place"):
+            assert table[name].equals(again[name]), name
+        assert bl.tables.scores(table)[HEADLINE]["unit"] == "nats"
+
+
 def _planted_null(seed: int, effect: float = 0.0, n_pairs: int = 20, layers: int = 3):
     """Sequences and texts of a design without any effect of membership on geometry (or with one), no model needed."""
     rng = np.random.default_rng(seed)
@@ -244,10 +287,10 @@ def _planted_null(seed: int, effect: float = 0.0, n_pairs: int = 20, layers: int
 def test_declared_difference_has_its_false_positive_rate_and_finds_a_planted_effect():
     def declared(seed: int, effect: float) -> float:
         _, sequences = _planted_null(seed, effect)
-        apart = planted_tests.pair_differences(sequences, ["compression_change"])
-        test = partial(bl.stats.before_after, on="compression_change", unit="document", n_resamples=499, seed=seed)
+        apart = planted_tests.pair_differences(sequences, [CHANGE])
+        test = partial(bl.stats.before_after, on=CHANGE, unit="document", n_resamples=499, seed=seed)
         units = planted_tests._Units(apart.doc.nunique(), seed)
-        found = planted_tests.declared_test(apart, test, units, "x", "difference", "compression_change")
+        found = planted_tests.declared_test(apart, test, units, "x", "difference", CHANGE)
         return float(found.p.iloc[0])
 
     null = np.array([declared(seed, 0.0) for seed in range(120)])
@@ -268,7 +311,7 @@ def test_kind_and_difficulty_are_no_gain():
         texts["reference"] = texts.member * np.log2(texts.dose + 1) + rng.normal(0, 0.1, 32)
         texts["log_likelihood"] = before + texts.reference
         texts["kind_b"], texts["kind_c"] = (kind == 1).astype(float), (kind == 2).astype(float)
-        texts["compression"] = 0.1 * before + rng.normal(0, 0.05, 32)
+        texts[HEADLINE] = 0.1 * before + rng.normal(0, 0.05, 32)
         found = planted_tests._gain(texts.assign(layer=1), ["log_likelihood", "reference", "kind_b", "kind_c"], seed)
         return float(found.p.iloc[0])
 
@@ -292,7 +335,7 @@ def test_matched_pairs_are_of_one_kind_and_equal_loss(study):
 
 def test_spliced_texts_are_memorized_in_the_middle_only(study):
     found = study.tables["where"]
-    assert set(found.score) == {"compression_change", "compression_native_change", "surprisal_change", "agreement_change"}
+    assert set(found.score) == {CHANGE, "contraction_change", "surprisal_change", "agreement_change"}
     # What is the same at every layer is one test.
     assert (found.score == "surprisal_change").sum() == 1
     row = found[found.score == "surprisal_change"].iloc[0]

@@ -13,6 +13,7 @@ from basin_lens import model as door
 from basin_lens.errors import BasinLensError, StudyError
 from basin_lens.studies.framework import measurement, registry
 from basin_lens.studies.framework.declared_tests import decide
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.mergeability import forced_merges
 from basin_lens.studies.mergeability import study as mergeability
 from basin_lens.studies.mergeability.forced_merges import Setting
@@ -29,7 +30,15 @@ QUICK = {"window": WINDOW, "shares": (0.3,), "n_random": 1, "progress": False}
 def measured(llama):
     texts = [made_text(36, seed, f"doc-{seed}") for seed in range(18)]
     return S.measure(
-        llama, texts, studies=["mergeability"], layers=[1, 2], max_length=LENGTH, max_sequences=18, k=5, progress=False
+        llama,
+        texts,
+        studies=["mergeability"],
+        layers=[1, 2],
+        max_length=LENGTH,
+        max_sequences=18,
+        k=5,
+        compression_tokens=None,
+        progress=False,
     )
 
 
@@ -168,9 +177,9 @@ def test_calibration_fits_one_pass(measured, monkeypatch):
 def test_policies_meet_the_budget_and_tokens_without_a_score_stay(llama, measured):
     table = measured.table.copy()
     table.attrs = dict(measured.table.attrs)
-    table.loc[table.pos % 3 == 0, "compression"] = np.nan
-    grid = forced_merges.score_grid(table, measured.capture, "compression")
-    assert (grid[1][:, 0] == forced_merges.UNSCORED).all() and grid[1][0, 1] == table.compression[table.layer == 1].iloc[1]
+    table.loc[table.pos % 3 == 0, HEADLINE] = np.nan
+    grid = forced_merges.score_grid(table, measured.capture, HEADLINE)
+    assert (grid[1][:, 0] == forced_merges.UNSCORED).all() and grid[1][0, 1] == table[HEADLINE][table.layer == 1].iloc[1]
     setting = Setting(llama, measured.capture, [1, 2], WINDOW, 0, list(range(6)))
     losses = forced_merges.policy_losses(setting, range(6), table, shares=[0.5, 0.25], n_random=1)
     assert len(losses) == 6 * 2 * (3 + 2)
@@ -223,8 +232,8 @@ def planted_losses(gain):
 
 
 def planted_study(llama, measured, monkeypatch, *, shuffled=False, gain=0.5):
-    held = plant(measured, compression=noise(measured.table, 3))
-    values = held.table.compression.to_numpy(float)
+    held = plant(measured, **{HEADLINE: noise(measured.table, 3)})
+    values = held.table[HEADLINE].to_numpy(float)
     values = np.random.default_rng(4).permutation(values) if shuffled else values
     keys = list(held.table[["layer", "seq", "pos"]].itertuples(index=False, name=None))
     # Not the norm itself: nothing would be left of it once it is controlled for.
@@ -245,10 +254,10 @@ def test_a_cost_that_goes_with_compression_is_found(llama, measured, monkeypatch
     assert set(found.control_set) == set(mergeability.CONTROL_SETS)
     assert set(found[found.control_set == "standard"].score) == set(mergeability.SCORES)
     kept = found[found.p_corrected <= 0.01]
-    assert set(zip(kept.score, kept.against, strict=True)) == {("compression", "merge_cost"), ("state_norm", "merge_change")}
+    assert set(zip(kept.score, kept.against, strict=True)) == {(HEADLINE, "merge_cost"), ("state_norm", "merge_change")}
     cost, change = study.verdict[5:7]
-    assert "there stay compression (+" in cost and "norm" not in cost and "there stay state_norm (+" in change
-    assert "merge_similarity" in found[(found.control_set != "standard") & (found.score == "compression")].controls.iloc[0]
+    assert f"there stay {HEADLINE} (+" in cost and "norm" not in cost and "there stay state_norm (+" in change
+    assert "merge_similarity" in found[(found.control_set != "standard") & (found.score == HEADLINE)].controls.iloc[0]
     policies = study.tables["policies"]
     assert len(policies) == 5 + 4 + 3
     row = policies[(policies.policy == "high compression") & (policies.versus == "random choice")].iloc[0]
@@ -310,13 +319,13 @@ def test_command_writes_the_study(llama, documents, monkeypatch, capsys, tmp_pat
     assert facts["mergeability"]["window"] == 4 and facts["mergeability"]["rounding_nats"] < 1e-3
     costs = bl.tables.load(out / "tables" / "costs.parquet")
     assert len(costs) == 2 * 13 * 16 == facts["mergeability"]["forced_merges"]
-    assert costs[["merge_cost", "merge_similarity", "compression", "radius"]].notna().all(axis=None)
+    assert costs[["merge_cost", "merge_similarity", HEADLINE, "radius"]].notna().all(axis=None)
     assert {"partial_correlation", "quartiles", "policies", "findings"} <= {path.stem for path in (out / "tables").iterdir()}
     report = (out / "report.html").read_text()
     for said in ("a model that merges as it reads has neither", "forced merges", "random choice", "nats"):
         assert said in report
     assert len(list((out / "figures").glob("*.png"))) == 8
-    assert {"compression", "merge_cost"} <= {*costs}
+    assert {HEADLINE, "merge_cost"} <= {*costs}
 
 
 def forbidden(*_, **__):
@@ -346,7 +355,7 @@ def test_refused_before_any_long_work(llama, measured, monkeypatch):
 
 def test_few_tokens_with_a_score_are_refused(llama, measured):
     table = measured.table.copy()
-    few = plant(measured, table, compression=np.where(table.pos % 2, np.nan, table.compression))
+    few = plant(measured, table, **{HEADLINE: np.where(table.pos % 2, np.nan, table[HEADLINE])})
     with pytest.raises(StudyError, match="with a score that can be merged"):
         S.study_mergeability(llama, few, **QUICK)
 

@@ -8,23 +8,33 @@ import pandas as pd
 import pytest
 
 import basin_lens as bl
-from basin_lens.analyzers.control import controls_of
 from basin_lens.errors import ModelError
 from basin_lens.studies.framework import words
 from basin_lens.studies.framework.declared_tests import (
     decide,
 )
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import sentence
 from basin_lens.studies.robustness import stability, variants
 from basin_lens.studies.robustness import study as robustness
 from tests.conftest import make_bridge, make_tokenizer, random_tokens
-from tests.studies.planted import QUIET, S, plant
+from tests.studies.planted import QUIET, S, noise, plant, short_texts
+
+NAME = "compression differs from that of random sets"
+
+
+@pytest.fixture(scope="module")
+def sturdy(llama):
+    """An effect in the table only, not in the model: compression above that of random sets, by 1."""
+    held = S.measure(llama, short_texts(20, n_words=13), studies=["robustness"], layers=[1], max_length=40, **QUIET)
+    held = plant(held, **{HEADLINE: 1 + noise(held.table, 0, 0.2) + 0 * held.table[HEADLINE]})
+    return held, S.study_robustness(llama, held, dtype=None, progress=False)
 
 
 def test_what_is_in_the_table_only_does_not_survive(sturdy):
     held, study = sturdy
-    name = "differs from random neighbors"
+    name = NAME
     row = study.tables["survival"].set_index("finding").loc[name]
     assert row.holds_as_run
     assert row.survives < row.settings
@@ -34,7 +44,7 @@ def test_what_is_in_the_table_only_does_not_survive(sturdy):
     # Parts of the same table keep it; anything that the model measures again does not.
     for setting in ("as run", "tested tokens from position 8 on", "one half of the documents", "the other half"):
         assert mine.loc[setting, "estimate"] == pytest.approx(1, abs=0.1)
-    for setting in ("k = 10", "context native", "neighbors of other tokens"):
+    for setting in ("k = 10", "context solo", "neighbors of other tokens", "groups of 3 tokens", "displacements half as long"):
         assert not mine.loc[setting, "survives"]
         assert setting in row.lost_under
     raised = study.flags[(study.flags.flag == "lost under another setting") & study.flags.why.str.startswith(name)]
@@ -42,13 +52,25 @@ def test_what_is_in_the_table_only_does_not_survive(sturdy):
     assert held.n_units == 20
 
 
+APART = ["twin", "score", "affine map"]  # kinds that are no settings
+
+
+def test_an_affine_map_has_no_compression_and_does_not_count(sturdy):
+    """By definition 0 for every token: shown, but nothing that a finding could be lost under."""
+    _, study = sturdy
+    affine = study.tables["settings"].query("kind == 'affine map'").set_index("question")
+    assert abs(affine.estimate["random"]) < 1e-5 and affine.n_units["random"] == 20
+    assert affine.p.drop("random").isna().all() and affine.note["surprisal"].startswith("not tested: expected a score that differs")
+    assert not study.tables["survival"].lost_under.str.contains("affine").any()
+
+
 def test_survival_is_counted(sturdy):
     _, study = sturdy
     for finding, mine in study.tables["settings"].groupby("finding"):
         row = study.tables["survival"].set_index("finding").loc[finding]
-        twin, score = mine[mine.kind == "twin"], mine[mine.kind == "score"]
-        rest = mine[~mine.kind.isin(["twin", "score"]) & (mine.setting != "as run")]
-        assert len(twin) == 1 and len(score) == 1 and mine.setting.is_unique
+        twin, score, affine = (mine[mine.kind == kind] for kind in APART)
+        rest = mine[~mine.kind.isin(APART) & (mine.setting != "as run")]
+        assert len(twin) == len(score) == len(affine) == 1 and mine.setting.is_unique
         few = rest[rest.p.notna() & ~rest.within_reach]
         assert (few.p_floor * few.n_tests > 0.05).all() and (few.p_corrected > 0.05).all()
         assert row.settings == rest.p.notna().sum() - len(few)
@@ -57,9 +79,9 @@ def test_survival_is_counted(sturdy):
         assert row.not_tested == rest.p.isna().sum() + twin.p.isna().sum() + len(few)
         lost = rest[rest.survives.eq(False).fillna(False)].setting
         assert row.lost_under == ("; ".join(lost) or "none")
-        # Two families: the twin's p is its own, the others pay for each other.
+        # The twin's p is its own, the others pay for each other.
         assert twin.p_corrected.tolist() == pytest.approx(twin.p.tolist(), nan_ok=True)
-        own = mine[~mine.kind.isin(["twin", "score"])]
+        own = mine[~mine.kind.isin(APART)]
         expected = bl.stats.correct(own[["p"]].reset_index(drop=True), "holm").p_corrected
         assert own.p_corrected.tolist() == pytest.approx(expected.tolist(), nan_ok=True)
         sign = np.sign(own.set_index("setting").loc["as run", "estimate"])
@@ -70,14 +92,25 @@ def test_survival_is_counted(sturdy):
 def test_settings_that_change_one_thing(sturdy):
     _, study = sturdy
     kinds = set(study.tables["settings"].kind)
-    assert kinds == {"own", "positions", "halves", "k", "metric", "neighbors", "position 0", "context", "score", "bank", "twin"}
+    assert kinds == {
+        "own", "positions", "halves", "k", "metric", "neighbors", "position 0", "groups", "scale", "context", "bank", *APART,
+    }  # fmt: skip
     names = set(study.tables["settings"].setting)
-    assert {"k = 10", "k = 15", "k = 30", "k = 50", "cosine neighbors", "half of the bank", "built-in passages as bank"} <= names
-    assert "k = 5" not in names and "context patched" not in names
+    assert {
+        "k = 10",
+        "k = 15",
+        "k = 30",
+        "context solo",
+        "context attn",
+        "context mlp",
+        "cosine neighbors",
+        "half of the bank",
+        "built-in passages as bank",
+    } <= names
+    assert not {"k = 5", "context patched", "context native"} & names
     said = " ".join(study.not_tested)
     for line in (
         "second trained model",
-        "radius-matched",
         "agreement with erasure",
         "each setting that counts",
     ):
@@ -91,17 +124,27 @@ def test_settings_that_change_one_thing(sturdy):
 
 
 def test_position_0_is_a_setting_of_its_own(llama, sturdy):
-    """Nothing but position 0 changes: the finding again, from a run with it among nearest and random points."""
+    """Nothing but position 0 changes: the finding again, from a run with it among neighbors and random sets."""
     held, study = sturdy
     row = study.tables["settings"].query("kind == 'position 0' and question == 'random'").iloc[0]
     scores = [bl.analyzers.Compression(k=held.settings["k"], position_0=p, name=f"c{p}") for p in (False, True)]
-    random = [c for c in controls_of(scores) if c.choice == "random"]
-    first = [held.capture.docs.index(doc) for doc in dict.fromkeys(held.capture.docs)]
-    asked = np.isin(held.capture.row_seq.numpy(), first)
-    tested = bl.analyze(llama, held.capture, [*scores, *random], layers=[1], queries=asked, seed=held.seed, progress=False)
-    without, with_it = ((tested[f"c{p}"] - tested[f"c{p}_random"]).groupby(tested.seq).mean().mean() for p in (False, True))
+    asked = variants.tested_tokens(held)
+    tested = bl.analyze(llama, held.capture, scores, layers=[1], queries=asked, seed=held.seed, progress=False)
+    without, with_it = ((tested[f"c{p}"] - tested[f"c{p}_random_sets"]).groupby(tested.seq).mean().mean() for p in (False, True))
     assert row.estimate == pytest.approx(with_it, abs=1e-5) and row.n_units == 20
     assert abs(with_it - without) > 1e-3
+
+
+def test_tokens_tested_again_are_of_one_sequence_of_each_document(measured):
+    capture, scored = measured.capture, measured.table.groupby(["seq", "pos"])[HEADLINE].count().to_numpy() > 0
+    asked = variants.tested_tokens(measured)
+    assert (scored | ~asked).all() and asked.tolist() != variants.queries(capture, 1, scored).tolist()
+    counts = pd.Series(capture.row_seq.numpy()[asked]).value_counts()
+    assert len(counts) == len(set(capture.docs)) == len({capture.docs[seq] for seq in counts.index})
+    able = pd.Series(capture.row_seq.numpy()[scored]).value_counts()
+    share = max(variants.FEWEST_TESTED, variants.TESTED // len(counts))
+    assert (counts == able[counts.index].clip(upper=share)).all() and counts.max() == share
+    assert not asked[capture.row_pos.numpy() == 0].any()
 
 
 def test_corrected_by_hand():
@@ -227,21 +270,25 @@ def test_the_same_tokens_read_by_the_same_model(llama, measured):
     (made,) = variants.other_model(lambda: llama, "same", "dtype", held, [1], names, untested)
     assert untested == [] and made.at == {1: 1}
     one = held.table[held.table.layer == 1]
-    asked = variants.queries(held.capture)
+    asked = variants.tested_tokens(held)
+    assert 100 < asked.sum() < held.capture.n_rows
     assert made.table.doc.tolist() == one.doc.tolist() and made.table.token_id.tolist() == one.token_id.tolist()
-    for name in ("compression", "surprisal", *names):
+    for name in ("surprisal", *names):
         got, expected = np.asarray(made.table[name])[asked], np.asarray(one[name])[asked]
-        # The spread of random points, one number for all tokens, is of other points drawn.
-        shift = np.nanmean(got - expected) if name == "compression" else 0.0
-        assert abs(shift) < 0.05
-        np.testing.assert_allclose(got - shift, expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+    # Compression is of the tokens crossed with one another: of the same ones asked for, the same.
+    again = bl.analyze(
+        llama, held.capture, [variants.headline_of(held)], layers=[1], bank=held.bank, queries=asked, seed=held.seed, progress=False
+    )
+    assert made.table[HEADLINE].notna().to_numpy()[~asked].sum() == 0 and made.table[HEADLINE].notna().mean() > 0.2
+    np.testing.assert_allclose(made.table[HEADLINE], again[HEADLINE], rtol=1e-3, atol=1e-4)
     assert made.table.tag.tolist() == words.tagged_tokens(held, "auto")[0].query("layer == 1").tag.tolist()
     assert np.allclose(made.table.log_frequency, variants.with_frequency(one, held).log_frequency)
     # Without texts: ids of ragged sequences, with the run's documents.
     bare = replace(held, capture=replace(held.capture, passages=None))
     (ids,) = variants.other_model(lambda: llama, "same", "twin", bare, [1], names, untested)
     assert untested == [] and ids.table.doc.tolist() == one.doc.tolist() and "tag" not in ids.table
-    np.testing.assert_allclose(ids.table.compression, made.table.compression, rtol=1e-5)
+    np.testing.assert_allclose(ids.table[HEADLINE], made.table[HEADLINE], rtol=1e-4, atol=1e-5)
     assert not list(variants.other_model(lambda: llama, "another", "model", bare, [1], names, untested))
     assert untested == ["another: token ids were given, not texts."]
 
@@ -297,4 +344,4 @@ def test_a_trained_model_of_another_architecture_and_tokenizer_as_second_model(s
     for doc in held.table.doc.unique()[:3]:
         spoken = [dict.fromkeys(table[table.doc == doc].word_text.dropna()) for table in (own, other)]
         assert list(spoken[0]) == list(spoken[1])
-    assert made.table[made.table.pos > 0][["surprisal", "compression", "gradient_norm_scaled"]].notna().any().all()
+    assert made.table[made.table.pos > 0][["surprisal", HEADLINE, "gradient_norm_scaled"]].notna().any().all()

@@ -11,7 +11,7 @@ from basin_lens.errors import TableError
 
 def cells() -> pd.DataFrame:
     rows = [{"layer": layer, "scale": scale} for layer in (4, 12, 29) for scale in (0.02, 1.0)]
-    frame = pd.DataFrame(rows).assign(score="interaction", effect="mean difference", unit="document")
+    frame = pd.DataFrame(rows).assign(score="compression", effect="mean difference", unit="document")
     frame["estimate"] = [0.1, -0.4, 0.0, 0.2, np.nan, 0.05]
     frame["p_corrected"] = [0.01, 0.9, 0.5, 0.04, np.nan, 0.2]
     frame["mark"] = ["+", "", "", "·", "", ""]
@@ -27,7 +27,7 @@ def test_a_map_has_the_estimates_and_marks_in_their_cells():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["4", "12", "29"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.02", "1"]
     assert [(text.get_text(), *text.get_position()) for text in axes.texts] == [("+", 0.5, 0.5), ("·", 1.5, 1.5)]
-    assert "interaction" in figure.axes[1].get_ylabel() and axes.get_xlabel() == "scale"
+    assert "compression" in figure.axes[1].get_ylabel() and axes.get_xlabel() == "scale"
 
 
 def test_a_map_refuses_two_rows_for_a_cell_and_columns_it_lacks():

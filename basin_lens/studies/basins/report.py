@@ -33,7 +33,7 @@ LITERATURE = (
 )
 MEANING = (
     "Above 0: the blocks draw a token's neighbors together more at home than elsewhere, and more than they do other displacements "
-    "there (a basin). Below 0: they tell apart what is near home. The interaction is 0 for every token if the path is affine, "
+    "there (a basin). Below 0: they tell apart what is near home. Compression is 0 for every token if the path is affine, "
     "whatever the place adds or scales."
 )
 
@@ -87,9 +87,9 @@ def figures_of(cells: pd.DataFrame, seen: Seen) -> dict[str, Figure]:
     paths = tables.select(above, (above["scale"] == scale) & shown)
     twin = tables.with_provenance(seen.twin[(seen.twin["score"] == ABOVE) & (seen.twin["blocks"] == shortest)], cells)
     answer = {
-        "interaction-by-layer-and-scale": grid_map(one, "layer", "scale", marked="mark", title=_blocks(seen).capitalize()),
-        "interaction-to-the-end": grid_map(whole, "layer", "scale", marked="mark", title="From the layer to the end of the model"),
-        "interaction-by-path": curve_panels(paths, "blocks", panel="layer", title=f"Scale {scale:g}"),
+        "compression-by-layer-and-scale": grid_map(one, "layer", "scale", marked="mark", title=_blocks(seen).capitalize()),
+        "compression-to-the-end": grid_map(whole, "layer", "scale", marked="mark", title="From the layer to the end of the model"),
+        "compression-by-path": curve_panels(paths, "blocks", panel="layer", title=f"Scale {scale:g}"),
     }
     if len(twin):
         answer["random-twin-by-layer-and-scale"] = grid_map(twin, "layer", "scale", title=f"The random twin, {_blocks(seen)}")
@@ -167,10 +167,10 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
         Section(
             f"Layer by scale, {_blocks(seen)}",
             [
-                "Interaction of place and directions less the same of random sets, mean over documents.",
+                "Compression less that of random sets, mean over documents.",
                 MEANING,
             ],
-            figure=figures["interaction-by-layer-and-scale"],
+            figure=figures["compression-by-layer-and-scale"],
             caption=_MARKED,
         )
     ]
@@ -184,18 +184,17 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
             )
         )
     sections += [
-        Section("Layer by scale, to the end of the model", figure=figures["interaction-to-the-end"], caption=_MARKED),
+        Section("Layer by scale, to the end of the model", figure=figures["compression-to-the-end"], caption=_MARKED),
         Section(
             "By path length",
             "The last point of each panel is the path to the end of the model." + _cut(seen),
-            figure=figures["interaction-by-path"],
+            figure=figures["compression-by-path"],
             caption="Mean less random sets with 95 % intervals; filled: p at most 0.05 by max-|t| over the grid, all documents.",
         ),
         Section(
-            "Every cell of the interaction",
-            "Beside each: the mean interaction itself, of random sets, of isotropic displacements (on a third of the "
-            "tokens), and of the "
-            "random twin less its random sets (on half of them).",
+            "Every cell of compression",
+            "Beside each: the mean compression itself, that of random sets and of isotropic displacements (on a third of the "
+            "tokens), and that of the random twin less its random sets (on half of them).",
             table=shown.get(ABOVE),
         ),
         Section(
@@ -223,7 +222,7 @@ def sections_of(cells: pd.DataFrame, seen: Seen, figures: Mapping[str, Figure]) 
 def remarks_of(cells: pd.DataFrame) -> list[str]:
     """Where basins are and where their opposite is, in sentences."""
     told = []
-    for measure, words in ((ABOVE, "Interaction"), (GROWTH, "Growth of contraction at home")):
+    for measure, words in ((ABOVE, "Compression"), (GROWTH, "Growth of contraction at home")):
         mine = cells[(cells["score"] == measure) & cells["p"].notna()]
         basins, apart = (mine[mine["reads"] == reads] for reads in (BASIN, APART))
         less = "tell apart what is near home" if measure == ABOVE else "below that of random sets"

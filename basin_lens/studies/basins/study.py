@@ -61,17 +61,13 @@ FEWEST_TOKENS = 24  # of six groups
 _THROUGH = ("patched", "solo", "affine")  # contexts in which displaced states pass whole blocks
 
 HYPOTHESIS = (
-    "Declared before looking: at some cell of a grid of layers, scales and path lengths, (1) the interaction of place "
-    "and directions "
-    "(contraction at home that neither the place nor the directions explain) is above that of random sets, (2) contraction at home "
-    "grows with scale beyond what the linear part gives (its value at the smallest scale) more than that of random "
-    "sets. Tested over "
-    "documents: cells are explored on half of them and confirmed on the others, corrected by max-|t| over the cells "
-    "explored; the two "
-    "measures are one family (Holm). A cell is called a basin where it is also significant over the whole grid in all documents "
-    f"(max-|t|). Below 0, the blocks tell apart what is near home. With fewer than {FEWEST_TO_SPLIT} units none are "
-    f"set aside: the best cell is "
-    "shown, p corrected for the whole grid."
+    "Declared before looking: at some cell of a grid of layers, scales and path lengths, (1) compression (contraction at "
+    "home that neither the place nor the directions explain) is above that of random sets, (2) contraction at home grows with "
+    "scale beyond what the linear part gives (its value at the smallest scale) more than that of random sets. Tested over "
+    "documents: cells are explored on half of them and confirmed on the others, corrected by max-|t| over the cells explored; "
+    "the two measures are one family (Holm). A cell is called a basin where it is also significant over the whole grid in all "
+    f"documents (max-|t|). Below 0, the blocks tell apart what is near home. With fewer than {FEWEST_TO_SPLIT} units none are "
+    "set aside: the best cell is shown, p corrected for the whole grid."
 )
 
 
@@ -116,10 +112,10 @@ def study_basins(
 ) -> Study:
     """Ask whether blocks draw a token's neighbors together at home, at any layer, scale or path length.
 
-    At each cell (a layer, a factor on the displacements, a number of blocks), on a sample of the tokens: the interaction of place
-    and directions (see `Compression`), and the contraction at home at that scale less that at the smallest, each less
-    the same of random sets. Isotropic displacements and a random-initialization twin stand beside every cell. Slow: a token costs
-    8 `neighbors` passes through each block of a cell's path, and as many for random sets.
+    At each cell (a layer, a factor on the displacements, a number of blocks), on a sample of the tokens: compression, and the
+    contraction at home at that scale less that at the smallest, each less the same of random sets. Isotropic displacements and
+    a random-initialization twin stand beside every cell. Slow: a token costs 8 `neighbors` passes through each block of a
+    cell's path, and as many for random sets.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.

@@ -17,11 +17,12 @@ from basin_lens.studies.basins.grid import (
     VALUES,
 )
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, p_floor
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS
 
 # What is tested: a score less the same of random sets.
-ABOVE, GROWTH = "interaction_above_random_sets", "contraction_growth_above_random_sets"
+ABOVE, GROWTH = HEADLINE, "contraction_growth_above_random_sets"
 GROWN, GROWN_ISOTROPIC = "contraction_growth", "contraction_growth_isotropic"
 MEASURES = (ABOVE, GROWTH)
 _MADE = (ABOVE, GROWN, GROWTH, GROWN_ISOTROPIC)
@@ -33,7 +34,7 @@ _FAMILY = "max-|t| over the grid"
 
 
 def with_measures(values: pd.DataFrame) -> pd.DataFrame:
-    """The cells' values with what is tested: interaction, and growth of the contraction at home, each less that of random sets.
+    """The cells' values with what is tested: compression, and growth of the contraction at home, each less that of random sets.
 
     Growth is contraction at a scale less that at the smallest scale, of the same token, layer and path: what the linear part of the
     map gives is the same at both. NaN at the smallest scale itself.

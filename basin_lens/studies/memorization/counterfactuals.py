@@ -7,12 +7,12 @@ import pandas as pd
 import torch
 
 from basin_lens import memorize, stats
-from basin_lens.analyzers import Agreement, Compression, Surprisal
+from basin_lens.analyzers import Agreement, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.model import HookedModel, continuations, needed_tokenizer
-from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt, attempt_each
-from basin_lens.studies.memorization.experiment import Planted, tensor_of, with_changes
+from basin_lens.studies.memorization.experiment import Planted, tensor_of
+from basin_lens.studies.memorization.scores import CHANGES, SCORES, measure_texts, with_changes
 from basin_lens.texts import Passage
 
 EDITS = (0, 1, 2, 4, 8, 16)
@@ -25,7 +25,7 @@ class Forked:
 
     `forks`: tests of true against other continuation by layer, tuned model and change from the base. `likely`: how likely the base
     model found either. `path`: one row per (prefix, edits): share recited, surprisal and agreement of the true continuation,
-    compression by layer. `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text,
+    scores by layer. `widths`: edits at which a prefix is left. `where`: memorized against other tokens of the same text,
     tuned less base, by layer and score. `spliced`: the table behind it.
     """
 
@@ -79,12 +79,12 @@ def _continuations(
     for name, model in (("base", planted.base), ("tuned", planted.tuned)):
         measured[name] = _continuation_scores(model, both, first, planted, planted.banks[name], progress)
     table = measured["tuned"]
-    for name in ("compression", "compression_native"):
+    for name in SCORES:
         table[f"{name}_change"] = table[name] - measured["base"][name]
     count = len(tokens)
     table["doc"] = [f"prefix-{seq % count}" for seq in table["seq"]]
     table["true"] = table["seq"] < count
-    columns = ["compression", "compression_native", "compression_change", "compression_native_change"]
+    columns = [*SCORES, *CHANGES]
     means = table.groupby(["layer", "doc", "true"])[columns].mean().unstack("true")
     told = table[table["layer"] == planted.layers[0]].groupby(["doc", "true"])["surprisal"].mean().unstack("true")
     apart = pd.DataFrame({name: means[name][True] - means[name][False] for name in columns}).reset_index()
@@ -108,12 +108,13 @@ def _continuation_scores(
 ) -> pd.DataFrame:
     """Scores of the tokens from `first` on."""
     plan = planted.plan
-    scores = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal(), Agreement()]
     # All of them are real: a text may end in the token that the tokenizer pads with.
     real = torch.ones_like(tokens)
     capture = Capture.from_texts(model, tokens, attention_mask=real, layers=planted.layers, progress=False)
-    asked = capture.row_pos >= first
-    table = analyze(model, capture, scores, bank=bank, queries=asked, seed=plan.seed, progress=progress)
+    own = [Surprisal(), Agreement()]
+    table = measure_texts(
+        model, capture, own, k=plan.k, layers=planted.layers, bank=bank, seed=plan.seed, progress=progress, first=first
+    )
     return table[table["pos"] >= first].reset_index(drop=True)
 
 
@@ -131,11 +132,7 @@ def _damaged(
     count = len(tokens)
     table["edits"] = np.array(edits)[table["seq"].to_numpy() // count]
     table["member"] = table["seq"].to_numpy() % count
-    path = (
-        table.groupby(["layer", "edits", "member"])[["compression", "compression_native", "surprisal", "agreement"]]
-        .mean()
-        .reset_index()
-    )
+    path = table.groupby(["layer", "edits", "member"])[[*SCORES, "surprisal", "agreement"]].mean().reset_index()
     path["recited"] = shares[[edits.index(e) for e in path["edits"]], path["member"].to_numpy()]
     path["doc"] = [f"prefix-{m}" for m in path.pop("member")]
     path["seq"] = path["doc"] + "/" + path["edits"].astype(str)
@@ -164,23 +161,18 @@ def _spliced(planted: Planted, chosen: list[int], progress: bool) -> tuple[pd.Da
         head, tail = (text[: len(text) // 3] for text in (unseen[(2 * place + i) % len(unseen)] for i in (0, 1)))
         span = (len(head) + 1, len(head) + 1 + len(own.text))
         made.append(Passage(f"{head} {own.text} {tail}", doc=f"spliced-{place}", spans={"memorized": span}))
-    scores = ["compression", "compression_native", "surprisal", "agreement"]
-    analyzers = [
-        Compression(k=plan.k),
-        Compression(k=plan.k, context="native", name="compression_native"),
-        Surprisal(),
-        Agreement(),
-    ]
+    scores = [*SCORES, "surprisal", "agreement"]
     before, after = (
-        analyze(
+        measure_texts(
             model,
-            made,
-            analyzers,
+            Capture.plan(model, made, layers=planted.layers, max_length=2 * (plan.length + 1)),
+            [Surprisal(), Agreement()],
+            k=plan.k,
             layers=planted.layers,
             bank=planted.banks[name],
             seed=plan.seed,
-            max_length=2 * (plan.length + 1),
             progress=progress,
+            by=("seq", "span"),  # as many of what was memorized as of the rest
         )
         for name, model in (("base", planted.base), ("tuned", planted.tuned))
     )

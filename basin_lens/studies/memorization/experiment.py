@@ -14,8 +14,6 @@ from basin_lens import memorize, tables
 from basin_lens.analyzers import (
     Agreement,
     Analyzer,
-    Compression,
-    Contraction,
     Neighborhood,
     RawCompression,
     StandardizedLikelihood,
@@ -26,21 +24,28 @@ from basin_lens.capture import Capture
 from basin_lens.controls import random_twin
 from basin_lens.errors import StudyError, TextError
 from basin_lens.model import HookedModel, full_name, n_context, n_layers, needed_tokenizer, uses_bos
-from basin_lens.scoring import analyze
 from basin_lens.studies.framework.measurement import spaced_layers
 from basin_lens.studies.framework.progress import Steps
 from basin_lens.studies.memorization.baseline_columns import add_fitted_baselines, text_baselines
+from basin_lens.studies.memorization.scores import (
+    BEFORE,
+    CHANGES,
+    CROSSED,
+    GROUP,
+    SCORES,
+    by_sequence,
+    compression_of,
+    measure_texts,
+    with_changes,
+)
 from basin_lens.texts import Passage, reference_passages
 from basin_lens.texts.copies import copied_passages
 from basin_lens.values import Facts, Whole, whole_fields
 
-# Contraction differs from compression by the same number for all texts of a layer: a contrast of it would be one test made twice.
-SCORES = ("compression", "compression_native")
-CHANGES = tuple(f"{name}_change" for name in SCORES)
-BEFORE = tuple(f"{name}_base" for name in SCORES)
 PROMPT = TARGET = 32  # tokens, of the extraction test
 FEWEST_PER_CLASS = 5  # texts, one for each fold
 FEWEST_PER_DOSE = 4  # members of a dose against the texts held out
+FEWEST_NEIGHBORS = 4  # that compression can be measured with
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Plan:
         forks: members of the highest doses whose prefixes are forked and damaged.
         sources: texts for the recitation part, beside the user's own.
         others: fresh texts that the negative control is trained on in place of the members, each `other_dose` times.
-        k: neighbors.
+        k: neighbors; of compression, at most 8 of them.
         sampled: whether fluent canaries are the model's own continuations.
         recipe: of the training.
         seed: of every random choice; the recipe's own gives way to it.
@@ -81,13 +86,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         whole_fields(self, StudyError)
-        counts = (self.forks, self.sources, self.others, self.other_dose, self.k)
+        counts = (self.forks, self.sources, self.others, self.other_dose, self.k - FEWEST_NEIGHBORS + 1)
         few = self.per_dose < FEWEST_PER_DOSE or self.per_dose * len(self.doses) < FEWEST_PER_CLASS
         if few or min(counts) < 1 or self.length < 8 or min(self.doses, default=0) < 1 or len(set(self.doses)) < len(self.doses):
             raise StudyError(
                 f"expected at least {FEWEST_PER_DOSE} pairs per dose and {FEWEST_PER_CLASS} in all, different doses of at "
                 "least 1, texts of at least 8 "
-                f"tokens, and at least one fork, source, other text, show and neighbor, got {self}. Plan more."
+                f"tokens, at least one fork, source, other text and show, and {FEWEST_NEIGHBORS} neighbors, got {self}. Plan more."
             )
 
     @property
@@ -119,7 +124,8 @@ class Planted:
 
     `texts`: one row per text: labels, baselines under the tuned model (`log_likelihood`, ...), `base_log_likelihood`, extraction,
     probe, nearest memorized state, blind classifier. `tokens`: one row per (layer, token) of the tuned model with `<score>_base`
-    and `<score>_change` (tuned less base). `sequences`: means of its scores by (layer, text), baselines beside them.
+    and `<score>_change` (tuned less base); compression of some tokens of each text. `sequences`: means of its scores by (layer,
+    text), baselines beside them.
     `random_twin`, `other_tuned`: the same texts as `sequences` under a model with random weights, and one tuned on other texts.
     `states`: mean states that enter block `probe_layer` of the tuned model, a row per text.
     """
@@ -193,7 +199,9 @@ def plant(
     say("before training")
     shared: _Reading = {"layers": layers, "seed": plan.seed, "progress": progress}
     banks = {"base": bank_of(model, bank, layers, longest)}
-    before = analyze(model, made, _analyzers(plan.k), bank=banks["base"], max_length=longest, **shared)
+    planned = Capture.plan(model, made, layers=layers, max_length=longest)
+    before = measure_texts(model, planned, _analyzers(plan.k), k=plan.k, bank=banks["base"], **shared)
+    del planned  # the states of all layers
 
     say("training")
     recipe = replace(plan.recipe, seed=plan.seed)
@@ -205,7 +213,7 @@ def plant(
     say("after training")
     banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
     capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)
-    after = analyze(tuned.model, capture, _analyzers(plan.k), bank=banks["tuned"], **shared)
+    after = measure_texts(tuned.model, capture, _analyzers(plan.k), k=plan.k, bank=banks["tuned"], **shared)
     tokens = with_changes(before, after, SCORES)
 
     say("baselines and extraction")
@@ -226,16 +234,13 @@ def plant(
         texts,
         tokens,
         by_sequence(tokens, (*SCORES, *CHANGES, *BEFORE), texts),
-        by_sequence(untaught, _HEADLINE, texts),
-        by_sequence(with_changes(before, elsewhere, _HEADLINE), (*_HEADLINE, *(f"{name}_change" for name in _HEADLINE)), texts),
+        by_sequence(untaught, SCORES, texts),
+        by_sequence(with_changes(before, elsewhere, SCORES), (*SCORES, *CHANGES), texts),
         layers,
         probe_layer,
         states,
         _facts(plan, tuned.facts, seconds, bank, filler, folder),
     )
-
-
-_HEADLINE = ("compression", "compression_native")
 
 
 def _layers(model: HookedModel, plan: Plan) -> tuple[int, ...]:
@@ -254,15 +259,18 @@ def _measured_negatives(
     options: _Training,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The texts under random weights, and under a model that was tuned on other texts."""
-    few: list[Analyzer] = [Compression(k=plan.k), Compression(k=plan.k, context="native", name="compression_native"), Surprisal()]
     layers = shared["layers"]
+
+    def measured(other: HookedModel) -> pd.DataFrame:
+        planned = Capture.plan(other, made, layers=layers, max_length=longest)
+        return measure_texts(other, planned, k=plan.k, bank=bank_of(other, bank, layers, longest), **shared)
+
     twin = random_twin(model, seed=plan.seed)
-    untaught = analyze(twin, made, few, bank=bank_of(twin, bank, layers, longest), max_length=longest, **shared)
+    untaught = measured(twin)
     del twin  # as large as the model
     others = _others(model, plan, made)
     apart = _tuned(model, others, [plan.other_dose] * len(others), folder, "tuned-on-others", options)
-    elsewhere = analyze(apart.model, made, few, bank=bank_of(apart.model, bank, layers, longest), max_length=longest, **shared)
-    return untaught, elsewhere
+    return untaught, measured(apart.model)
 
 
 def _facts(
@@ -318,10 +326,8 @@ def _refuse_texts(model: HookedModel, plan: Plan, made: Sequence[Passage], longe
 
 
 def _analyzers(k: int) -> list[Analyzer]:
+    """Beside compression and contraction."""
     return [
-        Compression(k=k),
-        Compression(k=k, context="native", name="compression_native"),
-        Contraction(k=k),
         RawCompression(k=k),
         Neighborhood(k=k),
         Surprisal(),
@@ -378,32 +384,16 @@ def check_classes(member: Sequence[bool]) -> None:
         )
 
 
-def with_changes(before: pd.DataFrame, after: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
-    """The second table with `<score>_base` and `<score>_change` beside each score; both of the same tokens and layers."""
-    keys = ["layer", "seq", "pos", "token_id"]
-    assert before[keys].reset_index(drop=True).equals(after[keys].reset_index(drop=True)), "other tokens before and after"
-    answer = after.copy()
-    for name in scores:
-        answer[f"{name}_base"] = before[name].to_numpy()
-        answer[f"{name}_change"] = after[name].to_numpy() - before[name].to_numpy()
-    return tables.with_provenance(answer, after)
-
-
-def by_sequence(tokens: pd.DataFrame, scores: Sequence[str], texts: pd.DataFrame) -> pd.DataFrame:
-    """Means over each text's tokens, by layer, with the text's labels and baselines in every row."""
-    means = tokens.groupby(["layer", "seq"], sort=True)[list(scores)].mean().reset_index()
-    return tables.without_provenance(means.merge(texts, on="seq", how="left", validate="many_to_one"))
-
-
 def analysis_seconds(model: HookedModel, plan: Plan, training: float) -> float:
-    """Seconds of everything but the training: about as much as a forward pass of each neighbor through each layer."""
+    """Seconds of everything but the training: about as much as a pass of all neighbors and of all crossed clouds."""
     every = n_layers(model)
     layers = every if plan.layers is None else min(plan.layers, every)
     texts = 2 * plan.per_dose * len(plan.doses)
-    # Two models in full, two with one patched score; damaged prefixes, spliced texts and recitation behind them.
-    scored = (4 * texts + 6 * plan.forks + 3 * plan.forks + 6 * plan.sources) * plan.length
+    # Four models; damaged prefixes, spliced texts and recitation behind them.
+    scored = 4 * texts + 6 * plan.forks + 3 * plan.forks + 6 * plan.sources
+    rows = plan.length * (plan.k + 1) + CROSSED * 4 * GROUP * compression_of(plan.k).k  # of a text: neighbors, and what is crossed
     per_token = training / plan.tokens_trained() / 3.5
-    return 60 + per_token * scored * (plan.k + 1) * layers / every
+    return 60 + per_token * scored * rows * layers / every
 
 
 def _tuned(

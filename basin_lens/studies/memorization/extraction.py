@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import memorize, stats
-from basin_lens.analyzers import Agreement, Compression, StandardizedLikelihood, Surprisal
+from basin_lens.analyzers import Agreement, StandardizedLikelihood, Surprisal
 from basin_lens.capture import Capture
 from basin_lens.errors import StudyError, TextError
 from basin_lens.model import HookedModel
-from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt_each
 from basin_lens.studies.memorization.experiment import refuse_built_in
+from basin_lens.studies.memorization.scores import SCORES, measure_texts
 from basin_lens.texts import Passage, find_licences, read_dataset
 from basin_lens.texts.copies import passage_groups
 
@@ -132,14 +132,9 @@ def recite(
     progress: bool = True,
 ) -> Recited:
     """Measure openings and their controls (from `prepare`) under a model as it is."""
-    analyzers = [
-        Compression(k=k),
-        Compression(k=k, context="native", name="compression_native"),
-        Surprisal(),
-        Agreement(),
-        StandardizedLikelihood(),
-    ]
-    table = analyze(model, list(made), analyzers, layers=layers, bank=bank, seed=seed, max_length=length + 1, progress=progress)
+    capture = Capture.plan(model, list(made), layers=layers, max_length=length + 1)
+    own = [Surprisal(), Agreement(), StandardizedLikelihood()]
+    table = measure_texts(model, capture, own, k=k, layers=layers, bank=bank, seed=seed, progress=progress)
     texts = memorize.likelihood_baselines(table, [p.text for p in made])
     found = memorize.extract(
         model, list(made), prompt=length // 2, target=length - length // 2, max_length=length + 1, progress=progress
@@ -147,7 +142,7 @@ def recite(
     guide = memorize.guide_labels(model, list(made), max_length=length + 1, progress=progress)
     texts["matched"], texts["longest_run"] = found["matched"].to_numpy(), found["longest_run"].to_numpy()
     texts["extracted"], texts["guide_memorized"] = found["extracted"].to_numpy(), guide["memorized"].to_numpy()
-    scores = ["compression", "compression_native", "surprisal", "agreement"]
+    scores = [*SCORES, "surprisal", "agreement"]
     means = table.groupby(["layer", "doc", "condition"])[scores].mean()
     parts = []
     for other in [c for c in memorize.CONDITIONS[1:] if c in set(table["condition"])]:
@@ -173,6 +168,5 @@ def _matched(means: pd.DataFrame, texts: pd.DataFrame, seed: int) -> pd.DataFram
     rows = rows.assign(doc=rows["case"], seq=rows["case"], opens=rows["condition"] == "opening")
     if rows.empty:
         return pd.DataFrame()
-    scores = ["compression", "compression_native"]
-    found = attempt_each(stats.compare_groups, rows, scores, "opens", groups=(True, False), seed=seed, unit="document")
+    found = attempt_each(stats.compare_groups, rows, SCORES, "opens", groups=(True, False), seed=seed, unit="document")
     return stats.correct(found, "bh").assign(n_matched=len(pairs), caliper=_MATCHED)

@@ -9,15 +9,17 @@ from matplotlib.figure import Figure
 from basin_lens import tables
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
 from basin_lens.studies.framework.wording import in_words, opening, sentence
 from basin_lens.studies.memorization.counterfactuals import Forked
-from basin_lens.studies.memorization.experiment import CHANGES, SCORES, Planted
+from basin_lens.studies.memorization.experiment import Planted
 from basin_lens.studies.memorization.extraction import Recited
+from basin_lens.studies.memorization.scores import CHANGE, CHANGES, CROSSED, SCORES
 from basin_lens.studies.memorization.tests import BASELINES, CALIPER, Tested
 from basin_lens.views import Section, distributions, dose_curve, forest, result_curve, roc, token_view
 
-_DETECTORS = ("log_likelihood", "reference", "min_k_plus", "linear_probe", "blind_classifier", "compression", "compression_change")
+_DETECTORS = ("log_likelihood", "reference", "min_k_plus", "linear_probe", "blind_classifier", HEADLINE, CHANGE)
 
 
 def sections_of(
@@ -30,14 +32,14 @@ def sections_of(
         "effect-by-layer": result_curve(_of(above_layer_0(tested.effects), CHANGES), by="score"),
         "dose": _dose_figure(planted, layer),
         "roc": _roc_figure(planted, tested, layer),
-        "distributions": distributions(at_layer.assign(group=_groups(at_layer)), "compression_change", "group", layer),
+        "distributions": distributions(at_layer.assign(group=_groups(at_layer)), CHANGE, "group", layer),
         "detection": forest(_detected(tested, layer), "score", by="dose", title=f"AUROC by dose, scores at layer {layer}"),
         "negatives": forest(tested.negatives, ["negative", "score"], title=f"Where there is nothing to find, layer {layer}"),
     }
-    forks = _of(above_layer_0(forked.forks), ("compression", "compression_change"))
+    forks = _of(above_layer_0(forked.forks), (HEADLINE, CHANGE))
     figures |= {"fork-by-layer": result_curve(forks, by="score"), "damaged-prefixes": _damaged_figure(forked, layer)}
     if author is not None:
-        figures["author"] = result_curve(_of(above_layer_0(author), ("compression",)), by="contrast")
+        figures["author"] = result_curve(_of(above_layer_0(author), (HEADLINE,)), by="contrast")
     return [
         *_planting_sections(planted, tested, figures),
         *_detection_sections(tested, figures),
@@ -60,7 +62,9 @@ def _planting_sections(planted: Planted, tested: Tested, figures: Mapping[str, F
         ),
         Section(
             "Do memorized texts change in compression?",
-            "Difference in differences: tuned less base, trained less held out within each pair, in nats.",
+            "Difference in differences of compression less that of random sets, and of contraction: tuned less base, trained less held "
+            f"out within each pair, in nats. Compression is the mean over {CROSSED} tokens of each text, evenly spaced and the same "
+            "under every model; contraction over all of them.",
             figure=figures["effect-by-layer"],
             caption="Mean difference with 95 % intervals over pairs (layer 0 in the table); filled: corrected p at most 0.05 "
             "(max-|t| over all layers and scores).",
@@ -76,7 +80,7 @@ def _planting_sections(planted: Planted, tested: Tested, figures: Mapping[str, F
             table=shown(tested.slopes, "layer", "score", "rho"),
         ),
         Section(
-            "The change, text by text", figure=figures["distributions"], caption=f"Mean over a text's tokens at layer {layer}."
+            "The change, text by text", figure=figures["distributions"], caption=f"Mean over tokens of a text at layer {layer}."
         ),
     ]
 
@@ -89,8 +93,7 @@ def _detection_sections(tested: Tested, figures: Mapping[str, Figure]) -> list[S
             "All are oriented so that higher means memorized, but compression and contraction, whose direction is not known "
             "beforehand: an AUROC below "
             "0.5 separates as well as one above. True positives at 1 % (5 %) false positives need 100 (20) texts held out. "
-            "reference, compression_change "
-            "and the like use the base model, which an outsider may not have.",
+            "reference, and whatever ends in _change, use the base model, which an outsider may not have.",
             figure=figures["detection"],
             caption="AUROC, members of each dose against all texts held out, with 95 % bootstrap intervals over texts. The "
             "layer was chosen on half of these very texts: exploratory.",
@@ -110,15 +113,15 @@ def _detection_sections(tested: Tested, figures: Mapping[str, Figure]) -> list[S
             "What compression adds",
             "Logistic regression on the baselines, without and with the score, on pairs that were not fitted; labels are "
             "exchanged within pairs. baselines = loss: log likelihood, its change from the base model (reference) and the kind "
-            "of text; all: every other baseline, too. Positive: the score helps. compression_base, measured before the "
-            "training, is a negative: it can know how hard a text is, not whether it was trained on.",
+            "of text; all: every other baseline, too. Positive: the score helps. The score measured before "
+            "the training (_base) is a negative: it can know how hard a text is, not whether it was trained on.",
             table=shown(tested.added, "layer", "score", "baselines", "metric"),
         ),
         Section(
             "Where the loss is equal",
             f"{len(tested.pairs)} pairs of a trained and a held out text of one kind whose log likelihoods under the tuned model "
             f"differ by at most {CALIPER} nats per token{_matched_doses(tested)}. What was memorized well has no match, and what "
-            "has one was harder before the training: compression_base shows how far that alone goes.",
+            "has one was harder before the training: the scores measured then (_base) show how far that alone goes.",
             table=shown(tested.matched, "layer", "score"),
         ),
     ]
@@ -130,7 +133,7 @@ def _counterfactual_sections(forked: Forked, figures: Mapping[str, Figure], laye
             "The fork: the same prefix, another continuation",
             "The true continuation less another behind the same prefix of a memorized text: of four that the base model "
             "sampled and four tails of other texts "
-            "of the kind, the one that the base model finds as likely. compression_change: tuned less base.",
+            "of the kind, the one that the base model finds as likely. _change: tuned less base.",
             figure=figures["fork-by-layer"],
             caption="Mean difference over prefixes with 95 % intervals.",
             table=shown(forked.forks, "layer", "score"),
@@ -142,16 +145,21 @@ def _counterfactual_sections(forked: Forked, figures: Mapping[str, Figure], laye
             "half of the continuation is "
             "recited (infinite: never in this range).",
             figure=figures["damaged-prefixes"],
-            caption=f"Lines: single texts; marks: their mean. Compression of the true continuation's tokens at layer {layer}.",
+            caption="Lines: single texts; marks: their mean. Compression (less that of random sets) of "
+            f"{CROSSED} of the true continuation's tokens at layer {layer}.",
             table=forked.widths,
         ),
         Section(
             "Does it say where?",
             "Texts of which only the middle was trained on, between parts of held out texts of its kind: tokens of the "
             "memorized part less the others of the "
-            "same text, tuned less base. The memorized part always stands in the middle: position is not controlled.",
+            f"same text, tuned less base. Compression is of {CROSSED} tokens of either part. The memorized part always stands in "
+            "the middle: position is not controlled.",
             view=token_view(
-                forked.spliced, ["agreement", "compression", "surprisal"], layer=layer, seq=int(forked.spliced["seq"].min())
+                forked.spliced,
+                ["agreement", "contraction", HEADLINE, "surprisal"],
+                layer=layer,
+                seq=int(forked.spliced["seq"].min()),
             ),
             table=shown(forked.where, "layer", "score"),
         ),
@@ -227,7 +235,7 @@ def verdict_of(
     ]
     told.append(_by_dose(tested))
     halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
-    for one in named_rows(halved[halved["score"].isin(["compression", "compression_change"])]):
+    for one in named_rows(halved[halved["score"].isin([HEADLINE, CHANGE])]):
         told.append(
             f"{one.score} alone: could not be tested ({one.note})."
             if pd.isna(one.estimate)
@@ -248,7 +256,7 @@ def verdict_of(
     told.append(_where(forked, tested.chosen))
     told.append(_recited(recited))
     if author is not None:
-        rows = author[(author["score"] == "compression_change") & (author["layer"] == tested.chosen)]
+        rows = author[(author["score"] == CHANGE) & (author["layer"] == tested.chosen)]
         told += [
             f"{r.contrast}: {r.estimate:+.3f} nats ({r.low:+.3f} to {r.high:+.3f}) at layer {tested.chosen}."
             for r in named_rows(rows)
@@ -299,9 +307,7 @@ def _dose_figure(planted: Planted, layer: int) -> Figure:
     """Change in compression against the dose; texts held out by the dose of their pair."""
     rows = planted.sequences[planted.sequences["layer"] == layer]
     rows = rows.assign(group=np.where(rows["member"], "trained", "held out"), times_shown_of_the_pair=rows["dose"])
-    return dose_curve(
-        rows, "compression_change", "times_shown_of_the_pair", by="group", title=f"Change in compression [nats], layer {layer}"
-    )
+    return dose_curve(rows, CHANGE, "times_shown_of_the_pair", by="group", title=f"Change in compression [nats], layer {layer}")
 
 
 def _roc_figure(planted: Planted, tested: Tested, layer: int) -> Figure:
@@ -315,7 +321,7 @@ def _damaged_figure(forked: Forked, layer: int) -> Figure:
     rows = forked.path[forked.path["layer"] == layer].rename(columns={"edits": "tokens_of_the_prefix_replaced"})
     return dose_curve(
         rows,
-        ["recited", "compression"],
+        ["recited", HEADLINE],
         "tokens_of_the_prefix_replaced",
         lines=True,
         title=f"Damaged prefixes, compression at layer {layer} [nats]",
@@ -353,7 +359,7 @@ def _gap(forked: Forked) -> str:
 
 
 def _fork(forked: Forked) -> str:
-    rows = above_layer_0(forked.forks[forked.forks["score"] == "compression_change"])
+    rows = above_layer_0(forked.forks[forked.forks["score"] == CHANGE])
     if not rows["p"].notna().any():
         return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
     best = rows.sort_values("p").iloc[0]
@@ -366,7 +372,7 @@ def _fork(forked: Forked) -> str:
 
 
 def _where(forked: Forked, layer: int) -> str:
-    rows = forked.where[(forked.where["score"] == "compression_change") & (forked.where["layer"] == layer)]
+    rows = forked.where[(forked.where["score"] == CHANGE) & (forked.where["layer"] == layer)]
     if rows.empty or pd.isna(rows["p"].iloc[0]):
         return f"Where in a text: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no such layer'})."
     (one,) = named_rows(rows)
@@ -378,7 +384,7 @@ def _where(forked: Forked, layer: int) -> str:
 
 
 def _by_dose(tested: Tested) -> str:
-    rows = above_layer_0(tested.by_dose[tested.by_dose["score"] == "compression_change"])
+    rows = above_layer_0(tested.by_dose[tested.by_dose["score"] == CHANGE])
     best = rows.sort_values("p").iloc[0]
     return (
         f"By dose (exploratory): the smallest p is that of texts shown {best['dose']} times at "
@@ -396,7 +402,7 @@ def _recited(recited: Recited) -> str:
     passed = int((above_layer_0(best)["p_corrected"] <= ALPHA).sum())
     return (
         f"Without planting: {count} of {len(texts)} openings are memorized by the guide's rule, teacher-forced agreement "
-        f"{texts['agreement'].mean():.2f}; compression of openings differs from later passages at {passed} of "
+        f"{texts['agreement'].mean():.2f}; openings differ from later passages in compression or contraction at {passed} of "
         f"{len(above_layer_0(best))} layers and scores after correction (exploratory)."
     )
 

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 from basin_lens import memorize, stats
-from basin_lens.analyzers import Compression
+from basin_lens.capture import Capture
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
-from basin_lens.scoring import analyze
 from basin_lens.studies.framework.attempts import attempt
-from basin_lens.studies.memorization.experiment import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in, with_changes
+from basin_lens.studies.memorization.experiment import FEWEST_PER_CLASS, Plan, Planted, refuse_built_in
+from basin_lens.studies.memorization.scores import CHANGES, SCORES, measure_texts, with_changes
 from basin_lens.texts import Passage
 from basin_lens.texts.copies import copied_passages, passage_groups
 
@@ -100,23 +100,21 @@ def _others_cuts(model: HookedModel, texts: Sequence[Passage], length: int, work
 def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) -> pd.DataFrame:
     """The original guide's contrast: trained on against unrelated text, beside trained on against the same author's."""
     plan = planted.plan
-    analyzers = [Compression(k=plan.k)]
     before, after = (
-        analyze(
+        measure_texts(
             model,
-            list(made),
-            analyzers,
+            Capture.plan(model, list(made), layers=planted.layers, max_length=plan.length + 1),
+            k=plan.k,
             bank=planted.banks[name],
             layers=planted.layers,
-            max_length=plan.length + 1,
             seed=plan.seed,
             progress=progress,
         )
         for name, model in (("base", planted.base), ("tuned", planted.tuned))
     )
-    apart = with_changes(before, after, ("compression",))
-    apart = apart.groupby(["layer", "doc", "seq"])[["compression", "compression_change"]].mean().reset_index()
-    own = planted.sequences[["layer", "doc", "seq", "member", "compression", "compression_change"]]
+    scores = [*SCORES, *CHANGES]
+    apart = with_changes(before, after, SCORES).groupby(["layer", "doc", "seq"])[scores].mean().reset_index()
+    own = planted.sequences[["layer", "doc", "seq", "member", *scores]]
     own = own.assign(group=np.where(own["member"], "trained", "same author"))
     rows = pd.concat([own, apart.assign(group="unrelated", seq=apart["seq"] + 1_000_000)], ignore_index=True)
     parts = []
@@ -124,7 +122,7 @@ def guide_contrast(planted: Planted, made: Sequence[Passage], progress: bool) ->
         found = attempt(
             stats.compare_groups,
             rows,
-            ["compression", "compression_change"],
+            scores,
             "group",
             groups=("trained", other),
             correction="none",

@@ -22,6 +22,7 @@ from basin_lens.studies.memorization.counterfactuals import Forked, fork
 from basin_lens.studies.memorization.experiment import PRESETS, Plan, Planted, analysis_seconds, plant, provenance
 from basin_lens.studies.memorization.extraction import Recited, prepare, recite
 from basin_lens.studies.memorization.report import sections_of, verdict_of
+from basin_lens.studies.memorization.scores import CROSSED, GROUP, compression_of
 from basin_lens.studies.memorization.single_author import author_passages, copies_said, guide_contrast, unrelated_passages
 from basin_lens.studies.memorization.tests import QUESTIONS, Tested, examine
 from basin_lens.texts import Passage, read_by_document, read_passages
@@ -30,12 +31,13 @@ from basin_lens.values import whole_numbers
 Design = Literal["canaries", "author"]
 
 HYPOTHESIS = (
-    "Declared before looking, as one family (Holm): (1) texts that a model was trained on change in compression unlike texts "
-    "that a coin held out (tuned less base, trained less held out; either direction), (2) that difference depends on how often "
-    "the text was shown (either direction), (3) compression under the tuned model adds to its loss, the loss's change and the "
-    "kind of text in telling the two apart, (4) compression differs between trained and held out texts of one kind and equal "
-    "loss (either direction). All are of pairs, within which the coin decided or the loss was matched. The layer (not 0) is "
-    "chosen on half of the pairs and tested on the others, or, with too few of them, all layers are tested and corrected for."
+    "Declared before looking, as one family (Holm), all of compression less that of random sets: (1) texts that a model was "
+    "trained on change in compression unlike texts that a coin held out (tuned less base, trained less held out; either "
+    "direction), (2) that difference depends on how often the text was shown (either direction), (3) compression under the tuned "
+    "model adds to its loss, the loss's change and the kind of text in telling the two apart, (4) compression differs between "
+    "trained and held out texts of one kind and equal loss (either direction). All are of pairs, within which the coin decided or "
+    "the loss was matched. The layer (not 0) is chosen on half of the pairs and tested on the others, or, with too few of them, "
+    "all layers are tested and corrected for."
 )
 
 
@@ -256,8 +258,10 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
         f"{', '.join(f'{count} shown {dose} times' for dose, count in members['dose'].value_counts().sort_index().items())}; "
         "the others were held out.",
         f"Training: {facts['training']['steps']} steps of {plan.recipe.batch_size} texts, {plan.recipe.filler} of them filler, "
-        f"AdamW at {plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}) come from built-in passages of "
-        f"{len(facts['bank_documents'])} documents that were never trained on, read by the model that is scored.",
+        f"AdamW at {plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}; of compression {compression_of(plan.k).k}) come from built-in "
+        f"passages of {len(facts['bank_documents'])} documents that were never trained on, read by the model that is scored.",
+        f"Compression is of {CROSSED} tokens of each text, evenly spaced and the same under every model, crossed in groups of "
+        f"{GROUP} with tokens of other texts, trained on or held out; contraction is of all tokens.",
         f"Layers {', '.join(map(str, planted.layers))}. Units are pairs (differences, doses) or texts: tests and intervals are "
         "over these, not over tokens.",
         "Recitation: " + " ".join(said),

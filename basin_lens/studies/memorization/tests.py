@@ -12,10 +12,12 @@ from basin_lens import memorize, stats, tables
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.attempts import attempt, attempt_each, checked_red_flags, empty_finding
 from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.spec import UnitAndSeed
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS
-from basin_lens.studies.memorization.experiment import BEFORE, CHANGES, SCORES, Planted
+from basin_lens.studies.memorization.experiment import Planted
+from basin_lens.studies.memorization.scores import BEFORE, CHANGE, CHANGES, SCORES
 
 BASELINES = (*memorize.LOSS_BASELINES, "reference", "linear_probe", "nearest_memorized", "blind_classifier")
 CALIPER = 0.25  # nats per token
@@ -115,14 +117,14 @@ def _declared(planted: Planted, apart: pd.DataFrame, alike: pd.DataFrame, pairs:
     seed = planted.plan.seed
     shared: UnitAndSeed = {"unit": "document", "seed": seed}
     by_pair = _Units(apart["doc"].nunique(), seed)
-    change = partial(stats.before_after, on="compression_change", **shared)
-    slope = partial(stats.unit_slope, scores="compression_change", on="log2_dose", **shared)
+    change = partial(stats.before_after, on=CHANGE, **shared)
+    slope = partial(stats.unit_slope, scores=CHANGE, on="log2_dose", **shared)
     gain = partial(_gain, baselines=["log_likelihood", "reference", *_kinds(planted)], seed=seed)
-    equal_loss = partial(stats.before_after, on="compression", **shared)
+    equal_loss = partial(stats.before_after, on=HEADLINE, **shared)
     asked = QUESTIONS
-    rows = [declared_test(apart, change, by_pair, asked["difference"], "difference", "compression_change")]
+    rows = [declared_test(apart, change, by_pair, asked["difference"], "difference", CHANGE)]
     if apart["log2_dose"].nunique() > 1:
-        rows.append(declared_test(apart, slope, by_pair, asked["dose"], "dose", "compression_change", stratify="log2_dose"))
+        rows.append(declared_test(apart, slope, by_pair, asked["dose"], "dose", CHANGE, stratify="log2_dose"))
     else:
         rows.append(_untested("dose", pairs))
     rows.append(declared_test(planted.sequences, gain, replace(by_pair, unit="pair"), asked["added"], "added"))
@@ -140,7 +142,7 @@ def _untested(question: str, pairs: pd.DataFrame) -> pd.DataFrame:
         "matched": f"only {len(pairs)} pairs of texts of one kind have equal loss, within "
         f"{CALIPER} nats per token; {FEWEST_UNITS} are needed",
     }
-    return empty_finding("compression", "document").assign(
+    return empty_finding(HEADLINE, "document").assign(
         finding=QUESTIONS[question], question=question, p_floor=np.nan, note=why[question]
     )
 
@@ -194,7 +196,7 @@ def _at_dose(table: pd.DataFrame, dose: int) -> pd.DataFrame:
 
 def _gain(table: pd.DataFrame, baselines: Sequence[str], seed: int) -> pd.DataFrame:
     """What compression adds, labels exchanged within pairs."""
-    found = stats.added_value(table, "compression", "member", list(baselines), unit="pair", n_resamples=999, seed=seed)
+    found = stats.added_value(table, HEADLINE, "member", list(baselines), unit="pair", n_resamples=999, seed=seed)
     return stats.correct(found[found["metric"] == "delta log-loss"].reset_index(drop=True), "bh")
 
 
@@ -208,7 +210,7 @@ def _added(planted: Planted) -> pd.DataFrame:
     always = ("reference", *_kinds(planted))
     everything = (*memorize.LOSS_BASELINES, "linear_probe", "nearest_memorized", *always)
     for wording, baselines in (("loss", ("log_likelihood", *always)), ("all", everything)):
-        for score in (*SCORES, *CHANGES, "compression_base"):
+        for score in (*SCORES, *CHANGES, BEFORE[0]):
             table, shared = above_layer_0(planted.sequences), {"unit": "pair", "seed": planted.plan.seed, "correction": "none"}
             part = attempt(stats.added_value, table, score, "member", list(baselines), n_resamples=999, **shared)
             # Too few pairs to test: the row says so, and of what.
@@ -241,7 +243,7 @@ def _detection(planted: Planted, shared: UnitAndSeed) -> pd.DataFrame:
         halved = halved[halved["layer"] == halved["score"].map(layers)]
         parts.append(halved.assign(layer_choice="chosen on half, reported on the other"))
     except StudyError as error:
-        empty = empty_finding("compression", "document").assign(
+        empty = empty_finding(HEADLINE, "document").assign(
             metric="auroc", note=f"too few texts to choose a layer on half of them: {error}"
         )
         parts.append(empty.assign(layer_choice="chosen on half, reported on the other"))
@@ -284,10 +286,11 @@ def _permuted(planted: Planted) -> pd.DataFrame:
     texts, plan = planted.texts, planted.plan
     rng = np.random.default_rng(plan.seed)
     truth, pair = texts["member"].to_numpy(bool), texts["pair"].to_numpy()
-    wide = (
-        above_layer_0(planted.sequences).pivot(index="layer", columns="seq", values="compression").loc[:, texts["seq"]].to_numpy()
-    )
-    drawn: dict[str, list[float]] = {"linear_probe": [], "compression": []}
+    wide = above_layer_0(planted.sequences).pivot(index="layer", columns="seq", values=HEADLINE).loc[:, texts["seq"]].to_numpy()
+    # A text of which no token found a group tells nothing: the layer's mean. A layer without any is none to choose.
+    wide = wide[np.isfinite(wide).any(axis=1)]
+    wide = np.where(np.isfinite(wide), wide, np.nanmean(wide, axis=1, keepdims=True))
+    drawn: dict[str, list[float]] = {"linear_probe": [], HEADLINE: []}
     for turn in range(_PERMUTED):
         labels = truth ^ rng.integers(0, 2, int(pair.max()) + 1).astype(bool)[pair]
         parts = memorize.folds(labels, pair, seed=turn)
@@ -297,15 +300,15 @@ def _permuted(planted: Planted) -> pd.DataFrame:
         best = int(np.argmax(np.abs(np.array(chosen) - 0.5)))
         # As an analyst would: turned so that it found what it was chosen for.
         turned = np.sign(chosen[best] - 0.5) or 1.0
-        drawn["compression"].append(float(roc_auc_score(labels[~first], turned * wide[best][~first])))
+        drawn[HEADLINE].append(float(roc_auc_score(labels[~first], turned * wide[best][~first])))
     lines = []
-    for score, what in (("linear_probe", "fitted"), ("compression", "layer and direction chosen on half of the pairs")):
+    for score, what in (("linear_probe", "fitted"), (HEADLINE, "layer and direction chosen on half of the pairs")):
         low, high = tables.interval(np.array(drawn[score]))
         lines.append(
             {
                 "negative": "permuted labels",
                 "score": score,
-                "layer": pd.NA if score == "compression" else planted.probe_layer,
+                "layer": pd.NA if score == HEADLINE else planted.probe_layer,
                 "unit": "document",
                 "n_units": len(truth),
                 "n_sequences": len(truth),
@@ -332,7 +335,7 @@ def _flags(
     shared: UnitAndSeed,
 ) -> pd.DataFrame:
     """The usual ones, of the difference, and those of a planted design, which count for every question."""
-    usual = checked_red_flags(above_layer_0(apart), "compression_change", **shared)
+    usual = checked_red_flags(above_layer_0(apart), CHANGE, **shared)
     usual = usual[usual["flag"] != "vanishes under controls"].assign(question="difference")
     lines = [
         *_design_flags(planted, design),

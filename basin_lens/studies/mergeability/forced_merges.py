@@ -14,6 +14,7 @@ from basin_lens.capture import Capture
 from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.merging import TokenMerger
 from basin_lens.model import HookedModel, device_of, forward_pass, measuring
+from basin_lens.studies.framework.measured_texts import HEADLINE
 
 # So many losses at least must be able to feel a merge: the last tokens of a sequence would cost nothing, whoever they are.
 LATER = 12
@@ -226,7 +227,7 @@ def policy_losses(
     Args:
         setting: see there.
         tested: other sequences.
-        table: token table with `surprisal` and `compression`.
+        table: token table with `surprisal` and the headline score.
         shares: of the tokens that can be merged: all but the first and those of the recent window.
         n_random: draws of the random policies.
 
@@ -237,7 +238,7 @@ def policy_losses(
     surprisal = score_grid(table, setting.capture, "surprisal")
     grids = {
         "low surprisal": {layer: np.where(grid == UNSCORED, UNSCORED, -grid) for layer, grid in surprisal.items()},
-        "high compression": score_grid(table, setting.capture, "compression"),
+        "high compression": score_grid(table, setting.capture, HEADLINE),
     }
     plain = plain_losses(setting, tested)
     runs = [

@@ -8,25 +8,26 @@ from matplotlib.figure import Figure
 from basin_lens import tables
 from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.display_columns import shown
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.mergeability.forced_merges import LATER, Costs, Setting
 from basin_lens.views import Section, forest, layer_curve, quartile_bars, result_curve, scatter, token_view
 
 COST, CHANGE, SIMILARITY, EXCESS = "merge_cost", "merge_change", "merge_similarity", "merge_excess"
 # Geometry first, then what might explain the cost as well.
-SCORES = ("compression", "radius", SIMILARITY, "state_norm", "surprisal", "log_frequency")
+SCORES = (HEADLINE, "radius", SIMILARITY, "state_norm", "surprisal", "log_frequency")
 BASELINE = "random choice"  # of it, the policies that go by a score differ in nothing but which tokens are merged
 _MEANING = {
     "cosine": "the most similar ones: a token joins its most similar earlier cluster if the cosine reaches a level",
     "low surprisal": "those that the plain model found easiest to predict; each joins its most similar earlier cluster",
-    "high compression": "those with the highest compression in this layer; each joins its most similar earlier cluster",
+    "high compression": "those of the highest compression, less that of random sets, in this layer; each joins its most similar earlier cluster",
     "random choice": "any; each joins its most similar earlier cluster: differs from the three above only in which tokens",
     "random": "any; each joins any earlier cluster",
 }
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the cost of merging the token (either "
-    "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal; and it "
+    "Declared before looking: among the tokens of one text, compression (less that of random sets) goes with the cost of merging "
+    "the token (either direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal; and it "
     "still does at fixed cosine with the token that it is merged into. The cost is the rise of the summed loss of all later "
     "tokens when only this token is merged, in only this layer. Each is tested at the layer (not 0) chosen on half of the "
     "documents, on the other half. And: when the largest share of tokens is merged in all layers measured, taking those of "
@@ -48,7 +49,7 @@ def sections_of(
     whole: pd.DataFrame, drawn: pd.DataFrame, found: pd.DataFrame, quartiles: pd.DataFrame, policies: pd.DataFrame, layer: int
 ) -> tuple[list[Section], dict[str, Figure]]:
     """The report's sections, and figures by file name."""
-    standard, mine = found[found["control_set"] == "standard"], found[found["score"] == "compression"]
+    standard, mine = found[found["control_set"] == "standard"], found[found["score"] == HEADLINE]
     policies = policies.assign(budget=[f"{share:.0%} merged" for share in policies["share"]])
     policies = tables.with_provenance(policies, whole)
     alone, differences = policies[policies["versus"].isna()], policies[policies["versus"].notna()]
@@ -58,7 +59,7 @@ def sections_of(
         "rivals-by-layer": result_curve(above_layer_0(standard[standard["against"] == COST]), by="score"),
         "change-by-layer": result_curve(above_layer_0(standard[standard["against"] == CHANGE]), by="score"),
         "quartiles": quartile_bars(quartiles),
-        "scatter": scatter(drawn, "compression", COST, layer, y_scale="rank"),
+        "scatter": scatter(drawn, HEADLINE, COST, layer, y_scale="rank"),
         "policies": forest(alone, ["budget", "policy"]),
         "policies-against-random": forest(differences, ["budget", "policy"], by="versus"),
     }
@@ -69,7 +70,7 @@ def sections_of(
         Section(
             "One text",
             f"The first sequence at layer {layer}; only some tokens were merged.",
-            view=token_view(whole, [COST, "compression", "surprisal"], layer, seq=int(drawn["seq"].min())),
+            view=token_view(whole, [COST, HEADLINE, "surprisal"], layer, seq=int(drawn["seq"].min())),
         ),
     ], figures
 
@@ -90,7 +91,8 @@ def _layer_sections(drawn: pd.DataFrame, found: pd.DataFrame, figures: Mapping[s
         Section(
             "Compression against the cost, layer by layer",
             "Correlation within sequences, at fixed frequency, position, norm, radius, share of equal tokens and surprisal; and "
-            "at fixed cosine with the leader too. Above 0: tokens whose neighborhood the block draws together cost more.",
+            "at fixed cosine with the leader too. Above 0: tokens whose neighbors the block draws together at home, more than "
+            "elsewhere, cost more.",
             figure=figures["correlation-by-layer"],
             caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
             "filled: p at most 0.05 after Benjamini-Hochberg over scores, layers and both sets of controls.",
@@ -217,7 +219,7 @@ def _explored(found: pd.DataFrame) -> str:
         rows = found[(found["score"] == score) & (found["control_set"] == "standard") & (found["p_corrected"] <= ALPHA)]
         if len(rows):
             told.append(f"{score} ({', '.join(f'{row.estimate:+.2f} at layer {row.layer}' for row in named_rows(rows))})")
-    mine = found[found["score"] == "compression"]["estimate"]
+    mine = found[found["score"] == HEADLINE]["estimate"]
     stay = f"there stay {'; '.join(told)}" if told else "nothing stays"
     return (
         f"of the partial correlations of {len(SCORES)} scores at {found['layer'].nunique()} layers, {stay} below 0.05 after "

@@ -14,7 +14,7 @@ from basin_lens.merging import TokenMerger
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import one_sided, p_floor
-from basin_lens.studies.framework.measured_texts import Measured, StudyData
+from basin_lens.studies.framework.measured_texts import HEADLINE, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import (
     Analysis,
@@ -32,6 +32,7 @@ from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
 from basin_lens.studies.framework.wording import layers_said
+from basin_lens.studies.mergeability.all_tokens import GROUP, is_sampled, with_all_compressed
 from basin_lens.studies.mergeability.forced_merges import (
     CHOICES,
     LATER,
@@ -68,7 +69,7 @@ COST_FINDINGS = (
     "it does so beyond the similarity to the token it is merged into",
 )
 POLICY_FINDING = "merging the most compressed tokens costs less than merging any"
-QUARTERS = ("compression", SIMILARITY, "surprisal", "radius")
+QUARTERS = (HEADLINE, SIMILARITY, "surprisal", "radius")
 UNITS = {COST: "nats", CHANGE: "nats", SIMILARITY: "cosine", EXCESS: "nats per token"}
 
 
@@ -108,8 +109,9 @@ def study_mergeability(
 
     Token by token: what later tokens lose when one token alone is merged in one layer alone, against the scores of that layer;
     and, as exploration, how much their predictions change, for better or worse. Then all at once: the same share of the tokens
-    merged in all layers, chosen by cosine, low surprisal, high compression, or chance. Slow: a copy of the sequence is read for
-    every merge, so 20 sequences of 128 tokens take 320 such copies for each layer (about 40,000 tokens).
+    merged in all layers, chosen by cosine, low surprisal, high compression, or chance. Compression is that of all tokens that can
+    be merged: measured again, in groups of 3, where the run has it of a sample (`compression_tokens`). Slow: a copy of the
+    sequence is read for every merge, so 20 sequences of 128 tokens take 320 such copies for each layer (about 40,000 tokens).
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer` whose attention obeys its pattern.
@@ -225,8 +227,9 @@ class _Details:
 
 def _analysis(task: Task) -> Analysis:
     measured, options = task.measured, task.own(MergeabilityOptions)
-    table = stats.add_controls(measured.table, frequency=measured.frequency)
-    scored = table[np.isfinite(table["compression"])].groupby(["seq", "pos"])["layer"].nunique()
+    every = with_all_compressed(task, options.window)
+    table = stats.add_controls(every, frequency=measured.frequency)
+    scored = table[np.isfinite(table[HEADLINE])].groupby(["seq", "pos"])["layer"].nunique()
     everywhere = scored[scored == len(measured.layers)].reset_index()
     places = draw_places(
         measured.capture,
@@ -259,17 +262,17 @@ def _analysis(task: Task) -> Analysis:
             ),
             DeclaredTest(POLICY_FINDING, "policy", lambda _: policy_test, over_layers=True, unit="nats/token"),
         ],
-        token_level=[Check(COST, ["compression"], (COST,))],
-        red_flags=[Check(COST, "compression", (COST,), {"frequency": measured.frequency})],
+        token_level=[Check(COST, [HEADLINE], (COST,))],
+        red_flags=[Check(COST, HEADLINE, (COST,), {"frequency": measured.frequency})],
         contrast=[COST, SIMILARITY],
-        tokens=measured.table,
+        tokens=every,
         tables={"partial_correlation": found, "costs": _kept(drawn, measured), "policies": policies},
         details=_Details(setting, costs, losses, policies, whole),
     )
 
 
 def _against_cost(table: pd.DataFrame, controls: Sequence[str], measured: Measured) -> pd.DataFrame:
-    return stats.partial_correlation(table, scores="compression", against=COST, controls=controls, **_options(measured))
+    return stats.partial_correlation(table, scores=HEADLINE, against=COST, controls=controls, **_options(measured))
 
 
 def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
@@ -296,9 +299,18 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         tables={"quartiles": quartiles},
         remarks=remarks_of(found, drawn, details.policies),
         not_tested=SPEC.said(layers=layers_said(measured), window=setting.window),
-        about=about_merges(drawn, setting, details.costs, details.losses),
+        about=[*about_merges(drawn, setting, details.costs, details.losses), *_compressed(measured)],
         facts={"mergeability": facts},
     )
+
+
+def _compressed(measured: Measured) -> list[str]:
+    if not is_sampled(measured):
+        return []
+    return [
+        f"Compression is of every token that can be merged, measured anew in groups of {GROUP} (the run has it of a sample); "
+        "tokens that found no group are neither drawn nor merged by it."
+    ]
 
 
 def _with_costs(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
@@ -313,7 +325,6 @@ def _kept(drawn: pd.DataFrame, measured: Measured) -> pd.DataFrame:
         *tables.KEYS,
         measured.unit,
         *SCORES,
-        "compression_other_token",
         "same_token_share",
         COST,
         CHANGE,
@@ -388,7 +399,7 @@ def _policies(losses: pd.DataFrame, measured: Measured, tokens: pd.DataFrame) ->
     return found, last.assign(
         finding=POLICY_FINDING,
         question="policy",
-        score="compression",
+        score=HEADLINE,
         note=f"{last['share'].iloc[0]:g} of the tokens that can be merged, nats per token, on documents that did not set the "
         "levels",
     )
@@ -423,5 +434,5 @@ SPEC = StudySpec(
     check=check_texts,
     analysis=_analysis,
     presentation=_presentation,
-    steps=3,
+    steps=4,
 )

@@ -7,21 +7,24 @@ import pandas as pd
 
 from basin_lens import stats
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision, p_floor, within_reach
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import Row, named_rows
 from basin_lens.studies.framework.wording import as_sentence, in_words, opening
 
-TWIN, SCORE = "twin", "score"  # kinds of settings that are no setting of the finding: families of their own
+# Kinds of settings that are no setting of the finding, families of their own: who has learned nothing, a map that is 0 by
+# definition, another score.
+TWIN, AFFINE, SCORE = "twin", "affine map", "score"
 
 
 def corrected(settings: pd.DataFrame) -> pd.DataFrame:
-    """Holm over the settings of each finding, the twin and another score in families of their own.
+    """Holm over the settings of each finding, the twin, the affine map and another score in families of their own.
 
     `survives`: whether sign and significance stay; NA where that was not tested, or where so few units are left that no data of
     them could have had a p of at most 0.05.
     """
     parts = []
     for _, mine in settings.groupby("finding", sort=False):
-        apart = mine["kind"].where(mine["kind"].isin((TWIN, SCORE)), "")
+        apart = mine["kind"].where(mine["kind"].isin((TWIN, AFFINE, SCORE)), "")
         done = pd.concat([_family(part) for _, part in mine.groupby(apart, sort=False)]).loc[mine.index]
         own = done.loc[done["setting"] == "as run", "estimate"].iloc[0]
         same = np.sign(done["estimate"] - done["null"].fillna(0)) == np.sign(own)
@@ -51,7 +54,9 @@ def survival_of(settings: pd.DataFrame, settled: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for row in named_rows(settled):
-        mine = settings[(settings["finding"] == row.finding) & (settings["setting"] != "as run") & (settings["kind"] != SCORE)]
+        mine = settings[
+            (settings["finding"] == row.finding) & (settings["setting"] != "as run") & ~settings["kind"].isin((AFFINE, SCORE))
+        ]
         twin, others = mine[mine["kind"] == TWIN], mine[mine["kind"] != TWIN]
         rest = others[others["survives"].notna()]
         lost = rest[~rest["survives"].astype(bool)]["setting"].tolist()
@@ -101,7 +106,7 @@ def flags_of(survival: pd.DataFrame) -> pd.DataFrame:
         if row.holds_as_run:
             lost = row.survives < row.settings if row.settings else pd.NA
             why = f"{row.finding}: {_survived(row)}"
-        common = {"score": "compression", "layer": row.layer, "question": row.finding}
+        common = {"score": HEADLINE, "layer": row.layer, "question": row.finding}
         lines.append({"flag": "lost under another setting", **common, "raised": lost, "why": why})
         there = row.in_random_twin
         why = "not checked" if there is None else "also in a model that has learned nothing" if there else "absent there"

@@ -19,29 +19,33 @@ from basin_lens.analyzers import (
     StateNorm,
     Surprisal,
 )
-from basin_lens.analyzers.control import controls_of
+from basin_lens.analyzers.crossed_table import Displaced
 from basin_lens.capture import Bank, Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
 from basin_lens.model import HookedModel, missing_points, n_layers, provenance
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.words import with_words, words_by_passage
 from basin_lens.studies.importance import IMPORTANCE
-from basin_lens.studies.robustness.stability import SCORE
+from basin_lens.studies.robustness.stability import AFFINE, SCORE
 from basin_lens.texts import Passage, TaggedPassage
+from basin_lens.transport import Context
 
 # Measures of importance that cost no more than the pass that reads the texts, and its gradient.
 QUICK_IMPORTANCE: tuple[Analyzer, ...] = (AttentionReceived(), GradientNorm())
-KS = (5, 10, 15, 30, 50)
+KS = (5, 10, 15, 30)
 FIRST_POSITIONS = 8
+TESTED = 300  # tokens of a layer, about: each costs hundreds of passes of the block under every setting
+FEWEST_TESTED = 14  # of a sequence: what a partial correlation within it needs (see `study`), and some without a group
+NULLS: tuple[Displaced, ...] = ("random_sets",)  # a finding is of compression less theirs
 _SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A table on which findings about its column `compression` are tested again.
+    """A table on which findings about its column `HEADLINE` are tested again.
 
     `kind`: what was changed. `at`: the layer that stands for each layer of the run, in a model of another depth; None: itself.
     """
@@ -52,10 +56,27 @@ class Setting:
     at: Mapping[int, int] | None = None
 
 
-def queries(capture: Capture) -> Bool[np.ndarray, " rows"]:
-    """The tokens tested again: of one sequence of each document, for every setting costs as much as a run. The bank stays whole."""
+def queries(capture: Capture, seed: int, among: Bool[np.ndarray, " rows"] | None = None) -> Bool[np.ndarray, " rows"]:
+    """The tokens tested again: of one sequence of each document, a seeded sample of about `TESTED`. The bank stays whole.
+
+    `among`: the tokens to choose from, those that the run measured; None: all but position 0. Of each sequence as many, at least
+    `FEWEST_TESTED` where there are so many.
+    """
     first = {doc: seq for seq, doc in reversed(list(enumerate(capture.docs)))}
-    return np.isin(capture.row_seq.numpy(), list(first.values()))
+    seqs = capture.row_seq.numpy()
+    able = np.isin(seqs, list(first.values())) & (capture.row_pos.numpy() > 0 if among is None else among)
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(able))
+    rows = rows[np.argsort(seqs[rows], kind="stable")]
+    place = np.arange(len(rows)) - np.searchsorted(seqs[rows], seqs[rows], side="left")  # within its sequence
+    chosen = np.zeros(capture.n_rows, bool)
+    chosen[rows[place < max(FEWEST_TESTED, TESTED // len(first))]] = True
+    return chosen
+
+
+def tested_tokens(measured: Measured) -> Bool[np.ndarray, " rows"]:
+    """Those of the run's own tokens that are tested, as run and again: measured at one of its layers at least."""
+    by_layer = [part[HEADLINE].notna().to_numpy() for _, part in measured.table.groupby("layer")]
+    return queries(measured.capture, measured.seed, np.any(by_layer, axis=0))
 
 
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
@@ -73,9 +94,9 @@ def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
 def scores(
     model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]
 ) -> Iterator[Setting]:
-    """Another compression in place of the run's own: other k, metric, neighbors, context. What can be shared is computed once."""
+    """Another compression in place of the run's own: other k, metric, neighbors, context, groups, scale."""
     own = measured.settings
-    plain = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
+    plain = headline_of(measured)
     points = int((measured.capture.row_pos > 0).sum())
     wanted: list[tuple[str, str, Compression]] = []
     for k in KS:
@@ -90,16 +111,17 @@ def scores(
     if own["exclude"] != "document":
         wanted.append(("no neighbors of the document", "neighbors", replace(plain, exclude="document", name="outside")))
     wanted.append(("position 0 among the neighbors", "position 0", replace(plain, position_0=True, name="first_too")))
+    wanted.append(("groups of 3 tokens", "groups", replace(plain, group=3, name="group3")))
+    wanted.append(("displacements half as long", "scale", replace(plain, scale=0.5, name="half_scale")))
     halves = not missing_points(model, {"resid_mid"}, layers)
     if not halves:
         untested.append("Contexts attn and mlp: parallel blocks have no state between their halves.")
-    for context in ("patched", "native", "affine", *(("attn", "mlp") if halves else ())):
+    contexts: tuple[Context, ...] = ("patched", "solo", *(("attn", "mlp") if halves else ()), "affine")
+    for context in contexts:
         if context != own["context"]:
-            wanted.append((f"context {context}", "context", replace(plain, context=context, name=context)))
+            kind = AFFINE if context == "affine" else "context"
+            wanted.append((f"context {context}", kind, replace(plain, context=context, name=context)))
     analyzers: list[Analyzer] = [analyzer for _, _, analyzer in wanted]
-    # A random set is random whatever the metric and k: only another context, or another choice of points, needs its own.
-    controlled = [a for _, kind, a in wanted if kind in ("context", "position 0")]
-    analyzers += [control for control in controls_of(controlled) if control.choice == "random"]
     if measured.bank is None:
         analyzers.append(SeedCompression(k=own["k"]))
     else:
@@ -110,23 +132,21 @@ def scores(
         analyzers,
         layers=layers,
         bank=measured.bank,
-        queries=queries(measured.capture),
+        queries=tested_tokens(measured),
         seed=measured.seed,
         progress=False,
     )
     for name, kind, analyzer in wanted:
-        column = analyzer.columns[0].name
-        new = {"compression": column}
-        if f"{column}_random" in made.columns:
-            new["compression_random"] = f"{column}_random"
-        yield Setting(name, kind, _with(table, made, new))
+        yield Setting(name, kind, _with(table, made, {HEADLINE: f"{analyzer.name}_above_random_sets"}))
     if measured.bank is None:
         # Not a setting of the finding, which changes one thing: the original guide's score, for comparison.
-        yield Setting(
-            "seed_compression, another score",
-            SCORE,
-            _with(table, made, {"compression": "seed_compression"}).assign(compression_random=np.nan),
-        )
+        yield Setting("seed_compression, another score", SCORE, _with(table, made, {HEADLINE: "seed_compression"}))
+
+
+def headline_of(measured: Measured) -> Compression:
+    """The run's own score, of all tokens asked for, beside random sets alone."""
+    own = measured.settings
+    return Compression(k=own["k"], context=own["context"], exclude=own["exclude"], nulls=NULLS)
 
 
 def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -140,9 +160,8 @@ def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -
 def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
     """Half of the bank, twice the bank if there are texts left, and the built-in passages."""
     own, capture = measured.settings, measured.capture
-    headline = Compression(k=own["k"], context=own["context"], exclude=own["exclude"])
-    control = next(c for c in controls_of([headline]) if c.choice == "random")
-    analyzers: list[Analyzer] = [headline, control, Neighborhood(k=own["k"], exclude=own["exclude"])]
+    analyzers: list[Analyzer] = [headline_of(measured), Neighborhood(k=own["k"], exclude=own["exclude"])]
+    asked = tested_tokens(measured)
     others: list[tuple[str, Bank]] = []
     if measured.bank is None:
         order = np.random.default_rng(measured.seed).permutation(len(capture.sequences)).tolist()
@@ -158,13 +177,11 @@ def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: l
     others.append(("built-in passages as bank", "reference"))
     for name, bank in others:
         try:
-            made = analyze(
-                model, capture, analyzers, layers=layers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False
-            )
+            made = analyze(model, capture, analyzers, layers=layers, bank=bank, queries=asked, seed=measured.seed, progress=False)
         except BasinLensError as error:
             untested.append(f"{name}: {error}")
             continue
-        other = _with(table, made, {name: name for name in ("compression", "compression_random", "radius", "same_token_share")})
+        other = _with(table, made, {name: name for name in (HEADLINE, "radius", "same_token_share")})
         yield Setting(name, "bank", other)
 
 
@@ -184,10 +201,8 @@ def other_model(
     """
     own, chosen = measured.capture, measured.settings
     same = kind in _SAME_TOKENS
-    k, exclude = chosen["k"], chosen["exclude"]
-    headline = Compression(k=k, exclude=exclude, context=chosen["context"])
-    control = next(c for c in controls_of([headline]) if c.choice == "random")
-    analyzers: list[Analyzer] = [headline, control, Neighborhood(k=k, exclude=exclude), Surprisal(), StateNorm()]
+    near = Neighborhood(k=chosen["k"], exclude=chosen["exclude"])
+    analyzers: list[Analyzer] = [headline_of(measured), near, Surprisal(), StateNorm()]
     analyzers += [a for a in IMPORTANCE if any(column.name in importance for column in a.columns)]
     # Another tokenizer may need more tokens for a text; cut again, it would no longer be one sequence.
     length = 4 * chosen["max_length"]
@@ -209,7 +224,8 @@ def other_model(
         if isinstance(bank, Capture):
             bank = read_states(model, planned(bank), progress=False)
         capture = planned(own)
-        made = analyze(model, capture, analyzers, bank=bank, queries=queries(capture), seed=measured.seed, progress=False)
+        asked = tested_tokens(measured) if same else queries(capture, measured.seed)
+        made = analyze(model, capture, analyzers, bank=bank, queries=asked, seed=measured.seed, progress=False)
         if measured.contrast is not None:
             made["contrast"] = measured.contrast.values(made)
     except BasinLensError as error:

@@ -47,7 +47,7 @@ def parts_of_studies() -> Items:
     yield "summary", lambda: studies.summarize(list(made.values()))
     yield "results.json", lambda: saved(made["codelength"])
     other = partial(
-        measured, ("linguistic", "codelength"), contrast=("even", "True", "False"), context="native", unit="kind", layers=(1, 2)
+        measured, ("linguistic", "codelength"), contrast=("even", "True", "False"), context="solo", unit="kind", layers=(1, 2)
     )
     yield "codelength by label", lambda: studies.study_codelength(model, other(), **QUIET)
     yield "linguistic by first token", lambda: studies.study_linguistic(model, other(), tagger="nltk", part="first", **QUIET)

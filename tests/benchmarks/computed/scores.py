@@ -19,7 +19,9 @@ from basin_lens.texts import reference_passages
 A = bl.analyzers
 
 VARIANTS = {
-    "native": A.Compression(k=4, context="native"),
+    "native": A.Contraction(k=4, context="native"),
+    "group": A.Compression(k=4, group=6, nulls=("random_sets",)),
+    "scale": A.Compression(k=4, scale=0.1, queries=60, nulls=False, contractions=True),
     "solo": A.Compression(k=4, context="solo"),
     "attn": A.Compression(k=4, context="attn"),
     "mlp": A.Compression(k=4, context="mlp"),

@@ -24,7 +24,8 @@ def statistics_table() -> pd.DataFrame:
 
 def parts_of_stats() -> Items:
     table, tokens = statistics_table(), {"frequency": statistics_table().token_id.value_counts(normalize=True).to_dict()}
-    score, both, quick = "compression", ["compression", "contraction"], {"n_resamples": 199, "seed": 1}
+    score = "compression_above_random_sets"
+    both, quick = [score, "contraction"], {"n_resamples": 199, "seed": 1}
     against, test = "surprisal", partial(S.within_sequence_correlation, scores=score, against="surprisal")
     per_text = table.groupby(["layer", "doc", "seq"])[[*both, against, "dose", "even"]].mean().reset_index()
     per_text["even"] = per_text["even"] > 0.5
