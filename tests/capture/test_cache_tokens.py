@@ -7,8 +7,8 @@ import basin_lens as bl
 from basin_lens.analyzers import AttentionReceived, Compression, StateNorm, Surprisal
 from basin_lens.capture import subset
 from basin_lens.errors import CaptureError, TextError
+from tests.capture.caches import either
 from tests.capture.readers import BOTH
-from tests.capture.test_caches import either
 from tests.conftest import TEXTS, make_bridge, random_tokens
 
 

@@ -5,8 +5,8 @@ import pytest
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.analyzers import Compression
+from tests.capture.caches import either
 from tests.capture.readers import BOTH
-from tests.capture.test_caches import either
 from tests.conftest import TEXTS
 
 

@@ -9,7 +9,7 @@ import pytest
 from basin_lens.cli import options as cli_options
 from basin_lens.studies.framework import registry, storage
 from basin_lens.studies.framework.spec import StudySpec
-from tests.cli.test_cli import call
+from tests.cli.calls import call
 from tests.conftest import TEXTS
 
 EVERY = [*registry.OF_TEXTS, *registry.SLOW, *registry.EXPERIMENTS, *registry.ELSEWHERE]

@@ -8,7 +8,7 @@ import pytest
 from basin_lens import tables
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli import options as cli_options
-from tests.cli.test_cli import call, folder  # noqa: F401 - a fixture
+from tests.cli.calls import call
 from tests.conftest import TEXTS
 
 
@@ -40,7 +40,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.csv"])
-def test_analyze_reads_rows_not_their_syntax(folder, files, tmp_path, capsys, name):  # noqa: F811
+def test_analyze_reads_rows_not_their_syntax(folder, files, tmp_path, capsys, name):
     out = tmp_path / "out"
     given = ("analyze", str(files / name), "--model", str(folder), "--layers", "0", "--k", "5", "--out", str(out))
     code, _, err = call(*given, capsys=capsys)

@@ -1,10 +1,14 @@
 """Tiny models and mergers for the tests of this room."""
 
+import random
+
 import torch
 
+import basin_lens as bl
 from basin_lens import merging
 from basin_lens import model as door
-from tests.conftest import random_tokens
+from basin_lens.merging import TokenMerger, Windows
+from tests.conftest import TEXTS, random_tokens
 
 LENGTH = 24
 
@@ -57,3 +61,24 @@ def count_hooks(model) -> int:
     roots = [model, getattr(model, "original_model", None)]
     modules = {id(m): m for root in roots if root is not None for m in root.modules()}
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules.values())
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------------------
+
+
+SHORT = {"steps": 4, "batch_size": 2, "evaluate_every": 2, "checkpoint_every": 2}
+
+
+def windows(count: int = 12, length: int = 24, seed: int = 3) -> Windows:
+    return Windows(random_tokens(count, length, seed), tuple(f"doc {i // 2}" for i in range(count)))
+
+
+def different(count: int) -> list[bl.Passage]:
+    """Texts of which none is a copy of another."""
+    known = " ".join(TEXTS).split()
+    return [bl.Passage(" ".join(random.Random(i).choices(known, k=60)), doc=str(i)) for i in range(count)]
+
+
+def made_merger(model, **changes) -> TokenMerger:
+    options = {"target_rate": 0.4, "adaptive": True, "projection": 6, "recent": 2} | changes
+    return TokenMerger([0, 1, 2], **options).calibrate(model, windows(seed=5).tokens)
