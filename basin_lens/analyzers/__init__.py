@@ -34,6 +34,7 @@ from basin_lens.analyzers.local_dimension import LocalDimension
 from basin_lens.analyzers.matrix_entropy import MatrixEntropy
 from basin_lens.analyzers.neighbor_overlap import NeighborOverlap
 from basin_lens.analyzers.neighborhood import Neighborhood
+from basin_lens.analyzers.next_token_entropy import NextTokenEntropy
 from basin_lens.analyzers.raw_compression import RawCompression
 from basin_lens.analyzers.relative_contraction import RelativeContraction
 from basin_lens.analyzers.seed_compression import SeedCompression
@@ -61,6 +62,7 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
     JacobianSpectrum,
     CentroidEffect,
     Surprisal,
+    NextTokenEntropy,
     Agreement,
     StandardizedLikelihood,
     StateNorm,
@@ -86,7 +88,7 @@ def names_of(*roles: Role) -> frozenset[str]:
     Example:
         >>> from basin_lens.analyzers import names_of
         >>> sorted(names_of("confound"))
-        ['Agreement', 'Neighborhood', 'StandardizedLikelihood', 'StateNorm', 'Surprisal']
+        ['Agreement', 'Neighborhood', 'NextTokenEntropy', 'StandardizedLikelihood', 'StateNorm', 'Surprisal']
     """
     every: tuple[type[Analyzer], ...] = (*ANALYZERS, Control)
     return frozenset(cls.__name__ for cls in every if cls.role in roles)
@@ -137,6 +139,7 @@ __all__ = [
     "MatrixEntropy",
     "NeighborOverlap",
     "Neighborhood",
+    "NextTokenEntropy",
     "RandomContraction",
     "RawCompression",
     "RelativeContraction",

@@ -63,6 +63,9 @@ class Compression(CloudScore):
         group: tokens in a group.
         scale: s, the factor on the displacements.
         queries: at most so many tokens per layer, a seeded sample; None: all.
+        per_sequence: with `queries`, so many tokens of one sequence before the next is taken, sequences in a seeded order, one of
+            each document before a second one: what is correlated within a text needs several tokens of it. Which tokens, is drawn
+            from the sequence alone; they are those that `Erasure` draws. None: a sample of all tokens alike.
         nulls: pass the displacements of the nulls, too: True for both, False for none, or the names of some, as `("random_sets",)`;
             without them there are no columns for them.
         contractions: also the contraction at home.
@@ -70,9 +73,9 @@ class Compression(CloudScore):
     Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
 
     Raises:
-        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, k below 4 or above the
-            bank, an unknown option, texts that are their own bank and fewer documents than a group has tokens, or
-            `context="native"`.
+        NeighborError: a group below 3, a scale that is not positive, fewer queries than a group has tokens, no token per sequence,
+            k below 4 or above the bank, an unknown option, texts that are their own bank and fewer documents than a group has
+            tokens, or `context="native"`.
 
     Source: design of basin_lens; the interaction of a two-way table is Fisher's.
 
@@ -86,6 +89,7 @@ class Compression(CloudScore):
     group: Whole = 4
     scale: float | int = 1.0
     queries: Whole | None = None
+    per_sequence: Whole | None = None
     nulls: bool | tuple[Displaced, ...] = True
     contractions: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "crossed", "halves"})
@@ -94,6 +98,11 @@ class Compression(CloudScore):
     def max_queries(self) -> int | None:
         """Tokens measured per layer."""
         return None if self.queries is None else int(self.queries)
+
+    @property
+    def max_per_sequence(self) -> int | None:
+        """Tokens of a sequence before the next is taken."""
+        return None if self.per_sequence is None else int(self.per_sequence)
 
     @property
     def crossing(self) -> Crossing:
@@ -130,6 +139,11 @@ class Compression(CloudScore):
             raise NeighborError(f"expected a positive scale for {kind}, got {self.scale!r}.")
         if self.queries is not None and (whole_or_none(self.queries) or 0) < self.group:
             raise NeighborError(f"expected queries of at least {self.group} for {kind}, one group, got {self.queries!r}.")
+        if self.per_sequence is not None and (self.queries is None or (whole_or_none(self.per_sequence) or 0) < 1):
+            raise NeighborError(
+                f"expected per_sequence of at least 1, together with queries, for {kind}, got {self.per_sequence!r} with queries="
+                f"{self.queries!r}."
+            )
         known = isinstance(self.nulls, bool) or (isinstance(self.nulls, tuple) and set(self.nulls) <= set(_NULLS))
         if not known or len(set(self._nulls)) < len(self._nulls):
             raise NeighborError(f"expected nulls True, False or some of {_NULLS} for {kind}, each once, got {self.nulls!r}.")

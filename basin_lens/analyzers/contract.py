@@ -223,6 +223,11 @@ class CloudAnalyzer(Analyzer):
         return None
 
     @property
+    def max_per_sequence(self) -> int | None:
+        """At most so many of them from a sequence before the next is taken; None: drawn from all tokens alike."""
+        return None
+
+    @property
     def crossing(self) -> Crossing | None:
         """How tokens are put into groups and crossed; None: each is measured by itself."""
         return None

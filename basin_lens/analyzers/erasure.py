@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from basin_lens.analyzers.contract import Column, Role, TokenAnalyzer
+from basin_lens.analyzers.drawing import drawing_order
 from basin_lens.capture import TokenBatch
 from basin_lens.errors import CaptureError
 from basin_lens.values import Whole, whole_or_none
@@ -76,7 +76,6 @@ class Erasure(TokenAnalyzer):
 
     def _draw(self, tokens: list[int]) -> list[int]:
         """Positions of one sequence, from its own tokens: whatever else is in the batch."""
-        able = np.arange(1, len(tokens) - 2)
-        if self.positions is None or len(able) <= self.positions:
-            return able.tolist()
-        return sorted(np.random.default_rng([self.seed, *tokens]).choice(able, self.positions, replace=False).tolist())
+        able = max(0, len(tokens) - 3)
+        wanted = able if self.positions is None else min(able, int(self.positions))
+        return sorted(drawing_order(tokens, int(self.seed))[:wanted].tolist())

@@ -15,12 +15,13 @@ from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
 from basin_lens.scoring.bank_partners import BankPartners
 from basin_lens.scoring.clouds import Clouds
-from basin_lens.scoring.crossed_pass import Crossed, CrossedPass
+from basin_lens.scoring.crossed_pass import Crossed, CrossedPass, unit_of_rows
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
 from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
+from basin_lens.scoring.sampling import drawn_alike, drawn_in_turns
 from basin_lens.scoring.search import Searches, SearchResult
 from basin_lens.scoring.spread import random_contraction
 from basin_lens.transport import BlockMap, query_chunks, rows_per_call
@@ -172,13 +173,16 @@ class MapScores:
 
     def _sample(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
         """A seeded sample of the tokens that could be measured, the same at every layer if the same tokens have neighbors."""
-        count, near = self.searches.capture.n_rows, self.found[SearchSite.before(a)].near
-        generator = torch.Generator().manual_seed(self.searches.seed)
-        order = torch.randperm(count, generator=generator, device="cpu").to(self.device)
-        able = order[near.rows[order, a.k - 1] >= 0]
-        chosen = torch.zeros(count, dtype=torch.bool, device=self.device)
-        chosen[able[: a.max_queries]] = True
-        return chosen
+        capture, seed = self.searches.capture, self.searches.seed
+        able = self.found[SearchSite.before(a)].near.rows[:, a.k - 1].cpu() >= 0
+        if a.max_per_sequence is None:
+            order = drawn_alike(capture, seed)
+            order = order[able[order]]
+        else:
+            order = drawn_in_turns(capture, able, unit_of_rows(capture, a.exclude), a.max_per_sequence, seed)
+        chosen = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
+        chosen[order[: a.max_queries]] = True
+        return chosen.to(self.device)
 
     def _look(
         self,

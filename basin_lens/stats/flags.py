@@ -61,6 +61,7 @@ def red_flags(
     alpha: float = 0.05,
     n_resamples: int = 1999,
     seed: int = 0,
+    min_tokens: int = 10,
 ) -> pd.DataFrame:
     """Five reasons not to believe a finding, each with the numbers that raise it.
 
@@ -89,6 +90,7 @@ def red_flags(
         controls, frequency: as for `partial_correlation`.
         layers, unit, correction, n_resamples, seed: as for `compare_groups`; seed also of the halves.
         alpha: the level.
+        min_tokens: with `against`, as for `within_sequence_correlation`.
 
     Returns:
         one row per flag, and per score except for the correction and the copies: `flag, score, layer, raised` (True, False, or NA
@@ -112,7 +114,7 @@ def red_flags(
         [False, False, False, False, False]
     """
     names = names_of(scores)
-    finding = _Finding(against, group, groups, paired, tag, frequency, unit, correction, n_resamples, seed)
+    finding = _Finding(against, group, groups, paired, tag, frequency, unit, correction, n_resamples, seed, min_tokens)
     if len(finding.asked) > 1:
         raise TableError(f"expected one question, got {finding.asked}. Pass against, group or tag, and ask again for the others.")
     if "layer" not in table.columns:
@@ -156,6 +158,7 @@ class _Finding:
     correction: Correction
     n_resamples: int
     seed: int
+    min_tokens: int
 
     @property
     def asked(self) -> list[str]:
@@ -181,10 +184,17 @@ class _Finding:
         options = _Options(unit=self.unit, correction=correction, n_resamples=self.n_resamples, seed=self.seed)
         if self.against is not None and controls:
             return partial_correlation(
-                data, scores, self.against, controls=controls, frequency=self.frequency, method=method, **options
+                data,
+                scores,
+                self.against,
+                controls=controls,
+                frequency=self.frequency,
+                method=method,
+                min_tokens=self.min_tokens,
+                **options,
             )
         if self.against is not None:
-            return within_sequence_correlation(data, scores, self.against, **options)
+            return within_sequence_correlation(data, scores, self.against, min_tokens=self.min_tokens, **options)
         if self.group is not None:
             return compare_groups(
                 data,

@@ -8,14 +8,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
+from basin_lens.analyzers import NextTokenEntropy
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import ALL_SHOWN, shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import FEWEST_SCORED, HEADLINE, SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.table_parts import above_layer_0, sequence_shown
 from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, quartile_bars, result_curve, scatter, token_view
 
@@ -23,14 +24,21 @@ OWN, NEXT = "code_length", "next_code_length"
 # The token's own code length is surprisal in bits: it cannot be a control of itself.
 CONTROLS = {OWN: tuple(name for name in stats.CONTROLS if name != "surprisal"), NEXT: stats.CONTROLS}
 
+ENTROPY = "next_token_entropy"
+# Of the exploration of entropy: what the score itself may follow.
+OF_NEIGHBORHOOD = ("log_radius", "log_norm", "log_frequency", "position")
+PARTS = (HEADLINE, "compression", "compression_place", "compression_directions", "contraction")
+
 FINDINGS = {OWN: "compression goes with the token's code length", NEXT: "compression goes with the next token's code length"}
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the token's own code length, at fixed token "
-    "frequency, position, norm, neighborhood radius and share of equal tokens; and with the code length of the next token, at "
-    "the same and the token's own surprisal (either direction). Code length is -log2 p of the token given those before it, what "
-    "direct coding spends on it. Each is tested at the layer (not 0) chosen on half of the documents, on the other half, as one "
-    f"family (Holm). {IF_FEW}"
+    "Declared before looking: among the tokens of one text, compression (less that of random sets) goes with the token's own code "
+    "length, at fixed token frequency, position, norm, neighborhood radius and share of equal tokens; and with the code length of "
+    "the next token, at the same and the token's own surprisal (either direction). Code length is -log2 p of the token given "
+    "those before it, what direct coding spends on it. Each is tested at the layer (not 0) chosen on half of the documents, on "
+    f"the other half, as one family (Holm). {IF_FEW} A prediction from other texts stands beside the family: at layer 26 of "
+    "SmolLM2-135M, at fixed radius, norm, frequency and position, compression goes up with the entropy of the next token's "
+    "distribution, and compression_directions goes down with it. The table entropy has every layer measured."
 )
 
 
@@ -44,8 +52,9 @@ def study_codelength(model: HookedModel, data: StudyData, *, progress: bool = Tr
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
-        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `quartiles` (scores in the
-        quarters of the next token's code length), and `contrast` if one was asked for.
+        a `Study` with tables `partial_correlation` (every score and layer against both code lengths), `entropy` (compression, its
+        parts and contraction against the entropy of what the model predicts next), `quartiles` (scores in the quarters of the next
+        token's code length), and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -59,7 +68,7 @@ def study_codelength(model: HookedModel, data: StudyData, *, progress: bool = Tr
         >>> study = bl.studies.study_codelength(
         ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
         >>> sorted(study.tables)
-        ['partial_correlation', 'quartiles']
+        ['entropy', 'partial_correlation', 'quartiles']
     """
     return run_study(SPEC, model, data, progress=progress, measure_options=options)
 
@@ -81,23 +90,53 @@ def _analysis(task: Task) -> Analysis:
     return Analysis(
         table=table,
         tests=[
-            DeclaredTest(finding, against, partial(_correlated, scores="compression", against=against, measured=measured))
+            DeclaredTest(finding, against, partial(_correlated, scores=HEADLINE, against=against, measured=measured))
             for against, finding in FINDINGS.items()
         ],
         token_level=[Check(against, list(SCORES), (against,)) for against in FINDINGS],
         red_flags=[
-            Check(against, "compression", (against,), {"controls": CONTROLS[against], "frequency": measured.frequency})
+            Check(
+                against,
+                HEADLINE,
+                (against,),
+                {"controls": CONTROLS[against], "frequency": measured.frequency, "min_tokens": FEWEST_SCORED},
+            )
             for against in FINDINGS
         ],
         contrast=[*SCORES, OWN, NEXT],
         tokens=measured.table,
-        tables={"partial_correlation": stats.correct(pd.concat(parts, ignore_index=True), "bh")},
+        rows="tokens",
+        tables={
+            "partial_correlation": stats.correct(pd.concat(parts, ignore_index=True), "bh"),
+            "entropy": _entropy(table, measured),
+        },
+    )
+
+
+def _entropy(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
+    """Compression and its parts against the entropy of what is predicted next, within texts, at fixed `OF_NEIGHBORHOOD`."""
+    return stats.partial_correlation(
+        table,
+        list(PARTS),
+        ENTROPY,
+        controls=OF_NEIGHBORHOOD,
+        frequency=measured.frequency,
+        unit=measured.unit,
+        seed=measured.seed,
+        min_tokens=FEWEST_SCORED,
     )
 
 
 def _correlated(table: pd.DataFrame, scores: str | list[str], against: str, measured: Measured) -> pd.DataFrame:
     return stats.partial_correlation(
-        table, scores, against, controls=CONTROLS[against], frequency=measured.frequency, unit=measured.unit, seed=measured.seed
+        table,
+        scores,
+        against,
+        controls=CONTROLS[against],
+        frequency=measured.frequency,
+        unit=measured.unit,
+        seed=measured.seed,
+        min_tokens=FEWEST_SCORED,
     )
 
 
@@ -106,23 +145,29 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     chosen = results.findings["layer"].iloc[1]
     layer = int(chosen) if pd.notna(chosen) else measured.layers[-1]
     quartiles = stats.quartile_table(table, list(SCORES), NEXT, layers=[layer], unit=measured.unit)
-    found = analysis.tables["partial_correlation"]
+    found, entropy = analysis.tables["partial_correlation"], analysis.tables["entropy"]
     figures = {
-        "code-length-by-layer": result_curve(above_layer_0(found[found["score"] == "compression"]), by="against"),
+        "code-length-by-layer": result_curve(above_layer_0(found[found["score"] == HEADLINE]), by="against"),
+        "entropy-by-layer": result_curve(above_layer_0(entropy[entropy["score"].isin(_DRAWN)]), by="score"),
         "quartiles": quartile_bars(quartiles),
-        "scatter": scatter(table, NEXT, "compression", layer, x_scale="rank", y_scale="rank"),
+        "scatter": scatter(table, NEXT, HEADLINE, layer, x_scale="rank", y_scale="rank"),
     }
     return Presentation(
-        sections=_sections(table, found, figures, layer),
+        sections=_sections(table, found, entropy, figures, layer),
         figures=figures,
         tables={"quartiles": quartiles},
-        remarks=_remarks(found, table),
+        remarks=_remarks(found, entropy, table),
         not_tested=SPEC.said(layers=layers_said(measured)),
     )
 
 
-def _sections(table: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Figure], layer: int) -> list[Section]:
-    view = token_view(table, ["compression", "surprisal"], layer, seq=int(table["seq"].min()))
+_DRAWN = (HEADLINE, "compression_place", "compression_directions")
+
+
+def _sections(
+    table: pd.DataFrame, found: pd.DataFrame, entropy: pd.DataFrame, figures: Mapping[str, Figure], layer: int
+) -> list[Section]:
+    view = token_view(table, [HEADLINE, "contraction", "surprisal", ENTROPY], layer, seq=sequence_shown(table, HEADLINE))
     return [
         Section(
             "Compression against code length, layer by layer",
@@ -132,6 +177,15 @@ def _sections(table: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Fi
             caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
             "filled: p at most 0.05 after Benjamini-Hochberg over scores, layers and both code lengths.",
             table=shown(found, "layer", "score", "against", "n_documents"),
+        ),
+        Section(
+            "Compression against how open the next token is, layer by layer",
+            "Correlation within sequences with the entropy of the distribution that the model predicts behind the token, at fixed "
+            "radius, norm, frequency and position. An exploration; the prediction is for layer 26 of SmolLM2-135M.",
+            figure=figures["entropy-by-layer"],
+            caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table); "
+            "filled: p at most 0.05 after Benjamini-Hochberg over scores and layers.",
+            table=shown(entropy, "layer", "score", "n_documents"),
         ),
         Section(
             f"Scores in the quarters of the next token's code length, layer {layer}",
@@ -144,19 +198,26 @@ def _sections(table: pd.DataFrame, found: pd.DataFrame, figures: Mapping[str, Fi
             figure=figures["scatter"],
             caption=f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
         ),
-        Section("One text", f"The first sequence at layer {layer}.", view=view),
+        Section("One text", f"A sequence at layer {layer}; tokens without compression were not in its sample.", view=view),
     ]
 
 
-def _remarks(found: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+def _remarks(found: pd.DataFrame, entropy: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     bits = table[table["layer"] == table["layer"].iloc[0]]
     told = []
     for against, name in ((OWN, "the token's own"), (NEXT, "the next token's")):
-        mine = above_layer_0(found[(found["score"] == "compression") & (found["against"] == against)])
+        mine = above_layer_0(found[(found["score"] == HEADLINE) & (found["against"] == against)])
         told.append(
             f"Exploration, {name} code length: {int((mine['p_corrected'] <= ALPHA).sum())} of {len(mine)} layers stay "
             "below 0.05 after correction; "
             f"partial correlations from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f}."
+        )
+    for name in (HEADLINE, "compression_directions"):
+        mine = above_layer_0(entropy[entropy["score"] == name])
+        up, down = (mine[(mine["p_corrected"] <= ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1))
+        told.append(
+            f"Exploration, entropy of the next token: {name} goes up with it at layers {up or 'none'}, down at {down or 'none'} of "
+            f"{mine['layer'].tolist()}; partial correlations from {mine['estimate'].min():+.3f} to {mine['estimate'].max():+.3f}."
         )
     told.append(f"Mean code length: {bits[OWN].mean():.2f} bits per token, over {int(bits[OWN].notna().sum()):,} tokens.")
     return told
@@ -176,6 +237,7 @@ SPEC = StudySpec(
     ),
     if_yes="Compression goes with code length beyond frequency, position, norm and density.",
     if_no="At fixed frequency, position, norm and density, compression says nothing reliable about code length here.",
+    analyzers=lambda _: (NextTokenEntropy(),),
     analysis=_analysis,
     presentation=_presentation,
 )

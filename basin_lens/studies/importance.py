@@ -20,11 +20,11 @@ from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import ALPHA, FEWEST_TO_SPLIT, IF_FEW, one_sided
 from basin_lens.studies.framework.display_columns import ALL_SHOWN
-from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import FEWEST_SCORED, HEADLINE, SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.table_parts import above_layer_0, sequence_shown
 from basin_lens.studies.framework.units import FEWEST_UNITS, units_in
 from basin_lens.studies.framework.wording import layers_said
 from basin_lens.views import Section, forest, joint_density, quartile_bars, result_curve, scatter, token_view
@@ -59,14 +59,13 @@ MEASURES = (
 )
 TRUTH = "erasure"
 WITHOUT_SURPRISAL = tuple(name for name in stats.CONTROLS if name != "surprisal")
-FEWEST_SCORED = 6  # erasure is known at 16 positions of a sequence, and six controls take their share
 
 _FINDING = "compression goes with"
 
 HYPOTHESIS = (
-    "Declared before looking: among the tokens of one text, compression goes with the token's importance (either "
-    "direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
-    "Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
+    "Declared before looking: among the tokens of one text, compression (less that of random sets) goes with the token's "
+    "importance (either direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and "
+    "surprisal. Importance is erasure, the rise of later loss when the token is knocked out, and the cheaper measure that agrees "
     "best with erasure. Both are tested at the layer (not 0, where a state is its token alone) chosen on half of the "
     f"documents, on the other half, as one family (Holm). {IF_FEW}"
 )
@@ -125,9 +124,13 @@ def _analysis(task: Task) -> Analysis:
         table=table,
         tests=[DeclaredTest(f"{_FINDING} {other}", other, _test(other, measured)) for other in (TRUTH, best)],
         token_level=[Check(other, list(SCORES), (other,)) for other in (TRUTH, best)],
-        red_flags=[Check(other, "compression", (other,), {"frequency": measured.frequency}) for other in (TRUTH, best)],
+        red_flags=[
+            Check(other, HEADLINE, (other,), {"frequency": measured.frequency, "min_tokens": FEWEST_SCORED})
+            for other in (TRUTH, best)
+        ],
         contrast=[*SCORES, TRUTH, *there],
         tokens=measured.table,
+        rows="tokens",
         tables={
             "ranking": ranking,
             "agreement": pd.concat([plain, beyond], ignore_index=True),
@@ -200,7 +203,7 @@ def _test(other: str, measured: Measured) -> Callable[[pd.DataFrame], pd.DataFra
     def test(part: pd.DataFrame) -> pd.DataFrame:
         return stats.partial_correlation(
             part,
-            "compression",
+            HEADLINE,
             other,
             frequency=measured.frequency,
             unit=measured.unit,
@@ -220,7 +223,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
     if measured.n_units >= 10:
         more["mixed_model"] = stats.mixed_model(
             table,
-            "compression",
+            HEADLINE,
             best,
             frequency=measured.frequency,
             layers=[layer],
@@ -269,7 +272,7 @@ def _layers_section(partials: pd.DataFrame, best: str) -> Section:
         f"Correlation within sequences of compression with {TRUTH} and with {best}, at fixed token frequency, position, "
         "norm, radius and share of equal tokens; with and without surprisal, which may carry the effect rather than "
         "confound it.",
-        figure=result_curve(above_layer_0(mine[mine["score"] == "compression"]), by=["against", "control_set"]),
+        figure=result_curve(above_layer_0(mine[mine["score"] == HEADLINE]), by=["against", "control_set"]),
         caption="Mean partial Spearman correlation within sequences, 95 % interval over documents (layer 0 in the table). "
         "Filled: p at most 0.05 after Benjamini-Hochberg over all measures, scores, layers and control sets.",
         table=mine[[*first, "estimate", "low", "high", "p", "p_corrected", *then]],
@@ -288,13 +291,13 @@ def _one_layer_sections(table: pd.DataFrame, quartiles: pd.DataFrame, best: str,
             f"{best} and compression, token by token, layer {layer}",
             "Each point is a token, its sequence's mean taken out of both. A cloud this wide with a line this flat is what "
             "most of these correlations are.",
-            figure=scatter(table, best, "compression", layer, x_scale="rank", y_scale="rank"),
+            figure=scatter(table, best, HEADLINE, layer, x_scale="rank", y_scale="rank"),
             caption=f"Ranks within sequences; line by least squares, band from a bootstrap of documents. {ALL_SHOWN}",
         ),
         Section(
             f"Joint density of {best} and compression, layer {layer}",
             "",
-            figure=joint_density(table, best, "compression", layer),
+            figure=joint_density(table, best, HEADLINE, layer),
             caption=f"Number of tokens, with both margins. {ALL_SHOWN}",
         ),
     ]
@@ -310,9 +313,15 @@ def _mixed_section(mixed: pd.DataFrame) -> Section:
 
 
 def _text_section(table: pd.DataFrame, best: str, layer: int) -> Section:
-    columns = [name for name in ("compression", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()]
-    view = token_view(table, columns, layer, seq=int(table["seq"].min()))
-    return Section("One text", f"The first sequence at layer {layer}, by several columns.", view=view)
+    columns = [
+        name for name in (HEADLINE, "contraction", best.removesuffix("_size"), TRUTH, "surprisal") if table[name].notna().any()
+    ]
+    view = token_view(table, columns, layer, seq=sequence_shown(table, HEADLINE))
+    return Section(
+        "One text",
+        f"A sequence at layer {layer}, by several columns; tokens without compression were not in its sample.",
+        view=view,
+    )
 
 
 def _remarks(ranking: pd.DataFrame, partials: pd.DataFrame, best: str) -> list[str]:
@@ -328,7 +337,7 @@ def _remarks(ranking: pd.DataFrame, partials: pd.DataFrame, best: str) -> list[s
         f"{first['estimate']:+.2f} (95 % interval {first['low']:+.2f} to {first['high']:+.2f}){fixed}; {first['how']}."
     ]
     for wording in ("with surprisal", "without surprisal"):
-        mine = partials[(partials["control_set"] == wording) & (partials["score"] == "compression") & (partials["against"] == best)]
+        mine = partials[(partials["control_set"] == wording) & (partials["score"] == HEADLINE) & (partials["against"] == best)]
         kept = mine[mine["p_corrected"] <= ALPHA]
         told.append(
             f"Exploration, {wording} among the controls: against {best}, {len(kept)} of {len(mine)} layers stay below "

@@ -1,16 +1,18 @@
-"""How every score moves over depth, and where it owes anything to the nearest neighbors."""
+"""How every score moves over depth, and where compression differs from its nulls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
 from basin_lens.analyzers import (
     Analyzer,
     AngularContraction,
+    Contraction,
     EffectiveRankChange,
     LocalDimension,
     MatrixEntropy,
@@ -18,34 +20,42 @@ from basin_lens.analyzers import (
     SymmetricContraction,
     names_of,
 )
+from basin_lens.analyzers.control import controls_of
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
-from basin_lens.studies.framework.control_scores import sampled_controls
-from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW, one_sided
+from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows, sequence_shown
 from basin_lens.studies.framework.units import unit_keys
-from basin_lens.studies.framework.wording import layers_said
+from basin_lens.studies.framework.wording import layers_said, opening, sentence
 from basin_lens.views import Section, forest, layer_curve, layer_view, position_map, result_curve
 
-CONTROLS = ("compression_random", "compression_radius_matched")
-ABOVE = tuple(f"above{name.removeprefix('compression')}" for name in CONTROLS)
+NULLS = ("compression_random_sets", "compression_isotropic")
+ABOVE_ISOTROPIC = "compression_above_isotropic"
+ABOVE = (HEADLINE, ABOVE_ISOTROPIC)
+PARTS = ("compression_place", "compression_directions")
+# Of contraction, by another choice of points.
+CHOICES = ("contraction_random", "contraction_radius_matched")
+_CHOSEN = 512  # tokens per layer with contraction of other points: enough for means over documents
 _SPLITS = 200  # random halvings of the documents behind the agreement between halves
 
+_FINDINGS = ("compression differs from that of random sets", "compression differs from that of isotropic displacements")
+
 HYPOTHESIS = (
-    "Declared before looking: the neighborhoods of nearest neighbors are compressed more than sets of as many random "
-    "points (compression above compression_random) at some layer, and more than equally tight neighborhoods of other "
-    "tokens (compression_radius_matched) at some layer. Tested over documents, the layer (not 0, where a state is its "
-    f"token alone) chosen on half of them and tested on the others, as one family (Holm). {IF_FEW}"
+    "Declared before looking: at some layer, compression differs from that of random sets of points, and at some layer from that "
+    "of isotropic displacements (random directions of the same lengths at the same place). Either direction: above them is a "
+    "basin, differences between a token's neighbors drawn together more at its own place than elsewhere; below them is the "
+    "opposite, the block telling apart what is near. Tested over documents, the layer (not 0, where a state is its token alone) "
+    f"chosen on half of them and tested on the others, as one family (Holm). {IF_FEW}"
 )
 
 
 def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, **options: object) -> Study:
-    """Follow every score over depth, beside its controls, and ask whether two halves of the documents tell the same story.
+    """Follow every score over depth, compression beside its nulls, and ask whether halves of the documents tell the same story.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
@@ -54,9 +64,9 @@ def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, 
         **options: of `basin_lens.studies.measure`, with texts; `layers="all"` for every layer.
 
     Returns:
-        a `Study` with tables `summary` (means, intervals, reliabilities by layer), `controls` (compression less its controls by
-        layer, max-|t| over layers), `halves` (agreement of the curves of two halves of the documents, by score), and `contrast` if
-        one was asked for.
+        a `Study` with tables `summary` (means, intervals, reliabilities by layer; how local neighborhoods are), `nulls`
+        (compression less that of its nulls by layer, max-|t| over layers), `halves` (agreement of the curves of two halves of the
+        documents, by score), and `contrast` if one was asked for.
 
     Raises:
         StudyError: too few documents, or options together with a `Measured`. Others as for `analyze`.
@@ -70,7 +80,7 @@ def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, 
         >>> study = bl.studies.study_layers(
         ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
         >>> sorted(study.tables)
-        ['controls', 'halves', 'summary']
+        ['halves', 'nulls', 'summary']
     """
     return run_study(SPEC, model, data, progress=progress, measure_options=options)
 
@@ -78,7 +88,7 @@ def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, 
 def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
     k, exclude = scoring.k, scoring.exclude
     return [
-        *sampled_controls(scoring),
+        *controls_of([Contraction(k=k, exclude=exclude, context=scoring.context)], queries=_CHOSEN),
         SymmetricContraction(k=k, exclude=exclude),
         AngularContraction(k=k, exclude=exclude, context=scoring.context),
         NeighborOverlap(k=k, exclude=exclude),
@@ -91,32 +101,36 @@ def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
 def _analysis(task: Task) -> Analysis:
     measured = task.measured
     task.step("curves")
-    table = measured.table.copy()
-    for name, control in zip(ABOVE, CONTROLS, strict=True):
-        table[name] = table["compression"] - table[control]
-    known = tables.columns(measured.table)
-    table = tables.with_columns(table, dict.fromkeys(ABOVE, known["compression"]))
+    table, known = with_isotropic(measured.table), tables.columns(measured.table)
     scores = [name for name, column in known.items() if column.analyzer not in _NOT_SCORES]
-    summary = tables.layer_summary(table, [*scores, *ABOVE])
+    summary = tables.layer_summary(table, [*scores, ABOVE_ISOTROPIC, *(name for name in CHOICES if name in known)])
+    scored = table["compression"].notna().groupby(table["layer"]).sum()
+    summary["compression_tokens"] = summary["layer"].map(scored)
 
-    task.step("controls")
+    task.step("nulls")
     against = attempt(stats.before_after, table, list(ABOVE), correction="max-t", **task.unit_and_seed)
 
     task.step("halves")
     return Analysis(
         table=table,
         tests=[
-            DeclaredTest(finding, name, one_sided(partial(stats.before_after, on=name, **task.unit_and_seed)), score=name)
+            DeclaredTest(finding, name, partial(stats.before_after, on=name, **task.unit_and_seed), score=name)
             for name, finding in zip(ABOVE, _FINDINGS, strict=True)
         ],
         red_flags=[Check(name, name) for name in ABOVE],
-        contrast=[*SCORES, *ABOVE],
+        contrast=[*SCORES, ABOVE_ISOTROPIC],
         tokens=measured.table,
-        tables={"summary": summary, "controls": against, "halves": halves_agree(table, scores, measured)},
+        tables={"summary": summary, "nulls": against, "halves": halves_agree(table, scores, measured)},
     )
 
 
-_FINDINGS = ("more than random neighbors", "more than equally tight neighborhoods")
+def with_isotropic(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with compression less that of isotropic displacements, in nats."""
+    answer = table.copy()
+    answer[ABOVE_ISOTROPIC] = answer["compression"] - answer["compression_isotropic"]
+    return tables.with_columns(answer, {ABOVE_ISOTROPIC: tables.Column("nats")})
+
+
 # What a reader needs beside scores, not scores of the block; attention and gradients have their own study.
 _NOT_SCORES = names_of("importance", "confound", "control")
 
@@ -136,14 +150,14 @@ def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> 
     lines = []
     for name in scores:
         wide = by_unit[name].unstack("layer")
-        wide = wide.loc[:, wide.notna().any()]
+        wide = wide.loc[:, wide.notna().any()].dropna(how="all")  # units without a token of the sample
         values = wide.to_numpy()
         found, apart = [], []
         for _ in range(_SPLITS):
             order = rng.permutation(len(values))
-            one, other = (np.nanmean(part, 0) for part in (values[order[: len(order) // 2]], values[order[len(order) // 2 :]]))
-            apart.append(float(np.nanmax(np.abs(one - other))) if len(one) else np.nan)
+            one, other = (_means(part) for part in (values[order[: len(order) // 2]], values[order[len(order) // 2 :]]))
             both = np.isfinite(one) & np.isfinite(other)
+            apart.append(float(np.abs(one - other)[both].max()) if both.any() else np.nan)
             if both.sum() >= 3 and np.ptp(one[both]) > 0 and np.ptp(other[both]) > 0:
                 found.append(float(pd.Series(one[both]).corr(pd.Series(other[both]), method="spearman")))
         middle = np.quantile(found, [0.025, 0.5, 0.975]) if found else np.full(3, np.nan)
@@ -165,65 +179,122 @@ def halves_agree(table: pd.DataFrame, scores: list[str], measured: Measured) -> 
     return pd.DataFrame(lines)
 
 
+def _means(values: Float[np.ndarray, "units layers"]) -> Float[np.ndarray, " layers"]:
+    """Means over units; NaN at a layer where none has a value."""
+    count = np.isfinite(values).sum(0)
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
+
+
 def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentation:
     layer = int(results.findings["layer"].iloc[0])
     figures = _figures(analysis)
+    rows = named_rows(results.findings)
     return Presentation(
-        sections=[*_curve_sections(analysis, figures), *_agreement_sections(task.measured, analysis, figures, layer)],
+        sections=[*_curve_sections(analysis, figures), *_agreement_sections(analysis, figures, layer)],
         figures=figures,
-        remarks=_remarks(results, analysis),
+        verdict=[
+            opening(results.decision, _direction(results), SPEC.if_no),
+            *([_direction(results)] if results.decision.startswith("in part") else []),
+            *(sentence(row, rows="tokens") for row in rows),
+            *_remarks(analysis),
+        ],
         not_tested=SPEC.said(layers=layers_said(task.measured)),
     )
 
 
+def _direction(results: Results) -> str:
+    """What the declared tests that hold say, by their sign."""
+    held = [row for row in named_rows(results.findings) if row.holds]
+    signs = {bool(row.estimate > 0) for row in held}
+    if len(signs) > 1:
+        return "Compression differs from its nulls, but not in one direction: " + "; ".join(map(_one_direction, held)) + "."
+    if signs == {True}:
+        where = "more at its own place than elsewhere"
+        return f"It is a basin: differences between a token's neighbors are drawn together {where} ({_held_at(held)})."
+    return (
+        "It is no basin but the opposite: differences between a token's neighbors are drawn together less at its own place than "
+        f"elsewhere, the block tells apart what is near ({_held_at(held)})."
+    )
+
+
+def _one_direction(row: Row) -> str:
+    return f"{'above' if row.estimate > 0 else 'below'} that of {_named(row)} at layer {int(row.layer)}"
+
+
+def _held_at(held: Sequence[Row]) -> str:
+    return ", ".join(f"{row.estimate:+.3f} nats against {_named(row)} at layer {int(row.layer)}" for row in held)
+
+
+def _named(row: Row) -> str:
+    return "random sets" if row.question == HEADLINE else "isotropic displacements"
+
+
 def _figures(analysis: Analysis) -> dict[str, Figure]:
-    table, against, agreement = analysis.table, analysis.tables["controls"], analysis.tables["halves"]
-    in_nats = [name for name in ("compression", "compression_other_token", "contraction") if name in table]
+    table, against, agreement = analysis.table, analysis.tables["nulls"], analysis.tables["halves"]
     return {
-        "compression-and-controls": layer_curve(table, ["compression", *CONTROLS]),
-        "above-controls-by-layer": result_curve(above_layer_0(against), by="score"),
-        "scores-in-nats": layer_curve(table, in_nats),
+        "compression-and-nulls": layer_curve(table, ["compression", *NULLS]),
+        "place-and-directions": layer_curve(table, list(PARTS)),
+        "above-nulls-by-layer": result_curve(above_layer_0(against), by="score"),
+        "contraction": layer_curve(table, ["contraction", *(name for name in CHOICES if name in table)]),
         "halves-agree": forest(agreement, "score", title="Agreement over layers of the curves of two halves of the documents"),
-        "compression-by-position": position_map(table, "compression"),
+        "compression-by-position": position_map(table, HEADLINE),
     }
 
 
 def _curve_sections(analysis: Analysis, figures: Mapping[str, Figure]) -> list[Section]:
-    summary, against = analysis.tables["summary"], analysis.tables["controls"]
-    columns = ["layer", "n_documents", "n_sequences", "n_tokens"]
-    for name in ("compression", "compression_other_token", "contraction", *CONTROLS):
-        columns += [c for c in (f"{name}_mean", f"{name}_low", f"{name}_high", f"{name}_reliability") if c in summary]
-    rest = [c for c in summary.columns if c.endswith("_mean") and c not in columns]
+    summary, against = analysis.tables["summary"], analysis.tables["nulls"]
+    counted = ["layer", "n_documents", "n_sequences", "n_tokens"]
+    of_compression = _columns(summary, ("compression", *NULLS, *ABOVE))
+    of_parts, of_contraction = _columns(summary, PARTS), _columns(summary, ("contraction", *CHOICES))
+    used = {*counted, *of_compression, *of_parts, *of_contraction}
+    rest = [c for c in summary.columns if c.endswith("_mean") and c not in used]
+    scored = [name for name in ("compression_tokens", "compression_local") if name in summary]
     return [
         Section(
-            "Compression beside its controls",
-            "The headline score, the same on random points, and on the neighbors of another token whose neighborhood "
-            "is just as tight. What the score gives there it does not owe to this neighborhood.",
-            figure=figures["compression-and-controls"],
+            "Compression beside its nulls",
+            "Compression, the same of random sets of points, and the same of isotropic displacements. Above them: a basin. Below "
+            "them: the block tells apart what is near. compression_local is the median variance of a neighborhood over that of a "
+            "random "
+            "set: how local neighborhoods are; compression_tokens, how many tokens have compression.",
+            figure=figures["compression-and-nulls"],
             caption="Mean over documents with 95 % intervals.",
-            table=summary[columns],
+            table=summary[["layer", *scored, *of_compression]],
         ),
         Section(
-            "Which layers differ from the controls",
-            "Compression less each control, token by token.",
-            figure=figures["above-controls-by-layer"],
+            "What compression is free of: place and directions",
+            "How a block contracts other neighborhoods at a token's place, and its neighbors' differences at other places.",
+            figure=figures["place-and-directions"],
+            caption="Mean over documents with 95 % intervals.",
+            table=summary[["layer", *of_parts]],
+        ),
+        Section(
+            "Which layers differ from the nulls",
+            "Compression less each null, token by token.",
+            figure=figures["above-nulls-by-layer"],
             caption="Mean difference with 95 % intervals over documents (layer 0 in the table); filled: p at most 0.05 by "
-            "max-|t| over all layers and both controls.",
+            "max-|t| over all layers and both nulls.",
             table=shown(against, "layer", "score", "n_documents"),
         ),
         Section(
-            "Every score over depth",
-            "The scores that are in nats, then the means of all others.",
-            figure=figures["scores-in-nats"],
+            "Contraction, and every other score over depth",
+            "How much a block shrinks neighborhoods at all, beside sets of as many random points, and the neighbors of another "
+            "token whose neighborhood is just as tight; then the means of all other scores.",
+            figure=figures["contraction"],
             caption="Mean over documents with 95 % intervals.",
-            table=summary[["layer", *rest]],
+            table=summary[[*counted, *of_contraction, *rest]],
         ),
     ]
 
 
-def _agreement_sections(measured: Measured, analysis: Analysis, figures: Mapping[str, Figure], layer: int) -> list[Section]:
-    first = int(analysis.table["seq"].min())
-    view = layer_view(measured.table, ["compression", "contraction", "compression_other_token"], seq=first)
+def _columns(summary: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Of some scores, those of the summary that a reader wants."""
+    every = [f"{name}_{what}" for name in names for what in ("mean", "low", "high", "reliability")]
+    return [column for column in every if column in summary]
+
+
+def _agreement_sections(analysis: Analysis, figures: Mapping[str, Figure], layer: int) -> list[Section]:
+    table = analysis.table
+    view = layer_view(table, [HEADLINE, *PARTS, "contraction"], seq=sequence_shown(table, HEADLINE))
     return [
         Section(
             "Do halves of the documents agree?",
@@ -235,32 +306,39 @@ def _agreement_sections(measured: Measured, analysis: Analysis, figures: Mapping
         ),
         Section(
             "By position",
-            "Compression over layers and positions.",
+            "Compression, less that of random sets, over layers and positions.",
             figure=figures["compression-by-position"],
             caption="Mean over documents.",
         ),
-        Section("One text, all layers", f"The first sequence; layer {layer} is where the declared test was made.", view=view),
+        Section(
+            "One text, all layers",
+            f"A sequence; tokens without compression were not in its sample. The first declared test was made at layer {layer}.",
+            view=view,
+        ),
     ]
 
 
-def _remarks(results: Results, analysis: Analysis) -> list[str]:
-    findings, summary = results.findings, analysis.tables["summary"]
-    against, agreement = analysis.tables["controls"], analysis.tables["halves"]
+def _remarks(analysis: Analysis) -> list[str]:
+    summary, against, agreement = (analysis.tables[name] for name in ("summary", "nulls", "halves"))
     told = []
-    if results.decision == "no" and (findings["estimate"] < 0).all():
-        told.append("The differences run the other way: the nearest neighbors are compressed less than the controls (see below).")
-    for name, control in zip(ABOVE, CONTROLS, strict=True):
+    for name, null in zip(ABOVE, NULLS, strict=True):
         mine = against[against["score"] == name]
-        more, less = (mine[(mine["p_corrected"] <= ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1))
+        above, below = (mine[(mine["p_corrected"] <= ALPHA) & (sign * mine["estimate"] > 0)]["layer"].tolist() for sign in (1, -1))
         told.append(
-            f"Against {control}: more at layers {more or 'none'}, less at {less or 'none'} of {mine['layer'].tolist()} "
-            "(max-|t| over layers and controls)."
+            f"Against {null}: above it at layers {above or 'none'}, below it at {below or 'none'} of {mine['layer'].tolist()} "
+            "(max-|t| over layers and nulls)."
         )
     lowest = summary["compression_reliability"].min() if "compression_reliability" in summary else float("nan")
     told.append(
         f"Mean compression runs from {summary['compression_mean'].min():+.3f} to "
         f"{summary['compression_mean'].max():+.3f} nats; its lowest split-half reliability over tokens is {lowest:.2f}."
     )
+    if "compression_local" in summary:
+        local = summary["compression_local"]
+        told.append(
+            f"Neighborhoods have {local.min():.2f} to {local.max():.2f} of the variance of random sets (medians over tokens, by "
+            "layer)."
+        )
     own = agreement[agreement["score"] == "compression"].iloc[0]
     told.append(
         f"Curves of two halves of the documents agree at {own['estimate']:.2f} (Spearman over {int(own['n_layers'])} "
@@ -272,12 +350,13 @@ def _remarks(results: Results, analysis: Analysis) -> list[str]:
 SPEC = StudySpec(
     name="layers",
     title="How does compression move over depth?",
-    question="How do scores move over depth, and where do they beat their controls?",
+    question="How do scores move over depth, and where does compression differ from its nulls?",
     hypothesis=HYPOTHESIS,
     tests=_FINDINGS,
     nulls=(
-        f"random points in place of the nearest neighbors ({CONTROLS[0]})",
-        f"the neighbors of another token whose neighborhood is just as tight ({CONTROLS[1]})",
+        f"random sets of points, each around its own centroid ({NULLS[0]})",
+        f"random directions of the neighbors' lengths around the neighbors' centroid ({NULLS[1]})",
+        "beside contraction: random points, and the neighbors of another token whose neighborhood is just as tight",
     ),
     not_tested=(
         "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
@@ -285,8 +364,8 @@ SPEC = StudySpec(
         "study robustness has the twin).",
         "Layers other than {layers}; other k, metrics and contexts (study robustness).",
     ),
-    if_yes="Nearest neighbors are compressed more than the controls at some layer.",
-    if_no="Nearest neighbors are not compressed more than the controls here.",
+    if_yes="Compression differs from its nulls at some layer, above them (a basin) or below them (telling apart).",
+    if_no="Compression does not reliably differ from its nulls here.",
     analyzers=_analyzers,
     analysis=_analysis,
     presentation=_presentation,

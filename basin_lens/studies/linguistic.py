@@ -17,7 +17,7 @@ from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import SCORES, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured, StudyData
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import (
     Analysis,
@@ -31,7 +31,7 @@ from basin_lens.studies.framework.spec import (
     own_options,
 )
 from basin_lens.studies.framework.study import Study
-from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.studies.framework.table_parts import above_layer_0, sequence_shown
 from basin_lens.studies.framework.wording import layers_said
 from basin_lens.studies.framework.words import CONTENT, FUNCTION, Part, tagged_tokens, word_table
 from basin_lens.studies.neighbor_composition import SYNTAX_FINDING, SYNTAX_FIRST, neighbor_shares, syntax_first
@@ -39,13 +39,13 @@ from basin_lens.texts import Passage, words_of
 from basin_lens.views import Section, distributions, result_curve, tag_intervals, token_view
 
 HYPOTHESIS = (
-    "Declared before looking: within a text, compression differs between function words and content words, and between "
-    "nouns and verbs (either direction), and parts of speech differ over texts and words at once (so that other words and other "
-    "texts would show it), at fixed word frequency, position, norm, neighborhood radius, share of equal tokens and surprisal. "
-    "Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, on the other "
-    "half; with the share of neighbors of the same tag, among those that are another word, having its center over depth "
-    "(layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family (Holm). "
-    + IF_FEW
+    "Declared before looking: within a text, compression (less that of random sets) differs between function words and content "
+    "words, and between nouns and verbs (either direction), and parts of speech differ over texts and words at once (so that "
+    "other words and other texts would show it), at fixed word frequency, position, norm, neighborhood radius, share of equal "
+    "tokens and surprisal. Each is tested at the layer (not 0, where a state is its token alone) chosen on half of the documents, "
+    "on the other half; with the share of neighbors of the same tag, among those that are another word, having its center over "
+    "depth (layers above 0) before that of the same document, both above chance (syntax early, topic late), they are one family "
+    "(Holm). " + IF_FEW
 )
 
 
@@ -195,13 +195,14 @@ def _analysis(task: Task) -> Analysis:
         table=words,
         tests=_tests(task, shares),
         red_flags=[
-            Check(question, "compression", options=one) for question, one in [*pairs, ("tag", {"tag": "tag", "n_resamples": 499})]
+            Check(question, HEADLINE, options=one) for question, one in [*pairs, ("tag", {"tag": "tag", "n_resamples": 499})]
         ],
         token_level=[
             *(Check(" - ".join(sides), list(SCORES), options={"group": column, "groups": sides}) for column, sides in _PAIRS),
             Check("tag", list(SCORES), options={"tag": "tag"}),
         ],
         tokens=tokens,
+        rows="words",
         tables=held if curves is None else {**held, "neighbor_shares": curves},
         details=_Details(source, shares is not None, curves),
     )
@@ -235,7 +236,7 @@ def _tag_effects(words: pd.DataFrame, task: Task) -> tuple[pd.DataFrame, pd.Data
         found = attempt(
             stats.tag_effect,
             words,
-            "compression",
+            HEADLINE,
             "tag",
             controls=controls,
             n_resamples=499,
@@ -257,7 +258,7 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
             " - ".join(sides),
             partial(
                 stats.compare_groups,
-                scores="compression",
+                scores=HEADLINE,
                 group=column,
                 groups=sides,
                 paired=True,
@@ -267,7 +268,7 @@ def _tests(task: Task, shares: pd.DataFrame | None) -> list[DeclaredTest]:
         )
         for column, sides in _PAIRS
     ]
-    by_tag = partial(stats.tag_effect, scores="compression", tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
+    by_tag = partial(stats.tag_effect, scores=HEADLINE, tag="tag", tests=["mixed"], controls=stats.CONTROLS, **shared)
     tests.append(DeclaredTest(_BY_TAG, "tag", by_tag))
     if shares is not None:
         held = shares
@@ -311,19 +312,20 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
 
 def _figures(words: pd.DataFrame, held: Mapping[str, pd.DataFrame], layer: int) -> dict[str, Figure]:
     groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
-    headline, mine = groups[groups["score"] == "compression"], means[means["score"] == "compression"]
+    headline, mine = groups[groups["score"] == HEADLINE], means[means["score"] == HEADLINE]
+    scored = words[words["tag"].notna() & words[HEADLINE].notna()]
     by_controls = [mine[mine["control_set"] == wording] for wording, _ in _CONTROL_SETS]
     return {
         "function-content-by-layer": result_curve(above_layer_0(headline), by=["group", "control_set"]),
         "tag-means": tag_intervals(*by_controls, layer=layer),
         "tag-effect-by-layer": result_curve(effect, by=["test", "control_set"]),
-        "compression-by-tag": distributions(words[words["tag"].notna()], "compression", "tag", layer),
+        "compression-by-tag": distributions(scored, HEADLINE, "tag", layer),
     }
 
 
 def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure], layer: int) -> list[Section]:
     groups, means, effect = held["groups"], held["tag_means"], held["tag_effect"]
-    view = token_view(measured.table, ["compression", "surprisal"], layer, seq=int(measured.table["seq"].min()))
+    view = token_view(measured.table, [HEADLINE, "contraction", "surprisal"], layer, seq=sequence_shown(measured.table, HEADLINE))
     return [
         Section(
             "Function and content words, nouns and verbs",
@@ -354,11 +356,11 @@ def _sections(measured: Measured, held: Mapping[str, pd.DataFrame], figures: Map
         ),
         Section(
             f"Distributions by tag, layer {layer}",
-            "All words of the texts; the spread within a tag is what most of the score is.",
+            "All words with compression; the spread within a tag is what most of the score is.",
             figure=figures["compression-by-tag"],
             caption="Median and quartiles; the number of words below.",
         ),
-        Section("One text", f"The first sequence at layer {layer}.", view=view),
+        Section("One text", f"A sequence at layer {layer}; tokens without compression were not in its sample.", view=view),
     ]
 
 
@@ -388,7 +390,7 @@ def _remarks(groups: pd.DataFrame, effect: pd.DataFrame) -> list[str]:
     told = []
     for wording, said in (("none", "without controls"), ("standard", "with controls")):
         for group in groups["group"].unique():
-            mine = groups[(groups["control_set"] == wording) & (groups["score"] == "compression") & (groups["group"] == group)]
+            mine = groups[(groups["control_set"] == wording) & (groups["score"] == HEADLINE) & (groups["group"] == group)]
             kept = mine[mine["p_corrected"] <= ALPHA]
             told.append(
                 f"Exploration, {group}, {said}: {len(kept)} of {len(mine)} layers below 0.05 after correction; "

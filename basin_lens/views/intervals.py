@@ -73,7 +73,7 @@ def forest(
     if not results["estimate"].notna().any():
         marks.say_nothing(axes)
     _rows(axes, rows)
-    axes.set_xlabel(marks.effect_label(results))
+    axes.set_xlabel(marks.wrapped(marks.effect_label(results), 56))
     marks.bare(axes)
     marks.legend(axes, looks, results, alpha, joined=False)
     marks.finish(figure, title or "", marks.sample(results))
@@ -133,7 +133,7 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
         if part["estimate"].notna().any():
             first.setdefault(score, axes)
         unit = marks.unit_of(results, str(score))
-        axes.set_ylabel(f"{marks.plain(score, 30)}{f' [{marks.plain(unit, 20)}]' if unit else ''}")
+        axes.set_ylabel(marks.wrapped(f"{marks.plain(score, 30)}{f' [{marks.plain(unit, 20)}]' if unit else ''}", 20))
         axes.set_xlabel(marks.plain(f"{_part(len(part) - 1)} of {against}", 34))
         axes.set_title(f"layer {layer}\n{_difference(part)}", fontsize=8, loc="left")
         marks.bare(axes)
@@ -250,7 +250,7 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
     _rows(axes, [f"{tag} (n = {int(counts[tag]):,})" for tag in order])
     if not both["estimate"].notna().any():
         marks.say_nothing(axes)
-    axes.set_xlabel(marks.effect_label(both))
+    axes.set_xlabel(marks.wrapped(marks.effect_label(both), 56))
     marks.bare(axes)
     marks.legend(axes, looks, both, alpha, joined=False)
     marks.finish(figure, f"{both['score'].iloc[0]} by tag at layer {layer}", f"{marks.sample(both)}; n: tokens with this tag")

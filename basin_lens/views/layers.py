@@ -66,9 +66,12 @@ def layer_curve(table: pd.DataFrame, column: str | Sequence[str]) -> Figure:
     units = list(dict.fromkeys(facts[name]["unit"] for name in columns if name in facts))
     axes.set_xlabel("layer")
     axes.set_ylabel(f"{columns[0] if len(columns) == 1 else 'score'} [{', '.join(units)}]")
-    documents = int(summary["n_documents"].max())
+    # Of a sample of the tokens, not every text has one.
+    there = table[columns].notna().any(axis=1)
+    counted = tables.layer_summary(tables.select(table, there), columns) if there.any() and not there.all() else summary
+    documents = int(counted["n_documents"].max())
     axes.set_title(
-        f"mean over {documents} document{'s' * (documents != 1)}, {int(summary['n_sequences'].max())} sequences; "
+        f"mean over {documents} document{'s' * (documents != 1)}, {int(counted['n_sequences'].max())} sequences; "
         "band: 95 % interval over documents",
         fontsize=9,
     )
@@ -128,7 +131,7 @@ def result_curve(
     if not results["estimate"].notna().any():
         marks.say_nothing(axes)
     axes.set_xlabel("layer")
-    axes.set_ylabel(marks.effect_label(results))
+    axes.set_ylabel(marks.wrapped(marks.effect_label(results), 40))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     marks.bare(axes)
     marks.legend(axes, looks, results, alpha)
@@ -195,7 +198,7 @@ def position_map(table: pd.DataFrame, column: str) -> Figure:
         marks.say_nothing(axes)
     described = tables.columns(table).get(column)
     bar = figure.colorbar(image, ax=axes, extend=beyond, pad=0.015)
-    bar.set_label(marks.plain(f"{column} [{described.unit if described else 'unit not known'}]"), fontsize=9)
+    bar.set_label(marks.wrapped(marks.plain(f"{column} [{described.unit if described else 'unit not known'}]"), 26), fontsize=8)
     bar.ax.tick_params(labelsize=8)
     axes.set_xlabel("position in the sequence [tokens]")
     axes.set_ylabel("layer")
@@ -203,7 +206,8 @@ def position_map(table: pd.DataFrame, column: str) -> Figure:
     axes.set_yticks(ticks, [str(means.index[tick]) for tick in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     marks.bare(axes)
-    words = [f"mean over {held['doc'].nunique():,} documents, {held['seq'].nunique():,} sequences (fewer where texts are shorter)"]
+    counted = held[held["value"].notna()]
+    words = [f"mean over {counted['doc'].nunique():,} documents, {counted['seq'].nunique():,} sequences (fewer in each cell)"]
     if step > 1:
         words.append(f"positions in bins of {step}")
     if beyond != "neither":

@@ -235,6 +235,11 @@ def legend(axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame,
         )
 
 
+def wrapped(label: str, letters: int) -> str:
+    """A label in lines of so many letters, words whole: one longer than its axis would be cut off."""
+    return "\n".join(textwrap.wrap(label, letters, break_long_words=False, break_on_hyphens=False))
+
+
 def effect_label(results: pd.DataFrame) -> str:
     """The name of the effect, of which score, and in which unit, as far as the rows agree."""
     effects = list(dict.fromkeys(results["effect"].dropna())) if "effect" in results else []

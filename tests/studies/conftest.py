@@ -8,7 +8,7 @@ import pytest
 
 from basin_lens.studies import Contrast
 from basin_lens.studies.framework import words
-from tests.studies.planted import QUIET, S, made_text, noise, plant, prompts, short_texts, with_importance
+from tests.studies.planted import QUIET, S, made_text, noise, plant_compression, prompts, short_texts, with_importance
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -51,11 +51,11 @@ def important(llama, measured):
 
 @pytest.fixture(scope="session")
 def deep(llama, measured):
-    """Compression above both controls at every layer, most at layer 1."""
+    """Compression above both nulls at every layer, most at layer 1."""
     table = measured.table
-    control = table[["compression_random", "compression_radius_matched"]].max(axis=1)
+    apart = (table["compression_isotropic"] - table["compression_random_sets"]).clip(lower=0)
     more = 0.2 + 0.3 * (table["layer"] == 1) + noise(table, 5, 0.1)
-    return S.study_layers(llama, plant(measured, compression=control + more), progress=False)
+    return S.study_layers(llama, plant_compression(measured, apart + more), progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def spoken(llama, measured):
     """Function words above content words, nouns like verbs."""
     tokens, _ = words.tagged_tokens(measured, "auto")
     values = 1.0 * tokens["tag"].isin(words.FUNCTION) + noise(tokens, 6, 0.3)
-    return S.study_linguistic(llama, plant(measured, compression=values), progress=False)
+    return S.study_linguistic(llama, plant_compression(measured, values), progress=False)
 
 
 # -- contrasts -------------------------------------------------------------------------------------------------------------------------
@@ -82,9 +82,9 @@ def prompted(llama):
 
 @pytest.fixture(scope="session")
 def sturdy(llama):
-    """An effect in the table only, not in the model: compression above random points, by surprisal's rank."""
+    """An effect in the table only, not in the model: compression above that of random sets."""
     data = short_texts(20, n_words=13)
     held = S.measure(llama, data, studies=["robustness"], layers=[1], max_length=40, **QUIET)
     table = held.table
-    values = table["compression_random"] + 1 + noise(table, 0, 0.2)
-    return held, S.study_robustness(llama, plant(held, compression=values), dtype=None, progress=False)
+    planted = plant_compression(held, 1 + noise(table, 0, 0.2))
+    return held, S.study_robustness(llama, planted, dtype=None, progress=False)

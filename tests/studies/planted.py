@@ -7,6 +7,7 @@ import pytest
 
 import basin_lens as bl
 from basin_lens.errors import StudyError
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.texts import TaggedPassage, Word
 from tests.analyzers.passes import counting
 
@@ -110,6 +111,13 @@ def plant(measured, table=None, **columns):
     return replace(measured, table=held)
 
 
+def plant_compression(measured, values, table=None, **columns):
+    """A copy whose compression is above that of random sets by these values, where there is compression: of a sample of the tokens."""
+    held = measured.table if table is None else table
+    above = np.where(held[HEADLINE].notna(), np.asarray(values, float), np.nan)
+    return plant(measured, table, **{HEADLINE: above, "compression": held["compression_random_sets"] + above}, **columns)
+
+
 def noise(table, seed=0, size=1.0):
     return size * np.random.default_rng(seed).normal(size=len(table))
 
@@ -123,7 +131,7 @@ def with_importance(measured, sign, seed=0):
     table = measured.table
     truth = standard(table["erasure"].rank().to_numpy())
     cheap = np.where(np.isnan(truth), noise(table, seed), truth + noise(table, seed + 1, 0.2))
-    return plant(measured, attention_received=cheap, compression=sign * cheap + noise(table, seed + 2, 0.5))
+    return plant_compression(measured, sign * cheap + noise(table, seed + 2, 0.5), attention_received=cheap)
 
 
 # -- contrasts -------------------------------------------------------------------------------------------------------------------------

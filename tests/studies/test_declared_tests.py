@@ -118,6 +118,10 @@ def test_notes_are_sentences_of_their_own():
         other["effect_unit"] = unit
         assert said in sentence(other)
     assert "+0.500 tokens (" in sentence(row, "tokens")
+    counted = row.copy()
+    counted["n_tokens"] = 1234
+    assert "8 units, 8 documents, 1,234 tokens. L" in sentence(counted, rows="tokens")
+    assert "8 units, 8 documents. L" in sentence(counted)
     out = row.copy()
     out["holds"], out["within_reach"] = False, False
     assert "x: undecided. " in sentence(out.copy())

@@ -15,8 +15,9 @@ from basin_lens.studies.framework.declared_tests import (
     declared_test,
     settle,
 )
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import named_rows
-from tests.studies.planted import S, noise, plant, standard, with_importance
+from tests.studies.planted import S, noise, plant, plant_compression, standard, with_importance
 
 # -- one measurement for all -----------------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def test_importance_that_is_planted_is_found(important):
     assert (important.findings.n_units == 8).all()  # the half that did not choose
     assert not flag(important, "vanishes under controls").fillna(True).any()
     partial = important.tables["partial_correlation"]
-    mine = partial[(partial.score == "compression") & (partial.against == "erasure")]
+    mine = partial[(partial.score == HEADLINE) & (partial.against == "erasure")]
     assert sorted(mine.control_set.unique()) == ["with surprisal", "without surprisal"]
     assert (mine.p_corrected <= 0.05).all() and (mine.estimate > 0).all()
     assert partial.n_tests.nunique() == 1 and partial.n_tests.iloc[0] == partial.p.notna().sum()
@@ -74,11 +75,11 @@ def test_red_flags_are_of_the_layers_that_can_be_chosen(measured):
     """All of it at layer 0, where a state is its token alone."""
     table = measured.table
     level = standard(table["surprisal"].to_numpy())
-    planted = plant(measured, compression=np.where(table["layer"] == 0, level, 0) + noise(table, 2))
-    flags = checked_red_flags(planted.table, "compression", "surprisal", controls=["position"])
+    planted = plant_compression(measured, np.where(table["layer"] == 0, level, 0) + noise(table, 2))
+    flags = checked_red_flags(planted.table, HEADLINE, "surprisal", controls=["position"])
     assert 0 not in flags.layer.dropna().tolist()
     assert flags.set_index("flag").raised["nothing survives correction"]
-    whole = bl.stats.red_flags(planted.table, "compression", "surprisal", controls=["position"])
+    whole = bl.stats.red_flags(planted.table, HEADLINE, "surprisal", controls=["position"])
     assert not whole.set_index("flag").raised["nothing survives correction"]
 
 
@@ -117,8 +118,8 @@ def by_control(measured, source, size=1.0):
     values = table["pos"] if source == "position" else table.groupby(["layer", "seq"])["surprisal"].rank()
     level = standard(values.to_numpy(float))
     truth = np.where(table["erasure"].notna(), level + noise(table, 11, size), np.nan)
-    return plant(
-        measured, erasure=truth, attention_received=level + noise(table, 12, 0.4), compression=level + noise(table, 13, size)
+    return plant_compression(
+        measured, level + noise(table, 13, size), erasure=truth, attention_received=level + noise(table, 12, 0.4)
     )
 
 
@@ -138,7 +139,7 @@ def test_what_surprisal_explains_is_no_finding(measured):
     planted = by_control(measured, "surprisal")
     found = declared_importance(planted)
     assert not found.holds.any()
-    flags = checked_red_flags(planted.table, "compression", "erasure", frequency=measured.frequency)
+    flags = checked_red_flags(planted.table, HEADLINE, "erasure", frequency=measured.frequency, min_tokens=importance.FEWEST_SCORED)
     assert flags[flags.flag == "vanishes under controls"].raised.all()
 
 

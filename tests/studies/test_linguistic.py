@@ -10,6 +10,7 @@ from basin_lens.studies.framework.declared_tests import (
     declared_test,
     settle,
 )
+from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import named_rows
 from tests.studies.planted import noise, standard
 
@@ -90,7 +91,7 @@ def test_word_table_of_a_measurement(measured):
         (last, own.nth(-1).set_index(keys)),
     ):
         one = table.set_index(keys).sort_index()
-        for column in ("compression", "surprisal", "erasure"):
+        for column in (HEADLINE, "contraction", "surprisal", "erasure"):
             np.testing.assert_allclose(one[column].to_numpy(float), expected.sort_index()[column].to_numpy(float))
     whole = {(p, i) for p, passage in enumerate(measured.capture.passages) for i in range(len(passage.words))}
     assert set(zip(mean.passage, mean.word.astype(int), strict=True)) <= whole
@@ -109,13 +110,13 @@ def test_a_planted_difference_between_kinds_of_words_is_found(spoken):
     assert row.holds and row.test.startswith("min F'") and row.estimate > 0.1 and row.layer > 0
     assert row.n_units == row.n_documents == 8 and row.p_corrected > row.p
     groups = spoken.tables["groups"]
-    mine = groups[(groups.score == "compression") & (groups.group == "function - content") & (groups.control_set == "none")]
+    mine = groups[(groups.score == HEADLINE) & (groups.group == "function - content") & (groups.control_set == "none")]
     assert mine.estimate.to_numpy() == pytest.approx(1, abs=0.1)
     assert (mine.p_corrected < 0.05).all()
     guide = spoken.findings.set_index("question").loc["function - content"]
     assert guide.guide_reading == "strong" and "t-test over tokens" in guide.guide_test
     means = spoken.tables["tag_means"]
-    mine = means[(means.score == "compression") & (means.control_set == "none") & (means.layer == 1)].set_index("tag")["mean"]
+    mine = means[(means.score == HEADLINE) & (means.control_set == "none") & (means.layer == 1)].set_index("tag")["mean"]
     assert mine[["DET", "ADP", "PRON"]].min() > mine[["NOUN", "VERB", "ADJ"]].max()
 
 
@@ -127,12 +128,12 @@ def test_a_difference_that_is_all_frequency_is_no_finding(measured):
     kind = table["tag"].map({**dict.fromkeys(words.FUNCTION, "function"), **dict.fromkeys(words.CONTENT, "content")})
     table["kind"] = kind
     table["log_frequency"] += 1.5 * (kind == "function")
-    table["compression"] = standard(table["log_frequency"].to_numpy()) + noise(table, 3, 0.1)
+    table[HEADLINE] = np.where(table[HEADLINE].notna(), standard(table["log_frequency"].to_numpy()) + noise(table, 3, 0.1), np.nan)
     table.attrs = dict(measured.table.attrs)
 
     def test(controls):
         return lambda part: bl.stats.compare_groups(
-            part, "compression", "kind", groups=("function", "content"), paired=True, controls=controls, n_resamples=499
+            part, HEADLINE, "kind", groups=("function", "content"), paired=True, controls=controls, n_resamples=499
         )
 
     before = settle("linguistic", [declared_test(table, test(()), measured, "x", "function - content")])
@@ -140,6 +141,6 @@ def test_a_difference_that_is_all_frequency_is_no_finding(measured):
     assert before.holds.all() and before.estimate.iloc[0] > 0.5
     assert not after.holds.any() and abs(after.estimate.iloc[0]) < 0.1
     # Another 1 on top of it is found whole: the controls do not take their share of it.
-    table["compression"] += 1.0 * (kind == "function")
+    table[HEADLINE] += 1.0 * (kind == "function")
     (row,) = named_rows(declared_test(table, test(bl.stats.CONTROLS), measured, "x", "function - content"))
     assert row.low < 1 < row.high and row.estimate == pytest.approx(1, abs=0.1)

@@ -13,11 +13,11 @@ from basin_lens.errors import BasinLensError, CaptureError, ModelError, Neighbor
 from basin_lens.studies import Contrast
 from basin_lens.studies.framework import contrast_report, registry, sequences
 from basin_lens.studies.framework import measurement as room
-from basin_lens.studies.framework.measured_texts import study_provenance
+from basin_lens.studies.framework.measured_texts import HEADLINE, study_provenance
 from basin_lens.studies.framework.wording import about_measured
 from tests.analyzers.passes import counting
 from tests.conftest import make_bridge, make_tokenizer, random_tokens
-from tests.studies.planted import QUIET, TEMPLATES, S, made_text, noise, plant, prompts, refused, short_texts
+from tests.studies.planted import QUIET, TEMPLATES, S, made_text, noise, plant, plant_compression, prompts, refused, short_texts
 
 # -- contrasts -------------------------------------------------------------------------------------------------------------------------
 
@@ -32,9 +32,9 @@ def test_spans_are_contrasted_within_prompts(llama, prompted):
             assert ((part.start < end) & (part.end > start)).all()
     # Planted: IO above S by 1, in every prompt.
     level = one.contrast.map({"IO": 1.0, "S": 0.0}).fillna(5.0).to_numpy()
-    study = S.study_layers(llama, plant(prompted, compression=level + noise(one, 0, 0.1)), progress=False)
+    study = S.study_layers(llama, plant_compression(prompted, level + noise(one, 0, 0.1)), progress=False)
     found = study.tables["contrast"]
-    row = found[(found.score == "compression") & (found.control_set == "none")].iloc[0]
+    row = found[(found.score == HEADLINE) & (found.control_set == "none")].iloc[0]
     assert row.estimate == pytest.approx(1, abs=0.2) and row.n_units == len(TEMPLATES) and row.unit == "template"
     assert row.p == pytest.approx(2 / 2 ** len(TEMPLATES))
     assert any("Contrast: span: IO - S" in line for line in study.about)
@@ -50,8 +50,8 @@ def test_labels_are_contrasted_between_texts(prompted):
     assert not contrast_report.is_paired(table)
     side = table.contrast.eq("True").to_numpy()
     held = plant(replace(prompted, contrast=contrast, settings={**prompted.settings, "unit": "document"}), table)
-    held = plant(held, compression=2.0 * side + noise(table, 0, 0.5))
-    section, found, _ = contrast_report.contrast_section(held.table, ["compression"], held)
+    held = plant_compression(held, 2.0 * side + noise(table, 0, 0.5))
+    section, found, _ = contrast_report.contrast_section(held.table, [HEADLINE], held)
     row = found[found.control_set == "none"].iloc[0]
     assert row.estimate == pytest.approx(2, abs=0.2) and row.p <= 0.001 and row.n_units == 3 * len(TEMPLATES)
     assert "between whole units" in section.text
@@ -172,6 +172,23 @@ def test_what_is_measured_is_said(measured, texts):
     assert len(texts) == 18
 
 
+def test_compression_is_of_a_sample_and_everything_else_of_all_tokens(measured):
+    """So many tokens of a sequence, of every document; those where erasure is known first, or few tokens would have both."""
+    table = measured.table[measured.table.layer == 1]
+    scored, known = table[HEADLINE].notna(), table.erasure.notna()
+    assert 540 < scored.sum() <= room.COMPRESSION_TOKENS < table.contraction.notna().sum()
+    assert table[scored].doc.nunique() == measured.n_units
+    by_sequence = scored.groupby(table.seq).sum()
+    assert by_sequence.max() <= room.PER_SEQUENCE and (by_sequence > 0).sum() == room.COMPRESSION_TOKENS / room.PER_SEQUENCE
+    both = (scored & known).groupby(table.seq).sum()[by_sequence > 0]
+    assert both.mean() > 14
+    (line,) = (line for line in about_measured(measured) if line.startswith("Compression and its nulls: "))
+    assert f"{int(scored.sum()):,}" in line and f"{measured.n_units} documents" in line
+    # Kept neighbors are those of all tokens.
+    later = (table.pos > 0).to_numpy()
+    assert measured.neighbors.score == "contraction" and (measured.neighbors.rows[1][later] >= 0).all()
+
+
 def test_integrated_gradients_of_some_sequences_only(measured):
     table = measured.table
     there = table.groupby("seq")["integrated_gradients"].apply(lambda column: column.notna().any())
@@ -194,7 +211,7 @@ def test_integrated_gradients_are_those_of_the_sequence(llama, measured):
 def test_one_pass_serves_the_importance_study(llama, monkeypatch):
     """One batch: a forward pass for all, a backward pass per target, and those that erasure and transport say they need."""
     data = short_texts(8)
-    options = {"layers": [1], "max_length": 40, "context": "native", **QUIET}
+    options = {"layers": [1], "max_length": 40, **QUIET}
     with counting(monkeypatch) as (plain, none):
         S.measure(llama, data, studies=["linguistic"], **options)
     with counting(monkeypatch) as (forward, backward):

@@ -8,7 +8,7 @@ from basin_lens import stats
 from basin_lens.errors import StudyError, TableError
 from basin_lens.studies.framework.table_parts import above_layer_0
 
-LAYER_FREE = ("surprisal", "agreement", "surprisal_change", "agreement_change")
+LAYER_FREE = ("surprisal", "agreement", "surprisal_change", "agreement_change", "next_token_entropy")
 
 
 def attempt(

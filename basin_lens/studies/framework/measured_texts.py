@@ -17,16 +17,18 @@ from basin_lens.values import Facts
 HEADLINE = "compression_above_random_sets"
 # The scores that every study looks at, the headline first.
 SCORES = (HEADLINE, "compression_place", "compression_directions", "contraction", "raw_compression")
+# Beside one for each control, so many tokens of a sequence are asked for in correlations within texts: compression is of a sample.
+FEWEST_SCORED = 6
 
 
 @dataclass(frozen=True)
 class Measured:
     """Texts, what was measured on them, and how: what a study takes in place of texts.
 
-    `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of the
-    headline score. `bank`: as for `analyze`. `frequency`: share of each token id among all tokens of the texts given, whether
-    measured or not. `settings`: plain JSON. `studies`: those whose scores are there. `planned`: all sequences given, unread unless
-    a capture was given.
+    `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of
+    `Contraction`, of all tokens, where the headline score is of some. `bank`: as for `analyze`. `frequency`: share of each token id
+    among all tokens of the texts given, whether measured or not. `settings`: plain JSON. `studies`: those whose scores are there.
+    `planned`: all sequences given, unread unless a capture was given.
     """
 
     capture: Capture

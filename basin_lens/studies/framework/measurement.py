@@ -24,6 +24,8 @@ from basin_lens.transport import CONTEXTS, Context
 from basin_lens.values import Facts, Layers, whole_numbers
 
 COMPRESSION_TOKENS = 600  # of a layer: those that studies cross
+# Of a sequence, before the next is taken: a level and six slopes in each take their share, and what is left must do for curves.
+PER_SEQUENCE = 24
 
 
 @whole_numbers(StudyError)
@@ -68,8 +70,9 @@ def measure(
         max_length: tokens per sequence.
         integrated: so many sequences, of different documents, get integrated gradients (of the states that enter the middle
             block), which cost about a hundred forward passes each.
-        compression_tokens: at most so many tokens per layer have compression and its nulls, a seeded sample, because each costs
-            dozens of passes of the block; None: all.
+        compression_tokens: at most so many tokens per layer have compression and its nulls, because each costs dozens of passes of
+            the block: 24 of one sequence, then of the next, each of another document first, and of all once more while any are
+            left. None: all tokens; few tokens of a span, in long texts, may need it.
         seed: of every random choice.
         check: called with the texts chosen, before the model runs: what a study refuses.
         progress: show progress bars.
@@ -107,7 +110,9 @@ def measure(
     if check is not None:
         check(capture)
     request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    run = score(model, capture, request, keep_neighbors_of=headline if headline in request.chosen else None)
+    # Of all tokens; the headline has looked at some.
+    everyone = next((one for one in request.chosen if one == _contraction(headline)), None)
+    run = score(model, capture, request, keep_neighbors_of=everyone)
     table = run.table
     (facts,) = tables.provenance(table).values()
     settings: Facts = {
@@ -231,7 +236,12 @@ def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, un
 
 def headline_of(k: int, context: Context, exclude: str, tokens: int | None = COMPRESSION_TOKENS) -> Compression:
     """The headline score, of at most so many tokens per layer."""
-    return Compression(k=k, context=context, exclude=exclude, queries=tokens)
+    per_sequence = None if tokens is None else PER_SEQUENCE
+    return Compression(k=k, context=context, exclude=exclude, queries=tokens, per_sequence=per_sequence)
+
+
+def _contraction(headline: Compression) -> Contraction:
+    return Contraction(k=headline.k, exclude=headline.exclude, context=headline.context)
 
 
 def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
@@ -241,7 +251,7 @@ def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Anal
     if any(spec.shared_scores for spec in specs):
         answer = [
             headline,
-            Contraction(k=k, exclude=exclude, context=context),
+            _contraction(headline),
             RawCompression(k=k, exclude=exclude),
             Neighborhood(k=k, exclude=exclude),
             *answer,

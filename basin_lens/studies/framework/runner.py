@@ -154,8 +154,9 @@ def _verdict(spec: StudySpec, analysis: Analysis, results: Results, shown: Prese
     if shown.verdict is not None:
         return shown.verdict
     units = {one.question: one.unit for one in analysis.tests}
+    rows = {one.question: "" if one.over_layers else analysis.rows for one in analysis.tests}
     return [
         opening(results.decision, spec.if_yes, spec.if_no),
-        *(sentence(row, units.get(row.question, "")) for row in named_rows(results.findings)),
+        *(sentence(row, units.get(row.question, ""), rows.get(row.question, "")) for row in named_rows(results.findings)),
         *shown.remarks,
     ]

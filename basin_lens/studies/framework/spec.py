@@ -135,6 +135,7 @@ class Analysis:
         contrast: scores to compare where a contrast was asked for; none: the study has no such section.
         tokens: the table that the study's folder keeps, a row per token and layer; None: none.
         tables: results by name.
+        rows: what a row of the table is, to be counted in the verdict, such as `"tokens"`; empty: not counted.
         details: whatever the study needs again when it presents its results.
     """
 
@@ -145,6 +146,7 @@ class Analysis:
     contrast: Sequence[str] = SCORES
     tokens: pd.DataFrame | None = None
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    rows: str = ""
     details: object = None
 
 

@@ -20,3 +20,8 @@ def above_layer_0(table: pd.DataFrame) -> pd.DataFrame:
     if "layer" not in table.columns or not (table["layer"] > 0).any():
         return table
     return tables.select(table, table["layer"] > 0)
+
+
+def sequence_shown(table: pd.DataFrame, column: str) -> int:
+    """The sequence to show as text: the first of those with most values of a column, which may be of a sample of the tokens."""
+    return int(table.groupby("seq")[column].count().idxmax())

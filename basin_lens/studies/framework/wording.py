@@ -3,7 +3,7 @@
 import pandas as pd
 
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.table_parts import Row
 
 
@@ -22,11 +22,28 @@ def about_measured(measured: Measured) -> list[str]:
         + (f"; {rest}." if rest else "."),
         f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
         f"the same {chosen['exclude']}.",
+        *_sampled(measured),
         f"Tests and intervals are over {measured.n_units} units ({measured.unit}); tokens of one text are not independent.",
     ]
     if measured.contrast is not None:
         sentences.append(f"Contrast: {measured.contrast.title}.")
     return sentences
+
+
+def _sampled(measured: Measured) -> list[str]:
+    """Of how many tokens the headline score is, where it is not of all."""
+    table = measured.table
+    if HEADLINE not in table.columns:
+        return []
+    there = table[HEADLINE].notna()
+    by_layer = there.groupby(table["layer"]).sum()
+    fewest, most = int(by_layer.min()), int(by_layer.max())
+    tokens = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    documents = table[there]["doc"].nunique()
+    return [
+        f"Compression and its nulls: {tokens} tokens of a layer, of {documents} documents; what is said of compression is of "
+        "these. Contraction and the other scores: all tokens."
+    ]
 
 
 def layers_said(measured: Measured) -> str:
@@ -44,8 +61,12 @@ def opening(decision: Decision, yes: str, no: str) -> str:
     return said + (" But red flags are raised (below): do not cite this as it stands." if decision.endswith("flags") else "")
 
 
-def sentence(row: Row, unit: str = "") -> str:
-    """One finding in words, with its figures and its note. `unit`: of the estimate; if left out, that in `effect_unit`."""
+def sentence(row: Row, unit: str = "", rows: str = "") -> str:
+    """One finding in words, with its figures and its note.
+
+    `unit`: of the estimate; if left out, that in `effect_unit`. `rows`: what was counted in `n_tokens`, such as tokens; if left
+    out, their number is not told.
+    """
     told = unit or getattr(row, "effect_unit", None)
     measure = f" {told}" if isinstance(told, str) and told else ""
     layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
@@ -60,8 +81,13 @@ def sentence(row: Row, unit: str = "") -> str:
     note = as_sentence(row.note, "Significant, but " if denied else "")
     return (
         f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
-        f"units, {int(row.n_documents)} documents.{note and ' '}{note}"
+        f"units, {int(row.n_documents)} documents{_counted(row, rows)}.{note and ' '}{note}"
     )
+
+
+def _counted(row: Row, rows: str) -> str:
+    count = getattr(row, "n_tokens", None)
+    return f", {int(count):,} {rows}" if rows and not pd.isna(count) else ""
 
 
 def as_sentence(note: object, opening: str = "") -> str:
