@@ -49,13 +49,14 @@ def check_cache(model: HookedModel, capture: CapturedStates, layers: Iterable[in
     if not open_:
         return
     with measuring(model):
-        blocks = [_Blocks(model, capture, seqs) for seqs in _sides(model, capture)]
+        sides = _sides(model, capture)
+        blocks = [_Blocks(model, capture, seqs) for seqs in sides]
         for layer in open_:
             for some in blocks:
                 some.check(layer)
         # Last, because of another model's states the blocks say more.
         if _TOKENS not in capture._checked:
-            _check_tokens(model, capture)
+            _check_tokens(model, capture, sides)
             capture._checked.add(_TOKENS)
         capture._checked.update(open_)
 
@@ -91,7 +92,7 @@ def _scale(capture: CapturedStates, states: Float[Tensor, "rows d"]) -> float:
     return float(states[capture.row_pos > 0].square().mean().sqrt().clamp_min(1e-12))
 
 
-def _check_tokens(model: HookedModel, capture: CapturedStates) -> None:
+def _check_tokens(model: HookedModel, capture: CapturedStates, sides: Sequence[list[int]]) -> None:
     """Refuse states that are not those of the tokens at their places: blocks alone would not show that these are another's."""
     held = capture._readings.get(ENTRY)
     layer = 0 if held is not None else min(capture.layers)
@@ -101,7 +102,7 @@ def _check_tokens(model: HookedModel, capture: CapturedStates) -> None:
         first = right_padded(held, capture._readings["valid"], capture.valid.shape[1], square=False)
         states = first[capture.valid]
     scale, tolerance = _scale(capture, states), min(_OTHER, (layer + 1) * tolerance_of(model, capture))
-    for seqs in _sides(model, capture):
+    for seqs in sides:
         length = int(capture.lengths[seqs].max())
         for part, valid in _parts(capture, seqs, length, max(1, TOKENS_PER_PASS // length)):
             rows = _rows(capture, part)

@@ -38,11 +38,17 @@ def keep_values(
 
 @contextmanager
 def all_or_none(capture: CapturedStates, analyzers: Sequence[TokenMeasure]) -> Iterator[None]:
-    """Columns that were only begun when an error or an interruption came must not pass for filled ones."""
-    begun = {a.key for a in analyzers} - capture.columns.keys()
+    """Columns that were only begun when an error or an interruption came must not pass for filled ones: they are as before."""
+    before = {
+        a.key: {name: column.clone() for name, column in capture.columns[a.key].items()} if a.key in capture.columns else None
+        for a in analyzers
+    }
     try:
         yield
     except BaseException:
-        for key in begun:
-            capture.columns.pop(key, None)
+        for key, held in before.items():
+            if held is None:
+                capture.columns.pop(key, None)
+            else:
+                capture.columns[key] = held
         raise

@@ -34,7 +34,7 @@ class Capture(CapturedStates):
         labels: labels of each sequence.
         layers: the layers L for which `resid_pre(L)` and `resid_post(L)` are there.
         model: fingerprint, name, sizes and weight processing of the model.
-        columns: values of token analyzers by `analyzer.key`, then column, `[n_layers or 1, rows]`.
+        columns: values of token analyzers by `analyzer.key`, then column, `[n_layers or 1, rows]`; NaN at layers never asked for.
 
     Example:
         >>> import basin_lens as bl

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -145,8 +146,9 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"], *, only_f
     Args:
         model: a hooked model.
         tokens: token ids.
-        only_first: the pass costs no more than its first block, whose answer stands for the answers of the others, and ends behind
-            the last one.
+        only_first: the pass ends behind the last block and computes none of them: each answers what enters it, in the form that the
+            first block's answer for one token has. Where that form says more than states, the first block is computed, and its
+            answer stands for the answers of the others.
 
     Raises:
         TransportError: a block ran more than once in the pass (recurrent depth), or not at all.
@@ -158,18 +160,18 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"], *, only_f
         calls[layer].append(BlockCall(tuple(_slot(value) for value in args[1:]), rest))
 
     handles = []
-    try:
-        for layer, block in enumerate(model.blocks):
-            handles.append(
-                block.register_forward_pre_hook(
-                    lambda _module, args, kwargs, layer=layer: remember(layer, args, kwargs), with_kwargs=True
+    with measuring(model), _first_block_alone(model) if only_first else nullcontext():
+        try:
+            for layer, block in enumerate(model.blocks):
+                handles.append(
+                    block.register_forward_pre_hook(
+                        lambda _module, args, kwargs, layer=layer: remember(layer, args, kwargs), with_kwargs=True
+                    )
                 )
-            )
-        with measuring(model), _first_block_alone(model) if only_first else nullcontext():
             forward_pass(model, tokens, {})
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     for layer, seen in enumerate(calls):
         if len(seen) != 1:
             raise TransportError(
@@ -181,20 +183,26 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"], *, only_f
 
 @contextmanager
 def _first_block_alone(model: HookedModel) -> Iterator[None]:
-    """Passes compute the first block; the others answer what it answered, and the final norm ends the pass."""
+    """Passes compute the first block on one token, or on theirs if they must; the final norm ends the pass."""
     answers: list[object] = []
+    answered = _form_of_answers(model)
 
     def leave(*_: object) -> None:
         raise _Recorded
 
-    others = [vars(block) for block in list(model.blocks)[1:]]
+    def answer(*args: Any, **kwargs: Any) -> object:
+        if answered is None:
+            return answers[-1]
+        return answered(args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["resid_pre"])
+
+    others = [vars(block) for block in list(model.blocks)[1 if answered is None else 0 :]]
     own = [held.get("forward") for held in others]
     handles = [model.blocks[0].register_forward_hook(lambda _module, _args, output: answers.append(output))]
     if (norm := getattr(model, "ln_final", None)) is not None:
         handles.append(norm.register_forward_pre_hook(leave))
     try:
         for held in others:
-            held["forward"] = lambda *_, **__: answers[-1]
+            held["forward"] = answer
         with suppress(_Recorded):
             yield
     finally:
@@ -204,6 +212,29 @@ def _first_block_alone(model: HookedModel) -> Iterator[None]:
             held.pop("forward", None)
             if forward is not None:
                 held["forward"] = forward
+
+
+def _form_of_answers(model: HookedModel) -> Callable[[Tensor], object] | None:
+    """What a block answers besides states, seen on one token: states -> such an answer. None: something that depends on them."""
+    answers: list[object] = []
+
+    def leave(_module: object, _args: object, output: object) -> None:
+        answers.append(output)
+        raise _Recorded
+
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    handle = model.blocks[0].register_forward_hook(leave)
+    try:
+        with suppress(_Recorded):
+            forward_pass(model, tokens, {})
+    finally:
+        handle.remove()
+    match answers:
+        case [Tensor(ndim=3)]:
+            return lambda states: states
+        case [(Tensor(ndim=3), *rest)] if isinstance(answers[0], tuple) and all(value is None for value in rest):
+            return lambda states: (states, *rest)
+    return None
 
 
 def call_block(

@@ -45,6 +45,8 @@ def check_lengths(model: HookedModel, lengths: list[int]) -> None:
 
 def one_side(model: HookedModel, lengths: list[int]) -> int | None:
     """The length at which batches must be parted: None, unless a longrope model's boundary lies between the sequences' lengths."""
+    if min(lengths) == max(lengths):  # nothing lies between: the model need not be walked
+        return None
     rule = length_rule(model)
     if rule is None or rule.kind != "longrope" or not min(lengths) <= rule.length < max(lengths):
         return None

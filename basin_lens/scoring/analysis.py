@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
-from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, read_states
+from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, layers_asked, read_states
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
@@ -99,7 +99,7 @@ def score(
     of_tokens = plan.of_tokens
     if not capture.is_read:
         read_states(model, capture, of_tokens, batch_size=request.batch_size, progress=request.progress)
-    again = fill_columns(model, capture, of_tokens, progress=request.progress)
+    again = fill_columns(model, capture, of_tokens, layers=plan.layers, progress=request.progress)
     results = Results.empty(plan, capture.n_rows)
     results.take_columns(capture)
     kept = None if run is None else _conduct(run, results, progress=request.progress)
@@ -124,13 +124,7 @@ def _planned(model: HookedModel, data: Capture | Texts, request: Request) -> tup
     if request.attention_mask is not None:
         raise CaptureError("expected token ids with attention_mask, got a Capture. Give the mask where it is made.")
     data.check_model_is(model)
-    layers = data.layers if request.layers is None else check_layers(model, request.layers)
-    if not set(layers) <= set(data.layers):
-        raise CaptureError(
-            f"expected layers of the capture {list(data.layers)}, got {sorted(set(layers) - set(data.layers))}. "
-            "Capture again with layers=[...]."
-        )
-    plan = Plan(layers, n_layers(model), request.chosen, request.seed)
+    plan = Plan(layers_asked(model, data, request.layers), n_layers(model), request.chosen, request.seed)
     check_cache(model, data, plan.path)
     return data, plan
 

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/foreign_cache.py [SEQUENCES]
 
-For one, five and all layers of SmolLM2-135M: processor time of `check_cache` over that which the same blocks take in the model's own
-pass over the same sequences, median over rounds of the ratio within a round, one thread; and tokens that go through blocks (their
-feed-forwards) in the check, over those of one pass of each block that is asked for. Prints what it measures; the last line is JSON.
+For one, five and all layers of SmolLM2-135M: processor time of `check_cache`, and of a score of tokens (`StateNorm`, check and
+values), over that which the same blocks take in the model's own pass over the same sequences, median over rounds of the ratio within
+a round, one thread; and tokens that go through blocks (their feed-forwards) meanwhile, over those of one pass of each block that is
+asked for. Prints what it measures; the last line is JSON.
 """
 
 import json
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 import torch
 
 import basin_lens as bl
-from basin_lens.capture import check_cache
+from basin_lens.capture import check_cache, fill_columns
 from basin_lens.texts import reference_passages
 
 LENGTH, ROUNDS, PER_PASS = 128, 3, 8
@@ -72,30 +73,40 @@ def main() -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=lambda name: "hook_resid" in name)
     asked = {"1": [12], "5": [0, 7, 15, 22, depth - 1], str(depth): list(range(depth))}
-    ratios: dict[str, list[float]] = {name: [] for name in asked}
-    shares: dict[str, float] = {}
+    ways = {
+        "check": check_cache,
+        "state norm": lambda model, capture, layers: fill_columns(
+            model, capture, [bl.analyzers.StateNorm()], layers=layers, progress=False
+        ),
+    }
+    ratios: dict[str, dict[str, list[float]]] = {way: {name: [] for name in asked} for way in ways}
+    shares: dict[str, dict[str, float]] = {way: {} for way in ways}
     for _ in range(ROUNDS):
         with torch.no_grad(), watched(model) as (_seen, own):
             for part in tokens.split(PER_PASS):
                 model(part, return_type="logits")
-        for name, layers in asked.items():
-            capture = bl.Capture.from_cache(model, tokens, cache)
-            start = time.process_time()
-            check_cache(model, capture, layers)
-            ratios[name].append((time.process_time() - start) / sum(own[layer] for layer in layers))
-            capture = bl.Capture.from_cache(model, tokens, cache)
-            if name not in shares:
-                with watched(model) as (seen, _):
-                    check_cache(model, capture, layers)
-                shares[name] = seen.total() / (len(layers) * tokens.numel())
-    found = {name: round(statistics.median(every), 3) for name, every in ratios.items()}
-    for name in asked:
-        print(f"layers asked: {name:>2}; time over that of one pass of these blocks: {found[name]:.2f}; tokens: {shares[name]:.2f}")
+        for way, run in ways.items():
+            for name, layers in asked.items():
+                capture = bl.Capture.from_cache(model, tokens, cache)
+                start = time.process_time()
+                run(model, capture, layers)
+                ratios[way][name].append((time.process_time() - start) / sum(own[layer] for layer in layers))
+                if name not in shares[way]:
+                    capture = bl.Capture.from_cache(model, tokens, cache)
+                    with watched(model) as (seen, _):
+                        run(model, capture, layers)
+                    shares[way][name] = round(seen.total() / (len(layers) * tokens.numel()), 3)
+    found = {way: {name: round(statistics.median(every), 3) for name, every in held.items()} for way, held in ratios.items()}
+    for way in ways:
+        for name in asked:
+            print(
+                f"{way}, layers asked: {name:>2}; time over one pass of these: {found[way][name]:.2f}; tokens: {shares[way][name]:.2f}"
+            )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     print(json.dumps({
         "benchmark": "foreign_cache", "commit": commit, "device": platform.processor() or platform.machine(), "threads": 1,
         "load": round(os.getloadavg()[0], 1), "model": "smollm2-135m", "sequences": count, "length": LENGTH, "rounds": ROUNDS,
-        "over_block_passes": found, "tokens_over_block_passes": {name: round(share, 3) for name, share in shares.items()},
+        "over_block_passes": found, "tokens_over_block_passes": shares,
     }))  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def leaves(value):
 
 @pytest.mark.parametrize("family", SERVED)
 def test_arguments_are_recorded_without_running_the_blocks(family):
-    """Every block is called with what a whole pass calls it with, though the first alone computes."""
+    """Every block is called with what a whole pass calls it with, though the first alone computes: one token, and the sequence only
+    where it answers more than states."""
     model, tokens = model_of(family.name, family.kind), random_tokens(1, 9)
     runs = [0] * len(model.blocks)
 
@@ -101,7 +102,9 @@ def test_arguments_are_recorded_without_running_the_blocks(family):
     again = door.record_calls(model, tokens)
     for handle in handles:
         handle.remove()
-    assert runs == [3 * (runs[-1] // 2)] + [runs[-1]] * (len(runs) - 1) and runs[-1] >= 2
+    once = runs[-1] // 2
+    assert runs[1:] == [2 * once] * (len(runs) - 1) and once >= 1
+    assert runs[0] in (3 * once, 4 * once)
     for other in (quick, again):
         for call, expected in zip(other, whole, strict=True):
             assert call.kwargs.keys() == expected.kwargs.keys()
