@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the process that only hands tests to others imports neither
 TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
 VOCAB = 211
+MEASURED_ONCE = ("tests/studies/",)
 TRAINED = Path(__file__).parent / "fixtures" / "trained"
 
 
@@ -150,6 +151,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Named tests run in this process: each worker would first import torch and TransformerLens for ten seconds."""
     named = [name for name in config.invocation_params.args if "::" in str(name) or str(name).endswith(".py")]
     return 0 if 0 < len(named) < 4 else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file at a time, and a room whole whose files share measurements that take longer than most files: they are made once,
+    not in every worker. It has the most tests, so it is begun first."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((room for room in MEASURED_ONCE if nodeid.startswith(room)), None) or super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -218,7 +218,7 @@ def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, m
 def test_stopping_early_changes_no_file(llama, method, backend):
     """At every bound: the file as without one, or none where it is not below."""
     coder = codec.TextCodec(llama, method, backend, streams=2, context=10)
-    plain, tokens = coder.prepared(TEXT[:150])
+    plain, tokens = coder.prepared(TEXT[:80])
     whole = coder.encode_text(plain, tokens)
     for below in (0, len(whole) - 100, len(whole) - 1, len(whole), len(whole) + 1, len(whole) + 9, 1 << 20):
         assert coder._coded(plain, tokens, below=below) == (whole if len(whole) < below else None), below

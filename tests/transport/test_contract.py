@@ -3,6 +3,7 @@
 Everything is held against R0, rerunning the whole model with a hook, within 1e-4 of the states' scale.
 """
 
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,8 @@ FEW = ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in
 class Held:
     """A family's tiny model, its capture, and the oracle."""
 
-    def __init__(self, family):
-        self.model, self.capture = model_of(family.name, family.kind), capture_of(family.name, family.kind)
+    def __init__(self, name, kind):
+        self.model, self.capture = model_of(name, kind), capture_of(name, kind)
         self.probe = Probe(self.model, int(self.capture.lengths.max()))
         at = [(0, 12), (0, 13), (2, 5), (2, 8), (4, 1), (4, 4), (3, 0), (5, 7)]
         self.queries = torch.tensor([self.capture.row_of(*place) for place in at])
@@ -76,6 +77,11 @@ class Held:
     def error(self, layer, got, expected):
         scale = self.capture.resid_post(layer)[self.capture.row_pos > 0].square().mean().sqrt()
         return float((got - expected).square().mean(-1).sqrt().max() / scale)
+
+
+@cache
+def held_of(name, kind):
+    return Held(name, kind)
 
 
 def leaves(value):
@@ -159,7 +165,7 @@ def test_the_expected_route_is_taken(family):
 
 @pytest.mark.parametrize("family", SERVED)
 def test_the_route_agrees_with_the_rerun(family):
-    held = Held(family)
+    held = held_of(family.name, family.kind)
     for layer in held.capture.layers:
         states = held.capture.resid_pre(layer)
         got = held.maps(layer).map("patched").of_rows(held.queries, held.rows)
@@ -173,7 +179,7 @@ def test_the_route_agrees_with_the_rerun(family):
 
 @pytest.mark.parametrize("family", SERVED)
 def test_the_self_pass_is_exact(family):
-    held = Held(family)
+    held = held_of(family.name, family.kind)
     rows = torch.arange(held.capture.n_rows)
     for layer in held.capture.layers:
         images = held.maps(layer).map("patched").of_rows(rows, rows[:, None])[:, 0]
@@ -183,7 +189,7 @@ def test_the_self_pass_is_exact(family):
 @pytest.mark.parametrize("family", SERVED)
 def test_several_blocks_are_a_path_in_one_context(family):
     """Against the whole model, rerun from the first block and read after the second."""
-    held = Held(family)
+    held = held_of(family.name, family.kind)
     points = held.capture.resid_pre(0)[held.rows]
     read = []
     for q, x in zip(held.queries.tolist(), points, strict=True):
@@ -208,7 +214,7 @@ def test_several_blocks_are_a_path_in_one_context(family):
 @pytest.mark.parametrize("family", SERVED)
 def test_attention_and_feed_forward_are_the_block(family):
     """`attn` agrees with the rerun, and `mlp` after `attn` is `patched`; or both are refused."""
-    held = Held(family)
+    held = held_of(family.name, family.kind)
     maps = held.maps(1)
     if not served(family.name, family.kind).halves:
         with pytest.raises(TransportError, match=r"parallel|hook_mlp_out"):
@@ -233,7 +239,7 @@ def test_attention_and_feed_forward_are_the_block(family):
 
 @pytest.mark.parametrize("family", SERVED)
 def test_analyze_gives_numbers(family):
-    held = Held(family)
+    held = held_of(family.name, family.kind)
     scores = bl.analyze(held.model, held.capture, [A.Compression(k=5), A.Contraction(k=5)], progress=False)
     assert scores[scores.pos > 0].compression.notna().all()
     (facts,) = scores.attrs["provenance"].values()
@@ -261,7 +267,7 @@ def test_hooked_transformer_is_ten_times_cheaper_than_the_rerun():
     names = [f for f in families("hooked") if f.name == "rotary"]
     if not names:
         pytest.skip("needs TransformerLens 3.9")
-    held = Held(names[0])
+    held = Held(names[0].name, names[0].kind)
     passed = []
     for block in held.model.blocks:
         block.register_forward_pre_hook(lambda _module, args: passed.append(args[0].shape[0] * args[0].shape[1]))
@@ -280,12 +286,17 @@ def test_hooked_transformer_is_ten_times_cheaper_than_the_rerun():
 # -- every state a user's model may be in ---------------------------------------------------------------------------------------
 
 
+@cache
+def in_full_precision(name):
+    model = make_bridge(name, tokenizer=make_tokenizer())
+    return bl.analyze(model, random_tokens(8, 14), [A.Contraction(k=5)], progress=False)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", FEW)
 def test_half_precision(name, dtype, tolerance):
     """States are pooled in float32; the routes agree within the stated tolerance of the type."""
-    model = make_bridge(name, tokenizer=make_tokenizer())
-    full = bl.analyze(model, random_tokens(8, 14), [A.Contraction(k=5)], progress=False)
+    full = in_full_precision(name)
     half = make_bridge(name, tokenizer=make_tokenizer()).to(dtype)
     capture = bl.Capture.from_texts(half, random_tokens(8, 14), progress=False)
     assert capture.resid_pre(1).dtype == torch.float32
@@ -317,17 +328,23 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", FEW)
-def test_the_state_of_the_model_changes_nothing(name, state):
-    """Dropout, frozen parameters, global switches: the same numbers, gradients too."""
-    tokens = random_tokens(8, 14)
+@cache
+def as_loaded(name):
+    """How the model is made, what is measured, and the numbers of a model that nothing was done to."""
     chosen = [A.Compression(k=5), A.GradientNorm(), A.Surprisal()]
     if name != "bloom":  # its activation function has no forward-mode derivative
         chosen.append(A.JacobianGain(k=5))
     dropout = {"gpt2": {"resid_pdrop": 0.5}, "bloom": {"hidden_dropout": 0.5}}.get(name, {"attention_dropout": 0.5})
-    expected = bl.analyze(make_bridge(name, **dropout), tokens, chosen, layers=[1], progress=False)
-    model = make_bridge(name, **dropout)
+    make = partial(make_bridge, name, **dropout)
+    return make, chosen, bl.analyze(make(), random_tokens(8, 14), chosen, layers=[1], progress=False)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", FEW)
+def test_the_state_of_the_model_changes_nothing(name, state):
+    """Dropout, frozen parameters, global switches: the same numbers, gradients too."""
+    tokens, (make, chosen, expected) = random_tokens(8, 14), as_loaded(name)
+    model = make()
     try:
         if state == "inference mode":
             with torch.inference_mode():
