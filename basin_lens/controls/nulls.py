@@ -82,9 +82,9 @@ def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -
 
     The states are not the model's own: only contexts that do not run the block make sense (`"native"`, `"affine"`), and token
     analyzers are limited to those that read states. As the bank of the capture they were drawn from, they can be neighbors of its
-    tokens in their own contexts (`"patched"`), too: what a score gives there it owes to second moments. Who may be whose neighbor is decided by tokens, as for the capture. For
-    borders without relation: `permuted_layers(gaussian_states(capture))`. States are held in memory. Cost: N^2 d per border, as
-    much as one exact neighbor search.
+    tokens in their own contexts (`"patched"`), too: what a score gives there it owes to second moments. Who may be whose neighbor
+    is decided by tokens, as for the capture. For borders without relation: `permuted_layers(gaussian_states(capture))`. States are
+    held in memory. Cost: N^2 d per border, as much as one exact neighbor search.
 
     Args:
         capture: in memory or on disk.

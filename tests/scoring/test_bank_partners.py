@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.analyzers import Crossing, Compression, Surroundings
+from basin_lens.analyzers import Compression, Crossing, Surroundings
 from basin_lens.errors import NeighborError
 from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import CrossedPass, units_of_both
@@ -149,9 +149,7 @@ def test_a_single_prompt_has_scores_and_nulls(llama, bank):
 
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo"])
 def test_every_context_that_passes_states(llama, bank, context):
-    table = run(
-        llama, random_tokens(1, 8, seed=9), Compression(k=K, context=context, nulls=False), bank=bank, layers=[1]
-    )
+    table = run(llama, random_tokens(1, 8, seed=9), Compression(k=K, context=context, nulls=False), bank=bank, layers=[1])
     assert table[table.pos > 0]["compression"].notna().all()
 
 
