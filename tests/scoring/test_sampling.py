@@ -1,5 +1,7 @@
 """Which tokens a sample has: several of one text, of every document before a second text of one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_a_turn_is_some_tokens_of_each_text_every_document_first(texts):
     capture, docs = texts
     found = order_of(capture, docs)
     seqs = capture.row_seq[found].tolist()
-    runs = [seqs[0]] + [b for a, b in zip(seqs, seqs[1:], strict=False) if a != b]
+    runs = [seqs[0]] + [b for a, b in itertools.pairwise(seqs) if a != b]
     first = runs[: len(docs)]
     assert sorted(first) == list(range(len(docs)))
     assert [docs[seq] for seq in first[:6]] == list(dict.fromkeys(docs[seq] for seq in first))  # each document once, then again
