@@ -359,5 +359,6 @@ def _correlations(
 
 def _atanh(rho: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Fisher's z; a perfect rank correlation counts as half an exchange of two neighboring ranks short of perfect."""
-    most = 1 - 6.0 / (sizes.astype(float) ** 3 - sizes)
+    counted = np.maximum(sizes, 2).astype(float)  # a single token has no correlation, and counts nowhere
+    most = 1 - 6.0 / (counted**3 - counted)
     return np.asarray(np.arctanh(np.clip(rho, -most, most)))

@@ -211,3 +211,26 @@ def test_intervals_of_few_units_say_that_they_are_narrow():
     table = drawn(7)
     assert "too narrow" in S.mean_interval(table, "a", "layer", n_resamples=99).note.item()
     assert S.mean_interval(drawn(24), "a", "layer", n_resamples=99).note.item() == ""
+
+
+@pytest.mark.parametrize("controls", [[], ["c0"]])
+def test_texts_of_which_a_sample_has_one_token(controls):
+    """A correlation of one token is none: they are left out, and the answer is that without them."""
+    table = drawn(24, 31)
+    table["b"] += table["a"]
+    table.loc[(table.doc >= 20) & (table.pos > 0), "a"] = np.nan
+    options = {"controls": controls, "min_tokens": 6}
+    found, without = (S.within_sequence_correlation(part, "a", "b", **options) for part in (table, table[table.doc < 20]))
+    assert "4 sequences left out" in found.note[0] and found.n_documents[0] == 20
+    assert found[["estimate", "low", "high", "p"]].to_numpy() == pytest.approx(without[["estimate", "low", "high", "p"]].to_numpy())
+
+
+def test_flags_take_sequences_of_few_scored_tokens():
+    """Ten tokens of a text, six controls asked for: as many as the declared tests of a sample have."""
+    table = drawn(20, 31)
+    table["b"] += table["a"]
+    table.loc[table.pos >= 10, "a"] = np.nan
+    raised = S.red_flags(table, "a", "b", controls=["c0", "c1"], min_tokens=6).set_index("flag").raised
+    assert raised.notna().all() and not raised["vanishes under controls"]
+    with pytest.raises(bl.errors.StudyError, match="at least 12 scored tokens"):
+        S.red_flags(table, "a", "b", controls=["c0", "c1"])

@@ -39,7 +39,8 @@ def test_importance_that_is_planted_is_found(important):
     assert (important.findings.n_units == 8).all()  # the half that did not choose
     assert not flag(important, "vanishes under controls").fillna(True).any()
     partial = important.tables["partial_correlation"]
-    mine = partial[(partial.score == HEADLINE) & (partial.against == "erasure")]
+    # Where tokens enter layer 0, those of one id are one point: few of this small vocabulary find a group.
+    mine = partial[(partial.score == HEADLINE) & (partial.against == "erasure") & (partial.layer > 0)]
     assert sorted(mine.control_set.unique()) == ["with surprisal", "without surprisal"]
     assert (mine.p_corrected <= 0.05).all() and (mine.estimate > 0).all()
     assert partial.n_tests.nunique() == 1 and partial.n_tests.iloc[0] == partial.p.notna().sum()
