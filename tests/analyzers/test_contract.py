@@ -28,7 +28,7 @@ LAYERS = range(3)
 CLOUDS = [cls for cls in bl.ANALYZERS if issubclass(cls, CloudAnalyzer)]
 # Options that change what is measured, beside the defaults.
 VARIANTS = [
-    A.Compression(k=4, context="native"),
+    A.Contraction(k=4, context="native"),
     A.Compression(k=4, context="solo"),
     A.Compression(k=4, metric="cosine"),
     A.Contraction(k=4, exclude="self"),
