@@ -19,7 +19,7 @@ ANALYZERS = (
     A.Compression(k=4),
     A.Contraction(k=3),
     A.Compression(k=5, blocks=2, name="two"),
-    A.Compression(k=4, context="mlp", name="mlp"),
+    A.Contraction(k=4, context="mlp", name="mlp"),
     A.NeighborOverlap(k=4),
     A.JacobianGain(k=4, queries=5),
     A.Surprisal(),
