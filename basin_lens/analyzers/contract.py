@@ -309,6 +309,12 @@ def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch
     return (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1)
 
 
+def own_spread(states: Float[Tensor, "points d"]) -> Float[Tensor, ""]:
+    """Total variance of a layer's states, beside which a smaller one is rounding. Of equal states, what rounding makes of it."""
+    rounding = torch.finfo(states.dtype).eps ** 2 * states.square().sum(-1).mean()
+    return torch.maximum(total_variance(states), rounding / DEGENERATE)
+
+
 def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
     """Natural logarithm; NaN where the value is rounding beside `reference`."""
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
@@ -317,7 +323,7 @@ def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
 def log_variance_ratio(before: Float[Tensor, "q k d"], after: Float[Tensor, "q k d"], bank: Surroundings) -> Float[Tensor, " q"]:
     """log(V_in / V_out) over the ordinary dimensions; NaN where either is rounding beside the bank's own variance."""
     sides = ((before, bank.before), (after, bank.after))
-    first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), total_variance(all_[:, bank.ordinary])) for x, all_ in sides)
+    first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), own_spread(all_[:, bank.ordinary])) for x, all_ in sides)
     return first - second
 
 
