@@ -91,7 +91,7 @@ class Neighborhoods:
 
     `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's
     own state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
-    `spread_in`, `spread_out`: total variance of the bank's states before and behind the map, beside which rounding is told.
+    `spread_in`, `spread_out`: the bank's own spread before and behind the map, beside which a variance is told to be rounding.
     `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`:
     their states behind it, `output_preimages`: before it.
     `candidates`: how many rows each query could have chosen from (only if needed).

@@ -38,9 +38,7 @@ def random_contraction(
     return RandomContraction(mean, float(np.sqrt(scale * np.square(sums).sum()) / len(ratios))), len(ratios)
 
 
-def _random_sets(
-    searches: Searches, layer: int, exclude: str
-) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
+def _random_sets(searches: Searches, layer: int, exclude: str) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
     """Seeded tokens, asked for or not (these are facts about the layer), each with random rows of the bank; a part at a time."""
     pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
     generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)

@@ -191,7 +191,7 @@ def test_a_block_that_forgets_everything_is_counted_as_degenerate(constant, cont
     chosen = kinds_in(context, A.Contraction, A.RawCompression)
     model = with_output(lambda x: torch.full_like(x, constant))
     table = run(model, tokens, *chosen, layers=[1])
-    for name in (column.name for a in chosen for column in a.columns):
+    for name in (one.name for a in chosen for one in a.columns):
         assert table[name].isna().all()
         counts = facts_of(table)["left_out"][name]
         alone = counts.get("no group", 0)

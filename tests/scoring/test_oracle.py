@@ -139,7 +139,7 @@ def test_the_seed_acts_only_through_who_meets_and_the_nulls(llama, capture):
     a, b, again = (run(llama, capture, *ALL_CLOUDS, A.Compression(k=6), seed=seed) for seed in (0, 1, 0))
     for name in ("contraction", "other", "raw_compression", "radius", "nearest", "hubness"):
         assert a[name].equals(b[name]), name
-    for name in (column.name for column in A.Compression().columns):
+    for name in (one.name for one in A.Compression().columns):
         assert a[name].equals(again[name])
         assert not a[name].equals(b[name])
 

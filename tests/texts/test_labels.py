@@ -262,7 +262,8 @@ def test_analyze_takes_whole_numbers_of_any_kind(llama, tmp_path):
 
     def run(three, five):
         analyzers = [
-            Contraction(k=five), Compression(k=five, group=three, queries=five), LocalDimension(k=five, curve=(three, five)), JacobianGain(k=five, directions=three, queries=three, seed=three),
+            Contraction(k=five), Compression(k=five, group=three, queries=five),
+            LocalDimension(k=five, curve=(three, five)), JacobianGain(k=five, directions=three, queries=three, seed=three),
             Erasure(positions=three, seed=three), IntegratedGradients(steps=three, layer=1), GradientNorm(target=three), Surprisal(),
             AttentionReceived(per_head=(three - 1,)),
         ]  # fmt: skip
