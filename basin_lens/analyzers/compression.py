@@ -36,8 +36,9 @@ class Compression(CloudScore):
     the same for the displacements of the nulls: what grows with the scale in it is what the block's linear part does not do.
 
     Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
-    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Where the tokens asked for
-    are of fewer documents than a group has tokens (a single prompt) and the bank is another capture, a token's partners are tokens
+    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Of one long text cut into
+    sequences, or fewer documents than a group has tokens, they are from different sequences. Where the tokens asked for are of
+    fewer documents than a group has tokens (a single prompt) and the bank is another capture, a token's partners are tokens
     of the bank, each in its own context: those of 512 drawn with the seed that are nearest in log V_in. Provenance has, by layer,
     whose the partners are (`"texts"` or `"bank"`), the groups' number and spread, the dimensions left out, the median V_in of
     neighbors over that of random sets, and the reliability (Spearman-Brown) over halves of the displacements and over halves of

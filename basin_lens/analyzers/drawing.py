@@ -17,6 +17,7 @@ def drawing_order(tokens: Sequence[int], seed: int = 0) -> Int[np.ndarray, " pos
         seed: of the draw.
 
     Example:
+        >>> from basin_lens.analyzers.drawing import drawing_order
         >>> sorted(drawing_order([5, 3, 8, 1, 9, 2])[:3].tolist())
         [1, 2, 3]
     """

@@ -26,6 +26,7 @@ _NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` 
 class Crossed:
     """Groups, and their tables by whose displacements were passed.
 
+    `units`: what the tokens of a group differ in, `"document"`, `"sequence"` or a label.
     `rows`: of the capture, `[groups, g]`; with partners from the bank, the first is of the capture and the others of the bank.
     `without`: rows that could be measured and found no group.
     """
@@ -33,6 +34,7 @@ class Crossed:
     rows: Int[Tensor, "groups g"]
     tables: dict[Displaced, CrossedTable]
     without: int
+    units: str
     from_bank: bool = False
 
     @property
@@ -43,12 +45,12 @@ class Crossed:
     def facts(self) -> Facts:
         """What provenance says of the groups.
 
-        `partners`: where a token's partners come from, `"texts"` or `"bank"`. `spread_within_groups`: median over groups of the
+        `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`. `spread_within_groups`: median over groups of the
         largest difference of log V_in. `local`: median V_in of the neighbors over that of random sets, by which a reader sees how
         local a neighborhood is.
         """
         partners = "bank" if self.from_bank else "texts"
-        known: Facts = {"groups": len(self.rows), "without_group": self.without, "partners": partners}
+        known: Facts = {"groups": len(self.rows), "without_group": self.without, "units": self.units, "partners": partners}
         if len(self.rows):
             before = self.tables["neighbors"].log_before
             known["spread_within_groups"] = float((before.amax(1) - before.amin(1)).median())
@@ -82,7 +84,8 @@ class CrossedPass:
             there = ~values.isnan()
             groups = self._partnered(rows[there], values[there]) if self.partners else self._grouped(rows[there], values[there])
         tables = {kind: self._table(groups, kind) for kind in self.own.crossing.displaced}
-        found = Crossed(groups, tables, 0, self.partners is not None)
+        kind = self._units()[1]
+        found = Crossed(groups, tables, 0, kind, self.partners is not None)
         return replace(found, without=len(rows) - found.scored.numel())
 
     def _grouped(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
@@ -90,13 +93,17 @@ class CrossedPass:
         own, at = self.own, rows.cpu()
         groups = matched_groups(
             values.double().cpu().numpy(),
-            unit_of_rows(own.searches.capture, own.options.exclude)[at].numpy(),
+            self._units()[0][at].numpy(),
             own.neighbor_keys(rows).cpu().numpy(),
             own.keys[at].numpy(),
             size=self.size,
             seed=own.searches.seed * 1_000_003 + self.layer,
         )
         return rows[torch.from_numpy(groups).to(rows.device)]
+
+    def _units(self) -> tuple[Int[Tensor, " rows"], str]:
+        searches = self.own.searches
+        return grouping_units(searches.capture, self.own.options.exclude, self.size, searches.asked)
 
     def _partnered(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
         """Each row with those of the bank nearest in log V_in, all from different units, with no neighbor in common."""
@@ -153,6 +160,24 @@ def unit_of_rows(capture: Capture, exclude: str) -> Int[Tensor, " rows"]:
     return units_of_both(capture, capture, exclude)[0]
 
 
+def grouping_units(
+    capture: Capture, exclude: str, size: int, asked: Bool[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], str]:
+    """What the tokens of one group must differ in, as numbers of rows and in a word.
+
+    Documents or values of a label; sequences, where the tokens asked for are of fewer documents than a group has tokens (one long
+    text cut into many) and neighbors may be of the same document.
+    """
+    units, kind = unit_of_rows(capture, exclude), "document" if exclude in _NO_LABELS else exclude
+    there = asked.cpu() & (capture.row_pos > 0)
+    if exclude in ("self", "sequence") and len(units[there].unique()) < size:
+        texts: dict[object, int] = {}
+        by_text = torch.tensor([texts.setdefault(sequence.tokens, len(texts)) for sequence in capture.sequences], device="cpu")
+        if len(by_text[capture.row_seq][there].unique()) >= size:
+            return by_text[capture.row_seq], "sequence"
+    return units, kind
+
+
 def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " bank"]]:
     """The same of a capture and a bank, in one numbering. A text that is in both is one unit."""
     names: dict[object, int] = {}
@@ -181,15 +206,18 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
     keys = set()
     for a in plan.of_neighbors:
         if a.crossing is not None:
-            units = len(unit_of_rows(capture, a.exclude)[asked & (capture.row_pos > 0)].unique())
-            if units == 0 or units >= a.crossing.group:  # of none at all, the searches speak
+            there = asked & (capture.row_pos > 0)
+            documents = len(unit_of_rows(capture, a.exclude)[there].unique())
+            if documents >= a.crossing.group:
                 continue
             kind = a.exclude if a.exclude not in ("self", "sequence", "nothing") else "document"
             if bank is capture:
+                if len(grouping_units(capture, a.exclude, a.crossing.group, asked)[0][there].unique()) >= a.crossing.group:
+                    continue
                 raise NeighborError(
                     f"expected tokens of at least {a.crossing.group} different values of {kind!r} for {type(a).__name__}, whose "
-                    f"groups of {a.crossing.group} hold one of each, got {units} (copies of a text count once). Add texts, ask for "
-                    'tokens of more of them, or pass bank="reference" or another capture, whose tokens then are the partners.'
+                    f"groups of {a.crossing.group} hold one of each, got {documents} (copies of a text count once). Add texts, ask "
+                    'for tokens of more of them, or pass bank="reference" or another capture, whose tokens then are the partners.'
                 )
             own, other = units_of_both(capture, bank, a.exclude)
             mine, theirs = set(own[asked & (capture.row_pos > 0)].tolist()), set(other[bank.row_pos > 0].tolist())

@@ -13,7 +13,7 @@ from basin_lens.capture import Capture
 
 def drawn_alike(capture: Capture, seed: int) -> Int[Tensor, " rows"]:
     """All rows in an order in which each is as likely to come first as any other."""
-    return torch.randperm(capture.n_rows, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.randperm(capture.n_rows, generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")
 
 
 def drawn_in_turns(

@@ -74,7 +74,10 @@ def test_gradients_of_the_cache_stand_beside_all_scores():
     capture = bl.Capture.from_cache(model, tokens, cache)
     got = scores(model, capture, A.GradientNorm(target="cache"))
     expected = scores(model, tokens, A.GradientNorm())
-    assert_same_scores(got, expected, columns_of(scores(model, tokens)))
+    # Who is grouped with whom can turn on the last digits of a state, which the backward pass's run has otherwise.
+    columns = [name for name in columns_of(scores(model, tokens)) if not name.startswith("compression")]
+    assert len(columns) > 8
+    assert_same_scores(got, expected, columns)
     inner = (got.pos < 13).to_numpy()
     # TransformerLens's loss is the mean over predicted tokens; ours is the sum.
     mine = [name for name in columns_of(got) if name.startswith("gradient_norm")]

@@ -33,6 +33,7 @@ FULL = Provenance(
     affine_fit={},
     reliability={"surprisal": {"0": 0.5, "2": None}},
     reference_error={"surprisal": {"0": 0.01, "2": None}},
+    groups={"0": {"compression": {"groups": 3, "local": 0.4}}},
     study={"k": 15},
     others={"note": "by hand"},
 )
@@ -72,7 +73,7 @@ def test_what_is_not_known_is_none():
 
 
 def test_every_fact_of_a_run_has_a_field(llama):
-    table = bl.analyze(llama, random_tokens(3, 12), controls=True, progress=False)
+    table = bl.analyze(llama, random_tokens(5, 12), controls=True, progress=False)
     (facts,) = bl.tables.runs(table).values()
     assert facts.others == {}
     assert set(facts.columns) == set(bl.tables.columns(table)) == set(bl.tables.scores(table))

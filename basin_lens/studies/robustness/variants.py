@@ -59,11 +59,13 @@ class Setting:
 def queries(capture: Capture, seed: int, among: Bool[np.ndarray, " rows"] | None = None) -> Bool[np.ndarray, " rows"]:
     """The tokens tested again: of one sequence of each document, a seeded sample of about `TESTED`. The bank stays whole.
 
-    `among`: the tokens to choose from, those that the run measured; None: all but position 0. Of each sequence as many, at least
-    `FEWEST_TESTED` where there are so many.
+    `among`: the tokens to choose from, those that the run measured, of the sequence of a document with most of them; None: all but
+    position 0. Of each sequence as many, at least `FEWEST_TESTED` where there are so many.
     """
-    first = {doc: seq for seq, doc in reversed(list(enumerate(capture.docs)))}
     seqs = capture.row_seq.numpy()
+    held = np.zeros(len(capture.docs), int) if among is None else np.bincount(seqs[among], minlength=len(capture.docs))
+    # The last one put in stands: of as many tokens, the first sequence.
+    first = {capture.docs[seq]: seq for seq in sorted(range(len(capture.docs)), key=lambda seq: (held[seq], -seq))}
     able = np.isin(seqs, list(first.values())) & (capture.row_pos.numpy() > 0 if among is None else among)
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(able))
     rows = rows[np.argsort(seqs[rows], kind="stable")]
