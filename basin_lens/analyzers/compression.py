@@ -57,7 +57,7 @@ class Compression(CloudScore):
         same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
         position_0: whether tokens at position 0 may be neighbors (and random points of the nulls): mostly attention sinks, whose
             states can be 1,000 times the others. Never queries.
-        choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of an unrelated token
+        choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of another token
             whose neighborhood is just as tight).
         name: of the first column, in place of `compression`; the other columns have it in front.
         group: tokens in a group.

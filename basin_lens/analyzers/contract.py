@@ -91,7 +91,7 @@ class Neighborhoods:
 
     `query`, `neighbors`: states that enter the map (`resid_pre`; `resid_mid` in the `mlp` context). `query_image`: what the query's
     own state becomes. `images`: what the map makes of the neighbors, in the analyzer's context.
-    `spread_in`, `spread_out`: total variance of the bank's states before and behind the map, beside which rounding is told.
+    `spread_in`, `spread_out`: the bank's own spread before and behind the map, beside which a variance is told to be rounding.
     `output_rows`, `output_distances`: neighbors chosen among the states that leave the map (only if needed); `output_neighbors`:
     their states behind it, `output_preimages`: before it.
     `candidates`: how many rows each query could have chosen from (only if needed).
@@ -309,6 +309,12 @@ def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch
     return (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1)
 
 
+def own_spread(states: Float[Tensor, "points d"]) -> Float[Tensor, ""]:
+    """Total variance of a layer's states, beside which a smaller one is rounding. Of equal states, what rounding makes of it."""
+    rounding = torch.finfo(states.dtype).eps ** 2 * states.square().sum(-1).mean()
+    return torch.maximum(total_variance(states), rounding / DEGENERATE)
+
+
 def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
     """Natural logarithm; NaN where the value is rounding beside `reference`."""
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
@@ -317,7 +323,7 @@ def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
 def log_variance_ratio(before: Float[Tensor, "q k d"], after: Float[Tensor, "q k d"], bank: Surroundings) -> Float[Tensor, " q"]:
     """log(V_in / V_out) over the ordinary dimensions; NaN where either is rounding beside the bank's own variance."""
     sides = ((before, bank.before), (after, bank.after))
-    first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), total_variance(all_[:, bank.ordinary])) for x, all_ in sides)
+    first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), own_spread(all_[:, bank.ordinary])) for x, all_ in sides)
     return first - second
 
 

@@ -14,8 +14,9 @@ class Contraction(CloudScore):
 
     contraction = log(V_in / V_out)
 
-    Unit: nats. Range: all real numbers. 0 for an isometry, -2 log a for a scaling by a. Holds what the block does to everything;
-    `Compression` takes that out. Options and errors: see `Compression`.
+    Unit: nats. Range: all real numbers. 0 for an isometry, -2 log a for a scaling by a. Holds what the
+    place does to any neighborhood, and what any place does to these directions; `Compression` takes both out. Options and errors:
+    see `Compression`; here `context="native"` too, and k from 2 on.
 
     Shapes: neighbors `[q, k, d]`, images `[q, k, d]` -> `[q]`.
 

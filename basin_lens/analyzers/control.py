@@ -18,7 +18,7 @@ NULLS: tuple[Choice, ...] = ("random", "radius_matched")
 class Control(CloudAnalyzer):
     """A score measured on random points, or on an equally tight set elsewhere, in place of the nearest neighbors.
 
-    Columns: those of the score with the choice behind their names, such as `compression_random` and `compression_radius_matched`;
+    Columns: those of the score with the choice behind their names, such as `contraction_random` and `contraction_radius_matched`;
     unit and range as there. What a score gives there it does not owe to the neighborhood. See `controls_of`.
 
     Args:
@@ -56,7 +56,8 @@ class Control(CloudAnalyzer):
 
 
 def controls_of(analyzers: Sequence[Analyzer], *, queries: int | None = None) -> list[Control]:
-    """The controls of every score on the images of its nearest neighbors; none for one that counts the token itself.
+    """The controls of every score on the images of its nearest neighbors; none for one that counts the token itself, nor for
+    `Compression`, which passes its nulls itself.
 
     `queries`: at most so many tokens per layer; None: all.
     """

@@ -1,4 +1,4 @@
-"""How much more a block shrinks a neighborhood than it shrinks unrelated points, on average over them."""
+"""How much more a block shrinks a neighborhood than it shrinks random sets of the bank, on average over them."""
 
 from dataclasses import dataclass
 from typing import ClassVar

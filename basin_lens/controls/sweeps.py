@@ -67,7 +67,7 @@ def sweep(
         >>> import basin_lens as bl
         >>> model = bl.load_model()
         >>> capture = bl.Capture.from_texts(model, "The cat sat on the mat.", layers=[5], progress=False)
-        >>> score = bl.analyzers.Compression(k=10)
+        >>> score = bl.analyzers.Contraction(k=10)
         >>> table = bl.controls.sweep(model, capture, score, k=[5, 10], bank="reference", progress=False)
         >>> table.k.tolist()
         [5, 10]

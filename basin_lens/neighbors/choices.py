@@ -29,16 +29,15 @@ def random_sets(
     return find(placed(queries), placed(bank), k, same_token=same_token, distinct=distinct).rows
 
 
-def radius_matched_sets(
-    near: Neighbors, group: Int[Tensor, " queries"], bank_group: Int[Tensor, " bank"]
-) -> Int[Tensor, "queries k"]:
+def radius_matched_sets(near: Neighbors, queries: Points, bank: Points) -> Int[Tensor, "queries k"]:
     """For each query, the neighbors of another token whose neighborhood has almost the same radius; -1 where there is none.
 
-    The other token is of another group, and none of its neighbors is of the query's group or a neighbor of the query.
+    The other token is of another group, and none of its neighbors is of the query's group, the query itself (or its equal), or a
+    neighbor of the query.
 
     Args:
         near: neighbors of all queries; the radius is the distance to the last one.
-        group: the queries' groups (-1: none), and `bank_group` the bank's.
+        queries, bank: between which they were found.
     """
     rows, found = near.rows, torch.full_like(near.rows, -1)
     order = near.distances[:, -1].argsort()  # NaN last
@@ -51,11 +50,12 @@ def radius_matched_sets(
             break
         at = index[left & (index + step >= 0) & (index + step < len(order))]
         other = order[at + step]
-        theirs, mine = rows[other], group[order[at]]
+        theirs, mine, key = rows[other], queries.group[order[at]], queries.key[order[at]]
         place = torch.searchsorted(own[at], theirs).clamp_max(own.shape[1] - 1)
         shared = (own[at].gather(1, place) == theirs).any(1)
-        related = (mine >= 0) & ((group[other] == mine) | (bank_group[theirs] == mine[:, None]).any(1))
-        good = at[~shared & ~related]
+        related = (mine >= 0) & ((queries.group[other] == mine) | (bank.group[theirs] == mine[:, None]).any(1))
+        itself = (bank.key[theirs] == key[:, None]).any(1)
+        good = at[~shared & ~related & ~itself]
         found[order[good]] = rows[order[good + step]]
         left[good] = False
     return found

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.analyzers import Crossing, Displaced, Surroundings, total_variance
-from basin_lens.analyzers.contract import log_or_nan
+from basin_lens.analyzers.contract import log_or_nan, own_spread
 from basin_lens.neighbors.choices import random_sets
 from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.search import Searches, SearchResult
@@ -132,7 +132,7 @@ class Clouds:
     @cached_property
     def _totals(self) -> tuple[float, float]:
         """The layer's own variance in its ordinary dimensions before and behind the map, beside which rounding is told."""
-        before, after = (total_variance(states[:, self.bank.ordinary]) for states in (self.bank.before, self.bank.after))
+        before, after = (own_spread(states[:, self.bank.ordinary]) for states in (self.bank.before, self.bank.after))
         return float(before), float(after)
 
 

@@ -182,7 +182,7 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
     for a in plan.of_neighbors:
         if a.crossing is not None:
             units = len(unit_of_rows(capture, a.exclude)[asked & (capture.row_pos > 0)].unique())
-            if units >= a.crossing.group:
+            if units == 0 or units >= a.crossing.group:  # of none at all, the searches speak
                 continue
             kind = a.exclude if a.exclude not in ("self", "sequence", "nothing") else "document"
             if bank is capture:

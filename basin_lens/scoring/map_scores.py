@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings, total_variance
+from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
+from basin_lens.analyzers.contract import own_spread
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
@@ -18,12 +19,12 @@ from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import Crossed, CrossedPass, unit_of_rows
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
+from basin_lens.scoring.random_contraction import random_contraction
 from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors
 from basin_lens.scoring.sampling import drawn_alike, drawn_in_turns
 from basin_lens.scoring.search import Searches, SearchResult
-from basin_lens.scoring.spread import random_contraction
 from basin_lens.transport import BlockMap, query_chunks, rows_per_call
 from basin_lens.values import Facts
 
@@ -81,7 +82,7 @@ class MapScores:
         }
         in_bank = (searches.bank.row_pos > 0).to(self.device)
         self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
-        self._spreads = float(total_variance(self._surroundings.before)), float(total_variance(self._surroundings.after))
+        self._spreads = float(own_spread(self._surroundings.before)), float(own_spread(self._surroundings.after))
         asking = dict.fromkeys(a.exclude for a in plan.analyzers if "random_contraction" in a.needs)
         self._random = {e: random_contraction(searches, layer, e, passage, self._surroundings) for e in asking}
         self._grouped: dict[str, Bool[Tensor, " rows"]] = {}

@@ -3,7 +3,7 @@
 import pandas as pd
 import torch
 
-from basin_lens.analyzers import Compression
+from basin_lens.analyzers import Contraction
 from basin_lens.capture import Bank, Capture, check_cache, check_layers
 from basin_lens.errors import CaptureError, NeighborError
 from basin_lens.model import HookedModel, full_precision, measuring, n_layers
@@ -41,7 +41,7 @@ def neighborhood(
         capture: holds the token.
         layer: block index.
         seq, pos: the token: sequence and position in it.
-        k, context, metric, exclude, same_token, position_0: as for `Compression`.
+        k, context, metric, exclude, same_token, position_0: as for `Contraction`.
         bank: as for `analyze`.
         progress: show a bar if the reference bank must be read first.
 
@@ -64,7 +64,7 @@ def neighborhood(
     row = capture.row_of(seq, pos)
     if pos == 0:
         raise NeighborError("expected a position from 1 on, got 0: the first token is never a query.")
-    analyzer = Compression(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token, position_0=position_0)
+    analyzer = Contraction(k=k, context=context, metric=metric, exclude=exclude, same_token=same_token, position_0=position_0)
     analyzer.check()
     asked = torch.zeros(capture.n_rows, dtype=torch.bool, device="cpu")
     asked[row] = True

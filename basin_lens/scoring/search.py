@@ -125,7 +125,7 @@ class Searches:
             found = find(queries, bank, k, metric=options.metric, same_token=same_token, distinct=distinct, backend=self.backend)
             self._note_recall(layer, found)
             if options.choice == "radius_matched":
-                found = reach(queries, bank, radius_matched_sets(found, own[at], other), options.metric)
+                found = reach(queries, bank, radius_matched_sets(found, queries, bank), options.metric)
         if options.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
             raise NeighborError(_nothing_to_score(options, k))
         return SearchResult(self._by_row(at, found), at, queries, bank, has_direction(states))

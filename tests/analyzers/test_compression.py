@@ -1,4 +1,4 @@
-"""The interaction as an analyzer: columns, nulls and options, in every context and family. Its laws are in test_crossed_pass.py."""
+"""The headline as an analyzer: columns, nulls and options, in every context and family. Its laws are in test_crossed_pass.py."""
 
 import math
 
@@ -15,7 +15,8 @@ from tests.scoring.oracle import facts_of, identity_bridge, make_cloud, run
 from tests.transport.test_contract import SERVED
 
 A = bl.analyzers
-COLUMNS = ("compression", "compression_place", "compression_directions", "compression_random_sets", "compression_isotropic")
+NULLS = ("compression_random_sets", "compression_isotropic")
+COLUMNS = ("compression", "compression_place", "compression_directions", *NULLS, "compression_above_random_sets")
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,10 @@ def capture(llama):
 def test_columns():
     assert tuple(c.name for c in A.Compression().columns) == COLUMNS
     assert tuple(c.name for c in A.Compression(nulls=False).columns) == COLUMNS[:3]
+    assert tuple(c.name for c in A.Compression(nulls=("isotropic",)).columns) == (*COLUMNS[:3], "compression_isotropic")
     some = A.Compression(nulls=("random_sets",), contractions=True, name="a")
-    assert tuple(c.name for c in some.columns) == tuple(
-        f"a_{name}" for name in (*COLUMNS[:4], "compression_at_home", "compression_at_home_random_sets")
-    )
+    parts = ("place", "directions", "random_sets", "above_random_sets", "at_home", "at_home_random_sets")
+    assert tuple(c.name for c in some.columns) == ("a", *(f"a_{part}" for part in parts))
 
 
 def test_it_reads_the_tables():
@@ -48,6 +49,7 @@ def test_it_reads_the_tables():
         "compression_directions": [0, 0, 0],
         "compression_random_sets": [-1, 0, 0],
         "compression_isotropic": [0, 0, 0],
+        "compression_above_random_sets": [2, 0, 0],
     }
 
 
@@ -91,7 +93,7 @@ def test_the_linear_null_has_no_interaction(llama, capture):
     table = run(llama, capture, A.Compression(k=4, context="affine", name="fit"), A.Compression(k=4))
     assert table.fit.abs().max() < 1e-3
     assert table.compression.abs().median() > 1e-2
-    assert table.fit_interaction_directions.abs().median() > 1e-2
+    assert table.fit_directions.abs().median() > 1e-2
 
 
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo", "affine"])

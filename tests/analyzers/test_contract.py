@@ -28,7 +28,7 @@ LAYERS = range(3)
 CLOUDS = [cls for cls in bl.ANALYZERS if issubclass(cls, CloudAnalyzer)]
 # Options that change what is measured, beside the defaults.
 VARIANTS = [
-    A.Compression(k=4, context="native"),
+    A.Contraction(k=4, context="native"),
     A.Compression(k=4, context="solo"),
     A.Compression(k=4, metric="cosine"),
     A.Contraction(k=4, exclude="self"),
@@ -227,6 +227,8 @@ def test_name_renames_one_column_and_prefixes_several(cls):
     plain, named = cls().columns, cls(name="mine").columns
     if len(plain) == 1:
         assert [column.name for column in named] == ["mine"]
+    elif cls is A.Compression:  # a score and its parts, all named after it
+        assert [column.name for column in named] == [column.name.replace("compression", "mine") for column in plain]
     else:
         assert [column.name for column in named] == [f"mine_{column.name}" for column in plain]
     assert [(c.unit, c.low, c.high) for c in named] == [(c.unit, c.low, c.high) for c in plain]
@@ -320,28 +322,31 @@ def work(monkeypatch, llama, capture):
 
 
 def test_equal_options_share_one_search(work):
-    alone, _ = work(A.Compression(k=6))
-    together, _ = work(
-        A.Compression(k=6), A.Contraction(k=6), A.RawCompression(k=6), A.Neighborhood(k=6), A.Contraction(k=3, name="c3")
-    )
+    crossed = A.Compression(k=6, nulls=False)
+    alone, _ = work(crossed)
+    together, _ = work(crossed, A.Contraction(k=6), A.RawCompression(k=6), A.Neighborhood(k=6), A.Contraction(k=3, name="c3"))
     assert alone.searches == together.searches == 1
+    with_nulls, _ = work(A.Compression(k=6))
+    assert with_nulls.searches == 2  # the random sets are drawn as one more
 
 
 def test_other_options_are_another_search(work):
-    done, _ = work(
-        A.Compression(k=6), A.Compression(k=6, same_token="exclude", name="b"), A.Compression(k=6, metric="cosine", name="c")
-    )
+    crossed = A.Compression(k=6, nulls=False)
+    done, _ = work(crossed, A.Contraction(k=6, same_token="exclude", name="b"), A.Contraction(k=6, metric="cosine", name="c"))
     assert done.searches == 3
 
 
 def test_equal_contexts_share_one_transport(work):
-    """The neighbors and the random points are passed once, however many scores look at them."""
-    alone, _ = work(A.Compression(k=6))
-    together, _ = work(
-        A.Compression(k=6), A.Contraction(k=6), A.RawCompression(k=6, context="patched"), A.Contraction(k=3, name="c3")
-    )
-    assert alone.block_rows > 0
-    assert (together.block_calls, together.block_rows) == (alone.block_calls, alone.block_rows)
+    """The neighbors and the random sets are passed once, however many scores look at them; so are the clouds of groups."""
+    crossed, held = A.Compression(k=6, nulls=False), A.RelativeContraction(k=6)
+    for first, others in (
+        (held, [A.Contraction(k=6), A.RawCompression(k=6, context="patched"), A.RelativeContraction(k=3, name="r3")]),
+        (crossed, [A.Compression(k=6, nulls=False, contractions=True, name="b")]),
+    ):
+        alone, _ = work(first)
+        together, _ = work(first, *others)
+        assert alone.block_rows > 0
+        assert (together.block_calls, together.block_rows) == (alone.block_calls, alone.block_rows)
 
 
 def test_overlapping_neighborhoods_are_passed_once(work):

@@ -56,7 +56,7 @@ PARTS = {
     "columns of the capture": (["columns.py:keep_values"], []),
     "neighbor search": (["scoring/search.py:find"], []),
     "proof that blocks map as captured": (["proof.py:prove"], []),
-    "variance of a layer": (["map_scores.py:__init__ > contract.py:total_variance"], []),
+    "variance of a layer": (["map_scores.py:__init__ > contract.py:own_spread"], []),
     "native images": (["maps.py:of_rows", "alone map_scores.py:_look", "map_scores.py:_look > <method 'gather'"], []),
     "neighbors' states": (["map_scores.py:_neighborhoods"], []),
     "scores": ([f"/{name}.py:measure" for name in ("contraction", "raw_compression", "neighborhood")], []),

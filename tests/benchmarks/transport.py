@@ -111,7 +111,7 @@ def main():
     with PeakMemory() as reading:
         big = bl.Capture.from_texts(model, tokens, progress=False)
     with PeakMemory() as scoring:
-        bl.analyze(model, big, [bl.analyzers.Compression(k=K)], layers=[LAYER], progress=False)
+        bl.analyze(model, big, [bl.analyzers.Contraction(k=K)], layers=[LAYER], progress=False)
     states_mb = sum(big.resid_pre(layer).numel() * 4 for layer in range(door.n_layers(model) + 1)) / 2**20
     pairs_mb = big.n_rows * K * door.width(model) * 4 / 2**20
     print(f"peak memory: {reading.peak:.0f} MB to capture {door.n_layers(model)} layers, whose states are {states_mb:.0f} MB")

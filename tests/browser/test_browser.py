@@ -35,9 +35,9 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(llama):
-    headline = bl.analyzers.Compression(k=5)
-    request = Request([headline, bl.analyzers.Surprisal()], progress=False)
-    run = score(llama, [*TEXTS, NASTY], request, keep_neighbors_of=headline)
+    passed = bl.analyzers.Contraction(k=5)  # its neighbors pass themselves, so that they have distances behind the block
+    request = Request([bl.analyzers.Compression(k=5), passed, bl.analyzers.Surprisal()], progress=False)
+    run = score(llama, [*TEXTS, NASTY], request, keep_neighbors_of=passed)
     run.table.loc[(run.table.seq == len(TEXTS)) & (run.table.pos == 1), "token"] = WHOLE
     return run
 

@@ -113,7 +113,7 @@ def test_a_cache_in_another_number_format_is_held_to_its_own_tolerance(dtype):
     table = scores(model, bl.Capture.from_cache(model, tokens, held))
     facts = facts_of(table)
     assert facts["capture"]["dtype"] == str(dtype).removeprefix("torch.")
-    assert_same_scores(table, scores(model, tokens), ["surprisal", "compression", "state_norm"], atol=0.2)
+    assert_same_scores(table, scores(model, tokens), ["surprisal", "contraction", "state_norm"], atol=0.2)
 
 
 def test_a_refusal_names_both_number_formats():

@@ -137,8 +137,9 @@ def test_results_go_to_no_folder_in_which_one_stands(folder, tmp_path, capsys, m
 
 def test_one_document_has_no_interval(capsys, tmp_path):
     """It was printed as "+nan +nan"."""
-    row = {"layer": 3, "n_documents": 1, "n_sequences": 2, "n_tokens": 9, "compression_reliability": 0.5}
-    row |= {f"{name}_mean": 0.25 for name in ("compression", "compression_other_token", "contraction")}
+    row = {"layer": 3, "n_documents": 1, "n_sequences": 2, "n_tokens": 9, "compression_reliability": 0.5, "compression_nan": 0.0}
+    scores = ("compression", "compression_random_sets", "compression_isotropic", "contraction")
+    row |= {f"{name}_mean": 0.25 for name in scores}
     row |= {"compression_low": float("nan"), "compression_high": float("nan")}
     cli._print_summary(pd.DataFrame([row]), {"model": {"name": "tiny"}, "check_error": {"patched": 1e-7}}, tmp_path)
     said = capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 
 from basin_lens.cli import options as cli_options
 from basin_lens.studies.framework import registry, storage
+from basin_lens.studies.framework.measured_texts import SCORES
 from basin_lens.studies.framework.spec import StudySpec
 from tests.cli.calls import call
 from tests.conftest import TEXTS
@@ -100,7 +101,7 @@ def test_dry_run_says_what_would_be_run_and_writes_nothing(name, texts, capsys):
     assert "at most 5 sequences of at most 128 tokens" in shown and "layers 0,2" in shown and "k = 7, context patched" in shown
     spec = registry.find_spec(name)
     assert isinstance(spec, StudySpec)
-    assert ("compression, compression_other_token, contraction" in shown) == spec.shared_scores
+    assert (", ".join(SCORES) in shown) == spec.shared_scores
     assert all(what in shown for what in spec.apart)
     assert (", erasure, integrated_gradients" in shown) == (name == "importance")
     assert all(test in shown for test in spec.tests)

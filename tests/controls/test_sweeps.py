@@ -73,26 +73,27 @@ def test_sweep_gives_what_direct_calls_give(llama, texts):
     ]
     # Banks are whole sequences of 19 points; the score as it stands is always among the settings.
     assert sorted(table.bank_size.unique()) == [114, 190, 266] and sorted(table.k.unique()) == [4, 6, 9]
-    assert len(table) == 2 * 3 * 3 and not table.duplicated(["layer", "k", "bank_size"]).any()
+    assert len(table) == 6 * 2 * 3 * 3 and not table.duplicated(["score", "layer", "k", "bank_size"]).any()
+    assert set(table.score) == {column.name for column in score.columns}
+    table = table[table.score.isin(["compression", "compression_above_random_sets"])]
     order = torch.randperm(14, generator=torch.Generator().manual_seed(0)).tolist()
     banks = {266: None, 190: subset(texts, sorted(order[:10])), 114: subset(texts, sorted(order[:6]))}
     standing = bl.analyze(llama, texts, [score], layers=[0, 2], progress=False)
-    for (size, k), part in table.groupby(["bank_size", "k"]):
+    for (size, k), parts in table.groupby(["bank_size", "k"]):
         direct = bl.analyze(llama, texts, [bl.analyzers.Compression(k=k)], layers=[0, 2], bank=banks[size], progress=False)
-        summary = bl.tables.layer_summary(direct, ["compression"])
-        for short, long in (
-            ("mean", "mean"),
-            ("low", "low"),
-            ("high", "high"),
-            ("nan_share", "nan"),
-            ("reliability", "reliability"),
-        ):
-            np.testing.assert_allclose(
-                part[short].astype(float), summary[f"compression_{long}"].astype(float), rtol=1e-4, atol=1e-5
-            )
-        for layer, value in zip(part.layer, part.spearman, strict=True):
-            both = [t[t.layer == layer].compression for t in (standing.reset_index(), direct.reset_index())]
-            np.testing.assert_allclose(value, both[0].corr(both[1], method="spearman"), atol=1e-3)
+        summary = bl.tables.layer_summary(direct)
+        for name, part in parts.groupby("score"):
+            for short, long in (
+                ("mean", "mean"),
+                ("low", "low"),
+                ("high", "high"),
+                ("nan_share", "nan"),
+                ("reliability", "reliability"),
+            ):
+                np.testing.assert_allclose(part[short].astype(float), summary[f"{name}_{long}"].astype(float), rtol=1e-4, atol=1e-5)
+            for layer, value in zip(part.layer, part.spearman, strict=True):
+                both = [t[t.layer == layer][name] for t in (standing.reset_index(), direct.reset_index())]
+                np.testing.assert_allclose(value, both[0].corr(both[1], method="spearman"), atol=1e-3)
 
 
 def test_the_score_as_it_stands_agrees_with_itself(llama, texts):
@@ -143,17 +144,17 @@ def test_a_control_on_a_sample_has_the_values_of_the_whole(llama, capture):
     """Fewer pairs go through the block; those that do, and everything beside them, come out the same."""
     from basin_lens.analyzers.control import controls_of
 
-    score, beside = bl.analyzers.Compression(k=5), bl.analyzers.Neighborhood(k=5, context="patched")
+    score, beside = bl.analyzers.Contraction(k=5), bl.analyzers.Neighborhood(k=5, context="patched")
     whole = bl.analyze(llama, capture, [score, beside, *controls_of([score])], layers=[1], progress=False)
     some = bl.analyze(llama, capture, [score, beside, *controls_of([score], queries=20)], layers=[1], progress=False)
     alone = bl.analyze(llama, capture, [beside, *controls_of([score], queries=20)], layers=[1], progress=False)
-    for name in ("compression_random", "compression_radius_matched"):
+    for name in ("contraction_random", "contraction_radius_matched"):
         there = some[name].notna()
         assert there.sum() == 20
         np.testing.assert_allclose(some[name][there], whole[name][there], atol=1e-5)
         np.testing.assert_allclose(alone[name][there], whole[name][there], atol=1e-5)
-    for name in ("compression", "radius", "hubness"):
+    for name in ("contraction", "radius", "hubness"):
         np.testing.assert_allclose(some[name], whole[name], atol=1e-5)
     np.testing.assert_allclose(alone["radius"], whole["radius"], atol=1e-5)
     (facts,) = bl.tables.provenance(some).values()
-    assert facts["left_out"]["compression_random"]["not sampled"] > 0
+    assert facts["left_out"]["contraction_random"]["not sampled"] > 0

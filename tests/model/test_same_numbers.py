@@ -347,7 +347,7 @@ def test_a_zero_embedding_row_is_counted_under_its_own_reason(choice):
     with torch.no_grad():
         model.original_model.model.embed_tokens.weight[100] = 0
     assert int((tokens == 100).sum()) >= 2
-    score = A.Neighborhood(k=5, metric="cosine", choice=choice) if choice == "nearest" else A.Compression(
+    score = A.Neighborhood(k=5, metric="cosine", choice=choice) if choice == "nearest" else A.Contraction(
         k=5, metric="cosine", context="native", choice=choice
     )  # fmt: skip
     table = bl.analyze(model, tokens, [score], progress=False)

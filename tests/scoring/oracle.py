@@ -1,5 +1,7 @@
 """Clouds made by hand, and every cloud score in plain numpy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def variance(points):
 
 
 def make_cloud(f, *, q=7, k=15, d=12, seed=0, **given):
-    """Random neighborhoods of different sizes and their images under f(points [q, m, d]); the random points go through f too."""
+    """Random neighborhoods of different sizes and their images under f(points [q, m, d]); the bank's other points go through f too."""
     g = torch.Generator().manual_seed(seed)
     size = torch.rand(q, 1, 1, generator=g) + 0.1
     neighbors = 3 * torch.randn(q, 1, d, generator=g) + size * torch.randn(q, k, d, generator=g)
@@ -44,8 +46,8 @@ def make_cloud(f, *, q=7, k=15, d=12, seed=0, **given):
         "neighbor_token": where,
         "neighbor_pos": where + 1,
         "hubness": torch.zeros(q),
-        "spread_in": float(variance(others).mean()),
-        "spread_out": float(variance(f(others)).mean()),
+        "spread_in": float(variance(others.flatten(0, 1))),
+        "spread_out": float(variance(f(others).flatten(0, 1))),
         "images": f(neighbors),
         "final_norm": lambda states: states,
     }
@@ -113,8 +115,33 @@ class Oracle:
         pos = self.items[row]["pos"]
         if context == "solo":
             tokens, pos = tokens[:1], 0
-        states = torch.tensor(self.pre[rows], dtype=torch.float32)
-        return np.asarray(door.rerun_with_state(self.model, tokens, self.layer, pos, states), np.float64)
+        return self.rerun(tokens, pos, self.pre[rows])
+
+    def rerun(self, tokens, pos, states, **options):
+        """What the block makes of states at a position of some tokens."""
+        states = torch.tensor(states, dtype=torch.float32)
+        return np.asarray(door.rerun_with_state(self.model, tokens, self.layer, pos, states, **options), np.float64)
+
+    def parts(self, group, k, context):
+        """Compression, place and directions of the tokens of a group, `[3, token]`, by the formulas of scores.md."""
+        clouds = [self.pre[self.neighbors(row, k)[0]] for row in group]
+        c = np.empty((len(group), len(group)))
+        for p, row in enumerate(group):
+            tokens, pos = torch.tensor(self.items[row]["tokens"]), self.items[row]["pos"]
+            if context == "solo":
+                tokens, pos = tokens[:1], 0
+            for q in range(len(group)):
+                moves = clouds[q] - clouds[q].mean(0)
+                points = np.concatenate([clouds[p].mean(0) + moves, clouds[p].mean(0) - moves])
+                c[p, q] = math.log(variance(points) / variance(self.rerun(tokens, pos, points, until_mid=context == "attn")))
+        found = []
+        for i in range(len(group)):
+            others = [j for j in range(len(group)) if j != i]
+            place = sum(c[i, q] for q in others) / len(others)
+            directions = sum(c[p, i] for p in others) / len(others)
+            pairs = [c[p, q] for p in others for q in others if p != q]
+            found.append((c[i, i] - place - directions + sum(pairs) / len(pairs), place, directions))
+        return np.array(found).T
 
 
 def column(table, name, layer):
@@ -156,10 +183,10 @@ def identity_bridge(name):
 # -- what does not matter, and what does -----------------------------------------------------------------------------------------------
 
 
+# On neighbors' images, for every token. Compression, which is of the tokens that find a group, goes beside them.
 ALL_CLOUDS = (
-    A.Compression(k=6),
-    A.Compression(k=6, same_token="exclude", name="other"),
     A.Contraction(k=6),
+    A.Contraction(k=6, same_token="exclude", name="other"),
     A.RawCompression(k=6),
     A.Neighborhood(k=6),
 )

@@ -10,7 +10,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import tables
-from basin_lens.analyzers import Compression, StateNorm
+from basin_lens.analyzers import Compression, Contraction, StateNorm
 from basin_lens.errors import (
     CaptureError,
     NeighborError,
@@ -58,14 +58,14 @@ def test_cache_of_a_model_of_another_width(llama):
         bl.Capture.from_cache(llama, tokens, cache)
 
 
-@pytest.mark.parametrize("context", ["patched", "native"])
-def test_cache_of_another_model_of_the_same_shape(llama, other, context):
+@pytest.mark.parametrize("score", [Compression(k=5), Contraction(k=5, context="native")], ids=["patched", "native"])
+def test_cache_of_another_model_of_the_same_shape(llama, other, score):
     """The states look right; the block itself shows that they are not its own."""
     tokens = random_tokens(6, 14)
     _, cache = other.run_with_cache(tokens)
     capture = bl.Capture.from_cache(llama, tokens, cache)
     with refusing(TransportError, "Is this capture .* from the same model"):
-        bl.analyze(llama, capture, [Compression(k=5, context=context)], progress=False)
+        bl.analyze(llama, capture, [score], progress=False)
 
 
 @hooked_lane

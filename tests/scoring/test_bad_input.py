@@ -96,12 +96,16 @@ def test_k_below_two(llama, k):
 @pytest.mark.parametrize("exclude", ["sequence", "document"])
 def test_one_sequence_without_a_bank(llama, exclude):
     with refusing(NeighborError, r"with 5 neighbors, got none.*bank=\"reference\".*exclude=\"self\"", llama):
+        bl.analyze(llama, TEXTS[0], [Contraction(k=5, exclude=exclude)], progress=False)
+    with refusing(NeighborError, r"of 'document' for Compression.*got 1.*bank=\"reference\"", llama):
         bl.analyze(llama, TEXTS[0], [Compression(k=5, exclude=exclude)], progress=False)
 
 
 def test_one_document_without_a_bank(llama):
     passages = [bl.Passage(text, doc="one") for text in TEXTS]
     with refusing(NeighborError, r"exclude='document'.*bank=\"reference\"", llama):
+        bl.analyze(llama, passages, [Contraction(k=5, exclude="document")], progress=False)
+    with refusing(NeighborError, r"of 'document' for Compression.*got 1.*bank=\"reference\"", llama):
         bl.analyze(llama, passages, [Compression(k=5, exclude="document")], progress=False)
 
 

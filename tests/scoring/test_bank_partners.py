@@ -61,8 +61,8 @@ def test_the_interaction_is_0_for_every_token(two, name):
     assert len(crossed.rows) == 18 and crossed.without == 0
     for table in crossed.tables.values():
         for read in (table, *table.halves, *table.partner_halves):
-            assert read.parts().compression.shape == (18, 1)
-            assert read.parts().compression.abs().max() < EXACT
+            assert read.parts().interaction.shape == (18, 1)
+            assert read.parts().interaction.abs().max() < EXACT
 
 
 @pytest.mark.parametrize(("factor", "sign"), [(0.2, 1), (3.0, -1)], ids=["basin", "saddle"])
@@ -84,7 +84,7 @@ def test_a_planted_basin_is_found_where_it_is(two, factor, sign):
 
     planted = two.cross(f)
     assert planted.rows.tolist() == crossed.rows.tolist()
-    found = planted.tables["neighbors"].parts().compression[:, 0]
+    found = planted.tables["neighbors"].parts().interaction[:, 0]
     assert sign * float(found[7]) > 0.5
     assert np.delete(found.numpy(), 7) == pytest.approx(0, abs=EXACT)
 

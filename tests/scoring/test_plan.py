@@ -19,7 +19,7 @@ ANALYZERS = (
     A.Compression(k=4),
     A.Contraction(k=3),
     A.Compression(k=5, blocks=2, name="two"),
-    A.Compression(k=4, context="mlp", name="mlp"),
+    A.Contraction(k=4, context="mlp", name="mlp"),
     A.NeighborOverlap(k=4),
     A.JacobianGain(k=4, queries=5),
     A.Surprisal(),
@@ -74,14 +74,16 @@ def test_an_unknown_option_is_refused_by_name(llama):
 
 
 def test_controls_stand_behind_what_was_asked_for():
-    asked = Request([A.Compression(k=4), A.Surprisal()], controls=True)
+    asked = Request([A.Contraction(k=4), A.Surprisal()], controls=True)
     assert [c.name for a in asked.chosen for c in a.columns] == [
-        "compression",
+        "contraction",
         "surprisal",
-        "compression_random",
-        "compression_radius_matched",
+        "contraction_random",
+        "contraction_radius_matched",
     ]
     assert asked.nulls == ["random neighbors", "radius_matched neighbors"]
+    own = A.Compression(k=4)  # passes its nulls itself
+    assert Request([own], controls=True).chosen == Request([own]).chosen
 
 
 # -- the plan -------------------------------------------------------------------------------------------------------------------

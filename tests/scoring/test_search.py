@@ -75,12 +75,11 @@ def test_neighbors_are_the_oracles(llama, labeled, options):
 
 @pytest.mark.parametrize("context", ["patched", "native"])
 def test_position_0_is_let_in_as_neighbor_and_as_random_point_alone(llama, capture, context):
-    """As the oracle has it; G, which is of the layer, stays as it was, and so does what is scored."""
+    """As the oracle has it; what is scored stays as it was."""
     k = 6
-    scores = [A.Compression(k=k, context=context, position_0=p, name=f"c{p}") for p in (False, True)]
-    plain = [A.Contraction(k=k, context=context, position_0=p, name=f"r{p}") for p in (False, True)]
-    table = run(llama, capture, *scores, *plain, *controls_of(scores))
-    assert table.cTrue.notna().tolist() == table.cFalse.notna().tolist() == (table.pos > 0).tolist()
+    scores = [A.Contraction(k=k, context=context, position_0=p, name=f"r{p}") for p in (False, True)]
+    table = run(llama, capture, *scores, *controls_of(scores))
+    assert table.rTrue.notna().tolist() == table.rFalse.notna().tolist() == (table.pos > 0).tolist()
     for layer in LAYERS:
         oracle = Oracle(llama, capture, layer)
         found = {row: oracle.neighbors(row, k, position_0=True)[0] for row in np.flatnonzero(capture.row_pos.numpy() > 0)}
@@ -95,9 +94,7 @@ def test_position_0_is_let_in_as_neighbor_and_as_random_point_alone(llama, captu
             expected = math.log(variance(oracle.pre[found[row]]) / variance(oracle.images(row, found[row], context)))
             assert at.rTrue[row] == near(expected, abs=1e-3)
         inner = at[at.pos > 0]
-        g = [inner[f"r{p}"] - inner[f"c{p}"] for p in (False, True)]
-        assert g[1].to_numpy() == near(g[0].to_numpy(), abs=1e-5)
-        assert 0 < (inner.cTrue_random - inner.cFalse_random).abs().gt(1e-6).mean() < 1
+        assert 0 < (inner.rTrue_random - inner.rFalse_random).abs().gt(1e-6).mean() < 1
 
 
 def test_position_0_is_shown_and_counted_where_it_is_let_in(llama, capture):
@@ -113,10 +110,11 @@ def test_position_0_is_shown_and_counted_where_it_is_let_in(llama, capture):
     with pytest.raises(NeighborError, match="never a query"):
         bl.neighborhood(llama, capture, layer=1, seq=seq, pos=0, k=6, position_0=True)
     most = int((capture.row_pos > 0).sum())
-    with pytest.raises(NeighborError, match=rf"bank's {most} points \(position 0 left out\)"):
-        run(llama, capture, A.Compression(k=most + 1))
-    with pytest.raises(NeighborError, match=f"bank's {capture.n_rows} points, got"):
-        run(llama, capture, A.Compression(k=capture.n_rows + 1, position_0=True))
+    for kind in (A.Compression, A.Contraction):
+        with pytest.raises(NeighborError, match=rf"bank's {most} points \(position 0 left out\)"):
+            run(llama, capture, kind(k=most + 1))
+        with pytest.raises(NeighborError, match=f"bank's {capture.n_rows} points, got"):
+            run(llama, capture, kind(k=capture.n_rows + 1, position_0=True))
 
 
 def test_cosine_only_chooses(llama, capture):
@@ -130,7 +128,7 @@ def test_cosine_only_chooses(llama, capture):
 
 @pytest.mark.parametrize("option", ["self", "sequence", "document", "template"])
 def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, monkeypatch):
-    """Neighbors and random points alike, and never position 0 or a token's own prefix."""
+    """Neighbors, random points and those of the layer's random sets alike, and never position 0 or a token's own prefix."""
     pairs = []
     make = LayerMaps.map
 
@@ -146,7 +144,8 @@ def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, mon
         return dataclasses.replace(made, of_rows=of_rows)
 
     monkeypatch.setattr(LayerMaps, "map", watched)
-    run(llama, labeled, A.Compression(k=5, exclude=option), layers=[1])
+    scores = [A.RelativeContraction(k=5, exclude=option)]
+    run(llama, labeled, *scores, *controls_of(scores), layers=[1])
     assert len(pairs) > labeled.n_rows * 5
     items = LabelOracle(llama, labeled, 1).items
     for query, row in set(pairs):
@@ -158,6 +157,8 @@ def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, mon
 
 
 def test_unknown_exclusion_names_the_labels(llama, labeled):
+    with pytest.raises(NeighborError, match="template"):
+        run(llama, labeled, A.Contraction(k=5, exclude="tmplate"))
     with pytest.raises(NeighborError, match="template"):
         run(llama, labeled, A.Compression(k=5, exclude="tmplate"))
 
@@ -200,8 +201,9 @@ def test_another_bank_is_where_the_neighbors_come_from(llama):
 def test_the_same_texts_as_another_bank_change_nothing(llama, capture):
     """The same text is the same sequence, also in another capture: its tokens are no neighbors of theirs."""
     twin = bl.Capture.from_texts(llama, TEXTS, progress=False)
-    inside, outside = (run(llama, capture, *ALL_CLOUDS, bank=bank) for bank in (None, twin))
-    for name in ("compression", "other", "contraction", "raw_compression", "radius", "nearest", "same_token_share"):
+    inside, outside = (run(llama, capture, *ALL_CLOUDS, A.Compression(k=6), bank=bank) for bank in (None, twin))
+    crossed = [column.name for column in A.Compression().columns]
+    for name in (*crossed, "other", "contraction", "raw_compression", "radius", "nearest", "same_token_share"):
         assert outside[name].to_numpy() == near(inside[name].to_numpy(), nan_ok=True), name
 
 
@@ -257,11 +259,11 @@ def queries_cases(capture):
 @pytest.mark.parametrize("case", ["positions", "rows mask", "grid mask", "label", "span"])
 def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
     queries, expected = queries_cases(labeled)[case]
-    analyzers = (A.Contraction(k=6), A.Compression(k=6, context="native"), A.RawCompression(k=6), A.Neighborhood(k=6))
+    analyzers = (A.Contraction(k=6), A.RawCompression(k=6), A.Neighborhood(k=6))
     full, some = run(llama, labeled, *analyzers), run(llama, labeled, *analyzers, queries=queries)
     inner = labeled.row_pos.numpy() > 0
     for layer in LAYERS:
-        for name in ("contraction", "compression", "raw_compression", "radius", "nearest"):
+        for name in ("contraction", "raw_compression", "radius", "nearest"):
             got, whole = column(some, name, layer), column(full, name, layer)
             assert np.isnan(got).tolist() == (~(expected & inner)).tolist(), name
             assert got[expected & inner] == near(whole[expected & inner]), name
@@ -273,12 +275,24 @@ def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
 
 @pytest.mark.parametrize("context", ["patched", "solo"])
 @pytest.mark.parametrize("queries", ["start", [3, 7], 4], ids=str)
-def test_the_headline_of_some_tokens_is_that_of_all(llama, labeled, queries, context):
-    """What the layer does to unrelated points (G) is a fact about the layer, not about the tokens asked for."""
-    full, some = (run(llama, labeled, A.Compression(k=6, context=context), layers=[1], queries=q) for q in (None, queries))
-    asked = some.compression.notna()
+def test_what_a_layer_does_to_random_sets_is_no_matter_of_who_is_asked_for(llama, labeled, queries, context):
+    score = A.RelativeContraction(k=6, context=context)
+    full, some = (run(llama, labeled, score, layers=[1], queries=q) for q in (None, queries))
+    asked = some.relative_contraction.notna()
     assert asked.sum() > 3
-    assert some.compression[asked].to_numpy() == near(full.compression[asked].to_numpy())
+    assert some.relative_contraction[asked].to_numpy() == near(full.relative_contraction[asked].to_numpy())
+
+
+@pytest.mark.parametrize("queries", ["start", [3, 7], 40], ids=str)
+def test_groups_are_formed_among_those_asked_for(llama, queries):
+    passages = [bl.Passage(text, spans={"start": (0, 9)}) for text in TEXTS]
+    capture = bl.Capture.from_texts(llama, passages, progress=False)
+    full, some = (run(llama, capture, A.Compression(k=6, nulls=False), layers=[1], queries=q) for q in (None, queries))
+    asked = facts_of(some)["left_out"]["compression"]["not asked for"]
+    inner = int((some.pos > 0).sum())
+    scored = some.compression.notna()
+    assert 0 < scored.sum() <= inner - asked < full.compression.notna().sum()
+    assert facts_of(some)["left_out"]["compression"].get("no group", 0) == inner - asked - scored.sum()
 
 
 def test_a_number_of_queries_is_a_seeded_sample(llama, labeled):
@@ -299,15 +313,21 @@ def test_queries_that_choose_nothing_are_refused(llama, labeled, queries):
 
 def test_position_0_has_no_cloud_score(world):
     model, capture = world
-    table = run(model, capture, *ALL_CLOUDS)
+    crossed = A.Compression(k=6)
+    table = run(model, capture, *ALL_CLOUDS, crossed)
     names = [c.name for a in ALL_CLOUDS for c in a.columns]
-    assert table.loc[table.pos == 0, names].isna().all().all()
+    assert table.loc[table.pos == 0, [*names, *(c.name for c in crossed.columns)]].isna().all().all()
     assert table.loc[table.pos > 0, names].notna().all().all()
+    # Beyond it, all but those without a group.
+    alone = facts_of(table)["left_out"]["compression"].get("no group", 0)
+    assert table.compression.notna().sum() == (table.pos > 0).sum() - alone > 0
 
 
 @pytest.mark.parametrize("queries", [None, [2, 3], 20])
 def test_counts_add_up_to_what_is_missing(llama, labeled, queries):
-    analyzers = (*ALL_CLOUDS, A.Contraction(k=3, same_token="only", name="same"), A.SeedCompression(k=5))
+    analyzers = (
+        *ALL_CLOUDS, A.Contraction(k=3, same_token="only", name="same"), A.SeedCompression(k=5), A.Compression(k=4, exclude="template")
+    )  # fmt: skip
     table = run(llama, labeled, *analyzers, queries=queries)
     left_out = facts_of(table)["left_out"]
     assert set(left_out) == {c.name for a in analyzers for c in a.columns}

@@ -16,6 +16,7 @@ import basin_lens as bl
 from basin_lens import tables
 from basin_lens.analyzers import (
     Compression,
+    Contraction,
     Erasure,
     GradientNorm,
     IntegratedGradients,
@@ -261,7 +262,8 @@ def test_analyze_takes_whole_numbers_of_any_kind(llama, tmp_path):
 
     def run(three, five):
         analyzers = [
-            Compression(k=five), LocalDimension(k=five, curve=(three, five)), JacobianGain(k=five, directions=three, queries=three, seed=three),
+            Contraction(k=five), Compression(k=five, group=three, queries=five),
+            LocalDimension(k=five, curve=(three, five)), JacobianGain(k=five, directions=three, queries=three, seed=three),
             Erasure(positions=three, seed=three), IntegratedGradients(steps=three, layer=1), GradientNorm(target=three), Surprisal(),
             AttentionReceived(per_head=(three - 1,)),
         ]  # fmt: skip
@@ -350,8 +352,10 @@ def test_positions_to_score(llama, capture):
 def test_a_seed_of_any_size(llama, capture):
     """Such as time.time_ns()."""
     for seed in (1_764_402_193_000_000_000, 2**64):
-        table = bl.analyze(llama, capture, [Compression(k=3)], layers=[0], queries=5, seed=seed, controls=True, progress=False)
-        assert table.compression_random.notna().sum() == 5
+        table = bl.analyze(llama, capture, [Contraction(k=3)], layers=[0], queries=5, seed=seed, controls=True, progress=False)
+        assert table.contraction_random.notna().sum() == 5
+        table = bl.analyze(llama, capture, [Compression(k=4, queries=40)], layers=[0], seed=seed, progress=False)
+        assert table.compression_above_random_sets.notna().any()
 
 
 def test_tokens_of_a_capture_by_whole_numbers():

@@ -240,8 +240,10 @@ def test_attention_and_feed_forward_are_the_block(family):
 @pytest.mark.parametrize("family", SERVED)
 def test_analyze_gives_numbers(family):
     held = held_of(family.name, family.kind)
-    scores = bl.analyze(held.model, held.capture, [A.Compression(k=5), A.Contraction(k=5)], progress=False)
-    assert scores[scores.pos > 0].compression.notna().all()
+    crossed = A.Compression(k=5, group=3, queries=12, nulls=False)
+    scores = bl.analyze(held.model, held.capture, [crossed, A.Contraction(k=5)], progress=False)
+    assert scores[scores.pos > 0].contraction.notna().all()
+    assert scores.compression.notna().groupby(scores.layer).any().all()
     (facts,) = scores.attrs["provenance"].values()
     assert tuple(facts["routes"].values()) == served(family.name, family.kind).routes
     assert max(facts["check_error"].values()) < 1e-5
@@ -252,7 +254,7 @@ def test_what_cannot_be_served_is_refused_before_it_runs(family, monkeypatch):
     model = model_of(family.name, family.kind)
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ModelError, match=REFUSED[family.name]):
-        bl.analyze(model, random_tokens(3, 8), [A.Compression(k=3)], progress=False)
+        bl.analyze(model, random_tokens(3, 8), [A.Contraction(k=3)], progress=False)
 
 
 @pytest.mark.parametrize("kinds", [("bridge", "native"), ("hooked",)], ids=["bridge", "hooked"])

@@ -20,8 +20,9 @@ WHOLE = "</script><b>bold</b><script>alert(1)</script><!--"  # as one token, as 
 @pytest.fixture(scope="module")
 def run(llama):
     headline = bl.analyzers.Compression(k=5)
-    scores = [headline, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()]
-    return score(llama, [*TEXTS, *NASTY], Request(scores, progress=False), keep_neighbors_of=headline)
+    passed = bl.analyzers.Contraction(k=5)  # its neighbors pass themselves, so that they have distances behind the block
+    scores = [headline, passed, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()]
+    return score(llama, [*TEXTS, *NASTY], Request(scores, progress=False), keep_neighbors_of=passed)
 
 
 def data_of(page: str) -> dict:

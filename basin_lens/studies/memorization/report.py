@@ -62,9 +62,9 @@ def _planting_sections(planted: Planted, tested: Tested, figures: Mapping[str, F
         ),
         Section(
             "Do memorized texts change in compression?",
-            "Difference in differences of compression less that of random sets, and of contraction: tuned less base, trained less held "
-            f"out within each pair, in nats. Compression is the mean over {CROSSED} tokens of each text, evenly spaced and the same "
-            "under every model; contraction over all of them.",
+            "Difference in differences of compression less that of random sets, and of contraction: tuned less base, trained "
+            f"less held out within each pair, in nats. Compression is the mean over {CROSSED} tokens of each text, evenly spaced "
+            "and the same under every model; contraction over all of them.",
             figure=figures["effect-by-layer"],
             caption="Mean difference with 95 % intervals over pairs (layer 0 in the table); filled: corrected p at most 0.05 "
             "(max-|t| over all layers and scores).",

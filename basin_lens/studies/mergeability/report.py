@@ -20,17 +20,18 @@ BASELINE = "random choice"  # of it, the policies that go by a score differ in n
 _MEANING = {
     "cosine": "the most similar ones: a token joins its most similar earlier cluster if the cosine reaches a level",
     "low surprisal": "those that the plain model found easiest to predict; each joins its most similar earlier cluster",
-    "high compression": "those of the highest compression, less that of random sets, in this layer; each joins its most similar earlier cluster",
+    "high compression": "those of the highest compression, less that of random sets, in this layer; each joins its most similar "
+    "earlier cluster",
     "random choice": "any; each joins its most similar earlier cluster: differs from the three above only in which tokens",
     "random": "any; each joins any earlier cluster",
 }
 
 HYPOTHESIS = (
     "Declared before looking: among the tokens of one text, compression (less that of random sets) goes with the cost of merging "
-    "the token (either direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and surprisal; and it "
-    "still does at fixed cosine with the token that it is merged into. The cost is the rise of the summed loss of all later "
-    "tokens when only this token is merged, in only this layer. Each is tested at the layer (not 0) chosen on half of the "
-    "documents, on the other half. And: when the largest share of tokens is merged in all layers measured, taking those of "
+    "the token (either direction), at fixed token frequency, position, norm, neighborhood radius, share of equal tokens and "
+    "surprisal; and it still does at fixed cosine with the token that it is merged into. The cost is the rise of the summed loss "
+    "of all later tokens when only this token is merged, in only this layer. Each is tested at the layer (not 0) chosen on half "
+    "of the documents, on the other half. And: when the largest share of tokens is merged in all layers measured, taking those of "
     "highest compression costs less loss than taking any (one-sided), on documents that did not set the levels. One family "
     "(Holm)."
 )

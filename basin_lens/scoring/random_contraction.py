@@ -23,7 +23,7 @@ def random_contraction(
     The standard error is over documents, as tokens of one share their context.
     """
     values, documents = [], []
-    for part, chosen in _random_sets(searches, layer, exclude, _SETS):
+    for part, chosen in _random_sets(searches, layer, exclude):
         if chosen.shape[1] > 1:
             values.append(log_variance_ratio(passage.bank_before[chosen], passage.of_rows(part, chosen), bank))
             documents += [searches.capture.docs[seq] for seq in searches.capture.row_seq[part.cpu()].tolist()]
@@ -38,16 +38,14 @@ def random_contraction(
     return RandomContraction(mean, float(np.sqrt(scale * np.square(sums).sum()) / len(ratios))), len(ratios)
 
 
-def _random_sets(
-    searches: Searches, layer: int, exclude: str, count: int
-) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
+def _random_sets(searches: Searches, layer: int, exclude: str) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
     """Seeded tokens, asked for or not (these are facts about the layer), each with random rows of the bank; a part at a time."""
     pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
     generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
     candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
-    picks = torch.randint(len(candidates), (count,), generator=generator, device="cpu")  # of fewer tokens, some several times
-    if len(candidates) >= count:
-        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:count]
+    picks = torch.randint(len(candidates), (_SETS,), generator=generator, device="cpu")  # of fewer tokens, some several times
+    if len(candidates) >= _SETS:
+        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_SETS]
     groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
     for part in query_chunks(searches.capture, candidates[picks].sort().values, _POINTS, 16 * _POINTS):
         rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
