@@ -71,14 +71,15 @@ def test_seeds_move_no_mean_by_more_than_its_printed_error(layer):
     assert (abs(means - means.mean()) > wide).sum() <= scipy_stats.binom.ppf(0.999, SEEDS, 0.05)
 
 
-# Where states are bare tokens (layer 0), the random sets that hold the massive one are far from the others.
-@pytest.mark.parametrize(
-    ("column", "layer"),
-    [*(("compression", layer) for layer in (0, 1, 2)), *(("compression_above_random_sets", layer) for layer in (1, 2))],
-)
-def test_seeds_move_no_mean_of_the_default_score_by_more_than_its_printed_error(column, layer):
+# Not of the difference from random sets at layer 0, where one point enters far out: there a set that holds it reads -4, and the
+# interval is seven times as wide with it as without. `compression` holds no such point: it is nobody's near neighbor.
+OF_THE_HEADLINE = [("compression", layer) for layer in (0, 1, 2)] + [("compression_above_random_sets", layer) for layer in (1, 2)]
+
+
+@pytest.mark.parametrize(("column", "layer"), OF_THE_HEADLINE)
+def test_seeds_move_no_mean_of_the_headline_by_more_than_its_printed_error(column, layer):
     """The documents are the same, so that seeds (who meets whom, the displacements of the nulls) move less than the error says; at
-    layer 1, where the block takes a massive state away, too: it is in no variance."""
+    layer 1, where the block takes a massive state away, too."""
     here = over_seeds()[lambda t: t["layer"] == layer]
     means, half = here[f"{column}_mean"], (here[f"{column}_high"] - here[f"{column}_low"]) / 2
     errors = half / scipy_stats.t.ppf(0.975, here["n_documents"] - 1)
@@ -121,7 +122,7 @@ def test_a_difference_has_both_errors_in_provenance():
     assert set(bl.tables.reference_error(layers, "difference")) == {np.hypot(errors[0]["0"], errors[0]["2"])}
     assert not bl.tables.reference_error(bl.compare(first, first, on="relative_contraction"), "difference").any()
     # The headline is held against nothing drawn for the whole layer.
-    assert "difference" not in facts_of(bl.compare(first, second, on="compression")).get("reference_error", {})
+    assert not bl.tables.reference_error(bl.compare(first, second, on="compression"), "difference").any()
 
 
 def test_frozen_neighbors_have_references_of_their_own(llama, capture):
