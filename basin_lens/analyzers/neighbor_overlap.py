@@ -17,7 +17,8 @@ class NeighborOverlap(CloudScore):
 
     neighbor_overlap = (o - k/m) / (1 - k/m), neighbor_overlap_raw = o
 
-    o: share of the neighbors kept; m: how many tokens could have been chosen, so that k/m is what states without relation would keep.
+    o: share of the neighbors kept; m: how many tokens could have been chosen, so that k/m is what
+    unrelated states would keep.
     1: all kept; 0: as many as by chance. Unit: share. Range: [-1, 1] and, raw, [0, 1]. NaN where m is not above k, because then
     every choice is the same. A token's neighbors can all change while the neighborhood neither shrinks nor grows, and the other way
     round: this says who, `Contraction` how near. At layer 0 of a rotary model all tokens of one id are one point, for which the

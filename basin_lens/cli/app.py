@@ -211,8 +211,8 @@ def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None
         return " ".join(f"{value:+.3f}" for value in values).replace("+nan +nan", "none (1 document)")
 
     console = Console(markup=False, highlight=False)
-    lines = Table(title="by layer, mean over documents [nats]", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("layer", "compression", "95 % interval", "random sets", "isotropic", "reliability", "V/V random", "contraction"):
+    lines = Table(title="compression by layer, means over documents [nats]", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name in ("layer", "mean", "95 % interval", "random sets", "isotropic", "halves", "local"):
         lines.add_column(name, justify="right", no_wrap=True)
     for row in summary.to_dict("records"):
         lines.add_row(
@@ -222,8 +222,7 @@ def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None
             shown(row["compression_random_sets_mean"]),
             shown(row["compression_isotropic_mean"]),
             f"{row['compression_reliability']:.2f}",
-            f"{row.get('compression_local', float('nan')):.2f}",
-            shown(row["contraction_mean"]),
+            f"{row['compression_local']:.2f}" if "compression_local" in row else "-",
         )
     console.print(lines)
     first = summary.iloc[0]
@@ -236,8 +235,8 @@ def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None
     console.print(
         f"Compression is of at most {measured} tokens per layer, in groups of 4 from different documents. Positive: differences "
         "between a token's neighbors are drawn together more at its own place than at others (a basin). Negative: the block tells "
-        "apart what is near. Beside it the same for random sets and for random directions, and the neighborhoods' median variance "
-        "over that of random sets. No test was made."
+        "apart what is near. Beside it the same for random sets and for random directions; halves: reliability over halves of the "
+        "neighbors; local: the neighborhoods' median variance over that of random sets. No test was made."
     )
     for name in _FILES:
         console.print(f"  {out / name}", soft_wrap=True)

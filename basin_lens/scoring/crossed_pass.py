@@ -45,9 +45,9 @@ class Crossed:
     def facts(self) -> Facts:
         """What provenance says of the groups.
 
-        `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`. `spread_within_groups`: median over groups of the
-        largest difference of log V_in. `local`: median V_in of the neighbors over that of random sets, by which a reader sees how
-        local a neighborhood is.
+        `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`.
+        `spread_within_groups`: median over groups of the largest difference of log V_in. `local`: median V_in of the neighbors
+        over that of random sets, by which a reader sees how local a neighborhood is.
         """
         partners = "bank" if self.from_bank else "texts"
         known: Facts = {"groups": len(self.rows), "without_group": self.without, "units": self.units, "partners": partners}
@@ -160,9 +160,7 @@ def unit_of_rows(capture: Capture, exclude: str) -> Int[Tensor, " rows"]:
     return units_of_both(capture, capture, exclude)[0]
 
 
-def grouping_units(
-    capture: Capture, exclude: str, size: int, asked: Bool[Tensor, " rows"]
-) -> tuple[Int[Tensor, " rows"], str]:
+def grouping_units(capture: Capture, exclude: str, size: int, asked: Bool[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], str]:
     """What the tokens of one group must differ in, as numbers of rows and in a word.
 
     Documents or values of a label; sequences, where the tokens asked for are of fewer documents than a group has tokens (one long

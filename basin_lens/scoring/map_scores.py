@@ -19,7 +19,7 @@ from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import Crossed, CrossedPass, unit_of_rows
 from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
-from basin_lens.scoring.random_contraction import random_contraction
+from basin_lens.scoring.random_reference import random_contraction
 from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
 from basin_lens.scoring.results import LayerNeighbors

@@ -98,8 +98,7 @@ def measure(
     refuse_scoring([], context=context, exclude=exclude)
     count = max(spec.layers for spec in specs)
     planned = _planned(model, data, layers, count, max_length)
-    times = Counter(planned.row_token.tolist())
-    frequency = {token: often / planned.n_rows for token, often in times.items()}
+    frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
@@ -110,11 +109,9 @@ def measure(
     if check is not None:
         check(capture)
     request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    # Of all tokens; the headline has looked at some.
-    everyone = next((one for one in request.chosen if one == _contraction(headline)), None)
-    run = score(model, capture, request, keep_neighbors_of=everyone)
-    table = run.table
-    (facts,) = tables.provenance(table).values()
+    # Neighbors of all tokens; the headline has looked at some.
+    run = score(model, capture, request, keep_neighbors_of=next(iter({_contraction(headline)} & {*request.chosen}), None))
+    table, (facts,) = run.table, tables.provenance(run.table).values()
     settings: Facts = {
         "k": k,
         "context": context,

@@ -202,14 +202,12 @@ def plant(
     planned = Capture.plan(model, made, layers=layers, max_length=longest)
     before = measure_texts(model, planned, _analyzers(plan.k), k=plan.k, bank=banks["base"], **shared)
     del planned  # the states of all layers
-
     say("training")
     recipe = replace(plan.recipe, seed=plan.seed)
     options: _Training = {"filler": filler, "recipe": recipe, "max_length": longest, "progress": progress}
     begun = time.perf_counter()
     tuned = _tuned(model, members, [int(cast("int", p.labels["dose"])) for p in members], folder, "tuned", options)
     seconds = time.perf_counter() - begun
-
     say("after training")
     banks["tuned"] = bank_of(tuned.model, bank, layers, longest)
     capture = Capture.from_texts(tuned.model, made, layers=layers, max_length=longest, progress=progress)

@@ -259,7 +259,8 @@ def _about(planted: Planted, said: Sequence[str], design: str) -> list[str]:
         "the others were held out.",
         f"Training: {facts['training']['steps']} steps of {plan.recipe.batch_size} texts, {plan.recipe.filler} of them filler, "
         f"AdamW at {plan.recipe.learning_rate:g}. Neighbors (k = {plan.k}; of compression {compression_of(plan.k).k}) come from "
-        f"built-in passages of {len(facts['bank_documents'])} documents that were never trained on, read by the model that is scored.",
+        f"built-in passages of {len(facts['bank_documents'])} documents that were never trained on, read by the model that is "
+        "scored.",
         f"Compression is of {CROSSED} tokens of each text, evenly spaced and the same under every model, crossed in groups of "
         f"{GROUP} with tokens of other texts, trained on or held out; contraction is of all tokens.",
         f"Layers {', '.join(map(str, planted.layers))}. Units are pairs (differences, doses) or texts: tests and intervals are "

@@ -16,13 +16,13 @@ from basin_lens.views.pages.page import Report, page_of
 # Values in a page, of 2 bytes each before they become text: about 16 MB. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
 _NOTES = (
-    "compression is how much more the block contracts the differences between a token's neighbors at the token's own place than "
-    "the place contracts other neighborhoods' differences (compression_place) and other places contract these "
-    "(compression_directions); natural logarithms of ratios of variances. Positive: differences are drawn together more at home than "
-    "elsewhere, a basin of this place; negative: the block tells apart what is near home. 0, for every token, is what any affine map "
-    "gives, also with a vector or a factor of its own at each place.",
-    "compression_random_sets and compression_isotropic are the same for random sets of the bank and for random directions: the nulls. "
-    "A finding is a difference from the random sets, compression_above_random_sets.",
+    "compression is how much more the block contracts the differences between a token's neighbors at the token's own place "
+    "than the place contracts other neighborhoods' differences (compression_place) and other places contract these "
+    "(compression_directions); natural logarithms of ratios of variances. Positive: differences are drawn together more at home "
+    "than elsewhere, a basin of this place; negative: the block tells apart what is near home. 0, for every token, is what any "
+    "affine map gives, also with a vector or a factor of its own at each place.",
+    "compression_random_sets and compression_isotropic are the same for random sets of the bank and for random directions: the "
+    "nulls. A finding is a difference from the random sets, compression_above_random_sets.",
     "contraction is the log ratio of the neighborhood's variance before and after the block: how much it shrinks at all. "
     "raw_compression is the log variance of the neighbors' outputs alone: it mostly tells how dense the neighborhood was to begin "
     "with, and moves with the growth of norms.",
