@@ -1,6 +1,6 @@
 """Rows and columns of a study's tables."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pandas as pd
 
@@ -24,4 +24,4 @@ def above_layer_0(table: pd.DataFrame) -> pd.DataFrame:
 
 def sequence_shown(table: pd.DataFrame, column: str) -> int:
     """The sequence to show as text: the first of those with most values of a column, which may be of a sample of the tokens."""
-    return int(table.groupby("seq")[column].count().idxmax())
+    return cast("int", table.groupby("seq")[column].count().idxmax())
