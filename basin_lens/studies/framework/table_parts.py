@@ -24,4 +24,4 @@ def above_layer_0(table: pd.DataFrame) -> pd.DataFrame:
 
 def sequence_shown(table: pd.DataFrame, column: str) -> int:
     """The sequence to show as text: the first of those with most values of a column, which may be of a sample of the tokens."""
-    return cast("int", table.groupby("seq")[column].count().idxmax())
+    return int(cast("int", table.groupby("seq")[column].count().idxmax()))
