@@ -112,12 +112,7 @@ function curve() {
   $("curvenote").textContent = `Mean over documents, 95 % interval over ${D.n_documents} documents. ` +
     (c.reliability ? `Split-half reliability at layer ${D.layers[layer]}: ${fmt(r)} (Spearman over disjoint neighbor halves). ` : "") +
     (c.local ? `The neighborhoods' median variance is ${fmt(c.local[layer])} of that of random sets here. ` : "");
-  if (nulls.length) {
-    $("curvenote").append("Its nulls: ");
-    nulls.forEach((n, i) => { const word = make("span", `${["dashed", "dotted"][i % 2]}, ${n.name}`); word.style.color = n.color;
-      $("curvenote").append(i ? "; " : "", word); });
-    $("curvenote").append(".");
-  }
+  if (nulls.length) $("curvenote").append(`Its nulls: ${nulls.map((n, i) => `${["dashed", "dotted"][i % 2]}, ${n.name}`).join("; ")}.`);
 }
 function go(i) { layer = i; paint(); }
 
