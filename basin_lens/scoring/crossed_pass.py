@@ -206,8 +206,8 @@ def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tenso
         if a.crossing is not None:
             there = asked & (capture.row_pos > 0)
             documents = len(unit_of_rows(capture, a.exclude)[there].unique())
-            if documents >= a.crossing.group:
-                continue
+            if not bool(there.any()) or documents >= a.crossing.group:
+                continue  # that nobody was asked for is refused elsewhere
             kind = a.exclude if a.exclude not in ("self", "sequence", "nothing") else "document"
             if bank is capture:
                 if len(grouping_units(capture, a.exclude, a.crossing.group, asked)[0][there].unique()) >= a.crossing.group:

@@ -109,8 +109,8 @@ def measure(
     if check is not None:
         check(capture)
     request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
-    # Neighbors of all tokens; the headline has looked at some.
-    run = score(model, capture, request, keep_neighbors_of=next(iter({_contraction(headline)} & {*request.chosen}), None))
+    everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
+    run = score(model, capture, request, keep_neighbors_of=everyone)
     table, (facts,) = run.table, tables.provenance(run.table).values()
     settings: Facts = {
         "k": k,
