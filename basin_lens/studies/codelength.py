@@ -66,7 +66,7 @@ def study_codelength(model: HookedModel, data: StudyData, *, progress: bool = Tr
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
         >>> study = bl.studies.study_codelength(
-        ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, progress=False)
+        ...     model, list(reference_passages()), layers=[5], bank="reference", max_sequences=8, max_length=48, progress=False)
         >>> sorted(study.tables)
         ['entropy', 'partial_correlation', 'quartiles']
     """

@@ -99,7 +99,8 @@ def study_importance(model: HookedModel, data: StudyData, *, progress: bool = Tr
         >>> from basin_lens.texts import reference_passages
         >>> model = bl.load_model()
         >>> study = bl.studies.study_importance(
-        ...     model, list(reference_passages()), layers=[5], max_sequences=8, max_length=48, integrated=0, progress=False)
+        ...     model, list(reference_passages()), layers=[5], bank="reference", max_sequences=8, max_length=48, integrated=0,
+        ...     progress=False)
         >>> "ranking" in study.tables
         True
     """

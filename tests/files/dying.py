@@ -114,10 +114,10 @@ def tune(model, _: Path) -> Doomed:
 
 def analyze(_model, folder: Path) -> Doomed:
     text = folder / "text.txt"
-    text.write_text(" ".join(TEXTS[:3]), encoding="utf-8")
+    text.write_text(" ".join(TEXTS), encoding="utf-8")  # one text, cut into as many sequences as a group has tokens
 
     def run(out: Path, layer: int = 1) -> int:
-        return call("analyze", str(text), "--layers", str(layer), "--k", "3", "--max-length", "24", "--out", str(out))
+        return call("analyze", str(text), "--layers", str(layer), "--k", "4", "--max-length", "24", "--out", str(out))
 
     def check(out: Path) -> None:
         same(names(out), {"table.parquet", "summary.csv", "report.html"})
@@ -133,7 +133,7 @@ def study(model, folder: Path) -> Doomed:
     """Measured once; what is killed is all that the command does besides."""
     text = folder / "documents.jsonl"
     text.write_text("".join(json.dumps({"text": t, "doc": str(i)}) + "\n" for i, t in enumerate(TEXTS)), encoding="utf-8")
-    held = studies.measure(model, bl.texts.read_texts(text), studies=["layers"], layers=[0, 1], k=3, max_length=24, progress=False)
+    held = studies.measure(model, bl.texts.read_texts(text), studies=["layers"], layers=[0, 1], k=4, max_length=24, progress=False)
     made = studies.study_layers(model, held, progress=False)
     # Drawing takes long, and writes nothing.
     made = replace(made, figures={name: Figure(figsize=(1, 1)) for name in list(made.figures)[:1]}, sections=made.sections[:1])

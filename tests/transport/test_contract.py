@@ -240,7 +240,7 @@ def test_attention_and_feed_forward_are_the_block(family):
 @pytest.mark.parametrize("family", SERVED)
 def test_analyze_gives_numbers(family):
     held = held_of(family.name, family.kind)
-    crossed = A.Compression(k=5, group=3, queries=12, nulls=False)
+    crossed = A.Compression(k=4, group=3, nulls=False)
     scores = bl.analyze(held.model, held.capture, [crossed, A.Contraction(k=5)], progress=False)
     assert scores[scores.pos > 0].contraction.notna().all()
     assert scores.compression.notna().groupby(scores.layer).any().all()
