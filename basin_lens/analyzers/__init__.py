@@ -77,9 +77,7 @@ ANALYZERS: tuple[type[Analyzer], ...] = (
 )
 
 
-SAMPLED = (
-    192  # tokens of a layer that the default analyzers cross: `basin-lens demo` then takes about 1.3 times what it took without
-)
+SAMPLED = 192  # tokens of a layer that the default analyzers cross
 
 
 def names_of(*roles: Role) -> frozenset[str]:

@@ -31,9 +31,9 @@ def compare(
 ) -> pd.DataFrame:
     """Pair the rows of two runs on the same texts: two models, checkpoints, layers or settings.
 
-    What a score is held against
-    (`tables.reference_error`) has an error on each side, also where both have the same model and neighbors: that of `difference` is
-    both in quadrature, stands in provenance, and is in every interval of `basin_lens.stats`. A run's layer beside itself has none.
+    What a score is held against (`tables.reference_error`) has an error on each side, also where both have the same model and
+    neighbors: that of `difference` is both in quadrature, stands in provenance, and is in every interval of `basin_lens.stats`. A
+    run's layer beside itself has none.
 
     Args:
         a, b: tables from `analyze`, of one run each; or pairs `(model, capture)`, which are measured here.

@@ -1,6 +1,7 @@
 """Tokens in groups, and every cloud of a group through the map at every place of it."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -84,8 +85,7 @@ class CrossedPass:
             there = ~values.isnan()
             groups = self._partnered(rows[there], values[there]) if self.partners else self._grouped(rows[there], values[there])
         tables = {kind: self._table(groups, kind) for kind in self.own.crossing.displaced}
-        kind = self._units()[1]
-        found = Crossed(groups, tables, 0, kind, self.partners is not None)
+        found = Crossed(groups, tables, 0, self._units[1], self.partners is not None)
         return replace(found, without=len(rows) - found.scored.numel())
 
     def _grouped(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
@@ -93,7 +93,7 @@ class CrossedPass:
         own, at = self.own, rows.cpu()
         groups = matched_groups(
             values.double().cpu().numpy(),
-            self._units()[0][at].numpy(),
+            self._units[0][at].numpy(),
             own.neighbor_keys(rows).cpu().numpy(),
             own.keys[at].numpy(),
             size=self.size,
@@ -101,9 +101,11 @@ class CrossedPass:
         )
         return rows[torch.from_numpy(groups).to(rows.device)]
 
+    @cached_property
     def _units(self) -> tuple[Int[Tensor, " rows"], str]:
-        searches = self.own.searches
-        return grouping_units(searches.capture, self.own.options.exclude, self.size, searches.asked)
+        """What a group's tokens differ in. Partners from the bank are of other documents, however the texts are cut."""
+        searches, exclude = self.own.searches, self.own.options.exclude
+        return grouping_units(searches.capture, exclude, 1 if self.partners else self.size, searches.asked)
 
     def _partnered(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
         """Each row with those of the bank nearest in log V_in, all from different units, with no neighbor in common."""

@@ -9,6 +9,8 @@ import torch
 import basin_lens as bl
 from basin_lens.analyzers import Compression, Crossing, Surroundings
 from basin_lens.errors import NeighborError
+from basin_lens.scoring import Request
+from basin_lens.scoring import score as scored
 from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.crossed_pass import CrossedPass, units_of_both
 from basin_lens.scoring.plan import SearchOptions
@@ -223,3 +225,25 @@ def test_loops_over_a_plain_transformers_model_agree(blocks):
             for name, expected in zip(("inter", "place", "dirs"), parts_by_loops(c), strict=True):
                 got = here[f"neighbors_{name}"].to_numpy()[group[0]]
                 assert got == pytest.approx(expected[0], abs=1e-4), (layer, name)
+
+
+# -- one long text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_partners_of_one_long_text_are_of_its_other_sequences(llama):
+    """Where its own sequences are enough; documents come first, and a bank's partners are of documents."""
+    cut = bl.Capture.from_texts(llama, bl.Passage(" ".join(TEXTS), doc="book"), max_length=24, progress=False)
+    assert len(cut.sequences) >= 4
+    score = Compression(k=4, group=3)
+    kept = scored(llama, cut, Request([score], layers=[1], progress=False), keep_neighbors_of=score)
+    facts = facts_of(kept.table)["groups"]["1"]["compression"]
+    assert facts["units"] == "sequence" and facts["partners"] == "texts"
+    groups = cut.row_seq.numpy()[kept.neighbors.groups[0]]
+    assert len(groups) and all(len(set(group)) == 3 for group in groups.tolist())
+    with pytest.raises(NeighborError, match="different values of 'document'"):
+        run(llama, cut, Compression(k=4, group=3, exclude="document"), layers=[1])
+    many = run(llama, random_tokens(8, 14), score, layers=[1])
+    assert facts_of(many)["groups"]["1"]["compression"]["units"] == "document"
+    other = bl.Capture.from_texts(llama, random_tokens(8, 14, seed=5), layers=[1], progress=False)
+    banked = facts_of(run(llama, cut, score, layers=[1], bank=other))["groups"]["1"]["compression"]
+    assert banked["partners"] == "bank" and banked["units"] == "document"
