@@ -30,7 +30,9 @@ class Compression(CloudScore):
     Negative: the block tells apart what is near home. Unit: nats. Range: all real numbers.
 
     `compression_random_sets` and `compression_isotropic` are the same over the same groups for other displacements, the nulls:
-    those of random sets of the bank, each around its own centroid, and random directions with the neighbors' lengths around the
+    those of random sets of the bank (of rows whose squared distance from the bank's median state is at most 20 times the median
+    row's: an attention sink is most of the variance of a set that holds it, and nobody's near neighbor; provenance counts who is
+    left out as `far_out`), each around its own centroid, and random directions with the neighbors' lengths around the
     neighbors' centroid. `compression_above_random_sets` is compression less that of the random sets: what a finding is of.
     `compression_at_home` (with `contractions`) is c(i, i), and `compression_at_home_random_sets`, `compression_at_home_isotropic`
     the same for the displacements of the nulls: what grows with the scale in it is what the block's linear part does not do.
@@ -56,8 +58,8 @@ class Compression(CloudScore):
         metric: how neighbors are chosen: `"l2"` or `"cosine"`. V stays Euclidean.
         exclude: tokens never taken as neighbors: those of the same `"sequence"`, `"document"`, label, or only `"self"`.
         same_token: whether neighbors may (`"any"`), must (`"only"`) or must not (`"exclude"`) have the query's token id.
-        position_0: whether tokens at position 0 may be neighbors (and random points of the nulls): mostly attention sinks, whose
-            states can be 1,000 times the others. Never queries.
+        position_0: whether tokens at position 0 may be neighbors (and random points of the nulls, unless they are far out): mostly
+            attention sinks, whose states can be 1,000 times the others. Never queries.
         choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of another token
             whose neighborhood is just as tight).
         name: of the first column, in place of `compression`; the other columns have it in front.

@@ -26,6 +26,7 @@ from basin_lens.values import Whole, whole_fields, whole_or_none
 Choice = Literal["nearest", "random", "radius_matched"]
 CHOICES: tuple[Choice, ...] = ("nearest", "random", "radius_matched")
 Role = Literal["score", "importance", "confound", "control"]
+MASSIVE = 20  # times the median: a dimension's variance, or a state's squared distance from the median state
 DEGENERATE = 1e-12  # a variance below this share of the layer's own is rounding, not geometry
 
 
@@ -320,7 +321,9 @@ def log_or_nan(value: Tensor, reference: float | Tensor) -> Tensor:
     return torch.where(value > DEGENERATE * reference, value, torch.nan).log()
 
 
-def log_variance_ratio(before: Float[Tensor, "q k d"], after: Float[Tensor, "q k d"], bank: Surroundings) -> Float[Tensor, " q"]:
+def log_variance_ratio(
+    before: Float[Tensor, "*sets k d"], after: Float[Tensor, "*sets k d"], bank: Surroundings
+) -> Float[Tensor, "*sets"]:
     """log(V_in / V_out) over the ordinary dimensions; NaN where either is rounding beside the bank's own variance."""
     sides = ((before, bank.before), (after, bank.after))
     first, second = (log_or_nan(total_variance(x[..., bank.ordinary]), own_spread(all_[:, bank.ordinary])) for x, all_ in sides)
@@ -330,7 +333,7 @@ def log_variance_ratio(before: Float[Tensor, "q k d"], after: Float[Tensor, "q k
 def mean_and_mask(states: Float[Tensor, "points d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """Mean state, and a mask that is 0 on massive dimensions: those whose variance is over 20 times the median dimension's."""
     variance = states.var(0, unbiased=False)
-    return states.mean(0), (variance <= 20 * variance.median()).to(states.dtype)
+    return states.mean(0), (variance <= MASSIVE * variance.median()).to(states.dtype)
 
 
 def random_directions(neighborhoods: Neighborhoods, count: int, seed: int) -> Float[Tensor, "q count d"]:

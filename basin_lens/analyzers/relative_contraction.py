@@ -15,8 +15,9 @@ class RelativeContraction(CloudScore):
     relative_contraction = log(V_in / V_out) - mean over random sets of log(V_in / V_out)
 
     V: total variance over the dimensions whose variance in the bank is at most 20 times the median, before and behind the block.
-    The mean is over 64 tokens, each with 64 random points of the bank in its own place and context: a mean of logarithms, so that
-    no single set decides it. Its standard error over documents is in provenance (`random_contraction` and `reference_error`, by
+    The mean is over 64 tokens, each with 64 random points of the bank in its own place and context, in sets of k: a mean of
+    logarithms, so that no single set decides it, and of sets as large as neighborhoods, because the logarithm of a variance of few
+    points is too low on average. Its standard error over documents is in provenance (`random_contraction` and `reference_error`, by
     layer), and in every interval of a layer's mean (see `tables.reference_error`): an offset of that size is chance. Holds what
     the layer does to the directions that neighborhoods span; `Compression` takes that out. Unit: nats. Range: all real
     numbers; 0 for an isometry, scaling or shift.

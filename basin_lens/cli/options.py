@@ -86,7 +86,7 @@ class MeasureOptions:
     unit: Unit = "document"
     contrast: Contrasted = None
     max_length: MaxLength = 128
-    compression_tokens: CompressionTokens = 600
+    compression_tokens: CompressionTokens = 720
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens.analyzers import Crossing, Displaced, Surroundings, total_variance
-from basin_lens.analyzers.contract import log_or_nan, own_spread
+from basin_lens.analyzers.contract import MASSIVE, log_or_nan, own_spread
 from basin_lens.neighbors.choices import random_sets
 from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.search import Searches, SearchResult
@@ -79,17 +79,30 @@ class Clouds:
 
     def _random_sets(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
         chosen = self._random_rows[rows]
-        assert bool((chosen >= 0).all())  # who has k neighbors has k random points, under the same rules
-        return _centered(self.passage.bank_before[chosen])
+        short = (chosen < 0).any(1)  # who has k neighbors has k random points under the same rules, unless some are far out
+        center, moves = _centered(self.passage.bank_before[chosen.clamp_min(0)])
+        return center, moves.masked_fill(short[:, None, None], torch.nan)
+
+    @cached_property
+    def far_out(self) -> Bool[Tensor, " bank"]:
+        """Rows of the bank that are in no random set: squared distance from the median state over 20 times the median row's.
+
+        Attention sinks are such: one of them is most of the variance of a set that holds it, and nobody's near neighbor.
+        """
+        states, pool = self.passage.bank_before, self.found.bank.pool
+        size = (states - states[pool].median(0).values).square().sum(1)
+        return pool & (size > MASSIVE * size[pool].median())
 
     @cached_property
     def _random_rows(self) -> Int[Tensor, "rows k"]:
-        """Random rows of the bank for each row of the capture, under the rules for its neighbors; -1 for rows not searched."""
+        """Random rows of the bank for each row of the capture, under the rules for its neighbors and none far out; -1: not enough,
+        or a row not searched."""
         found, seed = self.found, (self.searches.seed * 1_000_003 + self.layer) % 2**63
         same_token, distinct = self.options.same_token, self.options.exclude != "nothing"
-        chosen = random_sets(found.queries, found.bank, self.k, same_token=same_token, distinct=distinct, seed=seed)
+        bank = replace(found.bank, pool=found.bank.pool & ~self.far_out)
         rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
-        rows[found.at] = chosen
+        if int(bank.pool.sum()) >= self.k:
+            rows[found.at] = random_sets(found.queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed)
         return rows
 
     def _isotropic(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:

@@ -27,7 +27,8 @@ _NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` 
 class Crossed:
     """Groups, and their tables by whose displacements were passed.
 
-    `units`: what the tokens of a group differ in, `"document"`, `"sequence"` or a label.
+    `units`: what the tokens of a group differ in, `"document"`, `"sequence"` or a label. `far_out`: rows of the bank that are in
+    no random set; None where none were drawn.
     `rows`: of the capture, `[groups, g]`; with partners from the bank, the first is of the capture and the others of the bank.
     `without`: rows that could be measured and found no group.
     """
@@ -37,6 +38,7 @@ class Crossed:
     without: int
     units: str
     from_bank: bool = False
+    far_out: int | None = None
 
     @property
     def scored(self) -> Int[Tensor, "groups scored"]:
@@ -48,10 +50,13 @@ class Crossed:
 
         `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`.
         `spread_within_groups`: median over groups of the largest difference of log V_in. `local`: median V_in of the neighbors
-        over that of random sets, by which a reader sees how local a neighborhood is.
+        over that of random sets, by which a reader sees how local a neighborhood is. `far_out`: rows of the bank in no random set,
+        their squared distance from the median state being over 20 times the median row's.
         """
         partners = "bank" if self.from_bank else "texts"
         known: Facts = {"groups": len(self.rows), "without_group": self.without, "units": self.units, "partners": partners}
+        if self.far_out is not None:
+            known["far_out"] = self.far_out
         if len(self.rows):
             before = self.tables["neighbors"].log_before
             known["spread_within_groups"] = float((before.amax(1) - before.amin(1)).median())
@@ -85,7 +90,8 @@ class CrossedPass:
             there = ~values.isnan()
             groups = self._partnered(rows[there], values[there]) if self.partners else self._grouped(rows[there], values[there])
         tables = {kind: self._table(groups, kind) for kind in self.own.crossing.displaced}
-        found = Crossed(groups, tables, 0, self._units[1], self.partners is not None)
+        far_out = int(self.own.far_out.sum()) if "random_sets" in tables else None
+        found = Crossed(groups, tables, 0, self._units[1], self.partners is not None, far_out)
         return replace(found, without=len(rows) - found.scored.numel())
 
     def _grouped(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:

@@ -83,8 +83,11 @@ class MapScores:
         in_bank = (searches.bank.row_pos > 0).to(self.device)
         self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
         self._spreads = float(own_spread(self._surroundings.before)), float(own_spread(self._surroundings.after))
-        asking = dict.fromkeys(a.exclude for a in plan.analyzers if "random_contraction" in a.needs)
-        self._random = {e: random_contraction(searches, layer, e, passage, self._surroundings) for e in asking}
+        asking: dict[str, set[int]] = {}
+        for a in plan.analyzers:
+            if "random_contraction" in a.needs:
+                asking.setdefault(a.exclude, set()).add(a.k)
+        self._random = {e: random_contraction(searches, layer, e, ks, passage, self._surroundings) for e, ks in asking.items()}
         self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
         self._crossed: dict[object, Crossed] = {}
         self.groups: dict[str, Facts] = {}  # what provenance says of an analyzer's groups, by its first column
@@ -243,7 +246,7 @@ class MapScores:
             block=partial(passage.of_points, at) if "block" in a.needs else None,
             run_on=rerun if "run_on" in a.needs else None,
             bank=self._surroundings if "bank" in a.needs else None,
-            random_contraction=self._random[a.exclude][0] if "random_contraction" in a.needs else None,
+            random_contraction=self._random[a.exclude][a.k][0] if "random_contraction" in a.needs else None,
             final_norm=partial(final_norm, searches.model) if "final_norm" in a.needs else None,
         )
 
@@ -294,7 +297,7 @@ class MapScores:
         facts: dict[str, Facts] = {}
         for a in self.plan.analyzers:
             if "random_contraction" in a.needs:
-                found, sets = self._random[a.exclude]
+                found, sets = self._random[a.exclude][a.k]
                 known: Facts = {"mean": _or_none(found.mean), "standard_error": _or_none(found.standard_error), "sets": sets}
                 facts.update({column.name: known for column in a.columns})
         return facts
@@ -302,7 +305,7 @@ class MapScores:
     def reference_error(self) -> dict[str, float | None]:
         """Standard error of the mean of a random sample that columns are held against, by column; None: not defined."""
         held = [a for a in self.plan.analyzers if "random_contraction" in a.needs]
-        return {column.name: _or_none(self._random[a.exclude][0].standard_error) for a in held for column in a.columns}
+        return {column.name: _or_none(self._random[a.exclude][a.k][0].standard_error) for a in held for column in a.columns}
 
     def reliability(self) -> dict[str, float | None]:
         """Spearman correlation of each score over disjoint halves of the neighbors, by column."""

@@ -1,6 +1,6 @@
 """Random sets of the bank through a map: what a layer does to everything, on average over logarithms."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -12,21 +12,36 @@ from basin_lens.analyzers.contract import log_variance_ratio
 from basin_lens.scoring.search import Searches
 from basin_lens.transport import BlockMap, query_chunks
 
-_SETS, _POINTS = 64, 64  # random sets behind the mean contraction of a layer, and points of a set
+_TOKENS, _POINTS = 64, 64  # behind the mean contraction of a layer: tokens, and random points at each
 
 
 def random_contraction(
-    searches: Searches, layer: int, exclude: str, passage: BlockMap, bank: Surroundings
-) -> tuple[RandomContraction, int]:
+    searches: Searches, layer: int, exclude: str, sizes: Collection[int], passage: BlockMap, bank: Surroundings
+) -> dict[int, tuple[RandomContraction, int]]:
     """Mean contraction of random sets of the bank, each in a token's own place and context, and of how many sets it is the mean.
 
-    The standard error is over documents, as tokens of one share their context.
+    By the size of the sets, which is that of the neighborhoods held against them: the logarithm of a variance of few points is too
+    low on average, the less the more points there are and the rounder their cloud is, so that sets of another size would leave an
+    offset where there is none. The points are passed once for all sizes.
     """
-    values, documents = [], []
-    for part, chosen in _random_sets(searches, layer, exclude):
-        if chosen.shape[1] > 1:
-            values.append(log_variance_ratio(passage.bank_before[chosen], passage.of_rows(part, chosen), bank))
-            documents += [searches.capture.docs[seq] for seq in searches.capture.row_seq[part.cpu()].tolist()]
+    values: dict[int, list[Tensor]] = {k: [] for k in sizes}
+    documents: dict[int, list[str]] = {k: [] for k in sizes}
+    for part, chosen in _random_rows_of_tokens(searches, layer, exclude, max(*sizes, _POINTS)):
+        if not chosen.numel():
+            continue
+        before, after = passage.bank_before[chosen], passage.of_rows(part, chosen)
+        names = [searches.capture.docs[seq] for seq in searches.capture.row_seq[part.cpu()].tolist()]
+        for k in sizes:
+            sets = min(chosen.shape[1], max(k, _POINTS)) // k
+            split = (x[:, : sets * k].unflatten(1, (sets, k)) for x in (before, after))
+            if sets:
+                values[k].append(log_variance_ratio(*split, bank).flatten())
+                documents[k] += [name for name in names for _ in range(sets)]
+    return {k: _mean_of(values[k], documents[k]) for k in sizes}
+
+
+def _mean_of(values: list[Tensor], documents: list[str]) -> tuple[RandomContraction, int]:
+    """Mean over sets and how many there are; the standard error is over documents, as tokens of one share their context."""
     ratios = torch.cat(values).double().cpu().numpy() if values else np.empty(0)
     there = ~np.isnan(ratios)
     ratios, names = ratios[there], np.array(documents)[there]
@@ -38,17 +53,19 @@ def random_contraction(
     return RandomContraction(mean, float(np.sqrt(scale * np.square(sums).sum()) / len(ratios))), len(ratios)
 
 
-def _random_sets(searches: Searches, layer: int, exclude: str) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
+def _random_rows_of_tokens(
+    searches: Searches, layer: int, exclude: str, points: int
+) -> Iterator[tuple[Int[Tensor, " part"], Int[Tensor, "part points"]]]:
     """Seeded tokens, asked for or not (these are facts about the layer), each with random rows of the bank; a part at a time."""
     pool = torch.nonzero(searches.bank.row_pos > 0).squeeze(1)
     generator = torch.Generator().manual_seed((searches.seed * 1_000_003 + layer) % 2**63)
     candidates = torch.nonzero(searches.capture.row_pos > 0).squeeze(1)
-    picks = torch.randint(len(candidates), (_SETS,), generator=generator, device="cpu")  # of fewer tokens, some several times
-    if len(candidates) >= _SETS:
-        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_SETS]
+    picks = torch.randint(len(candidates), (_TOKENS,), generator=generator, device="cpu")  # of fewer tokens, some several times
+    if len(candidates) >= _TOKENS:
+        picks = torch.randperm(len(candidates), generator=generator, device="cpu")[:_TOKENS]
     groups = searches.groups[exclude][0].cpu(), searches.groups[exclude][1].cpu()
-    for part in query_chunks(searches.capture, candidates[picks].sort().values, _POINTS, 16 * _POINTS):
-        rows = [_random_rows(searches, q, pool, groups, generator) for q in part.tolist()]
+    for part in query_chunks(searches.capture, candidates[picks].sort().values, points, 16 * points):
+        rows = [_random_rows(searches, q, pool, groups, points, generator) for q in part.tolist()]
         fewest = min(len(r) for r in rows)
         yield part.to(searches.device), torch.stack([r[:fewest] for r in rows]).to(searches.device)
 
@@ -58,6 +75,7 @@ def _random_rows(
     query: int,
     pool: Int[Tensor, " pool"],
     groups: tuple[Int[Tensor, " rows"], Int[Tensor, " bank"]],
+    points: int,
     generator: torch.Generator,
 ) -> Int[Tensor, " points"]:
     """Random rows of the pool outside the query's group, no token prefix twice."""
@@ -65,7 +83,7 @@ def _random_rows(
     shuffled = pool[torch.randperm(len(pool), generator=generator, device="cpu")]
     if int(own[query]) >= 0:
         shuffled = shuffled[other[shuffled] != own[query]]
-    shuffled = shuffled[: 4 * _POINTS]
+    shuffled = shuffled[: 4 * points]
     seen = dict(zip(reversed(searches.keys[1].cpu()[shuffled].tolist()), reversed(shuffled.tolist()), strict=True))
     seen.pop(int(searches.keys[0][query]), None)
-    return torch.tensor(sorted(seen.values(), key=shuffled.tolist().index)[:_POINTS], dtype=torch.int64, device="cpu")
+    return torch.tensor(sorted(seen.values(), key=shuffled.tolist().index)[:points], dtype=torch.int64, device="cpu")

@@ -19,6 +19,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import tables
+from basin_lens.texts import read_dataset
 
 LAYERS, QUERIES, DOCUMENTS, LENGTH = (2, 8, 11, 13, 18, 23, 26), 600, 50, 128
 OF_ONE = ("compression", "compression_random_sets", "compression_isotropic")
@@ -78,7 +79,7 @@ def show(states, rows):
 def main(queries, layers):
     torch.set_num_threads(1)
     model = bl.load_model()
-    texts = bl.texts.read_dataset("nltk:treebank", max_passages=DOCUMENTS)
+    texts = read_dataset("nltk:treebank", max_passages=DOCUMENTS)
     around = sorted({layer + step for layer in layers for step in (0, 1)} & set(range(30)))
     capture = bl.Capture.from_texts(model, texts, layers=around, max_length=LENGTH, progress=False)
     print(

@@ -48,7 +48,9 @@ SHAPES = {
     "monotone copy": "alpha or refused",  # c = a bent function of x: for ranks, x itself
     "sum of controls": "refused",  # x = c0 + c1, y = x / 2 + noise
     "same text four times": "alpha",  # 12 distinct texts of 48; straight
+    "sampled in groups": "alpha",  # straight; x as compression is: of two tokens in five, its noise the interaction of groups over texts
 }
+GROUP, SAMPLED = 4, 0.4  # tokens of a group, each of another text; share of tokens that have a score
 
 
 def latent(rng: np.random.Generator, distribution: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -73,6 +75,18 @@ def monotone(distribution: str, held: np.ndarray) -> np.ndarray:
     return {"normal": lambda v: np.exp(v / 2), "lognormal": np.cbrt, "heavy tails": np.arcsinh}[distribution](held)
 
 
+def interactions(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """Of crossed tables of independent numbers, one for every four texts at each token: what is of one group hangs together."""
+    draws, texts, tokens = shape
+    c = rng.normal(size=(draws, texts // GROUP, tokens, GROUP, GROUP))
+    home = np.diagonal(c, axis1=3, axis2=4)
+    place, directions = ((c.sum(axis) - home) / (GROUP - 1) for axis in (4, 3))
+    away = (c.sum((3, 4)) - home.sum(3))[..., None] - (GROUP - 1) * (place + directions)
+    values_ = home - place - directions + away / ((GROUP - 1) * (GROUP - 2))
+    order = rng.permuted(np.tile(np.arange(texts)[:, None], (draws, 1, tokens)), axis=1)
+    return np.take_along_axis((values_ / np.sqrt(11 / 6)).swapaxes(2, 3).reshape(shape), order, axis=1)
+
+
 def pair(data: Data, rng: np.random.Generator, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """x, y and controls, each [draws, texts, tokens]; levels are of texts."""
 
@@ -80,10 +94,14 @@ def pair(data: Data, rng: np.random.Generator, shape: tuple[int, int, int]) -> d
         drawn = latent(rng, data.distribution, shape)
         return drawn + rng.normal(size=(*shape[:2], 1)) if data.levels else drawn
 
-    own = rng.normal(size=shape)
+    grouped = data.shape == "sampled in groups"
+    own = interactions(rng, shape) if grouped and shape[1] > 1 else rng.normal(size=shape)
     one, other = data.noise * own, data.noise * (data.effect * own + np.sqrt(1 - data.effect**2) * rng.normal(size=shape))
     first, second = control(), control()
     c = values(data.distribution, first)
+    if grouped:
+        scored = rng.random(shape) < (SAMPLED if shape[1] > 1 else 1)
+        return {"x": np.where(scored, c + one, np.nan), "y": c + other, "c0": c}
     if data.shape in ("straight", "same text four times"):
         return {"x": c + one, "y": c + other, "c0": c}
     if data.shape == "bent":

@@ -23,7 +23,7 @@ from basin_lens.texts import Passage, Texts
 from basin_lens.transport import CONTEXTS, Context
 from basin_lens.values import Facts, Layers, whole_numbers
 
-COMPRESSION_TOKENS = 600  # of a layer: those that studies cross
+COMPRESSION_TOKENS = 720  # of a layer: those that studies cross
 # Of a sequence, before the next is taken: a level and six slopes in each take their share, and what is left must do for curves.
 PER_SEQUENCE = 24
 
