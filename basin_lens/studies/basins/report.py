@@ -255,13 +255,13 @@ def about_cells(seen: Seen, measured: Measured, tokens: int, twin_tokens: int) -
     """What was measured at the cells, in sentences."""
     grid = seen.grid
     held = seen.values.dropna(subset=[ABOVE])
+    fewest, most = _fewest(held), int(held.groupby(CELL).size().max()) if len(held) else 0
     said = [
         f"Grid: layers {', '.join(map(str, grid.layers))}; scales {', '.join(f'{scale:g}' for scale in grid.scales)}; paths of "
         f"{', '.join(map(str, grid.paths))} blocks and {TO_THE_END} of the model: {len(grid.cells)} cells.",
-        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets "
-        f"beside all of them, "
-        f"isotropic displacements beside a third; {twin_tokens} tokens of the random twin. Between {_fewest(held)} and "
-        f"{int(held.groupby(CELL).size().max()) if len(held) else 0} found a group.",
+        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets beside all of them, "
+        f"isotropic displacements beside a third; {twin_tokens} tokens of the random twin. "
+        f"{fewest if fewest == most else f'At each cell, {fewest} to {most}'} found a group.",
     ]
     if grid.absent:
         gone = ", ".join(f"{path} from layer {layer}" for layer, path in grid.absent)
