@@ -105,7 +105,8 @@ def test_a_planted_difference_between_kinds_of_words_is_found(spoken):
     assert spoken.decision.startswith("in part")
     row = rows.loc["function - content"]
     assert row.holds and row.low < 1 < row.high and row.estimate == pytest.approx(1, abs=0.15)  # at fixed controls, too
-    assert not rows.loc["noun - verb", "holds"] and abs(rows.loc["noun - verb", "estimate"]) < 0.15
+    nothing = rows.loc["noun - verb"]
+    assert not nothing.holds and nothing.low < 0 < nothing.high and abs(nothing.estimate) < 0.3
     row = rows.loc["tag"]
     assert row.holds and row.test.startswith("min F'") and row.estimate > 0.1 and row.layer > 0
     assert row.n_units == row.n_documents == 8 and row.p_corrected > row.p

@@ -259,8 +259,8 @@ def about_cells(seen: Seen, measured: Measured, tokens: int, twin_tokens: int) -
     said = [
         f"Grid: layers {', '.join(map(str, grid.layers))}; scales {', '.join(f'{scale:g}' for scale in grid.scales)}; paths of "
         f"{', '.join(map(str, grid.paths))} blocks and {TO_THE_END} of the model: {len(grid.cells)} cells.",
-        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets beside all of them, "
-        f"isotropic displacements beside a third; {twin_tokens} tokens of the random twin. "
+        f"{tokens} tokens at each cell, spread over the documents, {grid.neighbors} neighbors each, random sets beside all "
+        f"of them, isotropic displacements beside a third; {twin_tokens} tokens of the random twin. "
         f"{fewest if fewest == most else f'At each cell, {fewest} to {most}'} found a group.",
     ]
     if grid.absent:
