@@ -19,17 +19,9 @@ from basin_lens.studies.framework.wording import sentence
 from basin_lens.studies.robustness import stability, variants
 from basin_lens.studies.robustness import study as robustness
 from tests.conftest import make_bridge, make_tokenizer, random_tokens
-from tests.studies.planted import QUIET, S, noise, plant, short_texts
+from tests.studies.planted import QUIET, S, plant
 
 NAME = "compression differs from that of random sets"
-
-
-@pytest.fixture(scope="module")
-def sturdy(llama):
-    """An effect in the table only, not in the model: compression above that of random sets, by 1."""
-    held = S.measure(llama, short_texts(20, n_words=13), studies=["robustness"], layers=[1], max_length=40, **QUIET)
-    held = plant(held, **{HEADLINE: 1 + noise(held.table, 0, 0.2) + 0 * held.table[HEADLINE]})
-    return held, S.study_robustness(llama, held, dtype=None, progress=False)
 
 
 def test_what_is_in_the_table_only_does_not_survive(sturdy):
