@@ -33,9 +33,9 @@ def random_contraction(
         names = [searches.capture.docs[seq] for seq in searches.capture.row_seq[part.cpu()].tolist()]
         for k in sizes:
             sets = min(chosen.shape[1], max(k, _POINTS)) // k
-            split = (x[:, : sets * k].unflatten(1, (sets, k)) for x in (before, after))
             if sets:
-                values[k].append(log_variance_ratio(*split, bank).flatten())
+                split_in, split_out = (x[:, : sets * k].unflatten(1, (sets, k)) for x in (before, after))
+                values[k].append(log_variance_ratio(split_in, split_out, bank).flatten())
                 documents[k] += [name for name in names for _ in range(sets)]
     return {k: _mean_of(values[k], documents[k]) for k in sizes}
 

@@ -26,6 +26,7 @@ from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured, StudyData
+from basin_lens.studies.framework.random_twin import TWIN, with_random_twin
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
 from basin_lens.studies.framework.study import Study
@@ -64,7 +65,8 @@ def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, 
         **options: of `basin_lens.studies.measure`, with texts; `layers="all"` for every layer.
 
     Returns:
-        a `Study` with tables `summary` (means, intervals, reliabilities by layer; how local neighborhoods are), `nulls`
+        a `Study` with tables `summary` (means, intervals, reliabilities by layer, the random twin's beside them; how local
+        neighborhoods are), `nulls`
         (compression less that of its nulls by layer, max-|t| over layers), `halves` (agreement of the curves of two halves of the
         documents, by score), and `contrast` if one was asked for.
 
@@ -100,10 +102,12 @@ def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
 
 def _analysis(task: Task) -> Analysis:
     measured = task.measured
+    task.step("random twin")
+    table, why = with_random_twin(task.model, measured, with_isotropic(measured.table))
     task.step("curves")
-    table, known = with_isotropic(measured.table), tables.columns(measured.table)
+    known = tables.columns(measured.table)
     scores = [name for name, column in known.items() if column.analyzer not in _NOT_SCORES]
-    summary = tables.layer_summary(table, [*scores, ABOVE_ISOTROPIC, *(name for name in CHOICES if name in known)])
+    summary = tables.layer_summary(table, [*scores, ABOVE_ISOTROPIC, *(name for name in (TWIN, *CHOICES) if name in table)])
     scored = table["compression"].notna().groupby(table["layer"]).sum()
     summary["compression_tokens"] = summary["layer"].map(scored)
 
@@ -121,6 +125,7 @@ def _analysis(task: Task) -> Analysis:
         contrast=[*SCORES, ABOVE_ISOTROPIC],
         tokens=measured.table,
         tables={"summary": summary, "nulls": against, "halves": halves_agree(table, scores, measured)},
+        details=why,
     )
 
 
@@ -198,7 +203,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
             *(sentence(row, rows="tokens") for row in rows),
             *_remarks(analysis),
         ],
-        not_tested=SPEC.said(layers=layers_said(task.measured)),
+        not_tested=[*SPEC.said(layers=layers_said(task.measured)), *([str(analysis.details)] if analysis.details else [])],
     )
 
 
@@ -232,7 +237,7 @@ def _named(row: Row) -> str:
 def _figures(analysis: Analysis) -> dict[str, Figure]:
     table, against, agreement = analysis.table, analysis.tables["nulls"], analysis.tables["halves"]
     return {
-        "compression-and-nulls": layer_curve(table, ["compression", *NULLS]),
+        "compression-and-nulls": layer_curve(table, ["compression", *NULLS, *([TWIN] if TWIN in table else [])]),
         "place-and-directions": layer_curve(table, list(PARTS)),
         "above-nulls-by-layer": result_curve(above_layer_0(against), by="score"),
         "contraction": layer_curve(table, ["contraction", *(name for name in CHOICES if name in table)]),
@@ -244,7 +249,7 @@ def _figures(analysis: Analysis) -> dict[str, Figure]:
 def _curve_sections(analysis: Analysis, figures: Mapping[str, Figure]) -> list[Section]:
     summary, against = analysis.tables["summary"], analysis.tables["nulls"]
     counted = ["layer", "n_documents", "n_sequences", "n_tokens"]
-    of_compression = _columns(summary, ("compression", *NULLS, *ABOVE))
+    of_compression = _columns(summary, ("compression", *NULLS, TWIN, *ABOVE))
     of_parts, of_contraction = _columns(summary, PARTS), _columns(summary, ("contraction", *CHOICES))
     used = {*counted, *of_compression, *of_parts, *of_contraction}
     rest = [c for c in summary.columns if c.endswith("_mean") and c not in used]
@@ -252,10 +257,10 @@ def _curve_sections(analysis: Analysis, figures: Mapping[str, Figure]) -> list[S
     return [
         Section(
             "Compression beside its nulls",
-            "Compression, the same of random sets of points, and the same of isotropic displacements. Above them: a basin. Below "
-            "them: the block tells apart what is near. compression_local is the median variance of a neighborhood over that of a "
-            "random "
-            "set: how local neighborhoods are; compression_tokens, how many tokens have compression.",
+            "Compression, the same of random sets of points, of isotropic displacements, and of the same tokens in a model whose "
+            "weights have learned nothing (the random twin, with neighbors of its own). Above them: a basin. Below them: the block "
+            "tells apart what is near. compression_local is the median variance of a neighborhood over that of a random set: how "
+            "local neighborhoods are; compression_tokens, how many tokens have compression.",
             figure=figures["compression-and-nulls"],
             caption="Mean over documents with 95 % intervals.",
             table=summary[["layer", *scored, *of_compression]],
@@ -333,6 +338,9 @@ def _remarks(analysis: Analysis) -> list[str]:
         f"Mean compression runs from {summary['compression_mean'].min():+.3f} to "
         f"{summary['compression_mean'].max():+.3f} nats; its lowest split-half reliability over tokens is {lowest:.2f}."
     )
+    if TWIN in analysis.table:
+        of_twin = summary[f"{TWIN}_mean"]
+        told.append(f"The random twin's runs from {of_twin.min():+.3f} to {of_twin.max():+.3f} nats.")
     if "compression_local" in summary:
         local = summary["compression_local"]
         told.append(
@@ -356,12 +364,12 @@ SPEC = StudySpec(
     nulls=(
         f"random sets of points, each around its own centroid ({NULLS[0]})",
         f"random directions of the neighbors' lengths around the neighbors' centroid ({NULLS[1]})",
+        f"the same tokens in a random twin of the model ({TWIN})",
         "beside contraction: random points, and the neighbors of another token whose neighborhood is just as tight",
     ),
     not_tested=(
         "The Jacobian contrast and the centroid effect (analyzers JacobianGain, CentroidEffect): a pass per token each.",
-        "A global affine fit of the block, shuffled tokens and a random twin as controls over all layers (bl.controls; "
-        "study robustness has the twin).",
+        "A global affine fit of the block and shuffled tokens as controls over all layers (bl.controls).",
         "Layers other than {layers}; other k, metrics and contexts (study robustness).",
     ),
     if_yes="Compression differs from its nulls at some layer, above them (a basin) or below them (telling apart).",
@@ -369,5 +377,5 @@ SPEC = StudySpec(
     analyzers=_analyzers,
     analysis=_analysis,
     presentation=_presentation,
-    steps=3,
+    steps=4,
 )

@@ -6,8 +6,10 @@ import pytest
 
 import basin_lens as bl
 from basin_lens import tables
+from basin_lens.errors import ModelError
 from basin_lens.studies import codelength, layers
 from basin_lens.studies.framework.measured_texts import HEADLINE
+from basin_lens.studies.framework.random_twin import same_tokens
 from basin_lens.studies.framework.spec import Results
 from tests.studies.planted import S, noise, plant, plant_compression
 
@@ -24,6 +26,29 @@ def test_compression_above_its_nulls_is_a_basin(deep):
     assert (nulls.p_corrected <= 0.05).all()
     assert deep.verdict[0].startswith("Yes. It is a basin") and "opposite" not in deep.verdict[0]
     assert any("above it at layers [0, 1, 2]" in line for line in deep.verdict)
+
+
+def test_the_random_twin_stands_beside_it(llama, measured, deep):
+    """The run's own tokens in a model with weights drawn anew, as `analyze` measures them."""
+    twin = bl.controls.random_twin(llama, seed=measured.seed)
+    asked = measured.table.groupby(["seq", "pos"])["compression"].count().to_numpy() > 0
+    capture = same_tokens(measured.capture, twin, tuple(measured.layers))
+    direct = bl.analyze(twin, capture, [bl.analyzers.Compression(k=5)], queries=asked, seed=measured.seed, progress=False)
+    direct = bl.tables.layer_summary(direct, ["compression"])
+    summary = deep.tables["summary"]
+    assert summary["compression_random_twin_mean"].to_numpy() == pytest.approx(direct["compression_mean"].to_numpy(), abs=1e-4)
+    assert any(line.startswith("The random twin's runs from") for line in deep.verdict)
+    assert not any("random twin" in line for line in deep.not_tested)
+
+
+def test_a_model_without_a_random_twin_says_so(llama, measured, monkeypatch):
+    def refuse(*_args, **_options):
+        raise ModelError("expected weights that can be drawn anew.")
+
+    monkeypatch.setattr("basin_lens.studies.framework.random_twin.random_twin", refuse)
+    study = S.study_layers(llama, measured, progress=False)
+    assert "The random twin: expected weights that can be drawn anew." in study.not_tested
+    assert "compression_random_twin_mean" not in study.tables["summary"] and "compression_mean" in study.tables["summary"]
 
 
 @pytest.mark.slow

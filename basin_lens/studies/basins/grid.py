@@ -14,7 +14,7 @@ from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
 from basin_lens.studies.framework.measured_texts import Measured
-from basin_lens.studies.robustness.variants import same_tokens
+from basin_lens.studies.framework.random_twin import same_tokens
 from basin_lens.transport import Context
 
 # Columns of the analyzer: the one place that names them.

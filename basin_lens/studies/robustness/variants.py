@@ -22,10 +22,11 @@ from basin_lens.analyzers import (
 from basin_lens.analyzers.crossed_table import Displaced
 from basin_lens.capture import Bank, Capture, read_states, subset
 from basin_lens.errors import BasinLensError, TextError
-from basin_lens.model import HookedModel, missing_points, n_layers, provenance
+from basin_lens.model import HookedModel, missing_points, n_layers
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
 from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
+from basin_lens.studies.framework.random_twin import same_tokens
 from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.words import with_words, words_by_passage
 from basin_lens.studies.importance import IMPORTANCE
@@ -241,22 +242,6 @@ def other_model(
         except TextError as error:
             untested.append(f"{name}, kinds of words: {error}")
     yield Setting(name, kind, made, at)
-
-
-def same_tokens(capture: Capture, model: HookedModel, layers: tuple[int, ...]) -> Capture:
-    """The very tokens of a capture with their texts, documents and labels, for another model of the same tokenizer; unread."""
-    source = "tokens" if capture.passages is None else "texts"
-    held = {"max_length": capture.settings.get("max_length"), "bos": capture.settings.get("bos"), "source": source}
-    return Capture(
-        capture.sequences,
-        capture.passages,
-        list(capture.docs),
-        [dict(label) for label in capture.labels],
-        dict(capture.strings),
-        layers,
-        provenance(model),
-        held,
-    )
 
 
 def with_frequency(table: pd.DataFrame, measured: Measured) -> pd.DataFrame:
