@@ -137,9 +137,9 @@ class CrossedPass:
         after = torch.full((3, n, g, g), torch.nan, dtype=torch.float32, device=self.device)
         sides = [(self.own, range(g))] if self.partners is None else [(self.own, range(1)), (self.partners, range(1, g))]
         for side, slots in sides:
-            at = groups[:, slots.start : slots.stop].flatten()
-            parts = chunk_places(side.searches.capture, at, 2 * self.k * g, rows_per_call(side.passage.bank_before)) if n else ()
-            for part in parts:
+            at, there = groups[:, slots.start : slots.stop].flatten(), side.searches.capture
+            rows = rows_per_call(side.passage.bank_before, int(there.lengths.max()))
+            for part in chunk_places(there, at, 2 * self.k * g, rows) if n else ():
                 group, slot = part // len(slots), slots.start + part % len(slots)
                 moves = torch.cat([self._moves(each, groups[group, s.start : s.stop], kind) for each, s in sides], dim=1)
                 log_before = side.log_before(moves[torch.arange(len(part), device=self.device), slot])

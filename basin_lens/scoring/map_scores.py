@@ -104,7 +104,8 @@ class MapScores:
         # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
         have = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in passing]).any(0)
         queries = torch.nonzero(have).squeeze(1)
-        for part in query_chunks(self.searches.capture, queries, union.shape[1], rows_per_call(self.passage.bank_before)):
+        rows = rows_per_call(self.passage.bank_before, int(self.searches.capture.lengths.max()))
+        for part in query_chunks(self.searches.capture, queries, union.shape[1], rows):
             passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
             looks: dict[object, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
             for a in self.plan.single:

@@ -16,17 +16,18 @@ from basin_lens.transport.probe import Probe, is_mask
 # rows (grows with the group) against copies of the prefix (one per group). Calls take a few neighboring positions of many
 # sequences, because a call's prefix is as long as its last position.
 _ROWS_PER_CALL = {"cpu": 1024, "cuda": 8192}
-_VALUES_PER_CALL = {"cpu": 1 << 19, "cuda": 1 << 22}  # of narrow states more rows, or the calls themselves take the time
+_VALUES_PER_CALL = {"cpu": 1 << 19, "cuda": 1 << 22}  # of narrow states more rows, or the calls themselves take the time,
+_PAIRS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 24}  # but not more than this with what they attend to: memory, times the heads
 _ROWS_PER_GROUP = 64
 _SEQUENCES_AT_ONCE = 64
 _POSITIONS_AT_ONCE = 4
 _PADDED_VALUES = 1 << 25  # keys, values and their copies in one call of a HookedTransformer: 128 MiB in float32
 
 
-def rows_per_call(states: Float[Tensor, "rows d"]) -> int:
-    """Rows that one call should have to run at full speed, of states of this width on this device."""
+def rows_per_call(states: Float[Tensor, "rows d"], length: int) -> int:
+    """Rows that one call should have to run at full speed: of states of this width on this device, in contexts of up to `length`."""
     kind = states.device.type if states.device.type in _ROWS_PER_CALL else "cpu"
-    return max(_ROWS_PER_CALL[kind], _VALUES_PER_CALL[kind] // states.shape[1])
+    return max(_ROWS_PER_CALL[kind], min(_VALUES_PER_CALL[kind] // states.shape[1], _PAIRS_PER_CALL[kind] // length))
 
 
 class PatchedBlock:
@@ -66,7 +67,7 @@ class PatchedBlock:
     @property
     def rows_per_call(self) -> int:
         """Rows that one call should have to run at full speed."""
-        return rows_per_call(self.states)
+        return rows_per_call(self.states, self.length)
 
     def __call__(self, queries: Int[Tensor, " q"], points: Float[Tensor, "q m d"]) -> Float[Tensor, "q m d"]:
         """Images of `points[i]` in the context of row `queries[i]`."""

@@ -12,7 +12,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import BasinLensError, CaptureError, ModelError, TransportError
-from basin_lens.transport import LayerMaps, PatchedBlock, Probe
+from basin_lens.transport import LayerMaps, PatchedBlock, Probe, rows_per_call
 from tests.conftest import make_bridge, make_tokenizer, random_tokens
 from tests.families import FAMILIES, LENGTHS, capture_of, families, model_of, served, table
 
@@ -376,3 +376,10 @@ def test_a_capture_of_fewer_layers_than_the_path_is_refused():
 def test_half_a_block_is_not_several(options):
     with pytest.raises(BasinLensError, match="blocks=1"):
         A.Compression(blocks=2, **options).check()
+
+
+def test_narrow_states_pass_more_rows_only_while_what_they_attend_to_is_short():
+    """Memory of a call: rows times columns times heads."""
+    narrow, wide = torch.zeros(1, 32), torch.zeros(1, 1024)
+    assert rows_per_call(narrow, 32) > rows_per_call(wide, 32) == rows_per_call(wide, 2048)
+    assert rows_per_call(narrow, 2048) == rows_per_call(wide, 2048)

@@ -14,7 +14,7 @@ from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
 from basin_lens.studies.framework.measured_texts import Measured
-from basin_lens.studies.framework.random_twin import same_tokens
+from basin_lens.studies.framework.random_twin import same_bank, same_tokens
 from basin_lens.transport import Context
 
 # Columns of the analyzer: the one place that names them.
@@ -97,10 +97,7 @@ def subject_of(model: HookedModel, measured: Measured, grid: Grid) -> Subject:
     """
     layers = tuple(range(min(grid.layers), grid.n_layers))
     capture = read_states(model, same_tokens(measured.capture, model, layers), progress=False)
-    bank = measured.bank
-    if isinstance(bank, Capture):
-        bank = read_states(model, same_tokens(bank, model, layers), progress=False)
-    return Subject(model, capture, bank)
+    return Subject(model, capture, same_bank(measured, model, layers))
 
 
 def sampled(capture: Capture, count: int, seed: int) -> Int[np.ndarray, " tokens"]:

@@ -26,7 +26,7 @@ from basin_lens.model import HookedModel, missing_points, n_layers
 from basin_lens.scoring import analyze
 from basin_lens.studies.framework.declared_tests import FEWEST_TO_SPLIT
 from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
-from basin_lens.studies.framework.random_twin import same_tokens
+from basin_lens.studies.framework.random_twin import compression_of, same_tokens, scored_tokens, taken_over
 from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.words import with_words, words_by_passage
 from basin_lens.studies.importance import IMPORTANCE
@@ -78,8 +78,7 @@ def queries(capture: Capture, seed: int, among: Bool[np.ndarray, " rows"] | None
 
 def tested_tokens(measured: Measured) -> Bool[np.ndarray, " rows"]:
     """Those of the run's own tokens that are tested, as run and again: measured at one of its layers at least."""
-    by_layer = [part[HEADLINE].notna().to_numpy() for _, part in measured.table.groupby("layer")]
-    return queries(measured.capture, measured.seed, np.any(by_layer, axis=0))
+    return queries(measured.capture, measured.seed, scored_tokens(measured, HEADLINE))
 
 
 def parts(table: pd.DataFrame, measured: Measured) -> Iterator[Setting]:
@@ -140,24 +139,15 @@ def scores(
         progress=False,
     )
     for name, kind, analyzer in wanted:
-        yield Setting(name, kind, _with(table, made, {HEADLINE: f"{analyzer.name}_above_random_sets"}))
+        yield Setting(name, kind, taken_over(table, made, {HEADLINE: f"{analyzer.name}_above_random_sets"}))
     if measured.bank is None:
         # Not a setting of the finding, which changes one thing: the original guide's score, for comparison.
-        yield Setting("seed_compression, another score", SCORE, _with(table, made, {HEADLINE: "seed_compression"}))
+        yield Setting("seed_compression, another score", SCORE, taken_over(table, made, {HEADLINE: "seed_compression"}))
 
 
 def headline_of(measured: Measured) -> Compression:
     """The run's own score, of all tokens asked for, beside random sets alone."""
-    own = measured.settings
-    return Compression(k=own["k"], context=own["context"], exclude=own["exclude"], nulls=NULLS)
-
-
-def _with(table: pd.DataFrame, made: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """The same tokens with other columns: `{name here: name there}`."""
-    keys = ["layer", "seq", "pos"]
-    there = made.set_index(keys)[list(dict.fromkeys(columns.values()))]
-    found = there.reindex(pd.MultiIndex.from_frame(table[keys]))
-    return tables.assign(table, **{name: found[column].to_numpy() for name, column in columns.items()})
+    return compression_of(measured, NULLS)
 
 
 def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: list[int], untested: list[str]) -> Iterator[Setting]:
@@ -184,7 +174,7 @@ def banks(model: HookedModel, measured: Measured, table: pd.DataFrame, layers: l
         except BasinLensError as error:
             untested.append(f"{name}: {error}")
             continue
-        other = _with(table, made, {name: name for name in (HEADLINE, "radius", "same_token_share")})
+        other = taken_over(table, made, {name: name for name in (HEADLINE, "radius", "same_token_share")})
         yield Setting(name, "bank", other)
 
 
