@@ -27,7 +27,7 @@ def test_what_comes_after_changes_nothing_before(wide, kind):
     full = merged_logits(merger, wide, tokens)
     assert merger.statistics().merged.sum() > 0
     for cut in (5, 11, 17):
-        assert (merged_logits(merger, wide, tokens[:, :cut]) - full[:, :cut]).abs().max() < 1e-5
+        assert (merged_logits(merger, wide, tokens[:, :cut]) - full[:, :cut]).abs().max() < 5e-5
         changed = torch.cat([tokens[:, :cut], random_tokens(2, LENGTH - cut, seed=cut)], 1)
         assert torch.equal(merged_logits(merger, wide, changed)[:, :cut], full[:, :cut])
 
@@ -38,7 +38,7 @@ def test_step_by_step_equals_whole_sequences(wide, kind):
     full = merged_logits(merger, wide, tokens)
     with merging.streaming(merger, wide, 2) as stream, torch.no_grad():
         steps = torch.stack([stream.step(tokens[:, place]) for place in range(LENGTH)], 1)
-    assert (steps - full).abs().max() < 1e-5
+    assert (steps - full).abs().max() < 5e-5
 
 
 def test_two_mergers_share_no_layer(tiny):
@@ -243,10 +243,10 @@ def test_other_bridges(family, kind):
     merger = make_merger(model, kind)
     full = merged_logits(merger, model, tokens)
     assert merger.statistics().merged.sum() > 0
-    assert (merged_logits(merger, model, tokens[:, :11]) - full[:, :11]).abs().max() < 1e-5
+    assert (merged_logits(merger, model, tokens[:, :11]) - full[:, :11]).abs().max() < 5e-5
     with merging.streaming(merger, model, 2) as stream:
         steps = torch.stack([stream.step(tokens[:, place]) for place in range(LENGTH)], 1)
-    assert (steps - full).abs().max() < 1e-5
+    assert (steps - full).abs().max() < 5e-5
 
 
 @hooked_lane
