@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,9 +21,11 @@ from jaxtyping import install_import_hook
 
 import tests.typechecks  # noqa: F401 - the hook finds it by name
 
-# Shapes and types in signatures are checked in tests only; users pay nothing for them.
-_hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
-_hook.__enter__()
+# Shapes and types in signatures are checked in tests only; users pay nothing for them. CI checks them in its plain run: the other
+# runs, which are of the same code, take a sixth less time without.
+if os.environ.get("BASIN_LENS_TYPECHECKS", "1") != "0":
+    _hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
+    _hook.__enter__()
 
 import pytest  # noqa: E402
 
@@ -33,6 +36,9 @@ TINY = ("llama", "gpt2", "neox", "gemma2", "bloom")
 PACKED = ("llama", "gpt2", "neox", "gemma2")
 VOCAB = 211
 MEASURED_ONCE = ("tests/studies/",)
+# What takes minutes is begun first, so that no worker is alone with it at the end; each test for itself, wherever one is free.
+LONG = ("tests/simulation/", "tests/files/test_death.py", "tests/real/", "tests/house/test_examples.py")
+APART = ("tests/simulation/", "tests/house/test_examples.py")
 TRAINED = Path(__file__).parent / "fixtures" / "trained"
 
 
@@ -156,16 +162,34 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """A file at a time, and a room whole whose files share measurements that take longer than most files: they are made once,
-    not in every worker. It has the most tests, so it is begun first."""
+    not in every worker. In the order of collection, see `pytest_collection_modifyitems`."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
+
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(APART):
+                return nodeid
             return next((room for room in MEASURED_ONCE if nodeid.startswith(room)), None) or super()._split_scope(nodeid)
 
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: what is known to be, then the room measured once, then files by their number of tests."""
+    files = Counter(item.location[0] for item in items)
+
+    def rank(item: pytest.Item) -> tuple[int, int, str]:
+        path = item.location[0]
+        if path.startswith(LONG):
+            return next(place for place, start in enumerate(LONG) if path.startswith(start)), 0, path
+        return len(LONG) + (not path.startswith(MEASURED_ONCE)), -files[path], path
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:

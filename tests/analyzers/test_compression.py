@@ -160,6 +160,7 @@ def test_numbers_of_numpy_are_taken():
     assert analyzer == A.Compression(group=5, queries=20)
 
 
+@pytest.mark.slow
 def test_seeds_move_no_mean_by_more_than_its_error(llama, capture):
     """What the first headline failed: with other seeds, its mean moved by many times its printed interval."""
     columns = ["compression", "compression_above_random_sets"]

@@ -18,6 +18,7 @@ def scores(model):
     return bl.analyze(model, TEXTS, [Compression(k=5)], layers=[1], bank="reference", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["clean", "hooked"])
 def test_the_reference_bank_of_a_hooked_model_is_its_own(llama, tmp_path, monkeypatch, first):
     """Whoever measures first, the other's numbers stay what they are alone."""

@@ -220,6 +220,7 @@ def test_a_benchmark_that_fails_leaves_no_folder(tmp_path, monkeypatch):
 # -- benchmark and page ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded")
 def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
     text = tmp_path / "<b>.txt"

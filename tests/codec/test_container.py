@@ -200,6 +200,7 @@ def test_the_model_is_not_asked_where_its_header_alone_is_too_long(llama, monkey
     assert made.restored() == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "backend", "times"), [("direct", "range", 15), ("ranks", "zlib", 50)])
 def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, method, backend, times):
     """Repeated text: zstd takes some hundred bytes, an untrained model more than a byte for each token."""
@@ -214,6 +215,7 @@ def test_the_model_stops_as_soon_as_its_file_is_no_smaller(llama, monkeypatch, m
     assert len(whole) > len(stored) + 1000 and 0 < stopped < 0.75 * (len(calls) - stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "backend"), METHODS)
 def test_stopping_early_changes_no_file(llama, method, backend):
     """At every bound: the file as without one, or none where it is not below."""

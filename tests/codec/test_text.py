@@ -171,6 +171,7 @@ def test_one_stream_and_many(llama, streams):
     assert coder.decode(made).decode() == TEXT * 2
 
 
+@pytest.mark.slow
 def test_ten_megabytes_of_noise_are_stored(llama):
     data = random.Random(0).randbytes(10 << 20)
     made = codec.TextCodec(llama).encode(data)

@@ -219,6 +219,7 @@ def test_gaussian_moments_match_within_and_between_all_borders(points):
     assert float(shift.abs().max()) < 4.5
 
 
+@pytest.mark.slow
 def test_average_over_seeds_converges_to_the_moments(points):
     """The expectation is exact, not only near: the error falls as more draws are averaged."""
     real = torch.cat([beyond(points, b) for b in (1, 2)], dim=1).T.cov(correction=0)

@@ -57,6 +57,7 @@ def texts(llama):
     return capture
 
 
+@pytest.mark.slow
 def test_sweep_gives_what_direct_calls_give(llama, texts):
     score = bl.analyzers.Compression(k=6, queries=120, nulls=("random_sets",))
     table = C.sweep(llama, texts, score, k=[4, 9], bank_sizes=[100, 180], layers=[0, 2], progress=False)

@@ -251,3 +251,14 @@ def test_package_data_is_in_the_wheel(tmp_path):
 def test_no_benchmark_bears_a_name_of_the_standard_library():
     """A script's folder comes first on the path: the scripts beside it would import it in place of Python's own."""
     assert not {path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")} & sys.stdlib_module_names
+
+
+def test_every_test_of_a_hooked_transformer_runs_in_its_lane():
+    sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    rooms = re.search(r'^MEETS_TRANSFORMER_LENS = "(.*)"$', sessions, re.M)[1].split()
+    tests = [path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+    hooked = [
+        path for path in tests if re.search(r"@hooked_lane|marks=hooked_lane", (ROOT / "tests" / path).read_text(encoding="utf-8"))
+    ]
+    assert len(hooked) > 8
+    assert [path for path in hooked if not path.startswith(tuple(rooms))] == []

@@ -41,6 +41,7 @@ def test_a_fair_coin_decides_for_each_pair(llama):
     assert 30 < sum(first) < 70 and 30 < sum(a != b for a, b in itertools.pairwise(first)) < 70
 
 
+@pytest.mark.slow
 def test_equal_seed_gives_equal_canaries_in_another_process(llama, tmp_path):
     """In a process that imports no more than it needs."""
     llama.tokenizer.save_pretrained(tmp_path)

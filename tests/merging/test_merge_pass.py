@@ -93,6 +93,7 @@ def test_nothing_knows_its_future(tiny, kind, changes, soft):
     assert found["prefix"] < 1e-5 and found["changed"] == 0 and found["gradient"] == 0, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(("family", "threshold"), [("gpt2", 0.3), ("gpt2", 0.7), ("gemma2", 0.3), ("gemma2", 0.6)])
 def test_nothing_knows_its_future_in_other_families(family, threshold, soft):

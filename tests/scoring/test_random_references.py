@@ -60,6 +60,7 @@ def over_seeds() -> pd.DataFrame:
     return pd.concat([bl.tables.layer_summary(table).assign(seed=seed) for seed, table in enumerate(tables_over_seeds())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_seeds_move_no_mean_by_more_than_its_printed_error(layer):
     """Squares of the means' deviations over their printed errors are at most a chi-squared variable's, and no smaller than its 1e-6."""
@@ -74,6 +75,7 @@ def test_seeds_move_no_mean_by_more_than_its_printed_error(layer):
 OF_THE_HEADLINE = [(column, layer) for column in ("compression", "compression_above_random_sets") for layer in (0, 1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("column", "layer"), OF_THE_HEADLINE)
 def test_seeds_move_no_mean_of_the_headline_by_more_than_its_printed_error(column, layer):
     """The documents are the same, so that seeds (who meets whom, the displacements of the nulls) move less than the error says; at
@@ -112,6 +114,7 @@ def misses(pairs):
     return int(((tested["low"] > 0) | (tested["high"] < 0)).sum())
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_the_seed_alone_do_not_differ():
     """0 is in the intervals of 95 of 100 differences, or more. Without the references' errors the difference of every token is the same
     number, not 0 and with no error at all."""
@@ -154,6 +157,7 @@ def test_frozen_neighbors_have_references_of_their_own(llama, capture):
 # -- where nothing is to be found -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_random_sets_in_place_of_neighbors_are_within_the_printed_error_of_0(name):
     model = make_bridge(name)

@@ -34,6 +34,7 @@ def test_false_positives_are_five_percent(null, name):
     assert rate(CHEAP[name](null)) == HONEST
 
 
+@pytest.mark.slow
 def test_false_positives_with_several_sequences_per_document():
     """Sequences of one document share a level too: documents are the unit, and sequences alone would be too sure of themselves."""
     table = simulate(200, ("a",), sequences=60, tokens=10, icc=0.0, per_doc=3, seed=3)
@@ -129,6 +130,7 @@ def test_false_positives_of_paired_groups_at_a_fixed_control(spread, tokens):
     assert abs(answer.estimate.mean()) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_difference_at_a_fixed_control_is_recovered_whole(spread):
     """Residuals of the score alone would leave the part of it that the control does not tell, some 0.7; and small ones are found."""

@@ -5,6 +5,7 @@ import pytest
 from tests.stats.simulated import POWER, S, planted, rate, simulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POWER)
 def test_a_planted_effect_is_found(name):
     answer = POWER[name](planted())

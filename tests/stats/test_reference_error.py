@@ -129,6 +129,7 @@ def test_a_difference_that_is_the_same_in_every_unit_has_the_error_of_its_refere
         stats.before_after(tables.without_provenance(table), "score")
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_promise():
     """Documents around a truth, and a reference with as large an error as their mean: 95 of 100 intervals hold the truth."""
     rng, n, error = np.random.default_rng(0), 16, 0.25

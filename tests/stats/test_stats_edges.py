@@ -170,6 +170,7 @@ def test_the_order_of_rows_makes_no_difference():
     assert first.estimate.item() == pytest.approx(second.estimate.item(), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", ["spearman", "rank"])
 def test_short_texts_and_a_bent_control(test):
     """10 texts of 12 tokens: where one set of curves is all that tokens suffice for, it is of the control's own value: .87 and .28 before."""

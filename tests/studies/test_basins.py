@@ -108,6 +108,7 @@ def test_an_effect_is_found_at_its_cell_alone(size, reads):
             assert row.p[0] > 0.05
 
 
+@pytest.mark.slow
 def test_chance_is_not_called_a_basin(capsys):
     """Any cell of either measure, in 20 tables in which nothing is."""
     wrong = dict.fromkeys((BASIN, APART), 0)

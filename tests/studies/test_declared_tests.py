@@ -59,6 +59,7 @@ def test_false_positives_of_a_whole_family_are_five_percent(measured):
     assert stats.binom.isf(0.999, runs, 0.05) <= wrong <= stats.binom.isf(0.001, runs, 0.05)
 
 
+@pytest.mark.slow
 def test_a_family_has_power(measured):
     found = [declared_differences(simulated(measured, seed, effect=2)) for seed in range(10)]
     assert np.mean([one.holds.all() for one in found]) > 0.6

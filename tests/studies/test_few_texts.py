@@ -26,6 +26,7 @@ def test_the_fewest_documents(llama, study):
         assert not made.findings.within_reach.any() and made.decision == "undecided"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [pytest.param(0.0, marks=pytest.mark.slow), 3.0])
 def test_parts_of_speech_in_the_fewest_documents(llama, effect):
     """Sign flips of 6 units reach 2 / 64, too much for a family; min F' has no such bound and is as large as the effect."""
@@ -40,6 +41,7 @@ def test_parts_of_speech_in_the_fewest_documents(llama, effect):
     assert made.decision.startswith("in part" if effect else "no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [8, pytest.param(18, marks=pytest.mark.slow)])
 def test_texts_without_content_words(llama, documents):
     only = short_texts(documents, n_words=20, tags={"DET": 1.0})
@@ -53,6 +55,7 @@ def test_texts_without_content_words(llama, documents):
     assert made.decision == "no"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", ["layers", pytest.param("robustness", marks=pytest.mark.slow)])
 def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
     data = [made_text(16, i, f"d{i}", labels={"g": i < 3}) for i in range(12)]
@@ -72,6 +75,7 @@ def test_a_contrast_with_too_few_texts_on_one_side(llama, study):
         assert any(line.startswith("contrast g: True - False: could not be tested") for line in made.verdict)
 
 
+@pytest.mark.slow
 def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
     made = S.study_linguistic(llama, short_texts(12, n_words=12), layers=[0, 1], max_length=64, **QUIET)
     row = made.findings[made.findings.question == "same tag - same document"].iloc[0]
@@ -79,6 +83,7 @@ def test_one_sequence_a_document_has_no_neighbors_of_its_document(llama):
     assert "same_document_excess" not in set(made.tables["neighbor_shares"].score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [12, pytest.param(24, marks=pytest.mark.slow)])
 def test_sentences_by_sentiment(llama, documents):
     data = [made_text(16, i, f"d{i}", labels={"mood": ("good", "bad")[i % 2]}) for i in range(documents)]

@@ -30,6 +30,7 @@ def flag(study, name, question=None):
 # -- importance ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importance_that_is_planted_is_found(important):
     assert important.decision.startswith("yes")
     assert important.findings.holds.all()
@@ -84,6 +85,7 @@ def test_red_flags_are_of_the_layers_that_can_be_chosen(measured):
     assert not whole.set_index("flag").raised["nothing survives correction"]
 
 
+@pytest.mark.slow
 def test_a_report_says_which_figures_show_the_documents_that_chose(important):
     html = unescape(important.report().html)
     said = [
@@ -97,6 +99,7 @@ def test_a_report_says_which_figures_show_the_documents_that_chose(important):
     assert facts["columns"]["gradient_times_activation_size"]["unit"] == facts["columns"]["gradient_times_activation"]["unit"]
 
 
+@pytest.mark.slow
 def test_every_red_flag_of_importance_can_be_checked(important):
     """Erasure is known at 16 positions of a sequence, which is few for six controls."""
     assert "could not be checked" not in set(important.flags.flag)

@@ -41,6 +41,7 @@ def test_the_random_twin_stands_beside_it(llama, measured, deep):
     assert not any("random twin" in line for line in deep.not_tested)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_random_twin_says_so(llama, measured, monkeypatch):
     def refuse(*_args, **_options):
         raise ModelError("expected weights that can be drawn anew.")
@@ -61,6 +62,7 @@ def test_compression_below_its_nulls_is_no_basin_but_the_opposite(llama, measure
     assert any("below it at [0, 1, 2]" in line for line in study.verdict)
 
 
+@pytest.mark.slow
 def test_above_random_sets_alone_is_half_of_the_declared_hypothesis(llama, measured):
     """The hypothesis has two parts, joined by 'and'."""
     table = measured.table
@@ -85,6 +87,7 @@ def test_the_verdict_says_which_sign_each_test_has():
     assert said(-0.2, 0.1, holds=(False, True)).startswith("It is a basin: ")
 
 
+@pytest.mark.slow
 def test_noise_is_neither_a_basin_nor_its_opposite(llama, measured):
     table = measured.table
     values = noise(table, 7, 0.1)
@@ -134,6 +137,7 @@ def test_code_lengths_are_bits_and_stand_beside_the_token_before(measured):
         assert np.isnan(rows.next_code_length.iloc[-1])
 
 
+@pytest.mark.slow
 def test_compression_that_goes_with_the_next_code_length_is_found_and_chance_is_not(llama, measured):
     after = codelength.with_code_lengths(measured.table).next_code_length
     drawn = plant_compression(measured, after.fillna(after.mean()) / after.std() + noise(measured.table, 8, 0.3))

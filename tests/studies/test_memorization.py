@@ -58,6 +58,7 @@ def study(learner, folder):
     return bl.studies.study_memorization(learner, PLAN, folder=folder, progress=False)
 
 
+@pytest.mark.slow
 def test_planted_memorization_is_recovered(study):
     texts = study.tables["texts"]
     held, shown = texts[~texts.member], texts[texts.member & (texts.dose == 24)]
@@ -68,6 +69,7 @@ def test_planted_memorization_is_recovered(study):
     assert study.verdict[1].startswith("The design works")
 
 
+@pytest.mark.slow
 def test_members_and_texts_held_out_are_pairs_of_one_kind(study):
     texts = study.tables["texts"]
     pairs = texts.groupby("pair")
@@ -76,6 +78,7 @@ def test_members_and_texts_held_out_are_pairs_of_one_kind(study):
     assert texts.doc.is_unique
 
 
+@pytest.mark.slow
 def test_negatives_are_at_a_half_within_error(study):
     found = study.tables["negatives"]
     assert set(found.negative) == {
@@ -87,6 +90,7 @@ def test_negatives_are_at_a_half_within_error(study):
     assert found.p_corrected.min() > 0.05
 
 
+@pytest.mark.slow
 def test_every_table_is_there_and_has_intervals(study):
     for name in ("effects", "effects_by_dose", "dose_slopes", "detection", "detection_by_dose", "added_value", "negatives", "forks", "where",
                  "recitation_contrasts"):  # fmt: skip
@@ -101,6 +105,7 @@ def test_every_table_is_there_and_has_intervals(study):
     assert rates.estimate.isna().all()
 
 
+@pytest.mark.slow
 def test_findings_are_one_family_with_a_layer_chosen_on_other_texts(study):
     found = study.findings
     assert found.question.tolist() == ["difference", "dose", "added", "matched"]
@@ -109,6 +114,7 @@ def test_findings_are_one_family_with_a_layer_chosen_on_other_texts(study):
     assert "layer chosen on 8 documents" in first.note and first.n_units == 8 and first.layer > 0
 
 
+@pytest.mark.slow
 def test_study_is_saved_whole_and_its_model_can_be_analyzed_again(study, learner, folder, tmp_path):
     out = study.save(tmp_path / "memorization")
     held = json.loads((out / "results.json").read_text())
@@ -130,6 +136,7 @@ def test_again_from_its_folder_gives_the_same(study, learner, folder):
         pd.testing.assert_frame_equal(again.tables[name], study.tables[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("study")
 def test_other_plan_in_the_same_folder_is_refused(learner, folder):
     with pytest.raises(StoreError, match="another"):
@@ -318,6 +325,7 @@ def test_kind_and_difficulty_are_no_gain():
     assert np.mean([p_of(seed) <= 0.05 for seed in range(30)]) <= 0.15
 
 
+@pytest.mark.slow
 def test_matched_pairs_are_of_one_kind_and_equal_loss(study):
     pairs, texts = study.tables.get("matched_pairs"), study.tables["texts"].set_index("doc")
     if pairs is None:
@@ -333,6 +341,7 @@ def test_matched_pairs_are_of_one_kind_and_equal_loss(study):
     )
 
 
+@pytest.mark.slow
 def test_spliced_texts_are_memorized_in_the_middle_only(study):
     found = study.tables["where"]
     assert set(found.score) == {CHANGE, "contraction_change", "surprisal_change", "agreement_change"}

@@ -267,6 +267,7 @@ def test_a_cost_that_goes_with_compression_is_found(llama, measured, monkeypatch
     json.dumps(study.as_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_cost_that_is_chance_is_not_found(llama, measured, monkeypatch):
     study = planted_study(llama, measured, monkeypatch, shuffled=True, gain=0)
     assert not study.findings.holds.any()

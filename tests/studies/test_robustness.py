@@ -24,6 +24,7 @@ from tests.studies.planted import QUIET, S, plant
 NAME = "compression differs from that of random sets"
 
 
+@pytest.mark.slow
 def test_what_is_in_the_table_only_does_not_survive(sturdy):
     held, study = sturdy
     name = NAME
@@ -47,6 +48,7 @@ def test_what_is_in_the_table_only_does_not_survive(sturdy):
 APART = ["twin", "score", "affine map"]  # kinds that are no settings
 
 
+@pytest.mark.slow
 def test_an_affine_map_has_no_compression_and_does_not_count(sturdy):
     """By definition 0 for every token: shown, but nothing that a finding could be lost under."""
     _, study = sturdy
@@ -56,6 +58,7 @@ def test_an_affine_map_has_no_compression_and_does_not_count(sturdy):
     assert not study.tables["survival"].lost_under.str.contains("affine").any()
 
 
+@pytest.mark.slow
 def test_survival_is_counted(sturdy):
     _, study = sturdy
     for finding, mine in study.tables["settings"].groupby("finding"):
@@ -81,6 +84,7 @@ def test_survival_is_counted(sturdy):
         assert (own[own.survives.fillna(False)].p_corrected <= 0.05).all()
 
 
+@pytest.mark.slow
 def test_settings_that_change_one_thing(sturdy):
     _, study = sturdy
     kinds = set(study.tables["settings"].kind)
@@ -115,6 +119,7 @@ def test_settings_that_change_one_thing(sturdy):
     assert study.findings.effect_unit.tolist() == ["nats", "", "", "", "nats", "nats"]
 
 
+@pytest.mark.slow
 def test_position_0_is_a_setting_of_its_own(llama, sturdy):
     """Nothing but position 0 changes: the finding again, from a run with it among neighbors and random sets."""
     held, study = sturdy
@@ -314,6 +319,7 @@ def test_pieces_of_text_as_passages(measured, prompted):
     assert variants.passages_of(replace(measured.capture, passages=None)) is None
 
 
+@pytest.mark.slow
 def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(sturdy):
     """The same model, its token ids permuted: every finding must come out the same as for the model itself."""
     held, _ = sturdy
@@ -325,6 +331,7 @@ def test_a_second_model_with_another_tokenizer_has_its_own_frequencies(sturdy):
     assert one.estimate == pytest.approx(other.estimate)
 
 
+@pytest.mark.slow
 def test_a_trained_model_of_another_architecture_and_tokenizer_as_second_model(sturdy, trained):
     """Four layers for three, other tokens of the same words: every text, its documents and its words are there."""
     held, _ = sturdy

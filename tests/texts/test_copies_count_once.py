@@ -74,6 +74,7 @@ def test_near_copies_are_one_unit_each():
     assert "16 of 24 texts" in answer.note
 
 
+@pytest.mark.slow
 def test_false_positives_with_copies_are_those_of_the_texts():
     """12 texts, each 5 times: without counting them once, 4 times of 10 where nothing is."""
     texts = random_texts(12, 40)

@@ -187,6 +187,7 @@ def test_offline_for_real(name):
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.slow
 def test_no_network_for_real(tmp_path):
     """Not asked for, but there is none: no minutes of retries."""
     code = """

@@ -70,6 +70,7 @@ def test_generate_stops_at_the_end_of_the_text_unless_told_to_go_on(run, folder,
     assert cache_of(said)[1] < cache_of(free)[1]
 
 
+@pytest.mark.slow
 def test_generate_keeps_to_a_budget(run, folder):
     before = {path.name: path.read_bytes() for path in run[0].iterdir()}
     words = ("generate", str(run[0]), "--prompt", f"{PROMPT} {PROMPT}", "--tokens", "8", "--model", folder)
@@ -81,6 +82,7 @@ def test_generate_keeps_to_a_budget(run, folder):
         merge(*words, "--budget", "0.001")
 
 
+@pytest.mark.slow
 def test_generate_draws_by_its_seed_and_refuses_an_empty_prompt(run, folder):
     def said(seed: str) -> str:
         words = ("--prompt", PROMPT, "--tokens", "8", "--temperature", "1", "--seed", seed, "--model", folder)

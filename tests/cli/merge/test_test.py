@@ -24,6 +24,7 @@ def report(out):
     return held, pd.read_csv(out / "tables" / "pareto.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_report")
 def test_test_sets_a_run_beside_the_baselines_on_other_texts(run, folder, texts, tmp_path):
     before = {path.name: path.read_bytes() for path in run[0].iterdir()}
@@ -55,6 +56,7 @@ def test_test_without_a_run_compares_the_baselines(folder, texts, tmp_path, monk
     assert "training" not in held["tables"]
 
 
+@pytest.mark.slow
 def test_one_file_is_enough_and_its_windows_are_said_to_be_no_texts(folder, tmp_path, monkeypatch):
     book, other = tmp_path / "book.txt", tmp_path / "other.txt"
     for path, seed in ((book, 3), (other, 4)):
@@ -87,6 +89,7 @@ def test_budgets_are_set_on_other_texts_than_the_test_also_if_texts_are_few(fold
         merge("test", "-", texts["other"], "--model", folder, "--length", "32", *QUICK, "--out", str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_report")
 def test_texts_of_the_training_are_left_out_and_said(run, folder, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "Setting", partial(merging.Setting, policies=("trained", "random")))
@@ -99,6 +102,7 @@ def test_texts_of_the_training_are_left_out_and_said(run, folder, texts, tmp_pat
     assert trained and tested and not tested & set(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_report")
 def test_near_copies_of_the_training_are_left_out_and_said(run, folder, texts, tmp_path, monkeypatch):
     """A title line in front, a word at the end: no digest of a text or a window is the same."""
@@ -152,6 +156,7 @@ def test_a_folder_with_something_else_is_refused_before_any_work(run, texts, tmp
 # ---- surprising tokens -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_surprising_tokens_are_preserved_by_train_and_test_and_refused_by_generate(folder, texts, tmp_path, monkeypatch):
     out, made = tmp_path / "run", tmp_path / "report"
     merge("train", texts["train"], "--model", folder, *SMALL, "--preserve", "surprisal", "--out", str(out))

@@ -99,6 +99,7 @@ def test_train_refuses_a_file_for_a_folder_before_any_work(texts, tmp_path, monk
         merge("train", texts["train"], *SMALL, "--out", str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_a_trained_base_is_picked_up(based, run, folder, texts, tmp_path, monkeypatch):
     out, said = based
     drift = float(re.search(r"drift ([+-][\d.]+) nats", said)[1])
