@@ -27,7 +27,7 @@ if os.environ.get("BASIN_LENS_TYPECHECKS", "1") != "0":
     _hook = install_import_hook("basin_lens", "tests.typechecks.outermost")
     _hook.__enter__()
 
-import pytest  # noqa: E402
+import pytest
 
 if TYPE_CHECKING:  # the process that only hands tests to others imports neither torch nor TransformerLens
     import torch

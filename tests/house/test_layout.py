@@ -257,8 +257,7 @@ def test_every_test_of_a_hooked_transformer_runs_in_its_lane():
     sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     rooms = re.search(r'^MEETS_TRANSFORMER_LENS = "(.*)"$', sessions, re.M)[1].split()
     tests = [path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
-    hooked = [
-        path for path in tests if re.search(r"@hooked_lane|marks=hooked_lane", (ROOT / "tests" / path).read_text(encoding="utf-8"))
-    ]
+    marked = re.compile(r"^@hooked_lane$|, marks=hooked_lane\)", re.M)
+    hooked = [path for path in tests if marked.search((ROOT / "tests" / path).read_text(encoding="utf-8"))]
     assert len(hooked) > 8
     assert [path for path in hooked if not path.startswith(tuple(rooms))] == []
