@@ -75,6 +75,7 @@ def analyze(
     max_length: shared.MaxLength = 128,
     batch_size: shared.BatchSize = None,
     seed: shared.Seed = 0,
+    marked: shared.Marked = False,
 ) -> None:
     """Score every token of text files or of a data set, and write a table, a summary and a report.
 
@@ -85,7 +86,7 @@ def analyze(
     if not files and dataset is None:
         raise typer.BadParameter("expected files or --dataset, got neither. Name some.")
     chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
-    passages = shared.read_texts(files or [], dataset, config, split, None)
+    passages = shared.read_texts(files or [], dataset, config, split, None, marked=marked)
     with _prepared(out, files or []):
         loaded = shared.load(model)
         _run(loaded, passages, out, k=k, layers=chosen, bank=own_bank, max_length=max_length, batch_size=size, seed=seed)

@@ -18,6 +18,9 @@ EMBEDDED = "smollm2-135m"
 MOST_PER_PASS = 4096
 
 Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help=TEXTS)]
+Marked = Annotated[
+    bool, typer.Option("--marked", help="Spans are marked in the texts, [IO:Mary]; each line of a text file is a prompt.")
+]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a .gguf file, a model folder, or a name TransformerLens loads.")]
 Dataset = Annotated[
     str | None,
@@ -62,6 +65,7 @@ class TextOptions:
     """Where texts come from, and which model reads them."""
 
     files: Files = None
+    marked: Marked = False
     model: Model = EMBEDDED
     dataset: Dataset = None
     config: Config = None
@@ -72,7 +76,8 @@ class TextOptions:
 
     def passages(self, most: int | None = None) -> list[Passage]:
         """The texts; of a streamed data set at most `most`, or `max_sequences`."""
-        return read_texts(self.files or [], self.dataset, self.config, self.split, self.max_sequences or most)
+        most = self.max_sequences or most
+        return read_texts(self.files or [], self.dataset, self.config, self.split, most, marked=self.marked)
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,20 @@ def load(name: str) -> HookedModel:
     return load_model(name)
 
 
-def read_texts(files: list[Path], dataset: str | None, config: str | None, split: str | None, most: int | None) -> list[Passage]:
-    """Texts from files or a named data set, all of it before a model is loaded."""
-    from basin_lens.texts import read_dataset, read_passages
+def read_texts(
+    files: list[Path], dataset: str | None, config: str | None, split: str | None, most: int | None, *, marked: bool = False
+) -> list[Passage]:
+    """Texts from files or a named data set, all of it before a model is loaded. `marked`: see `texts.read_marked`."""
+    from basin_lens.texts import read_dataset, read_marked, read_passages
 
     if files and dataset is not None:
         raise typer.BadParameter("expected files or --dataset, got both. Leave one of them out.")
     if dataset is None and (split is not None or config is not None):
         raise typer.BadParameter("expected --dataset with --split or --config, got none; files have no splits. Leave them out.")
+    if marked and not files:
+        raise typer.BadParameter("expected files with --marked, got none: spans are marked in texts of one's own. Name some.")
     if files:
-        return read_passages(files)
+        return read_marked(files) if marked else read_passages(files)
     name = "built-in" if dataset is None else dataset
     # A streamed data set can be endless; corpora and the built-in passages are read whole, so that sequences can be spread over
     # them.

@@ -1,6 +1,7 @@
 """Where text comes from; and how it becomes token sequences and words with exact offsets.
 
 - `passages.py`: a text with its document, labels and spans
+- `marked.py`: spans marked in the text itself
 - `readers.py`: passages from strings, files (one reader per type), tables and data sets
 - `records.py`: how a row or object becomes a passage
 - `datasets.py`: passages by name: built in, of NLTK, of the Hugging Face Hub
@@ -14,8 +15,9 @@
 
 from basin_lens.texts.datasets import has_splits, read_dataset
 from basin_lens.texts.licences import Licences, find_licences
+from basin_lens.texts.marked import MarkedText, read_marks
 from basin_lens.texts.passages import Passage, Texts, reference_passages
-from basin_lens.texts.readers import read_by_document, read_file, read_jsonl, read_passages, read_texts
+from basin_lens.texts.readers import read_by_document, read_file, read_jsonl, read_marked, read_passages, read_texts
 from basin_lens.texts.taggers import words_of
 from basin_lens.texts.tokens import TokenSequence, from_token_ids, given_ids, longest_sequence, real_tokens, token_strings, tokenize
 from basin_lens.texts.words import TAGS, TaggedPassage, Word, word_of_tokens
@@ -23,6 +25,7 @@ from basin_lens.texts.words import TAGS, TaggedPassage, Word, word_of_tokens
 __all__ = [
     "TAGS",
     "Licences",
+    "MarkedText",
     "Passage",
     "TaggedPassage",
     "Texts",
@@ -37,6 +40,8 @@ __all__ = [
     "read_dataset",
     "read_file",
     "read_jsonl",
+    "read_marked",
+    "read_marks",
     "read_passages",
     "read_texts",
     "real_tokens",

@@ -9,6 +9,7 @@ from importlib import resources
 from torch import Tensor
 
 from basin_lens.errors import TextError
+from basin_lens.texts.marked import read_marks
 from basin_lens.values import Labels, document, is_missing, labels, unicode, whole
 
 # Start and end, [start, end), by name.
@@ -55,6 +56,28 @@ class Passage:
         except (TypeError, ValueError) as error:
             raise TextError(f'expected spans by name, got {self.spans!r}. Such as {{"city": (0, 5)}}.') from error
         object.__setattr__(self, "spans", dict(self._span(name, ends) for name, ends in given.items()))
+
+    @classmethod
+    def marked(cls, text: str, doc: str | None = None, labels: Labels | None = None) -> "Passage":
+        """A passage whose spans are marked in the text: `[NAME:words]`; `[[` is a bracket of the text.
+
+        Args:
+            text: with its marks; `text` and `spans` of the passage are without them, offsets exact.
+            doc, labels: as for `Passage`.
+
+        Raises:
+            TextError: a span that is not closed, empty, nested, or named like another one; all that `Passage` refuses.
+
+        Example:
+            >>> import basin_lens as bl
+            >>> passage = bl.Passage.marked("When [IO:Mary] and [S1:John] went out, [S2:John] gave a drink to")
+            >>> passage.text[slice(*passage.spans["S2"])], passage.spans["IO"]
+            ('John', (5, 9))
+        """
+        if not isinstance(text, str):
+            raise TextError(f"expected a marked text (str), got {type(text).__name__}. Decode bytes first.")
+        read = read_marks(text)
+        return cls(read.text, doc, {} if labels is None else labels, read.spans)
 
     def _span(self, name: object, ends: object) -> tuple[str, tuple[int, int]]:
         if not isinstance(name, str) or not isinstance(ends, Collection) or isinstance(ends, str) or len(ends) != 2:

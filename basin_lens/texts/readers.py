@@ -5,13 +5,14 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 from basin_lens.errors import TextError
+from basin_lens.texts.marked import read_marks
 from basin_lens.texts.passages import Passage, Texts
 from basin_lens.texts.records import items_of, passage_of
 from basin_lens.values import check_alike, is_missing
@@ -140,6 +141,61 @@ def read_texts(path: str | os.PathLike[str]) -> list[Passage]:
     passages = _READERS.get(path.suffix.lower(), _whole)(path)
     check_alike([passage.labels for passage in passages])
     return passages
+
+
+def read_marked(paths: Sequence[str | os.PathLike[str]]) -> list[Passage]:
+    r"""Prompts with marked spans, from files: each line of a text file is one, each row of the others, as `read_texts` has them.
+
+    `[NAME:words]` marks a span, `[[` is a bracket of the text; see `Passage.marked`. Unless a file has labels of that name, each
+    prompt gets the label `template`: a number for each skeleton, that is, text with its spans taken out, in order of appearance.
+
+    Raises:
+        TextError: as `read_texts` and `read_passages`, a mark that cannot be read, named by its line, or rows with spans besides.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from basin_lens.texts import read_marked
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "prompts.txt"
+        ...     _ = path.write_text("[A:Ann] met [B:Bob].\n[A:Eve] met [B:Tom].\nHere is [B:Bob].\n")
+        ...     prompts = read_marked([path])
+        >>> [(prompt.text, prompt.labels["template"]) for prompt in prompts]
+        [('Ann met Bob.', 1), ('Eve met Tom.', 1), ('Here is Bob.', 2)]
+    """
+    files: dict[tuple[int, int], str] = {}
+    prompts: list[tuple[Passage, str]] = []
+    for path in map(Path, paths):
+        _refuse_again(path, files)
+        held = read_texts(path) if has_rows(path) else _marked_lines(path)
+        for number, passage in enumerate(held, 1):
+            where = str(passage.doc) if not has_rows(path) else f"{path}, text {number}"
+            if passage.spans:
+                raise TextError(f"{where}: expected spans marked in the text or as offsets, got both. Leave the offsets out.")
+            try:
+                read = read_marks(passage.text)
+                prompts.append((replace(passage, text=read.text, spans=read.spans), read.skeleton))
+            except TextError as error:
+                raise TextError(f"{where}: {error}") from error
+    if not any(passage.spans for passage, _ in prompts):
+        raise TextError(
+            f"expected marked spans, such as [IO:Mary], got none in {len(prompts)} prompts. Mark some, or do not ask for it."
+        )
+    if not any("template" in passage.labels for passage, _ in prompts):
+        number_of = {skeleton: number for number, skeleton in enumerate(dict.fromkeys(skeleton for _, skeleton in prompts), 1)}
+        prompts = [(replace(p, labels={**p.labels, "template": number_of[skeleton]}), skeleton) for p, skeleton in prompts]
+    passages = [passage for passage, _ in prompts]
+    check_alike([passage.labels for passage in passages])
+    return passages
+
+
+def _marked_lines(path: Path) -> list[Passage]:
+    """Each line that is not empty as a prompt, a document of its own."""
+    lines = [line.strip() for line in _content(path).split("\n")]
+    found = [Passage(line, doc=f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
+    if not found:
+        raise TextError(f"expected a prompt in each line of {str(path)!r}, got empty lines only.")
+    return found
 
 
 def read_by_document(path: str | os.PathLike[str]) -> dict[str, str]:
