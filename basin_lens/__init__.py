@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from basin_lens.model import load_model
     from basin_lens.scoring import analyze, neighborhood
     from basin_lens.scoring.comparison import compare
+    from basin_lens.studies.contrast_study import contrast
     from basin_lens.texts import Passage
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "Passage": "basin_lens.texts",
     "analyze": "basin_lens.scoring",
     "compare": "basin_lens.scoring.comparison",
+    "contrast": "basin_lens.studies.contrast_study",
     "load_model": "basin_lens.model",
     "neighborhood": "basin_lens.scoring",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "analyzers",
     "codec",
     "compare",
+    "contrast",
     "controls",
     "errors",
     "load_model",

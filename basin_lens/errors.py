@@ -71,3 +71,7 @@ class CorruptFileError(CodecError):
 
 class MergeError(BasinLensError):
     """Tokens cannot be merged as asked."""
+
+
+class BankWarning(UserWarning):
+    """Neighbors come from texts that say more of a template than of a token. A warning: the numbers are what was asked for."""

@@ -1,21 +1,23 @@
 """`basin-lens demo | analyze | study | info`, and the groups of commands beside them."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
 from basin_lens import __version__
 from basin_lens import files as writing
 from basin_lens.cli import codec as cli_codec
+from basin_lens.cli import comparisons as cli_comparisons
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli import options as shared
 from basin_lens.cli import study as cli_study
 from basin_lens.cli.signals import EndedError, ends_in_order
-from basin_lens.errors import BasinLensError, StoreError
+from basin_lens.errors import BankWarning, BasinLensError, StoreError
 from basin_lens.model import HookedModel
 from basin_lens.texts import Passage
 from basin_lens.values import Facts
@@ -34,6 +36,7 @@ app = typer.Typer(
 cli_codec.add_commands(app)
 app.add_typer(cli_merge.app, name="merge")
 app.add_typer(cli_study.app, name="study")
+cli_comparisons.add_commands(app)
 
 _FILES = ("table.parquet", "summary.csv", "report.html")
 
@@ -119,6 +122,7 @@ def main() -> None:
 
     130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
+    warnings.showwarning = _say_warning
     try:
         with ends_in_order():
             # An interruption is raised by some versions of typer and answered with 130 by others.
@@ -140,6 +144,20 @@ def main() -> None:
             raise
         typer.echo(f"basin-lens: {error.format_message()} Try: basin-lens --help", err=True)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,  # noqa: ARG001 - as warnings.showwarning has it
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    """The package's own warnings as one line, without a place in its code; others as Python has them."""
+    own = issubclass(category, BankWarning)
+    said = f"basin-lens: warning: {message}" if own else warnings.formatwarning(message, category, filename, lineno).rstrip()
+    typer.echo(said, err=True)
 
 
 @contextmanager

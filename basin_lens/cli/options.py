@@ -43,7 +43,9 @@ Bank = Annotated[
 ]
 Exclude = Annotated[str, typer.Option("--exclude", help="Never neighbors: those of the same sequence, document, or a label.")]
 Unit = Annotated[str, typer.Option("--unit", help="What is independent: document, sequence, or a label such as template.")]
-Contrasted = Annotated[str | None, typer.Option("--contrast", help="Compare two kinds everywhere: span:IO,S or LABEL:VALUE,VALUE.")]
+Contrasted = Annotated[
+    str | None, typer.Option("--contrast", "--by", help="Compare two kinds everywhere: span:IO,S or LABEL:VALUE,VALUE.")
+]
 CompressionTokens = Annotated[
     int,
     typer.Option(

@@ -56,7 +56,7 @@ class StudyGroup(TyperGroup):
 app = typer.Typer(cls=StudyGroup, help=_HELP, no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("all", short_help="All studies of texts but the slow ones, measured once, and their summary.")
+@app.command("all", short_help="Studies of texts but the slow ones, measured once, and their summary.")
 def run_all() -> None:
     """Stands for the command that is built from the registry."""
 

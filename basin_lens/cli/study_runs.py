@@ -16,6 +16,7 @@ from basin_lens.capture import Capture
 from basin_lens.cli import options as shared
 from basin_lens.cli import study_words
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
+from basin_lens.errors import StudyError
 from basin_lens.scoring import Request
 from basin_lens.studies.framework import runner
 from basin_lens.studies.framework.contrast import Contrast, refuse_label
@@ -168,11 +169,10 @@ def _contrast(text: str | None) -> Contrast | None:
     """A contrast from `span:IO,S` or `label:one,other`."""
     if text is None:
         return None
-    by, _, sides = text.partition(":")
-    first, _, second = sides.partition(",")
-    if not (by and first and second):
-        raise typer.BadParameter(f"expected a contrast such as span:IO,S or memorized:True,False, got {text!r}.")
-    return Contrast(by, first, second)
+    try:
+        return Contrast.named(text)
+    except StudyError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _echo(lines: Sequence[str] | Iterator[str]) -> None:

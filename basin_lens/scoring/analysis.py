@@ -1,5 +1,6 @@
 """A model and texts -> the table: from a request to a plan, from a plan to results, from results to a table."""
 
+import warnings
 from dataclasses import dataclass
 
 import pandas as pd
@@ -8,9 +9,10 @@ from tqdm.auto import tqdm
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, layers_asked, read_states
-from basin_lens.errors import CaptureError
+from basin_lens.errors import BankWarning, CaptureError
 from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
+from basin_lens.scoring.bank_overlap import warning
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.request import Request, takes_request
 from basin_lens.scoring.results import KeptNeighbors, LayerNeighbors, Results, provenance
@@ -47,6 +49,10 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
         analyzers' columns (units in `table.attrs["provenance"][run]["columns"]`). What an analyzer leaves out is NaN, counted by
         reason in the provenance. All texts are measured; which of them are copies of one another is in provenance too (`"copies"`),
         and statistics count each text once.
+
+    Warns:
+        BankWarning: most neighbors stand on the skeleton of their query's text (prompts of one template); the shares of every
+            layer are in provenance (`"search"`: `"same_position"`, `"same_skeleton"`).
 
     Raises:
         BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.
@@ -103,6 +109,8 @@ def score(
     results = Results.empty(plan, capture.n_rows)
     results.take_columns(capture)
     kept = None if run is None else _conduct(run, results, progress=request.progress)
+    if run is not None and (said := warning(run.searches.facts["same_skeleton"])) is not None:
+        warnings.warn(said, BankWarning, stacklevel=4)
     facts = provenance(request, capture, asked, results, read_again_for=again, frozen=frozen is not None)
     rows, labels = row_facts(capture)
     return Analysis(tables.build(rows, labels, plan.layers, results.values, tables.Provenance.from_json(facts)), kept)

@@ -13,6 +13,7 @@ from basin_lens.errors import NeighborError
 from basin_lens.model import HookedModel, device_of, has_absolute_positions, n_context
 from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
+from basin_lens.scoring.bank_overlap import overlap
 from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.token_rows import row_groups
 from basin_lens.values import Facts
@@ -55,7 +56,13 @@ class Searches:
         if backend == "faiss":
             flat.load()
         self.backend, self.device = backend, device_of(model)
-        self.facts: Facts = {"backend": backend, "exact": backend != "approximate", "recall": {}}
+        self.facts: Facts = {
+            "backend": backend,
+            "exact": backend != "approximate",
+            "recall": {},
+            "same_position": {},
+            "same_skeleton": {},
+        }
         self.external = bank is not capture
         self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
         self.largest = largest
@@ -124,6 +131,8 @@ class Searches:
         else:
             found = find(queries, bank, k, metric=options.metric, same_token=same_token, distinct=distinct, backend=self.backend)
             self._note_recall(layer, found)
+            if not everything:
+                self._note_overlap(layer, at, found)
             if options.choice == "radius_matched":
                 found = reach(queries, bank, radius_matched_sets(found, queries, bank), options.metric)
         if options.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
@@ -135,6 +144,14 @@ class Searches:
         if found.recall is not None:
             known = self.facts["recall"].get(str(layer), 1.0)
             self.facts["recall"][str(layer)] = min(known, found.recall)
+
+    def _note_overlap(self, layer: int, at: Int[Tensor, " q"], found: Neighbors) -> None:
+        """The highest shares of the layer's searches."""
+        shares = overlap(self.capture, self.bank, at, found.rows)
+        for name, share in zip(("same_position", "same_skeleton"), shares, strict=True):
+            if share == share:  # NaN where nobody has neighbors
+                known = self.facts[name].get(str(layer), 0.0)
+                self.facts[name][str(layer)] = max(known, round(share, 4))
 
     def candidates(self, options: SearchOptions, found: SearchResult) -> Int[Tensor, " rows"]:
         """How many different points each row of the capture could have had as neighbors; 0 where none was looked for."""

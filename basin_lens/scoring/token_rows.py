@@ -32,7 +32,7 @@ def query_rows(capture: Capture, queries: object, seed: int) -> Bool[Tensor, " r
     positions = given.ndim == 1 or given.dtype.kind == "b"
     if given.dtype.kind not in "biu" or given.ndim == 0 or not given.size or not positions:
         raise NeighborError(f"expected queries as positions, a boolean mask, a name or a number, got {queries!r}.")
-    mask = torch.as_tensor(given, device="cpu")
+    mask = torch.tensor(given, device="cpu")  # a copy: columns of pandas cannot be written to, and torch warns of that
     return _masked_rows(capture, mask) if mask.dtype == torch.bool else _rows_at(capture, mask)
 
 

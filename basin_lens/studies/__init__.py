@@ -13,6 +13,7 @@ does all of it.
 | `study_layers` | how do scores move over depth, and where do they beat their controls? |
 | `study_codelength` | does it go with how many bits the model needs for a token, or for the next one? |
 | `study_robustness` | which findings survive other settings, and a model that has learned nothing? |
+| `contrast` | do two kinds of tokens (spans of prompts) or of texts differ? |
 | `study_mergeability` | does geometry predict which tokens the model can merge? (slow) |
 | `study_basins` | does the model have basins at any layer, scale or path length? (slow) |
 | `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
@@ -22,6 +23,7 @@ does all of it.
 
 from basin_lens.studies.basins.study import study_basins
 from basin_lens.studies.codelength import study_codelength
+from basin_lens.studies.contrast_study import contrast
 from basin_lens.studies.framework.contrast import Contrast
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.measurement import measure
@@ -44,6 +46,7 @@ __all__ = [
     "Measured",
     "Plan",
     "Study",
+    "contrast",
     "describe",
     "measure",
     "plan_of",

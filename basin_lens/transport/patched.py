@@ -16,8 +16,9 @@ from basin_lens.transport.probe import Probe, is_mask
 # rows (grows with the group) against copies of the prefix (one per group). Calls take a few neighboring positions of many
 # sequences, because a call's prefix is as long as its last position.
 _ROWS_PER_CALL = {"cpu": 1024, "cuda": 8192}
-_VALUES_PER_CALL = {"cpu": 1 << 19, "cuda": 1 << 22}  # of narrow states more rows, or the calls themselves take the time,
-_PAIRS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 24}  # but not more than this with what they attend to: memory, times the heads
+# Of narrow states more rows, or the calls themselves take the time; but no more pairs of a row and what it attends to: memory.
+_VALUES_PER_CALL = {"cpu": 1 << 19, "cuda": 1 << 22}
+_PAIRS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 24}
 _ROWS_PER_GROUP = 64
 _SEQUENCES_AT_ONCE = 64
 _POSITIONS_AT_ONCE = 4

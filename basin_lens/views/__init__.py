@@ -14,7 +14,7 @@ from basin_lens.views.merges import merge_view, pareto, training_curves
 from basin_lens.views.pages.codec import code_page
 from basin_lens.views.pages.page import Report
 from basin_lens.views.pages.report import make_report
-from basin_lens.views.pages.study import Section, study_page
+from basin_lens.views.pages.study import Section, flags_said, study_card, study_page
 from basin_lens.views.tokens import TokenView, layer_view, token_view
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "curve_panels",
     "distributions",
     "dose_curve",
+    "flags_said",
     "forest",
     "grid_map",
     "joint_density",
@@ -39,6 +40,7 @@ __all__ = [
     "roc",
     "scatter",
     "size_bars",
+    "study_card",
     "study_page",
     "tag_intervals",
     "token_view",

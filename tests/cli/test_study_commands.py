@@ -13,7 +13,7 @@ from basin_lens.studies.framework.spec import StudySpec
 from tests.cli.calls import call
 from tests.conftest import TEXTS
 
-EVERY = [*registry.OF_TEXTS, *registry.SLOW, *registry.EXPERIMENTS, *registry.ELSEWHERE]
+EVERY = [*registry.OF_TEXTS, *registry.APART, *registry.EXPERIMENTS, *registry.ELSEWHERE]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_show_refuses_an_unknown_study(capsys):
 # -- dry run ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*registry.OF_TEXTS, *registry.SLOW])
+@pytest.mark.parametrize("name", [*registry.OF_TEXTS, *registry.APART])
 def test_dry_run_says_what_would_be_run_and_writes_nothing(name, texts, capsys):
     before = listing()
     shown = said(capsys, name, texts, "--dry-run", "--layers", "0,2", "--k", "7", "--max-sequences", "5", "--out", "here")
@@ -167,7 +167,7 @@ def test_dry_run_refuses_what_the_run_would(words, expected, texts, capsys):
 # -- folders ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*registry.OF_TEXTS, *registry.SLOW, *registry.EXPERIMENTS])
+@pytest.mark.parametrize("name", [*registry.OF_TEXTS, *registry.APART, *registry.EXPERIMENTS])
 def test_every_study_has_a_folder_of_its_own_by_default(name, texts, capsys):
     assert f"basin-lens-study/{name} ({name}, new)" in said(capsys, name, texts, "--dry-run")
 

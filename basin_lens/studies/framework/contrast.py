@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from basin_lens import tables
 from basin_lens.capture import Capture
@@ -32,6 +33,19 @@ class Contrast:
     first: str
     second: str
 
+    @classmethod
+    def named(cls, text: str) -> "Contrast":
+        """The contrast that `span:IO,S2` or `LABEL:VALUE,VALUE` names.
+
+        Raises:
+            StudyError: anything else.
+        """
+        by, _, sides = text.partition(":")
+        first, _, second = sides.partition(",")
+        if not (by and first and second):
+            raise StudyError(f"expected a contrast such as span:IO,S or memorized:True,False, got {text!r}.")
+        return cls(by, first.strip(), second.strip())
+
     @property
     def title(self) -> str:
         """What is compared, in words."""
@@ -57,6 +71,27 @@ class Contrast:
                 there = sorted({str(v) for v in held.dropna().unique() if str(v)})[:8]
                 raise StudyError(f"expected tokens with {self.by} = {name!r} for the contrast, got none; there are {there}.")
         return side
+
+
+def contrasted_first(capture: Capture, contrast: Contrast, most: int | None, seed: int) -> Bool[np.ndarray, " rows"]:
+    """The tokens to measure, at most so many (None: all): those of the two kinds, of whole sequences, before any others.
+
+    The others fill up what is left, because tokens are crossed with one another: kinds are to be seen among all tokens.
+    """
+    rows, labels = row_facts(capture)
+    able = capture.row_pos.numpy() > 0
+    if most is None or int(able.sum()) <= most:
+        return able
+    sides = contrast.values(pd.DataFrame({"span": rows["span"], **labels})).notna().to_numpy() & able
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(capture.sequences))
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order))
+    # The kinds first, a sequence after the other, then everybody else.
+    rank = np.lexsort((rng.random(len(able)), np.where(sides, place[capture.row_seq.numpy()], 0), ~sides, ~able))
+    chosen = np.zeros(len(able), bool)
+    chosen[rank[:most]] = True
+    return chosen & able
 
 
 def _names(found: object, side: str) -> set[str]:

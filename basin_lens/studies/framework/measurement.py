@@ -12,11 +12,11 @@ from basin_lens.capture import Bank, Capture, check_layers, subset
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
-from basin_lens.studies.framework.contrast import Contrast, refuse_contrast
+from basin_lens.studies.framework.contrast import Contrast, contrasted_first, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
 from basin_lens.studies.framework.measured_texts import Measured, StudyData
 from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
-from basin_lens.studies.framework.sequences import FEWEST_TOKENS, choose_sequences
+from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.spec import ScoreOptions, StudySpec
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, FEWEST_UNITS, count_units
 from basin_lens.texts import Passage, Texts
@@ -56,7 +56,7 @@ def measure(
         model: a `TransformerBridge` or `HookedTransformer`.
         data: as for `analyze`.
         studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"` and
-            `"basins"`, which need no scores of their own.
+            `"basins"`, which need no scores of their own; `"contrast"`, which needs a contrast.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
             alone; `"all"`.
         k, context, exclude: of the compression scores; see `Compression`. The context is not `"native"`.
@@ -101,14 +101,30 @@ def measure(
     frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
-    capture, short = _chosen(planned, max_sequences, per_document, seed, unit)
-    headline = headline_of(k, context, exclude, compression_tokens)
+    capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
+    about_contrast = all(spec.contrasted for spec in specs)
+    headline = headline_of(k, context, exclude, None if about_contrast else compression_tokens)
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
+    asked = None
     if contrast is not None:
         refuse_contrast(capture, contrast)
+        asked = contrasted_first(capture, contrast, compression_tokens, seed) if about_contrast else None
+    elif without := [spec.name for spec in specs if spec.contrasted]:
+        raise StudyError(
+            f"expected a contrast for the study {without[0]!r}, such as span:IO,S2 or memorized:True,False, got none. Say which two "
+            "kinds are to be compared."
+        )
     if check is not None:
         check(capture)
-    request = Request(analyzers_of(specs, headline), layers=wanted, bank=bank, seed=seed, max_length=max_length, progress=progress)
+    request = Request(
+        analyzers_of(specs, headline),
+        layers=wanted,
+        bank=bank,
+        queries=asked,
+        seed=seed,
+        max_length=max_length,
+        progress=progress,
+    )
     everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
     run = score(model, capture, request, keep_neighbors_of=everyone)
     table, (facts,) = run.table, tables.provenance(run.table).values()
@@ -210,22 +226,20 @@ def _planned(model: HookedModel, data: Capture | Texts, layers: Layers | Literal
     return Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
 
 
-def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, unit: str) -> tuple[Capture, int]:
+def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, unit: str, fewest: int) -> tuple[Capture, int]:
     """The sequences to measure, and how many were too short.
 
     Raises:
         StudyError: none that is long enough, or too few units.
     """
-    chosen, short = choose_sequences(planned, most, per_document, seed)
+    chosen, short = choose_sequences(planned, most, per_document, seed, fewest)
     if not chosen:
-        raise StudyError(
-            f"expected texts with sequences of {FEWEST_TOKENS} tokens, got 0 of {len(planned.sequences)}. Use longer texts."
-        )
+        raise StudyError(f"expected texts with sequences of {fewest} tokens, got 0 of {len(planned.sequences)}. Use longer texts.")
     capture = planned if chosen == list(range(len(planned.sequences))) else subset(planned, chosen)
     units = count_units(capture, unit)
     if units < FEWEST_UNITS:
         raise StudyError(
-            f"expected at least {FEWEST_UNITS} units ({unit}) with sequences of {FEWEST_TOKENS} tokens, got {units}: "
+            f"expected at least {FEWEST_UNITS} units ({unit}) with sequences of {fewest} tokens, got {units}: "
             "tokens of one text are not independent. Add texts, or give each its own document."
         )
     return capture, short

@@ -17,8 +17,12 @@ OF_TEXTS = {
     "codelength": "basin_lens.studies.codelength",
     "robustness": "basin_lens.studies.robustness.study",
 }
-# Measured like the others, but too slow to be part of `study all`.
-SLOW = {"mergeability": "basin_lens.studies.mergeability.study", "basins": "basin_lens.studies.basins.study"}
+# Measured like the others, but no part of `study all`: too slow, or about a contrast that is asked for.
+APART = {
+    "contrast": "basin_lens.studies.contrast_study",
+    "mergeability": "basin_lens.studies.mergeability.study",
+    "basins": "basin_lens.studies.basins.study",
+}
 # With texts and a training of their own.
 EXPERIMENTS = {"memorization": "basin_lens.studies.memorization.study"}
 
@@ -30,7 +34,7 @@ STUDIES = tuple(OF_TEXTS)
 
 def names() -> list[str]:
     """All studies, in the order of lists."""
-    return [*OF_TEXTS, *SLOW, *EXPERIMENTS]
+    return [*OF_TEXTS, *APART, *EXPERIMENTS]
 
 
 def find_spec(name: str) -> StudySpec | ExperimentSpec:
@@ -39,7 +43,7 @@ def find_spec(name: str) -> StudySpec | ExperimentSpec:
     Raises:
         StudyError: an unknown study.
     """
-    modules = OF_TEXTS | SLOW | EXPERIMENTS
+    modules = OF_TEXTS | APART | EXPERIMENTS
     if name not in modules:
         raise StudyError(f"expected studies among {names()}, or all, got {[name]}.")
     found = _spec_in(modules[name])
@@ -79,14 +83,14 @@ def specs_of_texts(*chosen: str) -> list[StudySpec]:
 
 
 def check_names(*chosen: str) -> list[str]:
-    """Names of studies that measure texts; `"all"` stands for all of them but the slow ones.
+    """Names of studies that measure texts; `"all"` stands for `OF_TEXTS`.
 
     Raises:
         StudyError: none, or an unknown one.
     """
     if chosen == ("all",):
         return list(OF_TEXTS)
-    known = [*OF_TEXTS, *SLOW]
+    known = [*OF_TEXTS, *APART]
     if not chosen or any(name not in known for name in chosen):
         raise StudyError(f"expected studies among {known}, or all, got {list(chosen)}.")
     return list(chosen)

@@ -10,11 +10,13 @@ from basin_lens.errors import StudyError
 FEWEST_TOKENS = 12  # shorter ones have too few scored tokens for a correlation; prompts of a template can be that short
 
 
-def choose_sequences(planned: Capture, most: int | None, per_document: int, seed: int) -> tuple[list[int], int]:
-    """Sequences to measure, in their own order, and how many were too short."""
+def choose_sequences(
+    planned: Capture, most: int | None, per_document: int, seed: int, fewest: int = FEWEST_TOKENS
+) -> tuple[list[int], int]:
+    """Sequences of at least `fewest` tokens to measure, in their own order, and how many were too short."""
     if (most is not None and most < 1) or per_document < 1:
         raise StudyError(f"expected max_sequences and per_document of at least 1, got {most} and {per_document}.")
-    long = [seq for seq, length in enumerate(planned.lengths.tolist()) if length >= FEWEST_TOKENS]
+    long = [seq for seq, length in enumerate(planned.lengths.tolist()) if length >= fewest]
     short = len(planned.sequences) - len(long)
     if most is None or len(long) <= most:
         return long, short

@@ -18,6 +18,7 @@ from basin_lens.model import HookedModel
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured
 from basin_lens.studies.framework.progress import Steps
+from basin_lens.studies.framework.sequences import FEWEST_TOKENS
 from basin_lens.studies.framework.study import Study
 from basin_lens.texts import Passage
 from basin_lens.transport import Context
@@ -242,6 +243,8 @@ class StudySpec(Declaration):
         shared_scores: it looks at the scores that all studies share; where no study does, they are not measured.
         apart: what its analysis measures by itself, in words, for `--dry-run`.
         steps: how many steps of its own it tells `Task.step`.
+        contrasted: it is about the contrast asked for, so one must be; tokens of its two kinds are measured before others.
+        fewest_tokens: of a sequence; shorter ones are passed over.
     """
 
     analysis: Callable[[Task], Analysis]
@@ -258,6 +261,8 @@ class StudySpec(Declaration):
     shared_scores: bool = True
     apart: tuple[str, ...] = ()
     steps: int = 1
+    contrasted: bool = False
+    fewest_tokens: int = FEWEST_TOKENS
 
 
 @dataclass(frozen=True)

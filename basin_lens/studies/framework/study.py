@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +15,10 @@ from basin_lens.records import Unfinished
 from basin_lens.studies.framework.declared_tests import Decision
 from basin_lens.studies.framework.storage import KIND, records, refuse_folder
 from basin_lens.values import Facts
-from basin_lens.views import Report, Section, study_page
+from basin_lens.views import Report, Section, flags_said, study_card, study_page
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study:
     """A finished study: what was asked, what came out, and everything behind it.
 
@@ -40,7 +40,27 @@ class Study:
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure]
     provenance: Facts
-    tokens: pd.DataFrame | None = field(default=None, repr=False)
+    tokens: pd.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        """Three lines: what was asked, what came out, where the rest is."""
+        said = next(iter(self.verdict), "")
+        return f"Study {self.name}: {self.title}\n{self.decision} ({flags_said(self.flags)}). {said}\n{self._held()}"
+
+    def _repr_html_(self) -> str:
+        """Verdict, red flags and first figure, at a notebook cell's end."""
+        return study_card(
+            self.title,
+            subtitle=f"study {self.name}",
+            decision=self.decision,
+            verdict=self.verdict,
+            flags=self.flags,
+            figure=next(iter(self.figures.values()), None),
+            last=self._held(),
+        )
+
+    def _held(self) -> str:
+        return f"Tables: {', '.join([*self.tables, 'findings'])}. study.save(folder) writes all of it with its report."
 
     def report(self) -> Report:
         """The study as one offline page."""

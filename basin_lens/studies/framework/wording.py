@@ -40,6 +40,8 @@ def _sampled(measured: Measured) -> list[str]:
     fewest, most = int(by_layer.min()), int(by_layer.max())
     tokens = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     documents = table[there]["doc"].nunique()
+    if "contraction" in table.columns and int(table["contraction"].notna().sum()) <= int(there.sum()):
+        return [f"Scores of neighborhoods: {tokens} tokens of a layer, of {documents} documents."]
     return [
         f"Compression and its nulls: {tokens} tokens of a layer, of {documents} documents; what is said of compression is of "
         "these. Contraction and the other scores: all tokens."

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.views.pages.cells import Cell, ReadableTable, cell, readable_table
-from basin_lens.views.pages.page import Picture, Report, page_of, picture
+from basin_lens.views.pages.page import Picture, Report, page_of, picture, render
 from basin_lens.views.tokens import TokenView
 
 _FLAG_WORDS = {True: ("yes", "▲ RAISED"), False: ("no", "no"), None: ("unknown", "? not checked")}
@@ -99,6 +99,51 @@ def study_page(
         # CircuitsVis once, however many views there are.
         scripts={code: [view.call for view in views if view.script == code] for code in (view.script for view in views) if code},
     )
+
+
+def study_card(
+    title: str,
+    *,
+    subtitle: str,
+    decision: str,
+    verdict: Sequence[str],
+    flags: pd.DataFrame | None,
+    figure: Figure | None,
+    last: str,
+) -> str:
+    """A study as a piece of HTML for a notebook: verdict, red flags raised, one figure. All texts are escaped.
+
+    Args:
+        title, subtitle, decision, verdict, flags: as for `study_page`; `decision` in one word.
+        figure: shown below; None: none.
+        last: a line at the end.
+    """
+    return str(
+        render(
+            "card.html",
+            title=title,
+            subtitle=subtitle,
+            decision=decision[:1].upper() + decision[1:],
+            verdict=list(verdict),
+            flags_said=flags_said(flags),
+            raised=[] if flags is None else [f"{row.flag}: {row.why}" for row in flags.itertuples() if _is_raised(row.raised)],
+            picture=None if figure is None else picture(figure, title),
+            last=last,
+        )
+    )
+
+
+def flags_said(flags: pd.DataFrame | None) -> str:
+    """How many red flags are raised, and how many could not be checked, in words."""
+    if flags is None:
+        return "no red flags were computed"
+    raised = sum(_is_raised(one) for one in flags["raised"])
+    unknown = int(flags["raised"].isna().sum())
+    return f"{raised} of {len(flags)} red flags raised" + (f", {unknown} not checked" if unknown else "")
+
+
+def _is_raised(value: object) -> bool:
+    return bool(pd.notna(value)) and bool(value)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""The tokens of a run with neighbors from elsewhere: what depends on the bank is not of the tokens."""
+
+import warnings
+from typing import Literal
+
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.capture import Capture
+from basin_lens.errors import BankWarning, BasinLensError
+from basin_lens.model import HookedModel
+from basin_lens.scoring import analyze
+from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
+from basin_lens.studies.framework.random_twin import compression_of, scored_tokens, taken_over
+
+OWN_BANK = "the run's own"
+_NAMES = {None: "the texts themselves", "reference": "the built-in passages"}
+
+
+def under_another_bank(model: HookedModel, measured: Measured) -> tuple[pd.DataFrame | None, str, str]:
+    """The run's table with the headline score of the same tokens under another bank; its name; and why there is none, or "".
+
+    The built-in passages where the texts were their own bank or another capture was, and the texts themselves where the built-in
+    passages were.
+    """
+    bank: Literal["reference"] | None = None if isinstance(measured.bank, str) else "reference"
+    if bank is not None and measured.capture.passages is None:
+        return None, "", "the built-in passages are texts, and token ids were given"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BankWarning)  # what it warns of is what is looked at here
+            made = analyze(
+                model,
+                measured.capture,
+                [compression_of(measured, nulls=("random_sets",))],
+                layers=measured.layers,
+                bank=bank,
+                queries=scored_tokens(measured, HEADLINE),
+                seed=measured.seed,
+                progress=False,
+            )
+    except BasinLensError:
+        return None, "", f"{_NAMES[bank]} could not serve as one (too few points, or another kind of token ids)"
+    # The errors of its random sets are its own: the table keeps those of the run, which cancel in a difference of the same run.
+    return tables.with_provenance(taken_over(measured.table, made, {HEADLINE: HEADLINE}), measured.table), _NAMES[bank], ""
+
+
+def is_own_texts(measured: Measured) -> bool:
+    """Whether the texts were their own bank."""
+    return not isinstance(measured.bank, str | Capture)

@@ -1,0 +1,164 @@
+"""What should keep anyone from believing a contrast: the bank, the template, controls that go with the two kinds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import mannwhitneyu
+
+from basin_lens import stats, tables
+from basin_lens.scoring.bank_overlap import WARN
+from basin_lens.studies.framework.another_bank import OWN_BANK, is_own_texts
+from basin_lens.studies.framework.declared_tests import ALPHA
+from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.wording import in_words
+
+# Of pairs of a token of each kind: where so many or more are in one order, no text has tokens of both kinds at equal values.
+APART = 0.95
+_SOURCES = {"log_radius": "radius", "log_norm": "state_norm", "log_frequency": "token_id", "same_token_share": "same_token_share"}
+_SOURCES |= {"position": "pos", "surprisal": "surprisal"}
+
+
+def inseparable_controls(table: pd.DataFrame, measured: Measured, paired: bool) -> dict[str, str]:
+    """Standard controls that cannot be held fixed in a contrast, and why: missing, constant, or going with the two kinds.
+
+    Looked at on the controls alone, never on a score. Values are taken within sequences where kinds are compared within them.
+    """
+    assert measured.contrast is not None
+    first, second = measured.contrast.first, measured.contrast.second
+    with_controls = stats.add_controls(table, frequency=measured.frequency)
+    rows = with_controls[with_controls["contrast"].isin([first, second])]
+    answer: dict[str, str] = {}
+    for name in stats.CONTROLS:
+        if _SOURCES[name] not in table.columns or not np.isfinite(rows[name].to_numpy(float)).any():
+            answer[name] = "not measured"
+            continue
+        values = rows[name].to_numpy(float)
+        if paired:
+            values = values - rows.assign(_=values).groupby(["layer", "doc", "seq"])["_"].transform("mean").to_numpy()
+        share = _in_order(values, rows["contrast"].to_numpy() == first)
+        if np.isnan(share):
+            answer[name] = "the same for every token"
+        elif max(share, 1 - share) >= APART:
+            higher, lower = (first, second) if share > 0.5 else (second, first)
+            answer[name] = f"{max(share, 1 - share):.0%} of pairs: higher for {higher} than for {lower}"
+    return answer
+
+
+def _in_order(values: np.ndarray, is_first: np.ndarray) -> float:
+    """Share of pairs whose first is higher, ties counting half; NaN where nothing varies."""
+    known = np.isfinite(values)
+    one, other = np.round(values[known & is_first], 9), np.round(values[known & ~is_first], 9)
+    if not len(one) or not len(other) or np.ptp(np.concatenate([one, other])) == 0:
+        return float("nan")
+    return float(mannwhitneyu(one, other).statistic) / (len(one) * len(other))
+
+
+def of_layer(measured: Measured, by_bank: pd.DataFrame, layer: int) -> list[dict[str, object]]:
+    """Red flags of the difference at the layer of the finding."""
+    answer: list[dict[str, object]] = []
+    here = {str(row.bank): row for row in named_rows(by_bank[by_bank["layer"] == layer])}
+    own = here[OWN_BANK].estimate
+    for bank, row in here.items():
+        if bank == OWN_BANK:
+            continue
+        known = bool(np.isfinite(own * row.estimate))
+        told = f"{own:+.3f} nats, and {row.estimate:+.3f} (p {in_words(row.p)}) with {bank} as bank"
+        answer.append(
+            {
+                "flag": "sign depends on the bank",
+                "layer": layer,
+                "raised": own * row.estimate < 0 if known else pd.NA,
+                "value": row.estimate,
+                "why": told if known else f"not checked: no estimate with {bank} as bank",
+            }
+        )
+    if is_own_texts(measured):
+        (facts,) = tables.provenance(measured.table).values()
+        share = float(facts["search"]["same_skeleton"].get(str(layer), np.nan))
+        if not np.isnan(share):
+            answer.append(
+                {
+                    "flag": "neighbors on the skeleton of their query",
+                    "layer": layer,
+                    "raised": share > WARN,
+                    "value": share,
+                    "limit": WARN,
+                    "why": f"{share:.0%} of neighbors: the bank is other prompts of the same template",
+                }
+            )
+    return answer
+
+
+def of_run(measured: Measured, by_bank: pd.DataFrame) -> list[dict[str, object]]:
+    """Red flags of the run as a whole."""
+    own = above_layer_0(by_bank[by_bank["bank"] == OWN_BANK])
+    sure = own[own["p_corrected"] <= ALPHA]
+    up, down = (sure[sign * sure["estimate"] > 0]["layer"].astype(int).tolist() for sign in (1, -1))
+    answer: list[dict[str, object]] = [
+        {
+            "flag": "sign changes over layers",
+            "layer": pd.NA,
+            "raised": bool(up and down),
+            "why": f"above 0 at layers {_listed(up)}, below at {_listed(down)} (p at most 0.05 after correction)",
+        }
+    ]
+    skeletons = skeletons_of(measured)
+    if skeletons is not None and measured.n_units > 1:
+        answer.append(
+            {
+                "flag": "one template",
+                "layer": pd.NA,
+                "raised": skeletons == 1,
+                "value": float(skeletons),
+                "why": f"{skeletons} skeletons (texts without their spans): what is found is of these",
+            }
+        )
+    return answer
+
+
+def skeletons_of(measured: Measured) -> int | None:
+    """How many different texts are left of those with spans, once the spans are taken out; None: none has spans."""
+    passages = measured.capture.passages
+    if passages is None or measured.contrast is None or measured.contrast.by != "span":
+        return None
+    found = set()
+    for index in sorted({sequence.passage for sequence in measured.capture.sequences}):
+        passage, at, parts = passages[index], 0, []
+        for name, (start, end) in sorted(passage.spans.items(), key=lambda item: tuple(item[1])):
+            parts += [passage.text[at : max(at, start)], f"{{{name}}}"]
+            at = max(at, end)
+        found.add("".join([*parts, passage.text[at:]]))
+    return len(found)
+
+
+def spans_beyond(measured: Measured) -> Sequence[str]:
+    """What is scored where a contrasted span is no whole tokens: sentences for the report."""
+    capture, contrast = measured.capture, measured.contrast
+    if capture.passages is None or contrast is None or contrast.by != "span":
+        return ()
+    tokens: dict[str, int] = dict.fromkeys((contrast.first, contrast.second), 0)
+    beyond: dict[str, list[str]] = {name: [] for name in tokens}
+    for sequence in capture.sequences:
+        passage = capture.passages[sequence.passage]
+        for name in tokens.keys() & passage.spans.keys():
+            start, end = passage.spans[name]
+            for a, b in zip(sequence.starts, sequence.ends, strict=True):
+                if not (a < end and start < b):
+                    continue
+                tokens[name] += 1
+                token = passage.text[a:b]
+                # A space in front belongs to the token in most tokenizers, and to no span.
+                if a + len(token) - len(token.lstrip()) < start or b > end:
+                    beyond[name].append(token)
+    told = [f"Scored of the spans: {', '.join(f'{count} tokens of {name}' for name, count in tokens.items())}."]
+    for name, found in beyond.items():
+        if found:
+            some = ", ".join(dict.fromkeys(repr(token) for token in found[:3]))
+            told.append(f"{len(found)} tokens of {name} reach beyond the span and are scored whole, such as {some}.")
+    return tuple(told)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"

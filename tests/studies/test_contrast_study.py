@@ -1,0 +1,193 @@
+"""Two kinds of tokens compared: found where planted, quiet where not, and flagged where the bank, the template or a control says it."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import basin_lens as bl
+from basin_lens import stats, tables
+from basin_lens.errors import BankWarning, StudyError
+from basin_lens.studies import Contrast, contrast_study
+from basin_lens.studies.framework import contrast_flags
+from basin_lens.studies.framework.another_bank import OWN_BANK
+from basin_lens.studies.framework.contrast import contrasted_first
+from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
+from basin_lens.studies.framework.measured_texts import HEADLINE
+from tests.simulation.battery import limit
+from tests.studies.planted import noise, plant_compression
+
+NAMES = ["Ann", "Bob", "Eve", "Tom", "Kim", "Sam", "Joe"]
+TEMPLATES = (
+    "When [IO:{0}] and [S1:{1}] went to the old glass house, [S2:{1}] gave a lamp to",
+    "Then [S2:{1}] said that the tea was cold, and so [IO:{0}] had a cup of water with",
+)
+SPANS = Contrast("span", "IO", "S2")
+
+
+def prompts(*templates: str, count: int = 24) -> list[bl.Passage]:
+    """Pairs of names in each template, in turn; each prompt is a document."""
+    pairs = list(itertools.permutations(NAMES, 2))[:count]
+    return [bl.Passage.marked(templates[i % len(templates)].format(*pair), doc=f"prompt-{i}") for i, pair in enumerate(pairs)]
+
+
+def measure(model, *templates, **options):
+    given = {"studies": ["contrast"], "contrast": SPANS, "bank": "reference", "k": 6, "progress": False}
+    return bl.studies.measure(model, prompts(*templates), **given | options)
+
+
+@pytest.fixture(scope="module")
+def varied(trained):
+    return measure(trained, *TEMPLATES)
+
+
+def planted(measured, size: float, seed: int = 0):
+    """Compression of IO above that of S2 by `size` nats at the last layer, and noise."""
+    table = measured.table
+    last = table["layer"] == table["layer"].max()
+    return plant_compression(measured, size * ((table["contrast"] == "IO") & last) + noise(table, seed, 0.2))
+
+
+def run(model, measured, monkeypatch, other=None):
+    """The study; with `other`, as if the other bank had given that table."""
+    if other is None:
+        return bl.contrast(model, measured, other_bank=False, progress=False)
+    monkeypatch.setattr(contrast_study, "under_another_bank", lambda *_: (other.table, "the texts themselves", ""))
+    return bl.contrast(model, measured, progress=False)
+
+
+def flag(study, name):
+    (row,) = study.flags[study.flags["flag"] == name].to_dict("records")
+    return row
+
+
+def test_a_planted_difference_is_found_under_both_banks(trained, varied, monkeypatch):
+    study = run(trained, planted(varied, 1.0), monkeypatch, planted(varied, 0.8, seed=1))
+    first = study.findings.iloc[0]
+    assert study.decision.startswith("yes") and first["finding"] == "IO differs from S2" and first["holds"]
+    assert first["layer"] == varied.layers[-1] and first["estimate"] == pytest.approx(1.0, abs=0.2)
+    assert not flag(study, "sign depends on the bank")["raised"]
+    assert any("the same sign" in line for line in study.verdict)
+    assert set(study.tables["by_bank"]["bank"]) == {OWN_BANK, "the texts themselves"}
+    assert next(iter(study.figures)) == "difference-by-layer"
+
+
+def test_a_difference_that_another_bank_turns_round_is_flagged(trained, varied, monkeypatch):
+    study = run(trained, planted(varied, 1.0), monkeypatch, planted(varied, -1.0, seed=1))
+    assert flag(study, "sign depends on the bank")["raised"] and study.decision.endswith("with red flags")
+    assert any("the sign depends on the bank" in line for line in study.verdict)
+    html = study._repr_html_()
+    assert "sign depends on the bank" in html and "data:image/png" in html and repr(study).count("\n") == 2
+
+
+def test_the_other_bank_is_measured_as_analyze_measures_it(trained):
+    with pytest.warns(BankWarning):
+        held = measure(trained, TEMPLATES[0], bank=None, layers=[1])
+    study = bl.contrast(trained, held, progress=False)
+    by_bank = study.tables["by_bank"].set_index("bank")
+    score = bl.analyzers.Compression(k=6, nulls=("random_sets",))
+    mask = held.table[HEADLINE].notna().to_numpy()
+    made = bl.analyze(trained, held.capture, [score], layers=[1], bank="reference", queries=mask, progress=False)
+    made["contrast"] = SPANS.values(made)
+    expected = stats.compare_groups(made, HEADLINE, "contrast", groups=("IO", "S2"), paired=True)
+    assert by_bank.loc["the built-in passages", "estimate"] == pytest.approx(expected.estimate[0], abs=1e-6)
+    (facts,) = tables.provenance(held.table).values()
+    share = facts["search"]["same_skeleton"]["1"]
+    assert flag(study, "neighbors on the skeleton of their query")["value"] == share > 0.5
+    assert flag(study, "one template")["raised"]
+
+
+def test_a_sign_that_changes_over_layers_is_flagged(trained, varied, monkeypatch):
+    table = varied.table
+    sign = np.where(table["layer"] == table["layer"].max(), 1.0, -1.0)
+    both_ways = plant_compression(varied, sign * (table["contrast"] == "IO") + noise(table, 3, 0.2))
+    assert flag(run(trained, both_ways, monkeypatch), "sign changes over layers")["raised"]
+    assert not flag(run(trained, planted(varied, 1.0), monkeypatch), "sign changes over layers")["raised"]
+
+
+def test_what_goes_with_the_kinds_is_no_control_and_named(trained, varied, monkeypatch):
+    """In one template every IO stands before every S2; in two, not."""
+    one = measure(trained, TEMPLATES[0], layers=[1])
+    assert "position" in contrast_flags.inseparable_controls(one.table, one, paired=True)
+    assert "position" not in contrast_flags.inseparable_controls(varied.table, varied, paired=True)
+    study = run(trained, planted(one, 1.0), monkeypatch)
+    controls = study.tables["controls"].set_index("control")
+    assert not controls.loc["position", "separable"] and "100% of pairs: higher for S2" in controls.loc["position", "note"]
+    assert any("position" in line and "Vary the template" in line for line in study.verdict)
+    assert "position" not in study.findings.iloc[-1]["finding"]
+
+
+def test_the_smallest_p_is_said(trained, varied, monkeypatch):
+    study = run(trained, planted(varied, 0.0), monkeypatch)
+    assert any(line.startswith("The smallest p that any data of") for line in study.verdict)
+
+
+@pytest.mark.slow
+def test_false_positives_with_the_kinds_swapped(varied):
+    """Which of a prompt's two names is called IO is drawn: no difference, in 400 draws, from the choice of a layer to the family."""
+    held = planted(varied, 0.0)
+    # Swapping turns a control's order in the two kinds round, and no more: which can be told apart is the same in every draw.
+    controls = [c for c in stats.CONTROLS if c not in contrast_flags.inseparable_controls(held.table, held, paired=True)]
+    rows_tested = held.table[(held.table["layer"] > 0) & held.table["contrast"].notna()]
+    plain = pd.DataFrame(rows_tested.to_dict("series"))  # its provenance would be copied at every step
+    rng = np.random.default_rng(0)
+    seq, sides = plain["seq"].to_numpy(), plain["contrast"].to_numpy()
+    found = 0
+    for _ in range(400):
+        swapped = rng.random(seq.max() + 1)[seq] < 0.5
+        other = np.where(sides == "IO", "S2", np.where(sides == "S2", "IO", None))
+        drawn = replace(held, table=plain.assign(contrast=np.where(swapped, other, sides)))
+        rows = []
+        for some in ((), controls):
+            test = partial(contrast_study._difference, measured=drawn, paired=True, controls=some)
+            rows.append(declared_test(drawn.table, test, drawn, "differs", "difference"))
+        found += bool((settle("contrast", rows)["p_corrected"] <= ALPHA).any())
+    print(f"{found} of 400 draws")
+    assert found / 400 <= limit(400)
+
+
+def test_tokens_of_the_kinds_come_first(trained):
+    capture = bl.Capture.plan(trained, prompts(*TEMPLATES))
+    from basin_lens.scoring.token_rows import row_facts
+
+    sides = SPANS.values(pd.DataFrame({"span": row_facts(capture)[0]["span"]})).notna().to_numpy()
+    able = capture.row_pos.numpy() > 0
+    assert (contrasted_first(capture, SPANS, None, 0) == able).all()
+    more = int(sides.sum()) + 30
+    chosen = contrasted_first(capture, SPANS, more, 0)
+    assert chosen.sum() == more and (chosen >= (sides & able)).all()
+    few = contrasted_first(capture, SPANS, 20, 0)
+    assert few.sum() == 20 and (few <= sides).all()
+    by_prompt = np.bincount(capture.row_seq.numpy()[few]), np.bincount(capture.row_seq.numpy()[sides & able])
+    assert sum(0 < a < b for a, b in zip(*by_prompt, strict=False)) <= 1, "prompts whole, but for the last one"
+
+
+def test_spans_that_are_no_whole_tokens_are_told(trained):
+    cut = [bl.Passage.marked(f"When [IO:th]e clock and [S2:{name}] had stopped in the rain,", doc=name) for name in NAMES]
+    given = {"studies": ["contrast"], "contrast": SPANS, "k": 4, "bank": "reference", "layers": [1], "progress": False}
+    held = bl.studies.measure(trained, cut, **given)
+    told = " ".join(contrast_flags.spans_beyond(held))
+    assert "tokens of IO reach beyond the span" in told and "tokens of S2 reach" not in told
+
+
+@pytest.mark.parametrize(
+    ("contrast", "said"),
+    [
+        (None, "expected a contrast for the study"),
+        (Contrast("span", "IO", "nobody"), "got none"),
+        (Contrast("kind", "a", "b"), "label"),
+    ],
+)
+def test_no_contrast_to_speak_of_is_refused(trained, contrast, said):
+    with pytest.raises(StudyError, match=said):
+        measure(trained, TEMPLATES[0], contrast=contrast, layers=[1])
+
+
+@pytest.mark.parametrize("by", ["span", "span:IO", "span:IO,", ":IO,S2", ""])
+def test_contrasts_are_named_whole(by):
+    with pytest.raises(StudyError, match="such as span:IO,S"):
+        Contrast.named(by)
+    assert Contrast.named("span: IO, S2") == SPANS
