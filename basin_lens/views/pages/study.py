@@ -126,7 +126,9 @@ def study_card(
             decision=decision[:1].upper() + decision[1:],
             verdict=list(verdict),
             flags_said=flags_said(flags),
-            raised=[] if flags is None else [f"{row.flag}: {row.why}" for row in flags.itertuples() if _is_raised(row.raised)],
+            raised=[]
+            if flags is None
+            else [f"{row['flag']}: {row['why']}" for row in flags.to_dict("records") if _is_raised(row["raised"])],
             picture=None if figure is None else picture(figure, title),
             last=last,
         )
@@ -143,7 +145,7 @@ def flags_said(flags: pd.DataFrame | None) -> str:
 
 
 def _is_raised(value: object) -> bool:
-    return bool(pd.notna(value)) and bool(value)
+    return value is not None and value is not pd.NA and bool(value)
 
 
 @dataclass(frozen=True)
