@@ -1,4 +1,4 @@
-"""How far a token's neighbors are its own place in other texts of one template: then they say what the template is, not the token."""
+"""How far a token's neighbors are its own place in other texts of one template: they say what the template is, not the token."""
 
 import torch
 from jaxtyping import Int

@@ -28,11 +28,11 @@ from basin_lens.views import Section, result_curve, token_view
 DIFFERENCE, CONTROLLED = "difference", "difference at fixed controls"
 
 HYPOTHESIS = (
-    "Declared before looking: the two kinds of tokens (or texts) differ in compression less that of random sets (either direction); "
-    "and still do at fixed frequency, position, norm, neighborhood radius, share of equal tokens and surprisal, as far as these can "
-    "be told apart from the kinds: a control whose values in the two kinds hardly overlap is left out, and named. Each is tested at "
-    "the layer (not 0) chosen on half of the units, on the other half, as one family (Holm). Kinds that stand in the same texts are "
-    f"compared within them. {IF_FEW}"
+    "Declared before looking: the two kinds of tokens (or texts) differ in compression less that of random sets (either "
+    "direction); and still do at fixed frequency, position, norm, neighborhood radius, share of equal tokens and surprisal, as far "
+    "as these can be told apart from the kinds: a control whose values in the two kinds hardly overlap is left out, and named. "
+    "Each is tested at the layer (not 0) chosen on half of the units, on the other half, as one family (Holm). Kinds that stand "
+    f"in the same texts are compared within them. {IF_FEW}"
 )
 
 
@@ -74,8 +74,8 @@ def contrast(
             `layers`, `bank`, `exclude`, `k`, `compression_tokens`, `seed`, ...
 
     Returns:
-        a `Study` with tables `by_bank` (the difference at every layer under each bank, in nats), `controls` (which can be told apart
-        from the kinds) and `contrast` (all scores, without and with the standard controls).
+        a `Study` with tables `by_bank` (the difference at every layer under each bank, in nats), `controls` (which can be told
+        apart from the kinds) and `contrast` (all scores, without and with the standard controls).
 
     Raises:
         StudyError: fewer than 6 units, a side without tokens, or options together with a `Measured`. Others as for `analyze`.
@@ -208,8 +208,8 @@ def _sections(analysis: Analysis, measured: Measured, figures: dict[str, Figure]
             f"{measured.contrast.first} less {measured.contrast.second}, {how}, without controls. Positive: the block draws the "
             "neighborhood of the first together more. A difference that another bank turns round is one of the bank.",
             figure=figures["difference-by-layer"],
-            caption=f"Mean difference in nats with 95 % intervals over {measured.unit}s (layer 0 in the table); filled: p at most 0.05 "
-            "after Benjamini-Hochberg over the layers of a bank.",
+            caption=f"Mean difference in nats with 95 % intervals over {measured.unit}s (layer 0 in the table); filled: p at most "
+            "0.05 after Benjamini-Hochberg over the layers of a bank.",
             table=shown(details.by_bank, "layer").assign(bank=details.by_bank["bank"]),
         ),
         Section(
@@ -236,8 +236,8 @@ def _remarks(details: _Details, row: Row, layer: int) -> list[str]:
         )
     if details.inseparable:
         told.append(
-            f"Cannot be told apart from the two kinds in these texts: {', '.join(details.inseparable)}. Vary the template, so that both "
-            "kinds have tokens of the same value."
+            f"Cannot be told apart from the two kinds in these texts: {', '.join(details.inseparable)}. Vary the template, so that "
+            "both kinds have tokens of the same value."
         )
     if pd.notna(row.p_floor) and row.p_floor > 0:
         told.append(f"The smallest p that any data of {int(row.n_units)} units could give is {row.p_floor:.2g}.")

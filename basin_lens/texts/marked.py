@@ -26,8 +26,8 @@ def read_marks(marked: str) -> MarkedText:
     """Take the marks out of a text. `[NAME:words]` is a span, `[[` a bracket of the text, `]` outside of spans itself.
 
     Raises:
-        TextError: a bracket that opens no span, a span that is not closed, empty, begins or ends with a space, holds another one, or
-            has the name of an earlier one. The message says at which character.
+        TextError: a bracket that opens no span, a span that is not closed, empty, begins or ends with a space, holds another one,
+            or has the name of an earlier one. The message says at which character.
 
     Example:
         >>> from basin_lens.texts import read_marks

@@ -26,7 +26,7 @@ _PADDED_VALUES = 1 << 25  # keys, values and their copies in one call of a Hooke
 
 
 def rows_per_call(states: Float[Tensor, "rows d"], length: int) -> int:
-    """Rows that one call should have to run at full speed: of states of this width on this device, in contexts of up to `length`."""
+    """Rows that one call should have to run at full speed: of states of this width on this device, in contexts up to `length`."""
     kind = states.device.type if states.device.type in _ROWS_PER_CALL else "cpu"
     return max(_ROWS_PER_CALL[kind], min(_VALUES_PER_CALL[kind] // states.shape[1], _PAIRS_PER_CALL[kind] // length))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool
 
 from basin_lens import tables
 from basin_lens.analyzers import Analyzer, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
@@ -102,18 +103,9 @@ def measure(
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
-    about_contrast = all(spec.contrasted for spec in specs)
-    headline = headline_of(k, context, exclude, None if about_contrast else compression_tokens)
+    asked = _contrasted(specs, capture, contrast, compression_tokens, seed)
+    headline = headline_of(k, context, exclude, compression_tokens if asked is None else None)
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
-    asked = None
-    if contrast is not None:
-        refuse_contrast(capture, contrast)
-        asked = contrasted_first(capture, contrast, compression_tokens, seed) if about_contrast else None
-    elif without := [spec.name for spec in specs if spec.contrasted]:
-        raise StudyError(
-            f"expected a contrast for the study {without[0]!r}, such as span:IO,S2 or memorized:True,False, got none. Say which two "
-            "kinds are to be compared."
-        )
     if check is not None:
         check(capture)
     request = Request(
@@ -149,6 +141,25 @@ def measure(
     if contrast is not None:
         table["contrast"] = contrast.values(table)
     return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies))
+
+
+def _contrasted(
+    specs: Sequence[StudySpec], capture: Capture, contrast: Contrast | None, tokens: int | None, seed: int
+) -> Bool[np.ndarray, " rows"] | None:
+    """Where all studies are about a contrast, the tokens to measure: those of its two kinds first. None: as other studies choose.
+
+    Raises:
+        StudyError: a contrast that the texts do not have, or none where a study is about one.
+    """
+    if contrast is not None:
+        refuse_contrast(capture, contrast)
+        return contrasted_first(capture, contrast, tokens, seed) if all(spec.contrasted for spec in specs) else None
+    if without := [spec.name for spec in specs if spec.contrasted]:
+        raise StudyError(
+            f"expected a contrast for the study {without[0]!r}, such as span:IO,S2 or memorized:True,False, got none. Say which "
+            "two kinds are to be compared."
+        )
+    return None
 
 
 def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = "sequence", unit: str = "document") -> None:
