@@ -63,7 +63,11 @@ def __getattr__(name: str) -> object:
         return import_module(f"basin_lens.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'basin_lens' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from basin_lens.values import did_you_mean
+
+    raise AttributeError(
+        f"module 'basin_lens' has no attribute {name!r}; it has {', '.join(__all__)}. {did_you_mean(name, __all__)}".rstrip()
+    )
 
 
 def __dir__() -> list[str]:

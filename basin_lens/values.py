@@ -1,8 +1,10 @@
 """What comes from outside as a number, a name or a label: made plain, or refused before any work."""
 
 import datetime
+import difflib
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import wraps
@@ -16,8 +18,8 @@ else:
     # A whole number as a caller gives it: also numpy's and a 0-d tensor. `whole` makes an int of it.
     Whole = SupportsIndex
 
-# What a caller may give as layers: whole numbers in any order, negative ones from the end; None: all.
-Layers = Iterable[SupportsIndex] | None
+# What a caller may give as layers: whole numbers in any order, or one, negative ones from the end; None: all.
+Layers = Iterable[SupportsIndex] | SupportsIndex | None
 # Plain JSON facts about a run, a model or a file, as they are stored.
 Facts = dict[str, Any]
 
@@ -80,6 +82,49 @@ def whole(
         bound = "as a whole number" if least is None else f"of at least {least}"
         raise error(f"expected {name} {bound}, got {value!r}. {cure}")
     return found
+
+
+def several(given: object) -> list[object] | None:
+    """What was given where whole numbers are taken, several or one, as a list; None if it is neither. The numbers are unchecked.
+
+    Example:
+        >>> from basin_lens.values import several
+        >>> several(range(2)), several(5), several(True), several("05")
+        ([0, 1], [5], None, None)
+    """
+    one = whole_or_none(given)
+    if one is not None:
+        return [one]
+    # A 0-d tensor says that it can be iterated, and cannot.
+    many = isinstance(given, Iterable) and not isinstance(given, str | bytes) and getattr(given, "ndim", 1) > 0
+    return list(cast("Iterable[object]", given)) if many else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`Did you mean ...?`, with a space behind; empty where nothing is like it, or the name is right.
+
+    Of names with a `/` the part behind it counts, too; capitals do not.
+
+    Example:
+        >>> from basin_lens.values import did_you_mean
+        >>> did_you_mean("compresion", ["compression", "surprisal"])
+        "Did you mean 'compression'? "
+    """
+    names = list(known)
+    if name in names:
+        return ""
+    short = {one.rsplit("/", 1)[-1].lower(): one for one in reversed(names)} | {one.lower(): one for one in names}
+    found = difflib.get_close_matches(name.lower(), list(short), n=3, cutoff=0.75)
+    close = list(dict.fromkeys(short[one] for one in found))
+    return f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
+
+
+def hides_bars(progress: bool) -> bool:
+    """Whether a progress bar stays hidden: it was not asked for, or `TQDM_DISABLE` is set (to anything but 0 or false).
+
+    Source: https://tqdm.github.io (the variables of its environment)
+    """
+    return not progress or os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
 
 
 def takes_whole(annotation: object) -> bool:

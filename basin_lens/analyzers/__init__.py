@@ -1,4 +1,6 @@
-"""One measurement per file. `ANALYZERS` lists them all; the contract tests run over it."""
+"""One measurement per file. `ANALYZERS` lists them all; the contract tests runs over it."""
+
+from typing import TYPE_CHECKING
 
 from basin_lens.analyzers.agreement import Agreement
 from basin_lens.analyzers.angular_contraction import AngularContraction
@@ -44,6 +46,7 @@ from basin_lens.analyzers.surprisal import Surprisal
 from basin_lens.analyzers.symmetric_contraction import SymmetricContraction
 from basin_lens.analyzers.value_weighted_attention import ValueWeightedAttention
 from basin_lens.capture import TokenBatch
+from basin_lens.values import did_you_mean
 
 ANALYZERS: tuple[type[Analyzer], ...] = (
     Compression,
@@ -105,6 +108,17 @@ def default_analyzers() -> list[Analyzer]:
         Surprisal(),
         StateNorm(),
     ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+    def __getattr__(name: str) -> object:
+        """Name what was meant by a name that is not here.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"module 'basin_lens.analyzers' has no attribute {name!r}. {did_you_mean(name, __all__)}".rstrip())
 
 
 __all__ = [

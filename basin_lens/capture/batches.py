@@ -1,6 +1,6 @@
 """Batches of token rows: how sequences are put together, what a token analyzer sees of them, and what it may ask for."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel, missing_points, vocabulary_size
 from basin_lens.model import n_layers as count_layers
-from basin_lens.values import Layers, Whole, whole, whole_or_none
+from basin_lens.values import Layers, Whole, several, whole, whole_or_none
 
 NO_POINTS = {"logits", "gradient", "passes", "output_weight"}  # needs that are not read at a hook point of a block
 
@@ -92,7 +92,7 @@ def layers_of(analyzer: TokenMeasure, layers: Sequence[int]) -> Sequence[int]:
 
 
 def check_layers(model: HookedModel, layers: Layers) -> tuple[int, ...]:
-    """Layers in ascending order; None: all; negative ones count from the end.
+    """Layers in ascending order; one number: that layer; None: all; negative ones count from the end.
 
     Raises:
         CaptureError: a layer that the model does not have.
@@ -100,13 +100,12 @@ def check_layers(model: HookedModel, layers: Layers) -> tuple[int, ...]:
     count = count_layers(model)
     if layers is None:
         return tuple(range(count))
-    # A 0-d tensor says that it can be iterated, and cannot.
-    many = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) > 0
-    given = list(layers) if many else [layers]
+    many = several(layers)
+    given = [layers] if many is None else many
     found = [whole_or_none(layer) for layer in given]
     wrong = [layer for layer, number in zip(given, found, strict=True) if number is None or not -count <= number < count]
-    if wrong or not given or not many:
-        raise CaptureError(f"expected a list of layers between 0 and {count - 1}, got {wrong or given or 'none'}.")
+    if wrong or not given:
+        raise CaptureError(f"expected a layer, or layers between 0 and {count - 1}, got {wrong or 'none'}.")
     return tuple(sorted({number % count for number in found if number is not None}))
 
 

@@ -21,7 +21,7 @@ from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
 from basin_lens.model import HookedModel, n_layers, one_side, width
 from basin_lens.records import Unfinished
-from basin_lens.values import Facts, Whole
+from basin_lens.values import Facts, Whole, hides_bars
 
 C = TypeVar("C", bound=CapturedStates)
 
@@ -91,7 +91,7 @@ def run_model(
     if folder is None:
         shape = capture.n_rows, width(model)
         states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
-    bar = tqdm(total=capture.n_rows, desc="reading the model", unit="token", disable=not progress)
+    bar = tqdm(total=capture.n_rows, desc="reading the model", unit="token", disable=hides_bars(progress))
     with all_or_none(capture, analyzers), bar:
         for index, (rows, tokens, valid) in enumerate(batches):
             keep, refuse = partial(keep_values, capture, rows, valid), partial(capture.refuse_nonfinite, rows)

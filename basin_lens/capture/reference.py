@@ -1,15 +1,15 @@
 """The built-in passages as a bank of neighbors."""
 
 import hashlib
-import shutil
+import re
 import warnings
 from pathlib import Path
 
 from basin_lens.capture.record import Capture
-from basin_lens.capture.store import FORMAT
+from basin_lens.capture.store import FORMAT, model_of
 from basin_lens.errors import CaptureError, StoreError
-from basin_lens.files import scratch
-from basin_lens.model import HookedModel, cache_folder, check_model, fingerprint, hooked_at, uses_bos
+from basin_lens.files import clear_leavings
+from basin_lens.model import HookedModel, Kept, cache_folder, check_model, fingerprint, hooked_at, remove, uses_bos
 from basin_lens.texts import longest_sequence, reference_passages
 
 
@@ -40,7 +40,7 @@ def reference_capture(model: HookedModel, *, prepend_bos: bool | None = None, pr
         try:
             return _kept(folder, model)
         except (StoreError, CaptureError) as error:
-            _discard(folder)
+            remove(folder)
             warnings.warn(f"The reference bank in the cache is damaged, and is read anew: {error}", stacklevel=2)
     try:
         return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, store=folder, progress=progress)
@@ -62,14 +62,9 @@ def _kept(folder: Path, model: HookedModel) -> Capture:
     return capture
 
 
-def _discard(folder: Path) -> None:
-    """Take a folder away in one step, so that no process sees half of it."""
-    try:
-        with scratch(folder) as aside:
-            folder.rename(aside / folder.name)
-    except FileNotFoundError:
-        return  # another process did
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            raise StoreError(f"expected a writable cache folder, got {error}. Set BASIN_LENS_CACHE to another folder.") from error
+def kept_banks() -> list[Kept]:
+    """The reference banks in the cache, by name; of a damaged one it is not said of which model it is."""
+    folder = cache_folder() / "reference"
+    clear_leavings(folder)
+    there = sorted(path for path in folder.glob("*") if re.fullmatch("[0-9a-f]{32}", path.name) and path.is_dir())
+    return [Kept.at(path, f"reference bank of {model_of(path) or 'a model that its record does not name'}") for path in there]

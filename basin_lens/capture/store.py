@@ -1,5 +1,6 @@
 """Captures on disk: safetensors and JSON, in folders that are whole or not there, and read as they were written or not at all."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,14 @@ def read_border(folder: Path, shards: Shards, border: int, shape: tuple[int, int
         row = int((seen != 1).nonzero()[0])
         raise _KIND.refusal(folder, f"states that hold row {row} {int(seen[row])} times ({int((seen != 1).sum())} rows not once)")
     return states
+
+
+def model_of(folder: Path) -> str | None:
+    """The name of the model whose states a folder holds, as its record says, unproven; None if that cannot be read."""
+    try:
+        return str(json.loads((folder / _RECORD).read_text(encoding="utf-8"))["model"]["name"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def write_record(

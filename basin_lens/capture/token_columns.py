@@ -1,5 +1,6 @@
 """Token analyzers on a capture: measured on what it holds (states, a user's patterns and gradients), or in one more pass."""
 
+import warnings
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Shaped
@@ -44,7 +45,7 @@ def fill_columns(
     """Fill the columns of token analyzers that are not there yet: from what was read, else with one more pass.
 
     From what was read only `layers` are filled (None: all of the capture), and those that their values build on: of a user's cache
-    no other is checked. The rest stays NaN until it is asked for.
+    no other is checked. The rest stays NaN until it is asked for. A second reading behind a user's cache is said (`UserWarning`).
 
     Returns:
         keys of the analyzers for which the model ran again.
@@ -68,6 +69,11 @@ def fill_columns(
         for analyzer in readable:
             _measure_held(model, capture, analyzer, looks[analyzer.key])
     if again:
+        if capture.settings["source"] == "cache":
+            warnings.warn(
+                f"The cache does not hold what {', '.join(a.key for a in again)} needs: the model reads the tokens once more.",
+                stacklevel=2,
+            )
         run_model(model, capture, again, batch_size=None, progress=progress, keep_states=False)
     return [analyzer.key for analyzer in again]
 

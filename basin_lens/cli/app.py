@@ -14,6 +14,7 @@ from basin_lens import files as writing
 from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import comparisons as cli_comparisons
 from basin_lens.cli import merge as cli_merge
+from basin_lens.cli import models as cli_models
 from basin_lens.cli import options as shared
 from basin_lens.cli import study as cli_study
 from basin_lens.cli.signals import EndedError, ends_in_order
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 cli_codec.add_commands(app)
+app.command()(cli_models.models)
 app.add_typer(cli_merge.app, name="merge")
 app.add_typer(cli_study.app, name="study")
 cli_comparisons.add_commands(app)

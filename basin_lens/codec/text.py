@@ -35,7 +35,7 @@ from basin_lens.model import (
 )
 from basin_lens.model import stepping as open_stepper
 from basin_lens.texts.tokens import token_strings
-from basin_lens.values import whole_numbers
+from basin_lens.values import hides_bars, whole_numbers
 
 _LEAST_TOKENS = 256  # of a stream: shorter ones would spend most of their tokens warming up
 _MOST_CACHE = 8 << 30  # bytes of keys and values
@@ -338,7 +338,7 @@ class TextCodec:
 
     @contextmanager
     def _bar(self, what: str, tokens: int) -> Iterator[Callable[[int], object]]:
-        with tqdm(total=tokens, desc=what, unit="token", disable=not self.progress) as bar:
+        with tqdm(total=tokens, desc=what, unit="token", disable=hides_bars(self.progress)) as bar:
             yield bar.update
 
     def _tokens(self, plain: bytes) -> Int[np.ndarray, " n"] | str:

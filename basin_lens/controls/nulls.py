@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from basin_lens.capture import Capture, border_states, borders, with_states, with_tokens
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel
-from basin_lens.values import whole_numbers
+from basin_lens.values import hides_bars, whole_numbers
 
 _CHUNK_VALUES = 1 << 24  # random weights held at once: 64 MiB in float32
 
@@ -107,7 +107,9 @@ def gaussian_states(capture: Capture, *, seed: int = 0, progress: bool = True) -
     rows = _beyond_first(capture)
     count = len(rows)
     made: dict[int, Tensor] = {}
-    with tqdm(total=len(borders(capture)) * count, desc="drawing Gaussian states", unit="state", disable=not progress) as bar:
+    with tqdm(
+        total=len(borders(capture)) * count, desc="drawing Gaussian states", unit="state", disable=hides_bars(progress)
+    ) as bar:
         for border in borders(capture):
             states = border_states(capture, border).clone()
             mean = states[rows].double().mean(0)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from basin_lens.errors import StudyError, TextError
 from basin_lens.model import HookedModel, continuations, uses_bos
 from basin_lens.texts import Texts, given_ids, read_passages, tokenize
-from basin_lens.values import whole_numbers, whole_or_none
+from basin_lens.values import hides_bars, whole_numbers, whole_or_none
 
 GUIDE_SHARE = 0.8
 # Tokens of all prompts and continuations that are decoded side by side: weights are read once a step, so more is faster.
@@ -74,7 +74,7 @@ def extract(
             )
         cuts.append((bos + first, follow))
     lines: list[dict[str, object]] = [{} for _ in sequences]
-    with tqdm(total=len(sequences), desc="greedy decoding", unit="text", disable=not progress) as bar:
+    with tqdm(total=len(sequences), desc="greedy decoding", unit="text", disable=hides_bars(progress)) as bar:
         # Prompts of one length go together: no padding, so that the cache is exact for every kind of position.
         for first, follow in sorted(set(cuts)):
             same = [seq for seq, cut in enumerate(cuts) if cut == (first, follow)]

@@ -38,7 +38,7 @@ from basin_lens.model import (
     tuned_facts,
 )
 from basin_lens.texts import Passage, Texts, read_passages, tokenize
-from basin_lens.values import Facts, Whole, whole, whole_fields, whole_numbers
+from basin_lens.values import Facts, Whole, hides_bars, whole, whole_fields, whole_numbers
 
 _CHECKPOINT = "checkpoint.safetensors"
 _KIND = records.Kind("a checkpoint", "basin_lens tuning 1", "Delete it to begin anew.")
@@ -238,7 +238,7 @@ def _trained(
     run = _Run(copy, recipe, steps, key)
     if folder is not None:
         run.resume(folder)
-    with tqdm(total=steps, initial=run.step, desc="training", unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, initial=run.step, desc="training", unit="step", disable=hides_bars(progress)) as bar:
         for batch in plan.batches[run.step :]:
             run.take(*padded([plan.sequences[i] for i in batch]), np.array(batch) < plan.own, folder, every)
             bar.set_postfix_str(f"loss {run.history[-1]['loss']:.2f}")

@@ -32,7 +32,7 @@ from basin_lens.model import (
     reading,
     vocabulary_size,
 )
-from basin_lens.values import whole_numbers
+from basin_lens.values import hides_bars, whole_numbers
 
 
 @dataclass
@@ -327,7 +327,7 @@ def generate(
     written: list[Tensor] = []
     with streaming(merger, model, batch) as stream:
         current = tokens[:, 0]
-        for place in tqdm(range(begun + length - 1), desc="writing", unit="token", disable=not progress):
+        for place in tqdm(range(begun + length - 1), desc="writing", unit="token", disable=hides_bars(progress)):
             logits = stream.step(current)
             if place + 1 < begun:
                 current = tokens[:, place + 1]

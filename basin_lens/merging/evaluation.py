@@ -29,7 +29,7 @@ from basin_lens.model import (
     vocabulary_size,
 )
 from basin_lens.model import width as width_of
-from basin_lens.values import Whole, whole_fields, whole_numbers
+from basin_lens.values import Whole, hides_bars, whole_fields, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def compare_policies(
     mergers: dict[tuple[str, float], TokenMerger] = {}
     plan = sorted((c for c in setting.cases() if not c[0].trained or merger is not None), key=lambda c: c[0].turn)
     left: dict[float, float] = {}  # of the cache, by the first policy that looks at the text
-    for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=not progress):
+    for policy, budget, seed in tqdm(plan, desc="comparing policies", unit="case", disable=hides_bars(progress)):
         aim = min(left.get(budget, budget), 0.999) if policy.blind else budget
         options = policy.options_for(setting.budget(shape, aim, length, seed))
         made = merger if policy.trained and merger is not None else TokenMerger(setting.layers, **options)

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 from basin_lens.errors import MergeError
 from basin_lens.merging.policies import Decision, rule_named
-from basin_lens.values import Facts, Whole, whole, whole_fields, whole_or_none
+from basin_lens.values import Facts, Whole, several, whole, whole_fields, whole_or_none
 
 # The latest layers bear most: which share of depth is early, which middle, and how strictly each merges.
 _STRICT = ((0.3, 0.5), (0.7, 1.0), (1.0, 1.5))
@@ -182,13 +183,16 @@ class Options:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
-def options_of(layers: Iterable[object], given: Facts) -> Options:
+def options_of(layers: Iterable[object] | SupportsIndex, given: Facts) -> Options:
     """Options by their names, as a caller or a record gives them.
 
     Raises:
         MergeError: a name that no option has, or options that do not fit.
     """
     try:
-        return Options(layers=tuple(sorted(whole(n, "layers", error=MergeError) for n in layers)), **given)
+        chosen = several(layers)
+        if chosen is None:
+            raise MergeError(f"expected a layer or a list of layers, got {layers!r}. Give whole numbers.")
+        return Options(layers=tuple(sorted(whole(n, "layers", error=MergeError) for n in chosen)), **given)
     except TypeError as error:
         raise MergeError(f"expected options of TokenMerger, got another: {error}. See merging.Options.") from error

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import SupportsIndex
 
 import pandas as pd
 import torch
@@ -53,7 +54,7 @@ class TokenMerger(nn.Module):
 
     weights: Parameters  # made by `prepare`, when the model is known
 
-    def __init__(self, layers: Iterable[object], **options: object) -> None:
+    def __init__(self, layers: Iterable[object] | SupportsIndex, **options: object) -> None:
         super().__init__()
         self.options = options_of(layers, options)
         self.base: str | None = None  # fingerprint of the model that it was prepared for

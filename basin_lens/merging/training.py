@@ -20,6 +20,7 @@ from basin_lens.merging.training_options import Training
 from basin_lens.merging.training_run import TrainingRun
 from basin_lens.merging.windows import Windows, seen_of
 from basin_lens.model import HookedModel, fingerprint, save_tuned
+from basin_lens.values import hides_bars
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def _go(run: TrainingRun, held_out: Windows | None, folder: Path | None, progres
     watched = held_out is not None and bool(training.evaluate_every)
     before = plain_pass(model, held_out) if held_out is not None and watched and not training.train_base else None
     try:
-        with tqdm(total=training.steps, initial=run.step, desc="training the merger", unit="step", disable=not progress) as bar:
+        with tqdm(
+            total=training.steps, initial=run.step, desc="training the merger", unit="step", disable=hides_bars(progress)
+        ) as bar:
             while run.step < training.steps:
                 if folder is not None and run.step % training.checkpoint_every == 0 and run.step:
                     run.keep(folder)

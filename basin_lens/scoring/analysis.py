@@ -19,6 +19,7 @@ from basin_lens.scoring.results import KeptNeighbors, LayerNeighbors, Results, p
 from basin_lens.scoring.run import Run
 from basin_lens.scoring.token_rows import query_rows, row_facts
 from basin_lens.texts import Texts
+from basin_lens.values import hides_bars
 
 
 @takes_request(Request)
@@ -141,7 +142,7 @@ def _conduct(run: Run, results: Results, *, progress: bool) -> KeptNeighbors | N
     """Do the plan's pieces one after the other; the neighbors that were to be kept."""
     results.begin(run.facts())
     kept: list[LayerNeighbors] = []
-    bar = tqdm(total=len(run.plan.layers), desc="neighbors through blocks", unit="layer", disable=not progress)
+    bar = tqdm(total=len(run.plan.layers), desc="neighbors through blocks", unit="layer", disable=hides_bars(progress))
     with measuring(run.model), bar:
         for layer in run.plan.layers:
             scores = run.layer(layer)

@@ -12,7 +12,7 @@ from basin_lens.errors import NeighborError, TableError
 from basin_lens.model import HookedModel
 from basin_lens.scoring.analysis import score
 from basin_lens.scoring.request import Request
-from basin_lens.values import Facts, Layers
+from basin_lens.values import Facts, Layers, did_you_mean
 
 # One run: its table, or what to measure it on.
 Side = pd.DataFrame | tuple[HookedModel, Capture]
@@ -132,7 +132,8 @@ def _measured(
     if isinstance(on, str):
         named = [x for x in default_analyzers() if on in [c.name for c in x.columns]]
         if not named:
-            raise TableError(f"expected a default score's column or an analyzer, got {on!r}.")
+            meant = did_you_mean(on, [c.name for x in default_analyzers() for c in x.columns])
+            raise TableError(f"expected a default score's column or an analyzer, got {on!r}. {meant}Pass an analyzer for others.")
         analyzer, column = named[0], on
     else:
         analyzer, column = on, on.columns[0].name

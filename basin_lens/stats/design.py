@@ -1,8 +1,7 @@
 """Rows of a table by layer, with the sequence, document and unit of analysis of each; and the tables that statistics refuses."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -11,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from basin_lens import tables
 from basin_lens.errors import StudyError, TableError
 from basin_lens.tables.distinct import Once, codes_of, once
-from basin_lens.values import Layers, whole_or_none
+from basin_lens.values import Layers, several, whole_or_none
 
 # What a caller may give as layers of a table: whole numbers of its column `layer`, or a single one; None: all.
-WhichLayers = Layers | SupportsIndex
+WhichLayers = Layers
 
 # With fewer, no sign-flip (2 / 2^6 = 0.03) and no exchange of labels (2 / 70 = 0.03) could reach 0.05.
 FEWEST = 6
@@ -190,9 +189,7 @@ def asked_layers(table: pd.DataFrame, layers: WhichLayers) -> list[int]:
         TableError: the table lacks one, or these are no layers.
     """
     there = sorted(table["layer"].unique().tolist()) if "layer" in table.columns else []
-    one = whole_or_none(layers)
-    many = [one] if one is not None else list(layers) if isinstance(layers, Iterable) else []
-    asked = [layer if whole_or_none(layer) is None else whole_or_none(layer) for layer in many]
+    asked = [layer if (number := whole_or_none(layer)) is None else number for layer in several(layers) or []]
     if not asked or any(layer not in there for layer in asked):
         raise TableError(f"expected layers of the table, got {layers!r}; it has {there}.")
     return [layer for layer in there if layer in asked]

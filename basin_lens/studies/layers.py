@@ -348,6 +348,12 @@ def _remarks(analysis: Analysis) -> list[str]:
             "layer)."
         )
     own = agreement[agreement["score"] == "compression"].iloc[0]
+    if pd.isna(own["estimate"]):
+        return [
+            *told,
+            f"Whether the curves of two halves of the documents agree cannot be said of {int(own['n_layers'])} layers and "
+            f"{int(own['n_units'])} units: it takes 3 layers at which both halves are measured, and curves that vary.",
+        ]
     told.append(
         f"Curves of two halves of the documents agree at {own['estimate']:.2f} (Spearman over {int(own['n_layers'])} "
         f"layers, median of {_SPLITS} halvings)."

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 
 from basin_lens.errors import TableError
 from basin_lens.tables.schema import Column, Provenance
-from basin_lens.values import KEYS, Facts, whole_numbers
+from basin_lens.values import KEYS, Facts, did_you_mean, whole_numbers
 
 _NAME = "provenance"
 
@@ -268,8 +268,9 @@ def require(table: pd.DataFrame, *columns: str) -> None:
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
+        meant = did_you_mean(missing[0], map(str, table.columns))
         raise TableError(
-            f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. Check the spelling."
+            f"expected a column {missing[0]!r}, got {[c for c in table.columns if c not in KEYS]}. {meant}Check the spelling."
         )
 
 

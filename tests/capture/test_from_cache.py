@@ -104,7 +104,7 @@ def test_partial_readings_are_read_again(kind):
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: "resid" in name or name == "blocks.1.attn.hook_pattern")
     capture = bl.Capture.from_cache(model, tokens, cache)
     analyzer = bl.analyzers.AttentionReceived()
-    with counting(model) as seen:
+    with counting(model) as seen, pytest.warns(UserWarning, match="reads the tokens once more"):
         assert fill_columns(model, capture, [analyzer], progress=False) == [analyzer.key]
     assert len(seen) == 1
     assert_columns(capture, bl.Capture.from_texts(model, tokens, analyzers=[analyzer], progress=False))

@@ -16,6 +16,7 @@ from basin_lens.scoring import Request, score
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.random_twin import same_bank, same_tokens
 from basin_lens.transport import Context
+from basin_lens.values import hides_bars
 
 # Columns of the analyzer: the one place that names them.
 SCORE, HOME = "compression", "compression_at_home"
@@ -140,7 +141,9 @@ def measure_cells(
     """
     parts = []
     # All paths from a layer go the way of the longest one.
-    with tqdm(total=sum(grid.n_layers - layer for layer in grid.layers), desc=what, unit="block", disable=not progress) as bar:
+    with tqdm(
+        total=sum(grid.n_layers - layer for layer in grid.layers), desc=what, unit="block", disable=hides_bars(progress)
+    ) as bar:
         for layer in grid.layers:
             parts.append(_layer(subject, grid, layer, tokens, isotropic, measured))
             bar.update(grid.n_layers - layer)

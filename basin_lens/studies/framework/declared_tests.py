@@ -92,8 +92,8 @@ def declared_test(
         # Enough units in all, but perhaps not of those that the test can use.
         try:
             found = stats.best_layer(table, test, unit=measured.unit, stratify=stratify, correction="none", seed=measured.seed)[:1]
-        except (StudyError, TableError) as error:  # too few units, or a half without one of the groups
-            why = f"{measured.n_units} units not halved, for a half would be too few for the test ({str(error).rstrip('.')})"
+        except (StudyError, TableError):  # too few units, or a half without one of the groups
+            why = f"{measured.n_units} units not halved, for a half would be too few for the test, or without what it compares"
         else:
             why = f"{measured.n_units} units not halved, for the layer that one half chose could not be tested on the other"
     if found is not None and len(found):

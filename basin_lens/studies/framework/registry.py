@@ -7,6 +7,7 @@ import importlib
 
 from basin_lens.errors import StudyError
 from basin_lens.studies.framework.spec import Declaration, ExperimentSpec, StudySpec
+from basin_lens.values import did_you_mean
 
 # Studies of texts: measured together, parts of `study all`, in this order. Modules by name, so that a command loads no more than
 # its own study.
@@ -45,7 +46,7 @@ def find_spec(name: str) -> StudySpec | ExperimentSpec:
     """
     modules = OF_TEXTS | APART | EXPERIMENTS
     if name not in modules:
-        raise StudyError(f"expected studies among {names()}, or all, got {[name]}.")
+        raise StudyError(f"expected studies among {names()}, or all, got {[name]}. {did_you_mean(name, names())}".rstrip())
     found = _spec_in(modules[name])
     assert isinstance(found, StudySpec | ExperimentSpec) and found.name == name, (found, name)
     return found
@@ -58,7 +59,10 @@ def find_declaration(name: str) -> Declaration:
         StudyError: an unknown study.
     """
     if name not in ELSEWHERE and name not in names():
-        raise StudyError(f"expected a study among {[*names(), *ELSEWHERE]}, got {name!r}. See basin-lens study list.")
+        raise StudyError(
+            f"expected a study among {[*names(), *ELSEWHERE]}, got {name!r}. {did_you_mean(name, [*names(), *ELSEWHERE])}See "
+            "basin-lens study list."
+        )
     return _spec_in(ELSEWHERE[name]) if name in ELSEWHERE else find_spec(name)
 
 
@@ -92,5 +96,6 @@ def check_names(*chosen: str) -> list[str]:
         return list(OF_TEXTS)
     known = [*OF_TEXTS, *APART]
     if not chosen or any(name not in known for name in chosen):
-        raise StudyError(f"expected studies among {known}, or all, got {list(chosen)}.")
+        meant = "".join(did_you_mean(name, known) for name in chosen)
+        raise StudyError(f"expected studies among {known}, or all, got {list(chosen)}. {meant}".rstrip())
     return list(chosen)

@@ -16,7 +16,7 @@ from basin_lens.studies.framework.progress import progress_steps
 from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
-from basin_lens.studies.framework.wording import about_measured, opening, sentence
+from basin_lens.studies.framework.wording import about_measured, opening, sentence, without_nan
 from basin_lens.values import Facts
 
 _SHARED_STEPS = 3  # tests, figures, contrast
@@ -86,7 +86,7 @@ def make_study(
         about=tuple(about),
         hypothesis=spec.hypothesis,
         decision=results.decision,
-        verdict=tuple(shown.verdict),
+        verdict=tuple(map(without_nan, shown.verdict)),
         findings=results.findings,
         flags=results.flags,
         not_tested=tuple(shown.not_tested),

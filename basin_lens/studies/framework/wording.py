@@ -1,10 +1,16 @@
 """Sentences that all studies share: what was measured, and what came out."""
 
+import re
+
 import pandas as pd
 
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.table_parts import Row
+
+# The package's errors say what was expected and what came.
+_OF_AN_ERROR = re.compile(r"\bexpected\b.*\bgot\b", re.DOTALL)
+_NO_NUMBER = re.compile(r"(?<![\w'\"])[+-]?nan(?![\w'\"])")
 
 
 def about_measured(measured: Measured) -> list[str]:
@@ -73,7 +79,7 @@ def sentence(row: Row, unit: str = "", rows: str = "") -> str:
     measure = f" {told}" if isinstance(told, str) and told else ""
     layer = "" if pd.isna(row.layer) else f" at layer {int(row.layer)}"
     if pd.isna(row.p):
-        return f"{row.finding}: could not be tested ({row.note})."
+        return f"{row.finding}: could not be tested ({why_untested(row.note)})."
     p = f"corrected p {in_words(row.p_corrected)}"
     interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f})"
     out = "undecided, too few units for any p to reach 0.05" if row.p_floor * row.n_tests > ALPHA else "undecided"
@@ -100,6 +106,39 @@ def as_sentence(note: object, opening: str = "") -> str:
     return said[0].upper() + said[1:]
 
 
+def why_untested(note: object) -> str:
+    """Why a test could not be made, for a sentence of a verdict.
+
+    What an error said is for whoever calls the function that raised it: it stays in the table's note.
+
+    Example:
+        >>> import math
+        >>> from basin_lens.studies.framework.wording import why_untested
+        >>> why_untested("the words of a tag do not differ in their means")
+        'the words of a tag do not differ in their means'
+        >>> why_untested("not tested: expected at least 6 units, got 2. Give more."), why_untested(math.nan)
+        ('too few texts for it, or texts without what it compares: the note in its table says more', 'no reason is on record')
+    """
+    if not isinstance(note, str) or not note.strip():
+        return "no reason is on record"
+    if _OF_AN_ERROR.search(note):
+        return "too few texts for it, or texts without what it compares: the note in its table says more"
+    return note.rstrip(".")
+
+
+def without_nan(sentence: str) -> str:
+    """A sentence of a verdict, with words for numbers that are not there.
+
+    Example:
+        >>> from basin_lens.studies.framework.wording import without_nan
+        >>> without_nan("Means run from +nan to -0.20 nats; the word 'nan' stays.")
+        "Means run from (not known) to -0.20 nats; the word 'nan' stays."
+    """
+    return _NO_NUMBER.sub("(not known)", sentence)
+
+
 def in_words(p: float) -> str:
     """A p-value as a reader wants it."""
+    if pd.isna(p):
+        return "not known"
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}"

@@ -11,7 +11,7 @@ from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
-from basin_lens.studies.framework.wording import in_words, opening, sentence
+from basin_lens.studies.framework.wording import in_words, opening, sentence, why_untested
 from basin_lens.studies.memorization.counterfactuals import Forked
 from basin_lens.studies.memorization.experiment import Planted
 from basin_lens.studies.memorization.extraction import Recited
@@ -237,7 +237,7 @@ def verdict_of(
     halved = tested.detection[tested.detection["layer_choice"].str.startswith("chosen") & (tested.detection["metric"] == "auroc")]
     for one in named_rows(halved[halved["score"].isin([HEADLINE, CHANGE])]):
         told.append(
-            f"{one.score} alone: could not be tested ({one.note})."
+            f"{one.score} alone: could not be tested ({why_untested(one.note)})."
             if pd.isna(one.estimate)
             else f"{one.score} alone: AUROC {one.estimate:.2f} ({one.low:.2f} to {one.high:.2f}) at layer {int(one.layer)}, "
             "chosen on other texts."
@@ -361,7 +361,7 @@ def _gap(forked: Forked) -> str:
 def _fork(forked: Forked) -> str:
     rows = above_layer_0(forked.forks[forked.forks["score"] == CHANGE])
     if not rows["p"].notna().any():
-        return f"Fork: could not be tested ({rows['note'].iloc[0] if len(rows) else 'no prefixes'})."
+        return f"Fork: could not be tested ({why_untested(rows['note'].iloc[0] if len(rows) else 'no prefixes')})."
     best = rows.sort_values("p").iloc[0]
     return (
         "Fork (exploratory): the true continuation changes in compression unlike another as likely at "

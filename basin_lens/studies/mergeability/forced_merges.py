@@ -15,6 +15,7 @@ from basin_lens.capture.passes import TOKENS_PER_PASS, token_losses
 from basin_lens.merging import TokenMerger
 from basin_lens.model import HookedModel, device_of, forward_pass, measuring
 from basin_lens.studies.framework.measured_texts import HEADLINE
+from basin_lens.values import hides_bars
 
 # So many losses at least must be able to feel a merge: the last tokens of a sequence would cost nothing, whoever they are.
 LATER = 12
@@ -137,7 +138,7 @@ def forced_costs(setting: Setting, places: Mapping[int, Sequence[int]]) -> Costs
     centers.calibrate(setting.model, tokens, valid=valid)
     lines, rounding = [], 0.0
     jobs = [(seq, place) for seq in sorted(places) for place in places[seq]]
-    with tqdm(total=len(layers) * len(jobs), desc="forced merges", unit="merge", disable=not setting.progress) as bar:
+    with tqdm(total=len(layers) * len(jobs), desc="forced merges", unit="merge", disable=hides_bars(setting.progress)) as bar:
         for index, layer in enumerate(layers):
             merger = _forcing([layer], setting.window).prepare(setting.model)
             merger.weights.center.copy_(centers.weights.center[index : index + 1])
@@ -248,7 +249,7 @@ def policy_losses(
         for draw in range(n_random if by_chance else 1)
     ]
     lines: list[dict[str, object]] = []
-    for share, policy, draw in tqdm(runs, desc="merging policies", unit="run", disable=not setting.progress):
+    for share, policy, draw in tqdm(runs, desc="merging policies", unit="run", disable=hides_bars(setting.progress)):
         grid = _chance(setting, draw) if policy == "random choice" else grids.get(policy)
         merger = _calibrated(setting, CHOICES[policy][0], share, grid, draw)
         lines += [

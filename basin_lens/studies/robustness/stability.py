@@ -9,7 +9,7 @@ from basin_lens import stats
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision, p_floor, within_reach
 from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import Row, named_rows
-from basin_lens.studies.framework.wording import as_sentence, in_words, opening
+from basin_lens.studies.framework.wording import as_sentence, in_words, opening, why_untested
 
 # Kinds of settings that are no setting of the finding, families of their own: who has learned nothing, a map that is 0 by
 # definition, another score.
@@ -139,7 +139,7 @@ def verdict_of(decision: Decision, settled: pd.DataFrame, survival: pd.DataFrame
         # What is not there cannot be lost.
         rest = f"{_survived(last)}; {_in_twin(last)}" if last.holds_as_run else f"so there is nothing to lose; {_in_twin(last)}"
         if pd.isna(row.p):
-            told.append(f"{row.finding}: could not be tested ({last.how}).")
+            told.append(f"{row.finding}: could not be tested ({why_untested(last.how)}).")
             continue
         told.append(
             f"{row.finding} (layer {last.layer}): {'holds' if last.holds_as_run else 'does not hold'} as run ({found}); {rest}. "

@@ -53,6 +53,7 @@ from basin_lens.studies.robustness.variants import (
     tested_tokens,
     with_frequency,
 )
+from basin_lens.values import did_you_mean
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
@@ -142,8 +143,9 @@ def study_robustness(
     measures = [importance] if isinstance(importance, str) else list(importance)
     given = set(data.table.columns) if isinstance(data, Measured) else {c.name for a in QUICK_IMPORTANCE for c in a.columns}
     if not measures or len(set(measures)) < len(measures) or not set(measures) <= given - {"compression", HEADLINE, "surprisal"}:
+        meant = "".join(did_you_mean(name, given) for name in measures if isinstance(name, str))
         raise StudyError(
-            f"expected measured columns as importance, each once, got {measures}. Choose among gradient_norm, "
+            f"expected measured columns as importance, each once, got {measures}. {meant}Choose among gradient_norm, "
             "gradient_norm_scaled and attention_received (surprisal is a finding already)."
         )
     own = RobustnessOptions(tuple(measures), second_model, dtype)
