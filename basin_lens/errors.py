@@ -17,6 +17,10 @@ class CaptureError(BasinLensError):
     """States cannot be captured, or a capture does not fit the model or the request."""
 
 
+class AnalyzerError(BasinLensError):
+    """An analyzer declares what cannot be, measures other than it declares, or its own code fails; the class is named."""
+
+
 class NeighborError(BasinLensError):
     """Neighbors cannot be found as asked."""
 

@@ -61,7 +61,8 @@ class Compression(CloudScore):
         position_0: whether tokens at position 0 may be neighbors (and random points of the nulls, unless they are far out): mostly
             attention sinks, whose states can be 1,000 times the others. Never queries.
         choice: the `"nearest"`; as controls `"random"` points, or `"radius_matched"` ones (the neighbors of another token
-            whose neighborhood is just as tight).
+            whose neighborhood is just as tight). Or a rule of your own, a function (distances, tokens, positions) -> rows: see
+            `basin_lens.neighbors.own_sets`.
         name: of the first column, in place of `compression`; the other columns have it in front.
         group: tokens in a group.
         scale: s, the factor on the displacements.

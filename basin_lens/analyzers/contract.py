@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,27 +17,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from basin_lens.analyzers.crossed_table import CrossedTable, Crossing, Displaced
+from basin_lens.analyzers.declaration import (
+    Column,
+    check_count,
+    check_description,
+    check_needs,
+    check_one_of,
+    check_values,
+    declared,
+)
 from basin_lens.capture import Target, TokenBatch
-from basin_lens.errors import NeighborError
-from basin_lens.neighbors import Metric, SameToken
+from basin_lens.errors import AnalyzerError, NeighborError
+from basin_lens.neighbors import ChoiceFunction, Metric, SameToken, check_choice, name_of_choice
 from basin_lens.transport import CONTEXTS, Context
 from basin_lens.values import Whole, whole_fields, whole_or_none
 
-Choice = Literal["nearest", "random", "radius_matched"]
-CHOICES: tuple[Choice, ...] = ("nearest", "random", "radius_matched")
+NamedChoice = Literal["nearest", "random", "radius_matched"]
+CHOICES: tuple[NamedChoice, ...] = ("nearest", "random", "radius_matched")
+# Who the neighbors are: by a rule with a name, or by the caller's own (see `basin_lens.neighbors.choices`).
+Choice = NamedChoice | ChoiceFunction
 Role = Literal["score", "importance", "confound", "control"]
 MASSIVE = 20  # times the median: a dimension's variance, or a state's squared distance from the median state
 DEGENERATE = 1e-12  # a variance below this share of the layer's own is rounding, not geometry
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its name, unit, and the range of values it can take."""
-
-    name: str
-    unit: str
-    low: float | int = -float("inf")
-    high: float | int = float("inf")
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,38 @@ class Analyzer(ABC):
         """The analyzer with its options, as text: equal keys measure the same thing."""
         return repr(self)
 
+    @property
+    def called(self) -> str:
+        """The class, as errors name it."""
+        return type(self).__name__
+
+    @abstractmethod
+    def check_all(self) -> None:
+        """Refuse, before any work, what is declared wrongly and options that make no sense: whatever takes analyzers calls it.
+
+        Raises:
+            AnalyzerError: `needs`, `columns`, `rows`, `role`, or an option that an analyzer must have.
+            NeighborError: options that make no sense.
+        """
+
+
+# What the neighborhoods of a cloud analyzer can hold.
+CLOUD_NEEDS = (
+    "input_neighbors",
+    "output_neighbors",
+    "images",
+    "candidates",
+    "block",
+    "run_on",
+    "bank",
+    "final_norm",
+    "random_contraction",
+    "crossed",
+    "halves",
+)
+_OPTIONS = ("k", "context", "blocks", "metric", "exclude", "same_token", "position_0", "choice")
+_NO_OPTION = "Write it as a field, such as k: int = 15, or subclass CloudScore, which has them all."
+
 
 class CloudAnalyzer(Analyzer):
     """A measurement on neighborhoods.
@@ -233,9 +266,37 @@ class CloudAnalyzer(Analyzer):
         """How tokens are put into groups and crossed; None: each is measured by itself."""
         return None
 
+    @property
+    def key(self) -> str:
+        """The analyzer with its options, as text; a choice of one's own by its name, without its place in memory."""
+        return repr(self).replace(repr(self.choice), name_of_choice(self.choice)) if callable(self.choice) else repr(self)
+
     @abstractmethod
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Float[Tensor, " q"]]:
         """Values by column name for each query; NaN where the measurement is not defined."""
+
+    def check_all(self) -> None:
+        check_description(self)
+        check_needs(self, CLOUD_NEEDS, ", ".join(CLOUD_NEEDS))
+        for option in _OPTIONS:
+            declared(self, option, _NO_OPTION)
+        CloudAnalyzer.check(self)  # also where a subclass has a check of its own alone
+        self.check()
+        # Only now: these may be made of the options.
+        check_values(self, ("token",), get_args(Role))
+        for most in ("max_queries", "max_per_sequence"):
+            check_count(self, most)
+        crossing, kind = declared(self, "crossing", "None: tokens are not crossed."), type(self).__name__
+        if (crossing is not None) != ("crossed" in self.needs) or not isinstance(crossing, Crossing | None):
+            raise AnalyzerError(
+                f'expected {kind} to have both a crossing and "crossed" among its needs, or neither, got crossing {crossing!r} and '
+                f"needs {sorted(self.needs)}. See Compression."
+            )
+        if crossing is not None and self.needs & {"images", "output_neighbors"}:
+            raise AnalyzerError(
+                f'expected {kind}, which crosses tokens, without "images" and "output_neighbors", which tokens of a group do not '
+                "have, got both. Measure these in an analyzer of their own."
+            )
 
     def check(self) -> None:
         """Refuse options that make no sense, before any work.
@@ -247,12 +308,18 @@ class CloudAnalyzer(Analyzer):
         if (whole_or_none(self.k) or 0) < 2:
             raise NeighborError(f"expected k of at least 2 for {kind}, got {self.k!r}.")
         same_token = ("any", "only", "exclude")
-        known = {"context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": same_token, "choice": CHOICES}
+        known: dict[str, tuple[str, ...]] = {"context": CONTEXTS, "metric": ("l2", "cosine"), "same_token": same_token}
+        if callable(self.choice):
+            check_choice(self.choice, kind)
+        else:
+            known["choice"] = CHOICES
         for option, allowed in known.items():
             if getattr(self, option) not in allowed:
                 raise NeighborError(f"expected {option} in {allowed} for {kind}, got {getattr(self, option)!r}.")
         if not isinstance(self.exclude, str):
-            raise NeighborError(f'expected exclude "self", "sequence", "document" or a label name, got {self.exclude!r}.')
+            raise NeighborError(
+                f'expected exclude "self", "sequence", "document" or a label name for {kind}, got {self.exclude!r}.'
+            )
         if not isinstance(self.position_0, bool):
             raise NeighborError(f"expected position_0 True or False for {kind}, got {self.position_0!r}.")
         if (whole_or_none(self.blocks) or 0) < 1:
@@ -299,10 +366,24 @@ class TokenAnalyzer(Analyzer):
 
     @abstractmethod
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Values by column name, `[batch, pos]` (or `[batch]` for one number per sequence); NaN where not defined."""
+        """Values by column name, `[batch, pos]`, or `[batch]` where `rows = "sequence"`; NaN where not defined."""
 
     def check(self) -> None:
         """Refuse options that make no sense, before any work."""
+
+    def check_all(self) -> None:
+        check_description(self)
+        check_needs(self, None, "resid_pre, resid_post, pattern, logits, gradient, output_weight, passes, mlp.hook_post, ...")
+        self.check()
+        check_values(self, ("token", "sequence"), get_args(Role))
+        for switch in ("per_layer", "cumulative"):
+            check_one_of(self, switch, (True, False))
+        target = declared(self, "target", "None: no gradients.")
+        if target not in (None, "future_loss", "last_logit", "cache") and whole_or_none(target) is None:
+            raise AnalyzerError(
+                f'expected target of {type(self).__name__} as None, "future_loss", "last_logit", "cache" or a token id, got '
+                f"{target!r}. None: no gradients."
+            )
 
 
 def total_variance(points: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch"]:

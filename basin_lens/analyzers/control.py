@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basin_lens.analyzers.contract import Analyzer, Choice, CloudAnalyzer, Column, Neighborhoods, Role
+from basin_lens.analyzers.contract import Analyzer, CloudAnalyzer, Column, NamedChoice, Neighborhoods, Role
 from basin_lens.neighbors import Metric, SameToken
 from basin_lens.transport import Context
 from basin_lens.values import Whole
 
-NULLS: tuple[Choice, ...] = ("random", "radius_matched")
+NULLS: tuple[NamedChoice, ...] = ("random", "radius_matched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Control(CloudAnalyzer):
 
     role: ClassVar[Role] = "control"
     of: CloudAnalyzer
-    choice: Choice
+    choice: NamedChoice
     k: int
     context: Context
     blocks: int
@@ -42,6 +42,10 @@ class Control(CloudAnalyzer):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.of.needs - {"halves"}
+
+    @property
+    def called(self) -> str:
+        return f"{self.of.called} (its control, choice {self.choice!r})"
 
     @property
     def max_queries(self) -> int | None:

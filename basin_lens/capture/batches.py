@@ -10,6 +10,7 @@ from torch import Tensor
 
 from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.passes import TOKENS_PER_PASS, Passes, Target
+from basin_lens.capture.returned import check_returned, own_code
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel, missing_points, vocabulary_size
 from basin_lens.model import n_layers as count_layers
@@ -37,11 +38,23 @@ class TokenBatch:
 
 
 @runtime_checkable
+class NamedColumn(Protocol):
+    """What a capture asks of a column (`basin_lens.analyzers.Column`)."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@runtime_checkable
 class TokenMeasure(Protocol):
     """What a capture asks of a token analyzer (`basin_lens.analyzers.TokenAnalyzer` is the base class)."""
 
     @property
     def needs(self) -> frozenset[str]: ...
+    @property
+    def columns(self) -> Sequence[NamedColumn]: ...
+    @property
+    def rows(self) -> str: ...
     @property
     def per_layer(self) -> bool: ...
     @property
@@ -51,6 +64,36 @@ class TokenMeasure(Protocol):
     @property
     def key(self) -> str: ...
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]: ...
+    def check_all(self) -> None: ...
+
+
+def check_analyzers(analyzers: Sequence[TokenMeasure]) -> None:
+    """Refuse, before any work, what is no token analyzer, and what one declares wrongly.
+
+    Raises:
+        CaptureError: no token analyzer. AnalyzerError, NeighborError: see `basin_lens.analyzers.Analyzer.check_all`.
+    """
+    for analyzer in analyzers:
+        if isinstance(analyzer, type) or not isinstance(analyzer, TokenMeasure):
+            raise CaptureError(
+                f"expected token analyzers (instances, such as Surprisal()), got {analyzer!r}. Those that look at neighbors are for "
+                "analyze."
+            )
+        analyzer.check_all()
+
+
+def measured_values(analyzer: TokenMeasure, batch: TokenBatch) -> dict[str, Tensor]:
+    """What an analyzer measures on a batch at a layer: one tensor of the right shape for each of its columns.
+
+    Raises:
+        AnalyzerError: its own code failed, or gave anything else.
+    """
+    whose, shape = type(analyzer).__name__, tuple(batch.valid.shape)
+    with own_code(whose, batch.layer, analyzer.needs):
+        values = analyzer.measure(batch)
+    shapes = {"[batch, pos]": shape} if analyzer.rows == "token" else {"[batch]": shape[:1], "[batch, pos]": shape}
+    check_returned(whose, batch.layer, values, [column.name for column in analyzer.columns], shapes)
+    return values
 
 
 def token_batches(
@@ -127,11 +170,16 @@ def check_points(model: HookedModel, layers: Sequence[int], analyzers: Sequence[
             raise CaptureError(
                 f"expected a token id below {vocabulary_size(model)} as target of {analyzer.key}, got {analyzer.target}."
             )
-    missing = missing_points(model, {"resid_pre", "resid_post"}, list(layers))
+    _refuse_missing("a capture", missing_points(model, {"resid_pre", "resid_post"}, list(layers)))
     for analyzer in analyzers:
-        missing += missing_points(model, set(analyzer.needs - NO_POINTS), list(layers_of(analyzer, layers)))
+        missing = missing_points(model, set(analyzer.needs - NO_POINTS), list(layers_of(analyzer, layers)))
+        _refuse_missing(type(analyzer).__name__, missing)
+
+
+def _refuse_missing(whose: str, missing: Sequence[str]) -> None:
     if missing:
         raise CaptureError(
-            f"expected the hook points the analyzers need, got a model without {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}. Leave out the analyzers that need them."
+            f"expected the hook points that {whose} needs, got a model without {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}. An analyzer may need resid_pre, resid_post, pattern, "
+            f"{', '.join(sorted(NO_POINTS))}, or a point below a block (model.hook_dict lists them); else leave it out."
         )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from basin_lens.capture.batches import TokenMeasure
 from basin_lens.capture.states import CapturedStates
-from basin_lens.errors import CaptureError
 
 
 def keep_values(
@@ -20,17 +19,11 @@ def keep_values(
     layer: int,
     values: Mapping[str, Tensor],
 ) -> None:
-    """Put what an analyzer measured on one batch at one layer into the capture's columns.
-
-    Raises:
-        CaptureError: values of another shape than `[batch, pos]` or `[batch]`.
-    """
+    """Put what an analyzer measured on one batch at one layer into the capture's columns. `values`: `[batch, pos]` or `[batch]`."""
     columns = capture.columns.setdefault(analyzer.key, {})
     for name, value in values.items():
         if value.ndim == 1:  # one number per sequence: repeated on its tokens
             value = value[:, None].expand(valid.shape)
-        if value.shape != valid.shape:
-            raise CaptureError(f"expected {analyzer.key} to give [batch, pos] or [batch] for {name!r}, got {tuple(value.shape)}.")
         height = capture.model["layers"] if analyzer.per_layer else 1
         column = columns.setdefault(name, torch.full((height, capture.n_rows), torch.nan, dtype=torch.float32, device="cpu"))
         column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.capture.batches import TokenBatch, TokenMeasure
+from basin_lens.capture.batches import TokenBatch, TokenMeasure, measured_values
 from basin_lens.capture.passes import Passes, target_values
 from basin_lens.capture.schedule import PassSchedule
 from basin_lens.model import HookedModel, device_of, forward_pass, measuring, output_weight, point_name
@@ -122,8 +122,7 @@ class ForwardReader:
         passes = self._passes if "passes" in analyzer.needs else None
         memory = self._memories[analyzer.key]
         with torch.no_grad():
-            measured = analyzer.measure(
-                TokenBatch(layer, schedule.n_layers, self.tokens, self.valid, values, memory, passes),
-            )
+            batch = TokenBatch(layer, schedule.n_layers, self.tokens, self.valid, values, memory, passes)
+            measured = measured_values(analyzer, batch)
         if layer in schedule.layers:
             self.keep(analyzer, layer, measured)

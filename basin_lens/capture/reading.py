@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens.capture.batches import TokenMeasure, check_points, token_batches
+from basin_lens.capture.batches import TokenMeasure, check_analyzers, check_points, token_batches
 from basin_lens.capture.columns import all_or_none, keep_values
 from basin_lens.capture.forward_reader import ForwardReader
 from basin_lens.capture.saving import write_fields
@@ -51,6 +51,7 @@ def read_states(
     if capture.is_read:
         raise CaptureError("expected a capture that is only planned, got one that was read. Plan another: Capture.plan(...).")
     token_analyzers = list(analyzers or [])
+    check_analyzers(token_analyzers)
     if store is None:
         run_model(model, capture, token_analyzers, batch_size=batch_size, progress=progress, keep_states=True)
         return capture

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from basin_lens.capture.batches import TokenBatch, TokenMeasure, check_layers, check_points, layers_of, token_batches
+from basin_lens.capture.batches import (
+    TokenBatch,
+    TokenMeasure,
+    check_layers,
+    check_points,
+    layers_of,
+    measured_values,
+    token_batches,
+)
 from basin_lens.capture.cache_check import check_cache
 from basin_lens.capture.caches import right_padded
 from basin_lens.capture.columns import all_or_none, keep_values
@@ -122,7 +130,7 @@ def _measure_held(model: HookedModel, capture: CapturedStates, analyzer: TokenMe
             for need in analyzer.needs - borders.keys():
                 reading, padding = capture._readings[f"{need}.{layer}"][seqs], capture._readings["valid"][seqs]
                 values[need] = right_padded(reading, padding, valid.shape[1], square=need == "pattern")
-            measured = analyzer.measure(TokenBatch(layer, capture.model["layers"], tokens, valid, values, memory))
+            measured = measured_values(analyzer, TokenBatch(layer, capture.model["layers"], tokens, valid, values, memory))
             keep_values(capture, rows, valid, analyzer, layer, measured)
 
 

@@ -76,6 +76,7 @@ def sweep(
         raise CaptureError(f"expected a Capture, got {type(capture).__name__}. Make one with Capture.from_texts(model, texts).")
     if not isinstance(analyzer, CloudAnalyzer):
         raise TableError(f"expected a cloud analyzer (an instance, such as Compression()), got {analyzer!r}.")
+    analyzer.check_all()
     if k is None:
         k = _KS if bank_sizes is None else ()
     counts = sorted({*k, analyzer.k})

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, layers_asked, read_states
+from basin_lens.capture.batches import check_points
 from basin_lens.errors import BankWarning, CaptureError
 from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
@@ -97,6 +98,8 @@ def score(
     check_model(model)
     capture, plan = _planned(model, data, request)
     # All that can be refused is refused before the model runs.
+    if not capture.is_read:
+        check_points(model, capture.layers, plan.of_tokens)
     tables.check_names([*{name for label in capture.labels for name in label}, *plan.columns])
     asked = query_rows(capture, request.queries, request.seed)
     run = None

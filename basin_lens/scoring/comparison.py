@@ -11,7 +11,7 @@ from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError, TableError
 from basin_lens.model import HookedModel
 from basin_lens.scoring.analysis import score
-from basin_lens.scoring.request import Request
+from basin_lens.scoring.request import Request, check_analyzers
 from basin_lens.values import Facts, Layers, did_you_mean
 
 # One run: its table, or what to measure it on.
@@ -136,6 +136,7 @@ def _measured(
             raise TableError(f"expected a default score's column or an analyzer, got {on!r}. {meant}Pass an analyzer for others.")
         analyzer, column = named[0], on
     else:
+        check_analyzers([on])
         analyzer, column = on, on.columns[0].name
     if frozen and not isinstance(analyzer, CloudAnalyzer):
         raise NeighborError(f"expected a score on neighbors for frozen neighbors, got {type(analyzer).__name__}.")

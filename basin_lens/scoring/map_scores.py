@@ -11,6 +11,7 @@ from torch import Tensor
 
 from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
 from basin_lens.analyzers.contract import own_spread
+from basin_lens.capture.returned import check_returned, own_code
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
@@ -263,7 +264,10 @@ class MapScores:
     @staticmethod
     def _note(a: CloudAnalyzer, neighborhoods: Neighborhoods, there: Int[Tensor, " q"], answers: Mapping[str, Tensor]) -> None:
         """Put down what an analyzer says of neighborhoods."""
-        for name, value in a.measure(neighborhoods).items():
+        with own_code(a.called, neighborhoods.layer, a.needs):
+            values = a.measure(neighborhoods)
+        check_returned(a.called, neighborhoods.layer, values, [c.name for c in a.columns], {"[q]": (len(there),)})
+        for name, value in values.items():
             answers[name][there] = value.detach().float().cpu()
 
     def _keep(self, neighborhoods: Neighborhoods, there: Int[Tensor, " q"]) -> None:

@@ -22,11 +22,13 @@ class SearchOptions:
     same_token: SameToken
     position_0: bool
     choice: Choice
+    k: int | None = None  # of any choice but the nearest: only among these are the first few those of a smaller k
 
     @classmethod
     def of(cls, analyzer: CloudAnalyzer) -> "SearchOptions":
         """The neighbor options of an analyzer."""
-        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.position_0, analyzer.choice)
+        k = None if analyzer.choice == "nearest" else int(analyzer.k)
+        return cls(analyzer.metric, analyzer.exclude, analyzer.same_token, analyzer.position_0, analyzer.choice, k)
 
 
 @dataclass(frozen=True)

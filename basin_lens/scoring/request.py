@@ -13,7 +13,7 @@ from basin_lens.analyzers import Analyzer, CloudAnalyzer, TokenAnalyzer, default
 from basin_lens.analyzers.control import NULLS, controls_of
 from basin_lens.capture import Bank, Mask
 from basin_lens.errors import NeighborError, TableError
-from basin_lens.neighbors import Backend
+from basin_lens.neighbors import Backend, name_of_choice
 from basin_lens.values import Layers, Whole, whole
 
 P = ParamSpec("P")
@@ -33,6 +33,7 @@ class Request:
 
     Raises:
         TableError: no analyzers, or something else among them.
+        AnalyzerError: an analyzer that declares what cannot be.
         NeighborError: an unknown backend, or options of an analyzer that make no sense.
         BasinLensError: a seed that is no whole number, or below 0.
 
@@ -62,7 +63,18 @@ class Request:
         if self.backend not in get_args(Backend):
             raise NeighborError(f"expected backend in {get_args(Backend)}, got {self.backend!r}.")
         if self.analyzers is not None:
-            _check_analyzers(self.analyzers)
+            check_analyzers(self.analyzers)
+        self._refuse_choices()
+
+    def _refuse_choices(self) -> None:
+        """A choice of one's own looks at every distance, which only the exact search in torch has."""
+        own = [a for a in self.analyzers or () if isinstance(a, CloudAnalyzer) and callable(a.choice)]
+        if own and self.backend not in ("auto", "torch"):
+            raise NeighborError(
+                f'expected backend "auto" or "torch" with a choice of one\'s own ({name_of_choice(own[0].choice)}, of '
+                f"{own[0].called}), which is shown the distance to every row of the bank, got {self.backend!r}, which finds only the "
+                "nearest. Leave the back end out, or measure this analyzer in a run of its own."
+            )
 
     @cached_property
     def chosen(self) -> tuple[Analyzer, ...]:
@@ -102,7 +114,12 @@ def takes_request(
     return decorate
 
 
-def _check_analyzers(analyzers: object) -> None:
+def check_analyzers(analyzers: object) -> None:
+    """Refuse what is no list of analyzers, and what one of them declares wrongly.
+
+    Raises:
+        TableError, AnalyzerError, NeighborError: see there.
+    """
     if not isinstance(analyzers, list | tuple) or not analyzers:
         raise TableError(f"expected a list of at least one analyzer, got {analyzers!r}. Leave analyzers out for the default ones.")
     for analyzer in analyzers:
@@ -111,4 +128,4 @@ def _check_analyzers(analyzers: object) -> None:
                 f"expected analyzers (instances, such as Compression(k=15)), got {analyzer!r}. Subclass CloudAnalyzer or "
                 "TokenAnalyzer."
             )
-        analyzer.check()
+        analyzer.check_all()

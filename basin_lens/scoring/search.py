@@ -11,7 +11,18 @@ from basin_lens import neighbors
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
 from basin_lens.model import HookedModel, device_of, has_absolute_positions, n_context
-from basin_lens.neighbors import Backend, Neighbors, Points, find, flat, has_direction, prefix_keys
+from basin_lens.neighbors import (
+    Backend,
+    BothSides,
+    Neighbors,
+    Points,
+    find,
+    flat,
+    has_direction,
+    name_of_choice,
+    own_sets,
+    prefix_keys,
+)
 from basin_lens.neighbors.choices import radius_matched_sets, random_sets, reach
 from basin_lens.scoring.bank_overlap import overlap
 from basin_lens.scoring.plan import SearchOptions
@@ -63,6 +74,8 @@ class Searches:
             "same_position": {},
             "same_skeleton": {},
         }
+        if own := [name_of_choice(options.choice) for options in largest if callable(options.choice)]:
+            self.facts["own_choices"] = sorted(set(own))
         self.external = bank is not capture
         self.frozen: dict[int, Tensor] = {}  # by layer, rows by row of the capture: another run's neighbors, taken as they are
         self.largest = largest
@@ -113,7 +126,7 @@ class Searches:
         Raises:
             NeighborError: no token has as many neighbors as are asked for.
         """
-        k = self.largest[options]
+        k, choice = self.largest[options], options.choice
         everything = options.exclude == "nothing"
         asked = self.asked if everything else self.asked & (self.capture.row_pos > 0)
         at = torch.nonzero(asked).squeeze(1).to(self.device)
@@ -124,7 +137,11 @@ class Searches:
         same_token, distinct = options.same_token, not everything
         if layer in self.frozen:
             found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], options.metric)
-        elif options.choice == "random":
+        elif callable(choice):
+            positions = BothSides(self.positions[0][at], self.positions[1])
+            rows = own_sets(choice, queries, bank, positions, k, metric=options.metric, same_token=same_token, distinct=distinct)
+            found = reach(queries, bank, rows, options.metric)
+        elif choice == "random":
             seed = (self.seed * 1_000_003 + layer) % 2**63
             rows = random_sets(queries, bank, k, same_token=same_token, distinct=distinct, seed=seed)
             found = reach(queries, bank, rows, options.metric)
@@ -133,9 +150,9 @@ class Searches:
             self._note_recall(layer, found)
             if not everything:
                 self._note_overlap(layer, at, found)
-            if options.choice == "radius_matched":
+            if choice == "radius_matched":
                 found = reach(queries, bank, radius_matched_sets(found, queries, bank), options.metric)
-        if options.choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
+        if choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
             raise NeighborError(_nothing_to_score(options, k))
         return SearchResult(self._by_row(at, found), at, queries, bank, has_direction(states))
 

@@ -25,7 +25,7 @@ from basin_lens.model import HookedModel
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.declared_tests import ALPHA, IF_FEW
 from basin_lens.studies.framework.display_columns import shown
-from basin_lens.studies.framework.measured_texts import HEADLINE, SCORES, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import HEADLINE, NULL_TOKENS, SCORES, Measured, StudyData
 from basin_lens.studies.framework.random_twin import TWIN, with_random_twin
 from basin_lens.studies.framework.runner import run_study
 from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Presentation, Results, ScoreOptions, StudySpec, Task
@@ -41,7 +41,6 @@ ABOVE = (HEADLINE, ABOVE_ISOTROPIC)
 PARTS = ("compression_place", "compression_directions")
 # Of contraction, by another choice of points.
 CHOICES = ("contraction_random", "contraction_radius_matched")
-_CHOSEN = 512  # tokens per layer with contraction of other points: enough for means over documents
 _SPLITS = 200  # random halvings of the documents behind the agreement between halves
 
 _FINDINGS = ("compression differs from that of random sets", "compression differs from that of isotropic displacements")
@@ -90,7 +89,7 @@ def study_layers(model: HookedModel, data: StudyData, *, progress: bool = True, 
 def _analyzers(scoring: ScoreOptions) -> list[Analyzer]:
     k, exclude = scoring.k, scoring.exclude
     return [
-        *controls_of([Contraction(k=k, exclude=exclude, context=scoring.context)], queries=_CHOSEN),
+        *controls_of([Contraction(k=k, exclude=exclude, context=scoring.context)], queries=NULL_TOKENS),
         SymmetricContraction(k=k, exclude=exclude),
         AngularContraction(k=k, exclude=exclude, context=scoring.context),
         NeighborOverlap(k=k, exclude=exclude),

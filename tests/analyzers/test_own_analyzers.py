@@ -10,7 +10,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.analyzers import CloudAnalyzer, Column, TokenAnalyzer
-from basin_lens.errors import CaptureError, TableError
+from basin_lens.errors import AnalyzerError, CaptureError, TableError
 from tests.conftest import TEXTS, make_bridge, make_tokenizer
 from tests.scoring.oracle import Oracle
 
@@ -208,7 +208,7 @@ class Misshapen(TokenAnalyzer):
 
 
 def test_a_wrong_shape_is_refused(llama):
-    with pytest.raises(CaptureError, match="misshapen"):
+    with pytest.raises(AnalyzerError, match="misshapen"):
         run(llama, TEXTS, Misshapen())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from basin_lens import tables
+from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Bank, Capture
 from basin_lens.scoring import KeptNeighbors
 from basin_lens.studies.framework.contrast import Contrast
@@ -19,6 +20,8 @@ HEADLINE = "compression_above_random_sets"
 SCORES = (HEADLINE, "compression_place", "compression_directions", "contraction", "raw_compression")
 # Beside one for each control, so many tokens of a sequence are asked for in correlations within texts: compression is of a sample.
 FEWEST_SCORED = 6
+# Tokens per layer whose scores are also measured on other points: enough for means over documents.
+NULL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Measured:
     `table`: one row per (layer, token), from `analyze`, with a column `contrast` if one was asked for. `neighbors`: those of
     `Contraction`, of all tokens, where the headline score is of some. `bank`: as for `analyze`. `frequency`: share of each token id
     among all tokens of the texts given, whether measured or not. `settings`: plain JSON. `studies`: those whose scores are there.
-    `planned`: all sequences given, unread unless a capture was given.
+    `planned`: all sequences given, unread unless a capture was given. `own`: analyzers that the caller gave beside the studies'.
     """
 
     capture: Capture
@@ -40,6 +43,7 @@ class Measured:
     contrast: Contrast | None
     settings: Facts
     studies: tuple[str, ...]
+    own: tuple[Analyzer, ...] = ()
 
     @property
     def unit(self) -> str:

@@ -9,13 +9,15 @@ from jaxtyping import Bool
 
 from basin_lens import tables
 from basin_lens.analyzers import Analyzer, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
+from basin_lens.analyzers.control import controls_of
 from basin_lens.capture import Bank, Capture, check_layers, subset
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
+from basin_lens.scoring.request import Analyzers, check_analyzers
 from basin_lens.studies.framework.contrast import Contrast, contrasted_first, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
-from basin_lens.studies.framework.measured_texts import Measured, StudyData
+from basin_lens.studies.framework.measured_texts import NULL_TOKENS, Measured, StudyData
 from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
 from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.spec import ScoreOptions, StudySpec
@@ -35,6 +37,7 @@ def measure(
     data: Capture | Texts,
     *,
     studies: Sequence[str] = STUDIES,
+    analyzers: Analyzers = None,
     layers: Layers | Literal["all"] = None,
     k: int = 15,
     context: Context = "patched",
@@ -58,6 +61,8 @@ def measure(
         data: as for `analyze`.
         studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"` and
             `"basins"`, which need no scores of their own; `"contrast"`, which needs a contrast.
+        analyzers: your own, measured in the same run beside the studies' (with their nulls, as for `analyze`, at 512 tokens per layer).
+            Every study shows them over depth and in the contrast asked for, as exploration: no declared test is of them.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
             alone; `"all"`.
         k, context, exclude: of the compression scores; see `Compression`. The context is not `"native"`.
@@ -96,6 +101,8 @@ def measure(
         [5]
     """
     specs = specs_of_texts(*studies)
+    if analyzers is not None:
+        check_analyzers(analyzers)
     refuse_scoring([], context=context, exclude=exclude)
     count = max(spec.layers for spec in specs)
     planned = _planned(model, data, layers, count, max_length)
@@ -108,8 +115,9 @@ def measure(
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if check is not None:
         check(capture)
+    own = tuple(analyzers or ())
     request = Request(
-        analyzers_of(specs, headline),
+        analyzers_of(specs, headline, own),
         layers=wanted,
         bank=bank,
         queries=asked,
@@ -135,12 +143,13 @@ def measure(
         "bank": facts.get("bank", {}).get("source") or ("the texts themselves" if bank is None else "another capture"),
         "integrated_gradients_sequences": 0,
         "contrast": contrast and contrast.title,
+        "own_analyzers": [one.key for one in own],
     }
     if integrated and any(spec.integrated_gradients for spec in specs):
         settings["integrated_gradients_sequences"] = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     if contrast is not None:
         table["contrast"] = contrast.values(table)
-    return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies))
+    return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies), own)
 
 
 def _contrasted(
@@ -266,8 +275,8 @@ def _contraction(headline: Compression) -> Contraction:
     return Contraction(k=headline.k, exclude=headline.exclude, context=headline.context)
 
 
-def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Analyzer]:
-    """Those of every study, the headline first, and what the studies want besides, each once."""
+def analyzers_of(specs: Sequence[StudySpec], headline: Compression, own: Sequence[Analyzer] = ()) -> list[Analyzer]:
+    """Those of every study, the headline first, what the studies want besides, and the caller's own with their nulls, each once."""
     k, context, exclude = headline.k, headline.context, headline.exclude
     answer: list[Analyzer] = [Surprisal(), StateNorm()]
     if any(spec.shared_scores for spec in specs):
@@ -280,4 +289,4 @@ def analyzers_of(specs: Sequence[StudySpec], headline: Compression) -> list[Anal
         ]
     for spec in specs:
         answer += [one for one in spec.analyzers(ScoreOptions(k, context, exclude, headline)) if one not in answer]
-    return answer
+    return [*answer, *(one for one in (*own, *controls_of(own, queries=NULL_TOKENS)) if one not in answer)]

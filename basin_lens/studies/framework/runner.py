@@ -12,6 +12,7 @@ from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import Decision, decide, declared_test, settle
 from basin_lens.studies.framework.measured_texts import Measured, StudyData, study_provenance
 from basin_lens.studies.framework.measurement import ready
+from basin_lens.studies.framework.own_analyzers import with_own_analyzers
 from basin_lens.studies.framework.progress import progress_steps
 from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
@@ -62,7 +63,7 @@ def run_study(
         step("figures")
         shown = spec.presentation(task, analysis, results)
         step("contrast")
-        shown = _with_contrast(task, analysis, shown)
+        shown = with_own_analyzers(measured, _with_contrast(task, analysis, shown))
     about = (*about_measured(measured), *shown.about)
     provenance = {run: {**facts, **shown.facts} for run, facts in study_provenance(measured).items()}
     shown = replace(shown, tables={**analysis.tables, **shown.tables}, verdict=_verdict(spec, analysis, results, shown))
