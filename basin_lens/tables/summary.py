@@ -24,8 +24,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     sets: how local a "neighborhood" is.
 
     Args:
-        table: from `analyze`, of one run.
-        columns: scores; None: all.
+        table: from `analyze`, of one run; or from `compare`, of runs with the same layers.
+        columns: scores; None: all that provenance describes. Of a table from `compare`: `difference`, `<score>_a`, `<score>_b`.
 
     Returns:
         columns `layer`, `n_documents`, `n_sequences`, `n_tokens`, then per score `_mean`, `_low`, `_high`, `_nan` (share of tokens)
@@ -35,11 +35,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
         TableError: several runs, or an unknown column.
     """
     names = list(scores(table)) if columns is None else list(columns)
-    require(table, *names)
-    runs = table["run"].unique().tolist()
-    if len(runs) != 1:
-        raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
-    facts = Provenance.from_json(provenance(table)[runs[0]])
+    require(table, *names, "layer", "doc", "seq")
+    facts = _facts(table)
     # One text several times is one document: its copies would narrow the interval.
     found = documents_once(table)
     table = select(assign(table, _document=found.documents), found.keep)
@@ -72,6 +69,17 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
                 line[f"{name}_reference_error"] = float(error)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _facts(table: pd.DataFrame) -> Provenance:
+    """What is known of the one run; of the pairs of two runs, only the errors of references, which both records have alike."""
+    held = {run: Provenance.from_json(facts) for run, facts in provenance(table).items()}
+    if "run" not in table.columns:
+        return Provenance(reference_error=next(iter(held.values())).reference_error)
+    runs = table["run"].unique().tolist()
+    if len(runs) != 1:
+        raise TableError(f"expected a table of one run, got {len(runs)}. Summarize each: table[table.run == ...].")
+    return held[runs[0]]
 
 
 def interval(values: np.ndarray, level: float = 0.95, error: float = 0.0) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 Each returns a value; showing and saving are separate.
 """
 
+from basin_lens.views.canvas import save
 from basin_lens.views.categories import distributions
 from basin_lens.views.codec_figures import size_bars
 from basin_lens.views.detection import dose_curve, roc
@@ -38,6 +39,7 @@ __all__ = [
     "quartile_bars",
     "result_curve",
     "roc",
+    "save",
     "scatter",
     "size_bars",
     "study_card",

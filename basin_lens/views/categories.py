@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 from basin_lens.views.columns import BEFORE_UNIT, axis_words, is_flat, layer_of, numbers_of
 
 _MOST_CATEGORIES = 24
 
 
+@drawn
 @whole_numbers(TableError)
 def distributions(
     table: pd.DataFrame,
@@ -26,6 +28,9 @@ def distributions(
     *,
     order: Sequence[object] | None = None,
     y_scale: Literal["linear", "log"] = "linear",
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """How a score is distributed in each category of tokens at one layer: violins with median and quartiles.
 
@@ -36,6 +41,9 @@ def distributions(
         layer: block index.
         order: which categories, from left to right; None: all, numbers by size, others from frequent to rare.
         y_scale: `"linear"`, or `"log"`: log10 of the column, positive values only.
+        title: above the figure; None: both columns and the layer; empty: none.
+        labels: words to show in place of names of columns and categories.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure, with the number of tokens under each category. Categories with fewer than 5 tokens, or with one value,
@@ -53,32 +61,31 @@ def distributions(
         ['A\\nn = 20', 'B\\nn = 20']
     """
     rows = layer_of(table, [column, by], layer)
-    values, labels = numbers_of(rows, column), rows[by]
+    values, tags = numbers_of(rows, column), rows[by]
     if y_scale not in ("linear", "log"):
         raise TableError(f'expected a scale "linear" or "log", got {y_scale!r}.')
     if y_scale == "log":
         values = np.log10(values.where(values > 0))
-    there = np.isfinite(values) & labels.notna()
-    values, labels = values[there], labels[there]
-    kinds = _order(labels, by, order)
-    inside = labels.isin(kinds)
+    there = np.isfinite(values) & tags.notna()
+    values, tags = values[there], tags[there]
+    kinds = _order(tags, by, order)
+    inside = tags.isin(kinds)
     known = values[inside].to_numpy()
-    figure = Figure(figsize=(max(4.6, 0.72 * len(kinds) + 1.4), 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (max(4.6, 0.72 * len(kinds) + 1.4), 4.0))
+    axes = canvas.axes()
     low, high = np.percentile(known, (0.5, 99.5)) if len(known) else (0.0, 1.0)
     for place, kind in enumerate(kinds):
-        _violin(axes, place, values[labels == kind].to_numpy(), float(low), float(high))
+        _violin(axes, place, values[tags == kind].to_numpy(), float(low), float(high))
     if not len(known):
         marks.say_nothing(axes)
-    counts = [int((labels == kind).sum()) for kind in kinds]
-    axes.set_xticks(
-        range(len(kinds)), [f"{marks.plain(kind, 14)}\nn = {count:,}" for kind, count in zip(kinds, counts, strict=True)]
-    )
+    counts = [int((tags == kind).sum()) for kind in kinds]
+    called = [marks.plain((labels or {}).get(str(kind), kind), 14) for kind in kinds]
+    axes.set_xticks(range(len(kinds)), [f"{kind}\nn = {count:,}" for kind, count in zip(called, counts, strict=True)])
     axes.set_xlim(-0.6, len(kinds) - 0.4)
     margin = 0.04 * (high - low) or 0.5 * abs(low) or 0.5
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlabel(marks.plain(by))
-    name = axis_words(table, column).replace(BEFORE_UNIT, "")
+    axes.set_xlabel(marks.named(by, labels))
+    name = axis_words(table, column, labels).replace(BEFORE_UNIT, "")
     axes.set_ylabel(f"log10 {name}" if y_scale == "log" else name)
     marks.bare(axes)
     beyond = int(((known < low - margin) | (known > high + margin)).sum())
@@ -88,8 +95,8 @@ def distributions(
         words.append(f"{beyond:,} values beyond the axis")
     if (~there).any():
         words.append(f"{int((~there).sum()):,} tokens without a {'positive ' * (y_scale == 'log')}value or label left out")
-    marks.finish(figure, f"{column} by {by}, layer {layer}", "; ".join(words))
-    return figure
+    said = [(labels or {}).get(name, name) for name in (column, by)]
+    return canvas.finish(f"{said[0]} by {said[1]}, layer {layer}" if title is None else title, "; ".join(words))
 
 
 def _violin(axes: Axes, place: int, values: np.ndarray, low: float, high: float) -> None:

@@ -12,19 +12,30 @@ from matplotlib.patheffects import withStroke
 
 from basin_lens.errors import TableError
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _INCHES = (8, 2.8)
 _NAME, _SMALL = 9, 8  # points
 
 
-def size_bars(table: pd.DataFrame, *, column: str = "bits_per_byte", title: str = "Bits per byte") -> Figure:
+@drawn
+def size_bars(
+    table: pd.DataFrame,
+    *,
+    column: str = "bits_per_byte",
+    title: str | None = "Bits per byte",
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Sizes of one text under several coders, smallest first; those of the model in another color and hatched.
 
     Args:
         table: one row per coder: `coder`, `kind` ("model" or "general") and `column`; as from `basin_lens.codec.bench`.
         column: what is drawn.
-        title: heading.
+        title: above the figure; None: none.
+        labels: words to show in place of names of coders and of the column.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Raises:
         TableError: a column is missing, or nothing to draw.
@@ -42,24 +53,24 @@ def size_bars(table: pd.DataFrame, *, column: str = "bits_per_byte", title: str 
     shown = table.dropna(subset=[column]).sort_values(column, kind="stable", ascending=False)
     if shown.empty:
         raise TableError(f"expected a size to draw, got no value in {column}.")
-    figure = Figure(figsize=(7, 0.34 * len(shown) + 1.2), layout="constrained")
-    axes = figure.subplots()
+    canvas = Canvas.of(ax, (7, 0.34 * len(shown) + 1.2))
+    axes = canvas.axes()
     own = (shown["kind"] == "model").tolist()
     bars = axes.barh(
-        [marks.plain(name) for name in shown["coder"]],
+        [marks.named(name, labels) for name in shown["coder"]],
         shown[column],
         color=[marks.COLORS[0] if mine else "#c8ccd0" for mine in own],
         hatch=["//" if mine else "" for mine in own],
         edgecolor="#ffffff",
     )
     axes.bar_label(bars, [f"{value:.3f}" for value in shown[column]], padding=3, fontsize=8)
-    axes.set_xlabel(marks.plain(column.replace("_", " ")))
-    axes.set_title(marks.plain(title, 90), loc="left", fontsize=10)
+    axes.set_xlabel(marks.plain((labels or {}).get(column, column.replace("_", " "))))
     axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    marks.bare(axes)
+    return canvas.finish(title or "", "blue and hatched: with the model; gray: general compressors")
 
 
+@drawn
 def growth_lines(growth: pd.DataFrame) -> Figure:
     """Bytes of the compressed prefix against bytes of the prefix, a line for each coder, named at its end.
 
@@ -67,7 +78,8 @@ def growth_lines(growth: pd.DataFrame) -> Figure:
         growth: sizes of prefixes in bytes: `original`, and a column for each coder.
     """
     coders = [str(name) for name in growth if name != "original"]
-    figure = Figure(figsize=_INCHES)
+    figure = Canvas.of(None, _INCHES).figure
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0.085, 0.17, 0.68, 0.75))
     top = float(growth[coders].to_numpy().max()) or 1.0
     axes.set_xlim(0, float(growth["original"].max()) or 1.0)
@@ -96,6 +108,7 @@ def growth_lines(growth: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def rank_bars(ranks: Int[np.ndarray, " tokens"], law: Float[np.ndarray, " ranks"] | None = None) -> Figure:
     """Share of tokens with a rank in each range, of doubling width; a law's shares as a line.
 
@@ -104,8 +117,8 @@ def rank_bars(ranks: Int[np.ndarray, " tokens"], law: Float[np.ndarray, " ranks"
         law: probability of each rank; None: no line.
     """
     names, shares, expected = rank_shares(ranks, law)
-    figure = Figure(figsize=_INCHES, layout="constrained")
-    axes = figure.subplots()
+    canvas = Canvas.of(None, _INCHES)
+    axes = canvas.axes()
     bars = axes.bar(range(len(shares)), shares, color=marks.COLORS[0], width=0.88)
     halo = withStroke(linewidth=2.5, foreground="white")  # readable over the line
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=_SMALL, path_effects=[halo], zorder=3)
@@ -116,7 +129,7 @@ def rank_bars(ranks: Int[np.ndarray, " tokens"], law: Float[np.ndarray, " ranks"
     axes.set_xlabel("rank", fontsize=_NAME)
     axes.set_ylabel("share of tokens", fontsize=_NAME)
     _finish(axes)
-    return figure
+    return canvas.figure
 
 
 def rank_shares(

@@ -37,10 +37,10 @@ def numbers_of(rows: pd.DataFrame, column: str) -> pd.Series:
     return rows[column].astype(float)
 
 
-def axis_words(table: pd.DataFrame, column: str) -> str:
-    """A column's name and unit for an axis, with `BEFORE_UNIT` between them."""
+def axis_words(table: pd.DataFrame, column: str, labels: marks.Words = None) -> str:
+    """A column's name, or the caller's words for it, and unit for an axis, with `BEFORE_UNIT` between them."""
     unit = marks.unit_of(table, column)
-    return f"{marks.plain(column)}{BEFORE_UNIT}{f' [{marks.plain(unit)}]' if unit else ''}"
+    return f"{marks.named(column, labels)}{BEFORE_UNIT}{f' [{marks.plain(unit)}]' if unit else ''}"
 
 
 def is_flat(values: pd.Series) -> bool:

@@ -12,11 +12,21 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 
 _MOST_LINES = 9
 
 
-def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | None = None) -> Figure:
+@drawn
+def roc(
+    table: pd.DataFrame,
+    scores: Sequence[str],
+    label: str,
+    *,
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """True against false positives of several scores, each at every threshold.
 
     Scores whose area is below 0.5 are drawn as they are: below the diagonal.
@@ -26,6 +36,8 @@ def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | 
         scores: at most 9 columns, higher for texts with the label.
         label: True and False; rows without it or without a score are left out of that score's line.
         title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure; the legend has each score's area and the line below it the number of texts. An area has no interval
@@ -49,20 +61,19 @@ def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | 
     truth = rows[label].astype(bool).to_numpy()
     if truth.all() or not truth.any():
         raise TableError(f"expected texts with and without {label!r}, got {int(truth.sum())} and {int((~truth).sum())}.")
-    figure = Figure(figsize=(7.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (7.4, 4.4))
+    axes = canvas.axes()
     for index, name in enumerate(names):
         values = rows[name].to_numpy(float)
         there = np.isfinite(values)
         if truth[there].all() or not truth[there].any():
-            axes.plot([], [], color=marks.Look.at(index).color, label=f"{marks.plain(name)}: not there for both")
+            axes.plot([], [], color=marks.Look.at(index).color, label=f"{marks.named(name, labels)}: not there for both")
             continue
         false, true, _ = roc_curve(truth[there], values[there], drop_intermediate=False)
         look = marks.Look.at(index)
         area = roc_auc_score(truth[there], values[there])
-        axes.plot(
-            false, true, linestyle=look.style, color=look.color, linewidth=1.5, label=f"{marks.plain(name)}: {area:.2f}", gid=name
-        )
+        said = f"{marks.named(name, labels)}: {area:.2f}"
+        axes.plot(false, true, linestyle=look.style, color=look.color, linewidth=1.5, label=said, gid=name)
     axes.plot([0, 1], [0, 1], color=marks.GRAY, linewidth=0.9, label="chance")
     axes.set_xlabel("false positives [share]")
     axes.set_ylabel("true positives [share]")
@@ -70,15 +81,15 @@ def roc(table: pd.DataFrame, scores: Sequence[str], label: str, *, title: str | 
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
     marks.bare(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=2.6)
-    marks.finish(
-        figure,
+    marks.explain(axes, axes.get_legend_handles_labels()[0], beside=canvas.own)
+    shown = (labels or {}).get(label, label)
+    return canvas.finish(
         title or "",
-        f"{int(truth.sum())} texts with {label}, {int((~truth).sum())} without; the legend has areas under the curves",
+        f"{int(truth.sum())} texts with {shown}, {int((~truth).sum())} without; the legend has areas under the curves",
     )
-    return figure
 
 
+@drawn
 def dose_curve(
     table: pd.DataFrame,
     column: str | Sequence[str],
@@ -87,6 +98,8 @@ def dose_curve(
     by: str | None = None,
     lines: bool = False,
     title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Values at each step of a quantity: single units, and their mean with its interval.
 
@@ -97,6 +110,8 @@ def dose_curve(
         by: column with one mean for each of its values; None: one.
         lines: whether the points of a unit are joined.
         title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure. Bars: Student's 95 % interval of the mean over units.
@@ -116,17 +131,21 @@ def dose_curve(
     steps = sorted(float(step) for step in table[on].dropna().unique())
     if not steps or len(steps) > 20:
         raise TableError(f"expected between 1 and 20 different values of {on!r}, got {len(steps)}.")
-    groups = [("", table)] if by is None else [(f"{by} = {value}", part) for value, part in table.groupby(by, sort=True)]
-    figure = Figure(figsize=(7.2 if len(names) == 1 else 4.4 * len(names), 3.8), layout="constrained")
-    every = figure.subplots(1, len(names), squeeze=False)[0]
+    groups = (
+        [("", table)]
+        if by is None
+        else [(f"{(labels or {}).get(by, by)} = {value}", part) for value, part in table.groupby(by, sort=True)]
+    )
+    canvas = Canvas.of(ax, (7.2 if len(names) == 1 else 4.4 * len(names), 3.8), panels=len(names) > 1)
+    every = [canvas.axes()] if len(names) == 1 else list(canvas.part.subplots(1, len(names), squeeze=False)[0])
     for axes, name in zip(every, names, strict=True):
         for index, (_, part) in enumerate(groups):
             shift = 0.0 if len(groups) == 1 else 0.16 * (index / (len(groups) - 1) - 0.5)
             _means(axes, part, name, on, steps, shift, marks.Look.at(index), lines)
         axes.set_xticks(range(len(steps)), [f"{step:g}" for step in steps])
-        axes.set_xlabel(on.replace("_", " "))
+        axes.set_xlabel(marks.plain((labels or {}).get(on, on.replace("_", " "))))
         unit = marks.unit_of(table, name.removesuffix("_change"))
-        axes.set_ylabel(marks.plain(name) + (f" [{unit}]" if unit else ""))
+        axes.set_ylabel(marks.named(name, labels) + (f" [{unit}]" if unit else ""))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         marks.bare(axes)
     if by is not None:
@@ -134,13 +153,9 @@ def dose_curve(
             every[0].plot([], [], marks.Look.at(i).shape, color=marks.Look.at(i).color, label=marks.plain(n))[0]
             for i, (n, _) in enumerate(groups)
         ]
-        every[-1].legend(handles=handles, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
-    marks.finish(
-        figure,
-        title or "",
-        f"{table['doc'].nunique()} units, each a {'line' if lines else 'point'}; bars: 95 % interval of the mean",
-    )
-    return figure
+        marks.explain(every[-1], handles, beside=canvas.own)
+    kind = "line" if lines else "point"
+    return canvas.finish(title or "", f"{table['doc'].nunique()} units, each a {kind}; bars: 95 % interval of the mean")
 
 
 def _means(

@@ -5,19 +5,30 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from basin_lens.errors import TableError
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 
 _MOST_PANELS = 16
 _ACROSS = 4  # panels in a row
 _APART = 1.6  # ratio of neighboring ticks
 
 
-def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | None = None, title: str | None = None) -> Figure:
+@drawn
+def grid_map(
+    results: pd.DataFrame,
+    down: str,
+    across: str,
+    *,
+    marked: str | None = None,
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Estimates as a map of two things that vary: blue above 0, red below, white at 0.
 
     Args:
@@ -26,6 +37,8 @@ def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | Non
         across: column of its columns.
         marked: column of texts to write into the cells; empty: nothing.
         title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure. The scale is symmetric about 0. Cells without an estimate are hatched.
@@ -46,12 +59,12 @@ def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | Non
     held = results.pivot(index=down, columns=across, values="estimate").sort_index()
     cells = np.ma.masked_invalid(held.to_numpy(float))
     bound = float(np.abs(cells.compressed()).max(initial=0.0)) or 1.0
-    figure = Figure(figsize=(2.8 + 0.75 * cells.shape[1], float(np.clip(1.5 + 0.36 * len(held), 2.6, 9))), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (2.8 + 0.75 * cells.shape[1], float(np.clip(1.5 + 0.36 * len(held), 2.6, 9))))
+    axes = canvas.axes()
     axes.patch.set(facecolor="#e6e6e6", edgecolor="#b5b5b5", hatch="////", linewidth=0)
     image = axes.pcolormesh(cells, cmap="RdBu", vmin=-bound, vmax=bound, edgecolors="white", linewidth=1)
-    bar = figure.colorbar(image, ax=axes, pad=0.03)
-    bar.set_label(marks.effect_label(results), fontsize=8)
+    bar = canvas.part.colorbar(image, ax=axes, pad=0.03)
+    bar.set_label(marks.effect_label(results, labels), fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if marked:
         texts = results.pivot(index=down, columns=across, values=marked).reindex(held.index)
@@ -62,14 +75,14 @@ def grid_map(results: pd.DataFrame, down: str, across: str, *, marked: str | Non
                 axes.text(column + 0.5, row + 0.5, words, color=color, ha="center", va="center", size=11, weight="bold", gid="mark")
     axes.set_xticks(np.arange(cells.shape[1]) + 0.5, [f"{value:g}" for value in held.columns])
     axes.set_yticks(np.arange(len(held)) + 0.5, [f"{value:g}" for value in held.index])
-    axes.set_xlabel(across)
-    axes.set_ylabel(down)
+    axes.set_xlabel(marks.named(across, labels))
+    axes.set_ylabel(marks.named(down, labels))
     marks.bare(axes)
     sample = marks.sample(results.assign(low=np.nan, high=np.nan))  # a map has no bars to explain
-    marks.finish(figure, title or "", sample.replace("; no intervals", ""))
-    return figure
+    return canvas.finish(title or "", sample.replace("; no intervals", ""))
 
 
+@drawn
 def curve_panels(
     results: pd.DataFrame,
     across: str,
@@ -79,6 +92,8 @@ def curve_panels(
     flat: bool = False,
     title: str | None = None,
     alpha: float = 0.05,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Estimates with their intervals over a quantity on a logarithmic axis: a line for each value of `by`, side by side.
 
@@ -89,6 +104,8 @@ def curve_panels(
         panel: column with axes of its own for each value; None: one.
         flat: draw each line's first estimate as a dotted level, too: what it would be if the quantity did nothing.
         title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes of a grid, whose place several panels take; None: a new figure.
         alpha: level of the corrected p, where the results have one: filled markers are at most that.
 
     Returns:
@@ -118,13 +135,13 @@ def curve_panels(
     columns = min(_ACROSS, len(shown))
     rows = -(-len(shown) // columns)
     size = (7.6, 3.9) if len(shown) == 1 else (1.2 + 2.3 * columns, 1.0 + 2.1 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    canvas = Canvas.of(ax, size, panels=True)
+    every = canvas.part.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     steps = _ticks(np.sort(results[across].unique()).astype(float).tolist())
     for axes, (name, part) in zip(every, shown, strict=False):
         _panel(axes, part, across, by, looks, alpha, flat)
         if panel is not None:
-            axes.set_title(marks.plain(marks.described({panel: name})), fontsize=9)
+            axes.set_title(marks.plain(marks.described({panel: name}, labels)), fontsize=9)
         axes.set_xscale("log")
         axes.set_xticks(steps, [f"{step:g}" for step in steps])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -134,11 +151,10 @@ def curve_panels(
         axes.remove()
     for axes in every[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel(across, fontsize=9)
-    figure.supylabel(marks.effect_label(results), fontsize=9)
-    _panel_legend(figure, results, by, looks, alpha, flat)
-    marks.finish(figure, title or "", marks.sample(results))
-    return figure
+        axes.set_xlabel(marks.named(across, labels), fontsize=9)
+    canvas.part.supylabel(marks.effect_label(results, labels), fontsize=9)
+    _panel_legend(canvas.part, results, by, looks, alpha, flat, labels)
+    return canvas.finish(title or "", marks.sample(results))
 
 
 def _ticks(steps: list[float]) -> list[float]:
@@ -169,7 +185,13 @@ def _panel(
 
 
 def _panel_legend(
-    figure: Figure, results: pd.DataFrame, by: str | None, looks: Mapping[object, marks.Look], alpha: float, flat: bool
+    figure: FigureBase,
+    results: pd.DataFrame,
+    by: str | None,
+    looks: Mapping[object, marks.Look],
+    alpha: float,
+    flat: bool,
+    labels: marks.Words,
 ) -> None:
     """Beside the panels: what each line is."""
     handles = [
@@ -180,7 +202,7 @@ def _panel_legend(
             linestyle=look.style,
             marker=look.shape,
             markersize=5,
-            label=marks.plain(marks.described({by: line})),
+            label=marks.plain(marks.described({by: line}, labels)),
         )
         for line, look in looks.items()
         if by is not None

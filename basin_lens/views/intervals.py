@@ -10,13 +10,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.values import whole_numbers
+from basin_lens.values import Layers, whole_numbers
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
+from basin_lens.views.limits import chosen_layers
 
 _MOST_ROWS = 150
 _MOST_PANELS = 12
 
 
+@drawn
 def forest(
     results: pd.DataFrame,
     label: str | Sequence[str],
@@ -24,6 +27,8 @@ def forest(
     by: str | Sequence[str] | None = None,
     alpha: float = 0.05,
     title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Estimates with their intervals in rows, to compare scores, models or tests that have no order.
 
@@ -35,6 +40,8 @@ def forest(
         by: column or columns with one mark in each row for each value; None: those that tell rows of one label apart.
         alpha: level of the corrected p.
         title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure, as high as the rows need.
@@ -51,17 +58,17 @@ def forest(
     """
     names = marks.names_of(label)
     results = marks.checked(results, *names)
-    results["_row"] = results[names].apply(lambda row: marks.described(dict(row)), axis=1)
+    results["_row"] = results[names].apply(lambda row: marks.described(dict(row), labels), axis=1)
     rows = list(dict.fromkeys(results["_row"]))
     if len(rows) > _MOST_ROWS:
         raise TableError(f"expected at most {_MOST_ROWS} rows, got {len(rows)}. Choose layers or scores first.")
-    groups = marks.groups_of(results.drop(columns=names), by, ["_row"])
+    groups = marks.groups_of(results.drop(columns=names), by, ["_row"], labels)
     # Rows with one mark each need no room beside it, however many kinds of marks there are.
     beside = int(results["_row"].value_counts().max())
     shifts = _shifts(len(groups)) if beside > 1 else np.zeros(len(groups))
     axes_height = len(rows) * (0.16 + 0.11 * (len(groups) if beside > 1 else 1))
-    figure = Figure(figsize=(7.6, 1.3 + max(axes_height, 0.17 * (len(groups) + 3))), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (7.6, 1.3 + max(axes_height, 0.17 * (len(groups) + 3))))
+    axes = canvas.axes()
     marks.nulls(axes, results, upright=False)
     looks = []
     for index, (name, part) in enumerate(groups):
@@ -73,11 +80,10 @@ def forest(
     if not results["estimate"].notna().any():
         marks.say_nothing(axes)
     _rows(axes, rows)
-    axes.set_xlabel(marks.wrapped(marks.effect_label(results), 56))
+    axes.set_xlabel(marks.wrapped(marks.effect_label(results, labels), 56))
     marks.bare(axes)
-    marks.legend(axes, looks, results, alpha, joined=False)
-    marks.finish(figure, title or "", marks.sample(results))
-    return figure
+    marks.legend(axes, looks, results, alpha, joined=False, beside=canvas.own)
+    return canvas.finish(title or "", marks.sample(results))
 
 
 def _shifts(count: int) -> np.ndarray:
@@ -95,11 +101,23 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def quartile_bars(results: pd.DataFrame) -> Figure:
+@drawn
+def quartile_bars(
+    results: pd.DataFrame,
+    *,
+    layers: Layers = None,
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Mean of a score in each quartile of another column, and the difference between the ends, in a panel for each score and layer.
 
     Args:
         results: from `basin_lens.stats.quartile_table`.
+        layers: which layers; None: all of the results.
+        title: above the figure; None: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes of a grid, whose place several panels take; None: a new figure.
 
     Returns:
         a matplotlib Figure. Bars begin at 0 and carry 95 % intervals; panels of one score have one scale. Above each panel: highest
@@ -117,7 +135,7 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
         >>> [float(bar.get_height()) for bar in figure.axes[0].patches]
         [0.1, 0.3]
     """
-    results = marks.checked(results, "quartile", "score", "layer", "against")
+    results = chosen_layers(marks.checked(results, "quartile", "score", "layer", "against"), layers)
     held = list(results.groupby(["score", "against"], sort=False, dropna=False))
     panels = [
         (score, against, layer, part) for (score, against), rows in held for layer, part in rows.groupby("layer", dropna=False)
@@ -125,24 +143,29 @@ def quartile_bars(results: pd.DataFrame) -> Figure:
     shown = panels[:_MOST_PANELS]
     places = _places([panel[:2] for panel in shown])
     columns, lines = max(place[1] for place in places) + 1, max(place[0] for place in places) + 1
-    figure = Figure(figsize=(max(4.6, 2.2 * columns + 0.4), 2.5 * lines + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.09))
+    canvas = Canvas.of(ax, (max(4.6, 2.2 * columns + 0.4), 2.5 * lines + 0.5), panels=True)
+    if ax is None:
+        canvas.figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.09))
     first: dict[Hashable, Axes] = {}
     for (at, column), (score, against, layer, part) in zip(places, shown, strict=True):
-        axes = figure.add_subplot(lines, columns, at * columns + column + 1, sharey=first.get(score))
+        axes = canvas.part.add_subplot(lines, columns, at * columns + column + 1, sharey=first.get(score))
         _panel(axes, part)
         if part["estimate"].notna().any():
             first.setdefault(score, axes)
         unit = marks.unit_of(results, str(score))
-        axes.set_ylabel(marks.wrapped(f"{marks.plain(score, 30)}{f' [{marks.plain(unit, 20)}]' if unit else ''}", 20))
-        axes.set_xlabel(marks.plain(f"{_part(len(part) - 1)} of {against}", 34))
+        axes.set_ylabel(
+            marks.wrapped(
+                f"{marks.plain((labels or {}).get(str(score), score), 30)}{f' [{marks.plain(unit, 20)}]' if unit else ''}", 20
+            )
+        )
+        axes.set_xlabel(marks.plain(f"{_part(len(part) - 1)} of {(labels or {}).get(str(against), against)}", 34))
         axes.set_title(f"layer {layer}\n{_difference(part)}", fontsize=8, loc="left")
         marks.bare(axes)
     caption = f"{marks.sample(results)}; parts within each sequence, 1 is lowest; "
     caption += "above each panel: highest less lowest, corrected p, [95 % interval]"
     if len(panels) > len(shown):
         caption += f"; the first {len(shown)} of {len(panels)} panels: choose layers or scores to see others"
-    marks.finish(figure, "", caption)
-    return figure
+    return canvas.finish(title or "", caption)
 
 
 def _places(cases: Sequence[tuple[Hashable, ...]]) -> list[tuple[int, int]]:
@@ -195,8 +218,18 @@ def _difference(part: pd.DataFrame) -> str:
     return words
 
 
+@drawn
 @whole_numbers(TableError)
-def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alpha: float = 0.05) -> Figure:
+def tag_intervals(
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    *,
+    layer: int,
+    alpha: float = 0.05,
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """How far tokens of each kind stand from their text's mean, before and after the controls are taken out.
 
     Args:
@@ -204,6 +237,9 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
         after: the same with controls.
         layer: block index.
         alpha: level of the corrected p, for filled markers.
+        title: above the figure; None: score and layer; empty: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure: a row per tag, ordered by the estimate before, with the number of its tokens; two marks with 95 %
@@ -234,8 +270,8 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
     order = parts[0].sort_values("estimate", ascending=False, na_position="last").index
     order = order.append(parts[1].index.difference(order))
     both = tables.with_provenance(pd.concat(parts), before)
-    figure = Figure(figsize=(7.6, 1.5 + max(0.34 * len(order), 1.0)), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (7.6, 1.5 + max(0.34 * len(order), 1.0)))
+    axes = canvas.axes()
     marks.nulls(axes, both, upright=False)
     looks = []
     for index, part in enumerate(parts):
@@ -247,11 +283,12 @@ def tag_intervals(before: pd.DataFrame, after: pd.DataFrame, *, layer: int, alph
             axes, np.arange(len(order)) + (-0.15, 0.15)[index], part.reindex(order), look, alpha, upright=False, joined=False
         )
     counts = both.groupby(level=0)["n_tokens"].max()
-    _rows(axes, [f"{tag} (n = {int(counts[tag]):,})" for tag in order])
+    _rows(axes, [f"{(labels or {}).get(str(tag), tag)} (n = {int(counts[tag]):,})" for tag in order])
     if not both["estimate"].notna().any():
         marks.say_nothing(axes)
-    axes.set_xlabel(marks.wrapped(marks.effect_label(both), 56))
+    axes.set_xlabel(marks.wrapped(marks.effect_label(both, labels), 56))
     marks.bare(axes)
-    marks.legend(axes, looks, both, alpha, joined=False)
-    marks.finish(figure, f"{both['score'].iloc[0]} by tag at layer {layer}", f"{marks.sample(both)}; n: tokens with this tag")
-    return figure
+    marks.legend(axes, looks, both, alpha, joined=False, beside=canvas.own)
+    score = str(both["score"].iloc[0])
+    heading = f"{(labels or {}).get(score, score)} by tag at layer {layer}" if title is None else title
+    return canvas.finish(heading, f"{marks.sample(both)}; n: tokens with this tag")

@@ -5,12 +5,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 from basin_lens.views.columns import BEFORE_UNIT, axis_words, is_flat, layer_of, numbers_of
 
 Scale = Literal["linear", "log", "rank"]
@@ -19,6 +21,7 @@ _MOST_POINTS = 20_000  # drawn; lines and counts are of all
 _FEWEST = 6  # documents, for an interval over them
 
 
+@drawn
 @whole_numbers(TableError)
 def scatter(
     table: pd.DataFrame,
@@ -31,6 +34,9 @@ def scatter(
     y_scale: Scale = "linear",
     n_resamples: int = 1000,
     seed: int = 0,
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Two columns token by token at one layer, each less its sequence's mean: what goes together within texts.
 
@@ -46,6 +52,9 @@ def scatter(
             below.
         n_resamples: draws of documents.
         seed: of the bootstrap, and of the choice of points drawn where there are more than 20,000.
+        title: above the figure; None: both columns and the layer; empty: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Returns:
         a matplotlib Figure. Tokens without both values are left out and counted. No band with fewer than 6 documents; no line where
@@ -64,12 +73,13 @@ def scatter(
         >>> bl.views.scatter(table, "a", "b", layer=3).axes[0].get_xlabel()
         "a\\ndeviation from its sequence's mean"
     """
-    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale)
+    shown = tuple((labels or {}).get(name, name) for name in (x, y))
+    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale, labels)
     for name, scale in (("x", x_scale), ("y", y_scale)):
         if scale != "rank":
             rows[name] -= rows.groupby("seq")[name].transform("mean")
-    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    canvas = Canvas.of(ax, (5.6, 4.6))
+    axes = canvas.axes()
     drawn = rows
     if len(rows) > _MOST_POINTS:
         drawn = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), _MOST_POINTS, replace=False))]
@@ -83,7 +93,7 @@ def scatter(
     if not len(rows):
         marks.say_nothing(axes)
     elif is_flat(rows["x"]) or is_flat(rows["y"]):
-        words.append(f"no line: {x if is_flat(rows['x']) else y} does not vary within sequences")
+        words.append(f"no line: {shown[0] if is_flat(rows['x']) else shown[1]} does not vary within sequences")
     else:
         grid = np.linspace(rows["x"].min(), rows["x"].max(), 60)
         slope, intercept, slopes, intercepts = _lines(rows, n_resamples, seed)
@@ -103,13 +113,22 @@ def scatter(
         setter(name if scale == "rank" else name.replace(BEFORE_UNIT, "\ndeviation from its sequence's mean"))
     marks.bare(axes)
     words += [note for note in (left_out, controls_note) if note]
-    marks.finish(figure, f"{y} and {x} within sequences, layer {layer}", "; ".join(words))
-    return figure
+    return canvas.finish(f"{shown[1]} and {shown[0]} within sequences, layer {layer}" if title is None else title, "; ".join(words))
 
 
+@drawn
 @whole_numbers(TableError)
 def joint_density(
-    table: pd.DataFrame, x: str, y: str, layer: int, *, x_scale: Scale = "linear", y_scale: Scale = "linear"
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    layer: int,
+    *,
+    x_scale: Scale = "linear",
+    y_scale: Scale = "linear",
+    title: str | None = None,
+    labels: marks.Words = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """How two columns are distributed together at one layer: counts in hexagons, with the distribution of each beside.
 
@@ -118,6 +137,9 @@ def joint_density(
         x, y: numeric columns, as they are: differences between texts are in them (`scatter` takes them out).
         layer: block index.
         x_scale, y_scale: as for `scatter`.
+        title: above the figure; None: both columns and the layer; empty: none.
+        labels: words to show in place of names of columns and scores.
+        ax: matplotlib Axes of a grid, whose place several panels take; None: a new figure.
 
     Returns:
         a matplotlib Figure; colors count tokens on a logarithmic scale.
@@ -133,8 +155,10 @@ def joint_density(
         >>> bl.views.joint_density(table, "a", "b", layer=3).axes[0].get_xlabel()
         'a'
     """
-    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale)
-    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+    shown = tuple((labels or {}).get(name, name) for name in (x, y))
+    rows, names, left_out = _pairs(table, x, y, layer, x_scale, y_scale, labels)
+    canvas = Canvas.of(ax, (6.2, 5.2), panels=True)
+    figure = canvas.part
     grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4), hspace=0.02, wspace=0.02)
     axes = figure.add_subplot(grid[1, 0])
     above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
@@ -160,12 +184,11 @@ def joint_density(
         (side.set_ylabel if label == "y" else side.set_xlabel)("tokens", fontsize=8)
     words = [f"{len(rows):,} tokens in {rows['seq'].nunique():,} sequences of {rows['doc'].nunique():,} documents"]
     words += [left_out] if left_out else []
-    marks.finish(figure, f"{y} and {x}, layer {layer}", "; ".join(words))
-    return figure
+    return canvas.finish(f"{shown[1]} and {shown[0]}, layer {layer}" if title is None else title, "; ".join(words))
 
 
 def _pairs(
-    table: pd.DataFrame, x: str, y: str, layer: int, x_scale: str, y_scale: str
+    table: pd.DataFrame, x: str, y: str, layer: int, x_scale: str, y_scale: str, labels: marks.Words
 ) -> tuple[pd.DataFrame, tuple[str, str], str]:
     """Rows `x, y, seq, doc` with both values, the words for the axes, and what was left out."""
     held = layer_of(table, [x, y, "seq", "doc"], layer)
@@ -174,13 +197,13 @@ def _pairs(
     for name, column, scale in (("x", x, x_scale), ("y", y, y_scale)):
         if scale not in ("linear", "log", "rank"):
             raise TableError(f'expected a scale "linear", "log" or "rank", got {scale!r}.')
-        title = axis_words(table, column)
+        title = axis_words(table, column, labels)
         if scale == "log":
             negative = int((rows[name] <= 0).sum())
             rows[name] = np.log10(rows[name].where(rows[name] > 0))
             notes += [f"{negative:,} values of {column} at or below 0 have no logarithm"] if negative else []
             title = f"log10 {title}"
-        names.append(f"{marks.plain(column)}\nrank within its sequence [share]" if scale == "rank" else title)
+        names.append(f"{marks.named(column, labels)}\nrank within its sequence [share]" if scale == "rank" else title)
     there = np.isfinite(rows["x"]) & np.isfinite(rows["y"])
     if (~there).any():
         notes.insert(0, f"{int((~there).sum()):,} tokens without both values left out")

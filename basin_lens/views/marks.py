@@ -9,22 +9,23 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.values import is_missing
+from basin_lens.views.canvas import SOFT, plain
 
 # Okabe-Ito: told apart by color-blind readers; line styles and marker shapes carry the difference in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 GRAY = "#888888"
-SOFT = "#5c6166"
+
+# What a caller wants shown in place of the names of columns, scores and runs; other names stay.
+Words = Mapping[str, str] | None
 
 # What tells the rows of a result table apart.
 CASE = ("layer", "score", "against", "group", "tag", "quartile", "metric", "versus", "term", "controls", "effect", "test")
@@ -45,20 +46,6 @@ class Look:
         """The look of the index-th line."""
         # Four styles and seven colors: after seven lines the style has moved on.
         return cls(COLORS[index % len(COLORS)], STYLES[index % len(STYLES)], SHAPES[index % len(SHAPES)])
-
-
-def plain(text: object, most: int = 60) -> str:
-    """Text as matplotlib will show it, letter by letter: no mathematics between dollars, no line ends, not too long.
-
-    Example:
-        >>> from basin_lens.views.marks import plain
-        >>> plain("PRP$")
-        'PRP\\\\$'
-    """
-    shown = str(text).replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥") or "∅"
-    shown = shown if len(shown) <= most else shown[: most - 1] + "…"
-    # A legend would leave out what begins with an underscore.
-    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -111,12 +98,19 @@ def checked(results: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return answer
 
 
+def named(name: object, labels: Words) -> str:
+    """A column, score or run in the words that the caller gave it, or its own name, as `plain` has it."""
+    return plain((labels or {}).get(str(name), name))
+
+
 def names_of(columns: str | Sequence[str]) -> list[str]:
     """One name or several, as a list."""
     return [columns] if isinstance(columns, str) else list(columns)
 
 
-def groups_of(results: pd.DataFrame, by: str | Sequence[str] | None, keys: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+def groups_of(
+    results: pd.DataFrame, by: str | Sequence[str] | None, keys: Sequence[str], labels: Words = None
+) -> list[tuple[str, pd.DataFrame]]:
     """Rows by line, with the words for its legend. `by=None`: the columns that tell rows of the same `keys` apart.
 
     Raises:
@@ -139,10 +133,10 @@ def groups_of(results: pd.DataFrame, by: str | Sequence[str] | None, keys: Seque
     if not names:
         return [("", results)]
     found = results.groupby(names, sort=False, dropna=False)
-    return [(described(dict(zip(names, key, strict=True))), part) for key, part in found]
+    return [(described(dict(zip(names, key, strict=True)), labels), part) for key, part in found]
 
 
-def described(values: Mapping[str, object]) -> str:
+def described(values: Mapping[str, object], labels: Words = None) -> str:
     """Values of label columns in words.
 
     Example:
@@ -152,7 +146,9 @@ def described(values: Mapping[str, object]) -> str:
     """
     words = []
     for name, value in values.items():
-        if name == "controls":
+        if str(value) in (labels or {}):
+            words.append((labels or {})[str(value)])
+        elif name == "controls":
             words.append(f"given {value}" if isinstance(value, str) and value else "no controls")
         elif not is_missing(value):
             words.append(f"layer {value}" if name == "layer" else str(value))
@@ -208,8 +204,10 @@ def nulls(axes: Axes, results: pd.DataFrame, *, upright: bool = True) -> None:
             (axes.axhline if upright else axes.axvline)(value, color=GRAY, linewidth=0.9, zorder=1, gid="null")
 
 
-def legend(axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame, alpha: float, *, joined: bool = True) -> None:
-    """Beside the axes: what each line is, what filled and open markers are, and the gray line."""
+def legend(
+    axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame, alpha: float, *, joined: bool = True, beside: bool = True
+) -> None:
+    """What each line is, what filled and open markers are, and the gray line: beside the axes, or in them."""
     handles = [
         Line2D(
             [], [], color=look.color, linestyle=look.style if joined else "none", marker=look.shape, markersize=5, label=plain(name)
@@ -224,6 +222,12 @@ def legend(axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame,
     if "null" in results and results["null"].notna().any():
         handles.append(Line2D([], [], color=GRAY, linewidth=0.9, label="no effect"))
     if handles:
+        explain(axes, handles, beside=beside)
+
+
+def explain(axes: Axes, handles: Sequence[Artist], *, beside: bool) -> None:
+    """A legend: beside the axes of a figure made here; in a caller's axes, where their neighbors begin, inside."""
+    if beside:
         axes.legend(
             handles=handles,
             frameon=False,
@@ -233,6 +237,8 @@ def legend(axes: Axes, looks: Sequence[tuple[str, Look]], results: pd.DataFrame,
             borderaxespad=0,
             handlelength=2.4,
         )
+    else:
+        axes.legend(handles=handles, frameon=True, framealpha=0.8, edgecolor="none", fontsize=8, loc="best", handlelength=2.4)
 
 
 def wrapped(label: str, letters: int) -> str:
@@ -240,13 +246,13 @@ def wrapped(label: str, letters: int) -> str:
     return "\n".join(textwrap.wrap(label, letters, break_long_words=False, break_on_hyphens=False))
 
 
-def effect_label(results: pd.DataFrame) -> str:
+def effect_label(results: pd.DataFrame, labels: Words = None) -> str:
     """The name of the effect, of which score, and in which unit, as far as the rows agree."""
     effects = list(dict.fromkeys(results["effect"].dropna())) if "effect" in results else []
     scores = list(dict.fromkeys(results["score"].dropna())) if "score" in results else []
     label = " / ".join(map(str, effects)) if 0 < len(effects) <= 2 else "estimate"
     if len(scores) == 1:
-        label += f" of {scores[0]}"
+        label += f" of {(labels or {}).get(str(scores[0]), scores[0])}"
     if effects and all(effect in _IN_UNITS for effect in effects):
         units = list(dict.fromkeys(unit for name in scores if (unit := unit_of(results, str(name)))))
         if units:
@@ -290,25 +296,6 @@ def _range(values: pd.Series) -> str:
         return "no"
     low, high = int(known.min()), int(known.max())
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
-def finish(figure: Figure, title: str, caption: str) -> None:
-    """A heading above the axes and a line below them, broken to the width of the figure."""
-    if title:
-        _fit(figure, figure.suptitle("", x=0.012, ha="left", fontsize=10, fontweight="bold"), plain(title, 200))
-    if caption:
-        _fit(figure, figure.supxlabel("", x=0.012, ha="left", fontsize=8, color=SOFT), caption.replace("$", r"\$"))
-
-
-def _fit(figure: Figure, text: Text, words: str) -> None:
-    """Break the words into as few lines as the figure is wide enough for."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    room = 0.976 * figure.bbox.width
-    # Letters are of different widths: begin with more of them than will fit.
-    for letters in range(int(22 * figure.get_size_inches()[0]), 10, -2):
-        text.set_text("\n".join(textwrap.wrap(words, letters, break_on_hyphens=False)))
-        if text.get_window_extent(renderer).width <= room:
-            return
 
 
 def say_nothing(axes: Axes, why: str = "no values") -> None:

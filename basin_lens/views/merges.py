@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
+from basin_lens.views.canvas import Canvas, drawn
 from basin_lens.views.pages.page import render, within_script
 from basin_lens.views.tokens import TokenView, shown_text
 
@@ -15,13 +17,23 @@ _MARKS = "oDs^vPX<>*hd"
 _HUES = 12
 
 
-def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Excess loss against bytes kept") -> Figure:
+@drawn
+def pareto(
+    results: pd.DataFrame,
+    *,
+    first: str = "trained",
+    title: str | None = "Excess loss against bytes kept",
+    labels: marks.Words = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Cost against memory: a line per policy, 95 % intervals as bars.
 
     Args:
         results: `policy`, `bytes_share` (of the full cache), `estimate`, `low`, `high` (excess nats per token).
         first: the policy that is set off.
-        title: heading.
+        title: above the figure; None: none.
+        labels: words to show in place of names of policies.
+        ax: matplotlib Axes to draw in; None: a new figure.
 
     Raises:
         TableError: a column is missing, or nothing to draw.
@@ -38,8 +50,8 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
         raise TableError(f"expected columns {', '.join(needed)}, got none of {missing}.")
     if results.empty:
         raise TableError("expected a policy to draw, got none.")
-    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
-    axes = figure.subplots()
+    canvas = Canvas.of(ax, (7.4, 4.6))
+    axes = canvas.axes()
     names = sorted(results["policy"].unique(), key=lambda name: (name != first, name))
     # A logarithm has no place for an interval that holds 0.
     lowest = float(results[["estimate", "low"]].to_numpy(float).min())
@@ -61,7 +73,7 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
             color=marks.COLORS[place % len(marks.COLORS)],
             linewidth=2.2 if own else 1,
             markersize=6 if own else 4,
-            label=marks.plain(name),
+            label=marks.named(name, labels),
             zorder=3 if own else 2,
         )
     axes.axhline(0, color="#888", linewidth=0.8)
@@ -69,19 +81,24 @@ def pareto(results: pd.DataFrame, *, first: str = "trained", title: str = "Exces
         axes.set_yscale("log")
     # One budget alone would be drawn as if its thousandths mattered.
     axes.set_xlim(results["bytes_share"].min() - 0.05, results["bytes_share"].max() + 0.05)
-    axes.set_xlabel("bytes of the cache left / bytes of the full cache, indices and descriptors counted")
+    axes.set_xlabel("bytes of the cache left / bytes of the full cache,\nindices and descriptors counted")
     axes.set_ylabel("excess loss, nats per token" + (" (log scale)" if positive else ""))
-    axes.set_title(marks.plain(title, 90), loc="left", fontsize=10)
     axes.legend(fontsize=8, frameon=False, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    marks.bare(axes)
+    return canvas.finish(title or "", "bars: 95 % interval; markers at equal bytes stand a little apart")
 
 
-def training_curves(history: pd.DataFrame) -> Figure:
+@drawn
+def training_curves(
+    history: pd.DataFrame, *, title: str | None = None, labels: marks.Words = None, ax: Axes | None = None
+) -> Figure:
     """Threshold, merge rate, losses and parachute of a training, step by step.
 
     Args:
         history: of `basin_lens.merging.train_merger`.
+        title: above the figure; None: none.
+        labels: words to show in place of those of the legends and axes, such as `{"merged": "with merging"}`.
+        ax: matplotlib Axes of a grid, whose place the panels take; None: a new figure.
 
     Raises:
         TableError: a column is missing, or no step.
@@ -98,8 +115,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
         raise TableError(f"expected columns {', '.join(needed)}, got none of {missing}.")
     if history.empty:
         raise TableError("expected a step to draw, got none.")
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).ravel()
+    canvas = Canvas.of(ax, (9, 5.4), panels=True)
+    panels = canvas.part.subplots(2, 2, sharex=True).ravel()
     step = history["step"]
     panels[0].plot(step, history["loss"], color=marks.COLORS[0], label="merged")
     panels[0].plot(step, history["plain_loss"], color="#888", linestyle="--", label="plain model, same batch")
@@ -120,12 +137,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
         if len(at):
             panels[3].plot(at["step"], at["offset"], mark, color="#444", label=f"event: {name}")
     panels[3].set_ylabel("cosine / share")
-    for axes in panels:
-        axes.legend(fontsize=7, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[2:]:
         axes.set_xlabel("step")
-    return figure
+    for axes in panels:
+        handles, words = axes.get_legend_handles_labels()
+        axes.legend(handles, [marks.named(word, labels) for word in words], fontsize=8, frameon=False)
+        marks.bare(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_label_text(marks.named(axis.get_label_text(), labels) if axis.get_label_text() else "")
+    return canvas.finish(title or "", "")
 
 
 @whole_numbers(TableError)

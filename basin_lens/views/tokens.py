@@ -54,7 +54,7 @@ def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, 
     score are gray and underlined.
 
     With several scores, each is divided by its largest difference from its middle, so that all run from -1 to 1: CircuitsVis has
-    one scale for all. Hover shows them all; the caption has each one's unit, middle and what 1 is.
+    one scale for all. Hover shows them all; the caption has each one's unit and what white, full blue and full red are.
 
     Args:
         table: from `analyze`, of one run.
@@ -96,7 +96,7 @@ def _one(tokens: pd.Series, values: Float[np.ndarray, " tokens"], column: str, u
     texts = [visible(token, bool(np.isfinite(value))) for token, value in zip(tokens, values, strict=True)]
     drawn = colored_tokens(texts, shown.tolist(), -bound, bound, "#d6604d", "#4393c3").local_src
     caption = (
-        f"{column} at {where}. Unit: {unit}. White is {middle:.3g}, blue up to +{bound:.3g} from it, red down to -{bound:.3g}; "
+        f"{column} at {where}, in {unit}. White is {middle:.3g}, full blue is {middle + bound:.3g}, full red is {middle - bound:.3g}; "
         f"hover shows the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} tokens have no score "
         "(gray, underlined)."
     )
@@ -120,8 +120,8 @@ def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], unit
         "-1 to 1. Gray and underlined: no score at all; underlined: some have no score there (NaN)."
     )
     lines = [
-        f"{name}: unit {unit}; middle {middle:.3g}, 1 is {bound:.3g} from it; {int((~known).sum())} of {len(values)} tokens "
-        "without."
+        f"{name}, in {unit}: white is {middle:.3g}, full blue (1) is {middle + bound:.3g}, full red (-1) is {middle - bound:.3g}; "
+        f"{int((~known).sum())} of {len(values)} tokens have no score."
         for (name, unit), middle, bound, known in zip(units.items(), middles, bounds, there.T, strict=True)
     ]
     return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}")
