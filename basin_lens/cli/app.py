@@ -11,6 +11,7 @@ import typer
 
 from basin_lens import __version__
 from basin_lens import files as writing
+from basin_lens.cli import bundle as cli_bundle
 from basin_lens.cli import codec as cli_codec
 from basin_lens.cli import comparisons as cli_comparisons
 from basin_lens.cli import merge as cli_merge
@@ -39,6 +40,7 @@ app.command()(cli_models.models)
 app.add_typer(cli_merge.app, name="merge")
 app.add_typer(cli_study.app, name="study")
 cli_comparisons.add_commands(app)
+app.command()(cli_bundle.rerun)
 
 _FILES = ("table.parquet", "summary.csv", "report.html")
 

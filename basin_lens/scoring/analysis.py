@@ -11,7 +11,7 @@ from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, layers_asked, read_states
 from basin_lens.capture.batches import check_points
 from basin_lens.errors import BankWarning, CaptureError
-from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
+from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers, source_of
 from basin_lens.scoring.bank import choose_bank
 from basin_lens.scoring.bank_overlap import warning
 from basin_lens.scoring.plan import Plan
@@ -116,6 +116,7 @@ def score(
     if run is not None and (said := warning(run.searches.facts["same_skeleton"])) is not None:
         warnings.warn(said, BankWarning, stacklevel=4)
     facts = provenance(request, capture, asked, results, read_again_for=again, frozen=frozen is not None)
+    facts["made"] = tables.made_now(source_of(model))
     rows, labels = row_facts(capture)
     return Analysis(tables.build(rows, labels, plan.layers, results.values, tables.Provenance.from_json(facts)), kept)
 

@@ -1,10 +1,12 @@
 """Tidy tables: one row per (layer, token), and where it came from.
 
 `schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py`
-the files that keep both. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
+the files that keep both, `making.py` what is said of a run's making, `bundles.py` the archive for a
+colleague. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
 `summary.py` has means by layer.
 """
 
+from basin_lens.tables.bundles import Bundle, bundle, read_bundle
 from basin_lens.tables.files import csv_text, is_saved, load, save, save_csv
 from basin_lens.tables.frame import (
     assign,
@@ -25,6 +27,7 @@ from basin_lens.tables.frame import (
     with_provenance,
     without_provenance,
 )
+from basin_lens.tables.making import made_now
 from basin_lens.tables.references import reference_error, with_reference_error
 from basin_lens.tables.schema import Column, Provenance
 from basin_lens.tables.summary import interval, layer_summary
@@ -32,12 +35,14 @@ from basin_lens.values import KEYS, Facts
 
 __all__ = [
     "KEYS",
+    "Bundle",
     "Column",
     "Facts",
     "Provenance",
     "assign",
     "at_layer",
     "build",
+    "bundle",
     "check_names",
     "columns",
     "concat",
@@ -47,9 +52,11 @@ __all__ = [
     "is_saved",
     "layer_summary",
     "load",
+    "made_now",
     "merge",
     "noted",
     "provenance",
+    "read_bundle",
     "reference_error",
     "require",
     "runs",

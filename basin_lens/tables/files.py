@@ -16,11 +16,14 @@ from basin_lens.tables.frame import described_by_json, provenance, without_prove
 from basin_lens.values import Facts
 
 _METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
+_OF_PANDAS = b"PANDAS_ATTRS"  # where `pandas.read_parquet` looks for a table's `attrs`, as JSON
 _KIND = records.Kind("a table saved by basin_lens", "basin_lens table 1", "Make the table again.")
 
 
 def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Mapping[str, Facts] | None = None) -> None:
     """Write a table with its provenance to one `.parquet` file, all of it or nothing.
+
+    `load` reads it, and refuses it if it was changed; `pandas.read_parquet` reads it too, provenance in `attrs` and all.
 
     Args:
         table: with provenance, unless `by_run` is given.
@@ -45,12 +48,13 @@ def save(table: pd.DataFrame, path: str | os.PathLike[str], *, by_run: Mapping[s
             "Convert the column."
         ) from error
     try:
-        facts = json.dumps(provenance(table if by_run is None else described_by_json(table, by_run))).encode()
+        facts = json.dumps(provenance(table if by_run is None else described_by_json(table, by_run)))
     except TypeError as error:
         raise TableError(
             f"expected provenance in plain values (text, numbers, lists), got: {error}. Convert what you added."
         ) from error
-    sealed = {_METADATA: facts, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
+    own = {_METADATA: facts.encode(), _OF_PANDAS: f'{{"provenance": {facts}}}'.encode()}
+    sealed = {**own, b"basin_lens.format": _KIND.format.encode(), _SEAL: records.OPEN_SEAL.encode()}
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **sealed})
 
     def fill(path: records.Unfinished) -> None:

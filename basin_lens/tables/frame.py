@@ -62,13 +62,14 @@ def build(
         labels: label columns, `n` entries each.
         layers: the layers measured.
         values: analyzer columns, `[len(layers), n]`.
-        provenance: of the run; the run's name is its hash.
+        provenance: of the run; the run's name is its hash, without `made`.
 
     Raises:
         TableError: two columns of one name.
     """
     check_names([*labels, *values])
-    run = hashlib.blake2b(json.dumps(provenance.as_json(), sort_keys=True).encode(), digest_size=5).hexdigest()
+    named = {name: fact for name, fact in provenance.as_json().items() if name != "made"}  # one thing has one name on any day
+    run = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=5).hexdigest()
     count = len(rows["token"])
     data: dict[str, object] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
     for name in KEYS[2:]:

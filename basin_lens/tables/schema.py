@@ -45,7 +45,7 @@ _KINDS: dict[str, type] = {
     "seed": int,
     **dict.fromkeys(("precision", "texts", "neighbors", "queries"), str),
     **dict.fromkeys(("layers", "analyzers", "controls", "read_again_for"), list),
-    **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study"), dict),
+    **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study", "made"), dict),
     **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error", "groups"), dict),
 }
 
@@ -79,6 +79,8 @@ class Provenance:
             `tables.reference_error`.
         groups: by layer and column, the groups of tokens that a score crosses; see `basin_lens.analyzers.Compression`.
         study: settings of the study that made the table.
+        made: when, with which versions and by which command; see `tables.making`. It differs between two runs of one thing, and is
+            no part of the run's name.
         others: further facts by name, as they are in JSON.
 
     Example:
@@ -111,6 +113,7 @@ class Provenance:
     reference_error: Mapping[str, Mapping[str, float | int | None]] | None = None
     groups: Mapping[str, Mapping[str, Facts]] | None = None
     study: Facts | None = None
+    made: Facts | None = None
     others: Facts = field(default_factory=dict)
 
     @classmethod

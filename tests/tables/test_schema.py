@@ -35,6 +35,7 @@ FULL = Provenance(
     reference_error={"surprisal": {"0": 0.01, "2": None}},
     groups={"0": {"compression": {"groups": 3, "local": 0.4}}},
     study={"k": 15},
+    made={"date": "2026-01-02T03:04:05Z", "command": None},
     others={"note": "by hand"},
 )
 

@@ -273,7 +273,8 @@ def test_analyze_takes_whole_numbers_of_any_kind(llama, tmp_path):
 
     wanted, found = run(3, 5), run(np.int64(3), torch.tensor(5))
     pd.testing.assert_frame_equal(found, wanted)
-    assert json.dumps(found.attrs["provenance"], sort_keys=True) == json.dumps(wanted.attrs["provenance"], sort_keys=True)
+    said = [{r: {**facts, "made": None} for r, facts in each.attrs["provenance"].items()} for each in (found, wanted)]
+    assert json.dumps(said[0], sort_keys=True) == json.dumps(said[1], sort_keys=True)
     tables.save(found, tmp_path / "table.parquet")
 
 

@@ -1,0 +1,117 @@
+"""`basin-lens rerun`: what a supplement says of its runs, and the runs again."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from basin_lens.cli import options as shared
+from basin_lens.errors import TableError
+from basin_lens.values import Facts
+
+if TYPE_CHECKING:
+    import pandas
+
+    from basin_lens.tables import Bundle
+
+_SAME = 1e-3  # of a column's scale: other processors and versions round otherwise, and no more than that
+
+
+def rerun(
+    supplement: Annotated[Path, typer.Argument(metavar="SUPPLEMENT.zip", help="Written by bl.tables.bundle.")],
+    run: Annotated[str | None, typer.Option("--run", help="Which run, where the supplement has several; all if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Where the model is found here; as it was loaded then if left out.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run it. Without this, only say what would be run.")] = False,
+    batch_size: shared.BatchSize = None,
+) -> None:
+    """Say what a supplement's runs were; with --yes, run them again and compare the numbers with its table.
+
+    Examples: basin-lens rerun supplement.zip
+              basin-lens rerun supplement.zip --yes --model smollm2-135m
+    """
+    from basin_lens import tables
+
+    size = shared.batch_size_of(batch_size)
+    bundle = tables.read_bundle(supplement)
+    held = tables.provenance(bundle.table)
+    if run is not None and run not in held:
+        raise typer.BadParameter(f"expected a run of the supplement as --run, got {run!r}; it has {', '.join(held)}.")
+    chosen = [run] if run is not None else list(held)
+    for name in chosen:
+        _describe(name, held[name], bundle.runs[name], model)
+    if not yes:
+        typer.echo("\nNothing was run. Add --yes to run it and compare.")
+        return
+    for name in chosen:
+        _repeat(bundle, name, model, size)
+
+
+def _plain(text: object) -> str:
+    """A stranger's words on a terminal: no control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))[:400]
+
+
+def _describe(name: str, facts: Facts, held: Facts, model: str | None) -> None:
+    """One run in words."""
+    from basin_lens.tables.making import versions
+
+    of_model, made = facts.get("model") or {}, facts.get("made") or {}
+    command = made.get("command")
+    lines = {
+        "run": name,
+        "model": f"{of_model.get('name', 'not known')}, loaded from {_place(facts, model) or 'not known: name it with --model'}",
+        "fingerprint": of_model.get("fingerprint", "not known"),
+        "texts": f"hash {facts.get('texts', 'not known')}" + (f", {len(held['sequences'])} sequences" if held["sequences"] else ""),
+        "layers": ", ".join(map(str, facts.get("layers") or [])),
+        "analyzers": "; ".join(map(str, facts.get("analyzers") or [])),
+        "date": made.get("date", "not known"),
+        "package": f"basin-lens {made.get('basin_lens', 'not known')}, commit {made.get('commit') or 'not known'}",
+        "command": shlex.join(map(str, command)) if command else "none: made in Python",
+    }
+    for what, words in lines.items():
+        typer.echo(f"{what:<12} {_plain(words)}")
+    here, then = versions(), made.get("versions") or {}
+    apart = [f"{each} {then[each]} then, {here.get(each)} here" for each in sorted(then) if then[each] != here.get(each)]
+    typer.echo(f"{'versions':<12} {_plain('; '.join(apart)) if apart else 'as they are here' if then else 'not known'}")
+    if held["why"]:
+        typer.echo(f"{'note':<12} cannot be run again from this file alone: {_plain(held['why'])}")
+
+
+def _place(facts: Facts, model: str | None) -> str | None:
+    loaded = (facts.get("made") or {}).get("loaded") or {}
+    return model or loaded.get("name_or_path")
+
+
+def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | None) -> None:
+    """One run again, and how far it is from the table."""
+    from basin_lens import tables
+    from basin_lens.model import load_model
+    from basin_lens.scoring.rerun import differences, planned, run_again
+
+    again = planned(bundle, name)
+    place = _place(again.facts, model)
+    if place is None:
+        raise TableError("expected to know where the model is, got a run whose model was not made by load_model. Pass --model.")
+    typer.echo(f"\nloading {_plain(place)}")
+    kind = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
+    table = run_again(load_model(place, kind=kind), again, batch_size=batch_size)
+    found = differences(tables.select(bundle.table, bundle.table["run"] == name), table)
+    _say(found)
+
+
+def _say(found: "pandas.DataFrame") -> None:
+    typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'largest value':>14}")
+    for row in found.itertuples():
+        extra = f"  {row.only_one} values in one of the two only" if row.only_one else ""
+        typer.echo(f"{_plain(row.column):<34} {row.compared:>9,} {row.largest_difference:>19.3g} {row.scale:>14.3g}{extra}")
+    far = found[(found["largest_difference"] > _SAME * found["scale"].clip(lower=1e-12)) | (found["only_one"] > 0)]
+    if far.empty:
+        typer.echo(f"The same numbers: no column differs by more than {_SAME:g} of its largest value.")
+    else:
+        names = ", ".join(_plain(name) for name in far["column"])
+        typer.echo(
+            f"Not the same numbers: {names} differ by more than {_SAME:g} of their largest value, or have values in one only."
+        )

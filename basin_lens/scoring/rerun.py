@@ -1,0 +1,189 @@
+"""A run again, from a supplement (`tables.bundle`): the same tokens, analyzers and settings, and how far the numbers are apart."""
+
+import ast
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+
+from basin_lens import tables
+from basin_lens.analyzers import ANALYZERS, Analyzer
+from basin_lens.analyzers.control import Control
+from basin_lens.capture import Capture
+from basin_lens.errors import ModelError, TableError
+from basin_lens.model import HookedModel, fingerprint, provenance
+from basin_lens.scoring.analysis import score
+from basin_lens.scoring.request import Request
+from basin_lens.tables.bundles import tokens_hash
+from basin_lens.texts import TokenSequence
+from basin_lens.texts.tokens import token_strings
+from basin_lens.values import Facts
+
+_ALLOWED = {cls.__name__: cls for cls in (*ANALYZERS, Control)}
+_CURE = "Run it with the command or the notebook that made the table."
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """One run of a supplement, ready to be run again.
+
+    `name`: of the run. `facts`: its provenance. `analyzers`: as they were. `sequences`: tokens, documents and labels.
+    """
+
+    name: str
+    facts: Facts
+    analyzers: tuple[Analyzer, ...]
+    sequences: tuple[Facts, ...]
+
+
+def planned(bundle: tables.Bundle, run: str) -> Rerun:
+    """One run of a supplement, checked: everything that makes it impossible to repeat is refused here.
+
+    Raises:
+        TableError: tokens are missing, only some were scored, or an analyzer or a step that the supplement cannot name.
+    """
+    facts, held = tables.provenance(bundle.table).get(run), bundle.runs.get(run)
+    if facts is None or held is None:
+        raise TableError(f"expected a run of the supplement, got {run!r}; it has {list(bundle.runs)}.")
+    capture = facts.get("capture") or {}
+    reasons = [
+        held["why"],
+        None if held["sequences"] else "no tokens",
+        None if facts.get("queries", "all") == "all" else f"only some tokens were scored ({facts['queries']}), not known which",
+        None if not str(facts.get("neighbors", "")).startswith("frozen") else "its neighbors were those of another run",
+        None if not capture.get("controls") else "its states or tokens were changed before",
+        None if (facts.get("model") or {}).get("hooks") is None else "the model bore hooks of the caller",
+    ]
+    why = next((reason for reason in reasons if reason), None)
+    if why is not None:
+        raise TableError(f"expected a run that its supplement describes in full, got one of which it does not: {why}. {_CURE}")
+    sequences = tuple(held["sequences"])
+    if tokens_hash([one["tokens"] for one in sequences]) != facts.get("texts"):
+        raise TableError(
+            f"expected the tokens of run {run}, got others: their hash is not {facts.get('texts')!r}. Ask for the file again."
+        )
+    return Rerun(run, facts, tuple(analyzer_of(key) for key in facts.get("analyzers") or ()), sequences)
+
+
+def analyzer_of(key: str) -> Analyzer:
+    """The analyzer that a key describes. Only this package's classes with plain values are made: a key is read, never run.
+
+    Raises:
+        TableError: an analyzer of somebody's own, or options that are no plain values.
+
+    Example:
+        >>> from basin_lens.scoring.rerun import analyzer_of
+        >>> analyzer_of("StateNorm()")
+        StateNorm()
+    """
+    try:
+        found = _value(ast.parse(key, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, KeyError, RecursionError, MemoryError) as error:
+        raise TableError(f"expected analyzers of this package with plain options, got {key[:80]!r}. {_CURE}") from error
+    if not isinstance(found, Analyzer) or found.key != key:
+        raise TableError(f"expected an analyzer, got {key[:80]!r}. {_CURE}")
+    return found
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call):
+        if not isinstance(node.func, ast.Name) or node.args:
+            raise ValueError("no plain call")
+        kind = _ALLOWED[node.func.id]
+        given = {str(word.arg): _value(word.value) for word in node.keywords}
+        fixed = {each.name for each in fields(kind) if not each.init}  # said in a key, and the same for all of the class
+        return kind(**{name: value for name, value in given.items() if name not in fixed})
+    return ast.literal_eval(node)
+
+
+def run_again(model: HookedModel, rerun: Rerun, *, batch_size: int | None = None, progress: bool = True) -> pd.DataFrame:
+    """The table of the run, made anew.
+
+    Args:
+        model: with the run's fingerprint.
+        rerun: from `planned`.
+        batch_size, progress: as for `analyze`.
+
+    Raises:
+        ModelError: another model.
+        TableError: neighbors came from a bank that is not in the supplement.
+    """
+    wanted, found = (rerun.facts.get("model") or {}).get("fingerprint"), fingerprint(model)
+    if wanted != found:
+        raise ModelError(f"expected the run's model (fingerprint {wanted}), got {found}. Name that model with --model.")
+    layers = tuple(int(layer) for layer in rerun.facts["layers"])
+    sequences = [_sequence(one) for one in rerun.sequences]
+    capture = Capture(
+        sequences=sequences,
+        passages=None,
+        docs=[one["doc"] for one in rerun.sequences],
+        labels=[dict(one["labels"]) for one in rerun.sequences],
+        strings=token_strings(model, (token for one in sequences for token in one.tokens)),
+        layers=layers,
+        model=provenance(model),
+        settings={**rerun.facts["capture"], "source": "tokens"},
+    )
+    bank = rerun.facts.get("bank") or {}
+    outside = bank.get("source") == "another capture"
+    request = Request(
+        list(rerun.analyzers),
+        layers=layers,
+        bank="reference" if outside else None,
+        seed=int(rerun.facts["seed"]),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    table = score(model, capture, request).table
+    (facts,) = tables.provenance(table).values()
+    if outside and facts["bank"]["texts"] != bank.get("texts"):
+        raise TableError("expected neighbors from the built-in passages, got a run with a bank of its own. " + _CURE)
+    return table
+
+
+def _sequence(one: Facts) -> TokenSequence:
+    none = (-1,) * len(one["tokens"])
+    return TokenSequence(tuple(one["tokens"]), int(one["passage"]), none, none)
+
+
+def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """How far two runs of the same thing are apart, column by column.
+
+    Args:
+        before: rows of one run; those that a reader left out are not compared.
+        after: the same run made anew, with all its rows.
+
+    Returns:
+        a row per score: `column`, `compared` (values in both), `largest_difference` (absolute, in the column's unit; NaN without
+        values), `scale` (largest absolute value before), `only_one` (values that are NaN in one of the two alone).
+
+    Raises:
+        TableError: rows of `before` that `after` lacks.
+
+    Example:
+        >>> import pandas as pd
+        >>> from basin_lens import tables
+        >>> from basin_lens.scoring.rerun import differences
+        >>> rows = pd.DataFrame({"run": "r", "layer": 0, "seq": 0, "pos": [0, 1], "a": [1.0, 2.0]})
+        >>> table = tables.described(rows, {"r": tables.Provenance(columns={"a": tables.Column("nats")})})
+        >>> differences(table, tables.assign(table, a=[1.0, 2.5]))["largest_difference"].tolist()
+        [0.5]
+    """
+    keys = ["layer", "seq", "pos"]
+    names = [name for name in tables.scores(before) if name in after.columns]
+    joined = before[[*keys, *names]].merge(after[[*keys, *names]], on=keys, how="left", suffixes=("", "|again"), indicator=True)
+    if not (joined["_merge"] == "both").all():
+        raise TableError("expected the rows of the run, got others (layer, seq and pos). Compare with the table as it was made.")
+    lines = []
+    for name in names:
+        old, new = joined[name].to_numpy(float), joined[f"{name}|again"].to_numpy(float)
+        both = np.isfinite(old) & np.isfinite(new)
+        lines.append(
+            {
+                "column": name,
+                "compared": int(both.sum()),
+                "largest_difference": float(np.abs(old - new)[both].max()) if both.any() else np.nan,
+                "scale": float(np.abs(old[both]).max()) if both.any() else np.nan,
+                "only_one": int((np.isfinite(old) != np.isfinite(new)).sum()),
+            }
+        )
+    return pd.DataFrame(lines, columns=["column", "compared", "largest_difference", "scale", "only_one"])

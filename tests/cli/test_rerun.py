@@ -1,0 +1,121 @@
+"""`basin-lens rerun`: a run from its supplement alone, and how far the numbers are apart."""
+
+import numpy as np
+import pytest
+
+import basin_lens as bl
+from basin_lens import analyzers as every
+from basin_lens import model as door
+from basin_lens import tables
+from basin_lens.errors import ModelError, TableError
+from basin_lens.scoring.rerun import analyzer_of, differences, planned, run_again
+from tests.cli.calls import call
+
+WORDS = [
+    ("dog", "river", "mill"),
+    ("cat", "moon", "barn"),
+    ("man", "house", "road"),
+    ("fox", "tree", "gate"),
+    ("owl", "hill", "wall"),
+]
+TEXTS = [
+    bl.Passage(f"The {a} saw the {b} near the old {c} and ran away.", doc=f"doc-{i % 4}", labels={"kind": a})
+    for i, (a, b, c) in enumerate(WORDS)
+]
+
+
+@pytest.fixture(scope="module")
+def measured(llama):
+    chosen = [
+        bl.analyzers.Contraction(k=4, exclude="document"),
+        bl.analyzers.Compression(k=4, group=3, queries=9),
+        bl.analyzers.StateNorm(),
+    ]
+    return bl.analyze(llama, TEXTS, chosen, layers=[0, 1], seed=3, progress=False)
+
+
+def test_a_run_is_repeated_from_its_tokens(llama, measured, tmp_path, capsys, monkeypatch):
+    tables.bundle(measured, tmp_path / "s.zip")
+    name = measured["run"].iloc[0]
+    again = run_again(llama, planned(tables.read_bundle(tmp_path / "s.zip"), name), progress=False)
+    found = differences(measured, again).set_index("column")
+    assert found["compared"].min() > 0 and (found["only_one"] == 0).all()
+    assert (found["largest_difference"] <= 1e-5 * found["scale"].clip(lower=1)).all(), found
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 0 and "The same numbers" in said and "loading mine" in said
+
+
+def test_what_would_run_is_said_and_nothing_is_run(measured, tmp_path, capsys, monkeypatch):
+    (run,) = tables.provenance(measured)
+    facts = tables.provenance(measured)[run]
+    facts = {
+        **facts,
+        "made": {**facts["made"], "versions": {**facts["made"]["versions"], "numpy": "0.1"}, "command": ["basin-lens", "\x1b[2J"]},
+    }
+    tables.bundle(tables.described(measured, {run: tables.Provenance.from_json(facts)}), tmp_path / "s.zip")
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), capsys=capsys)
+    assert code == 0 and "Nothing was run" in said
+    for words in (facts["model"]["fingerprint"], facts["texts"], f"numpy 0.1 then, {np.__version__} here", "Contraction(k=4"):
+        assert words in said
+    assert "\x1b" not in said, "a stranger's words do not steer the terminal"
+    code, _, error = call("rerun", str(tmp_path / "s.zip"), "--run", "other", capsys=capsys)
+    assert code and "expected a run of the supplement" in error
+
+
+def test_other_numbers_are_called_so(llama, measured, tmp_path, capsys, monkeypatch):
+    tables.bundle(tables.assign(measured, contraction=measured["contraction"] + 0.5), tmp_path / "s.zip")
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 0 and "Not the same numbers: contraction differ" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("contraction ")]
+    assert " 0.5 " in line
+
+
+def test_another_model_and_unknown_runs_are_refused(llama, measured, tmp_path):
+    run = measured["run"].iloc[0]
+    facts = tables.provenance(measured)[run]
+
+    def bundled(**changed):
+        table = tables.described(measured, {run: tables.Provenance.from_json({**facts, **changed})})
+        tables.bundle(table, tmp_path / "s.zip")
+        return tables.read_bundle(tmp_path / "s.zip")
+
+    with pytest.raises(ModelError, match="run's model"):
+        run_again(llama, planned(bundled(model={**facts["model"], "fingerprint": "0" * 32}), run))
+    for changed, why in (
+        ({"queries": "3 of 9 tokens"}, "only some tokens"),
+        ({"neighbors": "frozen: those of another run"}, "another run"),
+        ({"texts": "0" * 16}, "lacks some"),
+        ({"analyzers": ["Mine(k=3)"]}, "analyzers of this package"),
+    ):
+        with pytest.raises(TableError, match=why):
+            planned(bundled(**changed), run)
+
+
+@pytest.mark.parametrize(
+    "analyzer", [cls() for cls in bl.ANALYZERS if not getattr(cls, "__abstractmethods__", None)], ids=lambda a: type(a).__name__
+)
+def test_every_analyzer_is_read_from_its_key(analyzer):
+    assert analyzer_of(analyzer.key) == analyzer and analyzer_of(analyzer.key).key == analyzer.key
+    for control in every.control.controls_of([analyzer]):
+        assert analyzer_of(control.key) == control
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "__import__('os').system('x')",
+        "StateNorm(**{})",
+        "StateNorm",
+        "StateNorm(k=open('x'))",
+        "1",
+        "(" * 999,
+        "bl.StateNorm()",
+        "Nothing()",
+    ],
+)
+def test_a_key_is_read_and_never_run(key):
+    with pytest.raises(TableError, match="expected a"):
+        analyzer_of(key)
