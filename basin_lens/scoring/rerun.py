@@ -72,9 +72,10 @@ def analyzer_of(key: str) -> Analyzer:
         TableError: an analyzer of somebody's own, or options that are no plain values.
 
     Example:
+        >>> import basin_lens as bl
         >>> from basin_lens.scoring.rerun import analyzer_of
-        >>> analyzer_of("StateNorm()")
-        StateNorm()
+        >>> analyzer_of(bl.analyzers.Contraction(k=7).key).k
+        7
     """
     try:
         found = _value(ast.parse(key, mode="eval").body)

@@ -105,13 +105,15 @@ def bundle(
             raise TableError(f"expected a file name of letters, digits, dots, - and _ for a figure, got {name!r}. Rename it.")
     digests = {name.replace("/", "."): records.digest(content) for name, content in parts.items()}
     parts[_RECORD] = _KIND.record({"runs": runs}, digests)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name in sorted(parts):
-            entry = zipfile.ZipInfo(name, _WHEN)
-            entry.compress_type, entry.create_system, entry.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
-            archive.writestr(entry, parts[name])
-    write_file(target, packed.getvalue())
+
+    def fill(place: records.Unfinished) -> None:
+        with zipfile.ZipFile(place, "w") as archive:
+            for name in sorted(parts):
+                entry = zipfile.ZipInfo(name, _WHEN)
+                entry.compress_type, entry.create_system, entry.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
+                archive.writestr(entry, parts[name])
+
+    write_file(target, fill)
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -256,7 +258,7 @@ def _readme(table: pd.DataFrame, held: Mapping[str, Facts], runs: Mapping[str, F
     lines = [
         "A table measured with basin-lens, and what is needed to read it and to run it again.",
         "",
-        f"table.parquet     {len(table):,} rows, {len(table.columns)} columns. pandas.read_parquet reads it, with its provenance in attrs;",
+        f"table.parquet     {len(table):,} rows, {len(table.columns)} columns. pandas.read_parquet reads it, provenance and all;",
         "                  basin_lens.tables.load refuses it if it was changed.",
         "table.csv         the same as text.",
         "provenance.json   how each run was made: model, texts, settings, versions, what was left out and why.",

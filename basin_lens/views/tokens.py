@@ -96,8 +96,9 @@ def _one(tokens: pd.Series, values: Float[np.ndarray, " tokens"], column: str, u
     texts = [visible(token, bool(np.isfinite(value))) for token, value in zip(tokens, values, strict=True)]
     drawn = colored_tokens(texts, shown.tolist(), -bound, bound, "#d6604d", "#4393c3").local_src
     caption = (
-        f"{column} at {where}, in {unit}. White is {middle:.3g}, full blue is {middle + bound:.3g}, full red is {middle - bound:.3g}; "
-        f"hover shows the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} tokens have no score "
+        f"{column} at {where}, in {unit}. White is {middle:.3g}, full blue is {middle + bound:.3g}, full red is "
+        f"{middle - bound:.3g}; hover shows the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} "
+        "tokens have no score "
         "(gray, underlined)."
     )
     return _assemble(drawn, [caption], f"{column}, {where}")
