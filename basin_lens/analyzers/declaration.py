@@ -87,8 +87,8 @@ def check_columns(analyzer: object) -> None:
         wrong = [b for b in bounds if isinstance(b, bool) or not isinstance(b, int | float) or math.isnan(b)]
         if wrong or not column.low < column.high:
             raise AnalyzerError(
-                f"expected a range of numbers, low below high, for column {column.name!r} of {kind}, got {bounds}. Leave a bound out "
-                "where there is none."
+                f"expected a range of numbers, low below high, for column {column.name!r} of {kind}, got {bounds}. Leave a bound "
+                "out where there is none."
             )
     names = [column.name for column in columns]
     twice = sorted({name for name in names if names.count(name) > 1})

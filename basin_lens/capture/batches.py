@@ -76,8 +76,8 @@ def check_analyzers(analyzers: Sequence[TokenMeasure]) -> None:
     for analyzer in analyzers:
         if isinstance(analyzer, type) or not isinstance(analyzer, TokenMeasure):
             raise CaptureError(
-                f"expected token analyzers (instances, such as Surprisal()), got {analyzer!r}. Those that look at neighbors are for "
-                "analyze."
+                f"expected token analyzers (instances, such as Surprisal()), got {analyzer!r}. Those that look at neighbors are "
+                "for analyze."
             )
         analyzer.check_all()
 

@@ -39,8 +39,8 @@ def check_returned(whose: str, layer: int, values: object, names: Iterable[str],
     wanted = sorted(names)
     if not isinstance(values, Mapping):
         raise AnalyzerError(
-            f"expected measure of {whose} to return a dict of tensors by column name, got {type(values).__name__} at layer {layer}. "
-            f"Return {{{wanted[0]!r}: values}}."
+            f"expected measure of {whose} to return a dict of tensors by column name, got {type(values).__name__} at layer "
+            f"{layer}. Return {{{wanted[0]!r}: values}}."
         )
     if set(values) != set(wanted):
         raise AnalyzerError(
@@ -60,6 +60,6 @@ def check_returned(whose: str, layer: int, values: object, names: Iterable[str],
             )
         if tuple(value.shape) not in shapes.values():
             raise AnalyzerError(
-                f"expected column {name!r} of {whose} of shape {said}, got {list(value.shape)} at layer {layer}. Give one number for "
-                "each, NaN where it is not defined."
+                f"expected column {name!r} of {whose} of shape {said}, got {list(value.shape)} at layer {layer}. Give one number "
+                "for each, NaN where it is not defined."
             )

@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 cli_codec.add_commands(app)
-app.command()(cli_models.models)
+app.command("models")(cli_models.show_models)
 app.add_typer(cli_merge.app, name="merge")
 app.add_typer(cli_study.app, name="study")
 cli_comparisons.add_commands(app)

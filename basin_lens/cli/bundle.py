@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -96,7 +96,7 @@ def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | No
     if place is None:
         raise TableError("expected to know where the model is, got a run whose model was not made by load_model. Pass --model.")
     typer.echo(f"\nloading {_plain(place)}")
-    kind = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
+    kind: Literal["bridge", "hooked"] = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
     table = run_again(load_model(place, kind=kind), again, batch_size=batch_size)
     found = differences(tables.select(bundle.table, bundle.table["run"] == name), table)
     _say(found)
@@ -104,9 +104,10 @@ def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | No
 
 def _say(found: "pandas.DataFrame") -> None:
     typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'largest value':>14}")
-    for row in found.itertuples():
-        extra = f"  {row.only_one} values in one of the two only" if row.only_one else ""
-        typer.echo(f"{_plain(row.column):<34} {row.compared:>9,} {row.largest_difference:>19.3g} {row.scale:>14.3g}{extra}")
+    for row in found.to_dict("records"):
+        extra = f"  {row['only_one']} values in one of the two only" if row["only_one"] else ""
+        sizes = f"{row['compared']:>9,} {row['largest_difference']:>19.3g} {row['scale']:>14.3g}"
+        typer.echo(f"{_plain(row['column']):<34} {sizes}{extra}")
     far = found[(found["largest_difference"] > _SAME * found["scale"].clip(lower=1e-12)) | (found["only_one"] > 0)]
     if far.empty:
         typer.echo(f"The same numbers: no column differs by more than {_SAME:g} of its largest value.")

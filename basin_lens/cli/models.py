@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from basin_lens.model import Kept
 
 
-def models(
+def show_models(
     name: Annotated[str | None, typer.Argument(help="With --clear: which one; all if left out.")] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is listed, or the one named.")] = False,
 ) -> None:

@@ -21,13 +21,13 @@ from basin_lens.errors import ModelError, StoreError
 from basin_lens.files import new_folder
 from basin_lens.model.kept import DEQUANTIZED, model_folder, remove
 from basin_lens.model.protocol import PreTrainedModel, PreTrainedTokenizerBase
-from basin_lens.records import Unfinished
+from basin_lens.records import Expected, Unfinished
 from basin_lens.values import Facts
 
 _KIND = records.Kind(
     "the dequantized weights", "basin_lens dequantized model 1", "Delete the folder: it is made again.", ModelError
 )
-_FIELDS = {"gguf": str, "transformers": str, "quantization": (dict, None), "adds_bos": bool}
+_FIELDS: dict[str, Expected] = {"gguf": str, "transformers": str, "quantization": (dict, None), "adds_bos": bool}
 _RECORD = "dequantized.json"
 
 

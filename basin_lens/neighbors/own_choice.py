@@ -23,8 +23,8 @@ class BothSides(NamedTuple):
     bank: Int[Tensor, " bank"]
 
 
-# (distances, tokens, positions) -> rows of the bank, k different ones for each query. A distance is infinite where the row may not be
-# the query's neighbor; every query has k finite ones. -1: no more neighbors; the query is then left out.
+# (distances, tokens, positions) -> rows of the bank, k different ones for each query. A distance is infinite where the row may not
+# be the query's neighbor; every query has k finite ones. -1: no more neighbors; the query is then left out.
 ChoiceFunction = Callable[[Float[Tensor, "q bank"], BothSides, BothSides], Int[Tensor, "q k"]]
 
 
@@ -56,8 +56,8 @@ def check_choice(choice: ChoiceFunction, kind: str) -> None:
         inspect.signature(choice).bind(None, None, None)
     except TypeError as error:
         raise NeighborError(
-            f"{wanted} {name_of_choice(choice)}, which does not take three arguments ({error}). A function that is a class attribute "
-            "needs staticmethod(...)."
+            f"{wanted} {name_of_choice(choice)}, which does not take three arguments ({error}). A function that is a class "
+            "attribute needs staticmethod(...)."
         ) from error
     except ValueError:  # some built-in functions do not tell their arguments
         pass
@@ -83,7 +83,8 @@ def own_sets(
         positions: of the queries and of the bank's rows.
 
     Raises:
-        NeighborError: the function failed, or its rows are no whole numbers `[q, k]`, not in the bank, not allowed, or chosen twice.
+        NeighborError: the function failed, or its rows are no whole numbers `[q, k]`, not in the bank, not allowed, or chosen
+            twice.
 
     Example:
         >>> import torch
@@ -141,20 +142,21 @@ def _checked(chosen: object, allowed: Bool[Tensor, "q bank"], k: int, name: str)
         raise NeighborError(f"expected rows of the bank as a tensor of whole numbers from the choice {name}, got {got}.")
     if chosen.shape != (q, k):
         raise NeighborError(
-            f"expected rows [q, k] = {[q, k]} from the choice {name}, got {list(chosen.shape)}. Choose exactly k rows for each query; "
-            "-1 where there are no more."
+            f"expected rows [q, k] = {[q, k]} from the choice {name}, got {list(chosen.shape)}. Choose exactly k rows for each "
+            "query; -1 where there are no more."
         )
     chosen = chosen.to(allowed.device, torch.int64)
     if bool(((chosen < -1) | (chosen >= count)).any()):
         raise NeighborError(
-            f"expected rows from 0 to {count - 1} (or -1, none) from the choice {name}, got {int(chosen.min())} to {int(chosen.max())}."
+            f"expected rows from 0 to {count - 1} (or -1, none) from the choice {name}, got {int(chosen.min())} to "
+            f"{int(chosen.max())}."
         )
     there = chosen >= 0
     refused = there & ~allowed.gather(1, chosen.clamp_min(0))
     if bool(refused.any()):
         raise NeighborError(
-            f"expected rows that may be the query's neighbors from the choice {name}, got {int(refused.sum())} that may not (of its own "
-            "sequence, at position 0, a duplicate, ...; see exclude, same_token, position_0). Take rows of finite distance."
+            f"expected rows that may be the query's neighbors from the choice {name}, got {int(refused.sum())} that may not (of "
+            "its own sequence, at position 0, a duplicate, ...; see exclude, same_token, position_0). Take rows of finite distance."
         )
     ordered = chosen.sort(1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):

@@ -72,8 +72,8 @@ class Request:
         if own and self.backend not in ("auto", "torch"):
             raise NeighborError(
                 f'expected backend "auto" or "torch" with a choice of one\'s own ({name_of_choice(own[0].choice)}, of '
-                f"{own[0].called}), which is shown the distance to every row of the bank, got {self.backend!r}, which finds only the "
-                "nearest. Leave the back end out, or measure this analyzer in a run of its own."
+                f"{own[0].called}), which is shown the distance to every row of the bank, got {self.backend!r}, which finds only "
+                "the nearest. Leave the back end out, or measure this analyzer in a run of its own."
             )
 
     @cached_property

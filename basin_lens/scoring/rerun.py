@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,8 @@ from basin_lens.texts import TokenSequence
 from basin_lens.texts.tokens import token_strings
 from basin_lens.values import Facts
 
-_ALLOWED = {cls.__name__: cls for cls in (*ANALYZERS, Control)}
+_CLASSES: tuple[type[Any], ...] = (*ANALYZERS, Control)
+_ALLOWED = {cls.__name__: cls for cls in _CLASSES}
 _CURE = "Run it with the command or the notebook that made the table."
 
 

@@ -61,8 +61,8 @@ def measure(
         data: as for `analyze`.
         studies: for which: `"importance", "linguistic", "layers", "codelength", "robustness"`, or `"mergeability"` and
             `"basins"`, which need no scores of their own; `"contrast"`, which needs a contrast.
-        analyzers: your own, measured in the same run beside the studies' (with their nulls, as for `analyze`, at 512 tokens per layer).
-            Every study shows them over depth and in the contrast asked for, as exploration: no declared test is of them.
+        analyzers: your own, measured in the same run beside the studies' (with their nulls, as for `analyze`, at 512 tokens per
+            layer). Every study shows them over depth and in the contrast asked for, as exploration: no declared test is of them.
         layers: block indices; None: ten, evenly spaced over the model (all if it has no more), eight for `"basins"`
             alone; `"all"`.
         k, context, exclude: of the compression scores; see `Compression`. The context is not `"native"`.
@@ -106,7 +106,6 @@ def measure(
     refuse_scoring([], context=context, exclude=exclude)
     count = max(spec.layers for spec in specs)
     planned = _planned(model, data, layers, count, max_length)
-    frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
@@ -116,28 +115,16 @@ def measure(
     if check is not None:
         check(capture)
     own = tuple(analyzers or ())
-    request = Request(
-        analyzers_of(specs, headline, own),
-        layers=wanted,
-        bank=bank,
-        queries=asked,
-        seed=seed,
-        max_length=max_length,
-        progress=progress,
-    )
+    chosen = analyzers_of(specs, headline, own)
+    request = Request(chosen, layers=wanted, bank=bank, queries=asked, seed=seed, max_length=max_length, progress=progress)
     everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
     run = score(model, capture, request, keep_neighbors_of=everyone)
     table, (facts,) = run.table, tables.provenance(run.table).values()
+    asked_for: Facts = {"k": k, "context": context, "exclude": exclude, "compression_tokens": compression_tokens}
+    asked_for |= {"unit": unit, "seed": seed, "max_sequences": max_sequences, "per_document": per_document}
     settings: Facts = {
-        "k": k,
-        "context": context,
-        "exclude": exclude,
-        "compression_tokens": compression_tokens,
-        "unit": unit,
-        "seed": seed,
+        **asked_for,
         "max_length": capture.settings["max_length"],
-        "max_sequences": max_sequences,
-        "per_document": per_document,
         "sequences_given": len(planned.sequences),
         "sequences_too_short": short,
         "bank": facts.get("bank", {}).get("source") or ("the texts themselves" if bank is None else "another capture"),
@@ -149,6 +136,7 @@ def measure(
         settings["integrated_gradients_sequences"] = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     if contrast is not None:
         table["contrast"] = contrast.values(table)
+    frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}
     return Measured(capture, planned, table, run.neighbors, bank, frequency, contrast, settings, tuple(studies), own)
 
 

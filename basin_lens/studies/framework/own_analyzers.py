@@ -35,8 +35,8 @@ def with_own_analyzers(measured: Measured, shown: Presentation) -> Presentation:
         sections.append(
             Section(
                 f"Your analyzers over depth [{unit}]",
-                "Beside the headline score, and beside the same on random points and on an equally tight set elsewhere where a score "
-                "looks at its neighbors' images.",
+                "Beside the headline score, and beside the same on random points and on an equally tight set elsewhere where a "
+                "score looks at its neighbors' images.",
                 figure=figure,
                 caption="Mean over documents with 95 % intervals.",
                 table=summary[["layer", *dict.fromkeys(means)]],
@@ -69,6 +69,6 @@ def _declared(measured: Measured, summary: pd.DataFrame) -> Section:
 
 def _exploration(names: Sequence[str]) -> str:
     return (
-        f"{', '.join(names)}: measured in the same run. Exploration: no declared test is of them, the verdict and its red flags say "
-        "nothing of them, and what is found here is to be tested on other texts."
+        f"{', '.join(names)}: measured in the same run. Exploration: no declared test is of them, the verdict and its red flags "
+        "say nothing of them, and what is found here is to be tested on other texts."
     )
