@@ -8,7 +8,6 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.model import loading
-from tests.conftest import hooked_lane
 
 pytestmark = pytest.mark.real
 
@@ -61,13 +60,3 @@ def test_another_number_format_is_of_the_same_weights(both):
     of_file = door.parameters_of(both["file"])
     for name, value in door.parameters_of(both["half"]).items():
         assert torch.equal(value, of_file[name].bfloat16()), name
-
-
-@hooked_lane
-def test_a_hooked_transformer_of_the_same_weights(both, monkeypatch):
-    monkeypatch.setenv("BASIN_LENS_CACHE", str(both["folder"]))
-    hooked = bl.load_model(kind="hooked", device="cpu")
-    tokens = both["file"].to_tokens(TEXT)
-    with torch.inference_mode():
-        torch.testing.assert_close(hooked(tokens), both["file"](tokens), atol=1e-3, rtol=1e-3)
-    assert torch.equal(hooked.to_tokens(TEXT), tokens)
