@@ -1,9 +1,12 @@
 """`basin-lens contrast`: two kinds of tokens or texts in one model. `basin-lens compare`: the same texts in two models."""
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from basin_lens.cli import options as shared
 from basin_lens.cli.dataclass_options import command_of
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
 
@@ -25,6 +28,62 @@ def add_commands(app: typer.Typer) -> None:
     app.command("contrast", help=_CONTRAST, short_help="Do two kinds of tokens or texts differ? Declared test, verdict, figure.")(
         command
     )
+    app.command("compare", short_help="What changes between two models or checkpoints on the same texts?")(compare)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A model, as --model of other commands: a name, a file or a folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one of the same tokenizer, such as a fine-tuned checkpoint.")],
+    files: shared.Files = None,
+    dataset: shared.Dataset = None,
+    config: shared.Config = None,
+    split: shared.Split = None,
+    marked: shared.Marked = False,
+    frozen_neighbors: Annotated[
+        bool, typer.Option("--frozen-neighbors", help="B measures the neighbors that A found: the change in the map alone.")
+    ] = False,
+    layers: shared.SomeLayers = None,
+    k: shared.K = 15,
+    max_length: shared.MaxLength = 128,
+    compression_tokens: shared.CompressionTokens = 720,
+    unit: shared.Unit = "document",
+    seed: shared.Seed = 0,
+    out: shared.Out = Path("basin-lens-compare"),
+) -> None:
+    """Set two models beside one another on the same texts: curves, the difference with its declared test, and where it is.
+
+    Without files or --dataset, the built-in passages are read.
+
+    Examples: basin-lens compare smollm2-135m memorization-models/tuned texts.txt --out change/
+              basin-lens compare smollm2-135m my-checkpoint --dataset nltk:treebank --layers 10,18 --frozen-neighbors
+    """
+    from basin_lens import files as writing
+    from basin_lens import studies
+    from basin_lens.cli.study_runs import say
+    from basin_lens.studies.framework.storage import refuse_folder
+
+    if first == second:
+        raise typer.BadParameter(f"expected two models, got {first!r} twice. A model beside itself does not change.")
+    refuse_folder(out, "compare", files or [])
+    wanted: list[int] | Literal["all"] | None = "all" if layers == "all" else shared.layers_of(layers)
+    passages = shared.read_texts(files or [], dataset, config, split, None, marked=marked)
+    with ExitStack() as held:
+        held.enter_context(writing.lock_folder(out))
+        a, b = shared.load(first), shared.load(second)
+        study = studies.compare_models(
+            a,
+            b,
+            passages,
+            names=(first, second),
+            frozen_neighbors=frozen_neighbors,
+            layers=wanted,
+            k=k,
+            max_length=max_length,
+            compression_tokens=compression_tokens,
+            unit=unit,
+            seed=seed,
+        )
+        say(study, out)
 
 
 def _contrast(run: RunOptions, texts: TextOptions, how: MeasureOptions) -> None:

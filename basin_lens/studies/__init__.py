@@ -16,6 +16,7 @@ does all of it.
 | `contrast` | do two kinds of tokens (spans of prompts) or of texts differ? |
 | `study_mergeability` | does geometry predict which tokens the model can merge? (slow) |
 | `study_basins` | does the model have basins at any layer, scale or path length? (slow) |
+| `compare_models` | does it change between two models, or checkpoints, on the same texts? (`basin-lens compare`) |
 | `study_memorization` | does compression see what a model was made to memorize, beyond its loss? (a `Plan`, not texts) |
 | `study_merging` | what does causal token merging cost at equal bytes, trained and not? (`basin-lens merge test`) |
 | `summarize` | all of them as one family, beside what the original guide would have said |
@@ -36,6 +37,7 @@ from basin_lens.studies.memorization.experiment import PRESETS, Plan
 from basin_lens.studies.memorization.study import describe, plan_of, study_memorization
 from basin_lens.studies.mergeability.study import study_mergeability
 from basin_lens.studies.merging_comparison import study_merging
+from basin_lens.studies.model_comparison import compare_models
 from basin_lens.studies.robustness.study import study_robustness
 from basin_lens.studies.summary import summarize
 
@@ -46,6 +48,7 @@ __all__ = [
     "Measured",
     "Plan",
     "Study",
+    "compare_models",
     "contrast",
     "describe",
     "measure",

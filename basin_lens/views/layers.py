@@ -116,20 +116,13 @@ class _Curve:
 def _columns(table: pd.DataFrame, column: str | Sequence[str] | None) -> list[str]:
     if column is not None and (names := marks.names_of(column)):
         return names
-    if column is None and _compared(table):
+    if column is None and marks.compared(table):
         return ["difference"]
     raise TableError(f"expected the name of a score, got {column!r}; the table has {list(tables.columns(table))}. Name one.")
 
 
-def _compared(table: pd.DataFrame) -> str:
-    """The score that a table of `compare` pairs; empty for other tables."""
-    if "difference" not in table or "run" in table:
-        return ""
-    return next((name[:-2] for name in table.columns if name.endswith("_a") and f"{name[:-2]}_b" in table.columns), "")
-
-
 def _unit(table: pd.DataFrame, name: str) -> str:
-    base = _compared(table)
+    base = marks.compared(table)
     return marks.unit_of(table, base if base and name in ("difference", f"{base}_a", f"{base}_b") else name)
 
 

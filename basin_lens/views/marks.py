@@ -267,6 +267,13 @@ def unit_of(results: pd.DataFrame, score: str) -> str:
     return next((column.unit for column in described if column is not None), "")
 
 
+def compared(table: pd.DataFrame) -> str:
+    """The score that a table of `compare` pairs; empty for other tables."""
+    if "difference" not in table or "run" in table:
+        return ""
+    return next((name[:-2] for name in table.columns if name.endswith("_a") and f"{name[:-2]}_b" in table.columns), "")
+
+
 def sample(results: pd.DataFrame) -> str:
     """How much was tested and what the bars and p-values are, in one sentence."""
     parts = []

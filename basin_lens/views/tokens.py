@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
+from basin_lens.views import marks
 from basin_lens.views.pages.page import page_of, render, within_script
 
 
@@ -57,7 +58,7 @@ def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, 
     one scale for all. Hover shows them all; the caption has each one's unit and what white, full blue and full red are.
 
     Args:
-        table: from `analyze`, of one run.
+        table: from `analyze`, of one run, or from `compare` (`difference`, and the score of either side).
         column: a score, or several.
         layer: block index.
         seq: which sequence; None: the first of the table.
@@ -238,6 +239,11 @@ def _units(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, str]:
     tables.require(table, *columns, "seq", "token")
     if not columns:
         raise TableError(f"expected at least one score, got none; the table has {list(tables.scores(table))}.")
+    if base := marks.compared(table):
+        pairs = ("difference", f"{base}_a", f"{base}_b")
+        if other := [name for name in columns if name not in pairs]:
+            raise TableError(f"expected columns of `compare` among {list(pairs)}, got {other[0]!r}.")
+        return dict.fromkeys(columns, marks.unit_of(table, base))
     if table["run"].nunique() != 1:
         raise TableError(f"expected a table of one run, got {table['run'].nunique()}. Choose one: table[table.run == ...].")
     facts = tables.scores(table)

@@ -28,7 +28,11 @@ APART = {
 EXPERIMENTS = {"memorization": "basin_lens.studies.memorization.study"}
 
 # What other commands make: declared like the others, run by functions of their own.
-ELSEWHERE = {"merging": "basin_lens.studies.merging_comparison", "summary": "basin_lens.studies.summary"}
+ELSEWHERE = {
+    "compare": "basin_lens.studies.model_comparison",
+    "merging": "basin_lens.studies.merging_comparison",
+    "summary": "basin_lens.studies.summary",
+}
 
 STUDIES = tuple(OF_TEXTS)
 
@@ -68,7 +72,7 @@ def find_declaration(name: str) -> Declaration:
 
 def command_of(name: str) -> str:
     """The command that runs a study."""
-    return "basin-lens merge test" if name == "merging" else f"basin-lens study {name}"
+    return {"merging": "basin-lens merge test", "compare": "basin-lens compare"}.get(name, f"basin-lens study {name}")
 
 
 def _spec_in(module: str) -> Declaration:
