@@ -85,7 +85,8 @@ def compare_models(
     """Set two models beside one another on the same tokens: curves, the difference with its test, and where in a text it is.
 
     Args:
-        model_a, model_b: two hooked models of the same tokenizer and number of layers, such as a model and its fine-tuned checkpoint.
+        model_a, model_b: two hooked models of the same tokenizer and number of layers, such as a model and its fine-tuned
+            checkpoint.
         data: texts as for `analyze`.
         names: what the report calls them; None: their own names, told apart where they are equal.
         frozen_neighbors: the second model measures the first one's neighbors, so that the difference is in the map alone.
@@ -97,8 +98,8 @@ def compare_models(
         progress: show progress bars.
 
     Returns:
-        a `Study` with the table `change` (mean difference b - a at every layer, in nats, with intervals over units) and the pairs of
-        `compare` as `tokens`.
+        a `Study` with the table `change` (mean difference b - a at every layer, in nats, with intervals over units) and the pairs
+        of `compare` as `tokens`.
 
     Raises:
         StudyError: models whose tokenizers or layers differ, or fewer than 6 units. Others as for `analyze`.
@@ -182,11 +183,11 @@ def _change(part: pd.DataFrame, held: _Compared) -> pd.DataFrame:
 def _about(held: _Compared, frozen: bool) -> list[str]:
     capture = held.capture
     neighbors = "those of the first model" if frozen else "each model's own"
+    most = int(held.pairs.groupby("layer")["difference"].count().max())
     return [
         f"First: {held.names[0]}. Second: {held.names[1]}. The difference is second less first, of the same tokens.",
         f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents; layers "
-        f"{', '.join(map(str, capture.layers))}; at most {int(held.pairs.groupby('layer')['difference'].count().max())} tokens of a "
-        "layer have the score in both.",
+        f"{', '.join(map(str, capture.layers))}; at most {most} tokens of a layer have the score in both.",
         f"Neighbors: {neighbors}. Tests and intervals are over {held.n_units} units ({held.unit}).",
     ]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import basin_lens as bl
+from basin_lens.errors import AnalyzerError
 from tests.capture.readers import BOTH, BrokenError, assert_columns, assert_states, token_analyzers
 from tests.conftest import TEXTS, make_bridge, make_hooked, random_tokens
 
@@ -55,8 +56,9 @@ def test_an_error_in_an_analyzer_leaves_no_hook(llama):
             raise BrokenError
 
     before = hooks_on(llama)
-    with pytest.raises(BrokenError):
+    with pytest.raises(AnalyzerError, match="Breaks") as raised:
         bl.Capture.from_texts(llama, TEXTS, analyzers=[Breaks()], progress=False)
+    assert isinstance(raised.value.__cause__, BrokenError)
     assert hooks_on(llama) == before
 
 
