@@ -112,7 +112,7 @@ def compare_models(
         >>> model = bl.load_model()
         >>> twin = bl.controls.random_twin(model)
         >>> study = bl.studies.compare_models(
-        ...     model, twin, list(reference_passages())[:16], layers=[18], max_length=32, compression_tokens=96, progress=False)
+        ...     model, twin, list(reference_passages())[::3], layers=[18], max_length=32, compression_tokens=96, progress=False)
         >>> study.tables["change"].layer.tolist()
         [18]
     """
