@@ -15,7 +15,7 @@
 
 from basin_lens.texts.datasets import has_splits, read_dataset
 from basin_lens.texts.licences import Licences, find_licences
-from basin_lens.texts.marked import MarkedText, read_marks
+from basin_lens.texts.marked import MarkedText, read_marks, skeleton_of
 from basin_lens.texts.passages import Passage, Texts, reference_passages
 from basin_lens.texts.readers import read_by_document, read_file, read_jsonl, read_marked, read_passages, read_texts
 from basin_lens.texts.taggers import words_of
@@ -46,6 +46,7 @@ __all__ = [
     "read_texts",
     "real_tokens",
     "reference_passages",
+    "skeleton_of",
     "token_strings",
     "tokenize",
     "word_of_tokens",

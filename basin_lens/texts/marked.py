@@ -1,6 +1,7 @@
 """Spans marked in the text itself: `[NAME:words]`."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from basin_lens.errors import TextError
@@ -12,14 +13,10 @@ _MARK = re.compile(r"\[([^\[\]:]*):")
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A text without its marks, and where each span stands in it: `[start, end)` in characters.
-
-    `skeleton`: the text with each span replaced by its name in braces; prompts of one template have the same.
-    """
+    """A text without its marks, and where each span stands in it: `[start, end)` in characters."""
 
     text: str
     spans: dict[str, tuple[int, int]]
-    skeleton: str
 
 
 def read_marks(marked: str) -> MarkedText:
@@ -34,12 +31,12 @@ def read_marks(marked: str) -> MarkedText:
         >>> read_marks("[IO:Mary] and [S1:John] went out.").spans
         {'IO': (0, 4), 'S1': (9, 13)}
     """
-    text, skeleton = "", ""
+    text = ""
     spans: dict[str, tuple[int, int]] = {}
     at = 0
     while at < len(marked):
         if marked.startswith("[[", at):
-            text, skeleton, at = text + "[", skeleton + "[", at + 2
+            text, at = text + "[", at + 2
         elif marked[at] == "[":
             name, words, end = _span(marked, at)
             if name in spans:
@@ -48,10 +45,25 @@ def read_marks(marked: str) -> MarkedText:
                     f"such as {name}1 and {name}2."
                 )
             spans[name] = len(text), len(text) + len(words)
-            text, skeleton, at = text + words, skeleton + f"{{{name}}}", end
+            text, at = text + words, end
         else:
-            text, skeleton, at = text + marked[at], skeleton + marked[at], at + 1
-    return MarkedText(text, spans, skeleton)
+            text, at = text + marked[at], at + 1
+    return MarkedText(text, spans)
+
+
+def skeleton_of(text: str, spans: Mapping[str, Sequence[int]]) -> str:
+    """The text with each span replaced by its name in braces; prompts of one template have the same.
+
+    Example:
+        >>> from basin_lens.texts import skeleton_of
+        >>> skeleton_of("Mary and John went out.", {"IO": (0, 4), "S1": (9, 13)})
+        '{IO} and {S1} went out.'
+    """
+    parts, at = [], 0
+    for name, (start, end) in sorted(spans.items(), key=lambda item: tuple(item[1])):
+        parts += [text[at : max(at, start)], f"{{{name}}}"]
+        at = max(at, end)
+    return "".join([*parts, text[at:]])
 
 
 def _span(marked: str, at: int) -> tuple[str, str, int]:

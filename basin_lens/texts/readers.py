@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from basin_lens.errors import TextError
-from basin_lens.texts.marked import read_marks
+from basin_lens.texts.marked import read_marks, skeleton_of
 from basin_lens.texts.passages import Passage, Texts
 from basin_lens.texts.records import items_of, passage_of
 from basin_lens.values import check_alike, is_missing
@@ -164,7 +164,7 @@ def read_marked(paths: Sequence[str | os.PathLike[str]]) -> list[Passage]:
         [('Ann met Bob.', 1), ('Eve met Tom.', 1), ('Here is Bob.', 2)]
     """
     files: dict[tuple[int, int], str] = {}
-    prompts: list[tuple[Passage, str]] = []
+    prompts: list[Passage] = []
     for path in map(Path, paths):
         _refuse_again(path, files)
         held = read_texts(path) if has_rows(path) else _marked_lines(path)
@@ -174,19 +174,20 @@ def read_marked(paths: Sequence[str | os.PathLike[str]]) -> list[Passage]:
                 raise TextError(f"{where}: expected spans marked in the text or as offsets, got both. Leave the offsets out.")
             try:
                 read = read_marks(passage.text)
-                prompts.append((replace(passage, text=read.text, spans=read.spans), read.skeleton))
+                prompts.append(replace(passage, text=read.text, spans=read.spans))
             except TextError as error:
                 raise TextError(f"{where}: {error}") from error
-    if not any(passage.spans for passage, _ in prompts):
+    if not any(passage.spans for passage in prompts):
         raise TextError(
             f"expected marked spans, such as [IO:Mary], got none in {len(prompts)} prompts. Mark some, or do not ask for it."
         )
-    if not any("template" in passage.labels for passage, _ in prompts):
-        number_of = {skeleton: number for number, skeleton in enumerate(dict.fromkeys(skeleton for _, skeleton in prompts), 1)}
-        prompts = [(replace(p, labels={**p.labels, "template": number_of[skeleton]}), skeleton) for p, skeleton in prompts]
-    passages = [passage for passage, _ in prompts]
-    check_alike([passage.labels for passage in passages])
-    return passages
+    if not any("template" in passage.labels for passage in prompts):
+        skeletons = [skeleton_of(passage.text, passage.spans) for passage in prompts]
+        number_of = {skeleton: number for number, skeleton in enumerate(dict.fromkeys(skeletons), 1)}
+        numbered = zip(prompts, skeletons, strict=True)
+        prompts = [replace(one, labels={**one.labels, "template": number_of[skeleton]}) for one, skeleton in numbered]
+    check_alike([passage.labels for passage in prompts])
+    return prompts
 
 
 def _marked_lines(path: Path) -> list[Passage]:

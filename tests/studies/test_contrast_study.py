@@ -10,9 +10,9 @@ import pytest
 
 import basin_lens as bl
 from basin_lens import stats, tables
-from basin_lens.errors import BankWarning, StudyError
+from basin_lens.errors import BankWarning, NeighborError, StudyError
 from basin_lens.studies import Contrast, contrast_study
-from basin_lens.studies.framework import contrast_flags
+from basin_lens.studies.framework import another_bank, contrast_flags
 from basin_lens.studies.framework.another_bank import OWN_BANK
 from basin_lens.studies.framework.contrast import contrasted_first
 from basin_lens.studies.framework.declared_tests import ALPHA, declared_test, settle
@@ -98,6 +98,18 @@ def test_the_other_bank_is_measured_as_analyze_measures_it(trained):
     share = facts["search"]["same_skeleton"]["1"]
     assert flag(study, "neighbors on the skeleton of their query")["value"] == share > 0.5
     assert flag(study, "one template")["raised"]
+
+
+def test_why_there_is_no_other_bank_is_said(trained, varied, monkeypatch):
+    def refuses(*_, **__):
+        raise NeighborError("expected k of at most 3.")
+
+    monkeypatch.setattr(another_bank, "analyze", refuses)
+    study = bl.contrast(trained, varied, progress=False)
+    assert set(study.tables["by_bank"]["bank"]) == {OWN_BANK}
+    assert any("The other bank: the texts themselves could not serve as one: expected k" in line for line in study.not_tested)
+    ids = replace(varied, bank=None, capture=bl.Capture.plan(trained, [list(s.tokens) for s in varied.capture.sequences]))
+    assert another_bank.under_another_bank(trained, ids)[2] == "the built-in passages are texts, and token ids were given"
 
 
 def test_a_sign_that_changes_over_layers_is_flagged(trained, varied, monkeypatch):

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+NASTY = ["</script><b>bold</b><script>", "<img src=x onerror=a(2)>\r\nline\ttwo <!-- -->"]
+WHOLE = "</script><b>bold</b><script>alert(1)</script><!--"  # as one token, as a vocabulary may hold it
 UNITS = {"compression": "nats", "state_norm": "activation units", "importance": "share"}
 
 

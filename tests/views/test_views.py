@@ -9,19 +9,8 @@ import pytest
 
 import basin_lens as bl
 from basin_lens import tables
-from basin_lens.scoring import Request, score
 from tests.conftest import TEXTS
-
-NASTY = ["</script><b>bold</b><script>", "<img src=x onerror=a(2)>\r\nline\ttwo <!-- -->"]
-WHOLE = "</script><b>bold</b><script>alert(1)</script><!--"  # as one token, as a vocabulary may hold it
-
-
-@pytest.fixture(scope="module")
-def run(llama):
-    headline = bl.analyzers.Compression(k=5)
-    passed = bl.analyzers.Contraction(k=5)  # its neighbors pass themselves, so that they have distances behind the block
-    scores = [headline, passed, bl.analyzers.RawCompression(k=5), bl.analyzers.Neighborhood(k=5), bl.analyzers.Surprisal()]
-    return score(llama, [*TEXTS, *NASTY], Request(scores, progress=False), keep_neighbors_of=passed)
+from tests.views.drawn import NASTY, WHOLE
 
 
 def data_of(page: str) -> dict:

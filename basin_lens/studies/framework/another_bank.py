@@ -39,8 +39,8 @@ def under_another_bank(model: HookedModel, measured: Measured) -> tuple[pd.DataF
                 seed=measured.seed,
                 progress=False,
             )
-    except BasinLensError:
-        return None, "", f"{_NAMES[bank]} could not serve as one (too few points, or another kind of token ids)"
+    except BasinLensError as error:
+        return None, "", f"{_NAMES[bank]} could not serve as one: {str(error).rstrip('.')}"
     # The errors of its random sets are its own: the table keeps those of the run, which cancel in a difference of the same run.
     return tables.with_provenance(taken_over(measured.table, made, {HEADLINE: HEADLINE}), measured.table), _NAMES[bank], ""
 

@@ -13,11 +13,10 @@ from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
 from basin_lens.studies.framework.wording import in_words
+from basin_lens.texts import skeleton_of
 
 # Of pairs of a token of each kind: where so many or more are in one order, no text has tokens of both kinds at equal values.
 APART = 0.95
-_SOURCES = {"log_radius": "radius", "log_norm": "state_norm", "log_frequency": "token_id", "same_token_share": "same_token_share"}
-_SOURCES |= {"position": "pos", "surprisal": "surprisal"}
 
 
 def inseparable_controls(table: pd.DataFrame, measured: Measured, paired: bool) -> dict[str, str]:
@@ -31,7 +30,7 @@ def inseparable_controls(table: pd.DataFrame, measured: Measured, paired: bool) 
     rows = with_controls[with_controls["contrast"].isin([first, second])]
     answer: dict[str, str] = {}
     for name in stats.CONTROLS:
-        if _SOURCES[name] not in table.columns or not np.isfinite(rows[name].to_numpy(float)).any():
+        if name not in rows or not np.isfinite(rows[name].to_numpy(float)).any():
             answer[name] = "not measured"
             continue
         values = rows[name].to_numpy(float)
@@ -123,14 +122,8 @@ def skeletons_of(measured: Measured) -> int | None:
     passages = measured.capture.passages
     if passages is None or measured.contrast is None or measured.contrast.by != "span":
         return None
-    found = set()
-    for index in sorted({sequence.passage for sequence in measured.capture.sequences}):
-        passage, at, parts = passages[index], 0, []
-        for name, (start, end) in sorted(passage.spans.items(), key=lambda item: tuple(item[1])):
-            parts += [passage.text[at : max(at, start)], f"{{{name}}}"]
-            at = max(at, end)
-        found.add("".join([*parts, passage.text[at:]]))
-    return len(found)
+    held = [passages[index] for index in {sequence.passage for sequence in measured.capture.sequences}]
+    return len({skeleton_of(passage.text, passage.spans) for passage in held})
 
 
 def spans_beyond(measured: Measured) -> Sequence[str]:
