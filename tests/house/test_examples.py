@@ -5,16 +5,13 @@ SmolLM2-135M, the others on a stand-in of its family, depth and tokenizer: the s
 notebooks run on the model itself.
 """
 
-import copy
 import doctest
 import importlib
 import pkgutil
 
 import pytest
-import torch
 
 import basin_lens
-from basin_lens.model.identity import hf_config
 from tests.conftest import has_hooked_transformer
 
 # What is printed is so of the trained weights alone.
@@ -36,22 +33,6 @@ def _examples() -> list[object]:
             if test.examples:
                 found.append(pytest.param(test, marks=marks, id=test.name.removeprefix("basin_lens.")))
     return found
-
-
-@pytest.fixture(scope="module")
-def stand_in(real_model):
-    """Random, narrow, with the depth, heads and tokens of SmolLM2-135M."""
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(hf_config(real_model))
-    config.update({"hidden_size": 36, "head_dim": 4, "intermediate_size": 48, "initializer_range": 0.2})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.set_attn_implementation("eager")
-    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=config)
-    bridge.tokenizer = real_model.tokenizer
-    return bridge
 
 
 @pytest.mark.parametrize("example", _examples())

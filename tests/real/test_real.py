@@ -51,26 +51,35 @@ def test_first_token_is_massive(table):
     assert rows[rows.pos == 0]["state_norm"].median() > 10 * rows[rows.pos > 0]["state_norm"].median()
 
 
-PAGES = ("README.md", "docs/scores.md", "docs/memorization.md", "docs/codec.md", "docs/merging.md")
+PAGES = ("docs/scores.md", "docs/memorization.md", "docs/codec.md", "docs/merging.md")
 
 
-def test_code_of_the_readme_and_the_pages_runs(real_model, tmp_path, monkeypatch, capsys):
-    """Every Python block, in order, in one namespace; what the README's first block prints is what stands below it."""
-    monkeypatch.setenv("BASIN_LENS_CACHE", str(tmp_path))
+def test_code_of_the_readme_runs_and_prints_what_it_shows(real_model, tmp_path, monkeypatch, capsys):
+    """Every Python block, in order, in one namespace; what the first block prints is what stands below it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("basin_lens.model.load_model", lambda *_, **__: real_model)
-    space: dict = {"__name__": "readme"}
+    space = run_blocks(real_model, monkeypatch, "README.md", lambda block: check_printed(block, capsys.readouterr().out))
+    assert space["table"]["centroid_shift"].notna().any()
+    assert (tmp_path / "first_look.html").stat().st_size > 0
+
+
+def test_code_of_the_pages_runs_after_that_of_the_readme(stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = run_blocks(stand_in, monkeypatch, "README.md")
     for page in PAGES:
-        blocks = python_blocks(ROOT / page)
-        assert blocks, page
-        for number, block in enumerate(blocks):
-            capsys.readouterr()
-            exec(compile(block, f"{page}, block {number}", "exec"), space)
-            if page == "README.md":
-                check_printed(block, capsys.readouterr().out)
-        if page == "README.md":
-            assert space["table"]["centroid_shift"].notna().any()
-            assert (tmp_path / "first_look.html").stat().st_size > 0
+        run_blocks(stand_in, monkeypatch, page, space=space)
+
+
+def run_blocks(model, monkeypatch, page: str, check=None, space: dict | None = None) -> dict:
+    """The page's Python blocks, each followed by the check, with `model` as what is loaded; the namespace they ran in."""
+    monkeypatch.setattr("basin_lens.model.load_model", lambda *_, **__: model)
+    space = {"__name__": "page"} if space is None else space
+    blocks = python_blocks(ROOT / page)
+    assert blocks, page
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), space)
+        if check is not None:
+            check(block)
+    return space
 
 
 def check_printed(block: str, printed: str) -> None:
