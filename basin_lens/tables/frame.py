@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from operator import methodcaller
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -22,30 +23,46 @@ from basin_lens.values import KEYS, Facts, did_you_mean, whole_numbers
 _NAME = "provenance"
 
 
-class _Records(dict[str, Facts]):
-    """Plain JSON by run. Pandas copies `attrs` deeply at every `table[column]`: here by a quarter of `copy.deepcopy`'s work."""
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "_Records":
-        def copied(fact: object) -> object:
-            if type(fact) is dict:
-                return {name: part if type(part) in _FLAT else copied(part) for name, part in fact.items()}
-            if type(fact) is list:
-                return [part if type(part) in _FLAT else copied(part) for part in fact]
-            return deepcopy(fact, memo)
-
-        return _Records(
-            {
-                # What others put among them need not be records.
-                run: {name: copied(fact) for name, fact in facts.items()} if type(facts) is dict else deepcopy(facts, memo)
-                for run, facts in self.items()
-            }
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Facts]]]:
-        return dict, (dict(self),)  # a copy that is stored is read without this package, too
+def _refused(*_: object, **__: object) -> NoReturn:
+    raise TypeError(
+        "expected provenance to stay as it is, got a change: tables share it. Put a changed copy in its place: "
+        'table.attrs["provenance"] = {**table.attrs["provenance"], ...}.'
+    )
 
 
-_FLAT = frozenset((str, int, float, bool, type(None)))
+class _Record(dict[str, object]):
+    """JSON that is only read. Pandas copies `attrs` deeply at every `table[column]`, by far the most of a test's time; this, never."""
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = _refused
+    __ior__ = dict.__or__  # type: ignore[assignment] # `attrs[...] |= ...` makes a plain dict, as `attrs[...] = ... | ...` does
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Record":
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, object]]]:
+        return dict, (dict(self),)  # a copy that is stored is read without this package, too, and can be changed
+
+
+class _Entries(list[object]):
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+    append = extend = insert = remove = pop = clear = sort = reverse = _refused
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Entries":
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[list[object]]]:
+        return list, (list(self),)
+
+
+def _read_only(fact: object) -> object:
+    """The same JSON, which nobody can change."""
+    if isinstance(fact, _Record | _Entries):
+        return fact
+    if isinstance(fact, dict):
+        return _Record({name: _read_only(part) for name, part in fact.items()})
+    if isinstance(fact, list | tuple):
+        return _Entries([_read_only(part) for part in fact])
+    return deepcopy(fact)
 
 
 def build(
@@ -159,7 +176,7 @@ def described_by_json(table: pd.DataFrame, held: Mapping[str, Facts]) -> pd.Data
     answer = table.copy(deep=False)
     answer.attrs = {name: note for name, note in table.attrs.items() if name != _NAME}
     if held:
-        answer.attrs[_NAME] = _Records(held)
+        answer.attrs[_NAME] = _read_only(held)
     return answer
 
 

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import basin_lens as bl
-from basin_lens.model.loading import embedded_file
+from basin_lens.model import loading
+from basin_lens.model.dequantized import dequantized_at
 from basin_lens.scoring.crossed_pass import CrossedPass
 from basin_lens.texts import reference_passages
 from tests.scoring.crossed import parts_by_loops, plain_images
@@ -22,14 +23,10 @@ def capture(real_model):
     return bl.Capture.from_texts(real_model, passages, layers=LAYERS, max_length=32, progress=False)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    path = embedded_file(progress=False)
-    return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
-
-
-def test_thirty_tokens_at_three_layers_agree_with_a_plain_model(real_model, plain, capture, monkeypatch):
+def test_thirty_tokens_at_three_layers_agree_with_a_plain_model(real_model, capture, monkeypatch):
     """Neighbors from the states of a plain pass, images by rerunning it with the state put in, variances and means in float64."""
+    # As transformers alone loads it from the weights kept in the cache: those of the file, see test_loading.py.
+    plain = AutoModelForCausalLM.from_pretrained(dequantized_at(loading._FILE_SHA256), dtype=torch.float32).eval()
     kept = {}
 
     class Watched(CrossedPass):

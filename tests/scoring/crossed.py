@@ -139,7 +139,7 @@ def plain_images(model, layer, tokens, pos, points, blocks):
     seen = []
 
     def put(_, args, kwargs):
-        state = args[0].clone()
+        state = args[0].repeat(len(points), 1, 1)  # here, for what comes before is one sequence
         state[:, pos] = points
         return (state, *args[1:]), kwargs
 
@@ -152,7 +152,7 @@ def plain_images(model, layer, tokens, pos, points, blocks):
     hooks = [layers[layer].register_forward_pre_hook(put, with_kwargs=True), layers[layer + blocks - 1].register_forward_hook(read)]
     try:
         with torch.no_grad(), suppress(WasRead):
-            model(tokens[: pos + 1].expand(len(points), -1), use_cache=False)
+            model(tokens[None, : pos + 1], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
