@@ -79,3 +79,7 @@ class MergeError(BasinLensError):
 
 class BankWarning(UserWarning):
     """Neighbors come from texts that say more of a template than of a token. A warning: the numbers are what was asked for."""
+
+
+class MergeWarning(UserWarning):
+    """A merger took more memory than it saved. A warning: the numbers are what was asked for."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from html import escape
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsFloat, SupportsIndex, TypeVar, cast, get_args, get_origin
 
 from basin_lens.errors import BasinLensError, TextError
@@ -368,3 +369,19 @@ def labels_of_all(given: Iterable[object]) -> list[dict[str, Plain]]:
     every = [labels(held) for held in given]
     check_alike(every)
     return every
+
+
+def card(title: str, facts: Mapping[str, object]) -> str:
+    """What an object shows of itself at a notebook cell's end: every text is escaped.
+
+    Example:
+        >>> from basin_lens.values import card
+        >>> "&lt;b&gt;" in card("Capture", {"first words": "<b>"})
+        True
+    """
+    rows = "".join(
+        f'<tr><th style="text-align: left; vertical-align: top">{escape(name)}</th>'
+        f'<td style="text-align: left">{escape(str(fact))}</td></tr>'
+        for name, fact in facts.items()
+    )
+    return f"<div><strong>{escape(title)}</strong><table>{rows}</table></div>"

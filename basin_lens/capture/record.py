@@ -18,7 +18,7 @@ from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import check_shards, read_capture
 from basin_lens.model import HookedModel, StateCache
 from basin_lens.texts import Passage, Texts
-from basin_lens.values import Layers, Whole
+from basin_lens.values import Layers, Whole, card
 
 
 @dataclass(repr=False)
@@ -48,6 +48,23 @@ class Capture(CapturedStates):
         layers = f"layers {self.layers[0]} to {self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         place = f", in {self._store}" if self._store is not None else ""
         return f"Capture({len(self.sequences)} sequences, {self.n_rows} tokens, {layers} of {self.model['name']}{place})"
+
+    def _repr_html_(self) -> str:
+        lengths = [len(sequence.tokens) for sequence in self.sequences]
+        documents = {
+            sequence.passage if self.passages is None else self.passages[sequence.passage].doc for sequence in self.sequences
+        }
+        return card(
+            "Capture",
+            {
+                "model": self.model["name"],
+                "layers": ", ".join(map(str, self.layers)),
+                "texts": f"{len(lengths)} sequences of {len(documents)} documents, {min(lengths)} to {max(lengths)} tokens each, "
+                f"{self.n_rows} in all",
+                "the first begins": "".join(self.row_strings()[: min(16, lengths[0])]),
+                "kept in": "memory" if self._store is None else str(self._store),
+            },
+        )
 
     @classmethod
     def from_texts(

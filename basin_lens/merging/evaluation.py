@@ -29,7 +29,7 @@ from basin_lens.model import (
     vocabulary_size,
 )
 from basin_lens.model import width as width_of
-from basin_lens.values import Whole, hides_bars, whole_fields, whole_numbers
+from basin_lens.values import Whole, card, hides_bars, whole_fields, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ class Compared:
     windows: pd.DataFrame
     layers: pd.DataFrame
     mergers: Mapping[tuple[str, float], TokenMerger]
+
+    def __repr__(self) -> str:
+        return f"Compared({', '.join(f'{what}: {fact}' for what, fact in self._said().items())})"
+
+    def _repr_html_(self) -> str:
+        means = self.windows.groupby(["policy", "budget"], sort=False)["excess"].mean().reset_index()
+        names = [f"{policy} at {budget:g} of the cache" for policy, budget in zip(means["policy"], means["budget"], strict=True)]
+        lines = {name: f"{mean:+.4f} nats/token" for name, mean in zip(names, means["excess"], strict=True)}
+        return card("Compared: mean excess loss over held-out windows", {**lines, **self._said()})
+
+    def _said(self) -> dict[str, str]:
+        windows = self.windows.drop_duplicates(["doc", "window"])
+        return {
+            "policies": ", ".join(self.windows["policy"].unique()),
+            "budgets": ", ".join(f"{budget:g}" for budget in self.windows["budget"].unique()),
+            "windows": f"{len(windows)} of {windows['doc'].nunique()} documents",
+        }
 
 
 @whole_numbers(MergeError)

@@ -1,6 +1,7 @@
 """Token merging inside a running model: hooks that let attention read clusters, and are gone afterwards."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from basin_lens.errors import MergeError
+from basin_lens.errors import MergeError, MergeWarning
 from basin_lens.merging.calibration import calibrate_parameters
 from basin_lens.merging.merge_pass import Given, MergePass, alone_in
 from basin_lens.merging.merger_files import read_merger, write_merger
-from basin_lens.merging.options import options_of
+from basin_lens.merging.options import Options, options_of
 from basin_lens.merging.parameters import Parameters, check_able, shape_of
 from basin_lens.merging.statistics import Row, statistics_table
 from basin_lens.model import HookedModel, check_model, fingerprint, full_name, measuring, reading
-from basin_lens.values import Facts
+from basin_lens.values import Facts, card
 
 
 class TokenMerger(nn.Module):
@@ -45,9 +46,9 @@ class TokenMerger(nn.Module):
     Example:
         >>> import basin_lens as bl
         >>> model = bl.load_model()
-        >>> merger = bl.merging.TokenMerger(layers=[10, 20], threshold=0.9)
+        >>> merger = bl.merging.TokenMerger(layers=[10, 20], threshold=0.8)
         >>> with merger.attached(model):
-        ...     logits = model("The lamp hums, and the lamp hums, and the lamp hums in the wind.")
+        ...     logits = model("The lamp hums in the north wind, and the keeper counts the waves. " * 6)
         >>> merger.statistics().layer.tolist()
         [10, 20]
     """
@@ -63,6 +64,29 @@ class TokenMerger(nn.Module):
         self.facts: Facts = {}
         self.pass_: MergePass | None = None  # inside a block of `attached`
         self._noted: list[Row] = []
+
+    def __repr__(self) -> str:
+        return f"TokenMerger({'; '.join(self._said().values())})"
+
+    def _repr_html_(self) -> str:
+        return card("TokenMerger", self._said())
+
+    def _said(self) -> dict[str, str]:
+        """What it is, in words, by what is asked."""
+        o, usual = self.options.plain(), Options(layers=self.options.layers, threshold=0.5).plain()
+        chosen = [
+            f"{name} {value}" for name, value in o.items() if value != usual[name] or (name == "threshold" and value is not None)
+        ]
+        said = {
+            "merges": f"layers {', '.join(map(str, self.options.layers))}, {', '.join(chosen)}",
+            "made for": "no model yet" if self.base is None else f"model {self.base}",
+            "calibrated": "calibrated" if self.calibrated else "not calibrated",
+        }
+        if self._noted:
+            merged, tokens = (sum(row[name] for row in self._noted) for name in ("merged", "tokens"))
+            taken, full = _bytes(self._noted)
+            said["so far"] = f"{merged} of {tokens} tokens merged, {taken:,} bytes of cache for {full:,} without merging"
+        return said
 
     # ---- one model ---------------------------------------------------------------------------------------------------------------
 
@@ -143,6 +167,9 @@ class TokenMerger(nn.Module):
             MergeError: not calibrated for what it needs that for, something missing, another model, a layer with a merger, or a
                 cache.
 
+        Warns:
+            MergeWarning: what clusters keep takes more bytes than merging saves.
+
         Example:
             >>> import basin_lens as bl
             >>> model = bl.load_model()
@@ -168,6 +195,14 @@ class TokenMerger(nn.Module):
             finally:
                 self.pass_ = None
                 self._noted += made.noted
+        taken, full = _bytes(made.noted)
+        if taken > full:
+            warnings.warn(
+                f"This merger takes {taken:,} bytes of cache in its layers for {full:,} without merging: too few tokens merge to "
+                "pay for what clusters keep. Give longer texts, a lower threshold or target_bytes=.",
+                MergeWarning,
+                stacklevel=3,
+            )
 
     def calibrate(
         self,
@@ -275,3 +310,9 @@ class TokenMerger(nn.Module):
             merger.weights.load_state_dict(held)
             merger.calibrated, merger.facts = record["calibrated"], record["facts"]
         return merger
+
+
+def _bytes(rows: Iterable[Row]) -> tuple[int, int]:
+    """Of the cache with merging and without."""
+    held = list(rows)
+    return sum(int(row["bytes"]) for row in held), sum(int(row["full_bytes"]) for row in held)

@@ -31,7 +31,7 @@ def _refused(*_: object, **__: object) -> NoReturn:
 
 
 class _Record(dict[str, object]):
-    """JSON that is only read. Pandas copies `attrs` deeply at every `table[column]`, by far the most of a test's time; this, never."""
+    """JSON that is only read. Pandas copies `attrs` deeply at every `table[column]`, half of a study's time; this, never."""
 
     __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = _refused
     __ior__ = dict.__or__  # type: ignore[assignment] # `attrs[...] |= ...` makes a plain dict, as `attrs[...] = ... | ...` does

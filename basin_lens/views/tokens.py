@@ -13,7 +13,8 @@ from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.values import whole_numbers
 from basin_lens.views import marks
-from basin_lens.views.pages.page import page_of, render, within_script
+from basin_lens.views.colored_text import ColoredText, text_picture
+from basin_lens.views.pages.page import page_of, picture, render, together, within_script
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,21 @@ class TokenView:
     """A token view: shows in a notebook, `save` writes a page that works offline.
 
     It asks no outside site for anything. `body` and `call` are one view; `script` is CircuitsVis, which a page with several views
-    needs only once.
+    needs only once. `still`: the same as colored text, which stands in a notebook until the script has drawn, and so wherever no
+    script runs: in saved notebooks on the web, in those not trusted. `element`: the id of what CircuitsVis fills.
     """
 
     body: Markup
     call: Markup = field(repr=False)
     script: Markup = field(repr=False)
     title: str
+    still: tuple[ColoredText, ...] = field(default=(), repr=False)
+    element: str = field(default="", repr=False)
 
     @property
     def html(self) -> str:
-        """A fragment that carries its own script."""
-        return str(render("view.html", view=self))
+        """A fragment that carries its own script and, until it has run, a picture."""
+        return str(render("view.html", view=self, still=picture(text_picture(self.still), self.title) if self.still else None))
 
     def _repr_html_(self) -> str:
         return self.html
@@ -47,27 +51,36 @@ class TokenView:
 
 
 @whole_numbers(TableError)
-def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, seq: int | None = None) -> TokenView:
-    """One sequence's tokens colored by one score at one layer, or by several scores to choose from.
+def token_view(
+    table: pd.DataFrame,
+    column: str | Sequence[str],
+    layer: int,
+    *,
+    seq: int | None = None,
+    layout: str = "choose",
+) -> TokenView:
+    """One sequence's tokens colored by one score at one layer, or by several scores to choose from or under one another.
 
     Blue is above the middle of the color scale, red below it; the middle is 0 for a score that takes both signs here, else the
     sequence's median (a score of one sign would be one flat color). Hover shows the difference from that middle. Tokens without a
     score are gray and underlined.
 
-    With several scores, each is divided by its largest difference from its middle, so that all run from -1 to 1: CircuitsVis has
-    one scale for all. Hover shows them all; the caption has each one's unit and what white, full blue and full red are.
+    With several scores to choose from, each is divided by its largest difference from its middle, so that all run from -1 to 1:
+    CircuitsVis has one scale for all. Hover shows them all; the caption has each one's unit and what white, full blue and full red
+    are. As rows, the text stands there once for each score, on the score's own scale.
 
     Args:
         table: from `analyze`, of one run, or from `compare` (`difference`, and the score of either side).
         column: a score, or several.
         layer: block index.
         seq: which sequence; None: the first of the table.
+        layout: of several scores: `"choose"` shows one at a time, `"rows"` all of them.
 
     Returns:
         a view that shows in a notebook and has `.save("x.html")`.
 
     Raises:
-        TableError: no such column, layer or sequence; several runs.
+        TableError: no such column, layer or sequence; several runs; another layout.
 
     Source: CircuitsVis `ColoredTokens` and `ColoredTokensMulti`.
 
@@ -78,6 +91,8 @@ def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, 
         >>> bl.views.token_view(table, "surprisal", layer=0).title
         'surprisal, layer 0, sequence 0 (text-0)'
     """
+    if layout not in ("choose", "rows"):
+        raise TableError(f"expected layout 'choose' or 'rows', got {layout!r}.")
     columns = [column] if isinstance(column, str) else list(column)
     units = _units(table, columns)
     rows, seq = _sequence(tables.at_layer(table, layer), table, seq)
@@ -85,6 +100,16 @@ def token_view(table: pd.DataFrame, column: str | Sequence[str], layer: int, *, 
     values = rows[columns].to_numpy(float)
     if isinstance(column, str):
         return _one(rows["token"], values[:, 0], column, units[column], where)
+    if layout == "rows":
+        views = [_one(rows["token"], part, name, units[name], where) for name, part in zip(columns, values.T, strict=True)]
+        return TokenView(
+            together(view.body for view in views),
+            together(view.call for view in views),
+            views[0].script,
+            f"{', '.join(columns)}, {where}",
+            tuple(text for view in views for text in view.still),
+            views[0].element,
+        )
     return _several(rows["token"], values, units, where)
 
 
@@ -99,10 +124,10 @@ def _one(tokens: pd.Series, values: Float[np.ndarray, " tokens"], column: str, u
     caption = (
         f"{column} at {where}, in {unit}. White is {middle:.3g}, full blue is {middle + bound:.3g}, full red is "
         f"{middle - bound:.3g}; hover shows the difference from {middle:.3g}. {int((~np.isfinite(values)).sum())} of {len(values)} "
-        "tokens have no score "
-        "(gray, underlined)."
+        "tokens have no score (gray, underlined)."
     )
-    return _assemble(drawn, [caption], f"{column}, {where}")
+    still = ColoredText(f"{column}, {where}", [shown_text(token) for token in tokens], (values - middle) / bound)
+    return _assemble(drawn, [caption], f"{column}, {where}", [still])
 
 
 def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], units: dict[str, str], where: str) -> TokenView:
@@ -126,7 +151,9 @@ def _several(tokens: pd.Series, values: Float[np.ndarray, "tokens scores"], unit
         f"{int((~known).sum())} of {len(values)} tokens have no score."
         for (name, unit), middle, bound, known in zip(units.items(), middles, bounds, there.T, strict=True)
     ]
-    return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}")
+    words = [shown_text(token) for token in tokens]
+    still = [ColoredText(name, words, part) for name, part in zip(units, shown.T, strict=True)]
+    return _assemble(drawn, [caption, *lines], f"{', '.join(units)}, {where}", still)
 
 
 @whole_numbers(TableError)
@@ -188,7 +215,17 @@ def layer_view(table: pd.DataFrame, columns: str | Sequence[str], *, seq: int | 
         "the difference from it in the score's unit. Gray and underlined: no score at all; underlined: no score at some layer or "
         "of some kind, where it shows 0. The last two boxes are the ends of the scale."
     )
-    return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", _scales(layers, units, scales, there))
+    some = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int))
+    words = [shown_text(token) for token in parts[0]["token"]]
+    still = [
+        ColoredText(f"{columns[0]}, layer {layers[at]}", words, (values[:, at, 0] - scales[at, 0, 0]) / scales[at, 0, 1])
+        for at in some
+    ]
+    return _assemble(drawn, [caption], f"{', '.join(columns)}, {where}", still, _scales(layers, units, scales, there))
+
+
+# In the picture of a saved notebook: the first score at so many of the layers.
+_MOST_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -261,7 +298,9 @@ def _sequence(rows: pd.DataFrame, table: pd.DataFrame, seq: int | None) -> tuple
     return rows, seq
 
 
-def _assemble(drawn: str, captions: Sequence[str], title: str, scales: _Scales | None = None) -> TokenView:
+def _assemble(
+    drawn: str, captions: Sequence[str], title: str, still: Sequence[ColoredText], scales: _Scales | None = None
+) -> TokenView:
     """A view from CircuitsVis' own markup, with its script apart."""
     head, rest = drawn.split('<script crossorigin type="module">', 1)
     start, end = rest.index("CircuitsVis.render("), rest.rindex("</script>")
@@ -269,7 +308,7 @@ def _assemble(drawn: str, captions: Sequence[str], title: str, scales: _Scales |
     # Names of scores are text within a script: "<" must not begin a tag there.
     call = rest[start:end].strip().replace("<", "\\u003c")
     body = render("tokens.html", captions=captions, element=element, scales=scales)
-    return TokenView(body, within_script(call), within_script(rest[:start].strip()), title)
+    return TokenView(body, within_script(call), within_script(rest[:start].strip()), title, tuple(still), element)
 
 
 def visible(token: str, scored: bool, everywhere: bool = True) -> str:

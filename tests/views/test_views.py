@@ -108,7 +108,7 @@ def test_token_view_marks_tokens_without_a_score(run):
 
 def props_of(html: str) -> dict:
     """What CircuitsVis is given to draw."""
-    return json.loads(re.search(r"CircuitsVis\.render\(.*?(\{.*\})\s*\)\s*</script>", html, re.S).group(1))
+    return json.loads(re.search(r"CircuitsVis\.render\(.*?(\{.*\})\s*\)\s*(document[^<]*)?</script>", html, re.S).group(1))
 
 
 def test_token_view_of_several_scores_puts_them_on_one_scale(run):

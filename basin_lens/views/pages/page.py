@@ -6,6 +6,8 @@ Every template escapes every value. What stands in a page as markup is a `Markup
 import base64
 import io
 import os
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -59,6 +61,11 @@ def render(template: str, **values: object) -> Markup:
     return Markup(_ENVIRONMENT.get_template(template).render(values))
 
 
+def together(parts: Iterable[Markup]) -> Markup:
+    """Parts of a page, or calls within a script, one after another."""
+    return Markup("\n").join(parts)
+
+
 def within_script(code: str) -> Markup:
     """Program text to stand in a script element as it is: CircuitsVis' own, or a call whose data was made harmless before."""
     assert "</script" not in code.lower(), "it would end the script element"
@@ -69,6 +76,8 @@ def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
     """A figure to embed, on white: it can be read on a page of any color."""
     drawn = io.BytesIO()
     # Without the version of matplotlib in the file, the same figure is the same page.
-    figure.savefig(drawn, format="png", dpi=_DPI, metadata={"Software": None}, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a script that no font here has: boxes stand for it
+        figure.savefig(drawn, format="png", dpi=_DPI, metadata={"Software": None}, facecolor="white")
     width, height = (round(96 * side) for side in figure.get_size_inches())
     return Picture(f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}", width, height, alt, caption)
