@@ -172,7 +172,7 @@ def _judge(task: Task, analysis: Analysis, results: Results) -> tuple[Analysis, 
     layer = None if pd.isna(row.layer) else int(row.layer)
     raised = [
         *([] if layer is None else contrast_flags.of_layer(task.measured, analysis.tables["by_bank"], layer)),
-        *contrast_flags.of_run(task.measured, analysis.tables["by_bank"]),
+        *contrast_flags.of_run(task.measured),
     ]
     ours = pd.DataFrame([{"score": HEADLINE, "question": DIFFERENCE, **line} for line in raised])
     flags = pd.concat([results.flags, ours], ignore_index=True) if results.flags is not None else ours

@@ -60,7 +60,7 @@ def run(model, measured, monkeypatch, other=None):
 
 
 def flag(study, name):
-    (row,) = study.flags[study.flags["flag"] == name].to_dict("records")
+    (row,) = study.flags[(study.flags["flag"] == name) & (study.flags["question"] == "difference")].to_dict("records")
     return row
 
 

@@ -9,9 +9,8 @@ from scipy.stats import mannwhitneyu
 from basin_lens import stats, tables
 from basin_lens.scoring.bank_overlap import WARN
 from basin_lens.studies.framework.another_bank import OWN_BANK, is_own_texts
-from basin_lens.studies.framework.declared_tests import ALPHA
 from basin_lens.studies.framework.measured_texts import Measured
-from basin_lens.studies.framework.table_parts import above_layer_0, named_rows
+from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import in_words
 from basin_lens.texts import skeleton_of
 
@@ -90,19 +89,9 @@ def of_layer(measured: Measured, by_bank: pd.DataFrame, layer: int) -> list[dict
     return answer
 
 
-def of_run(measured: Measured, by_bank: pd.DataFrame) -> list[dict[str, object]]:
+def of_run(measured: Measured) -> list[dict[str, object]]:
     """Red flags of the run as a whole."""
-    own = above_layer_0(by_bank[by_bank["bank"] == OWN_BANK])
-    sure = own[own["p_corrected"] <= ALPHA]
-    up, down = (sure[sign * sure["estimate"] > 0]["layer"].astype(int).tolist() for sign in (1, -1))
-    answer: list[dict[str, object]] = [
-        {
-            "flag": "sign changes over layers",
-            "layer": pd.NA,
-            "raised": bool(up and down),
-            "why": f"above 0 at layers {_listed(up)}, below at {_listed(down)} (p at most 0.05 after correction)",
-        }
-    ]
+    answer: list[dict[str, object]] = []
     skeletons = skeletons_of(measured)
     if skeletons is not None and measured.n_units > 1:
         answer.append(

@@ -18,6 +18,7 @@ from basin_lens.views.marks import unit_of
 Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red flags", "no", "undecided"]
 
 ALPHA = 0.05
+ONE_SIDED = ", one-sided"  # ends the name of a test of one direction
 
 # With fewer units, half of them could not reach 0.05 in a family of four tests: sign flips of 8 units give 2 / 2^8 at the least.
 FEWEST_TO_SPLIT = FEWEST_DOCUMENTS
@@ -158,7 +159,7 @@ def within_reach(family: pd.DataFrame) -> "pd.Series[bool]":
 
 def p_floor(row: Row) -> float:
     """The smallest p of a permutation of so many units; 0 for tests without such a bound."""
-    sides = 1 if "one-sided" in row.test else 2
+    sides = 1 if ONE_SIDED in row.test else 2
     if "sign-flip" in row.test and row.n_units:
         return sides / 2.0 ** int(row.n_units)
     first, second = (getattr(row, name, float("nan")) for name in ("n_first", "n_second"))
@@ -173,7 +174,7 @@ def one_sided(test: Callable[[pd.DataFrame], pd.DataFrame], *, more: bool = True
     def tested(part: pd.DataFrame) -> pd.DataFrame:
         found = test(part)
         found["p"] = np.where((found["estimate"] > found["null"]) == more, found["p"] / 2, 1 - found["p"] / 2)
-        found["test"] = found["test"] + ", one-sided"
+        found["test"] = found["test"] + ONE_SIDED
         return stats.correct(found, "bh")
 
     return tested

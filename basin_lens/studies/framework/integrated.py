@@ -8,12 +8,13 @@ from basin_lens.analyzers import IntegratedGradients
 from basin_lens.capture import Capture, subset
 from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
+from basin_lens.tables.frame import described_by_json
 
 
 def add_integrated_gradients(
     model: HookedModel, capture: Capture, table: pd.DataFrame, most: int, seed: int, progress: bool
-) -> int:
-    """Integrated gradients of some sequences, each of another document where there are enough, written into the table."""
+) -> tuple[pd.DataFrame, int]:
+    """The table with integrated gradients of some sequences, each of another document where there are enough; of how many."""
     order = np.random.default_rng(seed).permutation(len(capture.sequences)).tolist()
     first_of_doc = {capture.docs[seq]: seq for seq in reversed(order)}
     chosen = sorted(sorted(order, key=lambda seq: (first_of_doc[capture.docs[seq]] != seq, order.index(seq)))[:most])
@@ -25,7 +26,8 @@ def add_integrated_gradients(
     column = "integrated_gradients"
     values = np.full(capture.n_rows, np.nan)
     values[np.isin(capture.row_seq.numpy(), chosen)] = found[column].to_numpy()
-    table[column] = np.tile(values, table["layer"].nunique())
-    mine["columns"][column] = facts["columns"][column]
-    mine["analyzers"] += facts["analyzers"]
-    return len(chosen)
+    columns = {**mine["columns"], column: facts["columns"][column]}
+    told = {**mine, "columns": columns, "analyzers": [*mine["analyzers"], *facts["analyzers"]]}
+    answer = tables.assign(table, **{column: np.tile(values, table["layer"].nunique())})
+    (run,) = tables.provenance(table)
+    return described_by_json(answer, {run: told}), len(chosen)

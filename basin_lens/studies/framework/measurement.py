@@ -133,7 +133,8 @@ def measure(
         "own_analyzers": [one.key for one in own],
     }
     if integrated and any(spec.integrated_gradients for spec in specs):
-        settings["integrated_gradients_sequences"] = add_integrated_gradients(model, capture, table, integrated, seed, progress)
+        table, of_how_many = add_integrated_gradients(model, capture, table, integrated, seed, progress)
+        settings["integrated_gradients_sequences"] = of_how_many
     if contrast is not None:
         table["contrast"] = contrast.values(table)
     frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}

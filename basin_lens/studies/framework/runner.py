@@ -14,6 +14,7 @@ from basin_lens.studies.framework.measured_texts import Measured, StudyData, stu
 from basin_lens.studies.framework.measurement import ready
 from basin_lens.studies.framework.own_analyzers import with_own_analyzers
 from basin_lens.studies.framework.progress import progress_steps
+from basin_lens.studies.framework.sign_flags import signs_over_layers
 from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
@@ -123,7 +124,8 @@ def _tested(spec: StudySpec, task: Task, analysis: Analysis) -> Results:
             )
             for one in analysis.red_flags
         ]
-        flags = pd.concat(raised, ignore_index=True)
+        raised.append(signs_over_layers(analysis.tests, findings, analysis.table, task.measured))
+        flags = pd.concat([part for part in raised if len(part)], ignore_index=True)
     return Results(findings, flags, _decided(analysis, findings, flags), token_level)
 
 
