@@ -119,7 +119,10 @@ def measure(
     request = Request(chosen, layers=wanted, bank=bank, queries=asked, seed=seed, max_length=max_length, progress=progress)
     everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
     run = score(model, capture, request, keep_neighbors_of=everyone)
-    table, (facts,) = run.table, tables.provenance(run.table).values()
+    (facts,) = tables.provenance(run.table).values()
+    table, integrated_texts = run.table, 0
+    if integrated and any(spec.integrated_gradients for spec in specs):
+        table, integrated_texts = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     asked_for: Facts = {"k": k, "context": context, "exclude": exclude, "compression_tokens": compression_tokens}
     asked_for |= {"unit": unit, "seed": seed, "max_sequences": max_sequences, "per_document": per_document}
     settings: Facts = {
@@ -128,13 +131,10 @@ def measure(
         "sequences_given": len(planned.sequences),
         "sequences_too_short": short,
         "bank": facts.get("bank", {}).get("source") or ("the texts themselves" if bank is None else "another capture"),
-        "integrated_gradients_sequences": 0,
+        "integrated_gradients_sequences": integrated_texts,
         "contrast": contrast and contrast.title,
         "own_analyzers": [one.key for one in own],
     }
-    if integrated and any(spec.integrated_gradients for spec in specs):
-        table, of_how_many = add_integrated_gradients(model, capture, table, integrated, seed, progress)
-        settings["integrated_gradients_sequences"] = of_how_many
     if contrast is not None:
         table["contrast"] = contrast.values(table)
     frequency = {token: often / planned.n_rows for token, often in Counter(planned.row_token.tolist()).items()}
