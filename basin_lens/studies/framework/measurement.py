@@ -119,8 +119,7 @@ def measure(
     request = Request(chosen, layers=wanted, bank=bank, queries=asked, seed=seed, max_length=max_length, progress=progress)
     everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
     run = score(model, capture, request, keep_neighbors_of=everyone)
-    (facts,) = tables.provenance(run.table).values()
-    table, integrated_texts = run.table, 0
+    table, (facts,), integrated_texts = run.table, tables.provenance(run.table).values(), 0
     if integrated and any(spec.integrated_gradients for spec in specs):
         table, integrated_texts = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     asked_for: Facts = {"k": k, "context": context, "exclude": exclude, "compression_tokens": compression_tokens}
