@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from basin_lens import stats
 from basin_lens.studies.framework.declared_tests import ONE_SIDED
 from basin_lens.studies.framework.sign_flags import SIGN, signs_over_layers
 from basin_lens.studies.framework.spec import DeclaredTest
+from tests.simulation.battery import limit
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,18 @@ def test_a_test_of_one_direction_can_be_sure_of_the_other():
 def test_only_findings_that_hold_at_a_layer_of_their_choice_are_looked_at():
     assert flagged([0.3, -0.2, 0.1], [0.001] * 3, holds=False).empty
     assert flagged([0.3, -0.2, 0.1], [0.001] * 3, over_layers=True).empty
+
+
+@pytest.mark.slow
+def test_false_alarms_are_five_percent():
+    """An effect at one of nine layers, noise elsewhere: layers of the other sign are chance, in 400 draws."""
+    rng, layers, documents, draws = np.random.default_rng(0), 9, 12, 400
+    keys = pd.MultiIndex.from_product([range(1, layers + 1), range(documents)], names=["layer", "seq"]).to_frame(index=False)
+    keys = keys.assign(doc=keys["seq"].map("doc-{}".format), pos=1)
+    one = DeclaredTest("it differs", "difference", lambda part: stats.before_after(part, "score", correction="bh"))
+    held, raised = pd.DataFrame([{"question": "difference", "holds": True}]), 0
+    for _ in range(draws):
+        table = keys.assign(score=rng.normal(size=len(keys)) + 3.0 * (keys["layer"] == 5))
+        raised += bool(signs_over_layers([one], held, table, Twelve())["raised"].any())
+    print(f"{raised} of {draws} draws")
+    assert raised / draws <= limit(draws)

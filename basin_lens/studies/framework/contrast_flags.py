@@ -140,7 +140,3 @@ def spans_beyond(measured: Measured) -> Sequence[str]:
             some = ", ".join(dict.fromkeys(repr(token) for token in found[:3]))
             told.append(f"{len(found)} tokens of {name} reach beyond the span and are scored whole, such as {some}.")
     return tuple(told)
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"

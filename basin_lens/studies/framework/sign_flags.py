@@ -1,4 +1,4 @@
-"""A red flag of every study: a finding that holds at one layer, where another layer says the opposite."""
+"""A red flag of studies whose tests choose a layer: a finding that holds at one layer, where another layer says the opposite."""
 
 from collections.abc import Sequence
 from functools import partial
