@@ -10,7 +10,7 @@ from torch import Tensor
 from basin_lens.capture.batches import TokenBatch, TokenMeasure, measured_values
 from basin_lens.capture.passes import Passes, target_values
 from basin_lens.capture.schedule import PassSchedule
-from basin_lens.model import HookedModel, device_of, forward_pass, measuring, output_weight, point_name
+from basin_lens.model import HookedModel, device_of, forward_pass, measuring, output_weight, pass_until, point_name
 
 
 class ForwardReader:
@@ -55,26 +55,33 @@ class ForwardReader:
         schedule = self.schedule
         gradients = bool(schedule.of_gradients)
         with measuring(self.model, gradients=gradients):
-            logits = forward_pass(self.model, self.tokens, self._readers(), gradients=gradients)
-            shown = logits.detach().float() if schedule.needs_logits else logits.detach()
-            self._run_gradients(logits, shown)
-            del logits
+            shown: dict[str, Tensor] = {}
+            if schedule.ends_early:
+                readers = self._readers()
+                pass_until(self.model, self.tokens, readers, self._point_of(schedule.read_borders[-1]))
+            else:
+                logits = forward_pass(self.model, self.tokens, self._readers(), gradients=gradients)
+                shown["logits"] = logits.detach().float() if schedule.needs_logits else logits.detach()
+                self._run_gradients(logits, shown["logits"])
+                del logits
             self._live.clear()
             for analyzer in schedule.at_end:
                 for layer in schedule.looks[analyzer.key]:
-                    self._run(analyzer, layer, logits=shown)
+                    self._run(analyzer, layer, **shown)
         return self._states
 
     def _readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
         readers: dict[str, Callable[[Tensor], Tensor | None]] = {}
-        count = self.schedule.n_layers
         for border in self.schedule.read_borders:
-            # A layer whose analyzers run when it closes is read at its own end, not at the next block's start.
-            name = point_name("resid_pre", border) if border < count else point_name("resid_post", count - 1)
-            readers[name] = partial(self._read_state, border)
+            readers[self._point_of(border)] = partial(self._read_state, border)
         for need, layer in self.schedule.read_points:
             readers[point_name(need, layer)] = partial(self._read_point, need, layer)
         return readers
+
+    def _point_of(self, border: int) -> str:
+        """Where a border is read: at the start of the block behind it, and behind the last one at its end."""
+        count = self.schedule.n_layers
+        return point_name("resid_pre", border) if border < count else point_name("resid_post", count - 1)
 
     def _read_point(self, need: str, layer: int, value: Tensor) -> None:
         self._held[layer][need] = value.detach().float()

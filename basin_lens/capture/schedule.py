@@ -73,6 +73,11 @@ class PassSchedule:
         """Whether an analyzer reads the logits."""
         return any("logits" in a.needs for a in self.analyzers)
 
+    @cached_property
+    def ends_early(self) -> bool:
+        """Whether the pass may end at the last border that is read: nobody asks for logits, or for gradients of them."""
+        return not self.needs_logits and not self.of_gradients
+
     def wants(self, need: str, layer: int, among: Sequence[TokenMeasure]) -> bool:
         """Whether one of these analyzers needs this at this layer."""
         return any(need in a.needs and layer in self.looks[a.key] for a in among)

@@ -27,6 +27,7 @@ from basin_lens.model.hooks import (
     forward_pass,
     measuring,
     missing_points,
+    pass_until,
     point_name,
     reading,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "own_rows",
     "padding_of",
     "parameters_of",
+    "pass_until",
     "point_name",
     "provenance",
     "put_tuned",

@@ -139,6 +139,32 @@ def forward_pass(
         return model(tokens, return_type="logits", **extra)
 
 
+class _PassEndedError(Exception):
+    """A pass has come as far as it was asked to; it never leaves `pass_until`."""
+
+
+def pass_until(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], readers: Mapping[str, Callable[[Tensor], Tensor | None]], last: str
+) -> None:
+    """One pass over right-padded tokens that ends once the point `last` was read: no block above it runs, and no unembedding.
+
+    Args:
+        model, tokens: as for `forward_pass`; gradients are not built.
+        readers: see `reading`; those of points behind `last` are never called.
+        last: one of their names.
+    """
+
+    def read_and_end(value: Tensor) -> None:
+        readers[last](value)
+        raise _PassEndedError
+
+    try:
+        forward_pass(model, tokens, {**readers, last: read_and_end})
+    except _PassEndedError:
+        return
+    raise ModelError(f"expected a pass through the hook point {last}, got one that ended without it. Use another model class.")
+
+
 def all_layers(model: HookedModel) -> list[int]:
     """0 .. number of blocks - 1."""
     return list(range(n_layers(model)))
