@@ -22,7 +22,7 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",  # two-threaded work beside anything else is many times slower
 }
 # Every marker that a plain `pytest` leaves out.
-LEFT_OUT = "real or simulation or slow or browser or damage or death"
+LEFT_OUT = "real or simulation or slow or browser or damage or death or ray"
 # What meets TransformerLens: everything before the table, what hooks into a model, and every file with a test of HookedTransformer.
 MEETS_TRANSFORMER_LENS = "model capture transport analyzers scoring controls memorize codec merging studies/test_mergeability.py"
 # The real model there: loading, the transport against a plain model, and what the design measured.

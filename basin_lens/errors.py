@@ -83,3 +83,7 @@ class BankWarning(UserWarning):
 
 class MergeWarning(UserWarning):
     """A merger took more memory than it saved. A warning: the numbers are what was asked for."""
+
+
+class PieceWarning(UserWarning):
+    """A damaged piece of a run was made again. A warning: the numbers are what was asked for."""

@@ -24,9 +24,8 @@ Place = str | os.PathLike[str]
 # A file's bytes or text, or what writes it to the path that it is given.
 Content = bytes | str | Callable[[Unfinished], object]
 
-_LOCK = ".basin-lens.lock"
+_LOCK, _MARK = locks.NAME, locks.MARK
 _NEW, _OLD = ".basin-lens.new", ".basin-lens.old"
-_MARK = ".basin-lens-"
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 _TRIES, _PAUSE = 10, 0.03  # seconds
 _NOCTTY = getattr(os, "O_NOCTTY", 0)
@@ -335,7 +334,7 @@ def _put(new: Path, target: Path, old: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iterator[Path]:
+def lock_folder(folder: Place, error: type[BasinLensError] = StoreError, *, shared: bool = False) -> Iterator[Path]:
     """Hold an output folder for this thread: made if missing, the leavings of the dead cleared; removed if nothing was put in it.
 
     Whoever holds the folder may lock it again.
@@ -343,6 +342,7 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
     Args:
         folder: which.
         error: the kind of error to raise.
+        shared: hold it together with others who hold it so.
 
     Raises:
         StoreError (or `error`): somebody else writes there (who is said), or the folder cannot be written.
@@ -357,11 +357,11 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
     made = [part for part in (target, *target.parents) if not part.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        handle = locks.lock(target / _LOCK)
+        handle = locks.lock(target / _LOCK, shared=shared)
         for _ in range(_TRIES):  # who clears holds it for a moment
             if handle is None:
                 time.sleep(_PAUSE)
-                handle = locks.lock(target / _LOCK)
+                handle = locks.lock(target / _LOCK, shared=shared)
     except OSError as problem:
         raise error(
             f"expected an output folder that can be written, got {str(folder)!r}: {problem.strerror}. Choose another."
@@ -384,18 +384,13 @@ def lock_folder(folder: Place, error: type[BasinLensError] = StoreError) -> Iter
         yield target
     finally:
         held.discard(target)
-        locks.unlock(handle, target / _LOCK)
+        locks.unlock(handle, target / _LOCK, shared=shared)
         for part in made:
             with contextlib.suppress(OSError):  # it holds something
                 part.rmdir()
 
 
-def is_lock(name: str) -> bool:
-    """Whether a file of this name, in an output folder, is its lock: no result, and nobody's work."""
-    return name == _LOCK
-
-
-# ---- what a death leaves behind -------------------------------------------------------------------------------------------------
+# ---- what a death leaves behind ----
 
 
 @contextmanager

@@ -12,15 +12,20 @@ from basin_lens.values import Facts
 if sys.platform != "win32":
     import fcntl
 
+NAME = ".basin-lens.lock"  # in a folder that somebody writes to
+MARK = ".basin-lens-"  # in the name of a folder in which something is prepared
 # A lock that is a link to elsewhere would have what it leads to overwritten.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock file while it is open, at most until its process ends; None if somebody else holds it."""
+def lock(path: Path, *, shared: bool = False) -> int | None:
+    """A descriptor that holds the lock file while it is open, at most until its process ends; None if somebody else holds it.
+
+    `shared`: together with others who hold it so.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
-        if not _hold(handle, path):
+        if not _hold(handle, path, shared=shared):
             os.close(handle)
             return None
         found = status_of(path)
@@ -29,10 +34,10 @@ def lock(path: Path) -> int | None:
         os.close(handle)  # it was let go, and so deleted, between the opening and the lock
 
 
-def _hold(handle: int, path: Path) -> bool:
+def _hold(handle: int, path: Path, *, shared: bool = False) -> bool:
     if sys.platform != "win32":
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:  # a file system without locks: what the file says must do
@@ -88,10 +93,28 @@ def who(path: Path) -> str:
     )
 
 
-def unlock(handle: int, path: Path) -> None:
-    """Let go, and delete the lock file if it is still this one."""
+def is_own(name: str) -> bool:
+    """Whether a name in an output folder is that of its lock, or of what is being prepared there: no result, and nobody's work."""
+    return name == NAME or (name.startswith(".") and MARK in name)
+
+
+def holder(folder: Path) -> str | None:
+    """Who writes to a folder now, in words; None if nobody does."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    handle = lock(path)
+    if handle is None:
+        return who(path)
+    unlock(handle, path)
+    return None
+
+
+def unlock(handle: int, path: Path, *, shared: bool = False) -> None:
+    """Let go, and delete the lock file if it is still this one and nobody shares it."""
     found = status_of(path)
-    if found is not None and os.path.samestat(os.fstat(handle), found):  # with a replaced folder it is gone
+    ours = found is not None and os.path.samestat(os.fstat(handle), found)  # with a replaced folder it is gone
+    if ours and (not shared or _hold(handle, path)):
         path.unlink(missing_ok=True)
     os.close(handle)
 

@@ -10,22 +10,30 @@ from torch import Tensor
 from basin_lens.capture.batches import TokenMeasure
 from basin_lens.capture.states import CapturedStates
 
+# Values by an analyzer's key, then column, `[n_layers or 1, rows]`.
+Columns = dict[str, dict[str, Tensor]]
+
 
 def keep_values(
-    capture: CapturedStates,
+    columns: Columns,
+    shape: tuple[int, int],
     rows: Int[Tensor, " n"],
     valid: Bool[Tensor, "batch pos"],
     analyzer: TokenMeasure,
     layer: int,
     values: Mapping[str, Tensor],
 ) -> None:
-    """Put what an analyzer measured on one batch at one layer into the capture's columns. `values`: `[batch, pos]` or `[batch]`."""
-    columns = capture.columns.setdefault(analyzer.key, {})
+    """Put what an analyzer measured on one batch at one layer among the columns. `values`: `[batch, pos]` or `[batch]`.
+
+    `shape`: layers of the model, and rows of a column.
+    """
+    layers, n_rows = shape
+    held = columns.setdefault(analyzer.key, {})
     for name, value in values.items():
         if value.ndim == 1:  # one number per sequence: repeated on its tokens
             value = value[:, None].expand(valid.shape)
-        height = capture.model["layers"] if analyzer.per_layer else 1
-        column = columns.setdefault(name, torch.full((height, capture.n_rows), torch.nan, dtype=torch.float32, device="cpu"))
+        height = layers if analyzer.per_layer else 1
+        column = held.setdefault(name, torch.full((height, n_rows), torch.nan, dtype=torch.float32, device="cpu"))
         column[layer if analyzer.per_layer else 0, rows] = value.detach()[valid.to(value.device)].float().cpu()
 
 

@@ -5,6 +5,7 @@ from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
+from basin_lens.capture.disk_states import StatesOnDisk
 from basin_lens.texts import Passage, TokenSequence
 from basin_lens.values import Facts, Plain
 
@@ -21,7 +22,7 @@ class CaptureFields(TypedDict):
     model: Facts
     settings: Facts
     columns: NotRequired[dict[str, dict[str, Tensor]]]
-    _states: NotRequired[dict[int, Tensor]]
+    _states: NotRequired[dict[int, Tensor] | StatesOnDisk]
     _readings: NotRequired[dict[str, Tensor]]
     _store: NotRequired[Path | None]
     _shards: NotRequired[dict[str, Facts]]

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,16 +9,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from basin_lens.capture.batches import TokenMeasure, check_analyzers, check_points, token_batches
-from basin_lens.capture.columns import all_or_none, keep_values
-from basin_lens.capture.forward_reader import ForwardReader
+from basin_lens.capture.batches import TokenMeasure, check_analyzers, check_points
+from basin_lens.capture.columns import all_or_none
+from basin_lens.capture.pieces import batches_of, put_columns, read_piece, schedule_of
 from basin_lens.capture.saving import write_fields
-from basin_lens.capture.schedule import PassSchedule
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.store import write_borders
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
-from basin_lens.model import HookedModel, n_layers, one_side, width
+from basin_lens.model import HookedModel, width
 from basin_lens.records import Unfinished
 from basin_lens.values import Facts, Whole, hides_bars
 
@@ -84,24 +82,21 @@ def run_model(
         the files of states that the folder now holds.
     """
     check_points(model, capture.layers, analyzers)
-    batches = list(token_batches(capture, batch_size, one_side(model, capture.lengths.tolist())))
-    borders = sorted({border for layer in capture.layers for border in (layer, layer + 1)}) if keep_states else []
-    schedule = PassSchedule(n_layers(model), capture.layers, tuple(borders), tuple(analyzers))
+    schedule = schedule_of(model, capture, analyzers, keep_states=keep_states)
     states: dict[int, Tensor] = {}
     shards: dict[str, Facts] = {}
     if folder is None:
         shape = capture.n_rows, width(model)
-        states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in borders}
+        states = {border: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for border in schedule.borders}
     bar = tqdm(total=capture.n_rows, desc="reading the model", unit="token", disable=hides_bars(progress))
     with all_or_none(capture, analyzers), bar:
-        for index, (rows, tokens, valid) in enumerate(batches):
-            keep, refuse = partial(keep_values, capture, rows, valid), partial(capture.refuse_nonfinite, rows)
-            kept = ForwardReader(model, schedule, tokens, valid, keep, refuse).read()
+        for index, batch in enumerate(batches_of(model, capture, batch_size)):
+            piece = read_piece(model, capture, schedule, [batch], bar.update)
+            put_columns(capture.columns, piece, capture.n_rows)
             if folder is None:
-                for border, read in kept.items():
-                    states[border][rows] = read
+                for border, read in piece.states.items():
+                    states[border][piece.rows] = read
             else:
-                shards |= write_borders(folder, index, rows, kept)
-            bar.update(len(rows))
+                shards |= write_borders(folder, index, piece.rows, piece.states)
     capture._states = states or capture._states  # only now: an interrupted reading must not pass for one
     return shards

@@ -164,8 +164,8 @@ class Capture(CapturedStates):
         """
         fields = cache_fields(model, tokens, cache, attention_mask=attention_mask, docs=docs, labels=labels, texts=texts)
         capture = cls(**fields)
-        for border, states in capture._states.items():
-            capture.refuse_nonfinite(torch.arange(capture.n_rows, device="cpu"), border, states)
+        for border in sorted({border for layer in capture.layers for border in (layer, layer + 1)}):
+            capture.refuse_nonfinite(torch.arange(capture.n_rows, device="cpu"), border, capture.border(border))
         return capture
 
     def save(self, path: str | os.PathLike[str]) -> None:

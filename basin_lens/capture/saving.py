@@ -23,7 +23,8 @@ def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
         if capture._store is not None:
             copy_borders(capture._store, folder, shards)
         else:
-            shards = write_borders(folder, 0, torch.arange(capture.n_rows, device="cpu"), capture._states)
+            held = {border: capture.border(border) for layer in capture.layers for border in (layer, layer + 1)}
+            shards = write_borders(folder, 0, torch.arange(capture.n_rows, device="cpu"), held)
         write_fields(capture, folder, shards)
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from basin_lens.capture.disk_states import StatesOnDisk
 from basin_lens.capture.layout import TokenRows
 from basin_lens.capture.store import read_border
 from basin_lens.errors import CaptureError
@@ -25,7 +26,7 @@ class CapturedStates(TokenRows):
     model: Facts
     settings: Facts
     columns: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    _states: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _states: dict[int, Tensor] | StatesOnDisk = field(default_factory=dict, repr=False)
     _readings: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _store: Path | None = None
     _shards: dict[str, Facts] = field(default_factory=dict, repr=False)  # files of the store, each with its digest

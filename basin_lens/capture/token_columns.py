@@ -117,6 +117,7 @@ def _holds(capture: CapturedStates, need: str, layer: int) -> bool:
 def _measure_held(model: HookedModel, capture: CapturedStates, analyzer: TokenMeasure, looks: Sequence[int]) -> None:
     """Fill an analyzer's columns at layers of which the capture holds what it needs; logits come from the last state, by batch."""
     batches = list(token_batches(capture, None))
+    shape = capture.model["layers"], capture.n_rows
     memories: list[dict[str, Tensor]] = [{} for _ in batches]
     for layer in looks:
         # A border may lie on disk: it is read once.
@@ -131,7 +132,7 @@ def _measure_held(model: HookedModel, capture: CapturedStates, analyzer: TokenMe
                 reading, padding = capture._readings[f"{need}.{layer}"][seqs], capture._readings["valid"][seqs]
                 values[need] = right_padded(reading, padding, valid.shape[1], square=need == "pattern")
             measured = measured_values(analyzer, TokenBatch(layer, capture.model["layers"], tokens, valid, values, memory))
-            keep_values(capture, rows, valid, analyzer, layer, measured)
+            keep_values(capture.columns, shape, rows, valid, analyzer, layer, measured)
 
 
 def _grid(rows: Shaped[Tensor, "rows *d"], valid: Bool[Tensor, "batch pos"]) -> Shaped[Tensor, "batch pos *d"]:

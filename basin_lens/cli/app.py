@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import Literal, TextIO
 
 import typer
 
@@ -17,15 +17,13 @@ from basin_lens.cli import comparisons as cli_comparisons
 from basin_lens.cli import merge as cli_merge
 from basin_lens.cli import models as cli_models
 from basin_lens.cli import options as shared
+from basin_lens.cli import runs as cli_runs
 from basin_lens.cli import study as cli_study
 from basin_lens.cli.signals import EndedError, ends_in_order
 from basin_lens.errors import BankWarning, BasinLensError, StoreError
+from basin_lens.locks import is_own
 from basin_lens.model import HookedModel
 from basin_lens.texts import Passage
-from basin_lens.values import Facts
-
-if TYPE_CHECKING:  # long to load: help does not wait for it
-    import pandas
 
 app = typer.Typer(
     name="basin-lens",
@@ -41,6 +39,7 @@ app.add_typer(cli_merge.app, name="merge")
 app.add_typer(cli_study.app, name="study")
 cli_comparisons.add_commands(app)
 app.command()(cli_bundle.rerun)
+cli_runs.add_commands(app)
 
 _FILES = ("table.parquet", "summary.csv", "report.html")
 
@@ -66,37 +65,6 @@ def demo(
         passages = list(reference_passages())
         model = shared.load(shared.EMBEDDED)
         _run(model, passages, out, k=k, layers=chosen, bank=None, max_length=256, batch_size=size, seed=seed)
-
-
-@app.command()
-def analyze(
-    files: shared.Files = None,
-    model: shared.Model = shared.EMBEDDED,
-    dataset: shared.Dataset = None,
-    config: shared.Config = None,
-    split: shared.Split = None,
-    layers: shared.Layers = None,
-    k: shared.K = 15,
-    out: shared.Out = Path("basin-lens-out"),
-    bank: shared.Bank = None,
-    max_length: shared.MaxLength = 128,
-    batch_size: shared.BatchSize = None,
-    seed: shared.Seed = 0,
-    marked: shared.Marked = False,
-) -> None:
-    """Score every token of text files or of a data set, and write a table, a summary and a report.
-
-    Examples: basin-lens analyze book.txt --layers 0-9 --out book/
-              basin-lens analyze note.txt --bank reference
-              basin-lens analyze --dataset nltk:treebank
-    """
-    if not files and dataset is None:
-        raise typer.BadParameter("expected files or --dataset, got neither. Name some.")
-    chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
-    passages = shared.read_texts(files or [], dataset, config, split, None, marked=marked)
-    with _prepared(out, files or []):
-        loaded = shared.load(model)
-        _run(loaded, passages, out, k=k, layers=chosen, bank=own_bank, max_length=max_length, batch_size=size, seed=seed)
 
 
 @app.command()
@@ -180,7 +148,7 @@ def _prepared(out: Path, inputs: list[Path]) -> Iterator[None]:
 def _refuse_others(out: Path) -> None:
     from basin_lens import tables
 
-    held = sorted(path.name for path in out.glob("*") if not writing.is_lock(path.name))
+    held = sorted(path.name for path in out.glob("*") if not is_own(path.name))
     ours = tables.is_saved(out / "table.parquet")  # others may call a table so, too
     if others := [name for name in held if name not in _FILES or not ours]:
         raise StoreError(f"expected an empty folder or an earlier run's, got {str(out)!r} with {others[0]!r} in it. Choose --out.")
@@ -198,21 +166,12 @@ def _run(
     batch_size: int | None,
     seed: int,
 ) -> None:
-    """Score the texts and write what came out. The options are those of `analyze`."""
+    """Score the texts in memory and write what came out. The options are those of `analyze`."""
     from basin_lens import tables
-    from basin_lens.analyzers import SAMPLED, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
     from basin_lens.scoring import Request, score
     from basin_lens.views import make_report
 
-    contraction = Contraction(k=k)  # of every token, so that each has its neighbors in the page
-    analyzers = [
-        Compression(k=k, queries=SAMPLED),
-        contraction,
-        RawCompression(k=k),
-        Neighborhood(k=k),
-        Surprisal(),
-        StateNorm(),
-    ]
+    analyzers, contraction = cli_runs.analyzers_of(k)
     request = Request(analyzers, layers=layers, bank=bank, max_length=max_length, batch_size=batch_size, seed=seed)
     run = score(model, passages, request, keep_neighbors_of=contraction)
     summary = tables.layer_summary(run.table)
@@ -222,44 +181,4 @@ def _run(
         tables.save(run.table, folder / "table.parquet")
         tables.save_csv(summary, folder / "summary.csv")
         report.save(folder / "report.html")
-    _print_summary(summary, facts, out)
-
-
-def _print_summary(summary: "pandas.DataFrame", facts: Facts, out: Path) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    def shown(*values: float) -> str:
-        return " ".join(f"{value:+.3f}" for value in values).replace("+nan +nan", "none (1 document)")
-
-    console = Console(markup=False, highlight=False)
-    lines = Table(title="compression by layer, means over documents [nats]", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("layer", "mean", "95 % interval", "random sets", "isotropic", "halves", "local"):
-        lines.add_column(name, justify="right", no_wrap=True)
-    for row in summary.to_dict("records"):
-        lines.add_row(
-            str(row["layer"]),
-            shown(row["compression_mean"]),
-            shown(row["compression_low"], row["compression_high"]),
-            shown(row["compression_random_sets_mean"]),
-            shown(row["compression_isotropic_mean"]),
-            f"{row['compression_reliability']:.2f}",
-            f"{row['compression_local']:.2f}" if "compression_local" in row else "-",
-        )
-    console.print(lines)
-    first = summary.iloc[0]
-    console.print(
-        f"{int(first['n_tokens'])} tokens, {int(first['n_sequences'])} sequences, {int(first['n_documents'])} documents; model: "
-        f"{facts['model']['name']}; transport and slower routes agree to {max(facts['check_error'].values()):.0e} of the states' "
-        "scale."
-    )
-    measured = round((1 - summary["compression_nan"].min()) * int(first["n_tokens"]))
-    console.print(
-        f"Compression is of at most {measured} tokens per layer, in groups of 4 from different documents. Positive: differences "
-        "between a token's neighbors are drawn together more at its own place than at others (a basin). Negative: the block tells "
-        "apart what is near. Beside it the same for random sets and for random directions; halves: reliability over halves of the "
-        "neighbors; local: the neighborhoods' median variance over that of random sets. No test was made."
-    )
-    for name in _FILES:
-        console.print(f"  {out / name}", soft_wrap=True)
+    cli_runs.print_summary(summary, facts, [out / name for name in _FILES])

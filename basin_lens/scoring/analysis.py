@@ -4,27 +4,25 @@ import warnings
 from dataclasses import dataclass
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from basin_lens import tables
 from basin_lens.analyzers import CloudAnalyzer
-from basin_lens.capture import Capture, check_cache, check_layers, fill_columns, layers_asked, read_states
-from basin_lens.capture.batches import check_points
-from basin_lens.errors import BankWarning, CaptureError
-from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers, source_of
-from basin_lens.scoring.bank import choose_bank
+from basin_lens.capture import Capture
+from basin_lens.errors import BankWarning
+from basin_lens.model import HookedModel, full_precision, source_of
 from basin_lens.scoring.bank_overlap import warning
-from basin_lens.scoring.plan import Plan
-from basin_lens.scoring.request import Request, takes_request
-from basin_lens.scoring.results import KeptNeighbors, LayerNeighbors, Results, provenance
-from basin_lens.scoring.run import Run
-from basin_lens.scoring.token_rows import query_rows, row_facts
+from basin_lens.scoring.conducting import conduct, found, kept_neighbors, values_at
+from basin_lens.scoring.folder_run import FolderRequest, run_in_folder, takes_folder_request
+from basin_lens.scoring.job import prepare
+from basin_lens.scoring.memory_store import MemoryStore
+from basin_lens.scoring.request import Request
+from basin_lens.scoring.results import KeptNeighbors
+from basin_lens.scoring.token_rows import row_facts
 from basin_lens.texts import Texts
-from basin_lens.values import hides_bars
 
 
-@takes_request(Request)
-def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.DataFrame:
+@takes_folder_request(Request, FolderRequest)
+def analyze(model: HookedModel, data: Capture | Texts, request: FolderRequest) -> pd.DataFrame | tables.RunTable:
     """Measure every token of some texts at every layer of a model.
 
     Args:
@@ -45,6 +43,17 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
         seed: of every random choice.
         max_length, batch_size, prepend_bos, attention_mask: see `Capture.from_texts`.
         progress: show progress bars.
+        out: a folder. The run is cut into pieces, each a file there; interrupted, the same call goes on where it was, and does anew
+            what is damaged. Another run's folder is refused, unless `fresh`. What is returned is a `tables.RunTable`, of which
+            parts are loaded. None: all stays in memory.
+        engine: `"local"`, this process; `"ray"`: actors of a Ray cluster do the pieces (extra `ray`), see `engine_options`.
+        engine_options: `workers` (actors; None: one for each core or GPU), `num_cpus` and `num_gpus` of each, `address` (None: that
+            of `RAY_ADDRESS`, or a cluster on this machine for this call), `retries` of a piece whose actor died.
+        fresh: delete what another run, or an earlier one, left in the folder.
+        keep_states: leave the states in the folder; else they are deleted as soon as no layer is left that needs them.
+        store_dtype: number format of states on disk: `"float32"`, or `"bfloat16"`, `"float16"` (of a model that computes in it,
+            nothing is lost; the block's check allows for it).
+        piece_tokens: a piece of reading holds at least so many tokens.
 
     Returns:
         one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the
@@ -59,6 +68,7 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
     Raises:
         BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.
         TransportError: the block does not reproduce the captured states, or a route is not exact on this model.
+        StoreError: a folder of another run, one that somebody else writes to, or a full disk.
 
     Example:
         >>> import basin_lens as bl
@@ -67,7 +77,7 @@ def analyze(model: HookedModel, data: Capture | Texts, request: Request) -> pd.D
         >>> bool(table.compression.notna().any())
         True
     """
-    return score(model, data, request).table
+    return score(model, data, request).table if request.out is None else run_in_folder(model, data, request)
 
 
 @dataclass(frozen=True)
@@ -95,65 +105,13 @@ def score(
         keep_neighbors_of: an instance among the request's analyzers.
         frozen: neighbors of another run on the same texts and layers, taken as they are.
     """
-    check_model(model)
-    capture, plan = _planned(model, data, request)
-    # All that can be refused is refused before the model runs.
-    if not capture.is_read:
-        check_points(model, capture.layers, plan.of_tokens)
-    tables.check_names([*{name for label in capture.labels for name in label}, *plan.columns])
-    asked = query_rows(capture, request.queries, request.seed)
-    run = None
-    if plan.of_neighbors:
-        bank = choose_bank(model, capture, request.bank, plan, progress=request.progress)
-        run = Run(model, capture, bank, plan, asked, backend=request.backend, frozen=frozen, keep=keep_neighbors_of)
-    of_tokens = plan.of_tokens
-    if not capture.is_read:
-        read_states(model, capture, of_tokens, batch_size=request.batch_size, progress=request.progress)
-    again = fill_columns(model, capture, of_tokens, layers=plan.layers, progress=request.progress)
-    results = Results.empty(plan, capture.n_rows)
-    results.take_columns(capture)
-    kept = None if run is None else _conduct(run, results, progress=request.progress)
-    if run is not None and (said := warning(run.searches.facts["same_skeleton"])) is not None:
+    job = prepare(model, data, request, keep=keep_neighbors_of, frozen=frozen)
+    store = MemoryStore(job)
+    conduct(job, store)
+    facts = found(job, store)
+    if job.run is not None and (said := warning(facts["search"]["same_skeleton"])) is not None:
         warnings.warn(said, BankWarning, stacklevel=4)
-    facts = provenance(request, capture, asked, results, read_again_for=again, frozen=frozen is not None)
     facts["made"] = tables.made_now(source_of(model))
-    rows, labels = row_facts(capture)
-    return Analysis(tables.build(rows, labels, plan.layers, results.values, tables.Provenance.from_json(facts)), kept)
-
-
-def _planned(model: HookedModel, data: Capture | Texts, request: Request) -> tuple[Capture, Plan]:
-    """The capture, read or only planned, and what to measure on it."""
-    if not isinstance(data, Capture):
-        layers = check_layers(model, request.layers)
-        capture = Capture.plan(
-            model,
-            data,
-            layers=layers,
-            max_length=request.max_length,
-            prepend_bos=request.prepend_bos,
-            attention_mask=request.attention_mask,
-        )
-        return capture, Plan(layers, n_layers(model), request.chosen, request.seed)
-    if request.attention_mask is not None:
-        raise CaptureError("expected token ids with attention_mask, got a Capture. Give the mask where it is made.")
-    data.check_model_is(model)
-    plan = Plan(layers_asked(model, data, request.layers), n_layers(model), request.chosen, request.seed)
-    check_cache(model, data, plan.path)
-    return data, plan
-
-
-def _conduct(run: Run, results: Results, *, progress: bool) -> KeptNeighbors | None:
-    """Do the plan's pieces one after the other; the neighbors that were to be kept."""
-    results.begin(run.facts())
-    kept: list[LayerNeighbors] = []
-    bar = tqdm(total=len(run.plan.layers), desc="neighbors through blocks", unit="layer", disable=hides_bars(progress))
-    with measuring(run.model), bar:
-        for layer in run.plan.layers:
-            scores = run.layer(layer)
-            results.add(scores)
-            if run.keep is not None:
-                kept.append(scores.neighbors or LayerNeighbors.none(run.capture.n_rows, run.keep.k))
-            bar.update()
-    if run.keep is None:
-        return None
-    return KeptNeighbors.of(kept, run.bank, run.keep.columns[0].name, own=not run.external)
+    rows, labels = row_facts(job.capture)
+    table = tables.build(rows, labels, job.plan.layers, values_at(job, store, job.plan.layers), tables.Provenance.from_json(facts))
+    return Analysis(table, kept_neighbors(job, store))

@@ -88,16 +88,19 @@ class Request:
         return [f"{choice} neighbors" for choice in NULLS] if self.controls else []
 
 
+Asked = TypeVar("Asked", bound=Request)
+
+
 def takes_request(
-    request: Callable[P, Request],
-) -> Callable[[Callable[[M, D, Request], R]], Callable[Concatenate[M, D, P], R]]:
+    request: Callable[P, Asked],
+) -> Callable[[Callable[[M, D, Asked], R]], Callable[Concatenate[M, D, P], R]]:
     """A decorator: a function of a model, data and a request becomes one of a model, data and the request's own options.
 
     For readers, for `help` and for type checkers the options stand in the signature one by one, though they are written in
     `Request` alone.
     """
 
-    def decorate(function: Callable[[M, D, Request], R]) -> Callable[Concatenate[M, D, P], R]:
+    def decorate(function: Callable[[M, D, Asked], R]) -> Callable[Concatenate[M, D, P], R]:
         own = inspect.signature(function)
         model, data, _ = own.parameters.values()
         signature = own.replace(parameters=[model, data, *inspect.signature(request).parameters.values()])

@@ -84,6 +84,7 @@ class LayerScores:
         reference_error: standard error of what a column is held against, by column; None: not defined.
         left_out: how many values are missing, by column and reason.
         facts: route, reason for it, error of the check and affine fit of the layer, by their names in provenance.
+        search: what was noted of the layer's searches, by its name in provenance.
         neighbors: behind one score, if they were to be kept.
     """
 
@@ -93,34 +94,28 @@ class LayerScores:
     reference_error: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
+    search: Facts = field(default_factory=dict)
     neighbors: LayerNeighbors | None = None
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a whole plan found: `values` by column `[layers, rows]`; the rest as in `LayerScores`, by column and layer."""
+    """What a whole plan found, besides the values: as in `LayerScores`, by column and layer."""
 
     plan: Plan
-    values: dict[str, Float[np.ndarray, "layers rows"]]
     reliability: dict[str, dict[str, float | None]] = field(default_factory=dict)
     reference_error: dict[str, dict[str, float | None]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
 
-    @classmethod
-    def empty(cls, plan: Plan, n_rows: int) -> "Results":
-        """Nothing measured yet: every value is NaN."""
-        shape = len(plan.layers), n_rows
-        return cls(plan, {name: np.full(shape, np.nan, np.float32) for name in plan.columns})
-
     def take_columns(self, capture: Capture) -> None:
-        """The values of token analyzers, which the capture holds."""
+        """What is missing among the values of token analyzers, which the capture holds."""
         for analyzer in self.plan.of_tokens:
             held = capture.columns[analyzer.key]
             for column in analyzer.columns:
-                rows = list(self.plan.layers) if analyzer.per_layer else [0]
-                self.values[column.name][:] = held[column.name][rows].numpy()
-                self.left_out[column.name] = {"not defined at this position": int(np.isnan(self.values[column.name]).sum())}
+                rows = list(self.plan.layers) if analyzer.per_layer else [0] * len(self.plan.layers)
+                missing = sum(int(held[column.name][row].isnan().sum()) for row in rows)
+                self.left_out[column.name] = {"not defined at this position": missing}
 
     def begin(self, facts: Facts) -> None:
         """Make room for what layers will add: `facts` are those of the whole run."""
@@ -129,11 +124,11 @@ class Results:
         self.left_out.update({column.name: {} for a in self.plan.of_neighbors for column in a.columns})
 
     def add(self, scores: LayerScores) -> None:
-        """Put what one layer's piece found where it belongs."""
-        for name, value in scores.values.items():
-            self.values[name][self.plan.layers.index(scores.layer)] = value
+        """Add what one layer's piece found, besides its values."""
         for name, fact in scores.facts.items():
             self.facts.setdefault(name, {})[str(scores.layer)] = fact
+        for name, fact in scores.search.items():
+            self.facts["search"][name][str(scores.layer)] = fact
         for name, agreement in scores.reliability.items():
             self.reliability[name][str(scores.layer)] = agreement
         for name, error in scores.reference_error.items():

@@ -16,7 +16,7 @@ from basin_lens.scoring.left_out import count_left_out
 from basin_lens.scoring.map_scores import MapScores
 from basin_lens.scoring.plan import MapPlan, Piece, Plan, SearchSite
 from basin_lens.scoring.results import KeptNeighbors, LayerScores
-from basin_lens.scoring.search import Searches, SearchResult
+from basin_lens.scoring.search import OF_LAYERS, Searches, SearchResult
 from basin_lens.scoring.token_rows import texts_hash
 from basin_lens.transport import BlockMap, LayerMaps, Probe
 from basin_lens.values import Facts
@@ -69,14 +69,14 @@ class Run:
         self.partners = BankPartners(model, bank, self.probes[1], backend, plan.seed) if self.partnered else None
 
     def facts(self) -> Facts:
-        """What provenance says of the bank and of the searches, which add to it while the run lasts."""
+        """What provenance says of the bank and of the searches; what each layer has of its own comes with its scores."""
         bank = {
             "source": "another capture" if self.external else "the texts themselves",
             "points": int((self.bank.row_pos > 0).sum()),
             "sequences": len(self.bank.sequences),
             "texts": texts_hash(self.bank),
         }
-        return {"bank": bank, "search": self.searches.facts}
+        return {"bank": bank, "search": {**self.searches.facts, **{name: {} for name in OF_LAYERS}}}
 
     def layer(self, layer: int) -> LayerScores:
         """Do the piece of work of one layer."""
@@ -112,6 +112,7 @@ class Run:
             if done.neighbors is not None:
                 scores.neighbors = done.neighbors
         scores.facts.update(_facts_of(maps))
+        scores.search.update(self.searches.facts_of(layer))
         return scores
 
     def _search(self, layer: int, plan: MapPlan, passage: BlockMap, found: dict[SearchSite, SearchResult]) -> None:

@@ -29,6 +29,9 @@ from basin_lens.scoring.plan import SearchOptions
 from basin_lens.scoring.token_rows import row_groups
 from basin_lens.values import Facts
 
+# Facts of a search that each layer has of its own.
+OF_LAYERS = ("recall", "same_position", "same_skeleton")
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -67,13 +70,7 @@ class Searches:
         if backend == "faiss":
             flat.load()
         self.backend, self.device = backend, device_of(model)
-        self.facts: Facts = {
-            "backend": backend,
-            "exact": backend != "approximate",
-            "recall": {},
-            "same_position": {},
-            "same_skeleton": {},
-        }
+        self.facts: Facts = {"backend": backend, "exact": backend != "approximate", **{name: {} for name in OF_LAYERS}}
         if own := [name_of_choice(options.choice) for options in largest if callable(options.choice)]:
             self.facts["own_choices"] = sorted(set(own))
         self.external = bank is not capture
@@ -169,6 +166,10 @@ class Searches:
             if share == share:  # NaN where nobody has neighbors
                 known = self.facts[name].get(str(layer), 0.0)
                 self.facts[name][str(layer)] = max(known, round(share, 4))
+
+    def facts_of(self, layer: int) -> Facts:
+        """What was noted of a layer's searches."""
+        return {name: self.facts[name][str(layer)] for name in OF_LAYERS if str(layer) in self.facts[name]}
 
     def candidates(self, options: SearchOptions, found: SearchResult) -> Int[Tensor, " rows"]:
         """How many different points each row of the capture could have had as neighbors; 0 where none was looked for."""

@@ -1,7 +1,7 @@
 """Tidy tables: one row per (layer, token), and where it came from.
 
 `schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py`
-the files that keep both, `making.py` what is said of a run's making, `bundles.py` the archive for a
+the files that keep both, `run_table.py` a run's table in a folder, `making.py` what is said of a run's making, `bundles.py` the archive for a
 colleague. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
 `summary.py` has means by layer.
 """
@@ -27,8 +27,9 @@ from basin_lens.tables.frame import (
     with_provenance,
     without_provenance,
 )
-from basin_lens.tables.making import made_now
+from basin_lens.tables.making import made_now, package_version
 from basin_lens.tables.references import reference_error, with_reference_error
+from basin_lens.tables.run_table import RunTable, open
 from basin_lens.tables.schema import Column, Provenance
 from basin_lens.tables.summary import interval, layer_summary
 from basin_lens.values import KEYS, Facts
@@ -39,6 +40,7 @@ __all__ = [
     "Column",
     "Facts",
     "Provenance",
+    "RunTable",
     "assign",
     "at_layer",
     "build",
@@ -55,6 +57,8 @@ __all__ = [
     "made_now",
     "merge",
     "noted",
+    "open",
+    "package_version",
     "provenance",
     "read_bundle",
     "reference_error",

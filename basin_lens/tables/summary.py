@@ -10,10 +10,11 @@ from basin_lens.errors import TableError
 from basin_lens.tables.distinct import documents_once
 from basin_lens.tables.frame import assign, provenance, require, scores, select
 from basin_lens.tables.references import reference_error
+from basin_lens.tables.run_table import RunTable
 from basin_lens.tables.schema import Provenance
 
 
-def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def layer_summary(table: pd.DataFrame | RunTable, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """One row per layer: mean of each score with its 95 % interval over documents, how much is NaN, and the reliability.
 
     Tokens are averaged within a sequence, sequences within a document; the interval is Student's t over document means, and NaN
@@ -24,7 +25,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     sets: how local a "neighborhood" is.
 
     Args:
-        table: from `analyze`, of one run; or from `compare`, of runs with the same layers.
+        table: from `analyze`, of one run, in memory or in a folder (then a layer at a time is read); or from `compare`, of runs with
+            the same layers.
         columns: scores; None: all that provenance describes. Of a table from `compare`: `difference`, `<score>_a`, `<score>_b`.
 
     Returns:
@@ -34,6 +36,8 @@ def layer_summary(table: pd.DataFrame, columns: Sequence[str] | None = None) -> 
     Raises:
         TableError: several runs, or an unknown column.
     """
+    if isinstance(table, RunTable):
+        return pd.concat([layer_summary(part, columns) for part in table.by_layer(columns)], ignore_index=True)
     names = list(scores(table)) if columns is None else list(columns)
     require(table, *names, "layer", "doc", "seq")
     facts = _facts(table)

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from basin_lens import files, tables
-from basin_lens.cli import app as cli
 from basin_lens.cli import options as cli_options
+from basin_lens.cli import runs
 from tests.cli.calls import call
 
 
@@ -20,15 +20,22 @@ def test_analyze_writes_table_summary_and_report(folder, tmp_path, capsys):
     text = str(folder.parent / "text.txt")
     code, said, _ = call("analyze", text, "--model", str(folder), "--layers", "0,2", "--k", "5", "--out", str(out), capsys=capsys)
     assert code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "summary.csv", "table.parquet"]
-    table = tables.load(out / "table.parquet")
+    assert sorted(path.name for path in out.iterdir()) == ["pieces", "report.html", "summary.csv", "table"]
+    table = tables.open(out).load()
     assert table["layer"].unique().tolist() == [0, 2]
     assert table["compression"].notna().any()
     assert pd.read_csv(out / "summary.csv")["layer"].tolist() == [0, 2]
     assert str(out / "report.html") in said
-    # A second run into the same folder replaces the results.
-    assert call("analyze", text, "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out), capsys=capsys)[0] == 0
-    assert tables.load(out / "table.parquet")["layer"].unique().tolist() == [1]
+    # Another run is refused there, and says how to start over; the same one is finished.
+    other = ("analyze", text, "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(out))
+    code, _, err = call(*other, capsys=capsys)
+    assert code == 1 and "layers differ ([0, 2] there, [1] asked for)" in err and "--fresh" in err
+    assert tables.open(out).layers == (0, 2)
+    assert call(*other, "--fresh", capsys=capsys)[0] == 0
+    assert tables.open(out).layers == (1,) and pd.read_csv(out / "summary.csv")["layer"].tolist() == [1]
+    before = (out / "report.html").read_bytes()
+    assert call(*other, capsys=capsys)[0] == 0
+    assert (out / "report.html").read_bytes() == before
 
 
 def test_bad_calls_say_one_line_and_fail(folder, tmp_path, capsys):
@@ -96,7 +103,8 @@ def test_a_command_that_is_told_to_end_clears_up(folder, tmp_path, capsys, monke
     monkeypatch.setattr(tables, "save_csv", end)
     found, _, err = call(*words, capsys=capsys)
     assert found == code and err.splitlines()[-1] == f"basin-lens: ended by {number.name}" and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    # What it had done stays, and nothing else: the same command goes on from there.
+    assert sorted(path.name for path in out.iterdir()) == ["pieces", "table"]
     assert signal.getsignal(number) == signal.SIG_DFL
     # As under nohup.
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
@@ -135,12 +143,12 @@ def test_results_go_to_no_folder_in_which_one_stands(folder, tmp_path, capsys, m
     assert code == 1 and "in which you stand" in err and list(tmp_path.iterdir()) == []
 
 
-def test_one_document_has_no_interval(capsys, tmp_path):
+def test_one_document_has_no_interval(capsys):
     """It was printed as "+nan +nan"."""
     row = {"layer": 3, "n_documents": 1, "n_sequences": 2, "n_tokens": 9, "compression_reliability": 0.5, "compression_nan": 0.0}
     scores = ("compression", "compression_random_sets", "compression_isotropic", "contraction")
     row |= {f"{name}_mean": 0.25 for name in scores}
     row |= {"compression_low": float("nan"), "compression_high": float("nan")}
-    cli._print_summary(pd.DataFrame([row]), {"model": {"name": "tiny"}, "check_error": {"patched": 1e-7}}, tmp_path)
+    runs.print_summary(pd.DataFrame([row]), {"model": {"name": "tiny"}, "check_error": {"patched": 1e-7}}, [])
     said = capsys.readouterr().out
     assert "none (1 document)" in said and "nan" not in said and "+0.250" in said

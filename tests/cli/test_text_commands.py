@@ -45,7 +45,7 @@ def test_analyze_reads_rows_not_their_syntax(folder, files, tmp_path, capsys, na
     given = ("analyze", str(files / name), "--model", str(folder), "--layers", "0", "--k", "5", "--out", str(out))
     code, _, err = call(*given, capsys=capsys)
     assert code == 0, err
-    table = tables.load(out / "table.parquet")
+    table = tables.open(out).load()
     assert table["doc"].unique().tolist() == [f"00{i}" for i in range(len(TEXTS))]
     assert table.groupby("passage")["kind"].first().tolist() == ["a", "b"] * 3
     first = table[(table["passage"] == 0) & (table["start"] >= 0)]

@@ -117,11 +117,14 @@ def analyze(_model, folder: Path) -> Doomed:
     text.write_text(" ".join(TEXTS), encoding="utf-8")  # one text, cut into as many sequences as a group has tokens
 
     def run(out: Path, layer: int = 1) -> int:
-        return call("analyze", str(text), "--layers", str(layer), "--k", "4", "--max-length", "24", "--out", str(out))
+        """Goes on where it was; of another layer's run, it starts over."""
+        fresh = ["--fresh"] if (out / "table" / f"layer-{1 - layer:03d}.parquet").exists() else []
+        return call("analyze", str(text), "--layers", str(layer), "--k", "4", "--max-length", "24", "--out", str(out), *fresh)
 
     def check(out: Path) -> None:
-        same(names(out), {"table.parquet", "summary.csv", "report.html"})
-        table = tables.load(out / "table.parquet")
+        same(names(out), {"pieces", "table", "summary.csv", "report.html"})
+        same(names(out / "pieces"), {"plan.json"})
+        table = tables.open(out).load()
         (layer,) = table["layer"].unique().tolist()
         same(pd.read_csv(out / "summary.csv")["layer"].tolist(), [layer])
         assert table["run"].iloc[0] in (out / "report.html").read_text(encoding="utf-8")

@@ -8,7 +8,8 @@ import pandas as pd
 
 from basin_lens import records as kept
 from basin_lens.errors import StoreError
-from basin_lens.files import check_folder, check_name, check_no_inputs, clear_leavings, is_lock
+from basin_lens.files import check_folder, check_name, check_no_inputs, clear_leavings
+from basin_lens.locks import is_own
 from basin_lens.values import Facts
 
 KIND = kept.Kind("a study's folder with results.json", "basin_lens study 1", "Run the study first, or again into another folder.")
@@ -67,7 +68,7 @@ def refuse_folder(target: Path, name: str, inputs: Sequence[Path] = (), *, heal:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}, in which you stand. Name one in it.")
     try:
         held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-        held = {name for name in held if not is_lock(name)}
+        held = {name for name in held if not is_own(name)}
         before = read_results(target) if "results.json" in held else None
     except OSError as error:
         raise StoreError(f"expected a folder for the study, got {str(target)!r}: {error}. Choose another.") from error

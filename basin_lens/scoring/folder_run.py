@@ -1,0 +1,189 @@
+"""A run whose pieces lie in a folder, done by one process, by several, or by one of many parts."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, ParamSpec, Protocol, cast, get_args, overload
+
+import pandas as pd
+
+from basin_lens.analyzers import CloudAnalyzer
+from basin_lens.capture import Capture
+from basin_lens.errors import BankWarning, BasinLensError, StoreError
+from basin_lens.model import HookedModel
+from basin_lens.scoring.bank_overlap import warning
+from basin_lens.scoring.conducting import conduct, kept_neighbors, read_all, score_all
+from basin_lens.scoring.folder_store import FolderStore
+from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.request import Request, takes_request
+from basin_lens.scoring.results import KeptNeighbors
+from basin_lens.scoring.run_folder import PIECE_TOKENS, RunFolder, dtype_of
+from basin_lens.tables.run_table import RunTable, has_table
+from basin_lens.texts import Texts
+from basin_lens.values import Whole, whole
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class FolderRequest(Request):
+    """The options of `analyze`, also of a run whose pieces go to a folder.
+
+    Raises:
+        StoreError: options of a folder without one, or an unknown engine or number format.
+    """
+
+    out: str | os.PathLike[str] | None = None
+    engine: str = "local"
+    engine_options: Mapping[str, object] | None = None
+    fresh: bool = False
+    keep_states: bool = False
+    store_dtype: str = "float32"
+    piece_tokens: Whole = PIECE_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dtype_of(self.store_dtype)
+        object.__setattr__(self, "piece_tokens", whole(self.piece_tokens, "piece_tokens", least=0, error=StoreError))
+        if self.engine not in get_args(Engine):
+            raise StoreError(f"expected engine in {get_args(Engine)}, got {self.engine!r}.")
+        if self.engine_options and self.engine != "ray":
+            raise StoreError(f'expected engine_options with engine="ray", got them with {self.engine!r}.')
+        given = {"engine": self.engine != "local", "fresh": self.fresh, "keep_states": self.keep_states}
+        if self.out is None and (name := next((name for name, is_given in given.items() if is_given), None)):
+            raise StoreError(f"expected a folder for the pieces with {name}, got none. Name one: out=...")
+
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+class InMemoryOrFolder(Protocol[P, Q]):
+    """A door whose answer is a table in memory, or with `out` one that lies in a folder."""
+
+    @overload
+    def __call__(self, model: HookedModel, data: Capture | Texts, *args: P.args, **kwargs: P.kwargs) -> pd.DataFrame: ...
+    @overload
+    def __call__(self, model: HookedModel, data: Capture | Texts, *args: Q.args, **kwargs: Q.kwargs) -> RunTable: ...
+
+
+def takes_folder_request(
+    _: Callable[P, Request], request: Callable[Q, FolderRequest]
+) -> Callable[[Callable[[HookedModel, Capture | Texts, FolderRequest], pd.DataFrame | RunTable]], InMemoryOrFolder[P, Q]]:
+    """`takes_request`, of a function whose answer depends on `out`: type checkers know which it is."""
+
+    def decorate(
+        function: Callable[[HookedModel, Capture | Texts, FolderRequest], pd.DataFrame | RunTable],
+    ) -> InMemoryOrFolder[P, Q]:
+        return cast("InMemoryOrFolder[P, Q]", takes_request(request)(function))
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class FolderRun:
+    """A run that is finished, before its pieces are deleted."""
+
+    table: RunTable
+    neighbors: KeptNeighbors | None
+    store: FolderStore
+
+
+def run_in_folder(model: HookedModel, data: Capture | Texts, request: FolderRequest) -> RunTable:
+    """Do what is left of a run, and give its table.
+
+    Raises:
+        StoreError: the folder holds another run, somebody writes there, or the disk is full.
+    """
+    assert request.out is not None
+    folder = RunFolder(Path(request.out).absolute())
+    with folder.held():
+        done = work(folder, model, data, request)
+        done.store.clear()
+    return done.table
+
+
+def work(
+    folder: RunFolder, model: HookedModel, data: Capture | Texts, request: FolderRequest, *, keep: CloudAnalyzer | None = None
+) -> FolderRun:
+    """Do what is left of a run in a folder that is held; its pieces stay until `FolderStore.clear`."""
+    job, store = _begun(folder, model, data, request, keep)
+    if not has_table(folder.path):
+        if request.engine == "ray":
+            from basin_lens.scoring.ray_engine import conduct_on_ray
+
+            conduct_on_ray(job, store, request, request.engine_options)
+        else:
+            conduct(job, store)
+    return _finished(folder, job, store)
+
+
+def work_on_part(
+    folder: RunFolder,
+    model: HookedModel,
+    data: Capture | Texts,
+    request: FolderRequest,
+    part: tuple[int, int],
+    *,
+    keep: CloudAnalyzer | None = None,
+) -> FolderRun | str:
+    """Do one part of a run in a folder that others hold too; the finished run, if this was the last piece, or what is left in words.
+
+    A part reads its share of the pieces. When all parts have read, it scores its share of the layers.
+
+    Args:
+        part: which, from 1, of how many.
+    """
+    number, count = part
+    job, store = _begun(folder, model, data, request, keep)
+    if has_table(folder.path):
+        return _finished(folder, job, store)
+    mine = set(range(number - 1, len(job.pieces), count))
+    read_all(job, store, [index for index in store.unread() if index in mine])
+    if unread := store.unread():
+        return (
+            f"{len(unread)} of {len(job.pieces)} pieces of reading are left to other parts. When all have read, give every part "
+            "once more: scoring begins then."
+        )
+    store.all_read()
+    job.fill()
+    layers = list(job.layers)[number - 1 :: count]
+    score_all(job, store, [layer for layer in store.unscored() if layer in layers])
+    if unscored := store.unscored():
+        return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table."
+    return _finished(folder, job, store)
+
+
+def _begun(
+    folder: RunFolder, model: HookedModel, data: Capture | Texts, request: FolderRequest, keep: CloudAnalyzer | None
+) -> tuple[Job, FolderStore]:
+    job = prepare(model, data, request, keep=keep, piece_tokens=int(request.piece_tokens))
+    store = folder.begin(job, store_dtype=request.store_dtype, keep_states=request.keep_states, fresh=request.fresh)
+    return job, store
+
+
+def _finished(folder: RunFolder, job: Job, store: FolderStore) -> FolderRun:
+    table = folder.finish(job, store)
+    if job.run is not None and (said := warning(table.provenance["search"]["same_skeleton"])) is not None:
+        warnings.warn(said, BankWarning, stacklevel=5)
+    whole_run = all(store.scores_place(layer).exists() for layer in job.layers)
+    return FolderRun(table, kept_neighbors(job, store) if whole_run else None, store)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Which part of how many: `"3/16"`.
+
+    Raises:
+        BasinLensError: no such part.
+
+    Example:
+        >>> from basin_lens.scoring.folder_run import part_of
+        >>> part_of("3/16")
+        (3, 16)
+    """
+    first, _, second = text.partition("/")
+    if not (first.strip().isdecimal() and second.strip().isdecimal() and 1 <= int(first) <= int(second)):
+        raise BasinLensError(f"expected a part such as 3/16, from 1/16 to 16/16, got {text!r}.")
+    return int(first), int(second)

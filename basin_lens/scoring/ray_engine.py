@@ -1,0 +1,309 @@
+"""Pieces of a run on a Ray cluster: actors hold a replica of the model and the plan, and do a piece at a time.
+
+What they find goes to the run's folder, which all nodes must see under one name; only numbers of pieces travel. A piece whose actor
+or node died is given to another one.
+"""
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from basin_lens.analyzers import CloudAnalyzer
+from basin_lens.capture import Capture
+from basin_lens.errors import BasinLensError, StoreError
+from basin_lens.model import HookedModel, fingerprint, load_model, source_of
+from basin_lens.scoring.folder_store import FolderStore
+from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.request import Request
+from basin_lens.values import Facts, hides_bars, whole
+
+_CURE = "pip install 'basin-lens[ray]'"
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Options of the engine.
+
+    Attributes:
+        workers: actors; None: as many as the cluster has room for.
+        num_cpus, num_gpus: of each.
+        address: of a cluster; None: that of `RAY_ADDRESS`, else one is started on this machine, for this call.
+        retries: of a piece whose actor died.
+
+    Raises:
+        BasinLensError: an option that is none of these, or a number that makes no sense.
+    """
+
+    workers: int | None = None
+    num_cpus: float = 1
+    num_gpus: float = 0
+    address: str | None = None
+    retries: int = 3
+
+    @classmethod
+    def of(cls, given: Mapping[str, object] | None) -> "RayOptions":
+        """The options that a caller gave by name."""
+        known = [one.name for one in fields(cls)]
+        if wrong := sorted(set(given or {}) - set(known)):
+            raise BasinLensError(f"expected engine_options among {', '.join(known)}, got {wrong[0]!r}.")
+        found = dict(given or {})
+        for name, least in (("workers", 1), ("retries", 0)):
+            if found.get(name) is not None:
+                found[name] = whole(found[name], f"{name} in engine_options", least=least)
+        for name in ("num_cpus", "num_gpus"):
+            value = found.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise BasinLensError(f"expected {name} in engine_options as a number from 0 on, got {value!r}.")
+        if not isinstance(found.get("address"), str | None):
+            raise BasinLensError(f"expected address in engine_options as text, got {found['address']!r}.")
+        return cls(**found)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an actor is given: all that a job is made of, but the model if it can load it by name."""
+
+    source: Mapping[str, str] | None
+    dtype: torch.dtype
+    model: HookedModel | None
+    capture: Capture
+    request: Request
+    keep: CloudAnalyzer | None
+    piece_tokens: int
+    folder: Path
+    mark: str
+    store_dtype: torch.dtype
+    keep_states: bool
+
+
+class Worker:
+    """An actor: the model, the job, and the folder of its pieces."""
+
+    def __init__(self, task: Task) -> None:
+        if not (task.folder / "plan.json").is_file():
+            raise StoreError(
+                f"expected the run's folder on every node, got one that does not see {str(task.folder)!r}. Choose --out on a file "
+                "system that all nodes share."
+            )
+        self.task = task
+        self._job: Job | None = None
+        model = task.model
+        if model is None:
+            assert task.source is not None
+            model = load_model(task.source["name_or_path"], kind=task.source["kind"], dtype=task.dtype)  # type: ignore[arg-type]
+        elif torch.cuda.is_available():
+            model.to("cuda")
+        self.model = model
+        self._filled = False
+
+    def fingerprint(self) -> str:
+        """Of the actor's model: it must be the run's."""
+        return fingerprint(self.model)
+
+    @property
+    def _store(self) -> FolderStore:
+        task = self.task
+        if self._job is None:
+            request, capture = task.request, task.capture
+            self._job = prepare(self.model, capture, request, keep=task.keep, piece_tokens=task.piece_tokens)
+        return FolderStore(self._job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
+
+    def read(self, index: int) -> int:
+        """Do a piece of reading; how many rows it has."""
+        store = self._store
+        store.put_read(index, store.job.read(index))
+        return len(store.rows[index])
+
+    def score(self, layer: int) -> int:
+        """Do a piece of scoring."""
+        store = self._store
+        if not self._filled:
+            store.use_states()
+            self._filled = True
+        store.put_scores(store.job.score(layer))
+        return 1
+
+
+def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mapping[str, object] | None) -> None:
+    """Do every piece that a store does not have on a Ray cluster.
+
+    Args:
+        job, store: of the run.
+        request: the options of `analyze`.
+        given: see `RayOptions`.
+
+    Raises:
+        BasinLensError: ray is not installed, no cluster at the address, options that make no sense; what a piece itself raises.
+        StoreError: a piece whose actors died again and again, or a folder that not all nodes see.
+    """
+    options, ray = RayOptions.of(given), _ray()
+    pieces = store.unread()
+    with _cluster(ray, options):
+        crew = Crew(ray, job, store, request, options)
+        try:
+            total, hidden = job.capture.n_rows, hides_bars(request.progress)
+            read = total - sum(len(store.rows[index]) for index in pieces)
+            with tqdm(total=total, initial=read, desc="reading the model", unit="token", disable=hidden) as bar:
+                crew.do("read", pieces, bar.update)
+            store.all_read()
+            job.fill()
+            layers = store.unscored()
+            initial = len(job.layers) - len(layers)
+            with tqdm(total=len(job.layers), initial=initial, desc="neighbors through blocks", unit="layer", disable=hidden) as bar:
+                crew.do("score", layers, bar.update)
+        finally:
+            crew.dismiss()
+
+
+class Crew:
+    """The actors of a run, and who of them is free."""
+
+    def __init__(self, ray: ModuleType, job: Job, store: FolderStore, request: Request, options: RayOptions) -> None:
+        self.ray, self.options, self.wanted = ray, options, job.capture.model["fingerprint"]
+        source = source_of(job.model)
+        self._model = job.model
+        dtype = next(job.model.parameters()).dtype
+        self._facts: Facts = {
+            "source": source,
+            "dtype": dtype,
+            "capture": job.capture,
+            "request": request,
+            "keep": job.keep,
+            "piece_tokens": job.piece_tokens,
+            "folder": store.folder,
+            "mark": store.mark["plan"],
+            "store_dtype": store.dtype,
+            "keep_states": store.keep_states,
+        }
+        self._task = self._shipped(with_model=source is None)
+        self._actor = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Worker)
+        self._starting: dict[object, Any] = {}
+        self._idle: list[Any] = []
+        self._busy: dict[object, tuple[Any, int]] = {}
+        for _ in range(options.workers or _room(ray, options)):
+            self._start()
+
+    def _shipped(self, *, with_model: bool) -> object:
+        """The task in the object store, once for all actors."""
+        self._has_model = with_model
+        return self.ray.put(Task(**self._facts, model=self._model if with_model else None))
+
+    def _start(self) -> None:
+        worker = self._actor.remote(self._task)
+        self._starting[worker.fingerprint.remote()] = worker
+
+    def do(self, what: Literal["read", "score"], pieces: list[int], done: Callable[[int], object]) -> None:
+        """Have all these pieces done. `done` is called with what each of them says of its size."""
+        waiting, tries = deque(pieces), Counter[int]()
+        while waiting or self._busy:
+            while waiting and self._idle:
+                worker, piece = self._idle.pop(), waiting.popleft()
+                self._busy[getattr(worker, what).remote(piece)] = worker, piece
+            ready, _ = self.ray.wait([*self._busy, *self._starting], num_returns=1)
+            for ref in ready:
+                if ref in self._starting:
+                    self._begin(ref)
+                    continue
+                worker, piece = self._busy.pop(ref)
+                size = self._answer(ref)
+                if size is not None:
+                    self._idle.append(worker)
+                    done(size)
+                    continue
+                tries[piece] += 1
+                if tries[piece] > self.options.retries:
+                    raise StoreError(
+                        f"expected a piece to be done in {self.options.retries + 1} tries, got actors that died each time ({what} "
+                        f"{piece}): most often for want of memory. Give them more (num_cpus, fewer workers), then the same command."
+                    )
+                waiting.appendleft(piece)
+                self._start()
+
+    def _begin(self, ref: object) -> None:
+        """An actor is there: it is free if its model is the run's; another model by the same name gives way to a copy of ours."""
+        worker = self._starting.pop(ref)
+        found = self._answer(ref)
+        if found == self.wanted:
+            self._idle.append(worker)
+            return
+        if found is not None and self._has_model:
+            raise BasinLensError(
+                f"expected the run's model on every node (fingerprint {self.wanted}), got {found}. Install the same versions there."
+            )
+        if found is not None:
+            self._task = self._shipped(with_model=True)
+            self.ray.kill(worker)
+        else:
+            self._lost = getattr(self, "_lost", 0) + 1
+            if self._lost > self.options.retries + 1:
+                raise StoreError("expected actors that start, got ones that die while they load the model. Look at Ray's logs.")
+        self._start()
+
+    def _answer(self, ref: object) -> Any:
+        """What an actor says; None if it, or its node, is gone. What its own work raises is raised here."""
+        try:
+            return self.ray.get(ref)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BasinLensError) else error
+            raise cause from None
+        except self.ray.exceptions.ActorDiedError as error:
+            if isinstance(getattr(error, "cause", None), BasinLensError):  # in its constructor
+                raise error.cause from None
+            if "StoreError" in str(error) or "ModelError" in str(error):
+                raise BasinLensError(_last_line(str(error))) from None
+            return None
+        except self.ray.exceptions.RayError:
+            return None
+
+    def dismiss(self) -> None:
+        """End all actors."""
+        for worker in [*self._idle, *self._starting.values(), *(worker for worker, _ in self._busy.values())]:
+            with suppress(Exception):
+                self.ray.kill(worker)
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def _room(ray: ModuleType, options: RayOptions) -> int:
+    """Actors that the cluster has room for, at least one."""
+    held = ray.cluster_resources()
+    most = [int(held.get(kind, 0) // each) for kind, each in (("CPU", options.num_cpus), ("GPU", options.num_gpus)) if each]
+    return max(1, min(most, default=1))
+
+
+def _ray() -> ModuleType:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of a run, unless the user wants it
+    try:
+        import ray
+    except ImportError as error:
+        raise BasinLensError(f'expected ray for engine="ray", got an environment without it. {_CURE}') from error
+    return ray
+
+
+@contextmanager
+def _cluster(ray: ModuleType, options: RayOptions) -> Iterator[None]:
+    """A connection to the cluster that is named, or to one that is started here and ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = options.address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise BasinLensError(
+            f"expected a Ray cluster at {where}, got none: {_last_line(str(error))}. Start one: ray start --head."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,254 @@
+"""A run in a folder: what it is (its plan), who may work on it, how far it is, and its table when all pieces are there.
+
+run/pieces/...        see `folder_store`
+run/table/            the finished table: a parquet file for each layer, and a record that lists them
+"""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from shutil import rmtree
+
+import pandas as pd
+import torch
+
+from basin_lens import tables
+from basin_lens.errors import StoreError
+from basin_lens.files import check_folder, lock_folder, write_file
+from basin_lens.locks import holder
+from basin_lens.model import source_of
+from basin_lens.records import Kind
+from basin_lens.scoring.conducting import found, values_at
+from basin_lens.scoring.folder_store import FolderStore
+from basin_lens.scoring.job import Job
+from basin_lens.scoring.token_rows import row_facts, texts_hash
+from basin_lens.tables.run_table import RunTable, has_table, write_layers
+from basin_lens.values import Facts
+
+PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
+PIECE_TOKENS = 4096
+_NAMES = {
+    "model": "the model",
+    "texts": "the texts",
+    "rows": "documents, labels or spans",
+    "capture": "how texts are cut",
+    "layers": "layers",
+    "analyzers": "analyzers",
+    "queries": "queries",
+    "controls": "controls",
+    "seed": "the seed",
+    "backend": "the back end",
+    "bank": "the bank",
+    "batch_size": "batch_size",
+    "piece_tokens": "piece_tokens",
+    "store_dtype": "store_dtype",
+    "keep_neighbors_of": "whose neighbors are kept",
+    "versions": "versions of the package or of torch",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run in a folder is.
+
+    Attributes:
+        read, read_of: pieces of reading done, of so many.
+        scored, scored_of: layers scored, of so many.
+        finished: whether its table is there.
+        tokens: of the texts.
+        seconds_left: at the pace of the pieces that are there; None where it cannot be told.
+        holder: who works on it now, in words; None: nobody.
+    """
+
+    read: int
+    read_of: int
+    scored: int
+    scored_of: int
+    finished: bool
+    tokens: int
+    seconds_left: float | None
+    holder: str | None
+
+
+def dtype_of(name: object) -> torch.dtype:
+    """A number format for states on disk.
+
+    Raises:
+        StoreError: another.
+    """
+    if name not in _DTYPES:
+        raise StoreError(f"expected store_dtype among {', '.join(map(repr, _DTYPES))}, got {name!r}.")
+    return _DTYPES[str(name)]
+
+
+def plan_of(job: Job, store_dtype: str) -> Facts:
+    """What makes two runs the same, as plain JSON: if one of these facts differs, so may the numbers."""
+    capture, request = job.capture, job.request
+    rows = repr([(s.passage, s.starts, s.ends) for s in capture.sequences]) + repr([capture.docs, capture.labels])
+    spans = repr([sorted(p.spans.items()) for p in capture.passages or ()])
+    bank = None
+    if job.run is not None:
+        bank = f"another capture {texts_hash(job.run.bank)}" if job.run.external else "the texts themselves"
+    return {
+        "model": {name: capture.model[name] for name in ("name", "fingerprint", "kind", "dtype")},
+        "texts": texts_hash(capture),
+        "rows": _hash(rows + spans),
+        "capture": capture.settings,
+        "layers": list(job.plan.layers),
+        "analyzers": [a.key for a in job.plan.analyzers],
+        "queries": _hash(repr(torch.nonzero(job.asked).flatten().tolist())),
+        "controls": request.controls,
+        "seed": request.seed,
+        "backend": request.backend,
+        "bank": bank,
+        "batch_size": None if request.batch_size is None else int(request.batch_size),
+        "piece_tokens": job.piece_tokens,
+        "store_dtype": store_dtype,
+        "keep_neighbors_of": None if job.keep is None else job.keep.key,
+        "versions": {"basin_lens": tables.package_version(), **capture.model["versions"]},
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder in which a run's pieces and its table are."""
+
+    path: Path
+
+    @property
+    def pieces(self) -> Path:
+        """Where the pieces are."""
+        return self.path / "pieces"
+
+    @property
+    def plan(self) -> Path:
+        """Where the plan is."""
+        return self.pieces / "plan.json"
+
+    @property
+    def table(self) -> Path:
+        """Where the table is."""
+        return self.path / "table"
+
+    @contextmanager
+    def held(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold the folder: alone, or together with others that do other parts of the same run."""
+        check_folder(self.path)
+        with lock_folder(self.path, shared=shared):
+            yield
+
+    def begin(self, job: Job, *, store_dtype: str = "float32", keep_states: bool = False, fresh: bool = False) -> FolderStore:
+        """The store of a job's pieces: what an interrupted run of the same plan left there is taken over.
+
+        Args:
+            job: what is to be done.
+            store_dtype: of the states on disk.
+            keep_states: see `FolderStore`.
+            fresh: delete the pieces and the table that are there.
+
+        Raises:
+            StoreError: the folder holds the pieces of another plan, of which is said what differs, or somebody else's files.
+        """
+        dtype = dtype_of(store_dtype)
+        if dtype != torch.float32 and not job.was_read:
+            job.capture.settings = {**job.capture.settings, "dtype": store_dtype}  # by which the block's check allows for it
+        plan = plan_of(job, store_dtype)
+        if fresh:
+            self.clear()
+        if self.plan.exists():
+            self._refuse_another(plan)
+        else:
+            self._refuse_foreign()
+            self.pieces.mkdir(parents=True, exist_ok=True)
+            told = {"plan": plan, "pieces": len(job.pieces), "scored": list(job.layers), "tokens": job.capture.n_rows}
+            write_file(self.plan, PLAN.record(told, {}, indent=1))
+        return FolderStore(job, self.pieces, _hash(json.dumps(plan, sort_keys=True)), dtype=dtype, keep_states=keep_states)
+
+    def clear(self) -> None:
+        """Delete the pieces and the table of a run."""
+        if self.plan.exists() or not self.pieces.exists():
+            self.plan.unlink(missing_ok=True)  # first: without it, nothing of the rest counts
+            rmtree(self.pieces, ignore_errors=True)
+            rmtree(self.table, ignore_errors=True)
+
+    def _refuse_another(self, plan: Mapping[str, object]) -> None:
+        held = self._told()["plan"]
+        now = json.loads(json.dumps(plan))
+        for name, words in _NAMES.items():
+            if held.get(name) != now.get(name):
+                raise StoreError(
+                    f"expected the run that {str(self.path)!r} holds, got another: {words} differ ({_short(held.get(name))} there, "
+                    f"{_short(now.get(name))} asked for). Choose another folder, or start over with --fresh (fresh=True)."
+                )
+
+    def _refuse_foreign(self) -> None:
+        """Pieces without a plan, or a folder of somebody else's files under the names of ours."""
+        for place in (self.pieces, self.table):
+            if place.exists() and (not place.is_dir() or any(place.iterdir())):
+                raise StoreError(f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {place.name!r} in it.")
+
+    def _told(self) -> Facts:
+        return PLAN.read(self.plan, {"plan": dict, "pieces": int, "scored": [int], "tokens": int})
+
+    def finish(self, job: Job, store: FolderStore) -> RunTable:
+        """Write the table, whole or not at all, a layer at a time; all pieces must be there."""
+        if not has_table(self.path):
+            facts = found(job, store)
+            facts["made"] = tables.made_now(source_of(job.model))
+            rows, labels = row_facts(job.capture)
+            described = tables.Provenance.from_json(facts)
+
+            def by_layer() -> Iterator[tuple[int, pd.DataFrame]]:
+                for layer in job.plan.layers:
+                    yield layer, tables.build(rows, labels, (layer,), values_at(job, store, [layer]), described)
+
+            write_layers(self.table, by_layer(), facts)
+        return tables.open(self.path)
+
+    def status(self) -> Status:
+        """How far the run is; quick: pieces are counted, not proven.
+
+        Raises:
+            StoreError: no run there.
+        """
+        if not self.plan.exists():
+            raise StoreError(
+                f"expected the folder of a run, got {str(self.path)!r} without a plan. Name one that analyze --out made."
+            )
+        told = self._told()
+        read = sorted((self.pieces / "read").glob("*.safetensors"), key=_age)
+        scored = sorted((self.pieces / "scores").glob("*.safetensors"), key=_age)
+        finished, known = has_table(self.path), (told["pieces"], len(told["scored"]))
+        done = known if finished else (len(read), len(scored))
+        seconds = [_seconds_left(*each) for each in zip((read, scored), known, strict=True)]
+        left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)
+        return Status(done[0], known[0], done[1], known[1], finished, told["tokens"], left, holder(self.path))
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _seconds_left(done: list[Path], of: int) -> float | None:
+    """Time that the rest of some pieces takes at the pace of those that are there; None before two are there."""
+    left, ages = of - len(done), [_age(path) for path in done]
+    if left <= 0:
+        return 0.0
+    # The median, because between two of them the run may have been interrupted for a night.
+    return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(ages)) * left
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return f"{text[:60]}..." if len(text) > 60 else text

@@ -1,0 +1,434 @@
+"""A run in a folder: the numbers of a run in memory, bit for bit, however often it was interrupted, and whoever did its pieces."""
+
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import basin_lens as bl
+from basin_lens import locks, tables
+from basin_lens.errors import BasinLensError, PieceWarning, StoreError, TableError
+from basin_lens.scoring import bank_overlap
+from basin_lens.scoring.folder_run import FolderRequest, FolderRun, part_of, work_on_part
+from basin_lens.scoring.folder_store import FolderStore
+from basin_lens.scoring.job import Job
+from basin_lens.scoring.run_folder import RunFolder
+from tests.conftest import TEXTS, make_bridge
+
+A = bl.analyzers
+# Pieces of a few sequences each: six texts in at least three pieces.
+CUT = {"layers": [0, 2], "batch_size": 1, "progress": False}
+SMALL = {"piece_tokens": 60}
+
+
+def analyzers():
+    return [A.Compression(k=4), A.Contraction(k=4), A.Neighborhood(k=4), A.Surprisal(), A.StateNorm(), A.AttentionReceived()]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_bridge("llama", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """The same run in memory."""
+    return bl.analyze(model, TEXTS, analyzers(), **CUT)
+
+
+def run(model, out, **changes):
+    return bl.analyze(model, TEXTS, analyzers(), out=out, **CUT | SMALL | changes)
+
+
+def facts_of(table) -> dict:
+    (facts,) = tables.provenance(table).values()
+    return {name: fact for name, fact in facts.items() if name != "made"}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {name: facts["sha256"] for name, facts in tables.open(folder).files.items()}
+
+
+class StoppedError(Exception):
+    """The run ends here."""
+
+
+def stop_after(monkeypatch, count: int) -> None:
+    """Let so many pieces be kept, and then no more."""
+    left = [count]
+    for name in ("put_read", "put_scores"):
+        real = getattr(FolderStore, name)
+
+        def put(self, *given, real=real):
+            if left[0] == 0:
+                raise StoppedError
+            left[0] -= 1
+            real(self, *given)
+
+        monkeypatch.setattr(FolderStore, name, put)
+
+
+def counted(monkeypatch) -> dict[str, int]:
+    """How many pieces are done from now on."""
+    done = {"read": 0, "score": 0}
+    for name in done:
+        real = getattr(Job, name)
+
+        def do(self, *given, name=name, real=real):
+            done[name] += 1
+            return real(self, *given)
+
+        monkeypatch.setattr(Job, name, do)
+    return done
+
+
+def test_numbers_and_provenance_are_those_of_a_run_in_memory(model, whole, tmp_path):
+    made = run(model, tmp_path / "run").load()
+    pd.testing.assert_frame_equal(made, whole, check_exact=True)
+    assert facts_of(made) == facts_of(whole)  # and so its name
+
+
+@pytest.mark.parametrize("pieces", range(1, 5))
+def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch, pieces):
+    run(model, tmp_path / "straight")
+    with monkeypatch.context() as patched:
+        stop_after(patched, pieces)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "run")
+    with pytest.raises(StoreError, match="give the same command again"):
+        tables.open(tmp_path / "run")
+    told = RunFolder(tmp_path / "run").status()
+    assert not told.finished and told.holder is None
+    done = counted(monkeypatch)
+    run(model, tmp_path / "run")
+    assert done == {"read": told.read_of - told.read, "score": told.scored_of - told.scored}
+    assert told.read + told.scored == pieces and told.read_of >= 3
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
+
+
+def test_a_finished_run_is_opened_and_nothing_is_done_again(model, tmp_path, monkeypatch):
+    first = run(model, tmp_path / "run")
+    done = counted(monkeypatch)
+    again = run(model, tmp_path / "run")
+    assert done == {"read": 0, "score": 0} and again.files == first.files
+    assert RunFolder(tmp_path / "run").status().finished
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+    "empty": lambda _: b"",
+    "other": lambda _: b"somebody else's bytes",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("which", ["read", "states", "scores"])
+def test_a_damaged_piece_is_made_again(model, tmp_path, monkeypatch, which, damage):
+    run(model, tmp_path / "straight")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "run")
+    pieces = sorted((tmp_path / "run" / "pieces" / which).rglob("*.safetensors"))
+    chosen = random.Random(damage).choice(pieces)
+    chosen.write_bytes(DAMAGES[damage](chosen.read_bytes()))
+    with pytest.warns(PieceWarning, match="made again"):
+        run(model, tmp_path / "run")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
+
+
+def test_a_piece_of_another_run_is_made_again(model, tmp_path, monkeypatch):
+    """Whole, sealed, and not of this plan: copied there by hand."""
+    run(model, tmp_path / "straight")
+    for name, seed in (("run", 0), ("other", 1)):
+        with monkeypatch.context() as patched:
+            stop_after(patched, 4)
+            with pytest.raises(StoppedError):
+                run(model, tmp_path / name, seed=seed)
+    there, here = (tmp_path / name / "pieces" / "scores" for name in ("other", "run"))
+    for path in there.iterdir():
+        (here / path.name).write_bytes(path.read_bytes())
+    with pytest.warns(PieceWarning, match="another run"):
+        run(model, tmp_path / "run")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": [1]}, "layers differ"),
+        ({"seed": 3}, "the seed differ"),
+        ({"queries": [1, 2]}, "queries differ"),
+        ({"max_length": 16}, "differ"),
+        ({"bank": "other"}, "the bank differ"),
+        ({"controls": True}, "differ"),
+        ({"piece_tokens": 500}, "piece_tokens differ"),
+        ({"batch_size": 2}, "batch_size differ"),
+        ({"store_dtype": "bfloat16"}, "differ"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_another_plan_is_refused_and_what_differs_is_said(model, tmp_path, monkeypatch, change, said):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "run")
+    if change.get("bank"):
+        change = {"bank": bl.Capture.from_texts(model, TEXTS[::-1], layers=[0, 2], progress=False)}
+    done = counted(monkeypatch)
+    with pytest.raises(StoreError, match=f"{said}.*Choose another folder, or start over"):
+        run(model, tmp_path / "run", **change)
+    assert done == {"read": 0, "score": 0}
+
+
+def test_other_texts_labels_analyzers_and_models_are_refused(model, tokenizer, tmp_path):
+    run(model, tmp_path / "run")
+    passages = [bl.Passage(text, doc=f"text-{i}") for i, text in enumerate(TEXTS)]
+    labelled = [bl.Passage(text, doc=f"text-{i}", labels={"kind": i % 2}) for i, text in enumerate(TEXTS)]
+    options = {"out": tmp_path / "run", **CUT, **SMALL}
+    for data, said in ((TEXTS[:5], "the texts differ"), (labelled, "documents, labels or spans differ")):
+        with pytest.raises(StoreError, match=said):
+            bl.analyze(model, data, analyzers(), **options)
+    with pytest.raises(StoreError, match="analyzers differ"):
+        bl.analyze(model, passages, analyzers()[:3], **options)
+    with pytest.raises(StoreError, match="the model differ"):
+        bl.analyze(make_bridge("llama", seed=1, tokenizer=tokenizer), TEXTS, analyzers(), **options)
+
+
+def test_fresh_starts_over(model, tmp_path):
+    run(model, tmp_path / "run")
+    made = run(model, tmp_path / "run", layers=[1], fresh=True)
+    assert made.layers == (1,) and made.load()["layer"].unique().tolist() == [1]
+
+
+def test_somebody_elses_folder_is_refused(model, tmp_path):
+    (tmp_path / "run" / "pieces").mkdir(parents=True)
+    (tmp_path / "run" / "pieces" / "thesis.tex").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(StoreError, match="an earlier run's"):
+            run(model, tmp_path / "run", fresh=fresh)
+    assert (tmp_path / "run" / "pieces" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_second_driver_is_refused(model, tmp_path):
+    with RunFolder(tmp_path / "run").held():
+        import threading
+
+        said: list[BaseException] = []
+
+        def second():
+            try:
+                run(model, tmp_path / "run")
+            except StoreError as error:
+                said.append(error)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert len(said) == 1 and "nobody else is writing to" in str(said[0])
+
+
+def test_states_go_as_soon_as_nobody_needs_them(model, tmp_path, monkeypatch):
+    seen = []
+    real = FolderStore.put_scores
+
+    def put(self, scores):
+        real(self, scores)
+        seen.append(sorted(path.name for path in self.states.iterdir()))
+
+    monkeypatch.setattr(FolderStore, "put_scores", put)
+    run(model, tmp_path / "run")
+    assert seen == [["border-002", "border-003"], []]
+    assert sorted(path.name for path in (tmp_path / "run" / "pieces").iterdir()) == ["plan.json"]
+
+
+def test_states_can_be_kept(model, tmp_path):
+    run(model, tmp_path / "run", keep_states=True)
+    assert len(list((tmp_path / "run" / "pieces" / "states").rglob("*.safetensors"))) >= 4 * 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_states_in_a_smaller_format_are_near(model, whole, tmp_path, dtype):
+    made = run(model, tmp_path / "run", store_dtype=dtype).load()
+    pd.testing.assert_series_equal(made["surprisal"], whole["surprisal"])  # no states of the disk
+    both = made["contraction"].notna() & whole["contraction"].notna()
+    assert np.corrcoef(made["contraction"][both], whole["contraction"][both])[0, 1] > 0.9
+    assert facts_of(made)["capture"]["dtype"] == dtype
+
+
+def test_a_model_in_bfloat16_loses_nothing_on_the_disk(tokenizer, tmp_path):
+    model = make_bridge("llama", tokenizer=tokenizer)
+    model.to(torch.bfloat16)
+    one, other = (run(model, tmp_path / dtype, store_dtype=dtype).load() for dtype in ("float32", "bfloat16"))
+    pd.testing.assert_frame_equal(one.drop(columns="run"), other.drop(columns="run"), check_exact=True)
+
+
+def test_analyzers_of_tokens_alone(model, tmp_path):
+    only = [A.Surprisal(), A.StateNorm()]
+    made = bl.analyze(model, TEXTS, only, out=tmp_path / "run", **CUT | SMALL).load()
+    expected = bl.analyze(model, TEXTS, only, **CUT)
+    pd.testing.assert_frame_equal(made, expected, check_exact=True)
+
+
+def test_a_capture_that_was_read(model, whole, tmp_path):
+    capture = bl.Capture.from_texts(model, TEXTS, layers=[0, 2], batch_size=1, progress=False)
+    made = bl.analyze(model, capture, analyzers(), out=tmp_path / "run", progress=False).load()
+    pd.testing.assert_series_equal(made["compression"], whole["compression"], check_exact=True)
+
+
+def test_a_bank_of_another_capture(model, tmp_path):
+    bank = bl.Capture.from_texts(model, [" ".join(TEXTS[::-1])], layers=[0, 2], max_length=48, progress=False)
+    made = run(model, tmp_path / "run", bank=bank).load()
+    expected = bl.analyze(model, TEXTS, analyzers(), bank=bank, **CUT)
+    pd.testing.assert_frame_equal(made, expected, check_exact=True)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------------------
+
+
+def part(model, out, number, of):
+    folder = RunFolder(out)
+    request = FolderRequest(analyzers(), out=out, **CUT | SMALL)
+    with folder.held(shared=True):
+        return work_on_part(folder, model, TEXTS, request, (number, of))
+
+
+@pytest.mark.parametrize("of", [1, 2, 5])
+def test_parts_come_to_the_same_files(model, tmp_path, of):
+    run(model, tmp_path / "straight")
+    said = [part(model, tmp_path / "run", number, of) for number in [*range(1, of + 1)] * 2]
+    assert isinstance(said[-1], FolderRun)
+    if of > 1:
+        assert "left to other parts" in said[0] and "give every part once more" in said[0]
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
+
+
+def test_parts_hold_a_folder_together_and_against_others(model, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    handles = []
+    with folder.held(shared=True):
+        part(model, tmp_path / "run", 1, 2)
+        lock = tmp_path / "run" / locks.NAME
+        handles.append(locks.lock(lock, shared=True))
+        assert handles[0] is not None  # another part
+        assert locks.lock(lock) is None  # a driver of the whole
+    locks.unlock(handles[0], lock, shared=True)
+    assert locks.holder(tmp_path / "run") is None and not lock.exists()
+
+
+@pytest.mark.parametrize("text", ["3", "0/4", "5/4", "a/b", "1/0", "-1/3", "1.5/3"])
+def test_a_part_that_is_none_is_refused(text):
+    with pytest.raises(BasinLensError, match="expected a part such as 3/16"):
+        part_of(text)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(model, tmp_path_factory):
+    return run(model, tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_parts_of_the_table_are_loaded(opened, whole):
+    some = opened.load(layers=[2], columns=["surprisal"], queries=[1, 3])
+    assert some["layer"].unique().tolist() == [2] and sorted(some["pos"].unique()) == [1, 3]
+    assert "surprisal" in some and "contraction" not in some and "doc" in some
+    assert tables.provenance(some) == tables.provenance(opened.load())
+    assert opened.load(layers=0)["layer"].unique().tolist() == [0]
+    with pytest.raises(StoreError, match=r"tables\.open"):
+        tables.load(opened.folder.parent)
+    assert opened.scores == tuple(tables.scores(whole))
+
+
+def test_a_summary_is_that_of_the_whole_table(opened, whole):
+    pd.testing.assert_frame_equal(tables.layer_summary(opened), tables.layer_summary(whole))
+
+
+def test_arrow_reads_it(opened, whole):
+    scanned = opened.scan().to_table(columns=["layer", "surprisal"]).to_pandas()
+    np.testing.assert_array_equal(scanned["surprisal"], whole["surprisal"])
+
+
+def test_rows_of_a_span_and_of_a_label(model, tmp_path):
+    passages = [bl.Passage(text, doc=str(i), labels={"odd": bool(i % 2)}, spans={"start": (0, 8)}) for i, text in enumerate(TEXTS)]
+    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
+    assert made.load(queries="odd")["doc"].unique().tolist() == ["1", "3", "5"]
+    started = made.load(queries="start")
+    assert set(started["span"]) == {"start"} and len(started)
+    with pytest.raises(TableError, match="marks no token"):
+        made.load(queries="end")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"layers": [1]}, r"layers of the run \[0, 2\]"),
+        ({"layers": []}, "layers of the run"),
+        ({"columns": ["surprisl"]}, "Did you mean 'surprisal'"),
+        ({"columns": "surprisal"}, "a list of columns"),
+        ({"queries": [1.5]}, "positions"),
+    ],
+)
+def test_what_the_table_does_not_have_is_refused(opened, wrong, said):
+    with pytest.raises(TableError, match=said):
+        opened.load(**wrong)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "more"])
+def test_a_damaged_table_is_refused(model, tmp_path, damage):
+    made = run(model, tmp_path / "run")
+    path = made.folder / "layer-002.parquet"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "more":
+        (made.folder / "record.json").write_bytes((made.folder / "record.json").read_bytes().replace(b'"rows": ', b'"rows": 1'))
+    else:
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(StoreError, match="Give the command"):
+        tables.open(tmp_path / "run").load()
+    if damage == "flipped":
+        with pytest.raises(StoreError, match="changed after"):
+            made.check()
+
+
+def test_it_shows_itself(opened):
+    assert "RunTable(" in repr(opened) and "surprisal" in opened._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "ray"}, "expected a folder"),
+        ({"fresh": True}, "expected a folder"),
+        ({"keep_states": True}, "expected a folder"),
+        ({"out": "x", "engine": "dask"}, "expected engine"),
+        ({"out": "x", "store_dtype": "int8"}, "expected store_dtype"),
+        ({"out": "x", "piece_tokens": -1}, "piece_tokens"),
+        ({"out": "x", "engine_options": {"workers": 2}}, "engine_options"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_read(model, options, said):
+    with pytest.raises(StoreError, match=said):
+        bl.analyze(model, TEXTS, **options)
+
+
+def test_a_bank_warning_is_said_as_in_memory(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_overlap, "WARN", 0.0)
+    prompts = [
+        f"When Mary and John went to the {place}, John gave a drink to" for place in ("store", "lake", "park", "shop", "sea")
+    ]
+    only = [A.Contraction(k=4)]
+    with warnings.catch_warnings(record=True) as here:
+        warnings.simplefilter("always")
+        bl.analyze(model, prompts, only, **CUT)
+    with warnings.catch_warnings(record=True) as there:
+        warnings.simplefilter("always")
+        bl.analyze(model, prompts, only, out=tmp_path / "run", **CUT)
+    said = [[str(w.message) for w in each if w.category.__name__ == "BankWarning"] for each in (here, there)]
+    assert said[0] == said[1] and said[0]
