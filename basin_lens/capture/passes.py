@@ -6,10 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.model import HookedModel, forward_pass, knocked_out, measuring, point_name
+from basin_lens.errors import ModelError
+from basin_lens.model import HookedModel, Prefixes, entering, forward_pass, knocked_out, measuring, pass_from
 from basin_lens.values import Whole
 
 TOKENS_PER_PASS = 1024
+_NOTHING = -1  # no token id
+_SAME = 1e-4  # nats, and as a share: as far apart may losses of one token be, summed in another order
 
 # "future_loss", "last_logit", or a token id (its logit). "cache" stands for the user's own backward pass and is never run.
 Target = str | Whole
@@ -17,9 +20,12 @@ Target = str | Whole
 
 def token_losses(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch predicted"]:
     """-log p(token | those before it) of every token but the first, in nats."""
-    # Rows of a matrix: with the vocabulary as the middle dimension, the softmax would take four times as long.
-    rows, wanted = logits[:, :-1].float().flatten(0, 1), tokens[:, 1:]
-    return torch.nn.functional.cross_entropy(rows, wanted.flatten(), reduction="none").view(wanted.shape)
+    # Rows of a matrix: with the vocabulary as the middle dimension, the softmax would take four times as long. Behind the last token
+    # nothing is wanted; to cut its row out would copy all the others, and all their gradients.
+    wanted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=_NOTHING)
+    rows = logits.float().flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(rows, wanted.flatten(), ignore_index=_NOTHING, reduction="none")
+    return losses.view(wanted.shape)[:, :-1]
 
 
 def target_values(
@@ -64,10 +70,7 @@ class Passes:
 
     def states(self, layer: int) -> Float[Tensor, "batch pos d"]:
         """States that enter block `layer`, float32."""
-        read: list[Tensor] = []
-        with measuring(self.model):
-            forward_pass(self.model, self.tokens, {point_name("resid_pre", layer): lambda t: read.append(t.float())})
-        return read[0]
+        return entering(self.model, self.tokens, layer)
 
     def losses(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
         """-log p of each token given those before it; NaN at position 0, which nothing predicts. Padding means nothing."""
@@ -77,14 +80,61 @@ class Passes:
         return losses
 
     def losses_without(self, rows: Int[Tensor, " copies"], columns: Int[Tensor, " copies"]) -> Float[Tensor, "copies pos"]:
-        """The same with one column of each copy knocked out of the attention of later queries, in all blocks."""
+        """The same with one column of each copy knocked out of the attention of later queries, in all blocks.
+
+        What stands before the column is the same with and without it, so only the tokens from there on are computed, where the model
+        takes the keys and values of the others. Proved for each batch on a whole pass over one copy; else all passes are whole.
+        """
         losses = torch.full((len(rows), self.tokens.shape[1]), torch.nan, device=self.tokens.device)
         with measuring(self.model):
-            for part in self._parts(len(rows)):
-                tokens = self.tokens[rows[part]]
-                with knocked_out(self.model, columns[part], tokens.shape[1]):
-                    losses[part, 1:] = token_losses(forward_pass(self.model, tokens, {}), tokens)
+            short = Prefixes.can(self.model)
+            present = rows.unique()
+            for part in self._parts(len(present)):
+                mine = torch.nonzero(torch.isin(rows, present[part])).squeeze(1)
+                if not short or not self._from_columns(losses, mine, rows[mine], columns[mine]):
+                    for some in self._parts(len(mine)):
+                        at = mine[some]
+                        losses[at, 1:] = self._whole_without(rows[at], columns[at])
         return losses
+
+    def _whole_without(self, rows: Int[Tensor, " copies"], columns: Int[Tensor, " copies"]) -> Float[Tensor, "copies predicted"]:
+        tokens = self.tokens[rows]
+        with knocked_out(self.model, columns, tokens.shape[1]):
+            return token_losses(forward_pass(self.model, tokens, {}), tokens)
+
+    def _from_columns(
+        self, losses: Float[Tensor, "all pos"], at: Int[Tensor, " n"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
+    ) -> bool:
+        """Put the losses of these copies where they belong, computed from their columns on; False: the model does not allow that."""
+        present, which = rows.unique(return_inverse=True)
+        tokens = self.tokens[present]
+        length, order = tokens.shape[1], columns.argsort(stable=True)
+        # The first token has nothing before it, and a mask shows what hides by what the first of several queries may not see.
+        begins = columns.clamp(1, max(1, length - 2)).tolist()
+        one = order[:1]
+        whole = self._whole_without(rows[one], columns[one])
+
+        def computed(some: Tensor) -> Tensor:
+            first = begins[int(some[0])]
+            with knocked_out(self.model, columns[some], length, first):
+                rest = token_losses(prefixes.go_on(which[some], first), tokens[which[some], first:])
+            return torch.cat([plain[which[some], :first], rest], dim=1)
+
+        try:
+            prefixes = Prefixes(self.model, tokens)
+            plain = token_losses(prefixes.logits, tokens)
+            if not torch.allclose(computed(one), whole, rtol=_SAME, atol=_SAME):
+                return False
+        except (RuntimeError, IndexError, ModelError) as error:  # a cache, or a mask, that this model cannot work with
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        while len(order):
+            # Small passes: all of one begin where its first copy's column stands.
+            size = max(1, TOKENS_PER_PASS // 2 // (length - begins[int(order[0])]))
+            some, order = order[:size], order[size:]
+            losses[at[some], 1:] = computed(some)
+        return True
 
     def slopes(
         self,
@@ -99,8 +149,7 @@ class Passes:
         with measuring(self.model, gradients=True):
             for part in self._parts(len(rows)):
                 leaf = states[part].detach().to(dtype).requires_grad_()
-                put = {point_name("resid_pre", layer): lambda t, leaf=leaf: leaf.view_as(t)}
-                logits = forward_pass(self.model, self.tokens[rows[part]], put)
+                logits = pass_from(self.model, layer, self.tokens[rows[part]], leaf)
                 wanted = target[rows[part]] if isinstance(target, Tensor) else target
                 found = target_values(logits, self.tokens[rows[part]], self.valid[rows[part]], wanted)
                 values[part], slopes[part] = found.detach(), torch.autograd.grad(found.sum(), leaf)[0].float()

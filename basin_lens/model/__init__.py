@@ -63,6 +63,7 @@ from basin_lens.model.numerics import full_precision
 from basin_lens.model.protocol import HookedModel, StateCache, Tokenizer
 from basin_lens.model.random_init import in_dtype, random_twin
 from basin_lens.model.rope import check_lengths, one_side
+from basin_lens.model.shorter_passes import Prefixes, pass_from
 from basin_lens.model.weights import output_weight
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Kept",
     "Memory",
     "PaddedPrefix",
+    "Prefixes",
     "RowStore",
     "StateCache",
     "Stepper",
@@ -117,6 +119,7 @@ __all__ = [
     "own_rows",
     "padding_of",
     "parameters_of",
+    "pass_from",
     "pass_until",
     "point_name",
     "provenance",

@@ -185,7 +185,7 @@ def record_calls(model: HookedModel, tokens: Int[Tensor, "batch pos"], *, only_f
 def _first_block_alone(model: HookedModel) -> Iterator[None]:
     """Passes compute the first block on one token, or on theirs if they must; the final norm ends the pass."""
     answers: list[object] = []
-    answered = _form_of_answers(model)
+    answered = form_of_answers(model)
 
     def leave(*_: object) -> None:
         raise _Recorded
@@ -214,7 +214,7 @@ def _first_block_alone(model: HookedModel) -> Iterator[None]:
                 held["forward"] = forward
 
 
-def _form_of_answers(model: HookedModel) -> Callable[[Tensor], object] | None:
+def form_of_answers(model: HookedModel) -> Callable[[Tensor], object] | None:
     """What a block answers besides states, seen on one token: states -> such an answer. None: something that depends on them."""
     answers: list[object] = []
 

@@ -203,23 +203,41 @@ class _BridgePast:
 
         # Layers come into being with their first keys: some models share them between blocks.
         made: Any = partial(_layer_class(), window, groups)
-        self._model, self._cache = model, Cache(layer_class_to_replicate=made)
+        self._model, self.cache = model, Cache(layer_class_to_replicate=made)
 
     @property
     def length(self) -> int:
-        return int(self._cache.get_seq_length())
+        return int(self.cache.get_seq_length())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self._model(tokens, return_type="logits", past_key_values=self._cache, use_cache=True)
+        return self._model(tokens, return_type="logits", past_key_values=self.cache, use_cache=True)
 
     def reset(self) -> None:
-        self._cache.reset()
+        self.cache.reset()
 
     def pretend(self, length: int) -> None:
-        layers: Any = self._cache.layers
+        layers: Any = self.cache.layers
         for layer in layers:
             _repeat(layer.room, 2, layer.length, length)
             layer.length = length
+
+
+def filled_cache(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> tuple[Float[Tensor, "batch pos vocab"], Any]:
+    """Logits of a pass over whole sequences, and the transformers `Cache` that it filled."""
+    past = _BridgePast(model, tokens.shape[1], 1)
+    return past.forward(tokens), past.cache
+
+
+def cache_from(cache: Any, rows: Int[Tensor, " copies"], length: int) -> Any:
+    """A cache of copies of the sequences `rows` of another one, of which they hold the first `length` tokens."""
+    from transformers.cache_utils import Cache
+
+    made = Cache(layer_class_to_replicate=partial(_layer_class(), cache.layers[0].window, 1))
+    for held in cache.layers:
+        layer = _layer_class()(held.window, 1)
+        layer.hold(tuple(room[rows, :, : held.window] for room in held.room), length)
+        made.layers.append(layer)
+    return made
 
 
 @cache
@@ -238,14 +256,18 @@ def _layer_class() -> type:
             if self.groups > 1:
                 key_states, value_states = (t.repeat_interleave(self.groups, dim=1) for t in (key_states, value_states))
             if not self.room:
-                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-                self.room = tuple(t.new_empty(*t.shape[:2], self.window, t.shape[3]) for t in (key_states, value_states))
+                self.hold(tuple(t.new_empty(*t.shape[:2], self.window, t.shape[3]) for t in (key_states, value_states)), 0)
             end = self.length + key_states.shape[2]
             for place, new in zip(self.room, (key_states, value_states), strict=True):
                 place[:, :, self.length : end] = new
             self.length = end
             self.keys, self.values = (place[:, :, :end] for place in self.room)
             return self.keys, self.values
+
+        def hold(self, room: tuple[Tensor, ...], length: int) -> None:
+            """Work in this room, whose first places are filled."""
+            self.dtype, self.device, self.is_initialized = room[0].dtype, room[0].device, True
+            self.room, self.length = room, length
 
         def get_seq_length(self) -> int:
             return self.length

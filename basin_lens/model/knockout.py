@@ -14,8 +14,10 @@ from basin_lens.model.protocol import HookedModel
 
 
 @contextmanager
-def knocked_out(model: HookedModel, columns: Int[Tensor, " batch"], length: int) -> Iterator[None]:
+def knocked_out(model: HookedModel, columns: Int[Tensor, " batch"], length: int, first: int = 0) -> Iterator[None]:
     """Passes over `[batch, length]` tokens in which no later query of sequence b attends to column `columns[b]`, in any block.
+
+    `first`: the passes are over the tokens from this place on, the keys of those before it in a cache.
 
     What the token itself reads and predicts stays as it is; nothing of it reaches a later position. Hidden in the blocks' masks on
     a bridge, in the scores of a HookedTransformer; every block's pattern is checked to have nothing in the column.
@@ -28,7 +30,7 @@ def knocked_out(model: HookedModel, columns: Int[Tensor, " batch"], length: int)
         raise ModelError(f"expected attention patterns to check the knock-out by, got a model without {missing[0]}.")
     place = torch.arange(length, device=columns.device)
     # [batch, 1, query, key]: true where a later query looks at the column.
-    gone = ((place[:, None] > columns[:, None, None]) & (place == columns[:, None, None]))[:, None]
+    gone = ((place[first:, None] > columns[:, None, None]) & (place == columns[:, None, None]))[:, None]
     with ExitStack() as stack:
         if kind_of(model) == "hooked":
             stack.enter_context(reading(model, {point_name("attn.hook_attn_scores", layer): _hide(gone) for layer in layers}))

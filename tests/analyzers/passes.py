@@ -34,19 +34,28 @@ def one(model, data, analyzer, **options):
 
 @contextmanager
 def counting(monkeypatch):
-    """Forward passes as their batch shapes, and backward passes."""
+    """Forward passes as their batch shapes, whole ones and shorter ones, and backward passes."""
     forward, backward = [], []
-    run, slope = door.forward_pass, torch.autograd.grad
+    slope, go_on = torch.autograd.grad, door.Prefixes.go_on
 
-    def counted_run(model, tokens, *rest, **options):
-        forward.append(tuple(tokens.shape))
-        return run(model, tokens, *rest, **options)
+    def counted(run):
+        def counted_run(model, *rest, **options):
+            forward.append(tuple(next(given for given in rest if isinstance(given, torch.Tensor)).shape))
+            return run(model, *rest, **options)
+
+        return counted_run
+
+    def counted_rest(prefixes, rows, first):
+        forward.append((len(rows), prefixes.tokens.shape[1] - first))
+        return go_on(prefixes, rows, first)
 
     def counted_slope(*given, **options):
         backward.append(1)
         return slope(*given, **options)
 
     with monkeypatch.context() as patch:
-        replace_in_all_rooms(patch, "forward_pass", counted_run)
+        for name in ("forward_pass", "pass_until", "pass_from", "entering"):
+            replace_in_all_rooms(patch, name, counted(getattr(door, name)))
+        patch.setattr(door.Prefixes, "go_on", counted_rest)
         patch.setattr(torch.autograd, "grad", counted_slope)
         yield forward, backward

@@ -81,7 +81,11 @@ def test_own_passes_are_counted(llama, monkeypatch):
     assert (len(forward), len(backward)) == (1 + 1 + 2 + 8, 2 + 8)
     with counting(monkeypatch) as (forward, backward):
         measured(llama, tokens, A.Erasure(positions=3))
-    assert (forward, backward) == ([(2, 12), (6, 12)], [])
+    # The capture, the proof on one copy, whole and from its column on, and all six from the first column on.
+    (capture, whole, proof, all_six), first = forward, 12 - forward[-1][1]
+    assert (capture, whole, proof, all_six) == ((2, 12), (1, 12), (1, 12 - first), (6, 12 - first))
+    assert 1 <= first < 10
+    assert not backward
 
 
 @pytest.mark.usefixtures("as_is")
@@ -90,8 +94,9 @@ def test_passes_of_its_own_stay_small(llama, monkeypatch):
     monkeypatch.setattr(passes, "TOKENS_PER_PASS", 40)
     with counting(monkeypatch) as (forward, _):
         small, _ = measured(llama, TEXTS[:2], *OWN, batch_size=2)
-    assert [batch for batch, _ in forward].count(2) == 2  # the capture, and the states that integrated gradients begin with
-    assert max(batch for batch, _ in forward) == 2
+    large = [(batch, length) for batch, length in forward if batch > 1 and batch * length > 40]
+    assert len(large) == 2  # the capture, and the states that integrated gradients begin with
+    assert max(batch for batch, _ in large) == 2
     for name, values in whole.items():
         assert small[name] == near(values, rel=1e-3)
 
