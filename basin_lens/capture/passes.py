@@ -20,8 +20,8 @@ Target = str | Whole
 
 def token_losses(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch predicted"]:
     """-log p(token | those before it) of every token but the first, in nats."""
-    # Rows of a matrix: with the vocabulary as the middle dimension, the softmax would take four times as long. Behind the last token
-    # nothing is wanted; to cut its row out would copy all the others, and all their gradients.
+    # Rows of a matrix: with the vocabulary as the middle dimension, the softmax would take four times as long. Behind the last
+    # token nothing is wanted; to cut its row out would copy all the others, and all their gradients.
     wanted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=_NOTHING)
     rows = logits.float().flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(rows, wanted.flatten(), ignore_index=_NOTHING, reduction="none")
@@ -82,8 +82,9 @@ class Passes:
     def losses_without(self, rows: Int[Tensor, " copies"], columns: Int[Tensor, " copies"]) -> Float[Tensor, "copies pos"]:
         """The same with one column of each copy knocked out of the attention of later queries, in all blocks.
 
-        What stands before the column is the same with and without it, so only the tokens from there on are computed, where the model
-        takes the keys and values of the others. Proved for each batch on a whole pass over one copy; else all passes are whole.
+        What stands before the column is the same with and without it, so only the tokens from there on are computed, where the
+        model takes the keys and values of the others. Proved for each batch on a whole pass over one copy; else all passes are
+        whole.
         """
         losses = torch.full((len(rows), self.tokens.shape[1]), torch.nan, device=self.tokens.device)
         with measuring(self.model):
@@ -105,7 +106,7 @@ class Passes:
     def _from_columns(
         self, losses: Float[Tensor, "all pos"], at: Int[Tensor, " n"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
     ) -> bool:
-        """Put the losses of these copies where they belong, computed from their columns on; False: the model does not allow that."""
+        """Put in the losses of these copies, computed from their columns on; False: the model does not allow that."""
         present, which = rows.unique(return_inverse=True)
         tokens = self.tokens[present]
         length, order = tokens.shape[1], columns.argsort(stable=True)
