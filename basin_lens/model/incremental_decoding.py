@@ -232,7 +232,8 @@ def cache_from(cache: Any, rows: Int[Tensor, " copies"], length: int) -> Any:
     """A cache of copies of the sequences `rows` of another one, of which they hold the first `length` tokens."""
     from transformers.cache_utils import Cache
 
-    made = Cache(layer_class_to_replicate=partial(_layer_class(), cache.layers[0].window, 1))
+    kind: Any = partial(_layer_class(), cache.layers[0].window, 1)
+    made = Cache(layer_class_to_replicate=kind)
     for held in cache.layers:
         layer = _layer_class()(held.window, 1)
         layer.hold(tuple(room[rows, :, : held.window] for room in held.room), length)
