@@ -23,6 +23,8 @@ VARIABLES = {
 }
 # Every marker that a plain `pytest` leaves out.
 LEFT_OUT = "real or simulation or slow or browser or damage or death or ray"
+# What both lanes run: the quick tests, and of laws marked `many` the other cases.
+EVERYWHERE = f"not ({LEFT_OUT}) or slow(everywhere=True)"
 # What meets TransformerLens: everything before the table, what hooks into a model, and every file with a test of HookedTransformer.
 MEETS_TRANSFORMER_LENS = "model capture transport analyzers scoring controls memorize codec merging studies/test_mergeability.py"
 # The real model there: loading, the transport against a plain model, and what the design measured.
@@ -83,7 +85,8 @@ def tests(session: nox.Session, transformer_lens: str) -> None:
         run_tests(session, environment(session))
         return
     variables = environment(session, ".[test]", "transformer-lens==3.9.*")
-    session.run("pytest", "-q", *(f"tests/{room}" for room in MEETS_TRANSFORMER_LENS.split()), env=variables | UNCHECKED)
+    rooms = (f"tests/{room}" for room in MEETS_TRANSFORMER_LENS.split())
+    session.run("pytest", "-q", "-m", EVERYWHERE, *rooms, env=variables | UNCHECKED)
     there = (f"tests/{room}" for room in REAL_THERE.split())
     session.run("pytest", "-q", "-m", "real", "-k", "not code_of_the", *there, env=variables | UNCHECKED)
 

@@ -40,6 +40,8 @@ MEASURED_ONCE = ("tests/studies/",)
 LONG = ("tests/simulation/", "tests/files/test_death.py", "tests/real/", "tests/house/test_examples.py")
 APART = ("tests/simulation/", "tests/house/test_examples.py")
 TRAINED = Path(__file__).parent / "fixtures" / "trained"
+# Laws marked `many` of which a case has been collected.
+_LAWS = pytest.StashKey[set[tuple[str, tuple[str | None, ...]]]]()
 
 
 def has_hooked_transformer() -> bool:
@@ -176,6 +178,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             return next((room for room in MEASURED_ONCE if nodeid.startswith(room)), None) or super()._split_scope(nodeid)
 
     return Scheduling(config, log)
+
+
+LEFT_OUT = {"real", "simulation", "slow", "browser", "damage", "death"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of a law marked `many`, the first case is quick, and every other is slow, in both lanes: `slow(everywhere=True)`.
+
+    Cases that are left out for their own marks come first nowhere. Those that wait for one lane are counted apart: each lane keeps
+    a quick one.
+    """
+    if item.get_closest_marker("many") is None or not LEFT_OUT.isdisjoint(mark.name for mark in item.iter_markers()):
+        return
+    waits = tuple(mark.kwargs.get("reason") for mark in item.iter_markers("skipif"))
+    law = item.nodeid.split("[")[0], waits
+    seen = item.session.stash.setdefault(_LAWS, set())
+    if law in seen:
+        item.add_marker(pytest.mark.slow(everywhere=True))
+    seen.add(law)
 
 
 @pytest.hookimpl(trylast=True)

@@ -40,6 +40,7 @@ def loop_received(patterns, *, sink):
     return answer
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
 def test_rollout_is_the_matrix_product(name, sink):
@@ -132,6 +133,7 @@ def hf_output_weight(model, name, layer):
     return (linear.weight if name == "gpt2" else linear.weight.T).detach().double().numpy()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("name", TINY)
 def test_value_weighted_attention_by_a_loop(name, sink):
@@ -158,6 +160,7 @@ def test_value_weighted_attention_by_a_loop(name, sink):
             assert values[f"value_weighted_attention{ending}"][layer].reshape(2, 11)[seq] == near(total, rel=1e-3)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", [f for f in families() if f.name not in ("Mamba", "T5")], ids=lambda f: f"{f.kind} {f.name}")
 def test_carried_values_add_up_to_the_attention_output(family):
     """Of every family: sum over keys and heads of a v W_O, plus the bias, is what the output projection gives."""

@@ -79,6 +79,7 @@ def test_contraction_at_home_is_what_place_directions_and_interaction_say(llama,
     assert few.compression_isotropic.equals(alone.compression_isotropic) and "compression_random_sets" not in few
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "solo"])
 @pytest.mark.parametrize("name", PACKED)
 def test_a_block_that_writes_nothing_has_no_interaction(name, context):
@@ -96,6 +97,7 @@ def test_the_linear_null_has_no_interaction(llama, capture):
     assert table.fit_directions.abs().median() > 1e-2
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo", "affine"])
 def test_every_context_that_passes_states(llama, capture, context):
     table = run(llama, capture, A.Compression(k=4, context=context, queries=40), layers=[1])
@@ -104,6 +106,7 @@ def test_every_context_that_passes_states(llama, capture, context):
         assert np.isfinite(table[column].dropna()).all()
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_path_of_all_blocks(llama, capture):
     table = run(llama, capture, A.Compression(k=4, blocks=3), A.Compression(k=4, name="one"))
     assert table[table.layer == 0].compression.notna().any() and table[table.layer > 0].compression.isna().all()
@@ -176,6 +179,7 @@ def test_seeds_move_no_mean_by_more_than_its_error(llama, capture):
 # -- every family ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_every_family_is_served(family):
     model, capture = model_of(family.name, family.kind), capture_of(family.name, family.kind)

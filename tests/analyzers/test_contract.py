@@ -180,6 +180,7 @@ def test_defaults_work(cls, default_table):
         assert default_table[column.name].notna().any(), column.name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("analyzer", [*(cls() for cls in bl.ANALYZERS), *VARIANTS], ids=lambda a: a.key)
 def test_values_lie_in_their_range(analyzer, llama, capture, default_table):
     table = default_table if analyzer == type(analyzer)() else run(llama, capture, analyzer)
@@ -226,6 +227,7 @@ def test_name_renames_one_column_and_prefixes_several(cls):
     assert [(c.unit, c.low, c.high) for c in named] == [(c.unit, c.low, c.high) for c in plain]
 
 
+@pytest.mark.many
 def test_two_names_coexist(cls, llama, capture):
     fewer = {"steps": 4} if "steps" in {f.name for f in dataclasses.fields(cls)} else {}  # for time
     one, other = cls(name="one", **fewer), cls(name="other", **fewer)

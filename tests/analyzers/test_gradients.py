@@ -36,6 +36,7 @@ def target_after(model, tokens, layer, states, target):
 TARGETS = ["future_loss", "last_logit", 17]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradients_are_slopes(name, target):
@@ -180,6 +181,7 @@ def completeness(model, tokens, capture, values, baseline, layer, target):
         yield shares[int(baseline == "mean") : -1 if target == "future_loss" else None], end - begin
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -192,6 +194,7 @@ def test_integrated_gradients_are_complete(name, layer, target):
         assert shares.std() > 0
 
 
+@pytest.mark.slow(everywhere=True)
 def test_from_zero_values_are_complete_or_missing():
     """Close to zero, norms turn any state into a full-sized one: whole sequences may not be integrable."""
     model, tokens = make_bridge("llama", rms_norm_eps=1.0), random_tokens(2, 10)
@@ -202,6 +205,7 @@ def test_from_zero_values_are_complete_or_missing():
     assert np.isnan(sharp).all()
 
 
+@pytest.mark.slow(everywhere=True)
 def test_incomplete_values_are_nan_after_more_steps(llama, monkeypatch):
     tokens = random_tokens(2, 12)
     monkeypatch.setattr(integrated_gradients, "COMPLETE", 0.0)

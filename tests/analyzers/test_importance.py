@@ -51,6 +51,7 @@ def test_one_forward_and_one_backward_pass_serve_all(llama, monkeypatch):
     assert capture.columns.keys() == {a.key for a in [*SHARED, A.Surprisal(), A.StateNorm()]}
 
 
+@pytest.mark.slow(everywhere=True)
 def test_compression_scores_beside_them_cost_no_other_pass(llama, monkeypatch):
     """The scores' own passes (probe and check) are the same with and without the importance analyzers."""
     scores = [A.Compression(k=5), A.Contraction(k=5)]
@@ -101,6 +102,7 @@ def test_passes_of_its_own_stay_small(llama, monkeypatch):
         assert small[name] == near(values, rel=1e-3)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("gradients", [False, True])
 def test_attention_patterns_are_dropped_layer_by_layer(llama, gradients):
     """When a layer closes, no pattern of an earlier one is held; with gradients, only the one that the graph itself needs."""
@@ -125,6 +127,7 @@ def test_attention_patterns_are_dropped_layer_by_layer(llama, gradients):
     assert [n - seen[0] for n in seen] == ([0, 1, 2] if gradients else [0, 0, 0])
 
 
+@pytest.mark.many
 @pytest.mark.usefixtures("as_is")
 @pytest.mark.parametrize("analyzer", [*SHARED, *OWN, *OTHER_TARGETS], ids=lambda a: a.key)
 def test_padding_and_batching_change_nothing(llama, analyzer):
@@ -144,6 +147,7 @@ def make(kind):
 KINDS = ["bridge", pytest.param("hooked", marks=hooked_lane)]
 
 
+@pytest.mark.many
 @pytest.mark.usefixtures("as_is")
 @pytest.mark.parametrize("state", ["frozen", "no gradients", "inference mode", "train mode", "sdpa"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +195,7 @@ def test_hooked_transformer_equals_bridge_on_the_same_weights(tmp_path):
 # -- erasure ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", [f for f in families() if f.name not in ("Mamba", "T5")], ids=lambda f: f"{f.kind} {f.name}")
 def test_nothing_of_an_erased_token_reaches_later_ones(family):
     """Of every family: with the token knocked out, the later losses do not depend on which token it was; earlier ones stay."""
@@ -208,6 +213,7 @@ def test_nothing_of_an_erased_token_reaches_later_ones(family):
         assert float((losses[row, column + 2 :] - plain[row, column + 1 :]).abs().max()) > 1e-3
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_erasure_with_the_models_own_mask(name):
     """Hugging Face's model given a 4-D mask; every position."""

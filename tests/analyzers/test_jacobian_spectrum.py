@@ -119,6 +119,7 @@ def whole_jacobian(model, tokens, layer, pos, blocks, step=2e-3):
     return ((ahead - behind) / (2 * step)).T.numpy()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_a_models_own_blocks_by_finite_differences_and_the_product_rule(name, blocks):

@@ -305,6 +305,7 @@ def block_at(model, capture, layer, route):
     return PatchedBlock(model, capture, layer, Probe(model, int(capture.lengths.max())), capture.resid_pre(layer), route)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("route", ["R1", "R2"])
 @pytest.mark.parametrize("name", PACKED)
 def test_gain_of_a_real_block_by_reverse_mode(name, route):

@@ -83,6 +83,7 @@ def step(d):
     return torch.nn.functional.normalize(torch.randn(d, generator=torch.Generator().manual_seed(9)), dim=0)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "native"])
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_the_block_as_a_function(name, context):
@@ -120,6 +121,7 @@ class ActiveNeurons(TokenAnalyzer):
         return {self.columns[0].name: (batch.values[self.point] > 0).float().mean(-1)}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_a_raw_hook_point(name):
     model = make_bridge(name, tokenizer=make_tokenizer())
@@ -218,6 +220,7 @@ def test_a_class_in_place_of_an_instance_is_refused(cls, llama, capture):
         run(llama, capture, cls)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_all_of_them_beside_the_built_in_ones(llama, capture):
     """Foreign and own analyzers in one run do not disturb one another."""
     own = [cls() for cls in bl.ANALYZERS]

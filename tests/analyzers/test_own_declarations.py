@@ -75,6 +75,7 @@ def refused(llama, monkeypatch, analyzer, error, match):
     assert forward == []
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("right", BOTH)
 @pytest.mark.parametrize("case", WRONG)
 def test_declarations_are_checked_before_any_work(llama, monkeypatch, right, case):
@@ -188,6 +189,7 @@ def sized(gives):
     return lambda given: gives(given.tokens.shape if hasattr(given, "tokens") else given.query.shape[:1])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("right", BOTH)
 @pytest.mark.parametrize("case", RETURNED)
 def test_values_are_checked_where_they_come_from(llama, capture, right, case):

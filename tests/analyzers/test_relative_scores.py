@@ -170,6 +170,7 @@ def texts(llama):
     return bl.Capture.from_texts(llama, random_tokens(12, 14), progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", PACKED)
 def test_a_block_that_writes_nothing(name):
     table = run(identity_bridge(name), random_tokens(8, 14), A.RelativeContraction(k=4), A.DirectionalContraction(k=4))
@@ -178,6 +179,7 @@ def test_a_block_that_writes_nothing(name):
         assert table[column].abs().max() < 2e-4
 
 
+@pytest.mark.slow(everywhere=True)
 def test_the_offset_and_its_error_are_in_provenance(llama, texts):
     """One mean per layer, from 16 sets of 4 points at each of 64 tokens, within four standard errors of another seed's; no lottery."""
     contexts = ("patched", "native", "mlp")

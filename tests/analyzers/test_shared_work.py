@@ -75,6 +75,7 @@ def work(monkeypatch, llama, capture):
     return measure
 
 
+@pytest.mark.slow(everywhere=True)
 def test_equal_options_share_one_search(work):
     crossed = A.Compression(k=6, nulls=False)
     alone, _ = work(crossed)
@@ -122,6 +123,7 @@ def neighbor_pairs(done):
     return few
 
 
+@pytest.mark.slow(everywhere=True)
 def test_sharing_changes_nothing(work):
     every = [
         A.Compression(k=6),

@@ -22,6 +22,7 @@ def padded_in_front(model, *, mask_in_the_run: bool):
     return bl.Capture.from_cache(model, tokens, cache, attention_mask=mask)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", BOTH)
 def test_padding_that_the_run_did_not_know_of_is_refused(kind, seed):
@@ -31,6 +32,7 @@ def test_padding_that_the_run_did_not_know_of_is_refused(kind, seed):
         bl.analyze(model, capture, [A.Compression(k=5)], seed=seed, progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("analyzer", [A.Surprisal(), A.StateNorm(), A.AttentionReceived(), A.MatrixEntropy()], ids=lambda a: a.key)
 def test_also_when_only_tokens_are_measured(analyzer):
     model = make_bridge("llama")
@@ -42,12 +44,14 @@ def test_also_when_only_tokens_are_measured(analyzer):
     assert capture.columns == {}
 
 
+@pytest.mark.slow(everywhere=True)
 def test_padding_that_the_run_knew_of_is_served():
     model = make_bridge("llama")
     capture = padded_in_front(model, mask_in_the_run=True)
     assert scores(model, capture).compression.notna().any()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("kind", BOTH)
 def test_one_wrong_state_in_the_last_of_many_sequences(kind, layer):

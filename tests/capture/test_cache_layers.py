@@ -52,6 +52,7 @@ def norms(model, capture, layers):
 # -- what is checked ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("analyzer", "layers", "checked"),
     [
@@ -101,6 +102,7 @@ def part(capture, _path):
     return subset(capture, range(1, SEQUENCES))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("later", [itself, saved, part])
 @pytest.mark.parametrize(
     ("analyzer", "first", "second"), [(StateNorm(), [0], [2]), (StateNorm(), [0, 1], None), (AttentionRollout(), [0], [2])]
@@ -119,6 +121,7 @@ def test_a_later_request_for_other_layers_is_checked_there(later, analyzer, firs
     assert bl.analyze(model, capture, [analyzer], layers=first, progress=False).iloc[:, -1].notna().any()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("later", [itself, saved])
 @pytest.mark.parametrize("analyzer", [StateNorm(), AttentionReceived(), AttentionRollout()])
 def test_later_requests_fill_what_is_not_there(later, analyzer, tmp_path):

@@ -29,6 +29,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("names", [late, first], ids=["late", "first"])
 @pytest.mark.parametrize("kind", BOTH)

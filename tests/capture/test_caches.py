@@ -18,6 +18,7 @@ from tests.families import model_of
 # -- the cache gives what the ids give ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_from_cache_equals_the_path_from_ids(family):
     """Scores of tokens and of clouds alike; what follows the head (soft cap, scale) has no hook point and must not be lost."""
@@ -66,6 +67,7 @@ def test_hooked_transformer_with_processed_weights():
     assert_same_scores(scores(model, bl.Capture.from_cache(model, tokens, cache)), scores(model, tokens))
 
 
+@pytest.mark.slow(everywhere=True)
 def test_gradients_of_the_cache_stand_beside_all_scores():
     model, tokens = make_bridge("gemma2"), random_tokens(6, 14)
     with warnings.catch_warnings():
@@ -110,6 +112,7 @@ def test_a_cache_of_one_sequence_without_batch_dimension(kind):
 # -- number formats -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_cache_in_another_number_format_is_held_to_its_own_tolerance(dtype):
     model, tokens = make_bridge("llama"), random_tokens(6, 14)
@@ -187,6 +190,7 @@ def test_masks_that_say_nothing_clear(llama, mask, said):
         bl.Capture.from_cache(llama, tokens, cache, attention_mask=mask)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("form", ["numpy", "lists", "parameters"])
 def test_caches_of_arrays_and_lists(llama, form):
     tokens = random_tokens(6, 14)

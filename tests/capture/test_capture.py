@@ -27,6 +27,7 @@ from tests.conftest import TEXTS, make_bridge, random_tokens
 # -- states ----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("maker", MAKERS)
 def test_states_are_the_models_own(maker):
     model, tokens = maker(), random_tokens(5, 11)
@@ -35,6 +36,7 @@ def test_states_are_the_models_own(maker):
     assert_states(capture, own_states(model, tokens.tolist()))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 def test_states_of_texts_of_unequal_length(reader, batch_size):
     passages = [bl.Passage(text) for text in ("short", *TEXTS, "one more")]
@@ -52,6 +54,7 @@ def test_states_with_learned_positions(tokenizer):
     assert_states(capture, own_states(model, [s.tokens for s in capture.sequences]))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("maker", MAKERS)
 def test_right_padding_never_reaches_real_tokens(maker):
     model = maker()

@@ -23,6 +23,7 @@ from tests.conftest import TEXTS, hooked_lane, make_bridge, make_hooked, random_
 # -- the user's own cache --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("maker", MAKERS)
 def test_from_cache_equals_from_texts(maker):
     model, tokens = maker(), random_tokens(4, 9)
@@ -33,6 +34,7 @@ def test_from_cache_equals_from_texts(maker):
     assert_states(capture, [expected.resid_pre(layer) for layer in range(3)] + [expected.resid_post(2)])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("batched_tokens", [True, False])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_cache_without_batch_dimension(maker, batched_tokens):
@@ -46,6 +48,7 @@ def test_cache_without_batch_dimension(maker, batched_tokens):
     assert_columns(capture, bl.Capture.from_texts(model, tokens, analyzers=later, progress=False))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(side):
     """States and readings of padded runs are those of the sequences alone."""
@@ -79,6 +82,7 @@ def test_hooked_left_padding():
     assert_states(capture, own_states(model, RAGGED))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("kept", "layers"),
     [

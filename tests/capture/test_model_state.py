@@ -129,6 +129,7 @@ def test_cache_made_in_inference_mode(plain):
     assert_states(capture, [expected.resid_pre(layer) for layer in range(3)] + [expected.resid_post(2)])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_sdpa_attention(name):
     model = make_bridge(name)

@@ -78,6 +78,7 @@ def test_info(capsys):
     assert "transformer-lens" in out
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "basin_lens.cli", "--help"], capture_output=True, text=True, check=True)
     assert "analyze" in done.stdout
@@ -86,6 +87,7 @@ def test_module_runs_as_a_command():
 # -- folders and endings -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_command_that_is_told_to_end_clears_up(folder, tmp_path, capsys, monkeypatch, request, number, code):
     """While it writes its results."""

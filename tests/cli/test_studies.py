@@ -56,6 +56,7 @@ def test_study_writes_a_folder_and_says_its_verdict(folder, documents, tmp_path,
     assert code == 1 and "earlier importance study" in err
 
 
+@pytest.mark.slow
 def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_path, capsys, monkeypatch):
     from basin_lens import studies
     from basin_lens.studies.framework import runner

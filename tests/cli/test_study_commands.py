@@ -135,6 +135,7 @@ def test_dry_run_of_the_summary_reads_the_studies(capsys):
     assert "at least one study" in refused(capsys, "summary", "--dry-run")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -39,6 +39,7 @@ def files(tmp_path):
     return path
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.csv"])
 def test_analyze_reads_rows_not_their_syntax(folder, files, tmp_path, capsys, name):
     out = tmp_path / "out"
@@ -96,6 +97,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_a_model_is_loaded(files, tmp_path, capsys, name):

@@ -17,6 +17,7 @@ from basin_lens.views.codec_figures import growth_lines, rank_bars, rank_shares
 from tests.codec.coded import METHODS, TEXT, weaken_xz
 
 
+@pytest.mark.slow(everywhere=True)
 def test_bench_agrees_with_files_and_names_what_is_missing(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "brotli", None)
     monkeypatch.setattr(codec.TextCodec, "streams_for", lambda *_: 8)  # a text as short as this has one, and a step for each token

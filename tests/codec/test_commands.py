@@ -108,6 +108,7 @@ def test_commands_never_overwrite_and_fail_in_one_line(tmp_path, monkeypatch):
     assert codec.read(packed.read_bytes()).restored() == b"text"
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.usefixtures("loaded")
 def test_an_interrupted_compression_leaves_no_file(tmp_path, monkeypatch):
     book = tmp_path / "book.txt"
@@ -245,6 +246,7 @@ def test_bench_and_view_commands_write_their_files(tmp_path, monkeypatch):
         assert code == 1 and "--force" in err
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.usefixtures("loaded")
 def test_bench_goes_on_behind_a_file_that_it_cannot_measure(tmp_path, monkeypatch):
     good, bad, out = tmp_path / "good.txt", tmp_path / "bad.bin", tmp_path / "deep" / "bench"

@@ -96,6 +96,7 @@ def test_each_damage_has_its_error(llama, blob):
     assert caught.value.chunk == 1
 
 
+@pytest.mark.slow(everywhere=True)
 def test_forged_chunks_give_an_error_and_no_text(llama, blob):
     found, coder = codec.read(blob), codec.TextCodec(llama)
     for payload in (b"", b"\xff" * 40, bytes(40)):

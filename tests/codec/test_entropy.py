@@ -122,6 +122,7 @@ def test_split_numbers_every_rank():
     assert [rank_coders.joined(*rank_coders.split(rank)[:2]) for rank in range(70_000)] == list(range(70_000))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", rank_coders.RANK_CODERS)
 @pytest.mark.parametrize("vocab", [2, 211, 49_152])
 def test_rank_coders_turn_back_over_chunks(name, vocab):

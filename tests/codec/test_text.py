@@ -42,6 +42,7 @@ def of_each(*ways):
 # -- steps -----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "neox", "bloom"])
 def test_steps_equal_the_full_pass_and_repeat_to_the_bit(name):
     check_steps(make_bridge(name))
@@ -128,6 +129,7 @@ def test_the_probe_runs_to_the_last_place_and_sees_a_change_there(llama, monkeyp
 # -- round trips -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("tiny", "method", "backend"), of_each(*METHODS), indirect=["tiny"], ids=str)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), streams=st.integers(1, 5))
 @SLOW
@@ -153,6 +155,7 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("tiny", "data"), of_each(*((data,) for data in reversed(ODD))), indirect=["tiny"], ids=repr)
 def test_odd_bytes_come_back(tiny, data):
     for method in ("direct", "ranks"):
@@ -162,6 +165,7 @@ def test_odd_bytes_come_back(tiny, data):
             assert coder.decode(coded(coder, data.decode())) == data
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.slow), 16, 64])
 def test_one_stream_and_many(llama, streams):
     coder = codec.TextCodec(llama, streams=streams, context=7)
@@ -222,6 +226,7 @@ def test_a_tokenizer_that_changes_the_text_is_noticed():
 # -- sizes and ranks -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 def test_direct_coding_is_within_one_percent_of_the_ideal(tiny):
     coder = codec.TextCodec(tiny, streams=3, context=50)
     made = codec.read(coded(coder, TEXT))

@@ -327,6 +327,7 @@ def test_native_and_affine_scores_are_measured_and_others_refused(llama, capture
             bl.analyze(llama, made, [bl.analyzers.Contraction(k=5, context=context)], layers=[1], progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("make", [MADE["gaussian"], MADE["permuted"]], ids=["gaussian", "permuted"])
 def test_states_of_a_control_may_be_neighbors_in_the_texts_own_contexts(llama, capture, make):
     """Patched alone: a control has no context of its own. What comes out is what the model itself makes of such states there."""

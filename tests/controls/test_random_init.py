@@ -50,6 +50,7 @@ def original(request):
     return request.param()
 
 
+@pytest.mark.many
 def test_twin_is_the_same_architecture_with_other_weights(original):
     before = door.fingerprint(original)
     twin = C.random_twin(original, seed=0)
@@ -71,6 +72,7 @@ def test_twin_is_the_same_architecture_with_other_weights(original):
     assert not twin.training
 
 
+@pytest.mark.many
 def test_twin_has_the_spread_of_a_fresh_model(original):
     """Compared with the original, which is fresh itself: the same standard deviation in every matrix."""
     twin = C.random_twin(original, seed=3)
@@ -80,6 +82,7 @@ def test_twin_has_the_spread_of_a_fresh_model(original):
             assert 0.8 < float(parameter.std() / own[name].std()) < 1.25, name
 
 
+@pytest.mark.many
 def test_twin_by_seed(original):
     one, same, other = (C.random_twin(original, seed=seed) for seed in (0, 0, 1))
     assert door.fingerprint(one) == door.fingerprint(same) != door.fingerprint(other)
@@ -87,6 +90,7 @@ def test_twin_by_seed(original):
     assert torch.equal(one(tokens), same(tokens))
 
 
+@pytest.mark.many
 def test_twin_leaves_every_random_state_alone(original):
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     C.random_twin(original, seed=0)
@@ -94,6 +98,7 @@ def test_twin_leaves_every_random_state_alone(original):
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
+@pytest.mark.many
 def test_twin_is_measured_like_any_model(original):
     twin = C.random_twin(original, seed=0)
     table = bl.analyze(twin, random_tokens(6, 12), [bl.analyzers.Compression(k=4)], layers=[1], progress=False)
@@ -131,6 +136,7 @@ def test_twin_of_a_model_in_train_mode_under_inference_mode():
     twin(random_tokens(1, 5)).sum().backward()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("no_processing", [False, True])
 def test_twin_of_a_processed_model_is_processed(tokenizer, no_processing):
     model = make_bridge("llama", tokenizer=tokenizer)

@@ -96,6 +96,7 @@ def test_an_analyzer_is_one_file_and_one_line(added, monkeypatch, llama, capture
     assert "largest_coordinate" in bl.views.token_view(table, "largest_coordinate", layer=1).html
 
 
+@pytest.mark.slow
 def test_a_back_end_of_the_codec_is_one_file_and_one_line(added, monkeypatch, llama):
     cls = added("plain_ranks", BACK_END).PlainRanks
     monkeypatch.setitem(rank_coders.RANK_CODERS, "plain", cls)  # the line

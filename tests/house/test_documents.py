@@ -57,6 +57,7 @@ def attribute_path(node: ast.AST) -> list[str]:
     return []
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("page", names(PAGES))
 def test_commands_and_their_options_are_there(page):
     for line in re.findall(r"basin-lens ([a-z][^`\n#]*)", text_of(ROOT / page)):

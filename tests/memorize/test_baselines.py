@@ -108,6 +108,7 @@ def test_standardized_likelihood_and_agreement_from_the_logits(tokenizer):
     assert bl.analyze(model, tokens, chosen, progress=False).standardized_likelihood.isna().all()
 
 
+@pytest.mark.slow(everywhere=True)
 def test_every_baseline_is_higher_once_a_text_is_memorized(learner, tuned):
     chosen, texts = [A.Surprisal(), A.Agreement(), A.StandardizedLikelihood()], TEXTS[1:2]
     reference = bl.analyze(learner, texts, chosen, layers=[0], progress=False)
@@ -157,6 +158,7 @@ DETECTORS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("detector", DETECTORS.values(), ids=DETECTORS)
 def test_detectors_never_see_the_labels_that_they_are_asked_for(detector):
     rng, label, _, parts = paired()

@@ -59,6 +59,7 @@ def test_equal_seed_gives_equal_canaries_in_another_process(llama, tmp_path):
     assert json.loads(said.splitlines()[-1]) == here != other
 
 
+@pytest.mark.slow(everywhere=True)
 def test_sampled_canaries_are_the_models_own(llama):
     options = {"per_dose": 2, "doses": (1,), "kinds": ("fluent",), "length": 24}
     own, again, grammar = (M.make_canaries(llama, sampled=sampled, **options) for sampled in (True, True, False))

@@ -34,6 +34,7 @@ def argmax_loop(model, tokens, length):
 # -- extraction ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "native", HOOKED])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_greedy_continuations_are_a_plain_argmax_loop(kind, side):
@@ -59,6 +60,7 @@ def test_sampled_continuations_follow_the_softmax_and_the_seed(llama, monkeypatc
         door.continuations(llama, prompts[:1], 62)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", HOOKED])
 def test_extraction_is_agreement_on_every_target_token(kind):
     """The model's own text, some of it changed at one place: greedy and teacher-forced reading agree up to the first miss."""
@@ -89,6 +91,7 @@ def test_runs_on_hand_cases(llama, monkeypatch):
     assert found.matched.tolist() == pytest.approx([5 / 7, 3 / 7, 1, 0]) and found.extracted.tolist() == [False, False, True, False]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("hits", "memorized"), [(8, False), (9, True)])
 def test_guide_prompts_a_third_and_asks_for_more_than_four_fifths(llama, monkeypatch, hits, memorized):
     def written(_model, prompts, length):
@@ -164,6 +167,7 @@ def test_alternatives_are_as_likely_to_the_base_model_as_the_truth(llama):
             M.alternatives(llama, tokens, first, bad)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("together", [1, 50, 4096])
 def test_own_greedy_text_is_recited_in_any_number_of_passes(llama, monkeypatch, together):
     for place in ("fork", "extraction"):

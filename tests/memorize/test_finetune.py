@@ -39,6 +39,7 @@ def same(a, b):
 # -- training --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "native", HOOKED])
 def test_a_copy_is_trained_saved_and_found_again(kind, tmp_path):
     model, tokens = make(kind), random_tokens(2, 9)
@@ -58,6 +59,7 @@ def test_a_copy_is_trained_saved_and_found_again(kind, tmp_path):
             load()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
 def test_training_is_plain_adamw_on_the_mean_token_loss(kind, tokenizer):
     """The same training written down with Hugging Face's model and torch alone."""
@@ -121,6 +123,7 @@ def test_bad_doses_and_intervals_are_refused(learner, doses, every):
         finetune(learner, TEXTS[:2], doses, every=every, progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["gpt2", HOOKED])
 @pytest.mark.parametrize("state", ["frozen", "train mode", "no gradients", "inference mode"])
 def test_any_state_of_the_model_trains_the_same(kind, state):
@@ -141,6 +144,7 @@ def whole(learner):
     return finetune(learner, TEXTS[:3], 12, **QUIET)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_seed_decides_the_training(learner, whole):
     again, other = (
         finetune(learner, TEXTS[:3], 12, **QUIET | {"recipe": Recipe(**whole.facts["recipe"] | {"seed": s})}) for s in (0, 1)
@@ -161,6 +165,7 @@ def break_off(patch, at, error=KeyboardInterrupt):
     patch.setattr(room._Run, "take", broken)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("stops", [[2], [5], [4, 9, 11]])
 def test_a_training_broken_off_goes_on_as_if_it_had_not(learner, whole, tmp_path, monkeypatch, stops):
     for at in stops:
@@ -233,6 +238,7 @@ def test_checkpoints_of_another_training_or_damaged_ones_are_refused(learner, tm
         finetune(learner, TEXTS[:3], 12, folder=tmp_path, **QUIET)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_leaves_the_last_good_checkpoint(learner, whole, tmp_path, monkeypatch, what):
     steps, where, name = itertools.count(), *((room, "token_losses") if what == "loss" else (torch.nn.utils, "clip_grad_norm_"))
@@ -275,6 +281,7 @@ def test_damaged_tuned_models_and_other_bases_are_refused(learner, tuned, tmp_pa
             M.load_tuned(tmp_path, learner)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["bridge", HOOKED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tuned_models_of_a_loaded_base_load_by_their_folder_alone(tmp_path, tokenizer, kind, dtype):

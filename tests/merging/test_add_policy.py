@@ -54,6 +54,7 @@ def oldest(tmp_path, monkeypatch):
     monkeypatch.setitem(POLICIES, module.OLDEST.name, module.OLDEST)
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.usefixtures("oldest")
 def test_a_policy_of_one_file_runs_streams_trains_and_is_compared(tiny):
     tokens, calibration = random_tokens(2, LENGTH), random_tokens(4, LENGTH, seed=9)

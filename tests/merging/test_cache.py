@@ -14,6 +14,7 @@ from tests.conftest import VOCAB, make_bridge, random_tokens
 from tests.merging.mergers import make_merger, merged_logits
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["leader", "rows", "residual"])
 def test_generation_equals_a_rollout_over_whole_sequences(tiny, kind):
     merger, prompts = make_merger(tiny, kind), random_tokens(2, 9)
@@ -62,6 +63,7 @@ class Tokens:
         }
 
 
+@pytest.mark.slow(everywhere=True)
 def test_generation_stops_at_the_end_of_the_text_unless_told_to_go_on():
     model, prompts = make_bridge("llama"), random_tokens(2, 9)
     merger = make_merger(model, "leader")
@@ -94,6 +96,7 @@ def test_which_tokens_end_a_text(monkeypatch):
     assert door.end_tokens(model) == {7, 9, 11}
 
 
+@pytest.mark.slow(everywhere=True)
 def test_one_prompt_is_a_batch_of_one(tiny):
     merger, prompts = make_merger(tiny, "leader"), random_tokens(1, 9)
     for form in (prompts[0], prompts.int(), prompts[0].int()):
@@ -118,6 +121,7 @@ def test_prompts_that_are_none_are_refused(tiny, prompts, said):
         cache.checked_prompts(tiny, prompts)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-12])
 def test_a_tiny_temperature_takes_the_most_likely_token(tiny, temperature):
     merger, prompts = make_merger(tiny, "leader"), random_tokens(2, 6)

@@ -21,6 +21,7 @@ AIMED = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("options", AIMED.values(), ids=AIMED)
 def test_calibration_meets_its_target(tiny, options):
     tokens = random_tokens(4, LENGTH, seed=9)

@@ -47,6 +47,7 @@ def test_fit_budget_moves_all_thresholds_together(tiny):
         merging.fit_budget(merger, tiny, windows(), 0.01)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_policies_meet_their_budget(tiny):
     setting = Setting((0, 1, 2), budgets=(0.8,), projection=6, recent=2, seeds=2)
     merger = made_merger(tiny)
@@ -100,6 +101,7 @@ def test_baselines_have_no_floor_below_which_a_budget_is_out_of_reach(tiny):
     assert found["bytes_share"].mean() == pytest.approx(0.45, abs=0.06)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_in_the_context_protocol_the_trained_merger_is_moved_to_the_bytes_of_the_others(tiny):
     merger = made_merger(tiny)
     raw = merger.weights.raw.detach().clone()
@@ -129,6 +131,7 @@ def test_induction_repetition_and_map(tiny):
     assert "<b>" not in page and "&lt;b&gt;" in page and page.count("<span") == 24
 
 
+@pytest.mark.slow(everywhere=True)
 def test_the_study_writes_its_folder(llama, tmp_path):
     made = merging.windows_of(llama, different(12), 32, most=20)
     calibration, held_out = made.apart(0.3)

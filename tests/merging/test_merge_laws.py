@@ -48,6 +48,7 @@ def storages(thing, found=None) -> dict[int, int]:
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "kind", ["leader", "mean", "rows", "residual", "adaptive", "projected", "preserved", "dropped", "adjacent", "random"]
 )
@@ -125,6 +126,7 @@ def scored_leaks(merger, model, tokens, scores) -> dict[str, float]:
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", SCORED)
 def test_rules_by_score_know_nothing_of_the_future(wide, kind, monkeypatch):
     merger, tokens = scored_merger(wide, kind), random_tokens(2, LENGTH)

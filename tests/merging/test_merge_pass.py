@@ -21,6 +21,7 @@ def wide(request):
     return door.in_dtype(make_bridge(request.param), torch.float64)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_after_changes_nothing_before(wide, kind):
     merger, tokens = make_merger(wide, kind), random_tokens(2, LENGTH)
@@ -32,6 +33,7 @@ def test_what_comes_after_changes_nothing_before(wide, kind):
         assert torch.equal(merged_logits(merger, wide, changed)[:, :cut], full[:, :cut])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_by_step_equals_whole_sequences(wide, kind):
     merger, tokens = make_merger(wide, kind), random_tokens(2, LENGTH)
@@ -85,6 +87,7 @@ CAUSAL = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("kind", "changes"), CAUSAL.values(), ids=CAUSAL)
 @pytest.mark.parametrize("soft", [False, True])
 def test_nothing_knows_its_future(tiny, kind, changes, soft):
@@ -145,6 +148,7 @@ LEAKY = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("leaky", "kind", "changes"), LEAKY.values(), ids=LEAKY)
 def test_a_leaky_variant_is_found_out(tiny, monkeypatch, leaky, kind, changes):
     merger = make_merger(tiny, kind, **changes)
@@ -156,6 +160,7 @@ def test_a_leaky_variant_is_found_out(tiny, monkeypatch, leaky, kind, changes):
         assert found["gradient"] > 1e-6, found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["leader", "rows", "random", "preserved", "dropped"])
 def test_padding_and_company_do_not_matter(gpt2, kind):
     merger, tokens = make_merger(gpt2, kind), random_tokens(3, LENGTH)
@@ -175,6 +180,7 @@ def test_padding_and_company_do_not_matter(gpt2, kind):
     assert (told == 0).all(axis=None)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["leader", "mean", "rows", "residual", "adjacent", "adaptive"])
 @pytest.mark.parametrize("changes", [{"threshold": 1.0}, {"threshold": 1.5, "floor": 0.3}, {"threshold": 1.0, "simulate": True}])
 @pytest.mark.parametrize("gradients", [False, True])
@@ -237,6 +243,7 @@ def test_padding_elsewhere_is_refused(tiny, valid):
 # -- other models ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", ["neox", "bloom"])
 @pytest.mark.parametrize("kind", ["leader", "residual"])
 def test_other_bridges(family, kind):

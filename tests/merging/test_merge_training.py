@@ -26,6 +26,7 @@ def parameters(merger) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in merger.weights.named_parameters()}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "changes", [{}, {"residual": "gated", "residual_width": 3}, {"contrastive_weight": 0.5, "margin": 0.0}, {"progressive": True}]
 )

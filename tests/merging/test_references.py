@@ -51,6 +51,7 @@ def reference_z(q, k, v, found, merger, *, mean: bool) -> np.ndarray:
     return made
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["leader", "mean", "residual", "dropped", "random", "rows"])
 def test_attention_over_clusters_as_a_plain_loop_computes_it(gpt2, kind):
     merger = TokenMerger([1], **{"recent": 2} | KINDS[kind])
@@ -103,6 +104,7 @@ def some_descriptors(batch: int = 2, length: int = 30, width: int = 5, seed: int
     return np.random.default_rng(seed).normal(size=(batch, length, width)).astype(np.float16)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("rule", ["cosine", "adjacent", "stride", "random", "score"])
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize(("level", "recent", "context"), [(0.4, 3, None), (0.8, 1, None), (0.3, 2, 17), (0.5, 40, None)])
@@ -129,6 +131,7 @@ def test_clusters_as_plain_python_makes_them(rule, mean, level, recent, context)
             assert stepping.nbytes == kept * 10 + len(clusters) * 8
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("rule", ["cosine", "adjacent", "score"])
 @pytest.mark.parametrize("width", [1, 3, 32, 576])
 def test_all_at_once_is_one_by_one_to_the_last_bit(rule, width):
@@ -217,6 +220,7 @@ GRADED = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("kind", "names"), GRADED.values(), ids=GRADED)
 @pytest.mark.parametrize("changes", [{}, {"simulate": True}])
 def test_what_is_trained_has_a_gradient(tiny, kind, names, changes):
@@ -239,6 +243,7 @@ def test_a_threshold_above_everything_still_has_a_gradient(tiny, changes):
     assert merger.weights.raw.grad.abs().min() > 0
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("kind", "names"), GRADED.values(), ids=GRADED)
 def test_soft_gradients_equal_finite_differences(gpt2, monkeypatch, kind, names):
     # Without rounding to float16, which has no slope.

@@ -152,6 +152,7 @@ def test_another_model_and_wrong_shapes_are_refused(tiny, gpt2):
 # -- on disk ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["adaptive", "projected", "residual", "preserved"])
 def test_saved_and_loaded_it_computes_the_same(tiny, tmp_path, kind):
     merger, tokens = make_merger(tiny, kind), random_tokens(2, LENGTH)
@@ -213,6 +214,7 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("which", "damage"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files_are_refused(tiny, tmp_path, which, damage):
     make_merger(tiny, "projected").save(tmp_path)

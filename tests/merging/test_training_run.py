@@ -101,6 +101,7 @@ def test_down_the_hinge_clusters_move_apart_and_nothing_else_moves(tiny):
         assert moved[row, one] @ moved[row, two] < first[row, one] @ first[row, two] - 1e-3
 
 
+@pytest.mark.slow(everywhere=True)
 def test_the_contrastive_weight_turns_the_projection_so_that_clusters_lie_apart(tiny):
     """By a plain loop over pairs that do not move: clusters of the untrained merger, states of the plain model, the trained projection."""
     tokens, states = windows().tokens, {}
@@ -133,6 +134,7 @@ def test_the_contrastive_weight_turns_the_projection_so_that_clusters_lie_apart(
 # -- steps -----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("changes", [{}, {"adaptive": True, "residual": "gated", "residual_width": 3}])
 def test_accumulated_passes_are_one_batch_of_all(llama64, monkeypatch, changes):
     """Where the rate is above its target: then the loss is a mean over windows of one length, and no window sees another."""
@@ -216,6 +218,7 @@ def test_less_merging_than_the_target_pushes_thresholds_down(tiny, monkeypatch):
     assert (step < 0).all()
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_weight_on_the_rate_brings_it_up_to_its_target(tiny):
     """From half of the target; the model's loss alone goes down from there."""
     found = {}
@@ -258,6 +261,7 @@ def the_same(one, other, folder_one, folder_other) -> None:
     assert one.drift == other.drift
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_parachute_that_opened_is_open_after_an_interruption(tiny, tmp_path, monkeypatch):
     # So low a spike that the noise from batch to batch is one; a checkpoint says what it was, so that only a fresh one is made so.
     monkeypatch.setattr(training_run, "Parachute", partial(Parachute, spike=1e-3, wait=1))
@@ -284,6 +288,7 @@ def test_the_merger_is_left_with_the_offset_that_the_history_ends_with(tiny, mon
     assert made.merger.weights.offset.item() == pytest.approx(made.history["offset"].iloc[-1])
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_trained_base_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     training = Training(**{**vars(WHOLE), "train_base": True, "base_rate": 1e-3})
     go = lambda folder: train_merger(  # noqa: E731
@@ -308,6 +313,7 @@ def last_loss(merger, model, tokens, *, soft: bool):
         return torch.nn.functional.cross_entropy(door.forward_pass(model, tokens[:, :-1], {})[:, -1], tokens[:, -1])
 
 
+@pytest.mark.slow(everywhere=True)
 def test_hard_gradients_point_where_a_monotone_soft_loss_goes():
     """One layer, one token that may join one cluster: the soft loss is a curve over one share, 0 to 1. Where it rises or falls all the way,
     the hard pass, which stands at one end of it, has the sign of the soft finite difference, on either side of the decision. Claimed for
@@ -343,6 +349,7 @@ def test_hard_gradients_point_where_a_monotone_soft_loss_goes():
     assert monotone >= 3
 
 
+@pytest.mark.slow(everywhere=True)
 def test_hard_gradients_mostly_point_where_the_soft_loss_goes(llama64):
     """On whole sequences the soft loss need not be monotone. Claimed: of the thresholds of mergers in one layer, on eight random batches for
     each of three layers, the hard gradient has the sign of the soft finite difference in three of four or more (a coin: one time in 90).

@@ -98,6 +98,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_said_and_mended(made, damage, monkeypatch):
     load()

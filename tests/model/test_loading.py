@@ -138,6 +138,7 @@ def test_the_words_for_what_does_not_fit():
 # -- without a tokenizer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, name):
     weights = make_hf(name)

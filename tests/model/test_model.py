@@ -53,6 +53,7 @@ def test_memory_of_a_pass_is_the_same_each_time_and_grows_with_its_length():
 # -- what it is -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TINY)
 def test_a_bridge_is_a_bridge(name):
     assert door.kind_of(make_bridge(name)) == "bridge"
@@ -147,6 +148,7 @@ def test_fingerprint_comes_back_with_the_weights(model):
     assert door.fingerprint(model) == before != zeroed
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TINY)
 def test_equal_models_have_equal_fingerprints(name):
     one, same, other = (make_bridge(name, seed) for seed in (0, 0, 1))
@@ -172,6 +174,7 @@ def test_fingerprint_differs_by_weight_processing():
     assert door.provenance(processed)["weight_processing"] != door.provenance(raw)["weight_processing"]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("name", "setting"),
     [("gemma2", {"sliding_window": 9}), ("llama", {"rms_norm_eps": 1e-3}), ("llama", {"hidden_act": "gelu"})],
@@ -231,6 +234,7 @@ def logits_of(model, tokens, **options):
     return getattr(output, "logits", output)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TINY)
 def test_a_folder_gives_the_models_own_logits(tmp_path, name):
     weights = saved(tmp_path, name)

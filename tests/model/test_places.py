@@ -109,6 +109,7 @@ def test_an_adapter_is_named_and_how_to_merge_it(folder):
     refused("PEFT adapter.*made for 'org/base'.*merge_and_unload", folder)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_code_in_a_folder_is_not_run_and_nobody_is_asked(folder):
     """In a process of its own whose input would say yes: it was read as the answer."""
     settings(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})

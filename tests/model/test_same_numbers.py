@@ -57,6 +57,7 @@ def other_scale(layer):
     layer.scale *= 1.5
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("change", [other_codes, other_scale])
 def test_weights_held_as_buffers_are_part_of_the_fingerprint(persistent, change):
@@ -70,6 +71,7 @@ def test_weights_held_as_buffers_are_part_of_the_fingerprint(persistent, change)
     assert door.fingerprint(one) != before
 
 
+@pytest.mark.slow(everywhere=True)
 def test_another_quantized_model_does_not_use_the_stored_bank(monkeypatch, tmp_path):
     monkeypatch.setenv("BASIN_LENS_CACHE", str(tmp_path))
     tokenizer = make_tokenizer()
@@ -79,6 +81,7 @@ def test_another_quantized_model_does_not_use_the_stored_bank(monkeypatch, tmp_p
     assert not torch.equal(first.resid_post(1), second.resid_post(1))
 
 
+@pytest.mark.slow(everywhere=True)
 def test_what_was_made_with_another_quantized_model_is_refused(tmp_path):
     """Mergers, files of the codec and tuned weights know their model by the same fingerprint."""
     tokenizer = make_tokenizer()
@@ -98,6 +101,7 @@ def test_what_was_made_with_another_quantized_model_is_refused(tmp_path):
             read(other)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", [pytest.param(f, id=f"{f.kind}-{f.name}") for f in families() if f.name not in ("Mamba", "T5")])
 def test_reading_texts_does_not_make_another_model(family):
     model = model_of(family.name, family.kind)
@@ -254,6 +258,7 @@ AROUND = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.parametrize("kind", [None, pytest.param(make_hooked, marks=hooked_lane)])
 def test_what_the_caller_has_switched_on_changes_no_number(kind, name):

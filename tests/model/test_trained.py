@@ -35,6 +35,7 @@ def test_it_predicts_text_of_its_kind(log, trained):
     assert turned.surprisal.mean() > table.surprisal.mean() + 0.5
 
 
+@pytest.mark.slow(everywhere=True)
 def test_its_codec_halves_what_zlib_makes(trained):
     coder = bl.codec.TextCodec(trained)
     blob = coder.encode(TEXT)

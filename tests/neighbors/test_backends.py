@@ -66,6 +66,7 @@ def test_approximate_breaks_no_rule(world, same_token, distinct):
     np.testing.assert_allclose(got.distances.numpy(), distances, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("same_token", ["any", "exclude"])
 def test_approximate_is_approximate_only_in_what_it_misses(monkeypatch, metric, same_token):
@@ -104,6 +105,7 @@ def test_recall_is_what_was_measured(monkeypatch, n_queries):
     assert got.first(3).recall == got.recall
 
 
+@pytest.mark.slow
 def test_approximate_finds_nearly_all_of_nearly_low_rank_states():
     points = low_rank(6000, 200, 30, seed=3)
     got, exact = (find(points, points, 15, backend=b) for b in ("approximate", "torch"))

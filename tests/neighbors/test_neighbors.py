@@ -12,6 +12,7 @@ from basin_lens.neighbors import exact as exact_search
 from tests.neighbors.points import as_points, each_backend, each_exact, everywhere_else, gaussian, reference, worlds
 
 
+@pytest.mark.many
 @each_exact
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.sampled_from(["any", "only", "exclude"]), st.booleans())
@@ -24,6 +25,7 @@ def test_every_rule_l2(backend, world, same_token, distinct):
     np.testing.assert_allclose(got.distances.numpy(), distances, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.many
 @each_exact
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.sampled_from(["any", "only", "exclude"]))
@@ -175,6 +177,7 @@ def test_a_constant_map_is_all_ties(backend):
     assert bool((got.distances == 0).all())
 
 
+@pytest.mark.many
 @each_exact
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("values", [1, 100, 5000])

@@ -147,6 +147,7 @@ def unchecked() -> dict[str, list]:
     return answers
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.parametrize("name", WRONG_KINDS)
 def test_wrong_kind_of_value(unchecked, name):
     error, said = WRONG_KINDS[name]

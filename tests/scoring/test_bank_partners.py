@@ -57,6 +57,7 @@ def two(llama):
     return Two(llama)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ZEROS)
 def test_the_interaction_is_0_for_every_token(two, name):
     crossed = two.cross(ZEROS[name], displaced=KINDS)
@@ -149,6 +150,7 @@ def test_a_single_prompt_has_scores_and_nulls(llama, bank):
     assert facts_of(many)["groups"]["1"]["compression"]["groups"] * 4 == many["compression"].notna().sum()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["attn", "mlp", "solo"])
 def test_every_context_that_passes_states(llama, bank, context):
     table = run(llama, random_tokens(1, 8, seed=9), Compression(k=K, context=context, nulls=False), bank=bank, layers=[1])
@@ -175,6 +177,7 @@ def test_the_texts_as_their_own_bank_are_refused_and_the_reference_is_named(llam
         run(llama, random_tokens(1, 40), Compression(k=K))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("exclude", ["sequence", "self", "document"])
 def test_a_bank_of_too_few_documents_is_refused_before_any_work(llama, exclude):
     """The prompt itself is none of them."""
@@ -188,6 +191,7 @@ def test_a_bank_of_too_few_documents_is_refused_before_any_work(llama, exclude):
     assert run(llama, prompt, analyzer, bank=enough, layers=[1])["compression"].notna().any()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_loops_over_a_plain_transformers_model_agree(blocks):
     """The token in its prompt, its partners in their texts: images by rerunning the plain model, variances and means in float64."""
@@ -230,6 +234,7 @@ def test_loops_over_a_plain_transformers_model_agree(blocks):
 # -- one long text ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(everywhere=True)
 def test_partners_of_one_long_text_are_of_its_other_sequences(llama):
     """Where its own sequences are enough; documents come first, and a bank's partners are of documents."""
     cut = bl.Capture.from_texts(llama, bl.Passage(" ".join(TEXTS), doc="book"), max_length=24, progress=False)

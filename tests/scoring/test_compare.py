@@ -86,6 +86,7 @@ def test_frozen_neighbors_are_those_of_the_first_run(llama, capture, other, othe
     assert [f["neighbors"] for f in facts] == ["its own", "frozen: those of another run"]
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_model_beside_itself_has_the_same_frozen_neighbors(llama, capture):
     pairs = bl.compare((llama, capture), (llama, capture), frozen_neighbors=True, progress=False)
     assert pairs.difference.abs().max() < 1e-4 and pairs.difference.notna().any()

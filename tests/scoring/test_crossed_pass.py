@@ -17,6 +17,7 @@ def world(llama):
     return World(llama)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 @pytest.mark.parametrize("name", ZEROS)
 def test_the_interaction_is_0_for_every_token(world, name, scale):

@@ -52,6 +52,7 @@ def test_permuting_the_texts_permutes_the_answer(llama):
     assert plain.neighbors_inter.notna().mean() > 0.8
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_seed_decides_who_meets(llama, capture, table):
     again, other = run(llama, capture, Parts()), run(llama, capture, Parts(), seed=1)
     assert again.neighbors_inter.equals(table.neighbors_inter)
@@ -100,6 +101,7 @@ def test_frozen_neighbors_are_crossed_too(llama, capture):
     assert pairs.difference.notna().mean() > 0.5
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("frozen", [True, False])
 def test_another_model_crosses_the_same_groups_if_they_are_frozen(monkeypatch, frozen):
     kept = []
@@ -118,6 +120,7 @@ def test_another_model_crosses_the_same_groups_if_they_are_frozen(monkeypatch, f
     assert (kept[:2] == kept[2:]) == frozen
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_longer_path_goes_on_from_a_shorter_one(llama, capture, monkeypatch):
     """Paths measured together have the numbers of each by itself, and pass every block once."""
     passed = []
@@ -144,6 +147,7 @@ def test_a_longer_path_goes_on_from_a_shorter_one(llama, capture, monkeypatch):
 # -- an independent computation -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_loops_over_a_plain_transformers_model_agree(blocks):
     """30 tokens at every layer: neighbors by sorting, images by rerunning the plain model, variances and means in float64."""

@@ -130,6 +130,7 @@ def test_neighborhood_describes_who_is_near():
 # -- known answers through analyze() ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["native", "patched", "solo"])
 @pytest.mark.parametrize("name", PACKED)
 def test_a_block_that_writes_nothing_contracts_nothing(name, context):
@@ -159,6 +160,7 @@ def with_output(f):
     return model
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["native", "patched", "solo"])
 @pytest.mark.parametrize(
     ("f", "contraction"),
@@ -184,6 +186,7 @@ def test_a_block_that_scales_turns_or_shifts(f, contraction, context):
         assert crossed[f"compression_{part}"].to_numpy() == near(np.full(len(crossed), contraction)), part
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["native", "patched"])
 @pytest.mark.parametrize("constant", [0.5, 0.1], ids=["exact", "rounded"])
 def test_a_block_that_forgets_everything_is_counted_as_degenerate(constant, context):

@@ -18,6 +18,7 @@ from tests.scoring.oracle import ALL_CLOUDS, LAYERS, A, Oracle, column, facts_of
 # -- an oracle in plain numpy ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "native", "solo"])
 def test_scores_equal_the_oracle(world, context):
     """Variances recomputed for a few tokens."""
@@ -33,6 +34,7 @@ def test_scores_equal_the_oracle(world, context):
             assert column(table, "raw_compression", layer)[row] == near(-math.log(v_out + 1e-10))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "solo", "attn"])
 def test_crossed_scores_equal_the_oracle(world, context):
     """Tables recomputed for a few groups: neighbors, displacements, reruns and means of its own; only who meets is taken over."""
@@ -75,6 +77,7 @@ def final_norm_of(model):
     return normed
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("k", [3, 15])
 def test_the_guides_score_from_the_users_cache(world, k):
     """k nearest including the token itself among everything; minus log variance of what the block made of them."""
@@ -108,6 +111,7 @@ def test_the_guides_score_counts_the_first_token():
 # -- what does not matter, and what does -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 def test_permuting_the_texts_permutes_the_answer(world):
     model, _ = world
     order = [4, 0, 5, 2, 1, 3]
@@ -134,6 +138,7 @@ def test_permuting_the_texts_permutes_the_answer(world):
         assert at[name].to_numpy() == near(at[f"{name}_permuted"].to_numpy(), nan_ok=True, abs=1e-3), name
 
 
+@pytest.mark.slow(everywhere=True)
 def test_the_seed_acts_only_through_who_meets_and_the_nulls(llama, capture):
     """No neighbor is drawn; groups are, and the displacements of the nulls."""
     a, b, again = (run(llama, capture, *ALL_CLOUDS, A.Compression(k=6), seed=seed) for seed in (0, 1, 0))
@@ -177,6 +182,7 @@ class OnRanks(CloudAnalyzer):
         return {self.name: torch.tensor(np.log(variance(cloud.neighbors[:, ranks]) / variance(cloud.images[:, ranks])))}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("k", [4, 8, 15])
 def test_reliability_is_the_correlation_of_disjoint_halves(llama, capture, k):
     even, odd = tuple(range(0, k - k % 2, 2)), tuple(range(1, k, 2))

@@ -131,6 +131,7 @@ def test_needed_layers_are_those_of_maps_that_fit():
 # -- its pieces -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(everywhere=True)
 def test_pieces_done_apart_and_backwards_give_the_same_numbers(llama, capture, plan):
     table = bl.analyze(llama, capture, list(ANALYZERS), seed=3, progress=False)
     (facts,) = bl.tables.provenance(table).values()

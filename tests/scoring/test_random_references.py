@@ -88,6 +88,7 @@ def test_seeds_move_no_mean_of_the_headline_by_more_than_its_printed_error(colum
     assert (abs(means - means.mean()) > half).sum() <= scipy_stats.binom.ppf(0.999, SEEDS, 0.05)
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_no_random_set_holds_a_state_that_is_far_out(layer):
     """There is one massive token among 450; where it is in a set, that set's interaction is beyond 1 nat."""
@@ -97,6 +98,7 @@ def test_no_random_set_holds_a_state_that_is_far_out(layer):
         assert table[table["layer"] == layer]["compression_random_sets"].abs().max() < 1
 
 
+@pytest.mark.slow(everywhere=True)
 def test_where_too_few_rows_are_left_the_random_sets_are_missing_and_nothing_else(llama, capture):
     """Far-out rows make up most of a bank's eligible rows only if somebody puts them there: the null is missing then, not wrong."""
     table = run(llama, capture, A.Compression(k=8), layers=[1])
@@ -146,6 +148,7 @@ def test_a_difference_has_both_errors_in_provenance():
     assert not bl.tables.reference_error(bl.compare(first, second, on="compression"), "difference").any()
 
 
+@pytest.mark.slow(everywhere=True)
 def test_frozen_neighbors_have_references_of_their_own(llama, capture):
     """One model and the same neighbors: the references are drawn twice all the same, and from one seed alike."""
     pairs = bl.compare((llama, capture), (llama, capture), on=A.RelativeContraction(k=5), frozen_neighbors=True, progress=False)

@@ -36,6 +36,7 @@ class LabelOracle(Oracle):
         return [{"template": object(), **item} for item in super().list(capture)]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "options",
     [
@@ -73,6 +74,7 @@ def test_neighbors_are_the_oracles(llama, labeled, options):
         assert column(table, "contraction", layer)[scored] == near(expected, abs=1e-3)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "native"])
 def test_position_0_is_let_in_as_neighbor_and_as_random_point_alone(llama, capture, context):
     """As the oracle has it; what is scored stays as it was."""
@@ -126,6 +128,7 @@ def test_cosine_only_chooses(llama, capture):
         assert column(table, "raw_compression", 1)[row] == near(-math.log(variance(oracle.post[rows])))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("option", ["self", "sequence", "document", "template"])
 def test_no_pair_that_is_passed_breaks_the_exclusion(llama, labeled, option, monkeypatch):
     """Neighbors, random points and those of the layer's random sets alike, and never position 0 or a token's own prefix."""
@@ -198,6 +201,7 @@ def test_another_bank_is_where_the_neighbors_come_from(llama):
             assert column(table, "contraction", layer)[row] == near(math.log(variance(oracle.pre[rows]) / variance(images)))
 
 
+@pytest.mark.slow(everywhere=True)
 def test_the_same_texts_as_another_bank_change_nothing(llama, capture):
     """The same text is the same sequence, also in another capture: its tokens are no neighbors of theirs."""
     twin = bl.Capture.from_texts(llama, TEXTS, progress=False)
@@ -256,6 +260,7 @@ def queries_cases(capture):
     }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", ["positions", "rows mask", "grid mask", "label", "span"])
 def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
     queries, expected = queries_cases(labeled)[case]
@@ -273,6 +278,7 @@ def test_queries_choose_what_is_scored_and_nothing_else(llama, labeled, case):
     assert facts_of(some)["bank"] == facts_of(full)["bank"]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "solo"])
 @pytest.mark.parametrize("queries", ["start", [3, 7], 4], ids=str)
 def test_what_a_layer_does_to_random_sets_is_no_matter_of_who_is_asked_for(llama, labeled, queries, context):
@@ -283,6 +289,7 @@ def test_what_a_layer_does_to_random_sets_is_no_matter_of_who_is_asked_for(llama
     assert some.relative_contraction[asked].to_numpy() == near(full.relative_contraction[asked].to_numpy())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("queries", ["start", [3, 7], 40], ids=str)
 def test_groups_are_formed_among_those_asked_for(llama, queries):
     passages = [bl.Passage(text, spans={"start": (0, 9)}) for text in TEXTS]
@@ -311,6 +318,7 @@ def test_queries_that_choose_nothing_are_refused(llama, labeled, queries):
 # -- what is left out ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 def test_position_0_has_no_cloud_score(world):
     model, capture = world
     crossed = A.Compression(k=6)
@@ -323,6 +331,7 @@ def test_position_0_has_no_cloud_score(world):
     assert table.compression.notna().sum() == (table.pos > 0).sum() - alone > 0
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("queries", [None, [2, 3], 20])
 def test_counts_add_up_to_what_is_missing(llama, labeled, queries):
     analyzers = (
@@ -340,6 +349,7 @@ def test_counts_add_up_to_what_is_missing(llama, labeled, queries):
 # -- neighborhood() --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("context", ["patched", "native", "solo"])
 def test_neighborhood_shows_the_neighbors_behind_the_scores(world, context):
     model, capture = world

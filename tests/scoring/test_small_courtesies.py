@@ -93,6 +93,7 @@ def test_bars_that_the_environment_forbids(llama, monkeypatch, capsys, value, hi
     assert ("reading the model" in capsys.readouterr().err) is not hidden
 
 
+@pytest.mark.slow(everywhere=True)
 def test_every_bar_asks_the_one_place():
     for path in SOURCES:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -98,6 +98,7 @@ def patterns_of(model, tokens, layer):
     return cache[f"blocks.{layer}.attn.hook_pattern"][0].double().numpy()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_attention_received_by_a_loop(llama, capture, normalize, sink):
@@ -180,6 +181,7 @@ def test_padding_has_no_slope(llama):
         assert at.gradient_norm.to_numpy() == near(table.gradient_norm.to_numpy(), rel=1e-3, nan_ok=True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("state", ["as loaded", "frozen", "no gradients", "inference mode"])
 def test_gradients_in_any_state_of_the_model(state):
     model = make_bridge("llama")

@@ -134,6 +134,7 @@ COPIES = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("copies", COPIES)
 @pytest.mark.parametrize("name", GIVEN)
 def test_what_the_controls_explain_in_full_is_no_finding(name, copies):

@@ -164,6 +164,7 @@ def test_refusals(table):
         guide_tests(table.assign(run=np.where(table.doc < 6, "one", "two")), "a", "b")
 
 
+@pytest.mark.slow
 def test_its_p_values_are_wrong_on_clustered_tokens_and_ours_are_not():
     """The reason for the warning in its docstring."""
     rng = np.random.default_rng(0)

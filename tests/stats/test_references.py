@@ -238,6 +238,7 @@ def test_corrections_are_those_of_the_libraries():
         S.correct(frame, primary={"score": "z"})
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("count", [2, 3, 10, 200])
 def test_holm_is_statsmodels_to_the_last_bit(count):
     """With equal ones, and some that come to 1."""

@@ -122,6 +122,7 @@ def test_every_statistic_with_controls_shares_its_work_and_keeps_nothing(test, m
     assert remembering._memory.get() is None
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("test", [bl.stats.partial_correlation, bl.stats.rank_regression])
 def test_pairs_together_are_as_each_by_itself(test):
     """In one call, pairs share the controls' curves; each alone, with nothing kept, gives the same numbers."""

@@ -62,6 +62,7 @@ ANSWERS = {
 KINDS = ["plain", "infinite", "constant", "constant within texts", "perfect", "few", "not a number", "nearly nothing"]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_missing_number_has_a_note(name, kind):
@@ -112,6 +113,7 @@ def test_the_tags_flag_is_not_fooled_by_words_with_scores_of_their_own():
 # -- what every result says, and what is refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", [*CHEAP, *POWER])
 def test_every_result_row_says_what_it_is(name):
     table = simulate(2, ("a", "b", "c"))
@@ -136,6 +138,7 @@ ALL = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ALL)
 def test_refusals(name):
     table, test = simulate(2), ALL[name]

@@ -92,6 +92,7 @@ def in_cells(values, measure):
     return cell_tests.cell_tests(values, measure, "document", 0, n_resamples=499)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("size", "reads"), [(0.3, BASIN), (-0.3, APART)])
 def test_an_effect_is_found_at_its_cell_alone(size, reads):
     values = made(3, effect=(2, 1.0), size=size)
@@ -158,6 +159,7 @@ def test_red_flags_ask_who_else_has_the_basin():
     assert none.raised.tolist() == [False, False] and none.why.str.contains("no basin was found").all()
 
 
+@pytest.mark.slow
 def test_figures_say_which_paths_and_layers_they_show():
     """No path of one block but the last layer's, and more layers than a figure has panels."""
     grid = Grid(tuple(range(1, 21)), (0.02, 1.0), (2,), 24, 4, 21)
@@ -221,6 +223,7 @@ def plant_basin(monkeypatch, model, layer, blocks):
     monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Planted)
 
 
+@pytest.mark.slow
 def test_a_planted_basin_is_found_at_its_layer_and_scale_and_nowhere_else(llama, held, monkeypatch):
     plant_basin(monkeypatch, llama, layer=1, blocks=1)
     study = S.study_basins(llama, held, **QUICK)

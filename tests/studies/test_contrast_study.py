@@ -41,7 +41,7 @@ def measure(model, *templates, **options):
 
 @pytest.fixture(scope="module")
 def varied(trained):
-    return measure(trained, *TEMPLATES)
+    return measure(trained, *TEMPLATES, layers=[1, 3])  # two to choose from
 
 
 def planted(measured, size: float, seed: int = 0):
@@ -75,6 +75,7 @@ def test_a_planted_difference_is_found_under_both_banks(trained, varied, monkeyp
     assert next(iter(study.figures)) == "difference-by-layer"
 
 
+@pytest.mark.slow
 def test_a_difference_that_another_bank_turns_round_is_flagged(trained, varied, monkeypatch):
     study = run(trained, planted(varied, 1.0), monkeypatch, planted(varied, -1.0, seed=1))
     assert flag(study, "sign depends on the bank")["raised"] and study.decision.endswith("with red flags")
@@ -83,6 +84,7 @@ def test_a_difference_that_another_bank_turns_round_is_flagged(trained, varied, 
     assert "sign depends on the bank" in html and "data:image/png" in html and repr(study).count("\n") == 2
 
 
+@pytest.mark.slow
 def test_the_other_bank_is_measured_as_analyze_measures_it(trained):
     with pytest.warns(BankWarning):
         held = measure(trained, TEMPLATES[0], bank=None, layers=[1])
@@ -100,6 +102,7 @@ def test_the_other_bank_is_measured_as_analyze_measures_it(trained):
     assert flag(study, "one template")["raised"]
 
 
+@pytest.mark.slow
 def test_why_there_is_no_other_bank_is_said(trained, varied, monkeypatch):
     def refuses(*_, **__):
         raise NeighborError("expected k of at most 3.")
@@ -112,6 +115,7 @@ def test_why_there_is_no_other_bank_is_said(trained, varied, monkeypatch):
     assert another_bank.under_another_bank(trained, ids)[2] == "the built-in passages are texts, and token ids were given"
 
 
+@pytest.mark.slow
 def test_a_sign_that_changes_over_layers_is_flagged(trained, varied, monkeypatch):
     table = varied.table
     sign = np.where(table["layer"] == table["layer"].max(), 1.0, -1.0)
@@ -120,6 +124,7 @@ def test_a_sign_that_changes_over_layers_is_flagged(trained, varied, monkeypatch
     assert not flag(run(trained, planted(varied, 1.0), monkeypatch), "sign changes over layers")["raised"]
 
 
+@pytest.mark.slow
 def test_what_goes_with_the_kinds_is_no_control_and_named(trained, varied, monkeypatch):
     """In one template every IO stands before every S2; in two, not."""
     one = measure(trained, TEMPLATES[0], layers=[1])
@@ -132,6 +137,7 @@ def test_what_goes_with_the_kinds_is_no_control_and_named(trained, varied, monke
     assert "position" not in study.findings.iloc[-1]["finding"]
 
 
+@pytest.mark.slow
 def test_the_smallest_p_is_said(trained, varied, monkeypatch):
     study = run(trained, planted(varied, 0.0), monkeypatch)
     assert any(line.startswith("The smallest p that any data of") for line in study.verdict)

@@ -151,6 +151,7 @@ def test_the_smallest_p_that_signs_can_give():
     assert row.p == pytest.approx(p_floor(row)) == pytest.approx(2 / 2**7)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("docs", "findings"), [(8, 2), (13, 4)])
 def test_too_few_units_for_any_yes_is_undecided(measured, docs, findings):
     """An effect as large as can be, at ten layers, by sign flips of whole documents."""

@@ -9,6 +9,7 @@ from basin_lens.studies.framework.measured_texts import HEADLINE
 from tests.studies.planted import QUIET, S, made_text, noise, plant_compression, short_texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "study", ["layers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("importance", "linguistic"))]
 )

@@ -147,6 +147,7 @@ def test_what_surprisal_explains_is_no_finding(measured):
     assert flags[flags.flag == "vanishes under controls"].raised.all()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("bend", [np.log, lambda pos: (pos - pos.mean()) ** 2], ids=["logarithm", "parabola"])
 def test_what_a_bent_function_of_position_explains_is_no_finding(bend):
     """Both columns are functions of position and noise: 30 layers, each a data set of its own."""

@@ -28,6 +28,7 @@ def test_compression_above_its_nulls_is_a_basin(deep):
     assert any("above it at layers [0, 1, 2]" in line for line in deep.verdict)
 
 
+@pytest.mark.slow
 def test_the_random_twin_stands_beside_it(llama, measured, deep):
     """The run's own tokens in a model with weights drawn anew, as `analyze` measures them."""
     twin = bl.controls.random_twin(llama, seed=measured.seed)

@@ -84,6 +84,7 @@ def test_contrasts_that_the_texts_do_not_have(llama, monkeypatch, contrast, matc
     refused(llama, monkeypatch, prompts(1), match, contrast=contrast)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("passages", "contrast"),
     [
@@ -208,6 +209,7 @@ def test_integrated_gradients_are_those_of_the_sequence(llama, measured):
     np.testing.assert_allclose(own["integrated_gradients"], table[table.seq == seq]["integrated_gradients"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_pass_serves_the_importance_study(llama, monkeypatch):
     """One batch: a forward pass for all, a backward pass per target, and those that erasure and transport say they need."""
     data = short_texts(8)
@@ -250,6 +252,7 @@ def test_unknown_context(llama, monkeypatch):
     assert forward == []
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("study", "options"),
     [

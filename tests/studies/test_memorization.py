@@ -162,6 +162,7 @@ def test_plans_that_could_not_be_tested_are_refused(change):
         replace(PLAN, **change)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_before_the_training(learner, monkeypatch):
     monkeypatch.setattr(bl.memorize, "finetune", no_training)
     run = partial(bl.studies.study_memorization, learner, PLAN, progress=False)
@@ -191,6 +192,7 @@ def test_unknown_preset_and_design_are_refused(learner):
         bl.studies.study_memorization(learner, PLAN, design="author", texts=reference_passages())
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_study(learner):
     with pytest.raises(StudyError, match="diverged"):
         plant(learner, replace(PLAN, recipe=Recipe(learning_rate=1e12, warmup=0)), progress=False)
@@ -250,6 +252,7 @@ def test_tokens_crossed_are_spread_evenly_and_the_same_under_any_model():
     assert spread_tokens(rows).sum() == CROSSED + 5
 
 
+@pytest.mark.slow
 def test_compression_is_of_some_tokens_of_each_text_and_contraction_of_all(learner):
     texts = [
         bl.Passage(f"The {word} had a voice of its own, and she climbed the ninety steps.")

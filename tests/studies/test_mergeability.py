@@ -244,6 +244,7 @@ def planted_study(llama, measured, monkeypatch, *, shuffled=False, gain=0.5):
     return S.study_mergeability(llama, held, **QUICK)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_cost_that_goes_with_compression_is_found(llama, measured, monkeypatch):
     study = planted_study(llama, measured, monkeypatch)
     assert study.findings.holds.all(), study.findings[["finding", "p_corrected", "note"]].to_dict("records")

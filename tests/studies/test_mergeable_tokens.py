@@ -1,5 +1,7 @@
 """A policy that ranks tokens needs the score of each: the study of mergeability measures what the run has of a sample."""
 
+import pytest
+
 import basin_lens as bl
 from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.spec import Task
@@ -16,6 +18,7 @@ def measured(model, tokens):
     )
 
 
+@pytest.mark.slow
 def test_all_tokens_are_crossed_where_the_run_has_a_sample(llama):
     few, steps = measured(llama, 40), []
     made = with_all_compressed(Task(llama, few, None, steps.append, False), WINDOW)
@@ -31,6 +34,7 @@ def test_all_tokens_are_crossed_where_the_run_has_a_sample(llama):
     assert made[HEADLINE].equals(again[HEADLINE])
 
 
+@pytest.mark.slow
 def test_what_the_run_has_of_all_tokens_is_taken_as_it_is(llama):
     every, steps = measured(llama, None), []
     assert with_all_compressed(Task(llama, every, None, steps.append, False), WINDOW) is every.table and steps == []

@@ -25,6 +25,7 @@ def study(llama, other):
     return bl.studies.compare_models(llama, other, TEXTS, names=("one", "<b>other</b>"), **FEW)
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_does_not_change(llama):
     """Frozen or own, the same tokens have the same score."""
     for frozen in (False, True):
@@ -46,6 +47,7 @@ def test_its_page_and_its_card_show_names_as_text(study):
     assert "&lt;b&gt;other&lt;/b&gt;" in study._repr_html_() and "<b>other</b>" not in study.report().html
 
 
+@pytest.mark.slow
 def test_frozen_neighbors_are_said(llama, other):
     study = bl.studies.compare_models(llama, other, TEXTS, frozen_neighbors=True, **FEW)
     assert any("those of the first model" in line for line in study.about)

@@ -257,6 +257,7 @@ def test_token_ids_parallel_blocks_and_another_bank():
     json.dumps(study.as_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_same_tokens_read_by_the_same_model(llama, measured):
     """A copy of the model in its own number format, as if it were another: every column as in the run, documents and labels too."""
     held = replace(measured, capture=bl.capture.subset(measured.capture, range(0, 32, 2)))

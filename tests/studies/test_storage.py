@@ -26,21 +26,38 @@ from tests.studies.planted import S
 # -- summary ---------------------------------------------------------------------------------------------------------------------------
 
 
+# One study's results under two names are enough to be stored and summed up; three studies, each with its own run, are among the slow.
+RUNS = ["named", pytest.param("run", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def held(request, deep):
+    """Studies: importance, layers and, where each was run, linguistic."""
+    if request.param == "run":
+        return [request.getfixturevalue("important"), deep, request.getfixturevalue("spoken")]
+    return [replace(deep, name="importance", findings=deep.findings.assign(study="importance")), deep]
+
+
 @pytest.fixture(scope="module")
-def saved(deep, important, tmp_path_factory):
+def saved(held, tmp_path_factory):
     folder = tmp_path_factory.mktemp("studies")
-    deep.save(folder / "layers")
-    important.save(folder / "importance")
+    for study in held[:2]:
+        study.save(folder / study.name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def summary(saved, spoken):
-    return S.summarize([saved / "importance", saved / "layers", spoken])
+def summary(saved, held):
+    return S.summarize([saved / "importance", saved / "layers", *held[2:]])
 
 
-def test_summary_is_one_family(summary, important, deep, spoken):
-    held = [important, deep, spoken]
+@pytest.fixture(params=["deep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("important", "spoken", "sturdy"))])
+def study(request):
+    found = request.getfixturevalue(request.param)
+    return found[1] if request.param == "sturdy" else found
+
+
+def test_summary_is_one_family(summary, held):
     p = pd.concat([study.findings for study in held], ignore_index=True)[["p"]].astype(float)
     expected = bl.stats.correct(p, "holm").p_corrected
     assert summary.findings.p_corrected.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
@@ -55,6 +72,7 @@ def test_summary_is_one_family(summary, important, deep, spoken):
     assert "guide_reading" in html and "count every token as independent" in html
 
 
+@pytest.mark.parametrize("held", RUNS[1:], indirect=True)
 def test_a_figure_of_the_summary_has_one_unit(summary):
     """Nats and layers on one axis would say nothing."""
     rows = summary.findings
@@ -90,12 +108,13 @@ def test_the_price_of_all_studies_can_put_a_finding_out_of_reach(deep):
     assert not S.summarize([denied]).findings.within_reach.any()
 
 
-def test_folders_and_studies_give_the_same(summary, important, deep, spoken):
-    other = S.summarize([important, deep, spoken])
+def test_folders_and_studies_give_the_same(summary, held):
+    other = S.summarize(held)
     assert other.as_json() == summary.as_json()
     pd.testing.assert_frame_equal(other.findings, summary.findings)
 
 
+@pytest.mark.parametrize("held", RUNS[1:], indirect=True)
 def test_what_is_tested_and_what_not_is_what_was_declared(important, deep, spoken, summary):
     """`study show` prints the spec: a run tests no more, and leaves out nothing of what it says is not tested."""
     for study in (important, deep, spoken, summary):
@@ -151,8 +170,8 @@ def test_what_a_folder_holds(saved, deep):
     assert not [path for path in saved.iterdir() if path.name.startswith(".")]
 
 
-def test_parquet_and_csv_hold_what_is_in_memory(saved, deep, important):
-    for study in (deep, important):
+def test_parquet_and_csv_hold_what_is_in_memory(saved, held):
+    for study in held[:2]:
         folder = saved / study.name / "tables"
         for name, table in {**study.tables, "findings": study.findings}.items():
             stored, text = tables.load(folder / f"{name}.parquet"), pd.read_csv(folder / f"{name}.csv")
@@ -171,51 +190,68 @@ def test_parquet_and_csv_hold_what_is_in_memory(saved, deep, important):
         pd.testing.assert_frame_equal(tables.load(folder / "tokens.parquet"), study.tokens)
 
 
-def test_results_are_strict_json(saved, deep, important, spoken, sturdy, summary):
+def strict_json(study):
+    made = json.loads(json.dumps(study.as_json(), allow_nan=False))
+    assert made["hypothesis"].startswith("Declared before looking")
+    assert made["verdict"] and made["not_tested"] and made["decision"] == study.decision
+    assert [row["finding"] for row in made["findings"]] == study.findings.finding.tolist()
+    assert [row["raised"] for row in made["red_flags"]] == [None if pd.isna(v) else bool(v) for v in study.flags.raised]
+    assert made["provenance"]
+
+
+def ends_with_what_came_out(study):
+    html = study.report().html
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
+    assert titles[-4:] == ["Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested"]
+    plain = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)))
+    assert study.verdict[0] in plain
+    assert study.hypothesis in plain
+    assert not re.search(r"(?:src|href)=[\"']https?://", html)  # offline
+
+
+def says_what_its_findings_are(study):
+    rows = study.findings
+    assert list(rows.columns)[: len(FINDING)] == list(FINDING)
+    tested = rows[rows.p.notna()]
+    assert len(tested)
+    for column in ("unit", "n_units", "n_sequences", "n_documents", "test", "effect", "estimate", "p", "p_corrected"):
+        assert tested[column].notna().all()
+    assert (tested.p_corrected >= tested.p - 1e-12).all()
+    assert not (rows.holds & ~(rows.p_corrected <= 0.05)).any()
+
+
+def test_results_in_a_folder_are_strict_json(saved, deep):
     def strict(constant):
         raise AssertionError(constant)
 
-    held = json.loads((saved / "layers" / "results.json").read_text(), parse_constant=strict)
-    assert held.pop("format") == "basin_lens study 1" and held.pop("seal") and held.pop("files") == {}
-    assert held == json.loads(json.dumps(deep.as_json()))
-    for study in (deep, important, spoken, sturdy[1], summary):
-        made = json.loads(json.dumps(study.as_json(), allow_nan=False))
-        assert made["hypothesis"].startswith("Declared before looking")
-        assert made["verdict"] and made["not_tested"] and made["decision"] == study.decision
-        assert [row["finding"] for row in made["findings"]] == study.findings.finding.tolist()
-        assert [row["raised"] for row in made["red_flags"]] == [None if pd.isna(v) else bool(v) for v in study.flags.raised]
-        assert made["provenance"]
+    stored = json.loads((saved / "layers" / "results.json").read_text(), parse_constant=strict)
+    assert stored.pop("format") == "basin_lens study 1" and stored.pop("seal") and stored.pop("files") == {}
+    assert stored == json.loads(json.dumps(deep.as_json()))
 
 
-def test_reports_end_with_what_was_declared_and_what_came_out(deep, important, spoken, sturdy, summary):
-    for study in (deep, important, spoken, sturdy[1], summary):
-        html = study.report().html
-        titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
-        assert titles[-4:] == ["Hypothesis, declared before looking", "Verdict", "Red flags", "What was not tested"]
-        plain = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)))
-        assert study.verdict[0] in plain
-        assert study.hypothesis in plain
-        assert not re.search(r"(?:src|href)=[\"']https?://", html)  # offline
+def test_results_are_strict_json(study):
+    strict_json(study)
 
 
-def test_figures_are_three_to_five(deep, important, spoken, sturdy):
+def test_reports_end_with_what_was_declared_and_what_came_out(study):
+    ends_with_what_came_out(study)
+
+
+def test_every_finding_says_what_it_is(study):
+    says_what_its_findings_are(study)
+
+
+@pytest.mark.parametrize("law", [strict_json, ends_with_what_came_out, says_what_its_findings_are])
+def test_the_summary_keeps_the_laws_of_a_study(summary, law):
+    law(summary)
+
+
+def test_figures_are_three_to_five(study, deep):
     """Without a contrast. Neighbors make one more where words are known; compression has its parts and its nulls by layer."""
-    for study in (deep, important, spoken, sturdy[1]):
-        assert 3 <= len(study.figures) <= (6 if study is deep else 5), (study.name, list(study.figures))
+    assert 3 <= len(study.figures) <= (6 if study is deep else 5), (study.name, list(study.figures))
 
 
-def test_every_finding_says_what_it_is(deep, important, spoken, sturdy, summary):
-    for study in (deep, important, spoken, sturdy[1], summary):
-        rows = study.findings
-        assert list(rows.columns)[: len(FINDING)] == list(FINDING)
-        tested = rows[rows.p.notna()]
-        assert len(tested)
-        for column in ("unit", "n_units", "n_sequences", "n_documents", "test", "effect", "estimate", "p", "p_corrected"):
-            assert tested[column].notna().all()
-        assert (tested.p_corrected >= tested.p - 1e-12).all()
-        assert not (rows.holds & ~(rows.p_corrected <= 0.05)).any()
-
-
+@pytest.mark.slow
 def test_guide_stands_beside_the_finding(important, spoken):
     table = important.tokens
     for row in important.findings.itertuples():
@@ -296,6 +332,7 @@ def test_the_folder_one_stands_in(deep, tmp_path, monkeypatch):
     assert deep.save("below") == tmp_path / "below"
 
 
+@pytest.mark.slow  # so do those of test_measurement.py
 def test_studies_leave_the_measurement_alone(llama, sturdy):
     held, _ = sturdy
     both = replace(held, studies=("linguistic",))

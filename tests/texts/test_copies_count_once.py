@@ -49,6 +49,7 @@ def test_eight_texts_five_times_are_eight_texts(unit):
     assert once.note == "" and "32 of 40 texts are copies of others and left out" in five.note
 
 
+@pytest.mark.slow
 def test_no_statistic_sees_copies():
     """Some texts twice, some five times, some once; the copies anywhere in the table."""
     table = table_of(random_texts(14), seed=4)

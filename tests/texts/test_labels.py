@@ -257,6 +257,7 @@ def test_what_is_no_whole_number(value):
         whole(value, "seed", error=StudyError)
 
 
+@pytest.mark.slow
 def test_analyze_takes_whole_numbers_of_any_kind(llama, tmp_path):
     """The same table, with the same name and provenance, as with ints."""
 
@@ -359,6 +360,7 @@ def test_a_seed_of_any_size(llama, capture):
         assert table.compression_above_random_sets.notna().any()
 
 
+@pytest.mark.slow
 def test_tokens_of_a_capture_by_whole_numbers():
     """As users have it, without the checks of types that tests run with."""
     code = """if True:

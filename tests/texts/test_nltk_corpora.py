@@ -98,6 +98,7 @@ def test_treebank_words_and_tags_are_the_corpus_own(treebank):
         assert [(w.text, w.tag) for w in passage.words] == kept
 
 
+@pytest.mark.many
 @needs("brown", "universal_tagset")
 @pytest.mark.parametrize("part", BROWN)
 def test_brown_passages(part):
@@ -235,6 +236,7 @@ def test_unknown_corpus(name):
         read_dataset(f"nltk:{name}")
 
 
+@pytest.mark.slow
 def test_missing_data_says_how_to_get_it(tmp_path):
     """Asked of a process of its own: NLTK keeps what it has loaded."""
     have = [Path(folder) / "corpora/treebank.zip" for folder in nltk.data.path]

@@ -50,6 +50,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", GIVEN)
 def test_padding_is_no_text(llama, encoded, wanted, kind):
     rows, tables = wanted

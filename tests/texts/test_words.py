@@ -272,6 +272,7 @@ def test_spacy_without_what_it_needs(monkeypatch):
         words_of([bl.Passage("Paris")], "spacy")
 
 
+@pytest.mark.slow
 def test_a_real_spacy_pipeline(monkeypatch):
     spacy = pytest.importorskip("spacy")
     pipeline = spacy.blank("en")
@@ -362,6 +363,7 @@ def test_word_of_tokens_refuses_what_does_not_fit():
             word_of_tokens([0], [1], [word, second])
 
 
+@pytest.mark.slow
 def test_word_of_tokens_is_fast():
     """Quadratic would be 10^10 steps."""
     starts = np.arange(0, 400_000, 4)

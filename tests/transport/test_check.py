@@ -25,11 +25,13 @@ A = bl.analyzers
 # -- the check -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("layer", LAYERS)
 def test_check_passes_and_reports_its_error(any_world, layer):
     assert 0 <= any_world.check(layer) < EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TINY)
 def test_check_of_the_shortest_sequences(name):
     """Two tokens: one place to put a state, and nothing but position 0 before it."""
@@ -39,6 +41,7 @@ def test_check_of_the_shortest_sequences(name):
     assert w.check(1) < EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("patched", [True, False])
 def test_check_refuses_a_capture_of_another_model(any_world, patched):
     w = any_world
@@ -86,6 +89,7 @@ def see_each_other(monkeypatch):
     monkeypatch.setattr(PatchedBlock, "_pack_mask", open_)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_self_pass_alone_would_not_see_a_wrong_key(packed_world, monkeypatch, layer):
     w = packed_world
@@ -100,6 +104,7 @@ def test_the_self_pass_alone_would_not_see_a_wrong_key(packed_world, monkeypatch
         w.check(layer)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("wrong", [leave_the_own_column, see_each_other])
 def test_check_sees_every_wrong_mask(packed_world, monkeypatch, wrong):
     """Whatever the seed, for a mistake that shows when queries of different positions are packed together."""
@@ -165,6 +170,7 @@ def test_bfloat16_still_refuses_another_model(half):
         check(other, half.capture, block, half.capture.resid_post(1), others=half.inner(1))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
 def test_training_mode_and_sdpa_attention(name):
     """Dropout and the other attention kernels are off for the measurement and on again after it."""
@@ -180,6 +186,7 @@ def test_training_mode_and_sdpa_attention(name):
     assert model.original_model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TINY)
 def test_user_hooks_stay_and_act(name):
     """What the user attached is part of the model: every route runs with it, and it is still there afterwards."""
@@ -210,6 +217,7 @@ def hooks_on(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "use",
     [

@@ -93,6 +93,7 @@ def leaves(value):
     return [value if isinstance(value, torch.Tensor | int | float | str | None) else type(value).__name__]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_arguments_are_recorded_without_running_the_blocks(family):
     """Every block is called with what a whole pass calls it with, though the first alone computes: one token, and the sequence only
@@ -149,6 +150,7 @@ def test_the_issue_is_covered():
     assert wanted <= {f.name for f in FAMILIES}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", HERE)
 def test_the_expected_route_is_taken(family):
     got = served(family.name, family.kind)
@@ -163,6 +165,7 @@ def test_the_expected_route_is_taken(family):
     assert all(bool(reason) == (route == "R1") for route, reason in zip(got.routes, got.reasons, strict=True))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_the_route_agrees_with_the_rerun(family):
     held = held_of(family.name, family.kind)
@@ -177,6 +180,7 @@ def test_the_route_agrees_with_the_rerun(family):
         assert held.error(layer, whole.of_rows(states, held.queries, held.rows), expected) < EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_the_self_pass_is_exact(family):
     held = held_of(family.name, family.kind)
@@ -186,6 +190,7 @@ def test_the_self_pass_is_exact(family):
         assert held.error(layer, images, held.capture.resid_post(layer)) < 1e-5
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_several_blocks_are_a_path_in_one_context(family):
     """Against the whole model, rerun from the first block and read after the second."""
@@ -211,6 +216,7 @@ def test_several_blocks_are_a_path_in_one_context(family):
 # -- the halves of a block ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_attention_and_feed_forward_are_the_block(family):
     """`attn` agrees with the rerun, and `mlp` after `attn` is `patched`; or both are refused."""
@@ -237,6 +243,7 @@ def test_attention_and_feed_forward_are_the_block(family):
 # -- the whole way --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", SERVED)
 def test_analyze_gives_numbers(family):
     held = held_of(family.name, family.kind)
@@ -294,6 +301,7 @@ def in_full_precision(name):
     return bl.analyze(model, random_tokens(8, 14), [A.Contraction(k=5)], progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", FEW)
 def test_half_precision(name, dtype, tolerance):
@@ -341,6 +349,7 @@ def as_loaded(name):
     return make, chosen, bl.analyze(make(), random_tokens(8, 14), chosen, layers=[1], progress=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", FEW)
 def test_the_state_of_the_model_changes_nothing(name, state):

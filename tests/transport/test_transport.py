@@ -15,6 +15,7 @@ from tests.transport.routes import EXACT, LAYERS, WINDOW, queries_of, rows_for, 
 # -- three routes, one answer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("layer", LAYERS)
 def test_packed_is_whole_is_rerun(packed_world, layer):
     w = packed_world
@@ -84,6 +85,7 @@ def test_the_window_matters():
     assert w.error(layer, block(inside, points), w.block(layer)(inside, points)) > 100 * EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("route", ["R1", "R2"])
 def test_many_points_per_query(packed_world, route):
     w, layer = packed_world, 1
@@ -116,6 +118,7 @@ def test_points_need_not_be_rows(packed_world):
     assert w.error(layer, w.block(layer)(queries, points), w.oracle(layer, queries, points)) < EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("layer", LAYERS)
 def test_own_state_comes_back(any_world, layer):
     w = any_world
@@ -156,6 +159,7 @@ def test_repeated_queries_get_the_same_answer(packed_world, route):
     assert w.error(layer, answers[[2, 4]], answers[[0, 0]]) < EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("route", ["R1", "R2"])
 @pytest.mark.parametrize(("rows", "group", "sequences"), [(1, 1, 1), (5, 3, 1), (50, 64, 2)])
 def test_splitting_does_not_matter(packed_world, monkeypatch, route, rows, group, sequences):

@@ -74,6 +74,7 @@ def test_every_public_figure_is_here_and_takes_the_same_words():
         assert "layers" in inspect.signature(getattr(views, name)).parameters
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_a_figure_is_drawn_into_the_axes_given_under_the_caller_s_words(name):
     draw, shown = FIGURES[name]
@@ -94,6 +95,7 @@ def test_a_figure_is_drawn_into_the_axes_given_under_the_caller_s_words(name):
     assert bool(parts) == (not right.axison), "panels take the place of the axes"
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_letters_in_a_pdf_are_truetype_and_settings_stay(name):
     before = dict(matplotlib.rcParams)

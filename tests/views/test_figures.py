@@ -50,6 +50,7 @@ def test_position_map_bins_long_texts():
     assert figure.axes[0].get_xlim()[1] == pytest.approx(149.5)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("value", [3.0, 0.0, np.nan])
 def test_position_map_of_a_score_that_does_not_vary(table, value):
     flat = table.assign(compression=value)
@@ -203,6 +204,7 @@ def test_two_columns_must_be_numbers_of_one_run_at_a_layer(table, draw):
         draw(pd.concat([table, table.assign(run="s")]), "importance", "compression", 1)
 
 
+@pytest.mark.slow
 def test_joint_density_counts_every_token(table):
     figure = bl.views.joint_density(table, "importance", "compression", 1, x_scale="log")
     axes, above, beside = figure.axes[:3]

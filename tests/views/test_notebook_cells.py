@@ -17,6 +17,7 @@ from tests.views.drawn import NASTY
 # -- a picture until the script has run --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("view", ["one", "several", "rows", "layers"])
 def test_a_saved_notebook_shows_a_picture_and_a_page_does_not(run, tmp_path, view):
     names = ["compression", "surprisal"]
@@ -68,6 +69,7 @@ def test_any_text_is_drawn_within_the_lines():
 # -- several scores under one another ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_hold_each_score_on_its_own_scale(run):
     names = ["compression", "surprisal", "raw_compression"]
     view = bl.views.token_view(run.table, names, 1, layout="rows")

@@ -111,6 +111,7 @@ def props_of(html: str) -> dict:
     return json.loads(re.search(r"CircuitsVis\.render\(.*?(\{.*\})\s*\)\s*(document[^<]*)?</script>", html, re.S).group(1))
 
 
+@pytest.mark.slow
 def test_token_view_of_several_scores_puts_them_on_one_scale(run):
     names = ["compression", "surprisal", "raw_compression"]
     view = bl.views.token_view(run.table, names, layer=1, seq=2)
@@ -141,6 +142,7 @@ def test_token_view_of_several_scores_tells_no_score_from_some(run):
     assert [token[:3] == "<i>" for token in tokens] == (known.any(axis=1) & ~known.all(axis=1)).tolist()
 
 
+@pytest.mark.slow
 def test_layer_view_holds_every_layer_about_its_middle(run):
     table = run.table[run.table.layer != 1]  # labels are layers, not places in a list
     names = ["compression", "surprisal"]
@@ -164,6 +166,7 @@ def test_layer_view_holds_every_layer_about_its_middle(run):
     assert view.title == "compression, surprisal, layers 0 to 2, sequence 1 (text-1)"
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["several", "layers"])
 def test_token_views_of_many_scores_are_harmless_and_refuse_what_is_not_there(run, kind):
     def make(table, columns, seq=None):

@@ -53,6 +53,7 @@ def test_generate_prints_what_reads_behind_the_prompt():
     assert cli_merge._behind(tokenizer, [0, 1], []) == ""
 
 
+@pytest.mark.slow
 def test_generate_stops_at_the_end_of_the_text_unless_told_to_go_on(run, folder, monkeypatch):
     words = ("generate", str(run[0]), "--prompt", PROMPT, "--tokens", "12", "--model", folder)
     free = merge(*words, "--past-end").stdout

@@ -44,6 +44,7 @@ def test_test_sets_a_run_beside_the_baselines_on_other_texts(run, folder, texts,
     assert {path.name: path.read_bytes() for path in run[0].iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_report")
 def test_test_without_a_run_compares_the_baselines(folder, texts, tmp_path, monkeypatch):
     out, policies = tmp_path / "out", ("trained", "cosine", "random", "recent")  # all of them are compared above
@@ -121,6 +122,7 @@ def test_near_copies_of_the_training_are_left_out_and_said(run, folder, texts, t
         merge("test", str(run[0]), str(near), "--model", folder, *QUICK, "--out", str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_held_out_copies_are_left_out_of_training_and_said(folder, texts, tmp_path):
     twice = tmp_path / "twice.jsonl"
     held = [p.text for p in read_texts(texts["train"])]
@@ -131,6 +133,7 @@ def test_held_out_copies_are_left_out_of_training_and_said(folder, texts, tmp_pa
     assert json.loads((tmp_path / "run" / "merger.json").read_text())["facts"]["training"]["held_out_copies"] > 0
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("length", [(), ("--length", "24")])
 def test_texts_of_the_training_are_refused(run, folder, texts, tmp_path, monkeypatch, length):
     """Also where they are cut into windows of another length: it is the text that was trained on."""

@@ -41,6 +41,7 @@ def test_train_writes_a_merger_and_its_log(run, folder, texts):
     assert not (out / "base").exists() and "drift" not in said
 
 
+@pytest.mark.slow
 def test_train_reads_a_data_set_by_name_and_layers(folder, tmp_path):
     out = tmp_path / "run"
     merge(
@@ -52,6 +53,7 @@ def test_train_reads_a_data_set_by_name_and_layers(folder, tmp_path):
         merge("train", "--dataset", "built-in", "--data", "some.txt", "--model", folder, "--out", str(out))
 
 
+@pytest.mark.slow
 def test_train_again_gives_the_same(run, folder, texts, tmp_path):
     """From the same command; a file may come as an argument."""
     merge("train", texts["train"], "--model", folder, *SMALL, "--out", str(tmp_path))
@@ -60,6 +62,7 @@ def test_train_again_gives_the_same(run, folder, texts, tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == (run[0] / "log.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_train_goes_on_after_an_interruption(run, folder, texts, tmp_path, monkeypatch):
     real, seen = TrainingRun.take, []
 
@@ -160,6 +163,7 @@ def test_options_of_train_are_those_of_the_dataclass(record, differ):
         assert options[one.name].default == one.default or one.name in differ, one.name
 
 
+@pytest.mark.slow
 def test_the_merger_comes_last(folder, texts, tmp_path, monkeypatch):
     """A folder that says that it is finished has its figure, too."""
     from basin_lens import views
