@@ -264,6 +264,7 @@ def test_what_cannot_be_served_is_refused_before_it_runs(family, monkeypatch):
         bl.analyze(model, random_tokens(3, 8), [A.Contraction(k=3)], progress=False)
 
 
+@pytest.mark.slow(everywhere=True)
 @pytest.mark.parametrize("kinds", [("bridge", "native"), ("hooked",)], ids=["bridge", "hooked"])
 def test_the_page_of_transport_has_the_table(kinds):
     if not families(*kinds):
