@@ -5,6 +5,7 @@ or node died is given to another one.
 """
 
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from basin_lens.scoring.request import Request
 from basin_lens.values import Facts, hides_bars, whole
 
 _CURE = "pip install 'basin-lens[ray]'"
+_START = "Start one: ray start --head."
+_PATIENCE = 5  # seconds
 
 
 @dataclass(frozen=True)
@@ -296,14 +299,27 @@ def _cluster(ray: ModuleType, options: RayOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    where = options.address or os.environ.get("RAY_ADDRESS")
+    if where is not None:
+        _check_answers(where)
     try:
         ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = options.address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise BasinLensError(
-            f"expected a Ray cluster at {where}, got none: {_last_line(str(error))}. Start one: ray start --head."
+            f"expected a Ray cluster at {where or 'this machine'}, got none: {_last_line(str(error))}. {_START}"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address of host and port at which nobody answers: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "//" in host:  # "auto", or a client's address
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except OSError as error:
+        raise BasinLensError(f"expected a Ray cluster at {address}, got {error.strerror or error}. {_START}") from error

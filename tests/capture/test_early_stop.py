@@ -33,6 +33,7 @@ def counted(model):
             handle.remove()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", HERE, ids=lambda f: f"{f.kind}: {f.name}")
 def test_states_are_those_of_a_whole_pass(family):
     model, layer = model_of(family.name, family.kind), 1

@@ -40,6 +40,7 @@ def test_an_interrupted_command_goes_on_and_status_says_how_far(given, tmp_path,
     assert pd.read_csv(tmp_path / "run" / "summary.csv")["layer"].tolist() == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_death_before_the_report_leaves_its_neighbors(given, tmp_path, capsys, monkeypatch):
     """The table is there; the page still comes with the neighbors of every token."""
     with monkeypatch.context() as patched:
@@ -75,6 +76,7 @@ def test_options_that_make_no_sense_are_refused(given, options, said, capsys, tm
     assert code != 0 and said in err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_large_table_has_no_report_and_says_so(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "MOST_REPORTED", 10)
     code, said, _ = call(*given, capsys=capsys)

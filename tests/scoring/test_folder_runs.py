@@ -92,6 +92,7 @@ def test_numbers_and_provenance_are_those_of_a_run_in_memory(model, whole, tmp_p
     assert facts_of(made) == facts_of(whole)  # and so its name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("pieces", range(1, 5))
 def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch, pieces):
     run(model, tmp_path / "straight")
@@ -126,6 +127,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("which", ["read", "states", "scores"])
 def test_a_damaged_piece_is_made_again(model, tmp_path, monkeypatch, which, damage):
@@ -142,6 +144,7 @@ def test_a_damaged_piece_is_made_again(model, tmp_path, monkeypatch, which, dama
     assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_piece_of_another_run_is_made_again(model, tmp_path, monkeypatch):
     """Whole, sealed, and not of this plan: copied there by hand."""
     run(model, tmp_path / "straight")
@@ -158,6 +161,7 @@ def test_a_piece_of_another_run_is_made_again(model, tmp_path, monkeypatch):
     assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -186,6 +190,7 @@ def test_another_plan_is_refused_and_what_differs_is_said(model, tmp_path, monke
     assert done == {"read": 0, "score": 0}
 
 
+@pytest.mark.slow
 def test_other_texts_labels_analyzers_and_models_are_refused(model, tokenizer, tmp_path):
     run(model, tmp_path / "run")
     passages = [bl.Passage(text, doc=f"text-{i}") for i, text in enumerate(TEXTS)]
@@ -247,11 +252,13 @@ def test_states_go_as_soon_as_nobody_needs_them(model, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run" / "pieces").iterdir()) == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_states_can_be_kept(model, tmp_path):
     run(model, tmp_path / "run", keep_states=True)
     assert len(list((tmp_path / "run" / "pieces" / "states").rglob("*.safetensors"))) >= 4 * 3
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_states_in_a_smaller_format_are_near(model, whole, tmp_path, dtype):
     made = run(model, tmp_path / "run", store_dtype=dtype).load()
@@ -261,6 +268,7 @@ def test_states_in_a_smaller_format_are_near(model, whole, tmp_path, dtype):
     assert facts_of(made)["capture"]["dtype"] == dtype
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_loses_nothing_on_the_disk(tokenizer, tmp_path):
     model = make_bridge("llama", tokenizer=tokenizer)
     model.to(torch.bfloat16)
@@ -298,6 +306,7 @@ def part(model, out, number, of):
         return work_on_part(folder, model, TEXTS, request, (number, of))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("of", [1, 2, 5])
 def test_parts_come_to_the_same_files(model, tmp_path, of):
     run(model, tmp_path / "straight")
@@ -380,6 +389,7 @@ def test_what_the_table_does_not_have_is_refused(opened, wrong, said):
         opened.load(**wrong)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "more"])
 def test_a_damaged_table_is_refused(model, tmp_path, damage):
     made = run(model, tmp_path / "run")

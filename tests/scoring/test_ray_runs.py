@@ -83,13 +83,6 @@ def test_a_run_begun_here_is_finished_there(model, straight, cluster, tmp_path, 
     assert files_of(tmp_path / "run") == straight
 
 
-def worker_pids() -> list[int]:
-    """Processes of our actors."""
-    from ray.util.state import list_actors
-
-    return [a.pid for a in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "Worker")]) if a.pid]
-
-
 class Slowly(A.StateNorm):
     """Takes its time, so that there is some to kill."""
 
