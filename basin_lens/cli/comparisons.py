@@ -52,7 +52,8 @@ def compare(
 ) -> None:
     """Set two models beside one another on the same texts: curves, the difference with its declared test, and where it is.
 
-    Without files or --dataset, the built-in passages are read.
+    Without files or --dataset, the built-in passages are read. Of fewer than 6 texts (one file is one text), windows of --max-length
+    tokens are what the test is over, under a red flag: they are not independent.
 
     Examples: basin-lens compare smollm2-135m memorization-models/tuned texts.txt --out change/
               basin-lens compare smollm2-135m my-checkpoint --dataset nltk:treebank --layers 10,18 --frozen-neighbors
@@ -60,6 +61,7 @@ def compare(
     from basin_lens import files as writing
     from basin_lens import studies
     from basin_lens.cli.study_runs import say
+    from basin_lens.studies.framework.measurement import refuse_unit
     from basin_lens.studies.framework.storage import refuse_folder
 
     if first == second:
@@ -67,6 +69,7 @@ def compare(
     refuse_folder(out, "compare", files or [])
     wanted: list[int] | Literal["all"] | None = "all" if layers == "all" else shared.layers_of(layers)
     passages = shared.read_texts(files or [], dataset, config, split, None, marked=marked)
+    refuse_unit(passages, unit)
     with ExitStack() as held:
         held.enter_context(writing.lock_folder(out))
         a, b = shared.load(first), shared.load(second)

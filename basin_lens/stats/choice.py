@@ -79,8 +79,8 @@ def best_layer(
 
     Returns:
         for every score (and everything else that the test tells apart, but layers), the row of the chosen layer on the documents
-        that did not choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`: what chose it. Chosen by p, and by the distance
-        from `null` where p is equal or missing.
+        that did not choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`, `chosen_units`: what chose it. Chosen by p, and by the
+        distance from `null` where p is equal or missing.
 
     Raises:
         TableError: no column `layer`, results without a layer. StudyError: fewer than 6 units on a side, or what the test raises.
@@ -111,8 +111,9 @@ def best_layer(
     ordered = first.assign(_p=first["p"].fillna(np.inf), _far=-(first["estimate"] - null).abs()).sort_values(
         ["_p", "_far", "layer"]
     )
-    picked = (ordered.drop_duplicates(keys) if keys else ordered[:1])[[*keys, "layer", "estimate", "p", "n_documents"]]
-    picked = picked.rename(columns={"estimate": "chosen_estimate", "p": "chosen_p", "n_documents": "chosen_documents"})
+    picked = (ordered.drop_duplicates(keys) if keys else ordered[:1])[[*keys, "layer", "estimate", "p", "n_documents", "n_units"]]
+    names = {"estimate": "chosen_estimate", "p": "chosen_p", "n_documents": "chosen_documents", "n_units": "chosen_units"}
+    picked = picked.rename(columns=names)
     wanted = [int(layer) for layer in sorted(picked["layer"].unique())]
     second = test(table[~choosing & table["layer"].isin(wanted)])
     answer = second.reset_index(drop=True).merge(picked, on=[*keys, "layer"], how="inner", sort=False, validate="one_to_one")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from basin_lens import stats, tables
 from basin_lens.analyzers import Compression
-from basin_lens.capture import Capture, check_layers, read_states
+from basin_lens.capture import Capture, check_layers
 from basin_lens.errors import BasinLensError, StudyError
 from basin_lens.model import HookedModel, full_name, n_layers
 from basin_lens.scoring.comparison import compare
@@ -20,16 +20,21 @@ from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.measurement import COMPRESSION_TOKENS, PER_SEQUENCE, spaced_layers
 from basin_lens.studies.framework.random_twin import same_tokens
 from basin_lens.studies.framework.runner import make_study
-from basin_lens.studies.framework.spec import Declaration, Presentation, Results
+from basin_lens.studies.framework.sign_flags import signs_over_layers
+from basin_lens.studies.framework.spec import Declaration, DeclaredTest, Presentation, Results
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows, sequence_shown
-from basin_lens.studies.framework.units import FEWEST_UNITS, count_units
+from basin_lens.studies.framework.units import FEWEST_UNITS, count_units, unit_keys
 from basin_lens.studies.framework.wording import opening, sentence
 from basin_lens.texts import Texts
 from basin_lens.values import Layers, Whole, whole_numbers
 from basin_lens.views import Section, layer_curve, token_view
 
 _COLUMN, _SIDES = "compression", ("compression_a", "compression_b")
+# A red flag: texts are fewer than the units that a test needs, so that windows of them are the units.
+WINDOWS = "windows of one text are not independent"
+_QUESTION = "change"
+_SHORTEST = 16  # tokens of a window that is worth reading
 
 SPEC = Declaration(
     name="compare",
@@ -53,17 +58,22 @@ _FROZEN = "Where neighborhoods move: the second model measures the neighbors tha
 
 @dataclass(frozen=True)
 class _Compared:
-    """What declared tests ask of it, and the pairs."""
+    """What declared tests ask of it, and the pairs. `windows`: units are windows of texts that are too few."""
 
     pairs: pd.DataFrame
     capture: Capture
     names: tuple[str, str]
     unit: str
     seed: int
+    windows: bool = False
 
     @property
     def n_units(self) -> int:
         return count_units(self.capture, self.unit)
+
+    @property
+    def n_documents(self) -> int:
+        return count_units(self.capture, "document")
 
 
 @whole_numbers(StudyError)
@@ -93,7 +103,8 @@ def compare_models(
         layers: block indices; None: ten, evenly spaced; `"all"`.
         k, max_length: as for `Compression` and `analyze`.
         compression_tokens: at most so many tokens per layer; None: all.
-        unit: what is independent: `"document"`, `"sequence"` or a label.
+        unit: what is independent: `"document"`, `"sequence"` or a label. Of fewer than 6 documents (one text file), windows of
+            `max_length` tokens are the units, under a red flag: they are not independent.
         seed: of every random choice.
         progress: show progress bars.
 
@@ -102,7 +113,8 @@ def compare_models(
         of `compare` as `tokens`.
 
     Raises:
-        StudyError: models whose tokenizers or layers differ, or fewer than 6 units. Others as for `analyze`.
+        StudyError: models whose tokenizers or layers differ, or fewer than 6 units. Others as for `analyze`; all before either
+            model runs.
 
     Source: design of basin_lens, "Statistics"; `basin_lens.compare`, `stats.before_after`.
 
@@ -116,33 +128,78 @@ def compare_models(
         >>> study.tables["change"].layer.tolist()
         [18]
     """
-    capture, other = _same_texts(model_a, model_b, data, layers, max_length, progress)
-    if count_units(capture, unit) < FEWEST_UNITS:
-        raise StudyError(f"expected at least {FEWEST_UNITS} units ({unit}), got {count_units(capture, unit)}. Add texts.")
+    capture, other = _same_texts(model_a, model_b, data, layers, max_length)
+    used = _independent(capture, unit)
     few = None if compression_tokens is None else PER_SEQUENCE
     score = Compression(k=k, queries=compression_tokens, per_sequence=few, nulls=False)
     sides = (model_a, capture), (model_b, other)
     pairs = compare(*sides, on=score, frozen_neighbors=frozen_neighbors, seed=seed, progress=progress)
-    held = _Compared(pairs, capture, names or _names(model_a, model_b), unit, seed)
-    change = attempt(lambda part, *_, **__: _change(part, held), pairs, "difference", unit=unit)
-    finding = f"{_COLUMN} changes from {held.names[0]} to {held.names[1]}"
-    findings = settle(SPEC.name, [declared_test(pairs, partial(_change, held=held), held, finding, "change", "difference")])
-    flags = checked_red_flags(pairs, "difference", unit=unit, seed=seed).assign(question="change")
-    results = Results(findings, flags, decide(findings, flags))
-    (row,) = named_rows(findings)
+    held = _Compared(_with_unit(pairs, capture, used), capture, names or _names(model_a, model_b), used, seed, used != unit)
+    change = attempt(lambda part, *_, **__: _change(part, held), held.pairs, "difference", unit=used)
+    results = _tested(held)
+    (row,) = named_rows(results.findings)
     layer = int(row.layer) if pd.notna(row.layer) else capture.layers[-1]
     figures = _figures(held, change)
     verdict = [opening(results.decision, "Compression changes.", "No reliable change of compression here."), sentence(row, "nats")]
     said = SPEC.said(layers=", ".join(map(str, capture.layers)), neighbors=_FROZEN if frozen_neighbors else _OWN)
+    if held.windows:
+        said.append("Other texts: the units are windows of the same one or few.")
     presentation = Presentation(_sections(held, change, figures, layer), figures, said, tables={"change": change}, verdict=verdict)
-    provenance = tables.provenance(pairs)
-    return make_study(SPEC, results, presentation, about=_about(held, frozen_neighbors), provenance=provenance, tokens=pairs)
+    provenance = tables.provenance(held.pairs)
+    return make_study(SPEC, results, presentation, about=_about(held, frozen_neighbors), provenance=provenance, tokens=held.pairs)
+
+
+def _independent(capture: Capture, unit: str) -> str:
+    """What tests are over: the unit asked for, or windows where documents are too few for it.
+
+    Raises:
+        StudyError: too few of either.
+    """
+    there = count_units(capture, unit)
+    if there >= FEWEST_UNITS:
+        return unit
+    if unit != "document":
+        raise StudyError(f"expected at least {FEWEST_UNITS} units ({unit}), got {there}. Add texts.")
+    windows = count_units(capture, "sequence")
+    if windows >= FEWEST_UNITS:
+        return "sequence"
+    shorter = capture.n_rows // FEWEST_UNITS
+    raise StudyError(
+        f"expected at least {FEWEST_UNITS} documents, or as many windows of one text, got {there} documents with {windows} windows of "
+        f"at most {capture.settings['max_length']} tokens. Add texts"
+        + (f", or read shorter windows (max_length={shorter})." if shorter >= _SHORTEST else ".")
+    )
+
+
+def _with_unit(pairs: pd.DataFrame, capture: Capture, unit: str) -> pd.DataFrame:
+    """The pairs with the label that is the unit, if one is."""
+    if unit_keys(unit) != [unit]:
+        return pairs
+    return tables.assign(pairs, **{unit: pairs["seq"].map({seq: label[unit] for seq, label in enumerate(capture.labels)})})
+
+
+def _tested(held: _Compared) -> Results:
+    """The declared test, its red flags and the decision."""
+    pairs, finding = held.pairs, f"{_COLUMN} changes from {held.names[0]} to {held.names[1]}"
+    test = DeclaredTest(finding, _QUESTION, partial(_change, held=held), score="difference")
+    findings = settle(SPEC.name, [declared_test(pairs, test.test, held, finding, _QUESTION, "difference")])
+    raised = [
+        checked_red_flags(pairs, "difference", unit=held.unit, seed=held.seed).assign(question=_QUESTION),
+        signs_over_layers([test], findings, pairs, held),
+    ]
+    if held.windows:
+        of_windows = {"flag": WINDOWS, "score": "difference", "layer": pd.NA, "raised": True, "value": float(held.n_documents)}
+        why = f"{held.n_units} windows of {held.n_documents} texts are the units: what is found is of these texts"
+        line = pd.DataFrame([{**of_windows, "why": why, "question": _QUESTION}])
+        raised.append(line.astype({"layer": "Int64", "raised": "boolean"}))
+    flags = pd.concat([part for part in raised if len(part)], ignore_index=True)
+    return Results(findings, flags, decide(findings, flags))
 
 
 def _same_texts(
-    model_a: HookedModel, model_b: HookedModel, data: Texts, layers: Layers | Literal["all"], max_length: Whole, progress: bool
+    model_a: HookedModel, model_b: HookedModel, data: Texts, layers: Layers | Literal["all"], max_length: Whole
 ) -> tuple[Capture, Capture]:
-    """The texts as both models read them.
+    """The texts as both models would read them: what cannot be measured is refused before either does.
 
     Raises:
         StudyError: models of other depths, or whose tokenizers give other tokens.
@@ -166,8 +223,7 @@ def _same_texts(
             "expected two models whose tokenizers give the same tokens, got other tokens for the same texts. Compare models of one "
             "tokenizer, such as a model and its checkpoint."
         )
-    other = same_tokens(capture, model_b, wanted)
-    return read_states(model_a, capture, progress=progress), read_states(model_b, other, progress=progress)
+    return capture, same_tokens(capture, model_b, wanted)
 
 
 def _names(model_a: HookedModel, model_b: HookedModel) -> tuple[str, str]:
@@ -188,7 +244,8 @@ def _about(held: _Compared, frozen: bool) -> list[str]:
         f"First: {held.names[0]}. Second: {held.names[1]}. The difference is second less first, of the same tokens.",
         f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents; layers "
         f"{', '.join(map(str, capture.layers))}; at most {most} tokens of a layer have the score in both.",
-        f"Neighbors: {neighbors}. Tests and intervals are over {held.n_units} units ({held.unit}).",
+        f"Neighbors: {neighbors}. Tests and intervals are over {held.n_units} "
+        + (f"windows of {held.n_documents} texts, which are not independent." if held.windows else f"units ({held.unit})."),
     ]
 
 

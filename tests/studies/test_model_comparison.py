@@ -1,14 +1,25 @@
 """Two models on the same texts: nothing between a model and itself, what is there between two, and refusals before any pass."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 import basin_lens as bl
-from basin_lens import stats
-from basin_lens.errors import StudyError
+from basin_lens import stats, tables
+from basin_lens.errors import BasinLensError, StudyError
+from basin_lens.studies import model_comparison
 from basin_lens.studies.framework import registry
+from basin_lens.studies.framework.declared_tests import declared_test, settle
+from basin_lens.studies.framework.sign_flags import SIGN
+from basin_lens.studies.model_comparison import WINDOWS, _Compared
+from tests.analyzers.passes import counting
 from tests.cli.calls import call
 from tests.conftest import make_bridge, make_tokenizer
+from tests.simulation.battery import limit
 from tests.studies.planted import made_text
 
 TEXTS = [made_text(24, seed, f"doc-{seed}") for seed in range(8)]
@@ -59,8 +70,130 @@ def test_models_that_do_not_pair_are_refused(llama, trained):
         bl.studies.compare_models(llama, make_bridge("llama", tokenizer=make_tokenizer(), num_hidden_layers=2), TEXTS, **FEW)
     with pytest.raises(StudyError, match=r"same tokens|same number of layers"):
         bl.studies.compare_models(llama, trained, TEXTS, **FEW)
-    with pytest.raises(StudyError, match="at least 6 units"):
-        bl.studies.compare_models(llama, llama, TEXTS[:3], **FEW)
+
+
+BOOK = made_text(220, 3, "book")
+
+
+def test_windows_of_one_text_are_units_under_a_red_flag(llama, other):
+    study = bl.studies.compare_models(llama, other, BOOK.text, names=("one", "other"), **FEW)
+    (row,) = study.flags[study.flags["flag"] == WINDOWS].to_dict("records")
+    windows = study.tokens["seq"].nunique()
+    assert row["raised"] and row["question"] == "change" and f"{windows} windows of 1 texts" in row["why"]
+    assert study.findings["n_units"].item() > 1 and study.findings["unit"].item() == "sequence"
+    assert any(f"over {windows} windows of 1 texts, which are not independent" in line for line in study.about)
+    assert any(line.startswith("Other texts") for line in study.not_tested)
+    assert study.decision not in ("yes", "in part")
+    few = bl.studies.compare_models(llama, other, [BOOK, *TEXTS[:3]], **FEW)
+    assert "of 4 texts" in few.flags[few.flags["flag"] == WINDOWS]["why"].item()
+
+
+def test_many_texts_are_their_own_units(study):
+    assert WINDOWS not in set(study.flags["flag"]) and study.findings["unit"].item() == "document"
+
+
+def test_units_are_a_label_where_one_is_named(llama, other):
+    labelled = [bl.Passage(text.text, doc=text.doc, labels={"topic": f"k{at % 7}"}) for at, text in enumerate(TEXTS)]
+    study = bl.studies.compare_models(llama, other, labelled, unit="topic", **FEW)
+    assert study.findings["n_units"].item() == 7 and set(study.tokens["topic"]) == {f"k{at}" for at in range(7)}
+
+
+@pytest.mark.parametrize(
+    ("texts", "changed", "said"),
+    [
+        (
+            " ".join(BOOK.text.split()[:90]),
+            {"max_length": 64},
+            r"as many windows of one text.*got 1 documents.*shorter windows \(max_length=",
+        ),
+        (" ".join(BOOK.text.split()[:20]), {}, r"Add texts\.$"),
+        (BOOK.text, {"k": 5000}, "5000"),
+        (TEXTS, {"compression_tokens": 3}, "queries of at least 4"),
+        ([bl.Passage(text.text, labels={"topic": 1}) for text in TEXTS], {"unit": "topic"}, r"6 units \(topic\), got 1"),
+        (TEXTS, {"layers": [9]}, "layer"),
+        ([bl.Passage(text.text, labels={"compression": 1}) for text in TEXTS], {}, "compression"),
+    ],
+)
+def test_what_the_texts_cannot_give_is_refused_before_a_model_runs(llama, other, monkeypatch, texts, changed, said):
+    with counting(monkeypatch) as (forward, _), pytest.raises(BasinLensError, match=said):
+        bl.studies.compare_models(llama, other, texts, **FEW | changed)
+    assert forward == []
+
+
+def test_a_sign_that_changes_over_layers_is_flagged(llama, other, monkeypatch):
+    """Planted: the second model is above the first at one layer and below it at the other."""
+    real = model_comparison.compare
+
+    def planted(*sides, **options):
+        pairs = real(*sides, **options)
+        size = np.where(pairs["layer"] == 1, 1.0, turned)
+        return tables.assign(pairs, difference=pairs["difference"] * 0.01 + size)
+
+    monkeypatch.setattr(model_comparison, "compare", planted)
+    for turned in (-1.0, 1.0):
+        study = bl.studies.compare_models(llama, other, TEXTS, **FEW)
+        assert study.findings["holds"].all()
+        (row,) = study.flags[study.flags["flag"] == SIGN].to_dict("records")
+        assert row["raised"] == (turned < 0) and row["question"] == "change"
+
+
+@pytest.fixture
+def fewer_flips(monkeypatch):
+    """A tenth of the sign flips in a test, whose level does not depend on their number."""
+    monkeypatch.setattr(model_comparison.stats, "before_after", partial(stats.before_after, n_resamples=999))
+
+
+def rate_of(held: _Compared, draw, name: str, draws: int = 400) -> float:
+    """Share of draws of the difference in which the declared test holds, from the choice of a layer to the family."""
+    found = 0
+    for _ in range(draws):
+        pairs = held.pairs.assign(difference=draw())
+        drawn = replace(held, pairs=pairs)
+        row = declared_test(pairs, partial(model_comparison._change, held=drawn), drawn, "changes", "change", "difference")
+        found += bool(settle("compare", [row])["holds"].any())
+    error = np.sqrt(found / draws * (1 - found / draws) / draws)
+    print(f"{name}: {found / draws:.3f} +- {error:.3f} ({found} of {draws} draws)")
+    return found / draws
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fewer_flips")
+@pytest.mark.parametrize("units", [8, 24])
+def test_false_positives_where_nothing_changes_in_one_direction(llama, units):
+    """The model and itself with noise on its weights; which of the two comes first is drawn for every text."""
+    texts = [made_text(24, seed, f"doc-{seed}") for seed in range(units)]
+    noisy = make_bridge("llama", tokenizer=llama.tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in noisy.parameters():
+            one += 0.002 * one.std(correction=0) * torch.randn(one.shape, generator=generator)
+    study = bl.studies.compare_models(llama, noisy, texts, **FEW)
+    plain = pd.DataFrame(study.tokens.to_dict("series"))  # its provenance would be copied at every step
+    held = _Compared(plain, bl.Capture.plan(llama, texts, max_length=32), ("one", "noisy"), "document", 0)
+    seq, values, rng = plain["seq"].to_numpy(), plain["difference"].to_numpy(), np.random.default_rng(0)
+    assert np.nanstd(values) > 0
+    rate = rate_of(held, lambda: rng.choice([-1.0, 1.0], seq.max() + 1)[seq] * values, f"{units} texts, swapped models")
+    assert rate <= limit(400)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fewer_flips")
+def test_false_positives_of_windows_are_why_they_are_flagged(llama):
+    """Windows that are drawn apart hold the rate; windows whose changes go on from one to the next (correlation 0.5) do not."""
+    texts = [made_text(24, seed, f"doc-{seed}") for seed in range(24)]
+    capture = bl.Capture.plan(llama, texts, max_length=64)
+    keys = pd.MultiIndex.from_product([range(1, 4), range(24)], names=["layer", "seq"]).to_frame(index=False)
+    pairs = keys.assign(doc="book", pos=1, difference=0.0)
+    held, rng = _Compared(pairs, capture, ("one", "other"), "sequence", 0, windows=True), np.random.default_rng(1)
+
+    def drawn(correlation):
+        steps = rng.normal(size=(24, 3))
+        for at in range(1, 24):
+            steps[at] = correlation * steps[at - 1] + np.sqrt(1 - correlation**2) * steps[at]
+        return steps.T.ravel()
+
+    assert rate_of(held, lambda: drawn(0.0), "windows apart") <= limit(400)
+    assert rate_of(held, lambda: drawn(0.5), "windows that go on", 100) > limit(100)
 
 
 def test_it_is_declared_and_its_command_refuses_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):

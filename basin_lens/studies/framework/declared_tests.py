@@ -99,9 +99,11 @@ def declared_test(
             why = f"{measured.n_units} units not halved, for the layer that one half chose could not be tested on the other"
     if found is not None and len(found):
         (row,) = named_rows(found)
+        of_documents = measured.unit == "document"
+        chose, tested = (row.chosen_documents, row.n_documents) if of_documents else (row.chosen_units, row.n_units)
         said = (
-            f"layer chosen on {int(row.chosen_documents)} documents (there {row.chosen_estimate:+.3f}, p "
-            f"{row.chosen_p:.2g}), tested on {int(row.n_documents)} others"
+            f"layer chosen on {int(chose)} {'documents' if of_documents else f'units ({measured.unit})'} (there "
+            f"{row.chosen_estimate:+.3f}, p {row.chosen_p:.2g}), tested on {int(tested)} others"
         )
         floor = p_floor(row)
     else:

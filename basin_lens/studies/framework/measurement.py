@@ -170,19 +170,29 @@ def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = 
         raise StudyError(f"expected a context among {passing}, which pass displaced states, got {context!r}.")
     if exclude == "nothing":
         raise StudyError('expected exclude "self", "sequence", "document" or a label, got "nothing", which is for SeedCompression.')
-    known = sorted({name for passage in passages for name in passage.labels})
+    known = refuse_unit(passages, unit)
     if passages and exclude not in ("self", "sequence", "document", *known):
         raise StudyError(
             f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: {known}.'
         )
-    if unit not in ("document", "sequence", *known):
-        raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
     documents = len({index if one.doc is None else one.doc for index, one in enumerate(passages)})
     if passages and unit == "document" and documents < FEWEST_UNITS:
         raise StudyError(
             f"expected at least {FEWEST_UNITS} units (document), got {documents}: tokens of one text are not independent. "
             "Add texts, or give each its own document."
         )
+
+
+def refuse_unit(passages: Sequence[Passage], unit: str) -> list[str]:
+    """Labels of the texts, of which the unit is one if it is neither the document nor the sequence.
+
+    Raises:
+        StudyError: it is not.
+    """
+    known = sorted({name for passage in passages for name in passage.labels})
+    if unit not in ("document", "sequence", *known):
+        raise StudyError(f'expected unit "document", "sequence" or a label of the texts, got {unit!r}; labels: {known}.')
+    return known
 
 
 def ready(
