@@ -62,8 +62,8 @@ def analyze(model: HookedModel, data: Capture | Texts, request: FolderRequest) -
         and statistics count each text once.
 
     Warns:
-        BankWarning: most neighbors stand on the skeleton of their query's text (prompts of one template); the shares of every
-            layer are in provenance (`"search"`: `"same_position"`, `"same_skeleton"`).
+        BankWarning: over a quarter of the neighbors stand on the skeleton of their query's text (prompts of one template); the
+            shares of every layer are in provenance (`"search"`: `"same_position"`, `"same_skeleton"`).
 
     Raises:
         BasinLensError: before any long work, if the model, the texts, the layers, the analyzers or the bank do not fit.

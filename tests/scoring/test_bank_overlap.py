@@ -59,6 +59,12 @@ def test_a_template_is_said_with_its_cure(llama):
     assert facts["search"]["same_skeleton"]["1"] > 0.5 and facts["search"]["same_position"]["1"] > 0.3
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.0007, False), (0.02, False), (0.25, False), (0.43, True), (0.83, True)])
+def test_twelve_prompts_of_a_template_are_said_and_plain_texts_are_not(share, said):
+    """Measured: treebank and Brown .0007, Python files .02, 12 prompts of a template from .43 on."""
+    assert (warning({"5": share / 2, "18": share}) is not None) == said
+
+
 def test_other_texts_and_another_bank_are_silent(llama, capture):
     """Warnings are errors in these tests."""
     table = bl.analyze(llama, capture, [bl.analyzers.Contraction(k=5)], layers=[1], progress=False)
