@@ -40,6 +40,10 @@ def rerun(
     if run is not None and run not in held:
         raise typer.BadParameter(f"expected a run of the supplement as --run, got {run!r}; it has {', '.join(held)}.")
     chosen = [run] if run is not None else list(held)
+    if bundle.study is not None:
+        typer.echo(
+            f"{'study':<12} {_plain(bundle.study['study'])}: {_plain(bundle.study['title'])} {_plain(bundle.study['decision'])}"
+        )
     for name in chosen:
         _describe(name, held[name], bundle.runs[name], model)
     if not yes:

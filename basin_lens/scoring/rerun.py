@@ -1,20 +1,23 @@
 """A run again, from a supplement (`tables.bundle`): the same tokens, analyzers and settings, and how far the numbers are apart."""
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from basin_lens import tables
 from basin_lens.analyzers import ANALYZERS, Analyzer
 from basin_lens.analyzers.control import Control
-from basin_lens.capture import Capture
+from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.errors import ModelError, TableError
 from basin_lens.model import HookedModel, fingerprint, provenance
 from basin_lens.scoring.analysis import score
 from basin_lens.scoring.request import Request
+from basin_lens.scoring.token_rows import rows_at_places
 from basin_lens.tables.bundles import tokens_hash
 from basin_lens.texts import TokenSequence
 from basin_lens.texts.tokens import token_strings
@@ -29,20 +32,24 @@ _CURE = "Run it with the command or the notebook that made the table."
 class Rerun:
     """One run of a supplement, ready to be run again.
 
-    `name`: of the run. `facts`: its provenance. `analyzers`: as they were. `sequences`: tokens, documents and labels.
+    `name`: of the run. `facts`: its provenance. `analyzers`: as they were. `sequences`: tokens, documents and labels. `bank`: the
+    same of the bank, if it was a capture of the caller's. `asked`: rows that were scored; None: all.
     """
 
     name: str
     facts: Facts
     analyzers: tuple[Analyzer, ...]
     sequences: tuple[Facts, ...]
+    bank: tuple[Facts, ...] | None = None
+    asked: Bool[np.ndarray, " rows"] | None = None
 
 
 def planned(bundle: tables.Bundle, run: str) -> Rerun:
     """One run of a supplement, checked: everything that makes it impossible to repeat is refused here.
 
     Raises:
-        TableError: tokens are missing, only some were scored, or an analyzer or a step that the supplement cannot name.
+        TableError: tokens are missing, some were scored and it is not known which, or an analyzer or a step that the supplement
+            cannot name.
     """
     facts, held = tables.provenance(bundle.table).get(run), bundle.runs.get(run)
     if facts is None or held is None:
@@ -51,7 +58,9 @@ def planned(bundle: tables.Bundle, run: str) -> Rerun:
     reasons = [
         held["why"],
         None if held["sequences"] else "no tokens",
-        None if facts.get("queries", "all") == "all" else f"only some tokens were scored ({facts['queries']}), not known which",
+        None
+        if facts.get("queries", "all") == "all" or facts.get("asked")
+        else f"only some tokens were scored ({facts['queries']}), not known which",
         None if not str(facts.get("neighbors", "")).startswith("frozen") else "its neighbors were those of another run",
         None if not capture.get("controls") else "its states or tokens were changed before",
         None if (facts.get("model") or {}).get("hooks") is None else "the model bore hooks of the caller",
@@ -64,7 +73,28 @@ def planned(bundle: tables.Bundle, run: str) -> Rerun:
         raise TableError(
             f"expected the tokens of run {run}, got others: their hash is not {facts.get('texts')!r}. Ask for the file again."
         )
-    return Rerun(run, facts, tuple(analyzer_of(key) for key in facts.get("analyzers") or ()), sequences)
+    analyzers = tuple(analyzer_of(key) for key in facts.get("analyzers") or ())
+    return Rerun(run, facts, analyzers, sequences, _bank_of(facts, held), _asked(facts, sequences))
+
+
+def _bank_of(facts: Facts, held: Facts) -> tuple[Facts, ...] | None:
+    """Tokens, documents and labels of a bank of the caller's, if they are in the supplement."""
+    bank = tuple(held.get("bank") or ())
+    if not bank:
+        return None
+    if tokens_hash([one["tokens"] for one in bank]) != (facts.get("bank") or {}).get("texts"):
+        raise TableError("expected the tokens of the run's bank, got others: their hash is another. Ask for the file again.")
+    return bank
+
+
+def _asked(facts: Facts, sequences: Sequence[Facts]) -> Bool[np.ndarray, " rows"] | None:
+    """The rows that were scored; None: all."""
+    if facts.get("asked") is None:
+        return None
+    try:
+        return rows_at_places(facts["asked"], sum(len(one["tokens"]) for one in sequences)).numpy()
+    except ValueError as error:
+        raise TableError(f"expected places of the run's tokens as `asked`, got {str(facts['asked'])[:80]!r}. {_CURE}") from error
 
 
 def analyzer_of(key: str) -> Analyzer:
@@ -115,23 +145,18 @@ def run_again(model: HookedModel, rerun: Rerun, *, batch_size: int | None = None
     if wanted != found:
         raise ModelError(f"expected the run's model (fingerprint {wanted}), got {found}. Name that model with --model.")
     layers = tuple(int(layer) for layer in rerun.facts["layers"])
-    sequences = [_sequence(one) for one in rerun.sequences]
-    capture = Capture(
-        sequences=sequences,
-        passages=None,
-        docs=[one["doc"] for one in rerun.sequences],
-        labels=[dict(one["labels"]) for one in rerun.sequences],
-        strings=token_strings(model, (token for one in sequences for token in one.tokens)),
-        layers=layers,
-        model=provenance(model),
-        settings={**rerun.facts["capture"], "source": "tokens"},
-    )
+    capture = _capture(model, rerun.sequences, layers, rerun.facts["capture"])
     bank = rerun.facts.get("bank") or {}
     outside = bank.get("source") == "another capture"
+    neighbors: Bank = "reference" if outside else None
+    if rerun.bank is not None:
+        planned_bank = _capture(model, rerun.bank, layers, rerun.facts["capture"])
+        neighbors = read_states(model, planned_bank, batch_size=batch_size, progress=progress)
     request = Request(
         list(rerun.analyzers),
         layers=layers,
-        bank="reference" if outside else None,
+        bank=neighbors,
+        queries=rerun.asked,
         seed=int(rerun.facts["seed"]),
         batch_size=batch_size,
         progress=progress,
@@ -139,8 +164,26 @@ def run_again(model: HookedModel, rerun: Rerun, *, batch_size: int | None = None
     table = score(model, capture, request).table
     (facts,) = tables.provenance(table).values()
     if outside and facts["bank"]["texts"] != bank.get("texts"):
-        raise TableError("expected neighbors from the built-in passages, got a run with a bank of its own. " + _CURE)
+        raise TableError(
+            "expected neighbors from the built-in passages, got a run with a bank of its own, which is not in the supplement "
+            f"(bundle(..., bank=capture) puts it there). {_CURE}"
+        )
     return table
+
+
+def _capture(model: HookedModel, held: Sequence[Facts], layers: tuple[int, ...], settings: Facts) -> Capture:
+    """Sequences of a supplement as a capture, unread."""
+    sequences = [_sequence(one) for one in held]
+    return Capture(
+        sequences=sequences,
+        passages=None,
+        docs=[one["doc"] for one in held],
+        labels=[dict(one["labels"]) for one in held],
+        strings=token_strings(model, (token for one in sequences for token in one.tokens)),
+        layers=layers,
+        model=provenance(model),
+        settings={**settings, "source": "tokens"},
+    )
 
 
 def _sequence(one: Facts) -> TokenSequence:

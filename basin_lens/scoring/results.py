@@ -11,7 +11,7 @@ from torch import Tensor
 from basin_lens.capture import Capture
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.request import Request
-from basin_lens.scoring.token_rows import texts_hash
+from basin_lens.scoring.token_rows import places_of, texts_hash
 from basin_lens.values import Facts
 
 
@@ -169,6 +169,7 @@ def provenance(
         "controls": request.nulls,
         "neighbors": "frozen: those of another run" if frozen else "its own",
         "queries": "all" if request.queries is None else f"{int(asked.sum())} of {capture.n_rows} tokens",
+        **({} if request.queries is None else {"asked": places_of(asked)}),
         "seed": request.seed,
         "read_again_for": list(read_again_for),
         "left_out": results.left_out,

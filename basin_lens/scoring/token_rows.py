@@ -1,6 +1,7 @@
 """Rows of a capture: which to score, how they group, what the table says of them."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
 from basin_lens.values import Plain, whole_or_none
+
+_PLACES = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
 
 
 def query_rows(capture: Capture, queries: object, seed: int) -> Bool[Tensor, " rows"]:
@@ -142,6 +145,29 @@ def _spans(capture: Capture) -> list[list[str]]:
         for s in capture.sequences
         for start, end in zip(s.starts, s.ends, strict=True)
     ]
+
+
+def places_of(rows: Bool[Tensor, " rows"]) -> str:
+    """The rows marked, as text: `"3-7,12"`."""
+    marked = np.flatnonzero(rows.cpu().numpy())
+    runs = np.split(marked, np.flatnonzero(np.diff(marked) > 1) + 1) if len(marked) else []
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def rows_at_places(places: str, count: int) -> Bool[Tensor, " rows"]:
+    """Of so many rows, those that `places_of` gave as text.
+
+    Raises:
+        ValueError: no such text, or a row beyond the last.
+    """
+    rows = torch.zeros(count, dtype=torch.bool, device="cpu")
+    for part in places.split(","):
+        found = _PLACES.fullmatch(part)
+        begin, end = (int(found[1]), int(found[2] or found[1])) if found else (count, count)
+        if not begin <= end < count:
+            raise ValueError(f"row {part} of {count}")
+        rows[begin : end + 1] = True
+    return rows
 
 
 def texts_hash(capture: Capture) -> str:

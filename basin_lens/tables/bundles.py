@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ else:
 
 _KIND = records.Kind("a supplement written by bl.tables.bundle", "basin_lens supplement 1", "Ask for it again.")
 _WHEN = (1980, 1, 1, 0, 0, 0)  # of every file: the same table is the same zip
-_RECORD, _TABLE = "rerun.json", "table.parquet"
+_RECORD, _TABLE, _STUDY = "rerun.json", "table.parquet", "study.json"
 # A supplement is a stranger's file: what it may unpack to, in all, and how many files.
 _MOST_BYTES, _MOST_FILES, _MOST_RATIO = 4 << 30, 10_000, 200
 _NAME = re.compile(r"(?:(?:figures|texts)/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
@@ -41,14 +41,44 @@ _NAME = re.compile(r"(?:(?:figures|texts)/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
 class Bundle:
     """What a supplement holds.
 
-    `table`: with its provenance. `runs`: for each run, `sequences` (its token ids, documents and labels, or None) and `why` there
-    are none. `figures`, `texts`: names of these files in the zip.
+    `table`: with its provenance. `runs`: for each run, `sequences` (its token ids, documents and labels, or None), `why` there
+    are none, and those of its `bank` if it was given. `figures`, `texts`: names of these files in the zip. `study`: what a study
+    declared and found, or None.
     """
 
     table: pd.DataFrame
     runs: dict[str, Facts]
     figures: tuple[str, ...]
     texts: tuple[str, ...]
+    study: Facts | None = None
+
+
+class Finished(Protocol):
+    """What a supplement takes of a study."""
+
+    @property
+    def figures(self) -> Mapping[str, Figure]: ...
+    def as_json(self) -> Facts: ...
+
+
+class TokensOf(Protocol):
+    """What a supplement takes of a bank: the capture's tokens, their documents and labels."""
+
+    @property
+    def sequences(self) -> Sequence["OneSequence"]: ...
+    @property
+    def docs(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Mapping[str, object]]: ...
+
+
+class OneSequence(Protocol):
+    """A sequence's token ids and the number of its passage."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def passage(self) -> int: ...
 
 
 def bundle(
@@ -57,6 +87,8 @@ def bundle(
     *,
     figures: Mapping[str, Figure] | Sequence[Figure | str | os.PathLike[str]] = (),
     texts: Sequence[object] | None = None,
+    study: Finished | None = None,
+    bank: TokensOf | None = None,
 ) -> None:
     """Write a table with its provenance, and what is needed to run it again, to one zip file, all of it or nothing.
 
@@ -70,10 +102,13 @@ def bundle(
         path: ending in `.zip`.
         figures: matplotlib figures by name (or in a list), which are saved as PDF; or paths of files.
         texts: strings, or passages (with `text`), to include as files; None: none, for texts may be others' property.
+        study: a finished `Study` of the table: what it declared and found is put beside the table as `study.json`, with the
+            study's settings, and its figures where none are given.
+        bank: the capture that neighbors came from, if it was one of your own: its tokens are needed to run it again.
 
     Raises:
         StoreError: another suffix, a figure's file that cannot be read, or a place that cannot be written.
-        TableError: no provenance, or a name of a figure that is no file name.
+        TableError: no provenance, a bank that is no run's, or a name of a figure that is no file name.
 
     Example:
         >>> import tempfile
@@ -95,10 +130,15 @@ def bundle(
     parts["table.csv"] = csv_text(table).encode()
     parts["provenance.json"] = json.dumps(held, indent=1).encode()
     parts["requirements.txt"] = _requirements(held).encode()
+    if study is not None:
+        parts[_STUDY] = json.dumps(study.as_json(), indent=1, allow_nan=False).encode()
+        figures = figures or study.figures
     parts |= {f"figures/{name}": content for name, content in _figures(figures).items()}
     words = [] if texts is None else [str(getattr(text, "text", text)) for text in texts]
     parts |= {f"texts/{number:05d}.txt": text.encode() for number, text in enumerate(words)}
     runs = {run: _sequences(table, run, facts) for run, facts in held.items()}
+    if bank is not None:
+        _add_bank(runs, held, bank)
     parts["README.txt"] = _readme(table, held, runs, list(parts)).encode()
     for name in parts:
         if not _NAME.fullmatch(name):
@@ -145,7 +185,10 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             _check_run(run)
         names = sorted(parts)
         figures, texts = (tuple(name for name in names if name.startswith(f"{kind}/")) for kind in ("figures", "texts"))
-        return Bundle(table, facts["runs"], figures, texts)
+        study = json.loads(parts[_STUDY]) if _STUDY in parts else None
+        if study is not None:
+            records.fields(study, {"study": str, "title": str, "decision": str, "verdict": [str]})
+        return Bundle(table, facts["runs"], figures, texts, study)
 
 
 def _parts(archive: zipfile.ZipFile, target: Path) -> dict[str, bytes]:
@@ -176,7 +219,9 @@ def _parts(archive: zipfile.ZipFile, target: Path) -> dict[str, bytes]:
 def _check_run(run: object) -> None:
     records.fields(run, {"sequences": (list, None), "why": (str, None)})
     assert isinstance(run, dict)
-    for sequence in run["sequences"] or []:
+    bank = run.get("bank") or []
+    records.fields({"bank": bank}, {"bank": list})
+    for sequence in [*(run["sequences"] or []), *bank]:
         records.fields(sequence, {"tokens": [int], "doc": str, "labels": dict, "passage": int})
 
 
@@ -211,6 +256,28 @@ def _sequences(table: pd.DataFrame, run: str, facts: Facts) -> Facts:
     if tokens_hash([one["tokens"] for one in found]) != facts.get("texts"):
         return none("the table lacks some of the run's tokens")
     return {"sequences": found, "why": None}
+
+
+def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf) -> None:
+    """The bank's tokens, documents and labels with every run whose neighbors came from it.
+
+    Raises:
+        TableError: none did.
+    """
+    name = tokens_hash([one.tokens for one in bank.sequences])
+    of_it = [run for run, facts in held.items() if (facts.get("bank") or {}).get("texts") == name]
+    if not of_it:
+        raise TableError("expected the capture that a run of the table had its neighbors from, got another one.")
+    for run in of_it:
+        runs[run]["bank"] = [
+            {
+                "tokens": [int(token) for token in one.tokens],
+                "doc": str(doc),
+                "passage": int(one.passage),
+                "labels": {label: _plain(value) for label, value in labels.items()},
+            }
+            for one, doc, labels in zip(bank.sequences, bank.docs, bank.labels, strict=True)
+        ]
 
 
 def _plain(value: object) -> object:
@@ -265,6 +332,7 @@ def _readme(table: pd.DataFrame, held: Mapping[str, Facts], runs: Mapping[str, F
         "requirements.txt  the versions that were used, for pip install -r.",
         "rerun.json        token ids, documents and labels of each run, and a digest of every file here.",
         *(f"{name:<17} a figure." for name in names if name.startswith("figures/")),
+        *(["study.json        what the study declared and found: tests, verdict, red flags, settings."] if _STUDY in names else []),
         *(["texts/            the texts, in their order."] if any(name.startswith("texts/") for name in names) else []),
         "",
         "To run it again: basin-lens rerun SUPPLEMENT.zip says what would be run; with --yes it runs it and compares the numbers.",

@@ -43,7 +43,7 @@ class Column:
 # What each fact is in JSON.
 _KINDS: dict[str, type] = {
     "seed": int,
-    **dict.fromkeys(("precision", "texts", "neighbors", "queries"), str),
+    **dict.fromkeys(("precision", "texts", "neighbors", "queries", "asked"), str),
     **dict.fromkeys(("layers", "analyzers", "controls", "read_again_for"), list),
     **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study", "made"), dict),
     **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error", "groups"), dict),
@@ -66,6 +66,7 @@ class Provenance:
         controls: random choices measured beside the scores.
         neighbors: whose neighbors were measured, in words.
         queries: which tokens were scored, in words.
+        asked: which ones, where not all: places among the run's tokens from 0 on, such as `"3-7,12"`.
         seed: of every random choice.
         read_again_for: analyzers for which the model ran again.
         left_out: how many values are NaN, by column and reason.
@@ -100,6 +101,7 @@ class Provenance:
     controls: tuple[str, ...] | None = None
     neighbors: str | None = None
     queries: str | None = None
+    asked: str | None = None
     seed: int | None = None
     read_again_for: tuple[str, ...] | None = None
     left_out: Mapping[str, Mapping[str, int]] | None = None

@@ -64,6 +64,61 @@ def test_what_would_run_is_said_and_nothing_is_run(measured, tmp_path, capsys, m
     assert code and "expected a run of the supplement" in error
 
 
+def repeated(model, table, path, **beside):
+    """How far a run made anew from its supplement is from the table."""
+    tables.bundle(table, path / "s.zip", **beside)
+    again = run_again(model, planned(tables.read_bundle(path / "s.zip"), table["run"].iloc[0]), progress=False)
+    found = differences(table, again).set_index("column")
+    assert found["compared"].max() > 0 and (found["only_one"] == 0).all(), found
+    assert (found["largest_difference"] <= 1e-5 * found["scale"].clip(lower=1)).all(), found
+    return again
+
+
+@pytest.mark.parametrize("queries", [9, [3, 4, 8], "kind"])
+def test_a_run_of_some_tokens_is_repeated(llama, tmp_path, queries):
+    """A sample, places, or a label: which tokens were scored is in provenance."""
+    texts = [bl.Passage(text.text, labels={"kind": at < 4}) for at, text in enumerate(TEXTS)]
+    score = bl.analyzers.Contraction(k=4)
+    table = bl.analyze(llama, texts, [score], layers=[1], queries=queries, seed=3, progress=False)
+    assert 0 < table["contraction"].notna().sum() < len(table) - len(TEXTS)
+    repeated(llama, table, tmp_path)
+
+
+def test_a_run_with_a_bank_of_ones_own_is_repeated_if_the_bank_is_there(llama, tmp_path):
+    bank = bl.Capture.from_texts(llama, [text.text + " It was late." for text in TEXTS], layers=[0, 1, 2], progress=False)
+    chosen = [bl.analyzers.Compression(k=4, group=3, partners="bank"), bl.analyzers.Contraction(k=4)]
+    table = bl.analyze(llama, TEXTS[:2], chosen, layers=[0, 1], bank=bank, queries=[2, 3, 9], progress=False)
+    repeated(llama, table, tmp_path, bank=bank)
+    tables.bundle(table, tmp_path / "without.zip")
+    with pytest.raises(TableError, match=r"not in the supplement.*bank=capture"):
+        run_again(llama, planned(tables.read_bundle(tmp_path / "without.zip"), table["run"].iloc[0]), progress=False)
+    with pytest.raises(TableError, match="got another one"):
+        tables.bundle(table, tmp_path / "other.zip", bank=bl.Capture.plan(llama, TEXTS))
+
+
+@pytest.mark.parametrize("asked", ["", "3-", "a", "9999", "5-2", "-1"])
+def test_places_that_are_none_are_refused(measured, tmp_path, asked):
+    (run,) = tables.provenance(measured)
+    facts = {**tables.provenance(measured)[run], "queries": "3 of 9 tokens", "asked": asked}
+    tables.bundle(tables.described(measured, {run: tables.Provenance.from_json(facts)}), tmp_path / "s.zip")
+    with pytest.raises(TableError, match=r"expected places|not known which"):
+        planned(tables.read_bundle(tmp_path / "s.zip"), run)
+
+
+def test_a_study_stands_beside_its_table_and_its_run_is_repeated(llama, tmp_path, capsys):
+    marked = [bl.Passage.marked(f"The [A:{a}] saw the [B:{b}] near the old {c} and ran away.") for a, b, c in WORDS]
+    marked += [bl.Passage.marked(f"One [A:{b}] met a [B:{a}] at the {c} in the rain today.") for a, b, c in WORDS]
+    given = {"layers": [1, 2], "k": 4, "bank": "reference", "other_bank": False, "progress": False}
+    study = bl.contrast(llama, marked, "span:A,B", **given)
+    repeated(llama, study.tokens, tmp_path, study=study)
+    held = tables.read_bundle(tmp_path / "s.zip")
+    assert held.study["study"] == "contrast" and held.study["verdict"] == list(study.verdict)
+    (facts,) = held.study["provenance"].values()
+    assert facts["study"]["partners"] == "bank" and "figures/difference-by-layer.pdf" in held.figures
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), capsys=capsys)
+    assert code == 0 and f"contrast: {study.title} {study.decision}" in said
+
+
 def test_other_numbers_are_called_so(llama, measured, tmp_path, capsys, monkeypatch):
     tables.bundle(tables.assign(measured, contraction=measured["contraction"] + 0.5), tmp_path / "s.zip")
     monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)

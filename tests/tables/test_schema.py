@@ -22,6 +22,7 @@ FULL = Provenance(
     controls=(),
     neighbors="its own",
     queries="all",
+    asked="3-7,12",
     seed=0,
     read_again_for=(),
     left_out={"surprisal": {"position 0": 2}},
