@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -69,6 +72,43 @@ def test_the_file_is_read_once(made):
     assert later.original_model.config.to_dict()["quantization_config"]["quant_method"] == "gguf"
     assert {value.dtype for value in door.parameters_of(half).values()} == {torch.bfloat16}
     assert [path.name for path in folder().parent.iterdir()] == [folder().name]
+
+
+_LOAD = """
+import sys, time
+from pathlib import Path
+import torch
+import tests.model.test_dequantized as own
+from basin_lens.model import loading
+
+class Slow(own.Made):
+    def __call__(self, file):
+        read = super().__call__(file)
+        Path(sys.argv[1]).touch()
+        while len(list(Path(sys.argv[2]).glob("ready-*"))) < 2:  # both hold the weights before either keeps them
+            time.sleep(0.01)
+        return read
+
+made = Slow()
+loading.embedded_file, loading._read_both = (lambda: Path("a.gguf")), made
+own.assert_is(own.load(), made)
+print(made.count)
+"""
+
+
+def test_two_processes_make_it_at_once(tmp_path):
+    """Both read the file before either writes; both have the model, one folder stands, and nothing is left beside it."""
+    wanted = {**os.environ, "BASIN_LENS_CACHE": str(tmp_path / "cache")}
+    ready = [tmp_path / f"ready-{at}" for at in range(2)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", _LOAD, str(one), str(tmp_path)], env=wanted, stdout=PIPE, stderr=PIPE, text=True)
+        for one in ready
+    ]
+    said = [one.communicate(timeout=600) for one in running]
+    assert [one.returncode for one in running] == [0, 0], said
+    assert [out.strip() for out, _ in said] == ["1", "1"]
+    (kept,) = (tmp_path / "cache" / "models").iterdir()
+    assert dequantized._proven(kept, loading._FILE_SHA256).folder == kept
 
 
 def flip(path):

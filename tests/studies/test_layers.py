@@ -10,7 +10,7 @@ from basin_lens.errors import ModelError
 from basin_lens.studies import codelength, layers
 from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.random_twin import same_tokens
-from basin_lens.studies.framework.spec import Results
+from basin_lens.studies.framework.spec import Analysis, Results
 from tests.studies.planted import S, noise, plant, plant_compression
 
 # -- layers ----------------------------------------------------------------------------------------------------------------------------
@@ -40,6 +40,19 @@ def test_the_random_twin_stands_beside_it(llama, measured, deep):
     assert summary["compression_random_twin_mean"].to_numpy() == pytest.approx(direct["compression_mean"].to_numpy(), abs=1e-4)
     assert any(line.startswith("The random twin's runs from") for line in deep.verdict)
     assert not any("random twin" in line for line in deep.not_tested)
+
+
+def test_halves_that_cannot_be_held_against_one_another_are_said_to_be_so(deep):
+    """Two layers make no curve: words, and no "agree at nan"."""
+
+    def last_of(**halves):
+        held = {**deep.tables, "halves": deep.tables["halves"].assign(**halves)}
+        return layers._remarks(Analysis(deep.tokens, (), tables=held))[-1]
+
+    said = last_of(estimate=np.nan, n_layers=2, n_units=18)
+    assert said.startswith("Whether the curves of two halves of the documents agree cannot be said of 2 layers and 18 units")
+    assert said.endswith("it takes 3 layers at which both halves are measured, and curves that vary.") and "nan" not in said
+    assert last_of(estimate=0.5).startswith("Curves of two halves of the documents agree at 0.50")
 
 
 @pytest.mark.slow
