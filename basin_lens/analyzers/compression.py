@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
 from basin_lens.analyzers.contract import CloudScore, Column, Neighborhoods, Role
-from basin_lens.analyzers.crossed_table import Crossing, Displaced
+from basin_lens.analyzers.crossed_table import Crossing, Displaced, PartnersFrom
 from basin_lens.errors import NeighborError
 from basin_lens.values import Whole, whole_or_none
 
@@ -38,7 +38,9 @@ class Compression(CloudScore):
     the same for the displacements of the nulls: what grows with the scale in it is what the block's linear part does not do.
 
     Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
-    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN. Of one long text cut into
+    names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN: of prompts of one template,
+    whose tokens at one place have the same neighbors, most may. With `partners="bank"` each token has partners of its own, from
+    another capture: all are scored, and no text's score depends on the other texts. Of one long text cut into
     sequences, or fewer documents than a group has tokens, they are from different sequences. Where the tokens asked for are of
     fewer documents than a group has tokens (a single prompt) and the bank is another capture, a token's partners are tokens
     of the bank, each in its own context: those of 512 drawn with the seed that are nearest in log V_in. Provenance has, by layer,
@@ -72,6 +74,7 @@ class Compression(CloudScore):
             from the sequence alone; they are those that `Erasure` draws. None: a sample of all tokens alike.
         nulls: pass the displacements of the nulls, too: True for both, False for none, or the names of some, as `("random_sets",)`;
             without them there are no columns for them.
+        partners: other tokens of the `"texts"`, or `"bank"`, which must be another capture (or `"reference"`).
         contractions: also the contraction at home.
 
     Shapes: crossed tables `[q / group, group, group]` -> `[q]`.
@@ -96,6 +99,7 @@ class Compression(CloudScore):
     per_sequence: Whole | None = None
     nulls: bool | tuple[Displaced, ...] = True
     contractions: bool = False
+    partners: PartnersFrom = "texts"
     needs: ClassVar[frozenset[str]] = frozenset({"input_neighbors", "crossed", "halves"})
 
     @property
@@ -111,7 +115,7 @@ class Compression(CloudScore):
     @property
     def crossing(self) -> Crossing:
         """Groups, scale, and whose displacements are passed."""
-        return Crossing(int(self.group), float(self.scale), ("neighbors", *self._nulls))
+        return Crossing(int(self.group), float(self.scale), ("neighbors", *self._nulls), self.partners)
 
     @property
     def _nulls(self) -> tuple[Displaced, ...]:
@@ -153,6 +157,8 @@ class Compression(CloudScore):
             raise NeighborError(f"expected nulls True, False or some of {_NULLS} for {kind}, each once, got {self.nulls!r}.")
         if not isinstance(self.contractions, bool):
             raise NeighborError(f"expected contractions True or False for {kind}, got {self.contractions!r}.")
+        if self.partners not in get_args(PartnersFrom):
+            raise NeighborError(f'expected partners "texts" or "bank" for {kind}, got {self.partners!r}.')
 
     def measure(self, neighborhoods: Neighborhoods) -> dict[str, Tensor]:
         assert neighborhoods.crossed is not None

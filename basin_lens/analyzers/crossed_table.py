@@ -9,6 +9,7 @@ from torch import Tensor
 
 Displaced = Literal["neighbors", "random_sets", "isotropic"]
 Partners = Literal["all", "first", "second"]
+PartnersFrom = Literal["texts", "bank"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Crossing:
         scale: factor on the displacements.
         displaced: whose displacements are passed: of the `"neighbors"` from their centroid, of `"random_sets"` of the bank from
             theirs, or `"isotropic"` ones (as long as the neighbors', in random directions).
+        partners: where a token's partners come from: other tokens of the `"texts"`, or of the `"bank"`.
     """
 
     group: int
     scale: float
     displaced: tuple[Displaced, ...] = ("neighbors",)
+    partners: PartnersFrom = "texts"
 
 
 class Parts(NamedTuple):

@@ -1,7 +1,8 @@
 """Neighborhoods to compare the nearest with: random points, and sets as tight as the neighborhood but elsewhere."""
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.neighbors.points import Neighbors, Points, SameToken, has_direction
@@ -12,21 +13,36 @@ _TRIES = 64  # tokens of nearly the same radius that are looked at, on either si
 
 
 def random_sets(
-    queries: Points, bank: Points, k: int, *, same_token: SameToken, distinct: bool, seed: int
+    queries: Points,
+    bank: Points,
+    k: int,
+    *,
+    same_token: SameToken,
+    distinct: bool,
+    seed: int,
+    keys: Int[Tensor, " queries"] | None = None,
 ) -> Int[Tensor, "queries k"]:
     """k random rows of the bank for each query, under the very exclusions of the nearest ones; -1 where there are fewer.
 
-    They are the nearest of points placed at random, so that one search keeps one set of rules.
+    They are the nearest of points placed at random, so that one search keeps one set of rules. `keys`: each query's sets follow
+    from its key and the seed, whoever else asks; None: they follow from the order of the queries.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def placed(points: Points) -> Points:
-        place = torch.randn(len(points.key), _SPHERE, generator=generator, dtype=torch.float32, device="cpu").to(
-            points.states.device
-        )
-        return Points(torch.nn.functional.normalize(place, dim=1), points.key, points.token, points.group, points.pool)
+    def drawn(count: int) -> Float[Tensor, "count sphere"]:
+        return torch.randn(count, _SPHERE, generator=generator, dtype=torch.float32, device="cpu")
 
-    return find(placed(queries), placed(bank), k, same_token=same_token, distinct=distinct).rows
+    def placed(points: Points, place: Float[Tensor, "points sphere"]) -> Points:
+        states = torch.nn.functional.normalize(place.to(points.states.device), dim=1)
+        return Points(states, points.key, points.token, points.group, points.pool)
+
+    if keys is None:
+        asking = drawn(len(queries.key))
+    else:
+        each = [np.random.default_rng([seed, key]).standard_normal(_SPHERE, dtype=np.float32) for key in keys.tolist()]
+        asking = torch.from_numpy(np.stack(each)) if each else drawn(0)
+    asked, there = placed(queries, asking), placed(bank, drawn(len(bank.key)))
+    return find(asked, there, k, same_token=same_token, distinct=distinct).rows
 
 
 def radius_matched_sets(near: Neighbors, queries: Points, bank: Points) -> Int[Tensor, "queries k"]:

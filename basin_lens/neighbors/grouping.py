@@ -4,6 +4,8 @@ A matching, not a greedy pass. A greedy one in order of the value leaves most to
 neighbor.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
@@ -12,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 _GROUPS_AT_ONCE = 256
 _ROUNDS = 24  # tries to place those left over by taking groups apart
 _APART = 3.0  # groups taken apart, as a multiple of the groups that those left over would make
+_NEAR = 64  # points near in value among which partners are drawn
 _FORBIDDEN = 1e6  # beside differences of a logarithm
 
 
@@ -59,8 +62,9 @@ def nearest_partners(
     others: tuple[Float[np.ndarray, " m"], Int[np.ndarray, " m"], Int[np.ndarray, "m k"]],
     *,
     count: int,
+    draws: Sequence[Sequence[int]] | None = None,
 ) -> Int[np.ndarray, "n count"]:
-    """For each point, other points nearest in value, all of them of different units and no two with a neighbor in common.
+    """For each point, other points near in value, all of them of different units and no two with a neighbor in common.
 
     Several points may have the same partners: nobody is left over because another was served first.
 
@@ -68,15 +72,20 @@ def nearest_partners(
         own: values, units and ids of neighbors of the points that get partners.
         others: the same of those among whom partners are sought; units and ids are comparable with `own`'s.
         count: partners of each.
+        draws: a seed for each point, with which its partners are drawn among the 64 nearest: what points have in common for having
+            the same partners, no interval over them would hold. None: the nearest.
 
     Returns:
-        indices of `others`, nearest first; a row of -1 where there are too few.
+        indices of `others`, as they were taken; a row of -1 where there are too few.
     """
     chosen = np.full((len(own[0]), count), -1, np.int64)
     sets = [frozenset(ids) for ids in others[2].tolist()]
     for index, (value, unit, ids) in enumerate(zip(own[0], own[1].tolist(), own[2].tolist(), strict=True)):
         units, taken, partners = {unit}, set(ids), []
-        for other in np.argsort(np.abs(others[0] - value), kind="stable").tolist():
+        order = np.argsort(np.abs(others[0] - value), kind="stable")
+        if draws is not None:
+            order[:_NEAR] = np.random.default_rng(draws[index]).permutation(order[:_NEAR])
+        for other in order.tolist():
             if others[1][other] in units or not taken.isdisjoint(sets[other]):
                 continue
             partners.append(other)

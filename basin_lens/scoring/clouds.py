@@ -102,7 +102,11 @@ class Clouds:
         bank = replace(found.bank, pool=found.bank.pool & ~self.far_out)
         rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
         if int(bank.pool.sum()) >= self.k:
-            rows[found.at] = random_sets(found.queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed)
+            # With partners from the bank, nothing of a token depends on who else is asked for.
+            keys = self.keys[found.at.cpu()] if self.crossing.partners == "bank" else None
+            rows[found.at] = random_sets(
+                found.queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed, keys=keys
+            )
         return rows
 
     def _isotropic(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:

@@ -1,5 +1,6 @@
 """Tokens in groups, and every cloud of a group through the map at every place of it."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from basin_lens.scoring.token_rows import row_groups
 from basin_lens.transport import chunk_places, rows_per_call
 from basin_lens.values import Facts
 
+_UNNAMED = re.compile(r"(sequence|text)-\d+")  # what captures call texts without a document
 _NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` that name no label
 
 
@@ -114,7 +116,11 @@ class CrossedPass:
         return grouping_units(searches.capture, exclude, 1 if self.partners else self.size, searches.asked)
 
     def _partnered(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
-        """Each row with those of the bank nearest in log V_in, all from different units, with no neighbor in common."""
+        """Each row with some of the bank near in log V_in, all from different units, with no neighbor in common.
+
+        The nearest ones, if the texts are too few to be partners; drawn among the near ones by the token's key, if many have
+        partners from the bank: prompts of one template, with the same neighbors, would have the same nearest partners.
+        """
         assert self.partners is not None
         own, bank = self.own, self.partners
         among = torch.nonzero(bank.found.near.rows[:, self.k - 1] >= 0).squeeze(1)
@@ -126,7 +132,9 @@ class CrossedPass:
             (each.double().cpu().numpy(), unit[at.cpu()].numpy(), clouds.neighbor_keys(at).cpu().numpy())
             for at, each, unit, clouds in sides
         ]
-        chosen = torch.from_numpy(nearest_partners(*given, count=self.size - 1)).to(rows.device)
+        seeds = [[own.searches.seed, self.layer, key] for key in own.keys[rows.cpu()].tolist()]
+        draws = seeds if own.crossing.partners == "bank" else None
+        chosen = torch.from_numpy(nearest_partners(*given, count=self.size - 1, draws=draws)).to(rows.device)
         full = (chosen >= 0).all(1)
         return torch.cat([rows[full, None], among[chosen[full]]], dim=1)
 
@@ -189,10 +197,11 @@ def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Te
     names: dict[object, int] = {}
     texts: dict[object, int] = {}
     pairs = []
-    for source in (capture, bank):
+    for side, source in enumerate((capture, bank)):
         for sequence, labels, doc in zip(source.sequences, source.labels, source.docs, strict=True):
             label = None if exclude in _NO_LABELS else labels.get(exclude)
-            name = doc if label is None else (exclude, label)
+            # A number in a capture is no document of the other one's.
+            name = (side if _UNNAMED.fullmatch(doc) else None, doc) if label is None else (exclude, label)
             pairs.append((names.setdefault(name, len(names)), texts.setdefault(sequence.tokens, len(texts))))
     by_name, by_text = np.array(pairs).T
     # Names that share a text are one unit.
@@ -203,19 +212,25 @@ def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Te
 
 
 def need_partners(capture: Capture, bank: Capture, plan: Plan, asked: Bool[Tensor, " rows"]) -> frozenset[str]:
-    """Keys of the analyzers whose tokens cannot all be of different documents, so that partners come from the bank.
+    """Keys of the analyzers whose tokens' partners come from the bank: it was asked for, or documents are too few for a group.
 
     Raises:
-        NeighborError: before any work, fewer documents than a group has tokens, and a bank that is the texts themselves, or has too
-            few documents of its own.
+        NeighborError: before any work, partners from the bank or fewer documents than a group has tokens, and a bank that is the
+            texts themselves, or has too few documents of its own.
     """
     keys = set()
     for a in plan.of_neighbors:
         if a.crossing is not None:
             there = asked & (capture.row_pos > 0)
             documents = len(unit_of_rows(capture, a.exclude)[there].unique())
-            if not bool(there.any()) or documents >= a.crossing.group:
+            named = a.crossing.partners == "bank"
+            if not bool(there.any()) or (documents >= a.crossing.group and not named):
                 continue  # that nobody was asked for is refused elsewhere
+            if named and bank is capture:
+                raise NeighborError(
+                    f'expected another bank for {type(a).__name__} with partners="bank", got the texts themselves. Pass '
+                    'bank="reference" or another capture, or partners="texts".'
+                )
             kind = a.exclude if a.exclude not in ("self", "sequence", "nothing") else "document"
             if bank is capture:
                 if len(grouping_units(capture, a.exclude, a.crossing.group, asked)[0][there].unique()) >= a.crossing.group:

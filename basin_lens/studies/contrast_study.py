@@ -13,7 +13,7 @@ from basin_lens.studies.framework import contrast_flags
 from basin_lens.studies.framework.another_bank import OWN_BANK, under_another_bank
 from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.contrast import Contrast
-from basin_lens.studies.framework.contrast_flags import inseparable_controls, spans_beyond
+from basin_lens.studies.framework.contrast_flags import inseparable_controls, spans_beyond, without_scores
 from basin_lens.studies.framework.contrast_report import is_paired
 from basin_lens.studies.framework.declared_tests import IF_FEW
 from basin_lens.studies.framework.display_columns import shown
@@ -191,7 +191,7 @@ def _presentation(task: Task, analysis: Analysis, results: Results) -> Presentat
         sections=_sections(analysis, measured, figures, layer),
         figures=figures,
         remarks=_remarks(details, first, layer),
-        about=spans_beyond(measured),
+        about=(*spans_beyond(measured), *without_scores(measured, layer)),
         not_tested=_not_tested(details, measured),
     )
 

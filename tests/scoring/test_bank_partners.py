@@ -166,6 +166,43 @@ def test_other_queries_change_no_score(llama, bank):
     assert part["compression"][[3, 8]].to_numpy() == pytest.approx(whole["compression"][[3, 8]].to_numpy(), abs=1e-5)
 
 
+def test_other_texts_change_no_score_with_partners_from_the_bank(llama, bank):
+    """Many texts, and partners by name: alone, among others and in another order, a text has the same scores and nulls."""
+    analyzer = Compression(k=K, partners="bank", contractions=True)
+    names = [column.name for column in analyzer.columns]
+    tokens = random_tokens(6, 12, seed=9)
+    many = run(llama, tokens, analyzer, bank=bank, layers=[0, 1])
+    facts = facts_of(many)["groups"]["1"]["compression"]
+    assert (facts["partners"], facts["without_group"], facts["groups"]) == ("bank", 0, 6 * 11)
+    assert many[many.pos > 0][names].notna().all().all()
+    for some in ([3], [4, 3, 0]):
+        found = run(llama, tokens[some], analyzer, bank=bank, layers=[0, 1])
+        for at, text in enumerate(some):
+            one, other = (t[t.seq == where][names].to_numpy() for t, where in ((found, at), (many, text)))
+            assert one == pytest.approx(other, abs=1e-4, nan_ok=True)
+    asked = run(llama, tokens, analyzer, bank=bank, layers=[1], queries=[3, 8])
+    rows = asked["compression"].notna()
+    assert asked[rows][names].to_numpy() == pytest.approx(many[many.layer == 1][rows.to_numpy()][names].to_numpy(), abs=1e-4)
+
+
+def test_partners_from_the_bank_need_another_bank(llama):
+    with pytest.raises(NeighborError, match=r'expected another bank.*partners="bank".*bank="reference"'):
+        run(llama, random_tokens(6, 12), Compression(k=K, partners="bank"), layers=[1])
+    few = bl.Capture.from_texts(llama, random_tokens(2, 40), progress=False)
+    with pytest.raises(NeighborError, match="bank of at least 3"):
+        run(llama, random_tokens(6, 12, seed=9), Compression(k=K, partners="bank"), bank=few, layers=[1])
+
+
+def test_partners_of_texts_and_of_the_bank_stand_beside_one_another(llama, bank):
+    """Two analyzers in one run share the search, and not the groups."""
+    both = [Compression(k=K, nulls=False), Compression(k=K, nulls=False, partners="bank", name="banked")]
+    table = run(llama, random_tokens(6, 12, seed=9), *both, bank=bank, layers=[1])
+    groups = facts_of(table)["groups"]["1"]
+    assert [groups[name]["partners"] for name in ("compression", "banked")] == ["texts", "bank"]
+    alone = run(llama, random_tokens(6, 12, seed=9), both[1], bank=bank, layers=[1])
+    assert table["banked"].to_numpy() == pytest.approx(alone["banked"].to_numpy(), abs=1e-5, nan_ok=True)
+
+
 def test_a_label_that_the_bank_lacks(llama, bank):
     passages = [bl.Passage("The man took the piano away in the rain.", labels={"kind": "x"})]
     table = run(llama, passages, Compression(k=K, nulls=False, exclude="kind"), bank=bank, layers=[1])

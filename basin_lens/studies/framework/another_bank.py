@@ -3,13 +3,17 @@
 import warnings
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from basin_lens import tables
+from basin_lens.analyzers.crossed_table import PartnersFrom
 from basin_lens.capture import Capture
 from basin_lens.errors import BankWarning, BasinLensError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import analyze
+from basin_lens.studies.framework.contrast import contrasted, contrasted_first
 from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.random_twin import compression_of, scored_tokens, taken_over
 
@@ -26,16 +30,18 @@ def under_another_bank(model: HookedModel, measured: Measured) -> tuple[pd.DataF
     bank: Literal["reference"] | None = None if isinstance(measured.bank, str) else "reference"
     if bank is not None and measured.capture.passages is None:
         return None, "", "the built-in passages are texts, and token ids were given"
+    of_spans = measured.contrast is not None and measured.contrast.by == "span"
+    partners: PartnersFrom = "bank" if bank is not None and of_spans else "texts"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BankWarning)  # what it warns of is what is looked at here
             made = analyze(
                 model,
                 measured.capture,
-                [compression_of(measured, nulls=("random_sets",))],
+                [compression_of(measured, nulls=("random_sets",), partners=partners)],
                 layers=measured.layers,
                 bank=bank,
-                queries=scored_tokens(measured, HEADLINE),
+                queries=_asked(measured, partners),
                 seed=measured.seed,
                 progress=False,
             )
@@ -43,6 +49,16 @@ def under_another_bank(model: HookedModel, measured: Measured) -> tuple[pd.DataF
         return None, "", f"{_NAMES[bank]} could not serve as one: {str(error).rstrip('.')}"
     # The errors of its random sets are its own: the table keeps those of the run, which cancel in a difference of the same run.
     return tables.with_provenance(taken_over(measured.table, made, {HEADLINE: HEADLINE}), measured.table), _NAMES[bank], ""
+
+
+def _asked(measured: Measured, partners: PartnersFrom) -> Bool[np.ndarray, " rows"]:
+    """Every token of the contrast, and the others that these are crossed with: whom one bank leaves out, the other may not."""
+    contrast = measured.contrast
+    if contrast is None:
+        return scored_tokens(measured, HEADLINE)
+    if partners == "bank":
+        return contrasted(measured.capture, contrast)
+    return contrasted_first(measured.capture, contrast, measured.settings["compression_tokens"], measured.seed)
 
 
 def is_own_texts(measured: Measured) -> bool:

@@ -78,11 +78,10 @@ def contrasted_first(capture: Capture, contrast: Contrast, most: int | None, see
 
     The others fill up what is left, because tokens are crossed with one another: kinds are to be seen among all tokens.
     """
-    rows, labels = row_facts(capture)
     able = capture.row_pos.numpy() > 0
     if most is None or int(able.sum()) <= most:
         return able
-    sides = contrast.values(pd.DataFrame({"span": rows["span"], **labels})).notna().to_numpy() & able
+    sides = contrasted(capture, contrast)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(capture.sequences))
     place = np.empty(len(order), int)
@@ -92,6 +91,13 @@ def contrasted_first(capture: Capture, contrast: Contrast, most: int | None, see
     chosen = np.zeros(len(able), bool)
     chosen[rank[:most]] = True
     return chosen & able
+
+
+def contrasted(capture: Capture, contrast: Contrast) -> Bool[np.ndarray, " rows"]:
+    """The tokens of the two kinds that can be measured."""
+    rows, labels = row_facts(capture)
+    sides = contrast.values(pd.DataFrame({"span": rows["span"], **labels})).notna().to_numpy()
+    return sides & (capture.row_pos.numpy() > 0)
 
 
 def _names(found: object, side: str) -> set[str]:

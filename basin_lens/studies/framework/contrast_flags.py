@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu
 from basin_lens import stats, tables
 from basin_lens.scoring.bank_overlap import WARN
 from basin_lens.studies.framework.another_bank import OWN_BANK, is_own_texts
-from basin_lens.studies.framework.measured_texts import Measured
+from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import in_words
 from basin_lens.texts import skeleton_of
@@ -113,6 +113,33 @@ def skeletons_of(measured: Measured) -> int | None:
         return None
     held = [passages[index] for index in {sequence.passage for sequence in measured.capture.sequences}]
     return len({skeleton_of(passage.text, passage.spans) for passage in held})
+
+
+def without_scores(measured: Measured, layer: int) -> Sequence[str]:
+    """How many tokens of the two kinds have no score at a layer, and why: sentences for the report."""
+    assert measured.contrast is not None
+    sides = (measured.contrast.first, measured.contrast.second)
+    here = measured.table[(measured.table["layer"] == layer) & measured.table["contrast"].isin(sides)]
+    missing = here[HEADLINE].isna()
+    if not missing.any():
+        return (f"All {len(here)} tokens of the two kinds have a score at layer {layer}.",)
+    counts = [
+        f"{int((here['contrast'] == name)[missing].sum())} of {int((here['contrast'] == name).sum())} of {name}" for name in sides
+    ]
+    first, few = here["pos"] == 0, here["contraction"].isna() & (here["pos"] > 0)
+    why = {
+        "the first token of a text has none": missing & first,
+        "too few neighbors, or beyond the tokens that were to be measured": missing & few,
+        f"tokens of a group may share no neighbor, and tokens at one place of a template share theirs{_cure(measured)}": missing
+        & ~first
+        & ~few,
+    }
+    told = "; ".join(f"{reason} ({int(which.sum())})" for reason, which in why.items() if which.any())
+    return (f"Without a score at layer {layer}: {', '.join(counts)}. {told[0].upper()}{told[1:]}.",)
+
+
+def _cure(measured: Measured) -> str:
+    return ': bank="reference" scores all' if measured.settings.get("partners") != "bank" else ""
 
 
 def spans_beyond(measured: Measured) -> Sequence[str]:

@@ -10,12 +10,13 @@ from jaxtyping import Bool
 from basin_lens import tables
 from basin_lens.analyzers import Analyzer, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
 from basin_lens.analyzers.control import controls_of
+from basin_lens.analyzers.crossed_table import PartnersFrom
 from basin_lens.capture import Bank, Capture, check_layers, subset
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request, score
 from basin_lens.scoring.request import Analyzers, check_analyzers
-from basin_lens.studies.framework.contrast import Contrast, contrasted_first, refuse_contrast
+from basin_lens.studies.framework.contrast import Contrast, contrasted, contrasted_first, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
 from basin_lens.studies.framework.measured_texts import NULL_TOKENS, Measured, StudyData
 from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
@@ -110,7 +111,12 @@ def measure(
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
     asked = _contrasted(specs, capture, contrast, compression_tokens, seed)
-    headline = headline_of(k, context, exclude, compression_tokens if asked is None else None)
+    # Spans of prompts have the same neighbors at the same place, and groups of the texts' own tokens leave most of them out.
+    partnered = asked is not None and contrast is not None and contrast.by == "span" and bank is not None and bank is not data
+    partners: PartnersFrom = "bank" if partnered else "texts"
+    if partnered and asked is not None and contrast is not None:
+        asked &= contrasted(capture, contrast)  # nobody else is crossed with them, at four times the rows
+    headline = headline_of(k, context, exclude, compression_tokens if asked is None else None, partners)
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if check is not None:
         check(capture)
@@ -123,6 +129,7 @@ def measure(
     if integrated and any(spec.integrated_gradients for spec in specs):
         table, integrated_texts = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     asked_for: Facts = {"k": k, "context": context, "exclude": exclude, "compression_tokens": compression_tokens}
+    asked_for |= {"partners": partners}
     asked_for |= {"unit": unit, "seed": seed, "max_sequences": max_sequences, "per_document": per_document}
     settings: Facts = {
         **asked_for,
@@ -263,10 +270,12 @@ def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, un
     return capture, short
 
 
-def headline_of(k: int, context: Context, exclude: str, tokens: int | None = COMPRESSION_TOKENS) -> Compression:
+def headline_of(
+    k: int, context: Context, exclude: str, tokens: int | None = COMPRESSION_TOKENS, partners: PartnersFrom = "texts"
+) -> Compression:
     """The headline score, of at most so many tokens per layer."""
     per_sequence = None if tokens is None else PER_SEQUENCE
-    return Compression(k=k, context=context, exclude=exclude, queries=tokens, per_sequence=per_sequence)
+    return Compression(k=k, context=context, exclude=exclude, queries=tokens, per_sequence=per_sequence, partners=partners)
 
 
 def _contraction(headline: Compression) -> Contraction:

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 from basin_lens import tables
 from basin_lens.analyzers import Compression
-from basin_lens.analyzers.crossed_table import Displaced
+from basin_lens.analyzers.crossed_table import Displaced, PartnersFrom
 from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.errors import BasinLensError
 from basin_lens.model import HookedModel, provenance, random_twin
@@ -41,10 +41,11 @@ def with_random_twin(model: HookedModel, measured: Measured, table: pd.DataFrame
     return tables.with_columns(taken_over(table, made, {TWIN: "compression"}), {TWIN: tables.Column("nats")}), ""
 
 
-def compression_of(measured: Measured, nulls: bool | tuple[Displaced, ...]) -> Compression:
-    """The run's own score, of all tokens asked for."""
+def compression_of(measured: Measured, nulls: bool | tuple[Displaced, ...], partners: PartnersFrom | None = None) -> Compression:
+    """The run's own score, of all tokens asked for; partners as the run's, if none are named."""
     own = measured.settings
-    return Compression(k=own["k"], context=own["context"], exclude=own["exclude"], nulls=nulls)
+    whose = partners or own["partners"]
+    return Compression(k=own["k"], context=own["context"], exclude=own["exclude"], nulls=nulls, partners=whose)
 
 
 def scored_tokens(measured: Measured, column: str) -> Bool[np.ndarray, " rows"]:

@@ -27,7 +27,8 @@ def about_measured(measured: Measured) -> list[str]:
         f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents"
         + (f"; {rest}." if rest else "."),
         f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
-        f"the same {chosen['exclude']}.",
+        f"the same {chosen['exclude']}."
+        + (" Compression crosses each token with tokens of that bank." if chosen.get("partners") == "bank" else ""),
         *_sampled(measured),
         f"Tests and intervals are over {measured.n_units} units ({measured.unit}); tokens of one text are not independent.",
     ]
