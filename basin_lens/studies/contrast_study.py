@@ -7,7 +7,8 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
-from basin_lens import stats
+from basin_lens import stats, tables
+from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.studies.framework import contrast_flags
 from basin_lens.studies.framework.another_bank import OWN_BANK, under_another_bank
@@ -102,20 +103,31 @@ def contrast(
 
 
 def _difference(table: pd.DataFrame, measured: Measured, paired: bool, controls: Sequence[str] = ()) -> pd.DataFrame:
-    """First less second at each layer."""
+    """First less second at each layer; one at which too few tokens have a score takes none of the others with it.
+
+    In a bank of a dozen prompts, few tokens have neighbors enough where they enter layer 0.
+    """
     assert measured.contrast is not None
-    return stats.compare_groups(
-        table,
-        HEADLINE,
-        "contrast",
-        groups=(measured.contrast.first, measured.contrast.second),
-        paired=paired,
-        controls=controls,
-        frequency=measured.frequency,
-        unit=measured.unit,
-        correction="bh",
-        seed=measured.seed,
-    )
+    parts = [
+        attempt(
+            stats.compare_groups,
+            part,
+            HEADLINE,
+            "contrast",
+            groups=(measured.contrast.first, measured.contrast.second),
+            paired=paired,
+            controls=controls,
+            frequency=measured.frequency,
+            unit=measured.unit,
+            correction="none",
+            seed=measured.seed,
+        )
+        for part in (tables.select(table, table["layer"] == layer) for layer in sorted(table["layer"].unique().tolist()))
+    ]
+    found = pd.concat(parts, ignore_index=True)
+    if len(why := set(found["note"])) == 1 and found["p"].isna().all():
+        raise StudyError(str(why.pop()).removeprefix("not tested: "))
+    return stats.correct(found, "bh")
 
 
 def _analysis(task: Task) -> Analysis:
@@ -229,10 +241,11 @@ def _remarks(details: _Details, row: Row, layer: int) -> list[str]:
         if pd.isna(other.estimate):
             told.append(f"With {bank} as bank, the difference at layer {layer} could not be tested.")
             continue
-        turned = other.estimate * row.estimate < 0
+        sign = "the sign depends on the bank" if other.estimate * row.estimate < 0 else "the same sign"
+        if pd.isna(row.estimate):
+            sign = "the sign under the run's own bank is not known"
         told.append(
-            f"With {bank} as bank, the difference at layer {layer} is {other.estimate:+.3f} nats (p {in_words(other.p)}"
-            f"): {'the sign depends on the bank' if turned else 'the same sign'}."
+            f"With {bank} as bank, the difference at layer {layer} is {other.estimate:+.3f} nats (p {in_words(other.p)}): {sign}."
         )
     if details.inseparable:
         told.append(

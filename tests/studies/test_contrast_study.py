@@ -162,6 +162,19 @@ def test_the_draw_of_partners_is_in_the_interval(trained):
     assert (moved / printed).mean() < 1
 
 
+def test_a_layer_without_scores_takes_none_of_the_others_with_it(trained, varied, monkeypatch):
+    """A dozen prompts have too few neighbors where they enter layer 0."""
+    held = planted(varied, 1.0)
+    table = tables.assign(held.table, **{HEADLINE: held.table[HEADLINE].where(held.table["layer"] > 1)})
+    study = run(trained, replace(held, table=table), monkeypatch, planted(varied, 0.8, seed=1))
+    own = study.tables["by_bank"].query("bank == @OWN_BANK").set_index("layer")["estimate"]
+    assert own.loc[[0, 1]].isna().all() and own.loc[[2, 3]].notna().all() and study.findings["holds"].iloc[0]
+    nothing = replace(held, table=tables.assign(held.table, **{HEADLINE: np.nan}))
+    study = run(trained, nothing, monkeypatch, planted(varied, 0.8, seed=1))
+    assert study.decision == "undecided" and not any("the same sign" in line for line in study.verdict)
+    assert any("is not known" in line for line in study.verdict)
+
+
 @pytest.mark.slow
 def test_why_there_is_no_other_bank_is_said(trained, varied, monkeypatch):
     def refuses(*_, **__):
