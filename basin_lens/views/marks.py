@@ -248,7 +248,8 @@ def wrapped(label: str, letters: int) -> str:
 
 def effect_label(results: pd.DataFrame, labels: Words = None) -> str:
     """The name of the effect, of which score, and in which unit, as far as the rows agree."""
-    effects = list(dict.fromkeys(results["effect"].dropna())) if "effect" in results else []
+    there = results[results["estimate"].notna()] if "estimate" in results else results  # what was not tested has no axis
+    effects = list(dict.fromkeys(there["effect"].dropna())) if "effect" in results else []
     scores = list(dict.fromkeys(results["score"].dropna())) if "score" in results else []
     label = " / ".join(map(str, effects)) if 0 < len(effects) <= 2 else "estimate"
     if len(scores) == 1:

@@ -100,7 +100,7 @@ def of_run(measured: Measured) -> list[dict[str, object]]:
                 "layer": pd.NA,
                 "raised": skeletons == 1,
                 "value": float(skeletons),
-                "why": f"{skeletons} skeletons (texts without their spans): what is found is of these",
+                "why": f"different texts once their spans are taken out: {skeletons}; what is found is of these",
             }
         )
     return answer
