@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,7 @@ class Bundle:
     study: Facts | None = None
 
 
+@runtime_checkable
 class Finished(Protocol):
     """What a supplement takes of a study."""
 
@@ -61,6 +62,7 @@ class Finished(Protocol):
     def as_json(self) -> Facts: ...
 
 
+@runtime_checkable
 class TokensOf(Protocol):
     """What a supplement takes of a bank: the capture's tokens, their documents and labels."""
 
@@ -72,6 +74,7 @@ class TokensOf(Protocol):
     def labels(self) -> Sequence[Mapping[str, object]]: ...
 
 
+@runtime_checkable
 class OneSequence(Protocol):
     """A sequence's token ids and the number of its passage."""
 
