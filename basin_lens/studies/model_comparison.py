@@ -28,7 +28,7 @@ from basin_lens.studies.framework.units import FEWEST_UNITS, count_units, unit_k
 from basin_lens.studies.framework.wording import opening, sentence
 from basin_lens.texts import Texts
 from basin_lens.values import Layers, Whole, whole_numbers
-from basin_lens.views import Section, layer_curve, token_view
+from basin_lens.views import Section, layer_curve, result_curve, token_view
 
 _COLUMN, _SIDES = "compression", ("compression_a", "compression_b")
 # A red flag: texts are fewer than the units that a test needs, so that windows of them are the units.
@@ -253,8 +253,10 @@ def _figures(held: _Compared, change: pd.DataFrame) -> Mapping[str, Figure]:
     words = dict(zip(_SIDES, held.names, strict=True))
     answer = {"both-by-layer": layer_curve(held.pairs, list(_SIDES), labels=words)}
     if change["estimate"].notna().any():
-        answer["difference-by-layer"] = layer_curve(
-            held.pairs, "difference", title=f"{_COLUMN}: {held.names[1]} less {held.names[0]}"
+        title = f"{_COLUMN}: {held.names[1]} less {held.names[0]}"
+        # A curve of one document has no interval; the test's own is over windows.
+        answer["difference-by-layer"] = (
+            result_curve(change, title=title) if held.windows else layer_curve(held.pairs, "difference", title=title)
         )
     return answer
 
@@ -266,7 +268,7 @@ def _sections(held: _Compared, change: pd.DataFrame, figures: Mapping[str, Figur
             "Both models, layer by layer",
             "Mean compression of the same tokens.",
             figure=figures["both-by-layer"],
-            caption=f"Mean over {held.unit}s with 95 % intervals.",
+            caption="Mean over windows." if held.windows else f"Mean over {held.unit}s with 95 % intervals.",
         ),
         Section(
             "The difference, layer by layer",

@@ -111,11 +111,7 @@ def measure(
         per_document = 1
     capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
     asked = _contrasted(specs, capture, contrast, compression_tokens, seed)
-    # Spans of prompts have the same neighbors at the same place, and groups of the texts' own tokens leave most of them out.
-    partnered = asked is not None and contrast is not None and contrast.by == "span" and bank is not None and bank is not data
-    partners: PartnersFrom = "bank" if partnered else "texts"
-    if partnered and asked is not None and contrast is not None:
-        asked &= contrasted(capture, contrast)  # nobody else is crossed with them, at four times the rows
+    asked, partners = _crossed_with(asked, capture, contrast, bank is not None and bank is not data)
     headline = headline_of(k, context, exclude, compression_tokens if asked is None else None, partners)
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if check is not None:
@@ -129,8 +125,7 @@ def measure(
     if integrated and any(spec.integrated_gradients for spec in specs):
         table, integrated_texts = add_integrated_gradients(model, capture, table, integrated, seed, progress)
     asked_for: Facts = {"k": k, "context": context, "exclude": exclude, "compression_tokens": compression_tokens}
-    asked_for |= {"partners": partners}
-    asked_for |= {"unit": unit, "seed": seed, "max_sequences": max_sequences, "per_document": per_document}
+    asked_for |= {"partners": partners, "unit": unit, "seed": seed, "max_sequences": max_sequences, "per_document": per_document}
     settings: Facts = {
         **asked_for,
         "max_length": capture.settings["max_length"],
@@ -164,6 +159,19 @@ def _contrasted(
             "two kinds are to be compared."
         )
     return None
+
+
+def _crossed_with(
+    asked: Bool[np.ndarray, " rows"] | None, capture: Capture, contrast: Contrast | None, outside: bool
+) -> tuple[Bool[np.ndarray, " rows"] | None, PartnersFrom]:
+    """The tokens to measure, and where their partners come from.
+
+    Spans of prompts have the same neighbors at the same place, and groups of the texts' own tokens leave many of them out: with
+    another bank, theirs come from it, and nobody else is crossed, at four times the rows.
+    """
+    if asked is None or contrast is None or contrast.by != "span" or not outside:
+        return asked, "texts"
+    return asked & contrasted(capture, contrast), "bank"
 
 
 def refuse_scoring(passages: Sequence[Passage], *, context: str, exclude: str = "sequence", unit: str = "document") -> None:
