@@ -52,8 +52,8 @@ def compare(
 ) -> None:
     """Set two models beside one another on the same texts: curves, the difference with its declared test, and where it is.
 
-    Without files or --dataset, the built-in passages are read. Of fewer than 6 texts (one file is one text), windows of --max-length
-    tokens are what the test is over, under a red flag: they are not independent.
+    Without files or --dataset, the built-in passages are read. Of fewer than 6 texts (one file is one text), windows of
+    --max-length tokens are what the test is over, under a red flag: they are not independent.
 
     Examples: basin-lens compare smollm2-135m memorization-models/tuned texts.txt --out change/
               basin-lens compare smollm2-135m my-checkpoint --dataset nltk:treebank --layers 10,18 --frozen-neighbors

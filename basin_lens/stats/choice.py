@@ -79,8 +79,8 @@ def best_layer(
 
     Returns:
         for every score (and everything else that the test tells apart, but layers), the row of the chosen layer on the documents
-        that did not choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`, `chosen_units`: what chose it. Chosen by p, and by the
-        distance from `null` where p is equal or missing.
+        that did not choose, with `chosen_estimate`, `chosen_p`, `chosen_documents`, `chosen_units`: what chose it. Chosen by p, and
+        by the distance from `null` where p is equal or missing.
 
     Raises:
         TableError: no column `layer`, results without a layer. StudyError: fewer than 6 units on a side, or what the test raises.

@@ -165,8 +165,8 @@ def _independent(capture: Capture, unit: str) -> str:
         return "sequence"
     shorter = capture.n_rows // FEWEST_UNITS
     raise StudyError(
-        f"expected at least {FEWEST_UNITS} documents, or as many windows of one text, got {there} documents with {windows} windows of "
-        f"at most {capture.settings['max_length']} tokens. Add texts"
+        f"expected at least {FEWEST_UNITS} documents, or as many windows of one text, got {there} documents with {windows} windows "
+        f"of at most {capture.settings['max_length']} tokens. Add texts"
         + (f", or read shorter windows (max_length={shorter})." if shorter >= _SHORTEST else ".")
     )
 

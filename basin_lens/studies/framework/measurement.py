@@ -116,9 +116,8 @@ def measure(
     wanted = _layers(model, layers, count) if layers is not None else capture.layers
     if check is not None:
         check(capture)
-    own = tuple(analyzers or ())
-    chosen = analyzers_of(specs, headline, own)
-    request = Request(chosen, layers=wanted, bank=bank, queries=asked, seed=seed, max_length=max_length, progress=progress)
+    every = analyzers_of(specs, headline, own := tuple(analyzers or ()))
+    request = Request(every, layers=wanted, bank=bank, queries=asked, seed=seed, max_length=max_length, progress=progress)
     everyone = next((one for one in request.chosen if one == _contraction(headline)), None)  # the headline has looked at some
     run = score(model, capture, request, keep_neighbors_of=everyone)
     table, (facts,), integrated_texts = run.table, tables.provenance(run.table).values(), 0
