@@ -180,7 +180,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     return Scheduling(config, log)
 
 
-LEFT_OUT = {"real", "simulation", "slow", "browser", "damage", "death"}
+LEFT_OUT = {"real", "simulation", "slow", "browser", "damage", "death", "ray"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

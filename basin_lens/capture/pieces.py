@@ -106,6 +106,6 @@ def put_columns(columns: Columns, piece: ReadPiece, n_rows: int) -> None:
 
 
 def fill(capture: CapturedStates, states: dict[int, Tensor] | StatesOnDisk, columns: Columns) -> None:
-    """Make a planned capture one that was read: its states by border (in memory, or read from a disk when asked for), and columns."""
+    """Make a planned capture one that was read: its states by border (in memory, or on a disk until asked for), and columns."""
     capture._states = states
     capture.columns.update(columns)

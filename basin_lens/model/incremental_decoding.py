@@ -222,19 +222,20 @@ class _BridgePast:
             layer.length = length
 
 
-def filled_cache(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> tuple[Float[Tensor, "batch pos vocab"], Any]:
-    """Logits of a pass over whole sequences, and the transformers `Cache` that it filled."""
+def filled_past(model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> tuple[Float[Tensor, "batch pos vocab"], _BridgePast]:
+    """Logits of a pass over whole sequences, and the keys and values that it left."""
     past = _BridgePast(model, tokens.shape[1], 1)
-    return past.forward(tokens), past.cache
+    return past.forward(tokens), past
 
 
-def cache_from(cache: Any, rows: Int[Tensor, " copies"], length: int) -> Any:
-    """A cache of copies of the sequences `rows` of another one, of which they hold the first `length` tokens."""
+def cache_from(past: _BridgePast, rows: Int[Tensor, " copies"], length: int) -> object:
+    """A transformers `Cache` of copies of the sequences `rows`, of which it holds the first `length` tokens."""
     from transformers.cache_utils import Cache
 
-    kind: Any = partial(_layer_class(), cache.layers[0].window, 1)
+    layers: Any = past.cache.layers
+    kind: Any = partial(_layer_class(), layers[0].window, 1)
     made = Cache(layer_class_to_replicate=kind)
-    for held in cache.layers:
+    for held in layers:
         layer = _layer_class()(held.window, 1)
         layer.hold(tuple(room[rows, :, : held.window] for room in held.room), length)
         made.layers.append(layer)

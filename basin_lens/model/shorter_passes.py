@@ -12,7 +12,7 @@ from torch import Tensor
 from basin_lens.model.blocks import form_of_answers
 from basin_lens.model.hooks import forward_pass, point_name
 from basin_lens.model.identity import hf_config, kind_of
-from basin_lens.model.incremental_decoding import cache_from, filled_cache
+from basin_lens.model.incremental_decoding import cache_from, filled_past
 from basin_lens.model.protocol import HookedModel
 
 Form = Callable[[Tensor], object]
@@ -84,7 +84,7 @@ class Prefixes:
 
     def __init__(self, model: HookedModel, tokens: Int[Tensor, "batch pos"]) -> None:
         self.model, self.tokens = model, tokens
-        self.logits, self._cache = filled_cache(model, tokens)
+        self.logits, self._past = filled_past(model, tokens)
 
     @staticmethod
     def can(model: HookedModel) -> bool:
@@ -94,5 +94,5 @@ class Prefixes:
 
     def go_on(self, rows: Int[Tensor, " copies"], first: int) -> Float[Tensor, "copies rest vocab"]:
         """Logits of the tokens from place `first` (at least 1) on, of copies of the sequences `rows`."""
-        cache = cache_from(self._cache, rows, first)
+        cache = cache_from(self._past, rows, first)
         return self.model(self.tokens[rows, first:], return_type="logits", past_key_values=cache, use_cache=True)

@@ -129,7 +129,7 @@ def work_on_part(
     *,
     keep: CloudAnalyzer | None = None,
 ) -> FolderRun | str:
-    """Do one part of a run in a folder that others hold too; the finished run, if this was the last piece, or what is left in words.
+    """Do one part of a run in a folder that others hold too; the finished run, if this was the last piece, or what is left.
 
     A part reads its share of the pieces. When all parts have read, it scores its share of the layers.
 

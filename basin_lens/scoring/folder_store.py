@@ -185,7 +185,8 @@ class FolderStore:
 
 
 def _neighbors(file: safe_open) -> LayerNeighbors | None:
-    held = {name.split("|", 1)[1]: file.get_tensor(name).numpy() for name in file.keys() if name.startswith("near|")}  # noqa: SIM118
+    names = [name for name in file.keys() if name.startswith("near|")]  # noqa: SIM118 - an open file is no mapping
+    held = {name.split("|", 1)[1]: file.get_tensor(name).numpy() for name in names}
     if not held:
         return None
     return LayerNeighbors(held["rows"].astype(np.int64), held["before"], held["after"], held.get("groups"))

@@ -1,8 +1,8 @@
 """Tidy tables: one row per (layer, token), and where it came from.
 
 `schema.py` has what a table's provenance says, `frame.py` the functions that keep it while tables are made of tables, `files.py`
-the files that keep both, `run_table.py` a run's table in a folder, `making.py` what is said of a run's making, `bundles.py` the archive for a
-colleague. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
+the files that keep both, `run_table.py` a run's table in a folder, `making.py` what is said of a run's making, `bundles.py` the
+archive for a colleague. `distinct.py` finds the rows of copied texts, `references.py` the error of what scores are held against,
 `summary.py` has means by layer.
 """
 

@@ -109,7 +109,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table that `save` wrote, as it was written.
 
     Raises:
-        StoreError: no such file, a folder, one that was changed since, or one without provenance or digest (of another program, or an
+        raise StoreError(f"expected a .parquet file, got the folder {str(path)!r}. Of a run: bl.tables.open(folder).load().")
             earlier version).
     """
     import pyarrow

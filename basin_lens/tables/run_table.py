@@ -95,7 +95,7 @@ class RunTable:
             "scores": ", ".join(self.scores),
             "model": (self.provenance.get("model") or {}).get("name", "?"),
             "in": str(self.folder),
-            "read it with": ".load(layers=[...], columns=[...]), .scan() for DuckDB and polars, .summary()",
+            "read it with": ".load(layers=[...], columns=[...]); .scan() for DuckDB and polars; bl.tables.layer_summary(run)",
         }
         return card("Table of a run", told)
 

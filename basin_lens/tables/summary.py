@@ -25,8 +25,8 @@ def layer_summary(table: pd.DataFrame | RunTable, columns: Sequence[str] | None 
     sets: how local a "neighborhood" is.
 
     Args:
-        table: from `analyze`, of one run, in memory or in a folder (then a layer at a time is read); or from `compare`, of runs with
-            the same layers.
+        table: from `analyze`, of one run, in memory or in a folder (then a layer at a time is read); or from `compare`, of runs
+            with the same layers.
         columns: scores; None: all that provenance describes. Of a table from `compare`: `difference`, `<score>_a`, `<score>_b`.
 
     Returns:

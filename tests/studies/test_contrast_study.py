@@ -168,7 +168,7 @@ def test_a_layer_without_scores_takes_none_of_the_others_with_it(trained, varied
     table = tables.assign(held.table, **{HEADLINE: held.table[HEADLINE].where(held.table["layer"] > 1)})
     study = run(trained, replace(held, table=table), monkeypatch, planted(varied, 0.8, seed=1))
     own = study.tables["by_bank"].query("bank == @OWN_BANK").set_index("layer")["estimate"]
-    assert own.loc[[0, 1]].isna().all() and own.loc[[2, 3]].notna().all() and study.findings["holds"].iloc[0]
+    assert own.loc[[1]].isna().all() and own.loc[[3]].notna().all() and study.findings["holds"].iloc[0]
     nothing = replace(held, table=tables.assign(held.table, **{HEADLINE: np.nan}))
     study = run(trained, nothing, monkeypatch, planted(varied, 0.8, seed=1))
     assert study.decision == "undecided" and not any("the same sign" in line for line in study.verdict)
