@@ -109,15 +109,15 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table that `save` wrote, as it was written.
 
     Raises:
-        raise StoreError(f"expected a .parquet file, got the folder {str(path)!r}. Of a run: bl.tables.open(folder).load().")
-            earlier version).
+        StoreError: no such file, a folder, one that was changed since, or one without provenance or digest (of another program, or
+            an earlier version).
     """
     import pyarrow
     import pyarrow.parquet
 
     if Path(path).is_dir():
         raise StoreError(
-            f"expected a .parquet file, got the folder {str(path)!r}. Of a run in a folder: bl.tables.open(folder).load()."
+            f"expected a .parquet file, got the folder {str(path)!r}. Of a run: bl.tables.open(folder).load()."
         )
     with _KIND.reading(path):
         content = Path(path).read_bytes()
