@@ -116,9 +116,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     import pyarrow.parquet
 
     if Path(path).is_dir():
-        raise StoreError(
-            f"expected a .parquet file, got the folder {str(path)!r}. Of a run: bl.tables.open(folder).load()."
-        )
+        raise StoreError(f"expected a .parquet file, got the folder {str(path)!r}. Of a run: bl.tables.open(folder).load().")
     with _KIND.reading(path):
         content = Path(path).read_bytes()
         _KIND.check_sealed(io.BytesIO(content), path)
