@@ -27,7 +27,7 @@ from basin_lens.values import Whole, whole
 Engine = Literal["local", "ray"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FolderRequest(Request):
     """The options of `analyze`, also of a run whose pieces go to a folder.
 

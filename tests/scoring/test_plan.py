@@ -11,6 +11,7 @@ import basin_lens as bl
 from basin_lens.errors import BasinLensError, NeighborError, TableError
 from basin_lens.model import measuring
 from basin_lens.scoring import Plan, Request, Run
+from basin_lens.scoring.folder_run import FolderRequest
 from basin_lens.scoring.plan import SearchOptions, SearchSite
 from tests.conftest import random_tokens
 
@@ -45,7 +46,7 @@ def new_run(model, capture, plan):
 
 def test_the_options_of_analyze_are_the_fields_of_a_request():
     _, _, *options = inspect.signature(bl.analyze).parameters.values()
-    assert [(o.name, o.default) for o in options] == [(f.name, f.default) for f in dataclasses.fields(Request)]
+    assert [(o.name, o.default) for o in options] == [(f.name, f.default) for f in dataclasses.fields(FolderRequest)]
     assert [o.name for o in options if o.kind is not inspect.Parameter.KEYWORD_ONLY] == ["analyzers"]
 
 
