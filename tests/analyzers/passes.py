@@ -33,8 +33,8 @@ def one(model, data, analyzer, **options):
 
 
 @contextmanager
-def counting(monkeypatch):
-    """Forward passes as their batch shapes, whole ones and shorter ones, and backward passes."""
+def counting(monkeypatch, kinds=("forward_pass", "pass_until", "pass_from", "entering")):
+    """Forward passes as their batch shapes, whole ones and shorter ones of these kinds, and backward passes."""
     forward, backward = [], []
     slope, go_on = torch.autograd.grad, door.Prefixes.go_on
 
@@ -54,7 +54,7 @@ def counting(monkeypatch):
         return slope(*given, **options)
 
     with monkeypatch.context() as patch:
-        for name in ("forward_pass", "pass_until", "pass_from", "entering"):
+        for name in kinds:
             replace_in_all_rooms(patch, name, counted(getattr(door, name)))
         patch.setattr(door.Prefixes, "go_on", counted_rest)
         patch.setattr(torch.autograd, "grad", counted_slope)
