@@ -175,9 +175,9 @@ def _prepared(out: Path, inputs: list[Path], *, together: bool) -> Iterator[None
     writing.check_folder(out.resolve())
     with writing.lock_folder(out, shared=together):
         writing.check_no_inputs(out, inputs)
-        others = sorted(path.name for path in out.glob("*") if path.name not in _OURS and not is_own(path.name))
-        plan = (out / "pieces" / "plan.json").is_file()
-        if others := others if plan else sorted(path.name for path in out.glob("*") if not is_own(path.name)):
+        # Without a plan, results under our names are somebody else's; of pieces, an interrupted run may have begun some.
+        ours = _OURS if (out / "pieces" / "plan.json").is_file() else {"pieces"}
+        if others := sorted(path.name for path in out.glob("*") if path.name not in ours and not is_own(path.name)):
             raise StoreError(
                 f"expected an empty folder or an earlier run's, got {str(out)!r} with {others[0]!r} in it. Choose --out."
             )

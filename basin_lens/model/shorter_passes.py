@@ -17,8 +17,8 @@ from basin_lens.model.protocol import HookedModel
 
 Form = Callable[[Tensor], object]
 
-# By layer, how the blocks below it answer what enters them; None: passes cannot begin there.
-_begins: "WeakKeyDictionary[HookedModel, dict[int, Form | None]]" = WeakKeyDictionary()
+# By layer, under which hooks it was proved, and how the blocks below it answer what enters them; None: passes cannot begin there.
+_begins: "WeakKeyDictionary[HookedModel, dict[int, tuple[object, Form | None]]]" = WeakKeyDictionary()
 
 
 def pass_from(
@@ -26,14 +26,22 @@ def pass_from(
 ) -> Float[Tensor, "batch pos vocab"]:
     """Logits with `states` put before block `layer`. Blocks below it are left out: whatever they make, the states take its place.
 
-    Proved once for a model and a layer, on one sequence: where the logits are not those of a whole pass (a block that hands on
-    more than states), passes are whole.
+    Proved for a model, its hooks and a layer, on one sequence: where the logits are not those of a whole pass (a block or a hook
+    that hands on more than states), passes are whole.
     """
-    known = _begins.setdefault(model, {})
-    if layer not in known:
-        known[layer] = _proved(model, layer, tokens[:1], states[:1].detach()) if layer else None
-    with _begun(model, layer, known[layer]):
+    known, hooks = _begins.setdefault(model, {}), _hooks_on(model)
+    if layer not in known or known[layer][0] != hooks:
+        known[layer] = hooks, _proved(model, layer, tokens[:1], states[:1].detach()) if layer else None
+    with _begun(model, layer, known[layer][1]):
         return _with_states(model, layer, tokens, states)
+
+
+def _hooks_on(model: HookedModel) -> object:
+    """What tells the hooks on a model apart: the numbers that torch gives them, by the module that bears them."""
+    roots = [root for root in (model, getattr(model, "original_model", None)) if root is not None]
+    modules = {id(module): module for root in roots for module in root.modules()}
+    held = ((key, tuple(module._forward_pre_hooks), tuple(module._forward_hooks)) for key, module in modules.items())
+    return tuple(one for one in held if one[1] or one[2])
 
 
 def _with_states(model: HookedModel, layer: int, tokens: Tensor, states: Tensor) -> Tensor:
@@ -44,6 +52,8 @@ def _with_states(model: HookedModel, layer: int, tokens: Tensor, states: Tensor)
 def _proved(model: HookedModel, layer: int, tokens: Tensor, states: Tensor) -> Form | None:
     whole = _with_states(model, layer, tokens, states)
     try:
+        # What the blocks below left lying for those above would be right by chance: it is of other sequences now.
+        forward_pass(model, tokens.roll(1, 1).expand(3, -1), {})
         form = form_of_answers(model)
         with _begun(model, layer, form):
             return form if torch.equal(_with_states(model, layer, tokens, states), whole) else None

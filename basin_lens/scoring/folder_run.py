@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, cast, get_args, overload
 
@@ -20,7 +20,7 @@ from basin_lens.scoring.job import Job, prepare
 from basin_lens.scoring.request import Request, takes_request
 from basin_lens.scoring.results import KeptNeighbors
 from basin_lens.scoring.run_folder import PIECE_TOKENS, RunFolder, dtype_of
-from basin_lens.tables.run_table import RunTable, has_table
+from basin_lens.tables.run_table import RunTable
 from basin_lens.texts import Texts
 from basin_lens.values import Whole, whole
 
@@ -51,7 +51,15 @@ class FolderRequest(Request):
             raise StoreError(f"expected engine in {get_args(Engine)}, got {self.engine!r}.")
         if self.engine_options and self.engine != "ray":
             raise StoreError(f'expected engine_options with engine="ray", got them with {self.engine!r}.')
-        given = {"engine": self.engine != "local", "fresh": self.fresh, "keep_states": self.keep_states}
+        if self.out is not None and not os.fspath(self.out):
+            raise StoreError("expected a folder as out, got an empty name.")
+        given = {
+            "engine": self.engine != "local",
+            "fresh": self.fresh,
+            "keep_states": self.keep_states,
+            "store_dtype": self.store_dtype != "float32",
+            "piece_tokens": self.piece_tokens != PIECE_TOKENS,
+        }
         if self.out is None and (name := next((name for name, is_given in given.items() if is_given), None)):
             raise StoreError(f"expected a folder for the pieces with {name}, got none. Name one: out=...")
 
@@ -110,7 +118,7 @@ def work(
 ) -> FolderRun:
     """Do what is left of a run in a folder that is held; its pieces stay until `FolderStore.clear`."""
     job, store = _begun(folder, model, data, request, keep)
-    if not has_table(folder.path):
+    if not folder.is_finished:
         if request.engine == "ray":
             from basin_lens.scoring.ray_engine import conduct_on_ray
 
@@ -138,7 +146,7 @@ def work_on_part(
     """
     number, count = part
     job, store = _begun(folder, model, data, request, keep)
-    if has_table(folder.path):
+    if folder.is_finished:
         return _finished(folder, job, store)
     mine = set(range(number - 1, len(job.pieces), count))
     read_all(job, store, [index for index in store.unread() if index in mine])
@@ -153,12 +161,19 @@ def work_on_part(
     score_all(job, store, [layer for layer in store.unscored() if layer in layers])
     if unscored := store.unscored():
         return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table."
-    return _finished(folder, job, store)
+    try:
+        return _finished(folder, job, store)
+    except StoreError:
+        if not folder.is_finished:
+            raise
+        return "Another part, which was done at the same time, writes the table."
 
 
 def _begun(
     folder: RunFolder, model: HookedModel, data: Capture | Texts, request: FolderRequest, keep: CloudAnalyzer | None
 ) -> tuple[Job, FolderStore]:
+    if isinstance(data, Capture) and not data.is_read:
+        data = replace(data, columns=dict(data.columns))  # what a run keeps on a disk is not the caller's
     job = prepare(model, data, request, keep=keep, piece_tokens=int(request.piece_tokens))
     store = folder.begin(job, store_dtype=request.store_dtype, keep_states=request.keep_states, fresh=request.fresh)
     return job, store

@@ -68,6 +68,8 @@ class FolderStore:
 
     def borders_needed(self) -> list[int]:
         """Borders whose states are needed: around what the layers without scores look at; all if states are kept."""
+        if self.job.was_read:
+            return []
         if self.keep_states:
             return list(self.job.schedule.borders)
         open_ = set(self.unscored())

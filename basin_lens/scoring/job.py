@@ -100,7 +100,9 @@ class Job:
 
     @full_precision()
     def fill(self) -> None:
-        """Measure token analyzers that a capture does not hold yet; what was read with them holds them."""
+        """Measure token analyzers that a capture does not hold yet; what was read here holds them."""
+        if not self.was_read:
+            return
         self.read_again_for = fill_columns(
             self.model, self.capture, self.plan.of_tokens, layers=self.plan.layers, progress=self.request.progress
         )

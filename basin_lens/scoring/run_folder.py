@@ -6,6 +6,7 @@ run/table/            the finished table: a parquet file for each layer, and a r
 
 import hashlib
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +14,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
+from types import CodeType
 
 import pandas as pd
 import torch
 
 from basin_lens import tables
+from basin_lens.capture import Capture
 from basin_lens.errors import StoreError
 from basin_lens.files import check_folder, lock_folder, write_file
-from basin_lens.locks import holder
-from basin_lens.model import source_of
+from basin_lens.locks import holder, is_own
+from basin_lens.model import hooked_at, source_of
 from basin_lens.records import Kind
 from basin_lens.scoring.conducting import found, values_at
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
 from basin_lens.scoring.token_rows import row_facts, texts_hash
-from basin_lens.tables.run_table import RunTable, has_table, write_layers
+from basin_lens.tables.run_table import RunTable, is_table, write_layers
 from basin_lens.values import Facts
 
 PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
+_PIECES = ("read", "states", "scores")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
 PIECE_TOKENS = 4096
@@ -39,8 +43,10 @@ _NAMES = {
     "texts": "the texts",
     "rows": "documents, labels or spans",
     "capture": "how texts are cut",
+    "states": "states of the capture",
     "layers": "layers",
     "analyzers": "analyzers",
+    "code": "the code of analyzers",
     "queries": "queries",
     "controls": "controls",
     "seed": "the seed",
@@ -93,16 +99,18 @@ def plan_of(job: Job, store_dtype: str) -> Facts:
     capture, request = job.capture, job.request
     rows = repr([(s.passage, s.starts, s.ends) for s in capture.sequences]) + repr([capture.docs, capture.labels])
     spans = repr([sorted(p.spans.items()) for p in capture.passages or ()])
-    bank = None
+    bank: object = None
     if job.run is not None:
-        bank = f"another capture {texts_hash(job.run.bank)}" if job.run.external else "the texts themselves"
+        bank = _of_capture(job, job.run.bank) if job.run.external else "the texts themselves"
     return {
         "model": {name: capture.model[name] for name in ("name", "fingerprint", "kind", "dtype")},
         "texts": texts_hash(capture),
         "rows": _hash(rows + spans),
+        "states": _states_of(job, capture) if job.was_read else "the model's",
         "capture": capture.settings,
         "layers": list(job.plan.layers),
         "analyzers": [a.key for a in job.plan.analyzers],
+        "code": {type(a).__name__: code_of(a) for a in job.plan.analyzers if code_of(a) is not None},
         "queries": _hash(repr(torch.nonzero(job.asked).flatten().tolist())),
         "controls": request.controls,
         "seed": request.seed,
@@ -114,6 +122,49 @@ def plan_of(job: Job, store_dtype: str) -> Facts:
         "keep_neighbors_of": None if job.keep is None else job.keep.key,
         "versions": {"basin_lens": tables.package_version(), **capture.model["versions"]},
     }
+
+
+def _of_capture(job: Job, bank: Capture) -> Facts:
+    """What tells one bank from another: tokens, whose they are, how they were read, and the states themselves."""
+    told = repr([bank.docs, bank.labels, [s.passage for s in bank.sequences]])
+    return {"texts": texts_hash(bank), "rows": _hash(told), "capture": bank.settings, "states": _states_of(job, bank)}
+
+
+def _states_of(job: Job, capture: Capture) -> str:
+    """A digest of a capture's states at the borders that the plan looks at."""
+    made = hashlib.blake2b(digest_size=8)
+    for border in sorted({border for layer in job.plan.path & set(capture.layers) for border in (layer, layer + 1)}):
+        made.update(capture.border(border).numpy().tobytes())
+    return made.hexdigest()
+
+
+def code_of(analyzer: object) -> str | None:
+    """A digest of the code of an analyzer from outside this package, or of its own choice of neighbors; None for ours.
+
+    A key says which options an analyzer has, and not what it does: its code may be another when a run goes on.
+    """
+    classes = [cls for cls in type(analyzer).__mro__ if not cls.__module__.startswith(("basin_lens.", "builtins", "abc"))]
+    own = [member for cls in classes for member in vars(cls).values()]
+    choice = getattr(analyzer, "choice", None)
+    held = [code for member in (*own, choice) if (code := _code(member)) is not None]
+    return _hash(re.sub("0x[0-9a-f]+", "", repr(held))) if held else None  # places in memory are no code
+
+
+def _code(member: object) -> object:
+    """What a function does, as far as it can be compared; None for what is none."""
+    function = getattr(member, "__func__", getattr(member, "fget", member))
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return None
+    inner = [_code_of_constant(constant) for constant in code.co_consts]
+    cells = [repr(cell.cell_contents)[:500] for cell in getattr(function, "__closure__", None) or ()]
+    return code.co_code.hex(), code.co_names, inner, cells, repr(getattr(function, "__defaults__", None))
+
+
+def _code_of_constant(constant: object) -> object:
+    if not isinstance(constant, CodeType):
+        return repr(constant)
+    return constant.co_code.hex(), [_code_of_constant(one) for one in constant.co_consts]
 
 
 def _hash(text: str) -> str:
@@ -141,6 +192,11 @@ class RunFolder:
         """Where the table is."""
         return self.path / "table"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its table is there."""
+        return is_table(self.table)
+
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
         """Hold the folder: alone, or together with others that do other parts of the same run."""
@@ -161,6 +217,11 @@ class RunFolder:
             StoreError: the folder holds the pieces of another plan, of which is said what differs, or somebody else's files.
         """
         dtype = dtype_of(store_dtype)
+        if hooks := hooked_at(job.model):
+            raise StoreError(
+                f"expected a model without the caller's hooks for a run in a folder, got hooks at {', '.join(hooks[:3])}: who goes "
+                "on with the run could not know them. Take them off, or analyze in memory (no out)."
+            )
         if dtype != torch.float32 and not job.was_read:
             job.capture.settings = {**job.capture.settings, "dtype": store_dtype}  # by which the block's check allows for it
         plan = plan_of(job, store_dtype)
@@ -177,10 +238,14 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the pieces and the table of a run."""
-        if self.plan.exists() or not self.pieces.exists():
-            self.plan.unlink(missing_ok=True)  # first: without it, nothing of the rest counts
-            rmtree(self.pieces, ignore_errors=True)
-            rmtree(self.table, ignore_errors=True)
+        self._refuse_foreign(with_table=False)
+        if self.is_finished:
+            rmtree(self.table)
+        for name in ("summary.csv", "report.html") if self.plan.exists() else ():
+            (self.path / name).unlink(missing_ok=True)  # of the run that goes
+        for name in _PIECES:
+            rmtree(self.pieces / name, ignore_errors=True)
+        self.plan.unlink(missing_ok=True)  # last: without it, the rest would be nobody's
 
     def _refuse_another(self, plan: Mapping[str, object]) -> None:
         held = self._told()["plan"]
@@ -192,18 +257,26 @@ class RunFolder:
                     f"{_short(now.get(name))} asked for). Choose another folder, or start over with --fresh (fresh=True)."
                 )
 
-    def _refuse_foreign(self) -> None:
-        """Pieces without a plan, or a folder of somebody else's files under the names of ours."""
-        for place in (self.pieces, self.table):
-            if place.exists() and (not place.is_dir() or any(place.iterdir())):
-                raise StoreError(f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {place.name!r} in it.")
+    def _refuse_foreign(self, *, with_table: bool = True) -> None:
+        """Somebody else's files under the names of ours. What an interrupted run has begun is ours, with a plan or without."""
+        ours = {"plan.json", *_PIECES}
+        held = [path.name for path in self.pieces.iterdir()] if self.pieces.is_dir() else []
+        foreign = next((f"pieces/{name}" for name in held if name not in ours and not is_own(name)), None)
+        if self.pieces.exists() and not self.pieces.is_dir():
+            foreign = "pieces"
+        if self.table.exists() and (with_table or not self.is_finished):
+            foreign = "table"
+        if foreign is not None:
+            raise StoreError(
+                f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {foreign!r} in it. Choose another folder."
+            )
 
     def _told(self) -> Facts:
         return PLAN.read(self.plan, {"plan": dict, "pieces": int, "scored": [int], "tokens": int})
 
     def finish(self, job: Job, store: FolderStore) -> RunTable:
         """Write the table, whole or not at all, a layer at a time; all pieces must be there."""
-        if not has_table(self.path):
+        if not self.is_finished:
             facts = found(job, store)
             facts["made"] = tables.made_now(source_of(job.model))
             rows, labels = row_facts(job.capture)
@@ -214,7 +287,7 @@ class RunFolder:
                     yield layer, tables.build(rows, labels, (layer,), values_at(job, store, [layer]), described)
 
             write_layers(self.table, by_layer(), facts)
-        return tables.open(self.path)
+        return tables.open(self.table)
 
     def status(self) -> Status:
         """How far the run is; quick: pieces are counted, not proven.
@@ -229,7 +302,7 @@ class RunFolder:
         told = self._told()
         read = sorted((self.pieces / "read").glob("*.safetensors"), key=_age)
         scored = sorted((self.pieces / "scores").glob("*.safetensors"), key=_age)
-        finished, known = has_table(self.path), (told["pieces"], len(told["scored"]))
+        finished, known = self.is_finished, (told["pieces"], len(told["scored"]))
         done = known if finished else (len(read), len(scored))
         seconds = [_seconds_left(*each) for each in zip((read, scored), known, strict=True)]
         left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)

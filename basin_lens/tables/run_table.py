@@ -50,14 +50,14 @@ def write_layers(folder: Place, layers: Iterator[tuple[int, pd.DataFrame]], prov
         write_file(new / _RECORD, _KIND.record({**told, "provenance": dict(provenance)}, files))
 
 
-def has_table(folder: Place) -> bool:
-    """Whether a folder holds the finished table of a run, or is one."""
-    return _place_of(folder) is not None
+def is_table(folder: Place) -> bool:
+    """Whether a folder is the finished table of a run."""
+    return (Path(folder) / _RECORD).is_file()
 
 
 def _place_of(folder: Place) -> Path | None:
-    places = [Path(folder) / "table", Path(folder)]
-    return next((place for place in places if (place / _RECORD).is_file()), None)
+    places = [Path(folder).absolute() / "table", Path(folder).absolute()]
+    return next((place for place in places if is_table(place)), None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -228,7 +228,7 @@ def _rows_of(table: pd.DataFrame, queries: str | Sequence[object]) -> np.ndarray
             if not held.map(lambda value: value is None or isinstance(value, bool | np.bool_)).all():
                 raise TableError(f"expected a label of True and False to choose rows by, got {queries!r}.")
             return held.fillna(False).to_numpy(bool)
-        chosen = table["span"].map(lambda names: queries in str(names).split("+")).to_numpy(bool)
+        chosen = table["span"].map(lambda names: bool(queries) and queries in (names, *str(names).split("+"))).to_numpy(bool)
         if not chosen.any():
             raise TableError(f"expected a label or span of the texts, got {queries!r}, which marks no token.")
         return chosen

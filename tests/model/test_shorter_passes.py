@@ -31,15 +31,17 @@ def test_slopes_are_those_of_whole_passes(family, monkeypatch):
     model, tokens = model_of(family.name, family.kind), random_tokens(2, 12)
     shorter_passes._begins.pop(model, None)
     short = slopes(model, tokens)
-    monkeypatch.setitem(shorter_passes._begins, model, {1: None})
+    monkeypatch.setitem(shorter_passes._begins, model, {1: (shorter_passes._hooks_on(model), None)})
     for got, expected in zip(short, slopes(model, tokens), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_blocks_below_states_that_are_put_in_do_not_run():
     model, tokens = make_bridge("llama"), random_tokens(2, 12)
-    slopes(model, tokens)  # proved with whole passes
     below, above = seen(model, 0), seen(model, 1)
+    for _ in range(2):  # proved with whole passes; a bridge hooks itself up at its first pass
+        slopes(model, tokens)
+    below.clear(), above.clear()
     slopes(model, tokens)
     assert below.count(12) == 1  # for the states alone; one token shows the form of a block's answers
     assert above.count(12) == 1
@@ -53,10 +55,26 @@ def test_a_model_that_needs_its_lower_blocks_is_passed_whole():
     model.blocks[0].mlp.register_forward_hook(lambda _module, _given, output: made.append(output))
     model.blocks[1].mlp.register_forward_hook(lambda _module, _given, output: output + made.pop())
     found = slopes(model, tokens)
-    assert shorter_passes._begins[model] == {1: None}
+    assert shorter_passes._begins[model][1][1] is None
     below = seen(model, 0)
+    slopes(model, tokens)  # other hooks: proved anew
+    below.clear()
     again = slopes(model, tokens)
     assert len(below) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "put on after a proof"])
+def test_what_a_lower_block_left_lying_is_no_proof(later):
+    """States kept for an upper block, as in patching across layers: the whole pass before would have made them right by chance."""
+    model, tokens, store = make_bridge("llama"), random_tokens(2, 12), {}
+    if later:
+        slopes(model, tokens, 2)
+    model.blocks[1].mlp.register_forward_hook(lambda _module, _given, output: store.update(x=output))
+    model.blocks[2].mlp.register_forward_hook(lambda _module, _given, output: output + store["x"])
+    found = slopes(model, tokens, 2)
+    assert shorter_passes._begins[model][2][1] is None
+    again = slopes(model, tokens, 2)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 

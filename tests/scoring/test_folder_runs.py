@@ -11,6 +11,7 @@ import torch
 
 import basin_lens as bl
 from basin_lens import locks, tables
+from basin_lens.capture import with_states
 from basin_lens.errors import BasinLensError, PieceWarning, StoreError, TableError
 from basin_lens.scoring import bank_overlap
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, part_of, work_on_part
@@ -220,6 +221,114 @@ def test_somebody_elses_folder_is_refused(model, tmp_path):
     assert (tmp_path / "run" / "pieces" / "thesis.tex").read_text() == "mine"
 
 
+def test_a_table_of_somebody_else_is_never_deleted(model, tmp_path):
+    (tmp_path / "paper" / "table").mkdir(parents=True)
+    (tmp_path / "paper" / "table" / "thesis.tex").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(StoreError, match="'table' in it"):
+            run(model, tmp_path / "paper", fresh=fresh)
+    assert (tmp_path / "paper" / "table" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("left", ["an empty folder", "scratch", "pieces without a plan"])
+def test_every_moment_of_a_death_has_a_way_out(model, tmp_path, monkeypatch, left, fresh):
+    """Killed between making the folder and the plan, or in the middle of starting over."""
+    run(model, tmp_path / "straight")
+    pieces = tmp_path / "run" / "pieces"
+    pieces.mkdir(parents=True)
+    if left == "scratch":
+        (pieces / ".plan.json.basin-lens-abc").mkdir()
+    elif left == "pieces without a plan":
+        with monkeypatch.context() as patched:
+            stop_after(patched, 4)
+            with pytest.raises(StoppedError):
+                run(model, tmp_path / "run")
+        (pieces / "plan.json").unlink()
+    run(model, tmp_path / "run", fresh=fresh)
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
+
+
+def test_a_model_with_hooks_of_the_caller_is_refused(tokenizer, tmp_path):
+    model = make_bridge("llama", tokenizer=tokenizer)
+    model.add_hook("blocks.0.hook_resid_post", lambda state, hook: state * 0.5)  # noqa: ARG005
+    with pytest.raises(StoreError, match="without the caller's hooks"):
+        run(model, tmp_path / "run")
+
+
+def doubling(factor: float):
+    """An analyzer of somebody's own, whose code depends on where it was made."""
+
+    class Own(A.StateNorm):
+        def measure(self, batch):
+            return {name: factor * value for name, value in super().measure(batch).items()}
+
+    return Own()
+
+
+def test_an_own_analyzer_with_other_code_is_another_run(model, tmp_path):
+    options = {"out": tmp_path / "run", **CUT, **SMALL}
+    bl.analyze(model, TEXTS, [doubling(1.0)], **options)
+    bl.analyze(model, TEXTS, [doubling(1.0)], **options)
+    with pytest.raises(StoreError, match="the code of analyzers differ"):
+        bl.analyze(model, TEXTS, [doubling(2.0)], **options)
+
+
+def test_banks_and_captures_of_equal_texts_and_other_states_are_others(model, tmp_path):
+    def bank(docs, states=None):
+        texts = [bl.Passage(text, doc=doc) for text, doc in zip(TEXTS[::-1], docs, strict=True)]
+        held = bl.Capture.from_texts(model, texts, layers=[0, 2], progress=False)
+        return held if states is None else with_states(held, {b: states + held.border(b) for b in (0, 1, 2, 3)}, {"name": "moved"})
+
+    plain = bank("abcdef")
+    run(model, tmp_path / "run", bank=plain)
+    for other in (bank("aabbcc"), bank("abcdef", states=1.0)):
+        with pytest.raises(StoreError, match="the bank differ"):
+            run(model, tmp_path / "run", bank=other)
+    only = [A.Contraction(k=4, context="native")]
+    given = {"out": tmp_path / "states", "progress": False}
+    for shift, said in ((1.0, None), (2.0, "states of the capture differ")):
+        moved = with_states(plain, {b: shift + plain.border(b) for b in (0, 1, 2, 3)}, {"name": "moved"})
+        if said is None:
+            bl.analyze(model, moved, only, **given)
+            continue
+        with pytest.raises(StoreError, match=said):
+            bl.analyze(model, moved, only, **given)
+
+
+def test_a_planned_capture_stays_the_callers(model, whole, tmp_path):
+    planned = bl.Capture.plan(model, TEXTS, layers=[0, 2])
+    bl.analyze(model, planned, analyzers(), out=tmp_path / "run", batch_size=1, progress=False, store_dtype="bfloat16")
+    assert not planned.is_read and not planned.columns and "dtype" not in planned.settings
+    pd.testing.assert_frame_equal(bl.analyze(model, planned, analyzers(), batch_size=1, progress=False), whole, check_exact=True)
+
+
+def test_a_folder_opened_from_elsewhere_is_found(opened, monkeypatch, tmp_path):
+    monkeypatch.chdir(opened.folder.parents[1])
+    held = tables.open("run")
+    monkeypatch.chdir(tmp_path)
+    assert len(held.load(layers=[0]))
+
+
+class Nothing(A.StateNorm):
+    """Measures nothing at the first layer."""
+
+    def measure(self, batch):
+        values = super().measure(batch)
+        return {name: value * float("nan") for name, value in values.items()} if batch.layer == 0 else values
+
+
+def test_a_column_of_nothing_is_no_reason_to_read_again(model, tmp_path, monkeypatch):
+    """States of its layer are gone by the time that the run goes on."""
+    what = [A.Contraction(k=4), Nothing()]
+    options = {"out": tmp_path / "run", **CUT, **SMALL}
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(StoppedError):
+            bl.analyze(model, TEXTS, what, **options)
+    assert bl.analyze(model, TEXTS, what, **options).load()["contraction"].notna().any()
+
+
 def test_a_second_driver_is_refused(model, tmp_path):
     with RunFolder(tmp_path / "run").held():
         import threading
@@ -371,6 +480,8 @@ def test_rows_of_a_span_and_of_a_label(model, tmp_path):
     started = made.load(queries="start")
     assert set(started["span"]) == {"start"} and len(started)
     with pytest.raises(TableError, match="marks no token"):
+        made.load(queries="")
+    with pytest.raises(TableError, match="marks no token"):
         made.load(queries="end")
 
 
@@ -420,6 +531,9 @@ def test_it_shows_itself(opened):
         ({"out": "x", "engine": "dask"}, "expected engine"),
         ({"out": "x", "store_dtype": "int8"}, "expected store_dtype"),
         ({"out": "x", "piece_tokens": -1}, "piece_tokens"),
+        ({"out": ""}, "empty name"),
+        ({"store_dtype": "bfloat16"}, "expected a folder"),
+        ({"piece_tokens": 9}, "expected a folder"),
         ({"out": "x", "engine_options": {"workers": 2}}, "engine_options"),
     ],
 )
