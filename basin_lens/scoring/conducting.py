@@ -26,8 +26,8 @@ def read_all(job: Job, store: Store, pieces: list[int]) -> None:
     if not job.pieces:
         return
     total, left = job.capture.n_rows, sum(len(job.rows_of(index)) for index in pieces)
-    hidden = hides_bars(job.request.progress)
-    with tqdm(total=total, initial=total - left, desc="reading the model", unit="token", disable=hidden) as bar:
+    bar = tqdm(total=total, initial=total - left, desc="reading the model", unit="token", disable=hides_bars(job.request.progress))
+    with bar:
         for index in pieces:
             store.put_read(index, job.read(index, bar.update))
 
@@ -36,9 +36,9 @@ def score_all(job: Job, store: Store, layers: list[int]) -> None:
     """Do some pieces of scoring."""
     if not job.layers:
         return
-    total, hidden = len(job.layers), hides_bars(job.request.progress)
+    total, progress = len(job.layers), job.request.progress
     done = total - len(layers)
-    with tqdm(total=total, initial=done, desc="neighbors through blocks", unit="layer", disable=hidden) as bar:
+    with tqdm(total=total, initial=done, desc="neighbors through blocks", unit="layer", disable=hides_bars(progress)) as bar:
         for layer in layers:
             store.put_scores(job.score(layer))
             bar.update()

@@ -152,15 +152,17 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
     with _cluster(ray, options):
         crew = Crew(ray, job, store, request, options)
         try:
-            total, hidden = job.capture.n_rows, hides_bars(request.progress)
+            total, asked = job.capture.n_rows, request.progress
             read = total - sum(len(store.rows[index]) for index in pieces)
-            with tqdm(total=total, initial=read, desc="reading the model", unit="token", disable=hidden) as bar:
+            with tqdm(total=total, initial=read, desc="reading the model", unit="token", disable=hides_bars(asked)) as bar:
                 crew.do("read", pieces, bar.update)
             store.all_read()
             job.fill()
             layers = store.unscored()
             initial = len(job.layers) - len(layers)
-            with tqdm(total=len(job.layers), initial=initial, desc="neighbors through blocks", unit="layer", disable=hidden) as bar:
+            with tqdm(
+                total=len(job.layers), initial=initial, desc="neighbors through blocks", unit="layer", disable=hides_bars(asked)
+            ) as bar:
                 crew.do("score", layers, bar.update)
         finally:
             crew.dismiss()

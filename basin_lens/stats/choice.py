@@ -111,7 +111,8 @@ def best_layer(
     ordered = first.assign(_p=first["p"].fillna(np.inf), _far=-(first["estimate"] - null).abs()).sort_values(
         ["_p", "_far", "layer"]
     )
-    picked = (ordered.drop_duplicates(keys) if keys else ordered[:1])[[*keys, "layer", "estimate", "p", "n_documents", "n_units"]]
+    counts = [name for name in ("n_documents", "n_units") if name in ordered.columns]
+    picked = (ordered.drop_duplicates(keys) if keys else ordered[:1])[[*keys, "layer", "estimate", "p", *counts]]
     names = {"estimate": "chosen_estimate", "p": "chosen_p", "n_documents": "chosen_documents", "n_units": "chosen_units"}
     picked = picked.rename(columns=names)
     wanted = [int(layer) for layer in sorted(picked["layer"].unique())]

@@ -226,8 +226,8 @@ def test_one_text_needs_a_bank(llama):
 def test_the_reference_bank_is_read_once(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("BASIN_LENS_CACHE", str(tmp_path))
     passes = []
-    forward = door.forward_pass
-    replace_in_all_rooms(monkeypatch, "forward_pass", lambda *given, **options: (passes.append(1), forward(*given, **options))[1])
+    until = door.pass_until
+    replace_in_all_rooms(monkeypatch, "pass_until", lambda *given, **options: (passes.append(1), until(*given, **options))[1])
     first = run(llama, TEXTS[0], A.Contraction(k=15, context="native"), A.Neighborhood(), bank="reference", layers=[1])
     assert len(list((tmp_path / "reference").iterdir())) == 1
     reading = len(passes)

@@ -225,7 +225,8 @@ def test_one_pass_serves_the_importance_study(llama, monkeypatch):
     assert plain.count(reading) == forward.count(reading) == 1
     assert none == [] and len(backward) == 2  # future loss and last logit
     erased = sum(min(16, length - 3) for length in lengths)
-    assert sum(shape[0] for shape in forward) - sum(shape[0] for shape in plain) == erased
+    proof = 2  # one copy, whole and from its column on
+    assert sum(shape[0] for shape in forward) - sum(shape[0] for shape in plain) == erased + proof
 
 
 def test_refused_before_the_model_runs(llama, monkeypatch):
