@@ -268,7 +268,7 @@ class RunFolder:
             foreign = "table"
         if foreign is not None:
             raise StoreError(
-                f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {foreign!r} in it. Choose another folder."
+                f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {foreign!r} in it. Choose another."
             )
 
     def _told(self) -> Facts:
