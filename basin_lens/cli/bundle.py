@@ -102,18 +102,23 @@ def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | No
     typer.echo(f"\nloading {_plain(place)}")
     kind: Literal["bridge", "hooked"] = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
     table = run_again(load_model(place, kind=kind), again, batch_size=batch_size)
-    found = differences(tables.select(bundle.table, bundle.table["run"] == name), table)
-    _say(found)
+    before = tables.select(bundle.table, bundle.table["run"] == name)
+    _say(differences(before, table), [score for score in tables.scores(before) if score not in table.columns])
 
 
-def _say(found: "pandas.DataFrame") -> None:
+def _say(found: "pandas.DataFrame", missing: list[str]) -> None:
+    """Print how far columns are apart; `missing`: scores that the new run does not have."""
     typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'largest value':>14}")
     for row in found.to_dict("records"):
         extra = f"  {row['only_one']} values in one of the two only" if row["only_one"] else ""
         sizes = f"{row['compared']:>9,} {row['largest_difference']:>19.3g} {row['scale']:>14.3g}"
         typer.echo(f"{_plain(row['column']):<34} {sizes}{extra}")
     far = found[(found["largest_difference"] > _SAME * found["scale"].clip(lower=1e-12)) | (found["only_one"] > 0)]
-    if far.empty:
+    if missing:
+        typer.echo(f"Not compared, for the run does not measure them: {', '.join(map(_plain, missing))}.")
+    if not found["compared"].sum():
+        typer.echo("Nothing was compared: no score has a value in both runs.")
+    elif far.empty:
         typer.echo(f"The same numbers: no column differs by more than {_SAME:g} of its largest value.")
     else:
         names = ", ".join(_plain(name) for name in far["column"])

@@ -200,10 +200,10 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         a row per score: `column`, `compared` (values in both), `largest_difference` (absolute, in the column's unit; NaN without
-        values), `scale` (largest absolute value before), `only_one` (values that are NaN in one of the two alone).
+        values), `scale` (largest absolute value before), `only_one` (values that are NaN or infinite in one of the two alone).
 
     Raises:
-        TableError: rows of `before` that `after` lacks.
+        TableError: rows of `before` that `after` lacks, or no score that both have.
 
     Example:
         >>> import pandas as pd
@@ -216,6 +216,8 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["layer", "seq", "pos"]
     names = [name for name in tables.scores(before) if name in after.columns]
+    if not names:
+        raise TableError(f"expected a score of both runs to compare, got none ({', '.join(tables.scores(before))} before). {_CURE}")
     joined = before[[*keys, *names]].merge(after[[*keys, *names]], on=keys, how="left", suffixes=("", "|again"), indicator=True)
     if not (joined["_merge"] == "both").all():
         raise TableError("expected the rows of the run, got others (layer, seq and pos). Compare with the table as it was made.")
@@ -223,13 +225,14 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     for name in names:
         old, new = joined[name].to_numpy(float), joined[f"{name}|again"].to_numpy(float)
         both = np.isfinite(old) & np.isfinite(new)
+        alike = both | (np.isnan(old) & np.isnan(new)) | (old == new)  # an infinite value is like itself alone
         lines.append(
             {
                 "column": name,
                 "compared": int(both.sum()),
-                "largest_difference": float(np.abs(old - new)[both].max()) if both.any() else np.nan,
+                "largest_difference": float(np.abs(old[both] - new[both]).max()) if both.any() else np.nan,
                 "scale": float(np.abs(old[both]).max()) if both.any() else np.nan,
-                "only_one": int((np.isfinite(old) != np.isfinite(new)).sum()),
+                "only_one": int((~alike).sum()),
             }
         )
     return pd.DataFrame(lines, columns=["column", "compared", "largest_difference", "scale", "only_one"])

@@ -134,7 +134,9 @@ def compare_models(
     score = Compression(k=k, queries=compression_tokens, per_sequence=few, nulls=False)
     sides = (model_a, capture), (model_b, other)
     pairs = compare(*sides, on=score, frozen_neighbors=frozen_neighbors, seed=seed, progress=progress)
-    held = _Compared(_with_unit(pairs, capture, used), capture, names or _names(model_a, model_b), used, seed, used != unit)
+    # Also where sequences were asked for: several of one document are its windows, whoever chose them.
+    windows = used == "sequence" and count_units(capture, "sequence") > count_units(capture, "document")
+    held = _Compared(_with_unit(pairs, capture, used), capture, names or _names(model_a, model_b), used, seed, windows)
     change = attempt(lambda part, *_, **__: _change(part, held), held.pairs, "difference", unit=used)
     results = _tested(held)
     (row,) = named_rows(results.findings)

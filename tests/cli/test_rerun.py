@@ -1,12 +1,14 @@
 """`basin-lens rerun`: a run from its supplement alone, and how far the numbers are apart."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import basin_lens as bl
 from basin_lens import analyzers as every
 from basin_lens import model as door
 from basin_lens import tables
+from basin_lens.cli.bundle import _say
 from basin_lens.errors import ModelError, TableError
 from basin_lens.scoring.rerun import analyzer_of, differences, planned, run_again
 from tests.cli.calls import call
@@ -175,3 +177,24 @@ def test_every_analyzer_is_read_from_its_key(analyzer):
 def test_a_key_is_read_and_never_run(key):
     with pytest.raises(TableError, match="expected a"):
         analyzer_of(key)
+
+
+def one_column(values, name="a"):
+    rows = pd.DataFrame({"run": "r", "layer": 0, "seq": 0, "pos": range(len(values)), name: values})
+    return tables.described(rows, {"r": tables.Provenance(columns={name: tables.Column("nats")})})
+
+
+def test_infinite_is_like_itself_alone():
+    nan, inf = float("nan"), float("inf")
+    found = differences(one_column([1.0, inf, inf, nan, -inf]), one_column([1.0, inf, nan, nan, inf]))
+    assert found["compared"].item() == 1 and found["only_one"].item() == 2
+
+
+def test_nothing_in_common_is_not_the_same(capsys):
+    with pytest.raises(TableError, match="a score of both runs"):
+        differences(one_column([1.0]), one_column([1.0], name="b"))
+    empty = one_column([float("nan")])
+    _say(differences(empty, empty), ["integrated_gradients"])
+    said = capsys.readouterr().out
+    assert "Nothing was compared" in said and "The same numbers" not in said
+    assert "Not compared, for the run does not measure them: integrated_gradients." in said

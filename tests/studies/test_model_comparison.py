@@ -88,6 +88,16 @@ def test_windows_of_one_text_are_units_under_a_red_flag(llama, other):
     assert "of 4 texts" in few.flags[few.flags["flag"] == WINDOWS]["why"].item()
 
 
+def test_sequences_that_were_asked_for_are_windows_too(llama, other):
+    """The same numbers as by default, and so the same red flag, whoever chose the unit."""
+    study = bl.studies.compare_models(llama, other, BOOK.text, unit="sequence", **FEW)
+    assert WINDOWS in set(study.flags["flag"]) and study.decision not in ("yes", "in part")
+    assert any(line.startswith("Other texts") for line in study.not_tested)
+    apart = bl.studies.compare_models(llama, other, TEXTS, unit="sequence", **FEW | {"max_length": 128})
+    many = apart.tokens["seq"].nunique() > apart.tokens["doc"].nunique()
+    assert (WINDOWS in set(apart.flags["flag"])) == many
+
+
 def test_many_texts_are_their_own_units(study):
     assert WINDOWS not in set(study.flags["flag"]) and study.findings["unit"].item() == "document"
 

@@ -110,9 +110,11 @@ def declared_test(
         every = stats.correct(attempt(lambda part, *_, **__: test(part), table, score, unit=measured.unit), "holm")
         found = every.sort_values("p")[:1].copy()
         found["p"] = found["p_corrected"]
-        said = f"{why}: the best of {len(every)} tests, p corrected for them (Holm)"
+        tests = int(every["p"].notna().sum())  # those that Holm counts: a layer that could not be tested is none
+        untested = f"; {len(every) - tests} layers could not be tested" if tests < len(every) else ""
+        said = f"{why}: the best of {tests} tests, p corrected for them (Holm){untested}"
         (row,) = named_rows(found)
-        floor = min(1.0, p_floor(row) * len(every))
+        floor = min(1.0, p_floor(row) * max(tests, 1))
     note = "" if pd.isna(row.note) else str(row.note)
     unit = getattr(row, "effect_unit", None)
     if not isinstance(unit, str):
