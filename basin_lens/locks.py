@@ -99,15 +99,18 @@ def is_own(name: str) -> bool:
 
 
 def holder(folder: Path) -> str | None:
-    """Who writes to a folder now, in words; None if nobody does."""
+    """Who writes to a folder now, in words; None if nobody does. Nothing is written: it may be another user's folder."""
     path = folder / NAME
-    if not path.exists():
+    try:
+        handle = os.open(path, os.O_RDONLY | _NO_LINK)
+    except FileNotFoundError:
         return None
-    handle = lock(path)
-    if handle is None:
+    except OSError:  # not to be read
         return who(path)
-    unlock(handle, path)
-    return None
+    try:
+        return None if _hold(handle, path) else who(path)
+    finally:
+        os.close(handle)
 
 
 def unlock(handle: int, path: Path, *, shared: bool = False) -> None:

@@ -116,9 +116,13 @@ class Kind:
         except (ValueError, RecursionError) as error:
             raise self.refusal(path, f"no JSON ({_first_line(error)})") from error
         if not isinstance(found, dict) or found.get("format") != self.format:
-            other = _short(found.get("format")) if isinstance(found, dict) else "none"
+            other = found.get("format") if isinstance(found, dict) else None
+            known = _other_version(other, self.format)
             raise self.refusal(
-                path, f"one of an earlier version, which kept no digests, or another file (format {other}, not {self.format!r})"
+                path,
+                known
+                or f"one of an earlier version, which kept no digests, or another file (format {_short(other)}, not "
+                f"{self.format!r})",
             )
         if not is_sealed(io.BytesIO(content)):
             raise self.refusal(path, "one that was changed after it was written: its digest is of another content")
@@ -184,7 +188,9 @@ class Kind:
             with safe_open(path, framework="pt") as held:
                 facts = held.metadata() or {}
                 if facts.get("format") != self.format:
-                    raise self.refusal(path, f"a file of format {_short(facts.get('format'))}, not {self.format!r}")
+                    other = facts.get("format")
+                    known = _other_version(other, self.format)
+                    raise self.refusal(path, known or f"a file of format {_short(other)}, not {self.format!r}")
                 yield held, facts
 
 
@@ -289,6 +295,18 @@ def _is(value: object, kind: type | tuple[type | None, ...] | None) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _other_version(found: object, own: str) -> str | None:
+    """What to say of another version of the same format; None: it is another format."""
+    name, _, version = own.rpartition(" ")
+    other_name, _, other = str(found).rpartition(" ")
+    if name != other_name or not other.isdecimal():
+        return None
+    newer = int(other) > int(version)
+    writer = "a newer" if newer else "an earlier"
+    told = f"one of format version {other}, which {writer} basin_lens wrote (this one reads {version})"
+    return f"{told}. Update basin_lens to read it" if newer else told
 
 
 def _short(value: object) -> str:

@@ -60,10 +60,17 @@ def write_states_of(
     """Write the states of a piece at a border, whole or not at all.
 
     Raises:
-        StoreError: the place cannot be written.
+        StoreError: the place cannot be written, or the number format cannot hold the states.
     """
+    kept = states.to(dtype)
+    if not bool(torch.isfinite(kept).all()):
+        most, held = float(states.abs().max()), str(dtype).removeprefix("torch.")
+        raise StoreError(
+            f"expected states up to {torch.finfo(dtype).max:.0f}, as {held} holds them, got {most:.0f} in front of block {border}. "
+            'Start over (--fresh, fresh=True) with store_dtype="bfloat16" or "float32".'
+        )
     facts = {**mark, "border": str(border), "piece": str(index)}
-    write_tensors(place_of(folder, border, index), kind, {"states": states.to(dtype).contiguous()}, facts)
+    write_tensors(place_of(folder, border, index), kind, {"states": kept.contiguous()}, facts)
 
 
 def write_tensors(path: Path, kind: Kind, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

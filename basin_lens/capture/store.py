@@ -125,7 +125,7 @@ def write_record(
     Raises:
         StoreError: a label that JSON cannot hold.
     """
-    values = {f"column|{key}|{name}": value for key, held in columns.items() for name, value in held.items()}
+    values = {f"column|{key}|{_escaped(name)}": value for key, held in columns.items() for name, value in held.items()}
     values |= {f"reading|{name}": value for name, value in readings.items()}
     files = dict(shards)
     with _writing(folder):
@@ -181,8 +181,13 @@ def _columns(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, value in values.items():
         if name.startswith("column|"):
             key, column = name.split("|", 1)[1].rsplit("|", 1)
-            columns.setdefault(key, {})[column] = value
+            columns.setdefault(key, {})[column.replace("%7C", "|").replace("%25", "%")] = value
     return columns
+
+
+def _escaped(column: str) -> str:
+    """A column's name without the sign that parts it from its analyzer's key."""
+    return column.replace("%", "%25").replace("|", "%7C")
 
 
 def _check_record(record: Facts, values: Mapping[str, Tensor]) -> None:

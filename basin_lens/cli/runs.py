@@ -118,11 +118,9 @@ def _work(
     if share is None:
         _show(work(folder, model, passages, request, keep=contraction), out)
         return
-    done = work_on_part(folder, model, passages, request, share, keep=contraction)
+    done = work_on_part(folder, model, passages, request, share, lambda done: _show(done, out), keep=contraction)
     if isinstance(done, str):
         typer.echo(done)
-    else:
-        _show(done, out)
 
 
 def _show(done: "FolderRun", out: Path) -> None:
@@ -136,9 +134,9 @@ def _show(done: "FolderRun", out: Path) -> None:
     rows = run.n_rows * len(run.layers)
     if rows > MOST_REPORTED:
         typer.echo(f"No report: {rows:,} rows, and it is for at most {MOST_REPORTED:,}. Load a part: bl.tables.open({str(out)!r}).")
-    elif done.neighbors is not None or not (out / "report.html").exists():
+    elif (neighbors := done.neighbors()) is not None or not (out / "report.html").exists():
         title = f"Where does {run.provenance['model']['name']} compress?"
-        make_report(run.load(), neighbors=done.neighbors, title=title).save(out / "report.html")
+        make_report(run.load(), neighbors=neighbors, title=title).save(out / "report.html")
     done.store.clear()
     print_summary(summary, run.provenance, [out / name for name in _FILES if (out / name).exists()])
 

@@ -57,7 +57,7 @@ from basin_lens.model.incremental_decoding import Stepper, cache_bytes, end_toke
 from basin_lens.model.kept import Kept, cache_folder, kept_models, remove
 from basin_lens.model.knockout import knocked_out
 from basin_lens.model.kv_rows import RowStore, kv_shape, obeys_pattern, own_rows, query_width
-from basin_lens.model.loading import embedded_file, load_model
+from basin_lens.model.loading import EMBEDDED_NAME, embedded_file, load_model
 from basin_lens.model.memory import Memory, counting_memory
 from basin_lens.model.numerics import full_precision
 from basin_lens.model.protocol import HookedModel, StateCache, Tokenizer
@@ -67,6 +67,7 @@ from basin_lens.model.shorter_passes import Prefixes, pass_from
 from basin_lens.model.weights import output_weight
 
 __all__ = [
+    "EMBEDDED_NAME",
     "BlockCall",
     "FrozenPrefix",
     "HookedModel",

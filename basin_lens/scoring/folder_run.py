@@ -11,10 +11,11 @@ import pandas as pd
 
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
-from basin_lens.errors import BankWarning, BasinLensError, StoreError
+from basin_lens.errors import BankWarning, BasinLensError, PieceWarning, StoreError
 from basin_lens.model import HookedModel
 from basin_lens.scoring.bank_overlap import warning
 from basin_lens.scoring.conducting import conduct, kept_neighbors, read_all, score_all
+from basin_lens.scoring.folder_store import KIND as PIECE
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job, prepare
 from basin_lens.scoring.request import Request, takes_request
@@ -95,8 +96,27 @@ class FolderRun:
     """A run that is finished, before its pieces are deleted."""
 
     table: RunTable
-    neighbors: KeptNeighbors | None
+    job: Job
     store: FolderStore
+
+    def neighbors(self) -> KeptNeighbors | None:
+        """The neighbors that were to be kept, of all layers, in memory; None without pieces that hold them.
+
+        Warns:
+            PieceWarning: pieces that were damaged after the table was made.
+        """
+        if not all(self.store.scores_place(layer).exists() for layer in self.job.layers):
+            return None
+        try:
+            return kept_neighbors(self.job, self.store)
+        except StoreError as error:
+            said = str(error).removesuffix(PIECE.cure)
+            warnings.warn(
+                f"The table is whole, but no neighbors can be shown: {said}With --fresh (fresh=True) all is made anew.",
+                PieceWarning,
+                stacklevel=2,
+            )
+            return None
 
 
 def run_in_folder(model: HookedModel, data: Capture | Texts, request: FolderRequest) -> RunTable:
@@ -134,6 +154,7 @@ def work_on_part(
     data: Capture | Texts,
     request: FolderRequest,
     part: tuple[int, int],
+    show: Callable[[FolderRun], object] = lambda _: None,
     *,
     keep: CloudAnalyzer | None = None,
 ) -> FolderRun | str:
@@ -143,14 +164,29 @@ def work_on_part(
 
     Args:
         part: which, from 1, of how many.
+        show: called with the finished run, while no other part does the same; its pieces are there still.
     """
-    number, count = part
     job, store = _begun(folder, model, data, request, keep)
-    if folder.is_finished:
-        return _finished(folder, job, store)
+    if not folder.is_finished and (left := _share(folder, job, store, *part)):
+        return left
+    with folder.finishing() as other:
+        if other is not None:
+            return f"Another part, which was done at the same time, writes the table: {other}."
+        if not folder.is_finished and (unscored := store.unscored()):
+            return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table."
+        done = _finished(folder, job, store)
+        show(done)
+        return done
+
+
+def _share(folder: RunFolder, job: Job, store: FolderStore, number: int, count: int) -> str | None:
+    """Do one part's pieces; what is left to others before scoring can begin."""
     mine = set(range(number - 1, len(job.pieces), count))
     read_all(job, store, [index for index in store.unread() if index in mine])
-    if unread := store.unread():
+    unread = store.unread()
+    if folder.is_finished:  # the pieces went with what another part finished
+        return None
+    if unread:
         return (
             f"{len(unread)} of {len(job.pieces)} pieces of reading are left to other parts. When all have read, give every part "
             "once more: scoring begins then."
@@ -159,14 +195,7 @@ def work_on_part(
     job.fill()
     layers = list(job.layers)[number - 1 :: count]
     score_all(job, store, [layer for layer in store.unscored() if layer in layers])
-    if unscored := store.unscored():
-        return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table."
-    try:
-        return _finished(folder, job, store)
-    except StoreError:
-        if not folder.is_finished:
-            raise
-        return "Another part, which was done at the same time, writes the table."
+    return None
 
 
 def _begun(
@@ -175,7 +204,12 @@ def _begun(
     if isinstance(data, Capture) and not data.is_read:
         data = replace(data, columns=dict(data.columns))  # what a run keeps on a disk is not the caller's
     job = prepare(model, data, request, keep=keep, piece_tokens=int(request.piece_tokens))
-    store = folder.begin(job, store_dtype=request.store_dtype, keep_states=request.keep_states, fresh=request.fresh)
+    device = None
+    if request.engine == "ray":
+        from basin_lens.scoring.ray_engine import device_of
+
+        device = device_of(request.engine_options)
+    store = folder.begin(job, store_dtype=request.store_dtype, keep_states=request.keep_states, fresh=request.fresh, device=device)
     return job, store
 
 
@@ -183,8 +217,7 @@ def _finished(folder: RunFolder, job: Job, store: FolderStore) -> FolderRun:
     table = folder.finish(job, store)
     if job.run is not None and (said := warning(table.provenance["search"]["same_skeleton"])) is not None:
         warnings.warn(said, BankWarning, stacklevel=5)
-    whole_run = all(store.scores_place(layer).exists() for layer in job.layers)
-    return FolderRun(table, kept_neighbors(job, store) if whole_run else None, store)
+    return FolderRun(table, job, store)
 
 
 def part_of(text: str) -> tuple[int, int]:

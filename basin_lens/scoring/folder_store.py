@@ -52,6 +52,7 @@ class FolderStore:
         self.mark: Mapping[str, str] = {"plan": plan}
         self.states = folder / "states"
         self._proven: set[int] = set()  # layers whose scores were found whole
+        self._proven_pieces: set[Path] = set()  # files of reading that were
 
     @cached_property
     def rows(self) -> list[Tensor]:
@@ -82,22 +83,43 @@ class FolderStore:
 
     def _is_read(self, index: int, borders: list[int]) -> bool:
         rows, width = self.rows[index], self.job.capture.model["width"]
-        paths = [self.read_place(index), *(place_of(self.states, border, index) for border in borders)]
-        if not all(path.exists() for path in paths):
-            return False
+        paths = {border: place_of(self.states, border, index) for border in borders}
         try:
-            self._read_columns(index)
-            for border in borders:
+            if not self._is_proven(self.read_place(index)):
+                if not self.read_place(index).exists():
+                    return False
+                self._read_columns(index)
+                self._proven_pieces.add(self.read_place(index))
+            for border, path in paths.items():
+                if self._is_proven(path):
+                    continue
+                if not path.exists():
+                    return self._is_read_elsewhere(index, borders)
                 read_states_of(self.states, KIND, self.mark, border, index, (len(rows), width))
+                self._proven_pieces.add(path)
         except StoreError as error:
+            if self._is_read_elsewhere(index, borders):
+                return True
             warnings.warn(f"A piece of reading is made again: {error}", PieceWarning, stacklevel=2)
             return False
         return True
 
+    def _is_proven(self, path: Path) -> bool:
+        """Whether a file was found whole, or written, by this store, and is still there."""
+        return path in self._proven_pieces and path.exists()
+
+    def _is_read_elsewhere(self, index: int, borders: list[int]) -> bool:
+        """Whether states went because another part has scored their layers since: then nobody needs them."""
+        needed = self.borders_needed()
+        return len(needed) < len(borders) and self._is_read(index, needed)
+
     def put_read(self, index: int, piece: ReadPiece) -> None:
         for border in self.borders_needed():
             write_states_of(self.states, KIND, self.mark, border, index, piece.states[border], self.dtype)
-        values = {f"{key}|{name}": value.contiguous() for key, held in piece.columns.items() for name, value in held.items()}
+        # As JSON, because keys and columns of somebody's own analyzer may hold any sign.
+        values = {
+            json.dumps([key, name]): value.contiguous() for key, held in piece.columns.items() for name, value in held.items()
+        }
         write_tensors(self.read_place(index), KIND, {"rows": piece.rows, **values}, {**self.mark, "piece": str(index)})
 
     def _read_columns(self, index: int) -> ReadPiece:
@@ -110,7 +132,7 @@ class FolderStore:
             columns: Columns = {}
             for name in file.keys():  # noqa: SIM118 - an open file is no mapping
                 if name != "rows":
-                    key, column = name.rsplit("|", 1)
+                    key, column = json.loads(name)
                     columns.setdefault(key, {})[column] = file.get_tensor(name)
             return ReadPiece(rows, {}, columns)
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import BasinLensError, StoreError
-from basin_lens.model import HookedModel, fingerprint, load_model, source_of
+from basin_lens.model import EMBEDDED_NAME, HookedModel, fingerprint, load_model, source_of
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job, prepare
 from basin_lens.scoring.request import Request
@@ -51,6 +51,11 @@ class RayOptions:
     address: str | None = None
     retries: int = 3
 
+    @property
+    def device(self) -> str:
+        """The kind of device on which actors do pieces."""
+        return "cuda" if self.num_gpus else "cpu"
+
     @classmethod
     def of(cls, given: Mapping[str, object] | None) -> "RayOptions":
         """The options that a caller gave by name."""
@@ -65,6 +70,8 @@ class RayOptions:
             value = found.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise BasinLensError(f"expected {name} in engine_options as a number from 0 on, got {value!r}.")
+            if name in found:
+                found[name] = float(value)
         if not isinstance(found.get("address"), str | None):
             raise BasinLensError(f"expected address in engine_options as text, got {found['address']!r}.")
         return cls(**found)  # type: ignore[arg-type]
@@ -76,6 +83,7 @@ class Task:
 
     source: Mapping[str, str] | None
     dtype: torch.dtype
+    device: str
     model: HookedModel | None
     capture: Capture
     request: Request
@@ -101,9 +109,10 @@ class Worker:
         model = task.model
         if model is None:
             assert task.source is not None
-            model = load_model(task.source["name_or_path"], kind=task.source["kind"], dtype=task.dtype)  # type: ignore[arg-type]
-        elif torch.cuda.is_available():
-            model.to("cuda")
+            name, kind = task.source["name_or_path"], task.source["kind"]
+            model = load_model(name, kind=kind, dtype=task.dtype, device=task.device)  # type: ignore[arg-type]
+        if next(model.parameters()).device.type != task.device:
+            model.to(task.device)
         self.model = model
         self._filled = False
 
@@ -133,6 +142,19 @@ class Worker:
             self._filled = True
         store.put_scores(store.job.score(layer))
         return 1
+
+
+def device_of(given: Mapping[str, object] | None) -> str:
+    """The kind of device on which actors do pieces."""
+    return RayOptions.of(given).device
+
+
+def _found_anywhere(source: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Where a model was loaded from, as an actor, which stands in another folder, finds it."""
+    place = None if source is None else os.path.expanduser(source["name_or_path"])
+    if source is None or place is None or source["name_or_path"] == EMBEDDED_NAME or not os.path.exists(place):
+        return source
+    return {**source, "name_or_path": os.path.abspath(place)}
 
 
 def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mapping[str, object] | None) -> None:
@@ -173,12 +195,13 @@ class Crew:
 
     def __init__(self, ray: ModuleType, job: Job, store: FolderStore, request: Request, options: RayOptions) -> None:
         self.ray, self.options, self.wanted = ray, options, job.capture.model["fingerprint"]
-        source = source_of(job.model)
+        source = _found_anywhere(source_of(job.model))
         self._model = job.model
         dtype = next(job.model.parameters()).dtype
         self._facts: Facts = {
             "source": source,
             "dtype": dtype,
+            "device": options.device,
             "capture": job.capture,
             "request": request,
             "keep": job.keep,

@@ -8,6 +8,8 @@ import hashlib
 import json
 import re
 import statistics
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +23,16 @@ import torch
 
 from basin_lens import tables
 from basin_lens.capture import Capture
-from basin_lens.errors import StoreError
-from basin_lens.files import check_folder, lock_folder, write_file
-from basin_lens.locks import holder, is_own
+from basin_lens.errors import PieceWarning, StoreError
+from basin_lens.files import check_folder, clear_leavings, lock_folder, write_file
+from basin_lens.locks import NAME, holder, is_own, lock, tell, unlock, who
 from basin_lens.model import hooked_at, source_of
 from basin_lens.records import Kind
 from basin_lens.scoring.conducting import found, values_at
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
 from basin_lens.scoring.token_rows import row_facts, texts_hash
-from basin_lens.tables.run_table import RunTable, is_table, write_layers
+from basin_lens.tables.run_table import RunTable, holds_layers_only, is_table, write_layers
 from basin_lens.values import Facts
 
 PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
@@ -38,8 +40,11 @@ _PIECES = ("read", "states", "scores")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
 PIECE_TOKENS = 4096
+# How often, and for how many seconds, one that could write the table waits for another that does: a minute.
+_WAITS, _PAUSE = 300, 0.2
 _NAMES = {
     "model": "the model",
+    "device": "the kind of device",
     "texts": "the texts",
     "rows": "documents, labels or spans",
     "capture": "how texts are cut",
@@ -94,7 +99,7 @@ def dtype_of(name: object) -> torch.dtype:
     return _DTYPES[str(name)]
 
 
-def plan_of(job: Job, store_dtype: str) -> Facts:
+def plan_of(job: Job, store_dtype: str, device: str) -> Facts:
     """What makes two runs the same, as plain JSON: if one of these facts differs, so may the numbers."""
     capture, request = job.capture, job.request
     rows = repr([(s.passage, s.starts, s.ends) for s in capture.sequences]) + repr([capture.docs, capture.labels])
@@ -104,6 +109,7 @@ def plan_of(job: Job, store_dtype: str) -> Facts:
         bank = _of_capture(job, job.run.bank) if job.run.external else "the texts themselves"
     return {
         "model": {name: capture.model[name] for name in ("name", "fingerprint", "kind", "dtype")},
+        "device": device,
         "texts": texts_hash(capture),
         "rows": _hash(rows + spans),
         "states": _states_of(job, capture) if job.was_read else "the model's",
@@ -204,17 +210,29 @@ class RunFolder:
         with lock_folder(self.path, shared=shared):
             yield
 
-    def begin(self, job: Job, *, store_dtype: str = "float32", keep_states: bool = False, fresh: bool = False) -> FolderStore:
+    def begin(
+        self,
+        job: Job,
+        *,
+        store_dtype: str = "float32",
+        keep_states: bool = False,
+        fresh: bool = False,
+        device: str | None = None,
+    ) -> FolderStore:
         """The store of a job's pieces: what an interrupted run of the same plan left there is taken over.
 
         Args:
             job: what is to be done.
             store_dtype: of the states on disk.
-            keep_states: see `FolderStore`.
+            keep_states: see `FolderStore`. A run that was once asked to keep them does, whoever goes on with it.
             fresh: delete the pieces and the table that are there.
+            device: kind of device on which pieces are done; None: the model's.
 
         Raises:
             StoreError: the folder holds the pieces of another plan, of which is said what differs, or somebody else's files.
+
+        Warns:
+            PieceWarning: a table without its record, which is made again.
         """
         dtype = dtype_of(store_dtype)
         if hooks := hooked_at(job.model):
@@ -224,22 +242,51 @@ class RunFolder:
             )
         if dtype != torch.float32 and not job.was_read:
             job.capture.settings = {**job.capture.settings, "dtype": store_dtype}  # by which the block's check allows for it
-        plan = plan_of(job, store_dtype)
+        plan = plan_of(job, store_dtype, device or next(job.model.parameters()).device.type)
+        clear_leavings(self.pieces)
         if fresh:
             self.clear()
+        self._refuse_foreign()
+        kept = False
         if self.plan.exists():
             self._refuse_another(plan)
-        else:
-            self._refuse_foreign()
+            kept = bool(self._told().get("keep_states"))
+        if not self.plan.exists() or (keep_states and not kept):
             self.pieces.mkdir(parents=True, exist_ok=True)
             told = {"plan": plan, "pieces": len(job.pieces), "scored": list(job.layers), "tokens": job.capture.n_rows}
-            write_file(self.plan, PLAN.record(told, {}, indent=1))
-        return FolderStore(job, self.pieces, _hash(json.dumps(plan, sort_keys=True)), dtype=dtype, keep_states=keep_states)
+            write_file(self.plan, PLAN.record({**told, "keep_states": keep_states}, {}, indent=1))
+        if self.table.exists() and not self.is_finished:
+            warnings.warn(f"The table in {str(self.path)!r} is made again: its record is not there.", PieceWarning, stacklevel=2)
+        mark = _hash(json.dumps(plan, sort_keys=True))
+        return FolderStore(job, self.pieces, mark, dtype=dtype, keep_states=keep_states or kept)
+
+    @contextmanager
+    def finishing(self) -> Iterator[str | None]:
+        """Be the only one that makes the table and deletes pieces; whoever does it is waited for.
+
+        Yields:
+            None, or who does it still, after a minute: nothing may be done then.
+        """
+        place = self.pieces / NAME
+        handle = lock(place)
+        for _ in range(_WAITS):
+            if handle is not None:
+                break
+            time.sleep(_PAUSE)
+            handle = lock(place)
+        if handle is None:
+            yield who(place)
+            return
+        try:
+            tell(handle, self.path.name)
+            yield None
+        finally:
+            unlock(handle, place)
 
     def clear(self) -> None:
         """Delete the pieces and the table of a run."""
         self._refuse_foreign(with_table=False)
-        if self.is_finished:
+        if self.table.exists():
             rmtree(self.table)
         for name in ("summary.csv", "report.html") if self.plan.exists() else ():
             (self.path / name).unlink(missing_ok=True)  # of the run that goes
@@ -264,7 +311,9 @@ class RunFolder:
         foreign = next((f"pieces/{name}" for name in held if name not in ours and not is_own(name)), None)
         if self.pieces.exists() and not self.pieces.is_dir():
             foreign = "pieces"
-        if self.table.exists() and (with_table or not self.is_finished):
+        begun = self.plan.exists()
+        own_table = (self.is_finished and (begun or not with_table)) or (begun and holds_layers_only(self.table))
+        if self.table.exists() and not own_table:
             foreign = "table"
         if foreign is not None:
             raise StoreError(

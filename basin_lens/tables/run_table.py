@@ -1,6 +1,7 @@
 """The table of a run in a folder: a parquet file for each layer, opened without being read."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,11 @@ from basin_lens.values import KEYS, Facts, Layers, card, did_you_mean, several, 
 if TYPE_CHECKING:
     import pyarrow.dataset
 
-_KIND = records.Kind("the table of a run", "basin_lens run table 1", "Give the command or the call that made it again.")
+_KIND = records.Kind(
+    "the table of a run",
+    "basin_lens run table 1",
+    "Give the command or the call that made it again, with --fresh (fresh=True): it starts over.",
+)
 _RECORD = "record.json"
 _FIELDS: dict[str, records.Expected] = {"run": str, "provenance": dict, "layers": [int], "rows": int, "columns": [str]}
 
@@ -29,15 +34,15 @@ def write_layers(folder: Place, layers: Iterator[tuple[int, pd.DataFrame]], prov
     """Write a table layer by layer, all of it or nothing.
 
     Args:
-        folder: a new one.
+        folder: a new one, or one that holds a table without its record.
         layers: each with its rows, all of one run.
         provenance: of the run, with `made`, which the files of layers do not bear: they are the same, byte by byte, on any day.
 
     Raises:
-        StoreError: the folder exists, or cannot be written.
+        StoreError: the folder holds something else, or cannot be written.
     """
     facts = {name: fact for name, fact in provenance.items() if name != "made"}
-    with new_folder(folder) as new:
+    with new_folder(folder, replace=holds_layers_only(folder)) as new:
         files: dict[str, Facts] = {}
         told: Facts = {"layers": []}
         for layer, table in layers:
@@ -53,6 +58,12 @@ def write_layers(folder: Place, layers: Iterator[tuple[int, pd.DataFrame]], prov
 def is_table(folder: Place) -> bool:
     """Whether a folder is the finished table of a run."""
     return (Path(folder) / _RECORD).is_file()
+
+
+def holds_layers_only(folder: Place) -> bool:
+    """Whether a folder holds nothing but the files of a table's layers: somebody took its record away."""
+    place = Path(folder)
+    return place.is_dir() and all(re.fullmatch(r"layer-\d{3,}\.parquet", path.name) for path in place.iterdir())
 
 
 def _place_of(folder: Place) -> Path | None:
