@@ -12,7 +12,7 @@ from basin_lens.capture.passes import Passes, Target, future_loss
 from basin_lens.capture.planning import Mask
 from basin_lens.capture.reading import read_states
 from basin_lens.capture.record import Bank, Capture
-from basin_lens.capture.reference import kept_banks, reference_capture
+from basin_lens.capture.reference import kept_banks, planned_reference, reference_capture
 from basin_lens.capture.states import CapturedStates
 from basin_lens.capture.token_columns import fill_columns, layers_asked
 from basin_lens.model import StateCache
@@ -35,6 +35,7 @@ __all__ = [
     "future_loss",
     "kept_banks",
     "layers_asked",
+    "planned_reference",
     "read_states",
     "reference_capture",
     "subset",

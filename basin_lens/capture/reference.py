@@ -12,6 +12,14 @@ from basin_lens.files import clear_leavings
 from basin_lens.model import HookedModel, Kept, cache_folder, check_model, fingerprint, hooked_at, remove, uses_bos
 from basin_lens.texts import longest_sequence, reference_passages
 
+_LENGTH = 256  # more than the longest passage has
+
+
+def planned_reference(model: HookedModel, *, prepend_bos: bool | None = None) -> Capture:
+    """The same tokens, unread."""
+    length = longest_sequence(model, _LENGTH)
+    return Capture.plan(model, list(reference_passages()), layers=[0], max_length=length, prepend_bos=prepend_bos)
+
 
 def reference_capture(model: HookedModel, *, prepend_bos: bool | None = None, progress: bool = True) -> Capture:
     """The built-in passages under this model: read once, then kept in the user's cache folder by fingerprint.
@@ -25,7 +33,7 @@ def reference_capture(model: HookedModel, *, prepend_bos: bool | None = None, pr
     """
     check_model(model)
     passages = list(reference_passages())
-    length = longest_sequence(model, 256)
+    length = longest_sequence(model, _LENGTH)
     if hooked_at(model):
         return Capture.from_texts(model, passages, max_length=length, prepend_bos=prepend_bos, progress=progress)
     # The format too: versions that share a cache each have a bank of their own.

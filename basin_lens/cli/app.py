@@ -92,14 +92,17 @@ def info() -> None:
 def main() -> None:
     """Entry point: one line and exit code 1 for an error that we raise on purpose.
 
-    130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
+    2 for a wrong call, 3 for a `rerun` with other numbers, 130 for an interruption, 143 for SIGTERM, 129 for SIGHUP.
     """
     warnings.showwarning = _say_warning
     try:
         with ends_in_order():
-            # An interruption is raised by some versions of typer and answered with 130 by others.
-            if app(standalone_mode=False) == 130:
+            # An exit with a code (an interruption: 130) is raised by some versions of typer and returned by others.
+            code = app(standalone_mode=False)
+            if code == 130:
                 raise KeyboardInterrupt
+            if isinstance(code, int) and code:
+                raise typer.Exit(code)
     except BasinLensError as error:
         typer.echo(f"basin-lens: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from basin_lens.tables import Bundle
 
 _SAME = 1e-3  # of a column's scale: other processors and versions round otherwise, and no more than that
+_OTHER_NUMBERS = 3  # exit code: 1 is a refusal, 2 a wrong call
 
 
 def rerun(
@@ -28,6 +29,8 @@ def rerun(
     batch_size: shared.BatchSize = None,
 ) -> None:
     """Say what a supplement's runs were; with --yes, run them again and compare the numbers with its table.
+
+    Exit code: 0 if all numbers are the same, 3 if some differ or none could be compared, 1 if a run cannot be repeated.
 
     Examples: basin-lens rerun supplement.zip
               basin-lens rerun supplement.zip --yes --model smollm2-135m
@@ -49,8 +52,9 @@ def rerun(
     if not yes:
         typer.echo("\nNothing was run. Add --yes to run it and compare.")
         return
-    for name in chosen:
-        _repeat(bundle, name, model, size)
+    same = [_repeat(bundle, name, model, size) for name in chosen]
+    if not all(same):
+        raise typer.Exit(_OTHER_NUMBERS)
 
 
 def _plain(text: object) -> str:
@@ -89,8 +93,8 @@ def _place(facts: Facts, model: str | None) -> str | None:
     return model or loaded.get("name_or_path")
 
 
-def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | None) -> None:
-    """One run again, and how far it is from the table."""
+def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | None) -> bool:
+    """One run again, and whether its numbers are those of the table; how far they are apart is printed."""
     from basin_lens import tables
     from basin_lens.model import load_model
     from basin_lens.scoring.rerun import differences, planned, run_again
@@ -103,11 +107,11 @@ def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | No
     kind: Literal["bridge", "hooked"] = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
     table = run_again(load_model(place, kind=kind), again, batch_size=batch_size)
     before = tables.select(bundle.table, bundle.table["run"] == name)
-    _say(differences(before, table), [score for score in tables.scores(before) if score not in table.columns])
+    return _say(differences(before, table), [score for score in tables.scores(before) if score not in table.columns])
 
 
-def _say(found: "pandas.DataFrame", missing: list[str]) -> None:
-    """Print how far columns are apart; `missing`: scores that the new run does not have."""
+def _say(found: "pandas.DataFrame", missing: list[str]) -> bool:
+    """Print how far columns are apart, and whether all are the same; `missing`: scores that the new run does not have."""
     typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'largest value':>14}")
     for row in found.to_dict("records"):
         extra = f"  {row['only_one']} values in one of the two only" if row["only_one"] else ""
@@ -118,10 +122,13 @@ def _say(found: "pandas.DataFrame", missing: list[str]) -> None:
         typer.echo(f"Not compared, for the run does not measure them: {', '.join(map(_plain, missing))}.")
     if not found["compared"].sum():
         typer.echo("Nothing was compared: no score has a value in both runs.")
-    elif far.empty:
+        return False
+    if far.empty:
         typer.echo(f"The same numbers: no column differs by more than {_SAME:g} of its largest value.")
-    else:
-        names = ", ".join(_plain(name) for name in far["column"])
-        typer.echo(
-            f"Not the same numbers: {names} differ by more than {_SAME:g} of their largest value, or have values in one only."
-        )
+        return True
+    names, one = ", ".join(_plain(name) for name in far["column"]), len(far) == 1
+    differ, of_which, have = ("differs", "its", "has") if one else ("differ", "their", "have")
+    typer.echo(
+        f"Not the same numbers: {names} {differ} by more than {_SAME:g} of {of_which} largest value, or {have} values in one only."
+    )
+    return False

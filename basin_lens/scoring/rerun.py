@@ -16,6 +16,7 @@ from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.errors import ModelError, TableError
 from basin_lens.model import HookedModel, fingerprint, provenance
 from basin_lens.scoring.analysis import score
+from basin_lens.scoring.bank import is_reference
 from basin_lens.scoring.request import Request
 from basin_lens.scoring.token_rows import rows_at_places
 from basin_lens.tables.bundles import tokens_hash
@@ -33,7 +34,8 @@ class Rerun:
     """One run of a supplement, ready to be run again.
 
     `name`: of the run. `facts`: its provenance. `analyzers`: as they were. `sequences`: tokens, documents and labels. `bank`: the
-    same of the bank, if it was a capture of the caller's. `asked`: rows that were scored; None: all.
+    same of the bank, if it was a capture of the caller's, and `bank_settings` how that was read. `asked`: rows that were scored;
+    None: all.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Rerun:
     analyzers: tuple[Analyzer, ...]
     sequences: tuple[Facts, ...]
     bank: tuple[Facts, ...] | None = None
+    bank_settings: Facts | None = None
     asked: Bool[np.ndarray, " rows"] | None = None
 
 
@@ -74,7 +77,9 @@ def planned(bundle: tables.Bundle, run: str) -> Rerun:
             f"expected the tokens of run {run}, got others: their hash is not {facts.get('texts')!r}. Ask for the file again."
         )
     analyzers = tuple(analyzer_of(key) for key in facts.get("analyzers") or ())
-    return Rerun(run, facts, analyzers, sequences, _bank_of(facts, held), _asked(facts, sequences))
+    bank = _bank_of(facts, held)
+    settings = None if bank is None else held.get("bank_settings") or facts["capture"]
+    return Rerun(run, facts, analyzers, sequences, bank, settings, _asked(facts, sequences))
 
 
 def _bank_of(facts: Facts, held: Facts) -> tuple[Facts, ...] | None:
@@ -139,19 +144,24 @@ def run_again(model: HookedModel, rerun: Rerun, *, batch_size: int | None = None
 
     Raises:
         ModelError: another model.
-        TableError: neighbors came from a bank that is not in the supplement.
+        TableError: neighbors came from a bank that is not in the supplement. Both before the model reads anything.
     """
     wanted, found = (rerun.facts.get("model") or {}).get("fingerprint"), fingerprint(model)
     if wanted != found:
         raise ModelError(f"expected the run's model (fingerprint {wanted}), got {found}. Name that model with --model.")
     layers = tuple(int(layer) for layer in rerun.facts["layers"])
     capture = _capture(model, rerun.sequences, layers, rerun.facts["capture"])
-    bank = rerun.facts.get("bank") or {}
-    outside = bank.get("source") == "another capture"
-    neighbors: Bank = "reference" if outside else None
+    neighbors: Bank = None
     if rerun.bank is not None:
-        planned_bank = _capture(model, rerun.bank, layers, rerun.facts["capture"])
+        planned_bank = _capture(model, rerun.bank, layers, rerun.bank_settings or {})
         neighbors = read_states(model, planned_bank, batch_size=batch_size, progress=progress)
+    elif (bank := rerun.facts.get("bank") or {}).get("source") == "another capture":
+        neighbors = "reference"
+        if not is_reference(model, capture, str(bank.get("texts"))):
+            raise TableError(
+                "expected neighbors from the built-in passages, got a run with a bank of its own, which is not in the supplement "
+                f"(bundle(..., bank=capture) puts it there). {_CURE}"
+            )
     request = Request(
         list(rerun.analyzers),
         layers=layers,
@@ -161,14 +171,7 @@ def run_again(model: HookedModel, rerun: Rerun, *, batch_size: int | None = None
         batch_size=batch_size,
         progress=progress,
     )
-    table = score(model, capture, request).table
-    (facts,) = tables.provenance(table).values()
-    if outside and facts["bank"]["texts"] != bank.get("texts"):
-        raise TableError(
-            "expected neighbors from the built-in passages, got a run with a bank of its own, which is not in the supplement "
-            f"(bundle(..., bank=capture) puts it there). {_CURE}"
-        )
-    return table
+    return score(model, capture, request).table
 
 
 def _capture(model: HookedModel, held: Sequence[Facts], layers: tuple[int, ...], settings: Facts) -> Capture:

@@ -42,26 +42,34 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 PIECE_TOKENS = 4096
 # How often, and for how many seconds, one that could write the table waits for another that does: a minute.
 _WAITS, _PAUSE = 300, 0.2
-_NAMES = {
-    "model": "the model",
-    "device": "the kind of device",
-    "texts": "the texts",
+_NAMES = {  # each with its verb
+    "model": "the model differs",
+    "device": "the kind of device differs",
+    "texts": "the texts differ",
+    "rows": "documents, labels or spans differ",
+    "capture": "how texts are cut differs",
+    "states": "states of the capture differ",
+    "layers": "layers differ",
+    "analyzers": "analyzers differ",
+    "code": "the code of analyzers differs",
+    "queries": "queries differ",
+    "controls": "controls differ",
+    "seed": "the seed differs",
+    "backend": "the back end differs",
+    "bank": "the bank differs",
+    "batch_size": "batch_size differs",
+    "piece_tokens": "piece_tokens differ",
+    "store_dtype": "store_dtype differs",
+    "keep_neighbors_of": "whose neighbors are kept differs",
+    "versions": "versions of the package or of torch differ",
+}
+# Facts of a plan that are digests: they say that two things differ, and tell a reader nothing more.
+_DIGESTS = {
+    "texts": "tokens",
     "rows": "documents, labels or spans",
-    "capture": "how texts are cut",
-    "states": "states of the capture",
-    "layers": "layers",
-    "analyzers": "analyzers",
-    "code": "the code of analyzers",
-    "queries": "queries",
-    "controls": "controls",
-    "seed": "the seed",
-    "backend": "the back end",
-    "bank": "the bank",
-    "batch_size": "batch_size",
-    "piece_tokens": "piece_tokens",
-    "store_dtype": "store_dtype",
-    "keep_neighbors_of": "whose neighbors are kept",
-    "versions": "versions of the package or of torch",
+    "states": "states",
+    "queries": "",
+    "fingerprint": "weights or settings",
 }
 
 
@@ -299,9 +307,10 @@ class RunFolder:
         now = json.loads(json.dumps(plan))
         for name, words in _NAMES.items():
             if held.get(name) != now.get(name):
+                how = "" if name in _DIGESTS else f" ({_how(name, held.get(name), now.get(name))})"
                 raise StoreError(
-                    f"expected the run that {str(self.path)!r} holds, got another: {words} differ ({_short(held.get(name))} there, "
-                    f"{_short(now.get(name))} asked for). Choose another folder, or start over with --fresh (fresh=True)."
+                    f"expected the run that {str(self.path)!r} holds, got another: {words}{how}. Choose another folder, or start "
+                    "over with --fresh (fresh=True)."
                 )
 
     def _refuse_foreign(self, *, with_table: bool = True) -> None:
@@ -369,6 +378,26 @@ def _seconds_left(done: list[Path], of: int) -> float | None:
         return 0.0
     # The median, because between two of them the run may have been interrupted for a night.
     return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(ages)) * left
+
+
+def _how(name: str, there: object, asked: object) -> str:
+    """How a fact of two plans differs, in words: of a record, which of its own facts do; of a digest, of what it is."""
+    if not (isinstance(there, dict) and isinstance(asked, dict)):
+        return f"{_plain_fact(there)} there, {_plain_fact(asked)} asked for"
+    apart = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    if name == "code":
+        return f"of {', '.join(apart)}"
+    others = [f"other {_DIGESTS[key]}" for key in apart if key in _DIGESTS]
+    return "; ".join(
+        [
+            *others,
+            *(f"{key}: {_short(there.get(key))} there, {_short(asked.get(key))} asked for" for key in apart if key not in _DIGESTS),
+        ]
+    )
+
+
+def _plain_fact(value: object) -> str:
+    return "another capture" if isinstance(value, dict) else _short(value)
 
 
 def _short(value: object) -> str:

@@ -8,8 +8,9 @@ import re
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -34,6 +35,10 @@ _WHEN = (1980, 1, 1, 0, 0, 0)  # of every file: the same table is the same zip
 _RECORD, _TABLE, _STUDY = "rerun.json", "table.parquet", "study.json"
 # A supplement is a stranger's file: what it may unpack to, in all, and how many files.
 _MOST_BYTES, _MOST_FILES, _MOST_RATIO = 4 << 30, 10_000, 200
+_OF_BANK = [
+    "                  Also those of the bank: the other texts that neighbors came from. Token ids can be turned back into them;",
+    "                  documents are named without their folders.",
+]
 _NAME = re.compile(r"(?:(?:figures|texts)/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
 
 
@@ -42,8 +47,8 @@ class Bundle:
     """What a supplement holds.
 
     `table`: with its provenance. `runs`: for each run, `sequences` (its token ids, documents and labels, or None), `why` there
-    are none, and those of its `bank` if it was given. `figures`, `texts`: names of these files in the zip. `study`: what a study
-    declared and found, or None.
+    are none, and those of its `bank` if it was given (`bank_settings`: how that was read). `figures`, `texts`: names of these
+    files in the zip. `study`: what a study declared and found, or None.
     """
 
     table: pd.DataFrame
@@ -59,12 +64,14 @@ class Finished(Protocol):
 
     @property
     def figures(self) -> Mapping[str, Figure]: ...
+    @property
+    def provenance(self) -> Facts: ...
     def as_json(self) -> Facts: ...
 
 
 @runtime_checkable
 class TokensOf(Protocol):
-    """What a supplement takes of a bank: the capture's tokens, their documents and labels."""
+    """What a supplement takes of a bank: the capture's tokens, their documents and labels, and how they were read."""
 
     @property
     def sequences(self) -> Sequence["OneSequence"]: ...
@@ -72,6 +79,10 @@ class TokensOf(Protocol):
     def docs(self) -> Sequence[str]: ...
     @property
     def labels(self) -> Sequence[Mapping[str, object]]: ...
+    @property
+    def settings(self) -> Facts: ...
+    @property
+    def model(self) -> Facts: ...
 
 
 @runtime_checkable
@@ -105,13 +116,15 @@ def bundle(
         path: ending in `.zip`.
         figures: matplotlib figures by name (or in a list), which are saved as PDF; or paths of files.
         texts: strings, or passages (with `text`), to include as files; None: none, for texts may be others' property.
-        study: a finished `Study` of the table: what it declared and found is put beside the table as `study.json`, with the
+        study: a finished `Study` of the table's runs: what it declared and found is put beside the table as `study.json`, with the
             study's settings, and its figures where none are given.
-        bank: the capture that neighbors came from, if it was one of your own: its tokens are needed to run it again.
+        bank: the capture that neighbors came from, if it was one of your own: its tokens are needed to run it again. Its documents
+            are put in without their folders; those of the table stand in it as they are.
 
     Raises:
         StoreError: another suffix, a figure's file that cannot be read, or a place that cannot be written.
-        TableError: no provenance, a bank that is no run's, or a name of a figure that is no file name.
+        TableError: no provenance, a study of other runs, a bank that is no run's or whose states are not the model's own, or a
+            name of a figure that is no file name.
 
     Example:
         >>> import tempfile
@@ -134,6 +147,7 @@ def bundle(
     parts["provenance.json"] = json.dumps(held, indent=1).encode()
     parts["requirements.txt"] = _requirements(held).encode()
     if study is not None:
+        _check_study(study, held)
         parts[_STUDY] = json.dumps(study.as_json(), indent=1, allow_nan=False).encode()
         figures = figures or study.figures
     parts |= {f"figures/{name}": content for name, content in _figures(figures).items()}
@@ -141,7 +155,7 @@ def bundle(
     parts |= {f"texts/{number:05d}.txt": text.encode() for number, text in enumerate(words)}
     runs = {run: _sequences(table, run, facts) for run, facts in held.items()}
     if bank is not None:
-        _add_bank(runs, held, bank)
+        _add_bank(runs, held, bank, set(table["doc"].astype(str)) if "doc" in table else set())
     parts["README.txt"] = _readme(table, held, runs, list(parts)).encode()
     for name in parts:
         if not _NAME.fullmatch(name):
@@ -223,7 +237,7 @@ def _check_run(run: object) -> None:
     records.fields(run, {"sequences": (list, None), "why": (str, None)})
     assert isinstance(run, dict)
     bank = run.get("bank") or []
-    records.fields({"bank": bank}, {"bank": list})
+    records.fields({"bank": bank, "settings": run.get("bank_settings")}, {"bank": list, "settings": (dict, None)})
     for sequence in [*(run["sequences"] or []), *bank]:
         records.fields(sequence, {"tokens": [int], "doc": str, "labels": dict, "passage": int})
 
@@ -261,26 +275,63 @@ def _sequences(table: pd.DataFrame, run: str, facts: Facts) -> Facts:
     return {"sequences": found, "why": None}
 
 
-def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf) -> None:
+def _check_study(study: Finished, held: Mapping[str, Facts]) -> None:
+    """Refuse a study of runs that the table has not."""
+    if not study.provenance or (others := set(study.provenance) - set(held)):
+        of_it = ", ".join(sorted(others if study.provenance else [])) or "none"
+        raise TableError(
+            f"expected a study of the table's runs ({', '.join(held)}), got one of {of_it}. Pass the study's own table "
+            "(study.tokens), or leave the study out."
+        )
+
+
+def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf, docs: Collection[str]) -> None:
     """The bank's tokens, documents and labels with every run whose neighbors came from it.
 
     Raises:
-        TableError: none did.
+        TableError: none did, or its states are not what the model computes of its tokens.
     """
     name = tokens_hash([one.tokens for one in bank.sequences])
-    of_it = [run for run, facts in held.items() if (facts.get("bank") or {}).get("texts") == name]
+    outside = {run: facts.get("bank") or {} for run, facts in held.items()}
+    outside = {run: facts for run, facts in outside.items() if facts.get("source") == "another capture"}
+    of_it = [run for run, facts in outside.items() if facts.get("texts") == name]
     if not of_it:
-        raise TableError("expected the capture that a run of the table had its neighbors from, got another one.")
+        got = "another one" if outside else "one beside runs whose neighbors came from no other capture"
+        raise TableError(
+            f"expected the capture that a run of the table had its neighbors from, got {got}. Pass that one, or leave bank out."
+        )
+    if not bank.settings.get("states_of_model", True) or bank.model.get("hooks") is not None:
+        raise TableError(
+            "expected a bank of states that the model computes of its tokens, got one whose states were changed (by a control or "
+            "by hooks), which tokens alone do not give again. Leave bank out, and say in words how it was made."
+        )
+    names = _without_folders([str(doc) for doc in bank.docs], docs)
     for run in of_it:
+        runs[run]["bank_settings"] = dict(bank.settings)
         runs[run]["bank"] = [
             {
                 "tokens": [int(token) for token in one.tokens],
-                "doc": str(doc),
+                "doc": names[str(doc)],
                 "passage": int(one.passage),
                 "labels": {label: _plain(value) for label, value in labels.items()},
             }
             for one, doc, labels in zip(bank.sequences, bank.docs, bank.labels, strict=True)
         ]
+
+
+def _without_folders(docs: Sequence[str], there: Collection[str]) -> dict[str, str]:
+    """Names of documents that do not say where files lay; different ones stay different.
+
+    Documents that the table has, too (`there`), keep the name that it shows: who is of one document must be known.
+    """
+    names = {doc: doc for doc in docs if doc in there}
+    taken = set(there)
+    for doc in dict.fromkeys(docs):
+        if doc not in names:
+            plain = re.split(r"[/\\]", doc)[-1] or "document"
+            names[doc] = next(name for n in count(1) if (name := plain if n == 1 else f"{plain} ({n})") not in taken)
+            taken.add(names[doc])
+    return names
 
 
 def _plain(value: object) -> object:
@@ -334,6 +385,7 @@ def _readme(table: pd.DataFrame, held: Mapping[str, Facts], runs: Mapping[str, F
         "provenance.json   how each run was made: model, texts, settings, versions, what was left out and why.",
         "requirements.txt  the versions that were used, for pip install -r.",
         "rerun.json        token ids, documents and labels of each run, and a digest of every file here.",
+        *(_OF_BANK if any(run.get("bank") for run in runs.values()) else []),
         *(f"{name:<17} a figure." for name in names if name.startswith("figures/")),
         *(["study.json        what the study declared and found: tests, verdict, red flags, settings."] if _STUDY in names else []),
         *(["texts/            the texts, in their order."] if any(name.startswith("texts/") for name in names) else []),

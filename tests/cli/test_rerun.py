@@ -1,5 +1,7 @@
 """`basin-lens rerun`: a run from its supplement alone, and how far the numbers are apart."""
 
+import zipfile
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,8 +10,10 @@ import basin_lens as bl
 from basin_lens import analyzers as every
 from basin_lens import model as door
 from basin_lens import tables
+from basin_lens.capture import with_states
 from basin_lens.cli.bundle import _say
 from basin_lens.errors import ModelError, TableError
+from basin_lens.scoring import rerun
 from basin_lens.scoring.rerun import analyzer_of, differences, planned, run_again
 from tests.cli.calls import call
 
@@ -24,6 +28,8 @@ TEXTS = [
     bl.Passage(f"The {a} saw the {b} near the old {c} and ran away.", doc=f"doc-{i % 4}", labels={"kind": a})
     for i, (a, b, c) in enumerate(WORDS)
 ]
+
+MANY = [bl.Passage(f"The {a} saw the {b} near the old {c} and ran.") for a, b, _ in WORDS[:3] for _, _, c in WORDS[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +93,71 @@ def test_a_run_of_some_tokens_is_repeated(llama, tmp_path, queries):
     repeated(llama, table, tmp_path)
 
 
-def test_a_run_with_a_bank_of_ones_own_is_repeated_if_the_bank_is_there(llama, tmp_path):
+def test_a_run_with_a_bank_of_ones_own_is_repeated_if_the_bank_is_there(llama, tmp_path, monkeypatch):
     bank = bl.Capture.from_texts(llama, [text.text + " It was late." for text in TEXTS], layers=[0, 1, 2], progress=False)
     chosen = [bl.analyzers.Compression(k=4, group=3, partners="bank"), bl.analyzers.Contraction(k=4)]
     table = bl.analyze(llama, TEXTS[:2], chosen, layers=[0, 1], bank=bank, queries=[2, 3, 9], progress=False)
     repeated(llama, table, tmp_path, bank=bank)
     tables.bundle(table, tmp_path / "without.zip")
+    for name in ("score", "read_states"):
+        monkeypatch.setattr(rerun, name, lambda *_, **__: pytest.fail("the model has read something"))
     with pytest.raises(TableError, match=r"not in the supplement.*bank=capture"):
         run_again(llama, planned(tables.read_bundle(tmp_path / "without.zip"), table["run"].iloc[0]), progress=False)
     with pytest.raises(TableError, match="got another one"):
         tables.bundle(table, tmp_path / "other.zip", bank=bl.Capture.plan(llama, TEXTS))
+
+
+def test_the_built_in_passages_are_known_as_a_bank(llama, tmp_path):
+    table = bl.analyze(llama, TEXTS[:2], [bl.analyzers.Contraction(k=4)], layers=[1], bank="reference", progress=False)
+    repeated(llama, table, tmp_path)
+
+
+def test_a_bank_that_is_none_of_the_runs_or_whose_states_were_changed_is_refused(llama, measured, tmp_path):
+    own = bl.Capture.from_texts(llama, TEXTS, layers=[0, 1], progress=False)
+    with pytest.raises(TableError, match=r"neighbors came from no other capture\. Pass"):
+        tables.bundle(measured, tmp_path / "own.zip", bank=own)
+    plain = bl.Capture.from_texts(llama, [text.text + " It was late." for text in TEXTS], layers=[0, 1, 2], progress=False)
+    moved = with_states(plain, {border: plain.border(border) + 1.0 for border in range(4)}, {"name": "moved"})
+    score = bl.analyzers.Contraction(k=4, context="native")
+    table = bl.analyze(llama, TEXTS, [score], layers=[1], bank=moved, progress=False)
+    with pytest.raises(TableError, match=r"got one whose states were changed.*Leave bank out"):
+        tables.bundle(table, tmp_path / "moved.zip", bank=moved)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_is_read_as_it_was(llama, tmp_path):
+    """Without its beginning-of-sequence token, say: its own settings go with it, not the texts'."""
+    bank = bl.Capture.from_texts(llama, [text.text + " It was late." for text in TEXTS], layers=[1], max_length=9, progress=False)
+    table = bl.analyze(llama, TEXTS, [bl.analyzers.Contraction(k=4)], layers=[1], bank=bank, progress=False)
+    repeated(llama, table, tmp_path, bank=bank)
+    again = planned(tables.read_bundle(tmp_path / "s.zip"), table["run"].iloc[0])
+    assert again.bank_settings["max_length"] == 9 and again.facts["capture"]["max_length"] != 9
+
+
+def test_a_supplement_does_not_say_where_a_banks_files_lay(llama, tmp_path):
+    names = [f"/home/anna/thesis/{folder}/{'abc'[i % 3]}.txt" for i, folder in enumerate(["one", "one", "two", "three", "four"])]
+    texts = [bl.Passage(text.text + " It was late.", doc=doc) for text, doc in zip(TEXTS, names, strict=True)]
+    texts.append(bl.Passage(TEXTS[0].text, doc=TEXTS[0].doc))
+    bank = bl.Capture.from_texts(llama, texts, layers=[1], progress=False)
+    table = bl.analyze(llama, TEXTS, [bl.analyzers.Contraction(k=4, exclude="document")], layers=[1], bank=bank, progress=False)
+    repeated(llama, table, tmp_path, bank=bank)
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        for name in archive.namelist():
+            assert b"anna" not in archive.read(name), name
+        readme = archive.read("README.txt").decode()
+    held = [one["doc"] for one in tables.read_bundle(tmp_path / "s.zip").runs[table["run"].iloc[0]]["bank"]]
+    assert held == ["a.txt", "b.txt", "c.txt", "a.txt (2)", "b.txt (2)", TEXTS[0].doc]
+    assert "Also those of the bank: the other texts that neighbors came from" in readme
+    tables.bundle(table, tmp_path / "s.zip")
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert "Also those of the bank" not in archive.read("README.txt").decode()
+
+
+def test_a_study_of_other_runs_is_refused(llama, measured, tmp_path):
+    study = bl.studies.compare_models(llama, bl.controls.random_twin(llama), MANY, layers=[1], k=4, progress=False)
+    with pytest.raises(TableError, match=r"expected a study of the table's runs \(.*\), got one of .*study\.tokens"):
+        tables.bundle(measured, tmp_path / "s.zip", study=study)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("asked", ["", "3-", "a", "9999", "5-2", "-1"])
@@ -126,9 +187,27 @@ def test_other_numbers_are_called_so(llama, measured, tmp_path, capsys, monkeypa
     tables.bundle(tables.assign(measured, contraction=measured["contraction"] + 0.5), tmp_path / "s.zip")
     monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
     code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
-    assert code == 0 and "Not the same numbers: contraction differ" in said
+    assert code == 3 and "Not the same numbers: contraction differs by more than 0.001 of its largest value" in said
     (line,) = [line for line in said.splitlines() if line.startswith("contraction ")]
     assert " 0.5 " in line
+    both = tables.assign(measured, contraction=measured["contraction"] + 0.5, state_norm=measured["state_norm"] + 1)
+    tables.bundle(both, tmp_path / "s.zip")
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 3 and "contraction, state_norm differ by more than 0.001 of their largest value" in said
+
+
+def test_one_run_with_other_numbers_is_enough(llama, measured, tmp_path, capsys, monkeypatch):
+    """The second run is the same: both are repeated, and the exit code says that not all is well."""
+    second = bl.analyze(llama, TEXTS, [bl.analyzers.StateNorm()], layers=[1], progress=False)
+    wrong = tables.assign(measured, contraction=measured["contraction"] + 0.5)
+    tables.bundle(tables.concat([wrong, second]), tmp_path / "s.zip")
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 3 and "Not the same numbers" in said and "The same numbers" in said
+    code, said, _ = call(
+        "rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", "--run", second["run"].iloc[0], capsys=capsys
+    )
+    assert code == 0 and "Not the same numbers" not in said
 
 
 def test_another_model_and_unknown_runs_are_refused(llama, measured, tmp_path):
@@ -194,7 +273,7 @@ def test_nothing_in_common_is_not_the_same(capsys):
     with pytest.raises(TableError, match="a score of both runs"):
         differences(one_column([1.0]), one_column([1.0], name="b"))
     empty = one_column([float("nan")])
-    _say(differences(empty, empty), ["integrated_gradients"])
+    assert not _say(differences(empty, empty), ["integrated_gradients"])
     said = capsys.readouterr().out
     assert "Nothing was compared" in said and "The same numbers" not in said
     assert "Not compared, for the run does not measure them: integrated_gradients." in said

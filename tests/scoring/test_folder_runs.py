@@ -1,6 +1,7 @@
 """A run in a folder: the numbers of a run in memory, bit for bit, however often it was interrupted, and whoever did its pieces."""
 
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ A = bl.analyzers
 # Pieces of a few sequences each: six texts in at least three pieces.
 CUT = {"layers": [0, 2], "batch_size": 1, "progress": False}
 SMALL = {"piece_tokens": 60}
+DIGEST = re.compile("[0-9a-f]{12}")
 
 
 def analyzers():
@@ -167,14 +169,14 @@ def test_a_piece_of_another_run_is_made_again(model, tmp_path, monkeypatch):
     ("change", "said"),
     [
         ({"layers": [1]}, "layers differ"),
-        ({"seed": 3}, "the seed differ"),
-        ({"queries": [1, 2]}, "queries differ"),
-        ({"max_length": 16}, "differ"),
-        ({"bank": "other"}, "the bank differ"),
-        ({"controls": True}, "differ"),
-        ({"piece_tokens": 500}, "piece_tokens differ"),
-        ({"batch_size": 2}, "batch_size differ"),
-        ({"store_dtype": "bfloat16"}, "differ"),
+        ({"seed": 3}, r"the seed differs \(0 there, 3 asked for\)"),
+        ({"queries": [1, 2]}, r"queries differ\."),
+        ({"max_length": 16}, r"the texts differ\."),
+        ({"bank": "other"}, r"the bank differs \(\"the texts themselves\" there, another capture asked for\)"),
+        ({"controls": True}, "analyzers differ"),
+        ({"piece_tokens": 500}, r"piece_tokens differ \("),
+        ({"batch_size": 2}, r"batch_size differs \(null there, 2 asked for\)"),
+        ({"store_dtype": "bfloat16"}, r"how texts are cut differs|store_dtype differs"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
@@ -186,8 +188,9 @@ def test_another_plan_is_refused_and_what_differs_is_said(model, tmp_path, monke
     if change.get("bank"):
         change = {"bank": bl.Capture.from_texts(model, TEXTS[::-1], layers=[0, 2], progress=False)}
     done = counted(monkeypatch)
-    with pytest.raises(StoreError, match=f"{said}.*Choose another folder, or start over"):
+    with pytest.raises(StoreError, match=f"{said}.*Choose another folder, or start over") as refused:
         run(model, tmp_path / "run", **change)
+    assert not DIGEST.search(str(refused.value)), "a digest tells nobody anything"
     assert done == {"read": 0, "score": 0}
 
 
@@ -198,11 +201,11 @@ def test_other_texts_labels_analyzers_and_models_are_refused(model, tokenizer, t
     labelled = [bl.Passage(text, doc=f"text-{i}", labels={"kind": i % 2}) for i, text in enumerate(TEXTS)]
     options = {"out": tmp_path / "run", **CUT, **SMALL}
     for data, said in ((TEXTS[:5], "the texts differ"), (labelled, "documents, labels or spans differ")):
-        with pytest.raises(StoreError, match=said):
+        with pytest.raises(StoreError, match=rf"{said}\. Choose"):
             bl.analyze(model, data, analyzers(), **options)
     with pytest.raises(StoreError, match="analyzers differ"):
         bl.analyze(model, passages, analyzers()[:3], **options)
-    with pytest.raises(StoreError, match="the model differ"):
+    with pytest.raises(StoreError, match=r"the model differs \(other weights or settings\)"):
         bl.analyze(make_bridge("llama", seed=1, tokenizer=tokenizer), TEXTS, analyzers(), **options)
 
 
@@ -262,7 +265,7 @@ def test_an_own_analyzer_with_other_code_is_another_run(model, tmp_path):
     options = {"out": tmp_path / "run", **CUT, **SMALL}
     bl.analyze(model, TEXTS, [doubling(1.0)], **options)
     bl.analyze(model, TEXTS, [doubling(1.0)], **options)
-    with pytest.raises(StoreError, match="the code of analyzers differ"):
+    with pytest.raises(StoreError, match=r"the code of analyzers differs \(of Own\)"):
         bl.analyze(model, TEXTS, [doubling(2.0)], **options)
 
 
@@ -274,8 +277,8 @@ def test_banks_and_captures_of_equal_texts_and_other_states_are_others(model, tm
 
     plain = bank("abcdef")
     run(model, tmp_path / "run", bank=plain)
-    for other in (bank("aabbcc"), bank("abcdef", states=1.0)):
-        with pytest.raises(StoreError, match="the bank differ"):
+    for other, how in ((bank("aabbcc"), "documents, labels or spans"), (bank("abcdef", states=1.0), "states; ")):
+        with pytest.raises(StoreError, match=rf"the bank differs \(other {how}"):
             run(model, tmp_path / "run", bank=other)
     only = [A.Contraction(k=4, context="native")]
     given = {"out": tmp_path / "states", "progress": False}
