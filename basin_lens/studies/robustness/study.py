@@ -107,7 +107,7 @@ def study_robustness(
     The findings, of compression less that of random sets: it is not 0; it goes with surprisal, and with measures of importance,
     beyond the controls; function words differ from content words, and nouns from verbs; and the contrast asked for. Each at the
     layer that half of the documents chose among three (with fewer than 16: all three are tested, p corrected for them). Some
-    tokens of one sequence of each document are tested, about 200 in all (at least 18 of a sequence, as far as the run measured
+    tokens of one sequence of each document are tested, about 200 in all (at least 16 of a sequence, as far as the run measured
     so many), in the whole bank.
 
     Args:

@@ -39,7 +39,7 @@ QUICK_IMPORTANCE: tuple[Analyzer, ...] = (AttentionReceived(), GradientNorm())
 KS = (5, 10, 15, 30)
 FIRST_POSITIONS = 8
 TESTED = 200  # tokens of a layer, about: each costs hundreds of passes of the block under every setting
-FEWEST_TESTED = 18  # of a sequence: what a partial correlation within it needs (see `study`), and some without a group
+FEWEST_TESTED = 16  # of a sequence: what a partial correlation within it needs (see `study`), and some without a group
 NULLS: tuple[Displaced, ...] = ("random_sets",)  # a finding is of compression less theirs
 _SAME_TOKENS = ("twin", "dtype")  # kinds of settings whose model has the run's own tokenizer
 
