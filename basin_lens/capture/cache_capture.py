@@ -8,9 +8,10 @@ from torch import Tensor
 
 from basin_lens.capture import caches
 from basin_lens.capture.fields import CaptureFields
-from basin_lens.capture.planning import Mask, row_fields
+from basin_lens.capture.planning import Mask, named_documents, row_fields
 from basin_lens.model import HookedModel, StateCache, check_lengths, check_model
 from basin_lens.texts import Passage, read_passages
+from basin_lens.texts.passages import numbered_documents
 from basin_lens.texts.tokens import from_token_ids, refuse_padding
 from basin_lens.values import document, labels_of_all
 
@@ -58,7 +59,10 @@ def _put_given(fields: CaptureFields, docs: Sequence[object] | None, labels: Seq
     count = len(fields["sequences"])
     of_each, labels_of_each = caches.one_each(docs, count, "document"), caches.one_each(labels, count, "dict of labels")
     if of_each is not None:
-        fields["docs"] = [document(doc) or f"sequence-{i}" for i, doc in enumerate(of_each)]
+        given = [document(doc) for doc in of_each]
+        fields["docs"] = numbered_documents("sequence", given)
+        others = {name: fact for name, fact in fields["settings"].items() if name != "named_documents"}
+        fields["settings"] = {**others, **named_documents(doc for doc in given if doc is not None)}
     if labels_of_each is not None:
         fields["labels"] = labels_of_all(labels_of_each)
 

@@ -1,6 +1,6 @@
 """Texts or token ids -> the rows of a capture, before the model has read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -9,6 +9,7 @@ from basin_lens.capture.batches import check_layers
 from basin_lens.capture.fields import CaptureFields
 from basin_lens.model import HookedModel, check_lengths, check_model, provenance, uses_bos
 from basin_lens.texts import Passage, Texts, read_passages
+from basin_lens.texts.passages import is_numbered
 from basin_lens.texts.tokens import TokenSequence, given_ids, longest_sequence, token_strings, tokenize
 from basin_lens.values import Facts, Layers, Whole
 
@@ -55,5 +56,11 @@ def row_fields(
         "strings": token_strings(model, (token for s in sequences for token in s.tokens)),
         "layers": layers,
         "model": provenance(model),
-        "settings": settings,
+        "settings": {**settings, **named_documents(str(passage.doc) for passage in passages or () if passage.doc_given)},
     }
+
+
+def named_documents(given: Iterable[str]) -> Facts:
+    """What a capture's settings say of documents that were given, and are called as if they were not."""
+    named = sorted({doc for doc in given if is_numbered(doc)})
+    return {"named_documents": named} if named else {}

@@ -17,6 +17,7 @@ from basin_lens.capture.fields import CaptureFields
 from basin_lens.errors import StoreError
 from basin_lens.records import Unfinished
 from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
+from basin_lens.texts.passages import called_by_number, is_numbered
 from basin_lens.values import Facts
 
 FORMAT = "basin_lens capture 2"
@@ -162,7 +163,7 @@ def read_capture(folder: Path) -> CaptureFields:
             "sequences": [
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
-            "passages": None if record["passages"] is None else [_passage(p) for p in record["passages"]],
+            "passages": None if record["passages"] is None else [_passage(p, record["settings"]) for p in record["passages"]],
             "docs": record["docs"],
             "labels": record["labels"],
             "strings": dict(record["strings"]),
@@ -238,11 +239,13 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"{name} as {value.dtype} {tuple(value.shape)}, not {dtype} {shape}")
 
 
-def _passage(record: object) -> Passage:
+def _passage(record: object, settings: Facts) -> Passage:
     """A passage, with its gold words if it has some, from JSON that has no tuples."""
     if not isinstance(record, dict):
         raise TypeError("a passage that is no record")
     spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
-    if "words" not in record:
-        return Passage(**record | {"spans": spans})
-    return TaggedPassage(**record | {"spans": spans, "words": tuple(Word(**word) for word in record["words"])})
+    words = {"words": tuple(Word(**word) for word in record["words"])} if "words" in record else {}
+    passage = (TaggedPassage if words else Passage)(**record | {"spans": spans, **words})
+    if is_numbered(str(passage.doc)) and passage.doc not in settings.get("named_documents", ()):
+        return called_by_number(passage, str(passage.doc))
+    return passage

@@ -1,6 +1,5 @@
 """Tokens in groups, and every cloud of a group through the map at every place of it."""
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,11 +16,10 @@ from basin_lens.errors import NeighborError
 from basin_lens.neighbors.grouping import matched_groups, nearest_partners
 from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.plan import Plan
-from basin_lens.scoring.token_rows import row_groups
+from basin_lens.scoring.token_rows import documents_of_both, row_groups
 from basin_lens.transport import chunk_places, rows_per_call
 from basin_lens.values import Facts
 
-_UNNAMED = re.compile(r"(sequence|text)-\d+")  # what captures call texts without a document
 _NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` that name no label
 
 
@@ -197,11 +195,10 @@ def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Te
     names: dict[object, int] = {}
     texts: dict[object, int] = {}
     pairs = []
-    for side, source in enumerate((capture, bank)):
-        for sequence, labels, doc in zip(source.sequences, source.labels, source.docs, strict=True):
+    for source, docs in zip((capture, bank), documents_of_both(capture, bank), strict=True):
+        for sequence, labels, doc in zip(source.sequences, source.labels, docs, strict=True):
             label = None if exclude in _NO_LABELS else labels.get(exclude)
-            # A number in a capture is no document of the other one's.
-            name = (side if _UNNAMED.fullmatch(doc) else None, doc) if label is None else (exclude, label)
+            name = ("document", doc) if label is None else ("label", label)
             pairs.append((names.setdefault(name, len(names)), texts.setdefault(sequence.tokens, len(texts))))
     by_name, by_text = np.array(pairs).T
     # Names that share a text are one unit.

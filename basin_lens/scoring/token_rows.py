@@ -11,6 +11,7 @@ from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
+from basin_lens.texts.passages import is_numbered
 from basin_lens.values import Plain, whole_or_none
 
 _PLACES = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
@@ -92,17 +93,40 @@ def _rows_at(capture: Capture, positions: Integer[Tensor, " n"]) -> Bool[Tensor,
     return chosen
 
 
+def documents_of_both(capture: Capture, bank: Capture) -> tuple[list[object], list[object]]:
+    """The document of each sequence of a capture and of a bank, by names that are the same for the same document.
+
+    A document that was given is the same wherever it is called so. One that was not given is called by its number, which says
+    nothing in another capture: there it is the same if the two share a text.
+    """
+    if bank is capture:
+        return list(capture.docs), list(capture.docs)
+    own = [doc if _was_given(capture, doc) else ("texts", doc) for doc in capture.docs]
+    texts = {sequence.tokens: name for sequence, name in zip(capture.sequences, own, strict=True) if isinstance(name, tuple)}
+    shared: dict[str, object] = {}
+    for sequence, doc in zip(bank.sequences, bank.docs, strict=True):
+        if not _was_given(bank, doc) and sequence.tokens in texts:
+            shared.setdefault(doc, texts[sequence.tokens])
+    return list(own), [doc if _was_given(bank, doc) else shared.get(doc, ("bank", doc)) for doc in bank.docs]
+
+
+def _was_given(source: Capture, doc: str) -> bool:
+    return not is_numbered(doc) or doc in source.settings.get("named_documents", ())
+
+
 def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, Tensor]:
     """Group of each row of the capture and of the bank: a query's own group is never its neighbor."""
     if exclude in ("self", "nothing"):
         return torch.full((capture.n_rows,), -1, device="cpu"), torch.full((bank.n_rows,), -1, device="cpu")
+
+    documents = documents_of_both(capture, bank)
 
     def of(source: Capture) -> list[object]:
         if exclude == "sequence":
             # In another capture, the same text is the same sequence.
             return list(range(len(source.sequences))) if source is bank is capture else [s.tokens for s in source.sequences]
         if exclude == "document":
-            return list(source.docs)
+            return documents[source is not capture]
         if source is capture and not any(exclude in label for label in source.labels):
             raise NeighborError(
                 f'expected exclude "self", "sequence", "document" or a label of the texts, got {exclude!r}; labels: '

@@ -1,10 +1,12 @@
 """A text with its document, labels and spans; and the built-in ones."""
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from itertools import count
 
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class Passage:
     doc: str | None = None
     labels: Labels = field(default_factory=dict)
     spans: Spans = field(default_factory=dict)
+    # Whether the document was given. False where a reader called it by its number, which another list of texts gives again.
+    doc_given: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -49,6 +53,7 @@ class Passage:
             raise TextError("expected a text with at least one character, got an empty one. Leave empty texts out.")
         object.__setattr__(self, "text", unicode(self.text, "text"))
         object.__setattr__(self, "doc", document(self.doc))
+        object.__setattr__(self, "doc_given", self.doc is not None)
         object.__setattr__(self, "labels", labels(self.labels))
         # None is how api.md spells "nothing given".
         try:
@@ -89,6 +94,37 @@ class Passage:
                 "Spans are [start, end) in characters."
             )
         return unicode(name, "names of spans"), (start, end)
+
+
+# What captures call documents that were not given: the number of a text, or of a sequence of token ids.
+_NUMBERED = re.compile(r"(sequence|text)-\d+")
+
+
+def is_numbered(doc: str) -> bool:
+    """Whether a document is called as those that were not given are. A caller may have given this name nevertheless."""
+    return _NUMBERED.fullmatch(doc) is not None
+
+
+def numbered_documents(kind: str, given: Sequence[str | None]) -> list[str]:
+    """The documents, those that were not given (None) called by their number; by another where a given one is called so.
+
+    Example:
+        >>> from basin_lens.texts.passages import numbered_documents
+        >>> numbered_documents("text", [None, "text-2", None])
+        ['text-0', 'text-2', 'text-5']
+    """
+    taken = set(given)
+    names = ((f"{kind}-{number}" for number in count(index, len(given))) for index in range(len(given)))
+    return [
+        next(name for name in of_it if name not in taken) if doc is None else doc for doc, of_it in zip(given, names, strict=True)
+    ]
+
+
+def called_by_number(passage: Passage, doc: str) -> Passage:
+    """The passage with a document that nobody gave."""
+    named = replace(passage, doc=doc)
+    object.__setattr__(named, "doc_given", False)
+    return named
 
 
 # What a caller may give as texts, or as token ids; `read_passages` and `given_ids` say how each is read. Tables, columns and data

@@ -13,7 +13,7 @@ from typing import cast
 
 from basin_lens.errors import TextError
 from basin_lens.texts.marked import read_marks, skeleton_of
-from basin_lens.texts.passages import Passage, Texts
+from basin_lens.texts.passages import Passage, Texts, called_by_number, numbered_documents
 from basin_lens.texts.records import items_of, passage_of
 from basin_lens.values import check_alike, is_missing
 
@@ -54,12 +54,12 @@ def read_passages(data: Texts) -> list[Passage]:
             _refuse_again(Path(item), files)
             passages.extend(read_texts(item))
             continue
-        doc = f"text-{len(passages)}"
-        passages.append(passage_of(item, where, doc) if isinstance(item, dict) else _passage(item, where, doc))
+        passages.append(passage_of(item, where) if isinstance(item, dict) else _passage(item, where))
     if not passages:
         raise TextError("expected at least one text, got an empty list.")
     check_alike([passage.labels for passage in passages])
-    return passages
+    names = numbered_documents("text", [passage.doc for passage in passages])
+    return [each if each.doc is not None else called_by_number(each, doc) for each, doc in zip(passages, names, strict=True)]
 
 
 def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
@@ -74,9 +74,9 @@ def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
     files[key] = str(path)
 
 
-def _passage(item: object, where: str, doc: str) -> Passage:
+def _passage(item: object, where: str) -> Passage:
     if isinstance(item, Passage):
-        return item if item.doc is not None else replace(item, doc=doc)
+        return item
     if not isinstance(item, str):
         shown = f" ({item!r})" if item is not None and is_missing(item) else ""
         raise TextError(f"expected a text or a Passage at {where}, got {type(item).__name__}{shown}. {_cure(item)}")
@@ -86,7 +86,7 @@ def _passage(item: object, where: str, doc: str) -> Passage:
             f"or Passage({str(item)!r}) if this is the text itself."
         )
     try:
-        return Passage(item, doc=doc)
+        return Passage(item)
     except TextError as error:
         raise error if where == "index 0" else TextError(f"{error} It is at {where}.") from error
 
