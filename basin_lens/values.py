@@ -385,3 +385,21 @@ def card(title: str, facts: Mapping[str, object]) -> str:
         for name, fact in facts.items()
     )
     return f"<div><strong>{escape(title)}</strong><table>{rows}</table></div>"
+
+
+_UNITS = frozenset(("document", "sequence", "window", "text", "word", "token", "token type", "tag"))
+
+
+def units_said(unit: str, count: int | None = None) -> str:
+    """What tests and intervals are over, in words: so many of them, or several if it is not said how many.
+
+    `unit`: `"document"`, `"sequence"`, `"window"`, or a label of the texts, whose values are the units.
+
+    Example:
+        >>> from basin_lens.values import units_said
+        >>> units_said("document", 1), units_said("sequence"), units_said("class", 1_200)
+        ('1 document', 'sequences', "1,200 values of 'class'")
+    """
+    of_label = "" if unit in _UNITS else f" of {unit!r}"
+    words = f"{'value' if of_label else unit}{'' if count == 1 else 's'}{of_label}"
+    return words if count is None else f"{count:,} {words}"

@@ -24,6 +24,7 @@ from basin_lens.studies.framework.spec import Analysis, Check, DeclaredTest, Pre
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows, sequence_shown
 from basin_lens.studies.framework.wording import in_words, layers_said
+from basin_lens.values import units_said
 from basin_lens.views import Section, result_curve, token_view
 
 DIFFERENCE, CONTROLLED = "difference", "difference at fixed controls"
@@ -220,7 +221,7 @@ def _sections(analysis: Analysis, measured: Measured, figures: dict[str, Figure]
             f"{measured.contrast.first} less {measured.contrast.second}, {how}, without controls. Positive: the block draws the "
             "neighborhood of the first together more. A difference that another bank turns round is one of the bank.",
             figure=figures["difference-by-layer"],
-            caption=f"Mean difference in nats with 95 % intervals over {measured.unit}s (layer 0 in the table); filled: p at most "
+            caption=f"Mean difference in nats with 95 % intervals over {units_said(measured.unit)} (layer 0 in the table); filled: p at most "
             "0.05 after Benjamini-Hochberg over the layers of a bank.",
             table=shown(details.by_bank, "layer").assign(bank=details.by_bank["bank"]),
         ),

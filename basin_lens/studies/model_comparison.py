@@ -27,7 +27,7 @@ from basin_lens.studies.framework.table_parts import named_rows, sequence_shown
 from basin_lens.studies.framework.units import FEWEST_UNITS, count_units, unit_keys
 from basin_lens.studies.framework.wording import opening, sentence
 from basin_lens.texts import Texts
-from basin_lens.values import Layers, Whole, whole_numbers
+from basin_lens.values import Layers, Whole, units_said, whole_numbers
 from basin_lens.views import Section, layer_curve, result_curve, token_view
 
 _COLUMN, _SIDES = "compression", ("compression_a", "compression_b")
@@ -74,6 +74,13 @@ class _Compared:
     @property
     def n_documents(self) -> int:
         return count_units(self.capture, "document")
+
+    @property
+    def over(self) -> str:
+        """What tests and intervals are over, in words."""
+        if not self.windows:
+            return units_said(self.unit, self.n_units)
+        return f"{units_said('window', self.n_units)} of {units_said('text', self.n_documents)}"
 
 
 @whole_numbers(StudyError)
@@ -145,7 +152,7 @@ def compare_models(
     verdict = [opening(results.decision, "Compression changes.", "No reliable change of compression here."), sentence(row, "nats")]
     said = SPEC.said(layers=", ".join(map(str, capture.layers)), neighbors=_FROZEN if frozen_neighbors else _OWN)
     if held.windows:
-        said.append("Other texts: the units are windows of the same one or few.")
+        said.append(f"Other texts: the units are {held.over}.")
     presentation = Presentation(_sections(held, change, figures, layer), figures, said, tables={"change": change}, verdict=verdict)
     provenance = tables.provenance(held.pairs)
     return make_study(SPEC, results, presentation, about=_about(held, frozen_neighbors), provenance=provenance, tokens=held.pairs)
@@ -167,7 +174,8 @@ def _independent(capture: Capture, unit: str) -> str:
         return "sequence"
     shorter = capture.n_rows // FEWEST_UNITS
     raise StudyError(
-        f"expected at least {FEWEST_UNITS} documents, or as many windows of one text, got {there} documents with {windows} windows "
+        f"expected at least {FEWEST_UNITS} documents, or as many windows of one text, got {units_said('document', there)} with "
+        f"{units_said('window', windows)} "
         f"of at most {capture.settings['max_length']} tokens. Add texts"
         + (f", or read shorter windows (max_length={shorter})." if shorter >= _SHORTEST else ".")
     )
@@ -191,7 +199,8 @@ def _tested(held: _Compared) -> Results:
     ]
     if held.windows:
         of_windows = {"flag": WINDOWS, "score": "difference", "layer": pd.NA, "raised": True, "value": float(held.n_documents)}
-        why = f"{held.n_units} windows of {held.n_documents} texts are the units: what is found is of these texts"
+        these = "this text" if held.n_documents == 1 else "these texts"
+        why = f"{held.over} are the units: what is found is of {these}"
         line = pd.DataFrame([{**of_windows, "why": why, "question": _QUESTION}])
         raised.append(line.astype({"layer": "Int64", "raised": "boolean"}))
     flags = pd.concat([part for part in raised if len(part)], ignore_index=True)
@@ -244,10 +253,11 @@ def _about(held: _Compared, frozen: bool) -> list[str]:
     most = int(held.pairs.groupby("layer")["difference"].count().max())
     return [
         f"First: {held.names[0]}. Second: {held.names[1]}. The difference is second less first, of the same tokens.",
-        f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents; layers "
+        f"{capture.n_rows:,} tokens in {units_said('sequence', len(capture.sequences))} of "
+        f"{units_said('document', len(set(capture.docs)))}; layers "
         f"{', '.join(map(str, capture.layers))}; at most {most} tokens of a layer have the score in both.",
-        f"Neighbors: {neighbors}. Tests and intervals are over {held.n_units} "
-        + (f"windows of {held.n_documents} texts, which are not independent." if held.windows else f"units ({held.unit})."),
+        f"Neighbors: {neighbors}. Tests and intervals are over {held.over}"
+        + (", which are not independent." if held.windows else "."),
     ]
 
 
@@ -256,9 +266,9 @@ def _figures(held: _Compared, change: pd.DataFrame) -> Mapping[str, Figure]:
     answer = {"both-by-layer": layer_curve(held.pairs, list(_SIDES), labels=words)}
     if change["estimate"].notna().any():
         title = f"{_COLUMN}: {held.names[1]} less {held.names[0]}"
-        # A curve of one document has no interval; the test's own is over windows.
+        # A curve's band is over documents; the test's own intervals are over what it was over.
         answer["difference-by-layer"] = (
-            result_curve(change, title=title) if held.windows else layer_curve(held.pairs, "difference", title=title)
+            layer_curve(held.pairs, "difference", title=title) if held.unit == "document" else result_curve(change, title=title)
         )
     return answer
 
@@ -270,13 +280,13 @@ def _sections(held: _Compared, change: pd.DataFrame, figures: Mapping[str, Figur
             "Both models, layer by layer",
             "Mean compression of the same tokens.",
             figure=figures["both-by-layer"],
-            caption="Mean over windows." if held.windows else f"Mean over {held.unit}s with 95 % intervals.",
+            caption="Mean over documents" + (" with 95 % intervals." if held.n_documents > 1 else "; of one there is no interval."),
         ),
         Section(
             "The difference, layer by layer",
             f"{held.names[1]} less {held.names[0]}; above 0: the second draws neighborhoods together more.",
             figure=figures.get("difference-by-layer"),
-            caption="Mean difference with 95 % intervals.",
+            caption=f"Mean difference with 95 % intervals over {units_said('window' if held.windows else held.unit)}.",
             table=shown(change, "layer", "n_documents"),
         ),
         Section("One text", f"The difference at layer {layer}, token by token, and both scores.", view=view),

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from basin_lens import tables
 from basin_lens.errors import TableError
-from basin_lens.values import is_missing
+from basin_lens.values import is_missing, units_said
 from basin_lens.views.canvas import SOFT, plain
 
 # Okabe-Ito: told apart by color-blind readers; line styles and marker shapes carry the difference in print.
@@ -279,11 +279,11 @@ def sample(results: pd.DataFrame) -> str:
     """How much was tested and what the bars and p-values are, in one sentence."""
     parts = []
     counts = [
-        f"{_range(results[f'n_{noun}'])} {noun}" for noun in ("documents", "sequences", "tokens") if f"n_{noun}" in results.columns
+        _counted(results[f"n_{noun}s"], noun) for noun in ("document", "sequence", "token") if f"n_{noun}s" in results.columns
     ]
     if counts:
         parts.append(", ".join(counts))
-    units = [f"{unit}s" for unit in dict.fromkeys(results["unit"].dropna())] if "unit" in results else []
+    units = [units_said(str(unit)) for unit in dict.fromkeys(results["unit"].dropna())] if "unit" in results else []
     if (results["low"].notna() & results["high"].notna()).any():
         parts.append("bars: 95 % interval" + (f" over {' or '.join(units)}" if units else ""))
     else:
@@ -298,12 +298,12 @@ def sample(results: pd.DataFrame) -> str:
     return "; ".join(parts)
 
 
-def _range(values: pd.Series) -> str:
+def _counted(values: pd.Series, noun: str) -> str:
     known = values.dropna()
     if known.empty:
-        return "no"
+        return f"no {units_said(noun)}"
     low, high = int(known.min()), int(known.max())
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return units_said(noun, high) if low == high else f"{low:,}–{units_said(noun, high)}"
 
 
 def say_nothing(axes: Axes, why: str = "no values") -> None:

@@ -104,6 +104,33 @@ def test_the_other_bank_is_measured_as_analyze_measures_it(trained):
     assert flag(study, "one template")["raised"]
 
 
+def cure(bank, *, alone=True) -> str:
+    """What the report advises for spans."""
+    changes = ['bank="reference"'] * (bank == "the texts themselves") + ["the study contrast measured by itself"] * (not alone)
+    return f" share theirs: {' and '.join(changes)} give{'s' * (len(changes) == 1)} each partners of its own"
+
+
+def test_what_gives_tokens_a_score_is_said_where_it_does(trained):
+    """Not for labels, whose partners are the texts' own tokens under any bank; in other studies, not the bank alone."""
+    held = measure(trained, TEMPLATES[0], bank=None, layers=[1], compression_tokens=130)
+    labels = Contrast("kind", SPANS.first, SPANS.second)
+
+    def said(bank="the texts themselves", partners="texts", contrast=SPANS, studies=("contrast",)) -> str:
+        settings = {**held.settings, "bank": bank, "partners": partners}
+        (line,) = contrast_flags.without_scores(replace(held, settings=settings, contrast=contrast, studies=studies), 1)
+        assert "okens of a group may share no neighbor" in line
+        return line
+
+    assert cure("the texts themselves") in said()
+    assert cure("the texts themselves", alone=False) in said(studies=("layers", "contrast"))
+    assert cure("another capture", alone=False) in said(bank="another capture", studies=("layers", "contrast"))
+    for nothing in (said(contrast=labels), said("another capture", contrast=labels), said("another capture", partners="bank")):
+        assert " share theirs (" in nothing and "bank=" not in nothing and "gives each" not in nothing
+    some = [bl.Passage(p.text, doc=p.doc, labels={"kind": "ab"[i % 2]}) for i, p in enumerate(prompts(*TEMPLATES, count=12))]
+    given = {"studies": ["contrast"], "contrast": Contrast("kind", "a", "b"), "layers": [1], "k": 4, "progress": False}
+    assert bl.studies.measure(trained, some, bank="reference", **given).settings["partners"] == "texts"
+
+
 def test_every_marked_token_has_a_score_with_partners_from_the_bank(trained):
     """Tokens at one place of a template have the same neighbors: among themselves, most find no group."""
     texts = measure(trained, TEMPLATES[0], bank=None, layers=[1], compression_tokens=130)
@@ -116,7 +143,7 @@ def test_every_marked_token_has_a_score_with_partners_from_the_bank(trained):
     (said,) = contrast_flags.without_scores(texts, 1)
     missing = int((~marked["t"]).sum())
     counted = [int(number) for number in re.findall(r"(\d+) of \d+ of", said)]
-    assert sum(counted) == missing and "okens of a group may share no neighbor" in said and "scores all" in said
+    assert sum(counted) == missing and "okens of a group may share no neighbor" in said and cure("the texts themselves") in said
     other, _, why = another_bank.under_another_bank(trained, texts)
     assert not why and other[other["contrast"].notna()][HEADLINE].notna().all()
 

@@ -1,5 +1,6 @@
 """Two models on the same texts: nothing between a model and itself, what is there between two, and refusals before any pass."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
 import basin_lens as bl
 from basin_lens import stats, tables
@@ -79,9 +81,13 @@ def test_windows_of_one_text_are_units_under_a_red_flag(llama, other):
     study = bl.studies.compare_models(llama, other, BOOK.text, names=("one", "other"), **FEW)
     (row,) = study.flags[study.flags["flag"] == WINDOWS].to_dict("records")
     windows = study.tokens["seq"].nunique()
-    assert row["raised"] and row["question"] == "change" and f"{windows} windows of 1 texts" in row["why"]
+    assert (
+        row["raised"]
+        and row["question"] == "change"
+        and f"{windows} windows of 1 text are the units: what is found is of this text" in row["why"]
+    )
     assert study.findings["n_units"].item() > 1 and study.findings["unit"].item() == "sequence"
-    assert any(f"over {windows} windows of 1 texts, which are not independent" in line for line in study.about)
+    assert any(f"over {windows} windows of 1 text, which are not independent" in line for line in study.about)
     assert any(line.startswith("Other texts") for line in study.not_tested)
     assert study.decision not in ("yes", "in part")
     few = bl.studies.compare_models(llama, other, [BOOK, *TEXTS[:3]], **FEW)
@@ -96,6 +102,35 @@ def test_sequences_that_were_asked_for_are_windows_too(llama, other):
     apart = bl.studies.compare_models(llama, other, TEXTS, unit="sequence", **FEW | {"max_length": 128})
     many = apart.tokens["seq"].nunique() > apart.tokens["doc"].nunique()
     assert (WINDOWS in set(apart.flags["flag"])) == many
+
+
+def words_on(figure) -> str:
+    return " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize(
+    ("texts", "unit", "over", "band"),
+    [
+        (TEXTS, "document", "8 documents", "over documents"),
+        (BOOK.text, "document", r"\d+ windows of 1 text", "over sequences"),
+        (TEXTS, "topic", "7 values of 'topic'", "over values of 'topic'"),
+    ],
+    ids=["documents", "windows", "label"],
+)
+def test_captions_and_figures_say_what_the_test_was_over(llama, other, texts, unit, over, band):
+    if unit == "topic":
+        texts = [bl.Passage(text.text, doc=text.doc, labels={"topic": f"k{at % 7}"}) for at, text in enumerate(texts)]
+    study = bl.studies.compare_models(llama, other, texts, unit=unit, **FEW)
+    assert re.search(f"Tests and intervals are over {over}[.,]", " ".join(study.about))
+    both, difference, _ = study.sections
+    of_windows = band.replace("sequences", "windows")
+    assert difference.caption == f"Mean difference with 95 % intervals {of_windows}."
+    assert both.caption.startswith("Mean over documents") and (" with 95 % intervals" in both.caption) == (texts is not BOOK.text)
+    said = words_on(study.figures["difference-by-layer"])
+    assert band in said and ("over documents" in said) == (unit == "document" and texts is not BOOK.text)
+    assert not re.search(
+        r"\b1 (texts|documents|windows|sequences)\b", " ".join([*study.about, *study.verdict, said, *study.not_tested])
+    )
 
 
 def test_many_texts_are_their_own_units(study):
@@ -114,7 +149,7 @@ def test_units_are_a_label_where_one_is_named(llama, other):
         (
             " ".join(BOOK.text.split()[:90]),
             {"max_length": 64},
-            r"as many windows of one text.*got 1 documents.*shorter windows \(max_length=",
+            r"as many windows of one text.*got 1 document with \d windows? of.*shorter windows \(max_length=",
         ),
         (" ".join(BOOK.text.split()[:20]), {}, r"Add texts\.$"),
         (BOOK.text, {"k": 5000}, "5000"),

@@ -139,7 +139,17 @@ def without_scores(measured: Measured, layer: int) -> Sequence[str]:
 
 
 def _cure(measured: Measured) -> str:
-    return ': bank="reference" scores all' if measured.settings.get("partners") != "bank" else ""
+    """What gives such tokens a score: partners from another bank, which spans have where contrasts alone are measured.
+
+    Nothing does where they have them already, nor for labels, whose tokens are crossed with one another under every bank.
+    """
+    assert measured.contrast is not None
+    if measured.settings.get("partners") == "bank" or measured.contrast.by != "span":
+        return ""
+    changes = ['bank="reference"'] if measured.settings["bank"] == "the texts themselves" else []
+    if any(study != "contrast" for study in measured.studies):
+        changes.append("the study contrast measured by itself")
+    return f": {' and '.join(changes)} give{'s' * (len(changes) == 1)} each partners of its own" if changes else ""
 
 
 def spans_beyond(measured: Measured) -> Sequence[str]:

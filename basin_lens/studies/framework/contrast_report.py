@@ -10,6 +10,7 @@ from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.display_columns import shown
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.table_parts import above_layer_0
+from basin_lens.values import units_said
 from basin_lens.views import Section, result_curve
 
 
@@ -34,7 +35,7 @@ def contrast_section(table: pd.DataFrame, scores: list[str], measured: Measured)
         f"Difference {sides[0]} - {sides[1]}, {how}, clustered by {measured.unit}; without controls and with the "
         "standard ones. Benjamini-Hochberg over all scores, layers and both control sets.",
         figure=figure,
-        caption=f"Mean difference with 95 % intervals over {measured.unit}s.",
+        caption=f"Mean difference with 95 % intervals over {units_said(measured.unit)}.",
         table=shown(found, "layer", "score", "control_set"),
     )
     return section, found, figure

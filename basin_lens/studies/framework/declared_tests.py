@@ -13,6 +13,7 @@ from basin_lens.studies.framework.attempts import attempt
 from basin_lens.studies.framework.measured_texts import HEADLINE
 from basin_lens.studies.framework.table_parts import Row, above_layer_0, named_rows
 from basin_lens.studies.framework.units import FEWEST_DOCUMENTS, Units
+from basin_lens.values import units_said
 from basin_lens.views.marks import unit_of
 
 Decision = Literal["yes", "yes, with red flags", "in part", "in part, with red flags", "no", "undecided"]
@@ -102,7 +103,7 @@ def declared_test(
         of_documents = measured.unit == "document"
         chose, tested = (row.chosen_documents, row.n_documents) if of_documents else (row.chosen_units, row.n_units)
         said = (
-            f"layer chosen on {int(chose)} {'documents' if of_documents else f'units ({measured.unit})'} (there "
+            f"layer chosen on {int(chose)} {units_said('document' if of_documents else measured.unit)} (there "
             f"{row.chosen_estimate:+.3f}, p {row.chosen_p:.2g}), tested on {int(tested)} others"
         )
         floor = p_floor(row)

@@ -7,6 +7,7 @@ import pandas as pd
 from basin_lens.studies.framework.declared_tests import ALPHA, Decision
 from basin_lens.studies.framework.measured_texts import HEADLINE, Measured
 from basin_lens.studies.framework.table_parts import Row
+from basin_lens.values import units_said
 
 # The package's errors say what was expected and what came.
 _OF_AN_ERROR = re.compile(r"\bexpected\b.*\bgot\b", re.DOTALL)
@@ -24,13 +25,13 @@ def about_measured(measured: Measured) -> list[str]:
     rest = ", ".join(x for x in (passed, f"{left} were left unread" if left else "") if x)
     sentences = [
         f"{model['name']}: {model['layers']} layers, width {model['width']}, {model['dtype']}, {model['kind']}.",
-        f"{capture.n_rows:,} tokens in {len(capture.sequences)} sequences of {len(set(capture.docs))} documents"
-        + (f"; {rest}." if rest else "."),
+        f"{capture.n_rows:,} tokens in {units_said('sequence', len(capture.sequences))} of "
+        f"{units_said('document', len(set(capture.docs)))}" + (f"; {rest}." if rest else "."),
         f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
         f"the same {chosen['exclude']}."
         + (" Compression crosses each token with tokens of that bank." if chosen.get("partners") == "bank" else ""),
         *_sampled(measured),
-        f"Tests and intervals are over {measured.n_units} units ({measured.unit}); tokens of one text are not independent.",
+        f"Tests and intervals are over {units_said(measured.unit, measured.n_units)}; tokens of one text are not independent.",
     ]
     if measured.contrast is not None:
         sentences.append(f"Contrast: {measured.contrast.title}.")
@@ -88,10 +89,17 @@ def sentence(row: Row, unit: str = "", rows: str = "") -> str:
     # A study may ask for more than significance; then the note begins with what is lacking.
     denied = bool(row.p_corrected <= ALPHA and not row.holds)
     note = as_sentence(row.note, "Significant, but " if denied else "")
-    return (
-        f"{row.finding}: {holds}. {row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {int(row.n_units)} "
-        f"units, {int(row.n_documents)} documents{_counted(row, rows)}.{note and ' '}{note}"
-    )
+    found = f"{row.effect} {row.estimate:+.3f}{measure}{interval}{layer}, {p}, {_over(row)}{_counted(row, rows)}"
+    return f"{row.finding}: {holds}. {found}.{note and ' '}{note}"
+
+
+def _over(row: Row) -> str:
+    """The units tested, and the documents that they are of where these are not the units."""
+    unit, documents = getattr(row, "unit", None), units_said("document", int(row.n_documents))
+    if unit == "document" and row.n_units == row.n_documents:
+        return documents
+    units = units_said(unit, int(row.n_units)) if isinstance(unit, str) else f"{int(row.n_units)} units"
+    return f"{units}, {documents}"
 
 
 def _counted(row: Row, rows: str) -> str:

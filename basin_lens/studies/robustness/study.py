@@ -53,7 +53,7 @@ from basin_lens.studies.robustness.variants import (
     tested_tokens,
     with_frequency,
 )
-from basin_lens.values import did_you_mean
+from basin_lens.values import did_you_mean, units_said
 from basin_lens.views import Section, forest
 
 TWIN = "random twin of the model"
@@ -352,7 +352,7 @@ def _sections(
             Section(
                 "; ".join(f"{finding.name} (layer {finding.layer})" for finding in held),
                 figure=figure,
-                caption=f"95 % intervals over {measured.unit}s; filled: p at most 0.05, Holm over settings.",
+                caption=f"95 % intervals over {units_said(measured.unit)}; filled: p at most 0.05, Holm over settings.",
                 table=rows[[*(("finding",) if several else ()), *_COLUMNS]],
             )
         )
