@@ -52,6 +52,14 @@ CompressionTokens = Annotated[
         "--compression-tokens", min=4, help="At most so many tokens per layer have compression and its nulls, a seeded sample."
     ),
 ]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="In place of measuring: a finished run of analyze --for. Its texts need not be named, but for words and spans.",
+    ),
+]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens per sequence; longer texts become several.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per pass; chosen by memory if left out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
@@ -94,6 +102,7 @@ class MeasureOptions:
     contrast: Contrasted = None
     max_length: MaxLength = 128
     compression_tokens: CompressionTokens = 720
+    run: From = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`basin-lens analyze`: a run in a folder, which goes on where it was interrupted. `basin-lens status`: how far one is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -58,6 +58,12 @@ def analyze(
         str | None, typer.Option("--part", help="Only this share of the pieces, such as 3/16: a part of a Slurm array.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the folder.")] = False,
+    studies: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="STUDIES", help="Also what these need, such as layers,codelength: study ... --from takes it."
+        ),
+    ] = None,
     keep_states: Annotated[bool, typer.Option("--keep-states", help="Leave the states of all layers in the folder.")] = False,
     store_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
@@ -70,22 +76,18 @@ def analyze(
     Examples: basin-lens analyze book.txt --layers 0-9 --out book/
               basin-lens analyze note.txt --bank reference
               basin-lens analyze --dataset nltk:treebank --engine ray --out run/
+              basin-lens analyze corpus/*.txt --for layers,codelength --out run/
               basin-lens analyze corpus/*.txt --out run/ --part 3/16
     """
-    if not files and dataset is None:
-        raise typer.BadParameter("expected files or --dataset, got neither. Name some.")
-    if workers is not None and engine != "ray":
-        raise typer.BadParameter("expected --workers with --engine ray, got them without. Leave them out.")
-    if part is not None and (fresh or engine == "ray"):
-        raise typer.BadParameter("expected --part without --fresh and --engine ray: other parts work on the same folder.")
+    _refuse_options(named=bool(files) or dataset is not None, engine=engine, workers=workers, part=part, fresh=fresh)
     from basin_lens.scoring.folder_run import FolderRequest, part_of
 
-    share = None if part is None else part_of(part)
+    share, needed = None if part is None else part_of(part), _analyzers_for(studies, k)
     chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
     passages = shared.read_texts(files or [], dataset, config, split, None, marked=marked)
     with _prepared(out, files or [], together=share is not None):
         loaded = shared.load(model)
-        analyzers, contraction = analyzers_of(k)
+        analyzers, contraction = analyzers_of(k, needed)
         request = FolderRequest(
             analyzers,
             layers=chosen,
@@ -101,6 +103,15 @@ def analyze(
             store_dtype=store_dtype,
         )
         _work(loaded, passages, request, contraction, out.resolve(), share)
+
+
+def _refuse_options(*, named: bool, engine: str, workers: int | None, part: str | None, fresh: bool) -> None:
+    if not named:
+        raise typer.BadParameter("expected files or --dataset, got neither. Name some.")
+    if workers is not None and engine != "ray":
+        raise typer.BadParameter("expected --workers with --engine ray, got them without. Leave them out.")
+    if part is not None and (fresh or engine == "ray"):
+        raise typer.BadParameter("expected --part without --fresh and --engine ray: other parts work on the same folder.")
 
 
 def _work(
@@ -182,13 +193,23 @@ def _prepared(out: Path, inputs: list[Path], *, together: bool) -> Iterator[None
         yield
 
 
-def analyzers_of(k: int) -> "tuple[list[Analyzer], Contraction]":
-    """What the command measures; contraction is of every token, so that each has its neighbors in the page."""
+def analyzers_of(k: int, needed: "Sequence[Analyzer]" = ()) -> "tuple[list[Analyzer], Contraction]":
+    """What the command measures; contraction is of every token, for the neighbors in the page. `needed`: by studies."""
     from basin_lens.analyzers import SAMPLED, Compression, Contraction, Neighborhood, RawCompression, StateNorm, Surprisal
 
     contraction = Contraction(k=k)
-    others = [RawCompression(k=k), Neighborhood(k=k), Surprisal(), StateNorm()]
-    return [Compression(k=k, queries=SAMPLED), contraction, *others], contraction
+    headline = next((one for one in needed if isinstance(one, Compression)), Compression(k=k, queries=SAMPLED))
+    usual = [headline, contraction, RawCompression(k=k), Neighborhood(k=k), Surprisal(), StateNorm()]
+    return [*usual, *(one for one in needed if one not in usual)], contraction
+
+
+def _analyzers_for(studies: str | None, k: int) -> "list[Analyzer]":
+    """The analyzers of studies named as one,other."""
+    if studies is None:
+        return []
+    from basin_lens.studies import analyzers_for
+
+    return analyzers_for(*(name.strip() for name in studies.split(",")), k=k)
 
 
 def print_summary(summary: "pandas.DataFrame", facts: Facts, files: list[Path]) -> None:

@@ -1,6 +1,6 @@
 """What the study commands do: refuse before a model is loaded, then say what would be run, or run it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -10,22 +10,25 @@ import typer
 from rich.console import Console
 
 from basin_lens import files as writing
-from basin_lens import studies
+from basin_lens import studies, tables
 from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
 from basin_lens.cli import options as shared
 from basin_lens.cli import study_words
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
 from basin_lens.errors import StudyError
+from basin_lens.model import HookedModel
 from basin_lens.scoring import Request
 from basin_lens.studies.framework import runner
 from basin_lens.studies.framework.contrast import Contrast, refuse_label
+from basin_lens.studies.framework.finished_runs import refuse_missing
 from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
 from basin_lens.studies.framework.registry import specs_of_texts
 from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, StudySpec
 from basin_lens.studies.framework.storage import refuse_folder
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.summary import read_studies
+from basin_lens.tables import RunTable
 from basin_lens.texts import Passage
 from basin_lens.transport import Context
 
@@ -43,6 +46,7 @@ class _Asked:
     bank: Literal["reference"] | None
     contrast: Contrast | None
     analyzers: Sequence[Analyzer]
+    run: RunTable | None
 
 
 def run_studies(
@@ -78,27 +82,45 @@ def run_studies(
             for one in checks:
                 one(capture)
 
-        measured = studies.measure(
-            model,
-            asked.passages,
-            studies=list(own),
-            layers=asked.layers,
-            k=texts.k,
-            context=asked.context,
-            bank=asked.bank,
-            exclude=how.exclude,
-            unit=how.unit,
-            contrast=asked.contrast,
-            max_sequences=texts.max_sequences,
-            max_length=how.max_length,
-            compression_tokens=how.compression_tokens,
-            seed=texts.seed,
-            check=check,
-        )
+        measured = _measured(model, asked, list(own), texts, how, check)
         for spec in asked.specs:
             say(runner.run_study(spec, model, measured, given[spec.name]), places[spec.name])
         if "summary" in places:
             say(studies.summarize([places[name] for name in own]), places["summary"])
+
+
+def _measured(
+    model: HookedModel, asked: _Asked, own: list[str], texts: TextOptions, how: MeasureOptions, check: Callable[[Capture], None]
+) -> studies.Measured:
+    """What the studies need: measured, or of a finished run."""
+    if asked.run is not None:
+        return studies.from_run(
+            model,
+            asked.run,
+            studies=own,
+            texts=asked.passages or None,
+            layers=None if asked.layers == "all" else asked.layers,
+            unit=how.unit,
+            contrast=asked.contrast,
+            check=check,
+        )
+    return studies.measure(
+        model,
+        asked.passages,
+        studies=own,
+        layers=asked.layers,
+        k=texts.k,
+        context=asked.context,
+        bank=asked.bank,
+        exclude=how.exclude,
+        unit=how.unit,
+        contrast=asked.contrast,
+        max_sequences=texts.max_sequences,
+        max_length=how.max_length,
+        compression_tokens=how.compression_tokens,
+        seed=texts.seed,
+        check=check,
+    )
 
 
 def _locked(places: Mapping[str, Path]) -> list[Path]:
@@ -109,18 +131,33 @@ def _locked(places: Mapping[str, Path]) -> list[Path]:
 def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -> _Asked:
     """Refuse options and texts that do not fit, before a model is loaded."""
     specs = specs_of_texts(*own)
+    run = _run_of(specs, texts, how)
     contrast, bank = _contrast(how.contrast), shared.bank_of(how.bank)
     layers: list[int] | Literal["all"] | None = "all" if how.layers == "all" else shared.layers_of(how.layers)
-    passages = texts.passages()
+    passages = texts.passages() if run is None or texts.files or texts.dataset is not None else []
     refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
-    if contrast is not None:
+    if contrast is not None and (run is None or passages):
         refuse_label(passages, contrast)
     for spec in specs:
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none
     analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude, how.compression_tokens))
     Request(analyzers, seed=texts.seed)  # refuses what analyzers and a seed cannot be
-    return _Asked(specs, passages, layers, context, bank, contrast, analyzers)
+    return _Asked(specs, passages, layers, context, bank, contrast, analyzers, run)
+
+
+def _run_of(specs: Sequence[StudySpec], texts: TextOptions, how: MeasureOptions) -> RunTable | None:
+    """The run of --from, with all that the studies need; options of measuring are its own, and refused."""
+    if how.run is None:
+        return None
+    for given, usual in ((texts, TextOptions()), (how, MeasureOptions())):
+        for name in ("max_sequences", "k", "seed", "context", "bank", "exclude", "max_length", "compression_tokens"):
+            if getattr(given, name, None) != getattr(usual, name, None):
+                flag = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"expected --from without {flag}, which is the run's own, got both. Leave one out.")
+    run = tables.open(how.run)
+    refuse_missing(run, specs)
+    return run
 
 
 def run_experiment(spec: ExperimentSpec, own: object, texts: TextOptions, run: RunOptions) -> None:

@@ -97,6 +97,22 @@ def would_run(
 ) -> Iterator[str]:
     """Of studies of texts, all of which was checked: what would be measured, tested and written."""
     yield from _dry(texts.model)
+    if how.run is not None:
+        yield from _said(
+            "from", [f"the finished run in {how.run}: its tokens, neighbors and seed; layers: {how.layers or 'its own'}"]
+        )
+    else:
+        yield from _measured(specs, passages, texts, how)
+    yield from _said("unit", [how.unit])
+    yield from _said("contrast", [how.contrast or "none"])
+    yield from _said("analyzers", [f"{len(columns)} columns: {', '.join(columns)}"])
+    for spec in specs:
+        yield from _said(f"{spec.name}", spec.tests)
+    yield from _folders(places)
+
+
+def _measured(specs: Sequence[StudySpec], passages: Sequence[Passage], texts: TextOptions, how: MeasureOptions) -> Iterator[str]:
+    """Which texts would be measured, and how."""
     yield from _texts(passages)
     most = "all sequences" if texts.max_sequences is None else f"at most {texts.max_sequences} sequences"
     yield from _said("sequences", [f"{most} of at most {how.max_length} tokens; seed {texts.seed}"])
@@ -104,12 +120,6 @@ def would_run(
     yield from _said("layers", [how.layers or f"{count}, evenly spaced over the model (all if it has no more)"])
     source = "the texts themselves" if how.bank is None else "the built-in passages"
     yield from _said("neighbors", [f"k = {texts.k}, context {how.context}, from {source}; left out: the same {how.exclude}"])
-    yield from _said("unit", [how.unit])
-    yield from _said("contrast", [how.contrast or "none"])
-    yield from _said("analyzers", [f"{len(columns)} columns: {', '.join(columns)}"])
-    for spec in specs:
-        yield from _said(f"{spec.name}", spec.tests)
-    yield from _folders(places)
 
 
 def would_experiment(

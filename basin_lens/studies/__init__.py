@@ -2,9 +2,9 @@
 
     measure -> study_importance | study_linguistic | study_layers | study_codelength | study_robustness -> summarize
 
-Each study takes a model and texts (or texts measured once, `measure`) and gives a `Study`: declared hypothesis, verdict, red
-flags, what was not tested, tables and figures. `study.save(folder)` writes them with one offline report; `basin-lens study NAME`
-does all of it.
+Each study takes a model and texts (or texts measured once, `measure`, or a finished run in a folder, `from_run`) and gives a
+`Study`: declared hypothesis, verdict, red flags, what was not tested, tables and figures. `study.save(folder)` writes them with one
+offline report; `basin-lens study NAME` does all of it.
 
 | study | asks |
 | --- | --- |
@@ -26,6 +26,7 @@ from basin_lens.studies.basins.study import study_basins
 from basin_lens.studies.codelength import study_codelength
 from basin_lens.studies.contrast_study import contrast
 from basin_lens.studies.framework.contrast import Contrast
+from basin_lens.studies.framework.finished_runs import analyzers_for, from_run
 from basin_lens.studies.framework.measured_texts import Measured
 from basin_lens.studies.framework.measurement import measure
 from basin_lens.studies.framework.registry import STUDIES
@@ -48,9 +49,11 @@ __all__ = [
     "Measured",
     "Plan",
     "Study",
+    "analyzers_for",
     "compare_models",
     "contrast",
     "describe",
+    "from_run",
     "measure",
     "plan_of",
     "study_basins",

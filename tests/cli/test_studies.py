@@ -268,3 +268,39 @@ def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_p
         lines = [line for line in err.splitlines() if line.startswith("basin-lens:")]
         assert code in (1, 2) and len(lines) == 1 and expected in lines[0], err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_path, capsys):
+    run = (
+        "analyze",
+        *documents,
+        "--model",
+        str(folder),
+        "--layers",
+        "1",
+        "--k",
+        "5",
+        "--max-length",
+        "40",
+        "--out",
+        str(tmp_path / "run"),
+    )
+    code, _, err = call(*run, "--for", "codelength", capsys=capsys)
+    assert code == 0, err
+    study = ("study", "codelength", "--model", str(folder), "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"))
+    code, said, err = call(*study, "--dry-run", capsys=capsys)
+    assert code == 0 and f"the finished run in {tmp_path / 'run'}" in " ".join(said.split())
+    code, _, err = call(*study, capsys=capsys)
+    assert code == 0, err
+    (facts,) = json.loads((tmp_path / "study" / "results.json").read_text())["provenance"].values()
+    assert facts["study"]["k"] == 5 and "from_run" in facts["study"]
+    code, _, err = call(*study, "--k", "7", capsys=capsys)
+    assert code == 2 and "--from without --k" in err
+
+
+def test_a_run_that_lacks_a_study_s_analyzers_is_refused_before_a_model_is_loaded(folder, documents, tmp_path, capsys, monkeypatch):
+    run = ("analyze", *documents[:2], "--model", str(folder), "--layers", "1", "--k", "5", "--out", str(tmp_path / "run"))
+    assert call(*run, "--bank", "reference", capsys=capsys)[0] == 0
+    monkeypatch.setattr(cli_options, "load", lambda name: pytest.fail(f"loaded {name}"))
+    code, _, err = call("study", "layers", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"), capsys=capsys)
+    assert code == 1 and "--for layers" in err

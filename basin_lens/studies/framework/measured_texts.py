@@ -66,8 +66,8 @@ class Measured:
         return count_units(self.capture, self.unit)
 
 
-# What a study takes: texts, a capture of them, or what was measured on them.
-StudyData = Texts | Capture | Measured
+# What a study takes: texts, a capture of them, what was measured on them, or a finished run in a folder.
+StudyData = Texts | Capture | Measured | tables.RunTable
 
 
 def study_provenance(measured: Measured) -> Facts:

@@ -18,7 +18,7 @@ from basin_lens.scoring import Request, score
 from basin_lens.scoring.request import Analyzers, check_analyzers
 from basin_lens.studies.framework.contrast import Contrast, contrasted, contrasted_first, refuse_contrast
 from basin_lens.studies.framework.integrated import add_integrated_gradients
-from basin_lens.studies.framework.measured_texts import NULL_TOKENS, Measured, StudyData
+from basin_lens.studies.framework.measured_texts import NULL_TOKENS, Measured
 from basin_lens.studies.framework.registry import STUDIES, specs_of_texts
 from basin_lens.studies.framework.sequences import choose_sequences
 from basin_lens.studies.framework.spec import ScoreOptions, StudySpec
@@ -211,7 +211,7 @@ def refuse_unit(passages: Sequence[Passage], unit: str) -> list[str]:
 
 def ready(
     model: HookedModel,
-    data: StudyData,
+    data: Capture | Texts | Measured,
     study: str,
     progress: bool,
     options: Mapping[str, object],

@@ -10,6 +10,7 @@ from basin_lens.stats.remembering import sharing
 from basin_lens.studies.framework.attempts import beside_token_level_tests, checked_red_flags, token_level_tests
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import Decision, decide, declared_test, settle
+from basin_lens.studies.framework.finished_runs import taken
 from basin_lens.studies.framework.measured_texts import Measured, StudyData, study_provenance
 from basin_lens.studies.framework.measurement import ready
 from basin_lens.studies.framework.own_analyzers import with_own_analyzers
@@ -19,6 +20,7 @@ from basin_lens.studies.framework.spec import Analysis, Declaration, Presentatio
 from basin_lens.studies.framework.study import Study
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import about_measured, opening, sentence, without_nan
+from basin_lens.tables import RunTable
 from basin_lens.values import Facts
 
 _SHARED_STEPS = 3  # tests, figures, contrast
@@ -39,10 +41,10 @@ def run_study(
     Args:
         spec: the study.
         model: a `TransformerBridge` or `HookedTransformer`.
-        data: texts as for `analyze`, or a `Measured` for this study.
+        data: texts as for `analyze`, a `Measured` for this study, or a finished run with its analyzers (`from_run`).
         own: options of the study's own; None: their defaults.
         progress: show progress bars.
-        measure_options: of `measure`, with texts.
+        measure_options: of `measure`, with texts; of `from_run`, with a run.
 
     Raises:
         StudyError: too few documents, options that do not fit, or options of `measure` together with a `Measured`. Others as for
@@ -52,7 +54,10 @@ def run_study(
     given = dict(measure_options or {})
     unit = data.unit if isinstance(data, Measured) else str(given.get("unit", "document"))
     check = None if spec.check is None else spec.check(model, own, unit)
-    measured = ready(model, data, spec.name, progress, given, check)
+    if isinstance(data, RunTable):
+        measured = taken(model, data, spec.name, progress, given, check)
+    else:
+        measured = ready(model, data, spec.name, progress, given, check)
     with progress_steps(f"study {spec.name}", spec.steps + _SHARED_STEPS, progress) as step:
         task = Task(model, measured, own, step, progress)
         analysis = spec.analysis(task)
