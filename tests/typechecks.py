@@ -45,7 +45,10 @@ def tells_a_shape(hint) -> bool:
 
 
 def is_quoted(hint) -> bool:
-    return isinstance(hint, str) or (get_origin(hint) is not Literal and any(is_quoted(part) for part in get_args(hint)))
+    """Whether a shape may stand in quotes: more than a class's name."""
+    if isinstance(hint, str):
+        return not hint.isidentifier()
+    return get_origin(hint) is not Literal and any(is_quoted(part) for part in get_args(hint))
 
 
 _jaxtyped = jaxtyping.jaxtyped

@@ -131,6 +131,18 @@ def test_halves_agree_on_a_curve_without_noise(measured):
     assert answer.loc["contraction", "low"] < 0.9
 
 
+def test_correlations_of_all_splits_at_once_are_pandas_own():
+    """Also with ties, and with other layers left in every split; flat curves and two layers give none."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 40, 6)).round(1)
+    both = rng.random(one.shape) < 0.8
+    one[3], both[4] = 1.0, [True, True, False, False, False, False]
+    found = layers._correlations(one, other, both)
+    kept = [(a[there], b[there]) for a, b, there in zip(one, other, both, strict=True) if there.sum() >= 3 and np.ptp(a[there]) > 0]
+    expected = [pd.Series(a).corr(pd.Series(b), method="spearman") for a, b in kept]
+    assert sorted(found) == pytest.approx(sorted(expected), abs=1e-15) and 30 < len(found) < 39
+
+
 def linguistic_free_halves(table, measured):
     return bl.studies.layers.halves_agree(table, ["compression", "contraction"], measured).set_index("score")
 

@@ -71,6 +71,18 @@ def test_provenance_is_shared_and_cannot_be_changed():
     assert json.dumps(held) == json.dumps({"r": {"list": [1, [2, {"a": None}]], "nested": {"b": [True, 0.5]}}})
 
 
+def test_a_record_is_read_once_and_another_one_in_its_place_anew():
+    table = made()
+    (run, facts) = next(iter(tables.runs(table).items()))
+    assert tables.runs(table["score"].to_frame())[run] is facts
+    for held in (facts.columns, facts.others):
+        with pytest.raises(TypeError, match="stay as it is"):
+            held["score"] = None
+    assert copy.deepcopy(facts) == pickle.loads(pickle.dumps(facts)) == facts
+    table.attrs["provenance"] = {run: {**table.attrs["provenance"][run], "seed": 7}}
+    assert tables.runs(table)[run].seed == 7
+
+
 @pytest.mark.parametrize("again", [lambda held: pickle.loads(pickle.dumps(held)), lambda held: json.loads(json.dumps(held))])
 def test_a_stored_copy_of_provenance_is_plain(again):
     held = frame.described_by_json(made(), {"r": {"list": [1, [2]], "nested": {"b": []}}}).attrs["provenance"]
