@@ -93,6 +93,7 @@ def test_a_run_of_some_tokens_is_repeated(llama, tmp_path, queries):
     repeated(llama, table, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_bank_of_ones_own_is_repeated_if_the_bank_is_there(llama, tmp_path, monkeypatch):
     bank = bl.Capture.from_texts(llama, [text.text + " It was late." for text in TEXTS], layers=[0, 1, 2], progress=False)
     chosen = [bl.analyzers.Compression(k=4, group=3, partners="bank"), bl.analyzers.Contraction(k=4)]
@@ -169,6 +170,7 @@ def test_places_that_are_none_are_refused(measured, tmp_path, asked):
         planned(tables.read_bundle(tmp_path / "s.zip"), run)
 
 
+@pytest.mark.slow
 def test_a_study_stands_beside_its_table_and_its_run_is_repeated(llama, tmp_path, capsys):
     marked = [bl.Passage.marked(f"The [A:{a}] saw the [B:{b}] near the old {c} and ran away.") for a, b, c in WORDS]
     marked += [bl.Passage.marked(f"One [A:{b}] met a [B:{a}] at the {c} in the rain today.") for a, b, c in WORDS]

@@ -52,6 +52,7 @@ def test_a_death_before_the_report_leaves_its_neighbors(given, tmp_path, capsys,
     assert sorted(path.name for path in (tmp_path / "run" / "pieces").iterdir()) == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_parts(given, tmp_path, capsys):
     assert call(*given, capsys=capsys)[0] == 0
     parts = (*given[:-1], str(tmp_path / "parts"))

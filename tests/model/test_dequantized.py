@@ -96,9 +96,10 @@ print(made.count)
 """
 
 
+@pytest.mark.slow(everywhere=True)
 def test_two_processes_make_it_at_once(tmp_path):
     """Both read the file before either writes; both have the model, one folder stands, and nothing is left beside it."""
-    wanted = {**os.environ, "BASIN_LENS_CACHE": str(tmp_path / "cache")}
+    wanted = {**os.environ, "BASIN_LENS_CACHE": str(tmp_path / "cache"), "BASIN_LENS_TYPECHECKS": "0"}
     ready = [tmp_path / f"ready-{at}" for at in range(2)]
     running = [
         subprocess.Popen([sys.executable, "-c", _LOAD, str(one), str(tmp_path)], env=wanted, stdout=PIPE, stderr=PIPE, text=True)

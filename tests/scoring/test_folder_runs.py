@@ -225,6 +225,7 @@ def test_what_is_somebody_elses_is_refused_and_never_deleted(model, tmp_path, pl
     assert (tmp_path / "run" / place / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("left", ["an empty folder", "scratch", "pieces without a plan"])
 def test_every_moment_of_a_death_has_a_way_out(model, tmp_path, monkeypatch, left, fresh):

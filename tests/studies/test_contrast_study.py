@@ -189,6 +189,7 @@ def test_the_draw_of_partners_is_in_the_interval(trained):
     assert (moved / printed).mean() < 1
 
 
+@pytest.mark.slow
 def test_a_layer_without_scores_takes_none_of_the_others_with_it(trained, varied, monkeypatch):
     """A dozen prompts have too few neighbors where they enter layer 0."""
     held = planted(varied, 1.0)

@@ -94,6 +94,7 @@ def test_windows_of_one_text_are_units_under_a_red_flag(llama, other):
     assert "of 4 texts" in few.flags[few.flags["flag"] == WINDOWS]["why"].item()
 
 
+@pytest.mark.slow
 def test_sequences_that_were_asked_for_are_windows_too(llama, other):
     """The same numbers as by default, and so the same red flag, whoever chose the unit."""
     study = bl.studies.compare_models(llama, other, BOOK.text, unit="sequence", **FEW)
@@ -165,6 +166,7 @@ def test_what_the_texts_cannot_give_is_refused_before_a_model_runs(llama, other,
     assert forward == []
 
 
+@pytest.mark.slow
 def test_a_sign_that_changes_over_layers_is_flagged(llama, other, monkeypatch):
     """Planted: the second model is above the first at one layer and below it at the other."""
     real = model_comparison.compare
