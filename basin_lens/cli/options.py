@@ -64,6 +64,7 @@ MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens per sequenc
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per pass; chosen by memory if left out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; it must not hold others' files.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, also where an earlier call has finished studies.")]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check texts, options and folder, and say what would be run; load no model, write nothing."),
@@ -111,6 +112,13 @@ class RunOptions:
 
     out: Out = Path("basin-lens-out")
     dry_run: DryRun = False
+
+
+@dataclass(frozen=True)
+class AgainOptions:
+    """What becomes of what an earlier call finished."""
+
+    fresh: Fresh = False
 
 
 def load(name: str) -> HookedModel:

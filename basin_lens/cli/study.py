@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from basin_lens.cli import options as shared
 from basin_lens.cli.dataclass_options import command_of
-from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
+from basin_lens.cli.options import AgainOptions, MeasureOptions, RunOptions, TextOptions
 
 # Each study's folder in it, so that `all` and the studies by themselves write to the same places.
 _OUT = Path("basin-lens-study")
@@ -140,14 +140,17 @@ def _command_of_all() -> TyperCommand:
     names = check_names("all")
     specs = [find_spec(name) for name in names]
 
-    def function(run: RunOptions, texts: TextOptions, how: MeasureOptions, *own: object) -> None:
+    def function(run: RunOptions, again: AgainOptions, texts: TextOptions, how: MeasureOptions, *own: object) -> None:
         places = {name: run.out / name for name in (*names, "summary")}
-        run_studies(dict(zip(names, own, strict=True)), texts, how, places, dry_run=run.dry_run)
+        run_studies(dict(zip(names, own, strict=True)), texts, how, places, dry_run=run.dry_run, fresh=again.fresh)
 
-    kinds = (RunOptions, TextOptions, MeasureOptions, *(spec.options for spec in specs))
+    kinds = (RunOptions, AgainOptions, TextOptions, MeasureOptions, *(spec.options for spec in specs))
     command = command_of(function, *kinds, defaults={"out": _OUT})
     short = f"{', '.join(names)}: measured once, and their summary."
-    help_text = f"{short} One folder for each in --out.\n\nExample: basin-lens study all --dataset nltk:treebank --out studies/"
+    kept = "Interrupted, the same command keeps the studies that are finished; of other texts, options or versions, it is refused."
+    help_text = (
+        f"{short} One folder for each in --out. {kept}\n\nExample: basin-lens study all --dataset nltk:treebank --out studies/"
+    )
     return _built("all", command, help_text, short)
 
 

@@ -13,8 +13,8 @@ from basin_lens import files as writing
 from basin_lens import studies, tables
 from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
+from basin_lens.cli import finished_studies, study_words
 from basin_lens.cli import options as shared
-from basin_lens.cli import study_words
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
@@ -31,6 +31,7 @@ from basin_lens.studies.summary import read_studies
 from basin_lens.tables import RunTable
 from basin_lens.texts import Passage
 from basin_lens.transport import Context
+from basin_lens.values import Facts
 
 _MOST_TEXTS = 100  # that an experiment reads of a data set, where no number is given
 
@@ -50,25 +51,27 @@ class _Asked:
 
 
 def run_studies(
-    own: Mapping[str, object], texts: TextOptions, how: MeasureOptions, places: Mapping[str, Path], *, dry_run: bool = False
+    own: Mapping[str, object],
+    texts: TextOptions,
+    how: MeasureOptions,
+    places: Mapping[str, Path],
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Measure once, run each study, and sum up.
 
     Args:
         own: the options of each study, by name.
         texts, how: what all of them share.
-        places: the folder of each; with one for "summary", they are summed up.
+        places: the folder of each; with one for "summary", they are summed up, and those that an earlier call finished are kept.
         dry_run: say what would be run in place of running it.
+        fresh: run them all again.
     """
     for name, place in places.items():
         refuse_folder(place, name, texts.files or [], heal=not dry_run)
     if dry_run:
-        asked = _asked(own, texts, how)
-        columns = [column.name for one in asked.analyzers for column in one.columns]
-        if any(spec.integrated_gradients for spec in asked.specs):
-            columns.append("integrated_gradients (of some sequences)")
-        columns += [what for spec in asked.specs for what in spec.apart]
-        _echo(study_words.would_run(asked.specs, asked.passages, texts, how, columns, places))
+        _say_what_would_be_run(_asked(own, texts, how), texts, how, places)
         return
     with ExitStack() as held:
         for folder in _locked(places):
@@ -76,17 +79,37 @@ def run_studies(
         asked = _asked(own, texts, how)
         model = shared.load(texts.model)
         given = {spec.name: _with_models(own[spec.name], texts.seed) for spec in asked.specs}
+        beside = places["summary"].parent if "summary" in places else None
+        plan: Facts = {}
+        done: dict[str, str] = {}
+        if beside is not None:
+            plan = finished_studies.plan_of(model, asked.passages, asked.run.run if asked.run else None, own, texts, how)
+            done = finished_studies.begin(beside, plan, places, fresh=fresh)
+            _echo(f"{name}: kept, as an earlier call finished it (--fresh runs it again)" for name in done)
         checks = [spec.check(model, given[spec.name], how.unit) for spec in asked.specs if spec.check is not None]
 
         def check(capture: Capture) -> None:
             for one in checks:
                 one(capture)
 
-        measured = _measured(model, asked, list(own), texts, how, check)
-        for spec in asked.specs:
+        left = [spec for spec in asked.specs if spec.name not in done]
+        # For all of them, also where some are finished: what is measured depends on who asks.
+        measured = _measured(model, asked, list(own), texts, how, check) if left else None
+        for spec in left:
+            assert measured is not None
             say(runner.run_study(spec, model, measured, given[spec.name]), places[spec.name])
+            if beside is not None:
+                finished_studies.note(beside, plan, done, spec.name, places[spec.name])
         if "summary" in places:
             say(studies.summarize([places[name] for name in own]), places["summary"])
+
+
+def _say_what_would_be_run(asked: _Asked, texts: TextOptions, how: MeasureOptions, places: Mapping[str, Path]) -> None:
+    columns = [column.name for one in asked.analyzers for column in one.columns]
+    if any(spec.integrated_gradients for spec in asked.specs):
+        columns.append("integrated_gradients (of some sequences)")
+    columns += [what for spec in asked.specs for what in spec.apart]
+    _echo(study_words.would_run(asked.specs, asked.passages, texts, how, columns, places))
 
 
 def _measured(

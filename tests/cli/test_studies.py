@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_pa
     assert code == 0, err
     assert measured == [list(studies.STUDIES)]
     names = [*studies.STUDIES, "summary"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "plan.json"])
     assert all((out / name / "report.html").exists() for name in names)
     assert json.loads((out / "summary" / "results.json").read_text())["study"] == "summary"
     assert said.count("report.html") == len(names)
@@ -90,6 +91,62 @@ def test_study_all_measures_once_and_ends_in_a_summary(folder, documents, tmp_pa
     assert [row["study"] for row in json.loads((pair / "results.json").read_text())["findings"]] == ["layers"] * 2 + [
         "importance"
     ] * 2
+
+
+@pytest.fixture
+def quick_studies(monkeypatch):
+    """Studies that find nothing, at once; the names of those that are run, and how often texts are measured."""
+    from basin_lens import studies
+    from basin_lens.cli import study_runs
+    from basin_lens.studies import summary
+    from basin_lens.studies.framework import runner
+
+    ran: list[str] = []
+
+    def stand_in(spec, *_):
+        ran.append(spec.name)
+        nothing = pd.DataFrame({"finding": ["it is"], "question": ["it"]})
+        return studies.Study(spec.name, "T", (), "H", "no", ("No.",), nothing, None, (), (), {}, {}, {"r": {"n": len(ran)}})
+
+    monkeypatch.setattr(study_runs, "_measured", lambda *_: ran.append("measured") or ran)
+    monkeypatch.setattr(studies, "summarize", lambda folders: stand_in(summary.SPEC) if folders else None)
+    monkeypatch.setattr(runner, "run_study", stand_in)
+    return ran
+
+
+def test_study_all_goes_on_with_the_studies_that_are_left(folder, documents, tmp_path, capsys, monkeypatch, quick_studies):
+    from basin_lens import studies
+    from basin_lens.studies.framework import runner
+
+    given = ("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(tmp_path / "all"))
+    real = runner.run_study
+
+    def stop(spec, *rest):
+        if spec.name == "layers":
+            raise KeyboardInterrupt
+        return real(spec, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "run_study", stop)
+        assert call(*given, capsys=capsys)[0] == 130
+    first = list(quick_studies)
+    assert first == ["measured", "importance", "linguistic"]
+    code, said, err = call(*given, capsys=capsys)
+    assert code == 0, err
+    assert "importance: kept, as an earlier call finished it" in said and "layers: kept" not in said
+    assert quick_studies[3:] == ["measured", "layers", "codelength", "robustness", "summary"]
+    quick_studies.clear()
+    assert call(*given, capsys=capsys)[0] == 0
+    assert quick_studies == ["summary"]  # nothing left to measure
+    code, _, err = call(*given, "--seed", "3", capsys=capsys)
+    assert code == 1 and "options of measuring differ" in err and "--fresh" in err
+    shutil.rmtree(tmp_path / "all" / "codelength")
+    quick_studies.clear()
+    assert call(*given, capsys=capsys)[0] == 0
+    assert quick_studies == ["measured", "codelength", "summary"]
+    quick_studies.clear()
+    assert call(*given, "--seed", "3", "--fresh", capsys=capsys)[0] == 0
+    assert quick_studies == ["measured", *studies.STUDIES, "summary"]
 
 
 @pytest.fixture(scope="module")
