@@ -387,6 +387,28 @@ def card(title: str, facts: Mapping[str, object]) -> str:
     return f"<div><strong>{escape(title)}</strong><table>{rows}</table></div>"
 
 
+def truths_of(values: Iterable[object], name: str, error: type[BasinLensError]) -> list[bool]:
+    """Which values of a label choose: True, and numbers but 0; one that is missing does not.
+
+    Raises:
+        error: text, of which "False" would choose.
+
+    Example:
+        >>> from basin_lens.errors import TableError
+        >>> from basin_lens.values import truths_of
+        >>> truths_of([True, 0.0, None, 1], "kind", TableError)
+        [True, False, False, True]
+    """
+    held = list(values)
+    if any(isinstance(value, str) for value in held):
+        text = next(value for value in held if isinstance(value, str))
+        raise error(
+            f"expected a label of True and False to choose queries by, got {name!r} with text such as {text!r}. "
+            "Write true and false without quotes (as .jsonl has them)."
+        )
+    return [not is_missing(value) and bool(value) for value in held]
+
+
 _UNITS = frozenset(("document", "sequence", "window", "text", "word", "token", "token type", "tag"))
 
 

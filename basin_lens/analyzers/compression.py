@@ -40,7 +40,8 @@ class Compression(CloudScore):
     Groups are tokens of nearly equal log V_in, from different documents (or texts of different values of the label that `exclude`
     names), with no neighbor in common, matched among the tokens asked for; who finds no group is NaN: of prompts of one template,
     whose tokens at one place have the same neighbors, most may. With `partners="bank"` each token has partners of its own, from
-    another capture: all are scored, and no text's score depends on the other texts. Of one long text cut into
+    another capture: all are scored, and no text's score depends on the other texts. Intervals then are given this bank: all tokens
+    draw their partners from it, and the error of that draw, shared by all, is not in them. Of one long text cut into
     sequences, or fewer documents than a group has tokens, they are from different sequences. Where the tokens asked for are of
     fewer documents than a group has tokens (a single prompt) and the bank is another capture, a token's partners are tokens
     of the bank, each in its own context: those of 512 drawn with the seed that are nearest in log V_in. Provenance has, by layer,

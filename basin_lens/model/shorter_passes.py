@@ -17,6 +17,10 @@ from basin_lens.model.protocol import HookedModel
 
 Form = Callable[[Tensor], object]
 
+# Whatever a model raises that cannot work without some blocks, or with a cache or a mask of ours: its passes are whole then. What
+# else it means, the whole pass raises again.
+CANNOT = (RuntimeError, LookupError, TypeError, AttributeError, ValueError)
+
 # By layer, under which hooks it was proved, and how the blocks below it answer what enters them; None: passes cannot begin there.
 _begins: "WeakKeyDictionary[HookedModel, dict[int, tuple[object, Form | None]]]" = WeakKeyDictionary()
 
@@ -57,7 +61,7 @@ def _proved(model: HookedModel, layer: int, tokens: Tensor, states: Tensor) -> F
         form = form_of_answers(model)
         with _begun(model, layer, form):
             return form if torch.equal(_with_states(model, layer, tokens, states), whole) else None
-    except (RuntimeError, LookupError, TypeError, AttributeError) as error:  # whatever a model raises that misses those blocks
+    except CANNOT as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None

@@ -48,13 +48,16 @@ class Crossed:
     def facts(self) -> Facts:
         """What provenance says of the groups.
 
-        `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`.
+        `units`: what the tokens of a group differ in. `partners`: where a token's partners come from, `"texts"` or `"bank"`;
+        `intervals`: of the bank's, what they leave out.
         `spread_within_groups`: median over groups of the largest difference of log V_in. `local`: median V_in of the neighbors
         over that of random sets, by which a reader sees how local a neighborhood is. `far_out`: rows of the bank in no random set,
         their squared distance from the median state being over 20 times the median row's.
         """
         partners = "bank" if self.from_bank else "texts"
         known: Facts = {"groups": len(self.rows), "without_group": self.without, "units": self.units, "partners": partners}
+        if self.from_bank:
+            known["intervals"] = "given this bank: the error of its own draw of partners is not in them"
         if self.far_out is not None:
             known["far_out"] = self.far_out
         if len(self.rows):

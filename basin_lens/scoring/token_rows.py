@@ -12,7 +12,7 @@ from torch import Tensor
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
 from basin_lens.texts.passages import is_numbered
-from basin_lens.values import Plain, whole_or_none
+from basin_lens.values import Plain, truths_of, whole_or_none
 
 _PLACES = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
 
@@ -43,14 +43,8 @@ def query_rows(capture: Capture, queries: object, seed: int) -> Bool[Tensor, " r
 def _named_rows(capture: Capture, name: str) -> Bool[Tensor, " rows"]:
     """Rows of the texts with a label, or of the spans, of this name."""
     if any(name in label for label in capture.labels):
-        held = [label.get(name) for label in capture.labels]
-        if any(isinstance(value, str) for value in held):  # the text "False" would choose its tokens
-            text = next(value for value in held if isinstance(value, str))
-            raise NeighborError(
-                f"expected a label of True and False to choose queries by, got {name!r} with text such as {text!r}. "
-                "Write true and false without quotes (as .jsonl has them)."
-            )
-        chosen = torch.tensor([bool(value) for value in held], device="cpu")[capture.row_seq]
+        truths = truths_of((label.get(name) for label in capture.labels), name, NeighborError)
+        chosen = torch.tensor(truths, device="cpu")[capture.row_seq]
     else:
         chosen = torch.tensor([name in names for names in _spans(capture)], device="cpu")
     if not bool(chosen.any()):

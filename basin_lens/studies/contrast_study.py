@@ -214,6 +214,7 @@ def _sections(analysis: Analysis, measured: Measured, figures: dict[str, Figure]
     details = analysis.details
     assert isinstance(details, _Details)
     how = "within texts" if details.paired else "between whole units"
+    given = ", given the bank" if measured.settings.get("partners") == "bank" else ""
     view = token_view(analysis.table, [HEADLINE, "surprisal"], layer, seq=sequence_shown(analysis.table, HEADLINE))
     return [
         Section(
@@ -221,8 +222,8 @@ def _sections(analysis: Analysis, measured: Measured, figures: dict[str, Figure]
             f"{measured.contrast.first} less {measured.contrast.second}, {how}, without controls. Positive: the block draws the "
             "neighborhood of the first together more. A difference that another bank turns round is one of the bank.",
             figure=figures["difference-by-layer"],
-            caption=f"Mean difference in nats with 95 % intervals over {units_said(measured.unit)} (layer 0 in the table); filled: p at most "
-            "0.05 after Benjamini-Hochberg over the layers of a bank.",
+            caption=f"Mean difference in nats with 95 % intervals over {units_said(measured.unit)}{given} (layer 0 in the table); "
+            "filled: p at most 0.05 after Benjamini-Hochberg over the layers of a bank.",
             table=shown(details.by_bank, "layer").assign(bank=details.by_bank["bank"]),
         ),
         Section(

@@ -31,6 +31,7 @@ from basin_lens.values import Layers, Whole, units_said, whole_numbers
 from basin_lens.views import Section, layer_curve, result_curve, token_view
 
 _COLUMN, _SIDES = "compression", ("compression_a", "compression_b")
+_PAIRED = (*_SIDES, "difference", "layer_a", "layer_b")  # columns beside those of every table, which no label is called as
 # A red flag: texts are fewer than the units that a test needs, so that windows of them are the units.
 WINDOWS = "windows of one text are not independent"
 _QUESTION = "change"
@@ -120,8 +121,8 @@ def compare_models(
         of `compare` as `tokens`.
 
     Raises:
-        StudyError: models whose tokenizers or layers differ, or fewer than 6 units. Others as for `analyze`; all before either
-            model runs.
+        StudyError: models whose tokenizers or layers differ, fewer than 6 units, or a label as unit that is called as a column of
+            the pairs. Others as for `analyze`; all before either model runs.
 
     Source: design of basin_lens, "Statistics"; `basin_lens.compare`, `stats.before_after`.
 
@@ -164,6 +165,8 @@ def _independent(capture: Capture, unit: str) -> str:
     Raises:
         StudyError: too few of either.
     """
+    if unit in _PAIRED:
+        raise StudyError(f"expected a label as unit with a name of its own, got {unit!r}, a column of the pairs. Rename the label.")
     there = count_units(capture, unit)
     if there >= FEWEST_UNITS:
         return unit

@@ -12,7 +12,7 @@ import pandas as pd
 from basin_lens import records
 from basin_lens.errors import StoreError, TableError
 from basin_lens.files import write_file
-from basin_lens.tables.frame import described_by_json, provenance, without_provenance
+from basin_lens.tables.frame import described_by_json, in_memory, provenance, without_provenance
 from basin_lens.values import Facts
 
 _METADATA, _SEAL = b"basin_lens.provenance", b"basin_lens.seal"
@@ -91,6 +91,7 @@ def save_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 def csv_text(table: pd.DataFrame) -> str:
     """A table as CSV, all text quoted; see `save_csv` for how to read it."""
+    in_memory(table)
     return str(table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
 
 

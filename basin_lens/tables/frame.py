@@ -133,8 +133,24 @@ def provenance(table: pd.DataFrame) -> dict[str, Facts]:
     return found
 
 
+def in_memory(table: object) -> None:
+    """Refuse what is no table in memory, such as a run's table in its folder.
+
+    Raises:
+        TableError: it is none.
+    """
+    if not isinstance(table, pd.DataFrame | pd.Series):
+        load = (
+            "Load what you need of it: run.load(layers=[...], columns=[...])."
+            if hasattr(table, "load")
+            else "Pass a table of analyze."
+        )
+        raise TableError(f"expected a table in memory (a DataFrame), got {type(table).__name__}. {load}")
+
+
 def _held(table: pd.DataFrame) -> dict[str, Facts]:
     """Provenance by run, as plain JSON; empty if the table has none."""
+    in_memory(table)
     found = table.attrs.get(_NAME)
     return {run: facts for run, facts in found.items() if isinstance(facts, dict)} if isinstance(found, dict) else {}
 
@@ -237,6 +253,7 @@ def _errors_by_layer(facts: Facts) -> Facts:
 
 def without_provenance(table: pd.DataFrame) -> pd.DataFrame:
     """The table as pandas alone would make it: without provenance and notes."""
+    in_memory(table)
     answer = table.copy(deep=False)
     answer.attrs = {}
     return answer
@@ -297,6 +314,7 @@ def require(table: pd.DataFrame, *columns: str) -> None:
     Raises:
         TableError: one is missing; the columns there are named.
     """
+    in_memory(table)
     missing = [name for name in columns if name not in table.columns]
     if missing:
         meant = did_you_mean(missing[0], map(str, table.columns))

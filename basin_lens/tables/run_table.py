@@ -16,7 +16,7 @@ from basin_lens.errors import TableError
 from basin_lens.files import Place, new_folder, write_file
 from basin_lens.tables.files import save
 from basin_lens.tables.frame import concat, described_by_json, select
-from basin_lens.values import KEYS, Facts, Layers, card, did_you_mean, several, whole_or_none
+from basin_lens.values import KEYS, Facts, Layers, card, did_you_mean, several, truths_of, whole_or_none
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -143,10 +143,11 @@ class RunTable:
         Args:
             layers: of the run; None: all.
             columns: scores to read; None: all. Key columns, labels and `span` are always there.
-            queries: rows to take: the name of a span, or of a label of True and False, or positions; None: all.
+            queries: rows to take, as for `analyze`: the name of a span, or of a label of True and False (or 1 and 0), or positions;
+                None: all.
 
         Raises:
-            TableError: a layer, column or name that the run does not have. StoreError: a file that was changed.
+            TableError: a layer, column, name or position that the run does not have. StoreError: a file that was changed.
 
         Example:
             >>> import tempfile
@@ -235,15 +236,18 @@ def _rows_of(table: pd.DataFrame, queries: str | Sequence[object]) -> np.ndarray
     """Rows of the table that a name or positions choose."""
     if isinstance(queries, str):
         if queries in table.columns and queries not in KEYS:
-            held = table[queries]
-            if not held.map(lambda value: value is None or isinstance(value, bool | np.bool_)).all():
-                raise TableError(f"expected a label of True and False to choose rows by, got {queries!r}.")
-            return held.fillna(False).to_numpy(bool)
-        chosen = table["span"].map(lambda names: bool(queries) and queries in (names, *str(names).split("+"))).to_numpy(bool)
+            chosen = np.array(truths_of(table[queries], queries, TableError), bool)
+        else:
+            chosen = table["span"].map(lambda names: bool(queries) and queries in (names, *str(names).split("+"))).to_numpy(bool)
         if not chosen.any():
             raise TableError(f"expected a label or span of the texts, got {queries!r}, which marks no token.")
         return chosen
     positions = [whole_or_none(one) for one in several(queries) or [queries]]
     if not positions or None in positions:
         raise TableError(f"expected queries as the name of a label or span, or positions, got {queries!r}.")
-    return table["pos"].isin(positions).to_numpy()
+    if min(position for position in positions if position is not None) < 0:
+        raise TableError(f"expected positions from 0 on, got {queries!r}. Count from the start of each sequence.")
+    chosen = table["pos"].isin(positions).to_numpy()
+    if not chosen.any():
+        raise TableError(f"expected positions below {int(table['pos'].max()) + 1}, got {positions[:8]}.")
+    return chosen

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from basin_lens import model as door
-from basin_lens.capture import Passes
+from basin_lens.capture import Passes, passes
 from basin_lens.model import shorter_passes
 from tests.conftest import has_hooked_transformer, make_bridge, random_tokens
 from tests.families import FAMILIES, model_of
@@ -93,6 +93,21 @@ def test_losses_from_the_column_on_are_those_of_whole_passes(family, monkeypatch
     torch.testing.assert_close(short, losses(model, tokens), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("family", [f for f in HERE if f.kind == "bridge"], ids=lambda f: f.name)
+def test_rounding_is_far_below_the_difference_that_is_refused(family, monkeypatch):
+    """The proof holds in every family that takes a cache, and by a factor of ten or more."""
+    model, tokens, apart = model_of(family.name, family.kind), random_tokens(2, 12), []
+    real = torch.allclose
+
+    def watched(one, other, **limits):
+        apart.append(float(((one - other).abs() / (1 + other.abs())).max()))
+        return real(one, other, **limits)
+
+    monkeypatch.setattr(passes.torch, "allclose", watched)
+    losses(model, tokens)
+    assert all(each < passes._SAME / 10 for each in apart)
+
+
 def test_tokens_before_the_column_are_computed_once():
     model, tokens = make_bridge("llama"), random_tokens(2, 12)
     losses(model, tokens)
@@ -118,6 +133,22 @@ def test_a_model_that_counts_places_by_itself_is_passed_whole(place):
     passes = Passes(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
     with door.measuring(model):
         assert torch.equal(found[:, 1:], passes._whole_without(ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("error", shorter_passes.CANNOT)
+def test_whatever_a_model_raises_its_passes_are_whole(error, monkeypatch):
+    """Of both kinds of shorter passes: a block that is not there, and a cache that it does not take."""
+    model, tokens = make_bridge("llama"), random_tokens(2, 12)
+    expected, whole = slopes(model, tokens), losses(model, tokens)
+
+    def refused(*_args, **_options):
+        raise error("no")
+
+    shorter_passes._begins.pop(model, None)
+    monkeypatch.setattr(shorter_passes, "form_of_answers", refused)
+    monkeypatch.setattr(door.Prefixes, "go_on", refused)
+    for got, wanted in zip((*slopes(model, tokens), losses(model, tokens)), (*expected, whole), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_coarse_formats_are_passed_whole():

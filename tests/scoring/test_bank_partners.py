@@ -289,3 +289,20 @@ def test_partners_of_one_long_text_are_of_its_other_sequences(llama):
     other = bl.Capture.from_texts(llama, random_tokens(8, 14, seed=5), layers=[1], progress=False)
     banked = facts_of(run(llama, cut, score, layers=[1], bank=other))["groups"]["1"]["compression"]
     assert banked["partners"] == "bank" and banked["units"] == "document"
+
+
+@pytest.mark.slow
+def test_on_random_weights_its_mean_is_0_within_its_error(llama):
+    """Weights that learned nothing have no basins, whosever tokens the partners are. Provenance says what intervals leave out."""
+    texts, bank = (bl.Capture.from_texts(llama, random_tokens(30, 12, seed=s), layers=[1, 2], progress=False) for s in (1, 2))
+    score = Compression(k=6, group=3, nulls=("random_sets",), partners="bank")
+    table = bl.analyze(llama, texts, [score], bank=bank, progress=False)
+    for layer in (1, 2):
+        here = table[table.layer == layer].dropna(subset=["compression"])
+        assert len(here) > 250
+        for column in ("compression", "compression_above_random_sets"):
+            means = here.groupby("doc")[column].mean()
+            error = means.std(ddof=1) / math.sqrt(len(means))
+            print(f"layer {layer}, {column}: {means.mean():+.5f} +- {error:.5f}")
+            assert abs(means.mean()) < 3.5 * error
+        assert facts_of(table)["groups"][str(layer)]["compression"]["intervals"].startswith("given this bank")

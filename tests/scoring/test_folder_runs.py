@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -481,6 +483,56 @@ def test_rows_of_a_span_and_of_a_label(model, tmp_path):
         made.load(queries="end")
 
 
+@pytest.mark.parametrize("values", [(True, False), (1, 0), (2.5, 0.0), (1, None)], ids=str)
+def test_a_label_chooses_the_same_rows_as_in_analyze(model, tmp_path, values):
+    passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
+    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
+    chosen = bl.analyze(model, passages, [A.Contraction(k=4)], queries="kind", layers=[0], progress=False)
+    assert made.load([0], queries="kind")["doc"].unique().tolist() == chosen[chosen["contraction"].notna()]["doc"].unique().tolist()
+
+
+@pytest.mark.parametrize("values", [("True", "False"), ("1", "0"), (0, 0), (False, None)], ids=str)
+def test_a_label_that_chooses_nothing_is_refused_as_in_analyze(model, tmp_path, values):
+    passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
+    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
+    with pytest.raises(BasinLensError) as there:
+        bl.analyze(model, passages, [A.StateNorm()], queries="kind", layers=[0], progress=False)
+    said = "with text such as" if isinstance(values[0], str) else "which marks no token"
+    assert said in str(there.value)
+    with pytest.raises(TableError, match=said):
+        made.load(queries="kind")
+
+
+TAKES = """
+import sys
+import basin_lens as bl
+from basin_lens import tables
+run, out = tables.open(sys.argv[1]), sys.argv[2]
+for take in (
+    lambda: tables.save(run, out + "/t.parquet"),
+    lambda: tables.save_csv(run, out + "/t.csv"),
+    lambda: tables.bundle(run, out + "/t.zip"),
+    lambda: bl.views.make_report(run),
+    lambda: tables.provenance(run),
+    lambda: bl.views.layer_curve(run, "surprisal"),
+    lambda: bl.compare(run, run, on="surprisal"),
+):
+    try:
+        take()
+    except bl.errors.TableError as error:
+        print(error)
+"""
+
+
+def test_a_table_in_a_folder_is_loaded_first(opened, tmp_path):
+    """In a process of its own: here, types are checked before the package can say anything."""
+    done = subprocess.run([sys.executable, "-c", TAKES, opened.folder, tmp_path], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and all("got RunTable" in line for line in lines), done.stdout
+    assert all("Load what you need of it: run.load(" in line for line in lines[:6])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -489,6 +541,8 @@ def test_rows_of_a_span_and_of_a_label(model, tmp_path):
         ({"columns": ["surprisl"]}, "Did you mean 'surprisal'"),
         ({"columns": "surprisal"}, "a list of columns"),
         ({"queries": [1.5]}, "positions"),
+        ({"queries": [999]}, r"positions below \d+, got \[999\]"),
+        ({"queries": [-1]}, "positions from 0 on"),
     ],
 )
 def test_what_the_table_does_not_have_is_refused(opened, wrong, said):

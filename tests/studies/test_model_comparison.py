@@ -157,6 +157,16 @@ def test_units_are_a_label_where_one_is_named(llama, other):
         (TEXTS, {"compression_tokens": 3}, "queries of at least 4"),
         ([bl.Passage(text.text, labels={"topic": 1}) for text in TEXTS], {"unit": "topic"}, r"6 units \(topic\), got 1"),
         (TEXTS, {"layers": [9]}, "layer"),
+        (
+            [bl.Passage(t.text, labels={"difference": i}) for i, t in enumerate(TEXTS)],
+            {"unit": "difference"},
+            "a column of the pairs",
+        ),
+        (
+            [bl.Passage(t.text, labels={"compression_a": i}) for i, t in enumerate(TEXTS)],
+            {"unit": "compression_a"},
+            "Rename the label",
+        ),
         ([bl.Passage(text.text, labels={"compression": 1}) for text in TEXTS], {}, "compression"),
     ],
 )

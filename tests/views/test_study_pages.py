@@ -145,5 +145,5 @@ def test_study_page_tables_read_well():
 def test_study_page_says_once_what_every_row_of_a_wide_table_says():
     table = pd.DataFrame({"layer": range(3), "estimate": [0.1, 0.2, 0.3], **dict.fromkeys("abcdefg", "same"), "note": ""})
     page = study(sections=[bl.views.Section("t", table=table)], flags=None)
-    assert "In every row: a same; b same;" in page
+    assert "In every row: a same; b same; c same; d same; e same; f same; g same." in page, "an empty note says nothing"
     assert re.findall(r'<th(?: class="n")?>(.*?)</th>', page) == ["layer", "estimate"]

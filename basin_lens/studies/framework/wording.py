@@ -11,6 +11,7 @@ from basin_lens.values import units_said
 
 # The package's errors say what was expected and what came.
 _OF_AN_ERROR = re.compile(r"\bexpected\b.*\bgot\b", re.DOTALL)
+_OF_BANK = " Compression crosses each token with tokens of that bank: intervals and p are given this bank."
 _NO_NUMBER = re.compile(r"(?<![\w'\"])[+-]?nan(?![\w'\"])")
 
 
@@ -28,8 +29,7 @@ def about_measured(measured: Measured) -> list[str]:
         f"{capture.n_rows:,} tokens in {units_said('sequence', len(capture.sequences))} of "
         f"{units_said('document', len(set(capture.docs)))}" + (f"; {rest}." if rest else "."),
         f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
-        f"the same {chosen['exclude']}."
-        + (" Compression crosses each token with tokens of that bank." if chosen.get("partners") == "bank" else ""),
+        f"the same {chosen['exclude']}." + (_OF_BANK if chosen.get("partners") == "bank" else ""),
         *_sampled(measured),
         f"Tests and intervals are over {units_said(measured.unit, measured.n_units)}; tokens of one text are not independent.",
     ]

@@ -47,7 +47,9 @@ def readable_table(table: pd.DataFrame) -> ReadableTable:
         if not all(alike):
             said = [column for column, is_alike in zip(columns, alike, strict=True) if is_alike]
             columns = [column for column, is_alike in zip(columns, alike, strict=True) if not is_alike]
-            same = tuple(f"{column.name} {cell_text(column.iloc[0], str(column.name))}" for column in said)
+            # One without a value, such as notes that nobody wrote, says nothing.
+            there = [column for column in said if not is_missing(column.iloc[0]) and str(column.iloc[0])]
+            same = tuple(f"{column.name} {cell_text(column.iloc[0], str(column.name))}" for column in there)
     at_right = [pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) for column in columns]
     head = tuple(Cell(str(column.name), "n" if right else "") for column, right in zip(columns, at_right, strict=True))
     cells = [

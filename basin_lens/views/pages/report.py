@@ -77,10 +77,11 @@ def make_report(
         >>> "</html>" in bl.views.make_report(table).html
         True
     """
+    held = tables.provenance(table)
     runs = table["run"].unique().tolist()
     if len(runs) != 1:
         raise TableError(f"expected a table of one run, got {len(runs)}. Choose one: table[table.run == ...].")
-    facts = tables.provenance(table)[runs[0]]
+    facts = held[runs[0]]
     scores = tables.scores(table)
     if not scores:
         raise TableError("expected a table with scores, got none.")
