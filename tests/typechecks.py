@@ -44,11 +44,11 @@ def tells_a_shape(hint) -> bool:
     return any(tells_a_shape(part) for part in get_args(hint))
 
 
-def is_quoted(hint) -> bool:
-    """Whether a shape may stand in quotes: more than a class's name."""
+def is_quoted(hint, own: str = "") -> bool:
+    """Whether something stands in quotes beside the name of a method's own class, which beartype reads."""
     if isinstance(hint, str):
-        return not hint.isidentifier()
-    return get_origin(hint) is not Literal and any(is_quoted(part) for part in get_args(hint))
+        return not own or hint != own
+    return get_origin(hint) is not Literal and any(is_quoted(part, own) for part in get_args(hint))
 
 
 _jaxtyped = jaxtyping.jaxtyped
@@ -101,7 +101,8 @@ def where_needed(thing=None, *, typechecker):
         return thing
     made = vars(thing).get("__init__") if inspect.isclass(thing) else thing
     hints = list(made.__annotations__.values()) if inspect.isfunction(made) else [""]
-    if any(map(is_quoted, hints)) or inspect.isgeneratorfunction(made):
+    own = getattr(thing, "__qualname__", "").rpartition(".")[0]
+    if any(is_quoted(hint, own) for hint in hints) or inspect.isgeneratorfunction(made):
         return _jaxtyped(thing, typechecker=typechecker)  # it reads what is quoted, where it can be read
     check = within_shapes if any(map(tells_a_shape, hints)) else outermost
     if made is thing:
