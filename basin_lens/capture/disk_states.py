@@ -1,17 +1,24 @@
-"""States of pieces of reading in files: written a piece and a border at a time, read a border at a time."""
+"""States of pieces of reading in files: written a piece and a border at a time, read a border at a time.
 
+Of many rows, a border is laid out in row order in one more file, of which only the rows that are looked at come into memory.
+"""
+
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from basin_lens.errors import StoreError
+from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.files import write_file
-from basin_lens.records import Kind, Unfinished
+from basin_lens.records import OPEN_SEAL, Kind, Unfinished, seal_file
+
+_WINDOW = 1 << 14  # rows that are laid out together
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class StatesOnDisk:
         held: the borders.
         rows: of the capture, of each piece.
         width: of a state.
+        mapped: a border is a file in row order that is looked into; else it is read whole.
     """
 
     folder: Path
@@ -33,6 +41,7 @@ class StatesOnDisk:
     held: Sequence[int]
     rows: Sequence[Int[Tensor, " n"]]
     width: int
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.held)
@@ -43,9 +52,64 @@ class StatesOnDisk:
     def __getitem__(self, border: int) -> Float[Tensor, "rows d"]:
         if border not in self.held:
             raise KeyError(border)
+        if self.mapped:
+            return self._look_into(border)
         states = torch.empty(sum(len(rows) for rows in self.rows), self.width, dtype=torch.float32, device="cpu")
         for index, rows in enumerate(self.rows):
             states[rows] = read_states_of(self.folder, self.kind, self.mark, border, index, (len(rows), self.width)).float()
+        return states
+
+    def _look_into(self, border: int) -> Float[Tensor, "rows d"]:
+        """The file of a border in row order, made if it is not there or not whole."""
+        path = place_of(self.folder, border, 0).with_name("rows.safetensors")
+        for attempt in (1, 2):
+            if not path.exists():
+                self._lay(border, path)
+            try:
+                with self.kind.tensors(path) as (file, facts):
+                    wanted = {**self.mark, "border": str(border)}
+                    states = file.get_tensor("states")
+                    if {name: facts.get(name) for name in wanted} != wanted or states.shape != self._shape:
+                        raise ValueError("the file of another run or border")
+                    return states
+            except StoreError as error:
+                if attempt == 2:
+                    raise
+                warnings.warn(f"States in row order are laid out again: {error}", PieceWarning, stacklevel=2)
+                path.unlink()
+        raise AssertionError
+
+    @property
+    def _shape(self) -> torch.Size:
+        return torch.Size([sum(len(rows) for rows in self.rows), self.width])
+
+    def _lay(self, border: int, path: Path) -> None:
+        """Write the states of all pieces at a border in row order, a window of rows at a time."""
+        count, width = self._shape
+        for index, rows in enumerate(self.rows):  # proven once, before rows are taken from them
+            read_states_of(self.folder, self.kind, self.mark, border, index, (len(rows), width))
+        about = {"states": {"dtype": "F32", "shape": [count, width], "data_offsets": [0, 4 * count * width]}}
+        facts = {**self.mark, "border": str(border), "format": self.kind.format, "seal": OPEN_SEAL}
+        header = json.dumps({"__metadata__": facts, **about}).encode()
+        header += b" " * (-len(header) % 8)
+
+        def write(new: Unfinished) -> None:
+            with new.open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                for first in range(0, count, _WINDOW):
+                    file.write(self._window(border, first, min(first + _WINDOW, count)).numpy().tobytes())
+            seal_file(new)
+
+        write_file(path, write)
+
+    def _window(self, border: int, first: int, last: int) -> Float[Tensor, "window d"]:
+        """States of some rows that follow one another, from the pieces that hold them."""
+        states = torch.empty(last - first, self.width, dtype=torch.float32, device="cpu")
+        for index, rows in enumerate(self.rows):
+            there = (rows >= first) & (rows < last)
+            if bool(there.any()):
+                with safe_open(place_of(self.folder, border, index), framework="pt") as file:
+                    states[rows[there] - first] = file.get_tensor("states")[there].float()
         return states
 
 

@@ -162,7 +162,8 @@ def status(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That a
     told = RunFolder(folder.resolve()).status()
     typer.echo(f"tokens    {told.tokens:,}")
     typer.echo(f"reading   {told.read} of {told.read_of} pieces")
-    typer.echo(f"scoring   {told.scored} of {told.scored_of} layers")
+    shards = f", {told.shards} of {told.shards_of} pieces" if told.shards_of > told.scored_of else ""
+    typer.echo(f"scoring   {told.scored} of {told.scored_of} layers{shards}")
     if told.finished:
         typer.echo("finished  the table is there: bl.tables.open(folder)")
     else:

@@ -21,11 +21,13 @@ def random_sets(
     distinct: bool,
     seed: int,
     keys: Int[Tensor, " queries"] | None = None,
+    among: tuple[int, Int[Tensor, " queries"]] | None = None,
 ) -> Int[Tensor, "queries k"]:
     """k random rows of the bank for each query, under the very exclusions of the nearest ones; -1 where there are fewer.
 
     They are the nearest of points placed at random, so that one search keeps one set of rules. `keys`: each query's sets follow
-    from its key and the seed, whoever else asks; None: they follow from the order of the queries.
+    from its key and the seed, whoever else asks; None: they follow from the order of the queries. `among`: of so many queries these
+    are the ones at some places, and get the sets that they would get among all of them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,7 +39,7 @@ def random_sets(
         return Points(states, points.key, points.token, points.group, points.pool)
 
     if keys is None:
-        asking = drawn(len(queries.key))
+        asking = drawn(len(queries.key)) if among is None else drawn(among[0])[among[1].cpu()]
     else:
         each = [np.random.default_rng([seed, key]).standard_normal(_SPHERE, dtype=np.float32) for key in keys.tolist()]
         asking = torch.from_numpy(np.stack(each)) if each else drawn(0)

@@ -58,6 +58,14 @@ class Columns:
         token = bank.token[rows]
         return cls(rows, home, bank.key[rows], token, torch.argsort(token, stable=True), len(leads), distinct)
 
+    def part(self, first: int, last: int) -> "Columns":
+        """The columns from `first` to before `last`: a shard of the bank, in the same order."""
+        here = slice(first, last)
+        token, leads = self.token[here], min(max(self.leads - first, 0), last - first)
+        return Columns(
+            self.rows[here], self.home[here], self.key[here], token, torch.argsort(token, stable=True), leads, self.distinct
+        )
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -82,6 +90,11 @@ class Rules:
     def some(self, at: Int[Tensor, " some"]) -> "Rules":
         """The rules of these queries only."""
         return Rules(self.columns, self.group[at], self.token[at], self.own[at], self.same_token)
+
+    def part(self, first: int, last: int) -> "Rules":
+        """The rules of the same queries for the columns from `first` to before `last`."""
+        own = torch.where((self.own >= first) & (self.own < last), self.own - first, -1)
+        return Rules(self.columns.part(first, last), self.group, self.token, own, self.same_token)
 
     def excluded(self, at: Int[Tensor, " some"], columns: Int[Tensor, "#some m"]) -> Bool[Tensor, "some m"]:
         """Which of these columns these queries may not choose."""

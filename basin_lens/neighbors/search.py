@@ -5,11 +5,11 @@ from typing import get_args
 import torch
 
 from basin_lens.errors import NeighborError
-from basin_lens.neighbors.approximate import approximately
 from basin_lens.neighbors.eligible import Columns, Rules
-from basin_lens.neighbors.exact import SPARE, Product, Side, by_product
-from basin_lens.neighbors.flat import by_faiss, load
+from basin_lens.neighbors.exact import Side
+from basin_lens.neighbors.flat import load
 from basin_lens.neighbors.points import Backend, Metric, Neighbors, Points, SameToken
+from basin_lens.neighbors.shards import over_shards
 from basin_lens.values import whole_numbers
 
 
@@ -44,8 +44,8 @@ def find(
             asked for.
 
     Returns:
-        rows of the bank and distances, `[queries, k]`. Beyond the points it holds about one more copy of the bank's states and
-        128 MiB of distances.
+        rows of the bank and distances, `[queries, k]`. Beyond the points it holds one more copy of a shard of the bank (32,768 of
+        its rows) and 128 MiB of distances: of a larger bank, one shard after the other is searched, and the best of all are kept.
 
     Raises:
         NeighborError: k below 1, or above the number of points in the bank; an unknown backend, or one that is not installed.
@@ -75,13 +75,7 @@ def find(
     columns = Columns.of(bank, distinct)
     rules = Rules.of(queries, columns, same_token)
     far, near = Side.of(queries.states, metric), Side.of(bank.states, metric)
-    product, recall = Product.around(near, columns.rows), None
-    if backend == "approximate":
-        rows, distances, recall = approximately(rules, far, near, product, k)
-    elif backend == "faiss" and same_token != "only":  # with "only", a query has few candidates, and nothing is gained
-        rows, distances = by_faiss(rules, far, near, product, k)
-    else:
-        rows, distances = by_product(rules, far, near, product, k, product.bank(near, columns.rows), fetch=k + SPARE)
+    rows, distances, recall = over_shards(rules, far, near, k, backend)
     if metric == "cosine":
         undefined = ~queries.defined(metric)[:, None]
         rows, distances = rows.masked_fill(undefined, -1), (distances.square() / 2).masked_fill(undefined, torch.nan)

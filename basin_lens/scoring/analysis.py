@@ -54,6 +54,8 @@ def analyze(model: HookedModel, data: Capture | Texts, request: FolderRequest) -
         store_dtype: number format of states on disk: `"float32"`, or `"bfloat16"`, `"float16"` (of a model that computes in it,
             nothing is lost; the block's check allows for it).
         piece_tokens: a piece of reading holds at least so many tokens.
+        shard_tokens: where the texts have more tokens, the work at a layer is cut into shards of about so many: a piece then holds
+            the states of one shard. Numbers are the same, bit for bit.
 
     Returns:
         one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the

@@ -34,6 +34,7 @@ class Clouds:
         found: who the neighbors are.
         k: how many of them count.
         crossing: what is crossed.
+        random: rows of tokens, ascending, and random rows of the bank for each, drawn before; None: drawn when asked for.
     """
 
     searches: Searches
@@ -44,6 +45,7 @@ class Clouds:
     found: SearchResult
     k: int
     crossing: Crossing
+    random: tuple[Int[Tensor, " some"], Int[Tensor, "some k"]] | None = None
 
     def near(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
         """Rows of the bank that are these tokens' neighbors."""
@@ -78,7 +80,7 @@ class Clouds:
         return _centered(self.passage.bank_before[self.near(rows)])
 
     def _random_sets(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
-        chosen = self._random_rows[rows]
+        chosen = self.random_rows(rows)
         short = (chosen < 0).any(1)  # who has k neighbors has k random points under the same rules, unless some are far out
         center, moves = _centered(self.passage.bank_before[chosen.clamp_min(0)])
         return center, moves.masked_fill(short[:, None, None], torch.nan)
@@ -93,6 +95,10 @@ class Clouds:
         size = (states - states[pool].median(0).values).square().sum(1)
         return pool & (size > MASSIVE * size[pool].median())
 
+    def random_rows(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
+        """Random rows of the bank for these tokens."""
+        return self._random_rows[rows] if self.random is None else self.random[1][torch.searchsorted(self.random[0], rows)]
+
     @cached_property
     def _random_rows(self) -> Int[Tensor, "rows k"]:
         """Random rows of the bank for each row of the capture, under the rules for its neighbors and none far out; -1: not enough,
@@ -103,7 +109,7 @@ class Clouds:
         rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
         if int(bank.pool.sum()) >= self.k:
             # With partners from the bank, nothing of a token depends on who else is asked for.
-            keys = self.keys[found.at.cpu()] if self.crossing.partners == "bank" else None
+            keys = self.keys_of(found.at) if self.crossing.partners == "bank" else None
             rows[found.at] = random_sets(
                 found.queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed, keys=keys
             )
@@ -114,23 +120,19 @@ class Clouds:
         center, moves = self._neighbors(rows)
         drawn = [
             np.random.default_rng([self.searches.seed, self.layer, key]).standard_normal(moves.shape[1:], dtype=np.float32)
-            for key in self.keys[rows.cpu()].tolist()
+            for key in self.keys_of(rows).tolist()
         ]
         random = torch.from_numpy(np.stack(drawn)).to(moves)
         ordinary = self.bank.ordinary
         return center, random * (moves[..., ordinary].norm(dim=2) / random[..., ordinary].norm(dim=2))[..., None]
 
-    @cached_property
-    def keys(self) -> Int[Tensor, " rows"]:
+    def keys_of(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """What tells tokens apart, whatever the order of the texts: their sequence and their place in it."""
-        return torch.tensor(
-            [
-                int.from_bytes(hashlib.blake2b(repr((sequence.tokens, pos)).encode(), digest_size=8).digest(), "big") >> 1
-                for sequence in self.searches.capture.sequences
-                for pos in range(len(sequence.tokens))
-            ],
-            device="cpu",
-        )
+        capture, at = self.searches.capture, rows.cpu()
+        places = zip(capture.row_seq[at].tolist(), capture.row_pos[at].tolist(), strict=True)
+        told = (repr((capture.sequences[seq].tokens, pos)).encode() for seq, pos in places)
+        keys = [int.from_bytes(hashlib.blake2b(each, digest_size=8).digest(), "big") >> 1 for each in told]
+        return torch.tensor(keys, dtype=torch.int64, device="cpu")
 
     def log_before(self, moves: Float[Tensor, "n k d"]) -> list[Float[Tensor, " n"]]:
         """log V of displacements with both signs, of all of them and of either half; NaN where they are rounding."""

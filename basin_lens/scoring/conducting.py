@@ -1,13 +1,13 @@
 """The pieces of a job, done one after the other in this process, and what they come to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from basin_lens.analyzers import TokenAnalyzer
-from basin_lens.scoring.job import Job
+from basin_lens.scoring.job import Job, LayerPiece
 from basin_lens.scoring.memory_store import Store
 from basin_lens.scoring.results import KeptNeighbors, LayerNeighbors, Results, provenance
 from basin_lens.values import Facts, hides_bars
@@ -32,16 +32,32 @@ def read_all(job: Job, store: Store, pieces: list[int]) -> None:
             store.put_read(index, job.read(index, bar.update))
 
 
-def score_all(job: Job, store: Store, layers: list[int]) -> None:
-    """Do some pieces of scoring."""
+def score_all(job: Job, store: Store, layers: list[int], mine: Callable[[LayerPiece], bool] = lambda _: True) -> None:
+    """Do the work at some layers, as far as it is this process's and what it needs is there.
+
+    Args:
+        job, store: of the run.
+        layers: in order.
+        mine: which of the pieces this process does; the others are another's.
+    """
     if not job.layers:
         return
     total, progress = len(job.layers), job.request.progress
     done = total - len(layers)
     with tqdm(total=total, initial=done, desc="neighbors through blocks", unit="layer", disable=hides_bars(progress)) as bar:
         for layer in layers:
-            store.put_scores(job.score(layer))
-            bar.update()
+            for piece in job.pieces_of(layer):
+                if mine(piece) and not (piece.step != "collect" and store.has(piece)) and all(map(store.has, job.needs(piece))):
+                    do(job, store, piece)
+                    bar.update(piece.step == "collect")
+
+
+def do(job: Job, store: Store, piece: LayerPiece) -> None:
+    """Do a piece of the work at a layer, all that it needs being there."""
+    if piece.step != "collect":
+        store.put(piece, job.work(piece, store.part))
+    else:
+        store.put_scores(job.score(piece.layer) if job.shards == 1 else job.collect(piece, store.part))
 
 
 def found(job: Job, store: Store) -> Facts:

@@ -1,5 +1,6 @@
 """Tokens in groups, and every cloud of a group through the map at every place of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from basin_lens.scoring.token_rows import documents_of_both, row_groups
 from basin_lens.transport import chunk_places, rows_per_call
 from basin_lens.values import Facts
 
+_PARTS = ("places", "before", "after")  # of what is passed at some places of groups
 _NO_LABELS = ("self", "sequence", "document", "nothing")  # values of `exclude` that name no label
 
 
@@ -86,16 +88,30 @@ class CrossedPass:
 
     def __call__(self, able: Bool[Tensor, " rows"]) -> Crossed:
         """Cross the rows that are able to be measured: those with k neighbors, and in the sample if there is one."""
+        groups = self.grouped(able)
+        return self.crossed(groups, [self.some(groups)], int(able.sum()), self.far_out)
+
+    def grouped(self, able: Bool[Tensor, " rows"]) -> Int[Tensor, "groups g"]:
+        """The rows that are able to be measured, put into groups."""
+        if self.groups is not None:
+            return self.groups
         rows = torch.nonzero(able).squeeze(1)
-        groups = self.groups
-        if groups is None:
-            values = self.own.log_variance(rows)
-            there = ~values.isnan()
-            groups = self._partnered(rows[there], values[there]) if self.partners else self._grouped(rows[there], values[there])
-        tables = {kind: self._table(groups, kind) for kind in self.own.crossing.displaced}
-        far_out = int(self.own.far_out.sum()) if "random_sets" in tables else None
+        values = self.own.log_variance(rows)
+        there = ~values.isnan()
+        return self._partnered(rows[there], values[there]) if self.partners else self._grouped(rows[there], values[there])
+
+    @property
+    def far_out(self) -> int | None:
+        """How many rows of the bank are in no random set; None where none is drawn."""
+        return int(self.own.far_out.sum()) if "random_sets" in self.own.crossing.displaced else None
+
+    def crossed(
+        self, groups: Int[Tensor, "groups g"], parts: Sequence[Mapping[str, Tensor]], able: int, far_out: int | None
+    ) -> Crossed:
+        """Groups and their tables, from shares of the places that were passed. `able`: how many rows could be grouped."""
+        tables = {kind: self._table(groups, kind, parts) for kind in self.own.crossing.displaced}
         found = Crossed(groups, tables, 0, self._units[1], self.partners is not None, far_out)
-        return replace(found, without=len(rows) - found.scored.numel())
+        return replace(found, without=able - found.scored.numel())
 
     def _grouped(self, rows: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Int[Tensor, "groups g"]:
         """Groups of nearly equal log V_in, from different units, with no neighbor in common."""
@@ -104,7 +120,7 @@ class CrossedPass:
             values.double().cpu().numpy(),
             self._units[0][at].numpy(),
             own.neighbor_keys(rows).cpu().numpy(),
-            own.keys[at].numpy(),
+            own.keys_of(rows).numpy(),
             size=self.size,
             seed=own.searches.seed * 1_000_003 + self.layer,
         )
@@ -133,31 +149,55 @@ class CrossedPass:
             (each.double().cpu().numpy(), unit[at.cpu()].numpy(), clouds.neighbor_keys(at).cpu().numpy())
             for at, each, unit, clouds in sides
         ]
-        seeds = [[own.searches.seed, self.layer, key] for key in own.keys[rows.cpu()].tolist()]
+        seeds = [[own.searches.seed, self.layer, key] for key in own.keys_of(rows).tolist()]
         draws = seeds if own.crossing.partners == "bank" else None
         chosen = torch.from_numpy(nearest_partners(*given, count=self.size - 1, draws=draws)).to(rows.device)
         full = (chosen >= 0).all(1)
         return torch.cat([rows[full, None], among[chosen[full]]], dim=1)
 
-    def _table(self, groups: Int[Tensor, "n g"], kind: Displaced) -> CrossedTable:
-        """All clouds of a group at all its places."""
+    @property
+    def _sides(self) -> list[tuple[Clouds, range]]:
+        """Whose clouds are at which places of a group."""
+        if self.partners is None:
+            return [(self.own, range(self.size))]
+        return [(self.own, range(1)), (self.partners, range(1, self.size))]
+
+    def some(self, groups: Int[Tensor, "n g"], shard: int = 0, shards: int = 1) -> dict[str, Tensor]:
+        """All clouds of the groups at some of their places: one of so many shares of the block calls, which are the same however
+        many shares there are.
+
+        Returns:
+            by the kind of displacements: the places (group * g + place in it), log V of the place's own cloud before, and of all
+            clouds of its group behind the map, for all displacements and either half.
+        """
         n, g = groups.shape
-        before = torch.full((3, n, g), torch.nan, dtype=torch.float32, device=self.device)
-        after = torch.full((3, n, g, g), torch.nan, dtype=torch.float32, device=self.device)
-        sides = [(self.own, range(g))] if self.partners is None else [(self.own, range(1)), (self.partners, range(1, g))]
-        for side, slots in sides:
-            at, there = groups[:, slots.start : slots.stop].flatten(), side.searches.capture
-            rows = rows_per_call(side.passage.bank_before, int(there.lengths.max()))
-            for part in chunk_places(there, at, 2 * self.k * g, rows) if n else ():
-                group, slot = part // len(slots), slots.start + part % len(slots)
-                moves = torch.cat([self._moves(each, groups[group, s.start : s.stop], kind) for each, s in sides], dim=1)
-                log_before = side.log_before(moves[torch.arange(len(part), device=self.device), slot])
-                log_after = side.log_after(kind, at[part], moves)
-                for index in range(3):
-                    before[index, group, slot] = log_before[index]
-                    after[index, group, slot] = log_after[index]
+        known: dict[str, list[Tensor]] = {f"{kind} {part}": [] for kind in self.own.crossing.displaced for part in _PARTS}
+        for kind in self.own.crossing.displaced:
+            for side, slots in self._sides:
+                at, there = groups[:, slots.start : slots.stop].flatten(), side.searches.capture
+                rows = rows_per_call(side.passage.bank_before, int(there.lengths.max()))
+                calls = list(chunk_places(there, at, 2 * self.k * g, rows)) if n else []
+                for part in share_of(calls, shard, shards):
+                    group, slot = part // len(slots), slots.start + part % len(slots)
+                    moves = torch.cat([self._moves(each, groups[group, s.start : s.stop], kind) for each, s in self._sides], dim=1)
+                    log_before = side.log_before(moves[torch.arange(len(part), device=self.device), slot])
+                    found = group * g + slot, torch.stack(log_before), torch.stack(side.log_after(kind, at[part], moves))
+                    for name, value in zip(_PARTS, found, strict=True):
+                        known[f"{kind} {name}"].append(value)
+        return {name: torch.cat(held, dim=0 if name.endswith("places") else 1) for name, held in known.items() if held}
+
+    def _table(self, groups: Int[Tensor, "n g"], kind: Displaced, parts: Sequence[Mapping[str, Tensor]]) -> CrossedTable:
+        """The table of one kind of displacements, from its parts."""
+        n, g = groups.shape
+        before = torch.full((3, n * g), torch.nan, dtype=torch.float32, device=self.device)
+        after = torch.full((3, n * g, g), torch.nan, dtype=torch.float32, device=self.device)
+        for part in parts:
+            if f"{kind} places" in part:
+                places, log_before, log_after = (part[f"{kind} {name}"].to(self.device) for name in _PARTS)
+                before[:, places], after[:, places] = log_before, log_after
         scored = 1 if self.partners else None
-        whole, *halves = (CrossedTable(b, a, scored=scored) for b, a in zip(before, after, strict=True))
+        tables = zip(before.view(3, n, g), after.view(3, n, g, g), strict=True)
+        whole, *halves = (CrossedTable(b, a, scored=scored) for b, a in tables)
         return replace(whole, halves=tuple(halves))
 
     @staticmethod
@@ -165,6 +205,11 @@ class CrossedPass:
         """Displacements of these tokens' clouds."""
         moves = side.of(kind, rows.flatten())[1]
         return moves.view(*rows.shape, *moves.shape[1:])
+
+
+def share_of(calls: Sequence[Tensor], shard: int, shards: int) -> Sequence[Tensor]:
+    """One of so many shares of block calls, those of a share one after the other."""
+    return calls[shard * len(calls) // shards : (shard + 1) * len(calls) // shards]
 
 
 def unit_of_rows(capture: Capture, exclude: str) -> Int[Tensor, " rows"]:

@@ -17,7 +17,7 @@ from basin_lens.scoring.bank_overlap import warning
 from basin_lens.scoring.conducting import conduct, kept_neighbors, read_all, score_all
 from basin_lens.scoring.folder_store import KIND as PIECE
 from basin_lens.scoring.folder_store import FolderStore
-from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.job import SHARD_TOKENS, Job, LayerPiece, prepare
 from basin_lens.scoring.request import Request, takes_request
 from basin_lens.scoring.results import KeptNeighbors
 from basin_lens.scoring.run_folder import PIECE_TOKENS, RunFolder, dtype_of
@@ -43,11 +43,13 @@ class FolderRequest(Request):
     keep_states: bool = False
     store_dtype: str = "float32"
     piece_tokens: Whole = PIECE_TOKENS
+    shard_tokens: Whole = SHARD_TOKENS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         dtype_of(self.store_dtype)
         object.__setattr__(self, "piece_tokens", whole(self.piece_tokens, "piece_tokens", least=0, error=StoreError))
+        object.__setattr__(self, "shard_tokens", whole(self.shard_tokens, "shard_tokens", least=1, error=StoreError))
         if self.engine not in get_args(Engine):
             raise StoreError(f"expected engine in {get_args(Engine)}, got {self.engine!r}.")
         if self.engine_options and self.engine != "ray":
@@ -60,6 +62,7 @@ class FolderRequest(Request):
             "keep_states": self.keep_states,
             "store_dtype": self.store_dtype != "float32",
             "piece_tokens": self.piece_tokens != PIECE_TOKENS,
+            "shard_tokens": self.shard_tokens != SHARD_TOKENS,
         }
         if self.out is None and (name := next((name for name, is_given in given.items() if is_given), None)):
             raise StoreError(f"expected a folder for the pieces with {name}, got none. Name one: out=...")
@@ -160,7 +163,8 @@ def work_on_part(
 ) -> FolderRun | str:
     """Do one part of a run in a folder that others hold too; the finished run, if this was the last piece, or what is left.
 
-    A part reads its share of the pieces. When all parts have read, it scores its share of the layers.
+    A part reads its share of the pieces. When all parts have read, it scores its share of the layers, or of their shards where
+    there are more parts than layers.
 
     Args:
         part: which, from 1, of how many.
@@ -173,7 +177,8 @@ def work_on_part(
         if other is not None:
             return f"Another part, which was done at the same time, writes the table: {other}."
         if not folder.is_finished and (unscored := store.unscored()):
-            return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table."
+            more = "" if job.shards == 1 else " Of layers that are cut, each call does what the others have made ready."
+            return f"{len(unscored)} of {len(job.layers)} layers are left to other parts; the last one writes the table.{more}"
         done = _finished(folder, job, store)
         show(done)
         return done
@@ -193,9 +198,16 @@ def _share(folder: RunFolder, job: Job, store: FolderStore, number: int, count: 
         )
     store.all_read()
     job.fill()
-    layers = list(job.layers)[number - 1 :: count]
-    score_all(job, store, [layer for layer in store.unscored() if layer in layers])
+    score_all(job, store, store.unscored(), lambda piece: _is_of_part(job, piece, number, count))
     return None
+
+
+def _is_of_part(job: Job, piece: LayerPiece, number: int, count: int) -> bool:
+    """Whether a part does a piece: whole layers, as long as there is one for each part; else shards of each."""
+    place = list(job.layers).index(piece.layer)
+    if job.shards > 1 and len(job.layers) < count:
+        place = place * job.shards + piece.shard
+    return place % count == number - 1
 
 
 def _begun(
@@ -203,7 +215,8 @@ def _begun(
 ) -> tuple[Job, FolderStore]:
     if isinstance(data, Capture) and not data.is_read:
         data = replace(data, columns=dict(data.columns))  # what a run keeps on a disk is not the caller's
-    job = prepare(model, data, request, keep=keep, piece_tokens=int(request.piece_tokens))
+    read, shard = int(request.piece_tokens), int(request.shard_tokens)
+    job = prepare(model, data, request, keep=keep, piece_tokens=read, shard_tokens=shard)
     device = None
     if request.engine == "ray":
         from basin_lens.scoring.ray_engine import device_of

@@ -3,6 +3,7 @@
     pieces/plan.json                        what the run is
     pieces/states/border-018/00003.safetensors   states of the third piece of reading at a border
     pieces/read/00003.safetensors           its rows and its values of token analyzers; written last, it says that the piece is done
+    pieces/shards/layer-018/search-003.safetensors   of a layer that is cut: what a piece of it gave
     pieces/scores/layer-018.safetensors     the scores of a layer
 
 Files of one plan are the same, byte by byte, whoever writes them, on one kind of machine.
@@ -25,8 +26,8 @@ from basin_lens.capture.disk_states import StatesOnDisk, place_of, read_states_o
 from basin_lens.capture.pieces import ReadPiece, fill, put_columns
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.records import Kind
-from basin_lens.scoring.job import Job
-from basin_lens.scoring.results import LayerNeighbors, LayerScores
+from basin_lens.scoring.job import Job, LayerPiece
+from basin_lens.scoring.results import LayerNeighbors, LayerScores, Part
 from basin_lens.values import Facts
 
 KIND = Kind("a piece of a run", "basin_lens piece 1", "Give the same command again: what is damaged is made anew.")
@@ -53,6 +54,7 @@ class FolderStore:
         self.states = folder / "states"
         self._proven: set[int] = set()  # layers whose scores were found whole
         self._proven_pieces: set[Path] = set()  # files of reading that were
+        self._proven_parts: set[LayerPiece] = set()
 
     @cached_property
     def rows(self) -> list[Tensor]:
@@ -145,7 +147,7 @@ class FolderStore:
         """The capture's states are those in the folder, from now on."""
         if not self.job.was_read:
             width, borders = self.job.capture.model["width"], self.job.schedule.borders
-            fill(self.job.capture, StatesOnDisk(self.states, KIND, self.mark, borders, self.rows, width), {})
+            fill(self.job.capture, StatesOnDisk(self.states, KIND, self.mark, borders, self.rows, width, self.job.shards > 1), {})
 
     def unscored(self) -> list[int]:
         return [layer for layer in self.job.layers if not self._is_scored(layer)]
@@ -174,6 +176,7 @@ class FolderStore:
         marked = {**self.mark, "layer": str(scores.layer), "found": json.dumps(facts)}
         write_tensors(self.scores_place(scores.layer), KIND, tensors, marked)
         self._proven.add(scores.layer)
+        rmtree(self.part_place(LayerPiece("join", scores.layer)).parent, ignore_errors=True)
         if not self.keep_states:
             self.forget_states()
 
@@ -195,6 +198,37 @@ class FolderStore:
         if {name: facts.get(name) for name in wanted} != wanted:
             raise ValueError(f"the file of another run or piece ({', '.join(f'{name} {facts.get(name)}' for name in wanted)})")
 
+    def part_place(self, piece: LayerPiece) -> Path:
+        """Where what a piece of the work at a layer gave lies."""
+        return self.folder / "shards" / f"layer-{piece.layer:03d}" / f"{piece.step}-{piece.shard:03d}.safetensors"
+
+    def has(self, piece: LayerPiece) -> bool:
+        if piece.step == "collect":
+            return self._is_scored(piece.layer)
+        if not self.part_place(piece).exists():
+            return False
+        if piece not in self._proven_parts:
+            try:
+                self.part(piece)
+            except StoreError as error:
+                warnings.warn(f"A piece ({piece}) is made again: {error}", PieceWarning, stacklevel=2)
+                self.part_place(piece).unlink(missing_ok=True)
+                return False
+            self._proven_parts.add(piece)
+        return True
+
+    def put(self, piece: LayerPiece, part: Part) -> None:
+        tensors = {name: value.cpu().contiguous() for name, value in part.tensors.items()}
+        write_tensors(self.part_place(piece), KIND, tensors, {**self.mark, "piece": str(piece), "found": json.dumps(part.facts)})
+        self._proven_parts.add(piece)
+
+    def part(self, piece: LayerPiece) -> Part:
+        """What a piece gave. Its tensors are read from the file when they are looked at."""
+        with KIND.tensors(self.part_place(piece)) as (file, facts):
+            self._check_mark(facts, piece=str(piece))
+            names = list(file.keys())
+            return Part({name: file.get_tensor(name) for name in names}, json.loads(facts["found"]))
+
     def forget_states(self) -> None:
         """Delete the states of borders that nobody needs any more."""
         needed = {place_of(self.states, border, 0).parent for border in self.borders_needed()}
@@ -204,7 +238,7 @@ class FolderStore:
 
     def clear(self) -> None:
         """Delete what a finished run has no use for: the pieces, and the states unless they are kept."""
-        for name in ("scores", *(() if self.keep_states else ("read", "states"))):
+        for name in ("scores", "shards", *(() if self.keep_states else ("read", "states"))):
             rmtree(self.folder / name, ignore_errors=True)
 
 

@@ -3,12 +3,17 @@
     read(i)    some batches go through the model  -> states at block borders, values of token analyzers
     score(L)   the neighbors at layer L go through the block -> the layer's scores
 
+Of many texts, the work at a layer is cut further (see `layer_work`), so that a piece holds the states of one shard of them:
+
+    search(L, s) -> join(L) -> score(L, s) -> collect(L)
+
 Pieces are the same whoever does them: one process in memory, one that writes to a folder, several on a cluster.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,12 +28,30 @@ from basin_lens.capture.schedule import PassSchedule
 from basin_lens.errors import CaptureError
 from basin_lens.model import HookedModel, check_model, full_precision, measuring, n_layers
 from basin_lens.scoring.bank import choose_bank
+from basin_lens.scoring.layer_work import LayerWork
 from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.request import Request
-from basin_lens.scoring.results import KeptNeighbors, LayerScores
+from basin_lens.scoring.results import KeptNeighbors, LayerScores, Part
 from basin_lens.scoring.run import Run
 from basin_lens.scoring.token_rows import query_rows
 from basin_lens.texts import Texts
+
+# Tokens of the texts up to which the work at a layer is one piece: 38 MB of states at 576 dimensions.
+SHARD_TOKENS = 1 << 14
+Step = Literal["search", "join", "score", "collect"]
+_IN_SHARDS: tuple[Step, Step] = ("search", "score")
+
+
+@dataclass(frozen=True)
+class LayerPiece:
+    """A piece of the work at a layer; the last one, `collect`, gives its scores."""
+
+    step: Step
+    layer: int
+    shard: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.step} {self.shard} of layer {self.layer}"
 
 
 @dataclass
@@ -45,6 +68,7 @@ class Job:
         keep: the analyzer whose neighbors are kept.
         frozen: another run's neighbors, taken as they are.
         piece_tokens: a piece of reading holds at least so many; 0: one batch.
+        shard_tokens: the work at a layer is cut where the texts have more.
         was_read: whether the capture came read.
         read_again_for: analyzers for which a capture that came read had to be read again.
     """
@@ -58,8 +82,10 @@ class Job:
     keep: CloudAnalyzer | None = None
     frozen: KeptNeighbors | None = None
     piece_tokens: int = 0
+    shard_tokens: int = SHARD_TOKENS
     was_read: bool = True
     read_again_for: list[str] = field(default_factory=list)
+    _work: LayerWork | None = None  # of the layer that the last piece was of
 
     @cached_property
     def _batches(self) -> list[Batch]:
@@ -91,12 +117,60 @@ class Job:
         """Do a piece of reading. `passed`: called with the number of tokens of each batch when it is done."""
         return read_piece(self.model, self.capture, self.schedule, [self._batches[batch] for batch in self.pieces[index]], passed)
 
+    @property
+    def shards(self) -> int:
+        """Shards of the work at a layer."""
+        return -(-self.capture.n_rows // self.shard_tokens)
+
+    def pieces_of(self, layer: int) -> list[LayerPiece]:
+        """The pieces of the work at a layer, in an order in which they can be done."""
+        if self.shards == 1:
+            return [LayerPiece("collect", layer)]
+        search, score = ([LayerPiece(step, layer, shard) for shard in range(self.shards)] for step in _IN_SHARDS)
+        return [*search, LayerPiece("join", layer), *score, LayerPiece("collect", layer)]
+
+    def needs(self, piece: LayerPiece) -> list[LayerPiece]:
+        """The pieces that must be there before."""
+        *before, _ = pieces = self.pieces_of(piece.layer)
+        known: dict[Step, list[LayerPiece]] = {
+            "search": [],
+            "join": [one for one in pieces if one.step == "search"],
+            "score": [one for one in pieces if one.step == "join"],
+            "collect": [one for one in before if one.step != "search"],
+        }
+        return known[piece.step]
+
     @full_precision()
     def score(self, layer: int) -> LayerScores:
-        """Do a piece of scoring; all rows must have been read."""
+        """Do all the work at a layer; all rows must have been read."""
         assert self.run is not None
         with measuring(self.model):
-            return self.run.layer(layer)
+            return self.run.layer(layer, self.shards)
+
+    @full_precision()
+    def work(self, piece: LayerPiece, found: Callable[[LayerPiece], Part]) -> Part:
+        """Do a piece of the work at a layer that is cut, but for the last one. `found`: what the pieces before it gave."""
+        with measuring(self.model):
+            work, before = self._at(piece.layer), [found(one) for one in self.needs(piece)]
+            if piece.step == "search":
+                return work.search(piece.shard, self.shards)
+            return work.join(before) if piece.step == "join" else work.score(before[0], piece.shard, self.shards)
+
+    @full_precision()
+    def collect(self, piece: LayerPiece, found: Callable[[LayerPiece], Part]) -> LayerScores:
+        """The scores of a layer, from all its shards."""
+        with measuring(self.model):
+            joined, *parts = [found(one) for one in self.needs(piece)]
+            scores = self._at(piece.layer).collect(joined, parts)
+            self._work = None
+            return scores
+
+    def _at(self, layer: int) -> LayerWork:
+        assert self.run is not None
+        if self._work is None or self._work.piece.layer != layer:
+            self._work = None  # first, so that states of two layers are never held
+            self._work = self.run.work(layer)
+        return self._work
 
     @full_precision()
     def fill(self) -> None:
@@ -117,6 +191,7 @@ def prepare(
     keep: CloudAnalyzer | None = None,
     frozen: KeptNeighbors | None = None,
     piece_tokens: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Job:
     """The job of a request. All that can be refused is refused here, before the model runs.
 
@@ -134,7 +209,7 @@ def prepare(
     if plan.of_neighbors:
         bank = choose_bank(model, capture, request.bank, plan, progress=request.progress)
         run = Run(model, capture, bank, plan, asked, backend=request.backend, frozen=frozen, keep=keep)
-    return Job(model, capture, plan, request, asked, run, keep, frozen, piece_tokens, was_read)
+    return Job(model, capture, plan, request, asked, run, keep, frozen, piece_tokens, shard_tokens, was_read)
 
 
 def _planned(model: HookedModel, data: Capture | Texts, request: Request) -> tuple[Capture, Plan]:

@@ -1,35 +1,40 @@
-"""One map at one layer: the union of all neighbors passes once, and every analyzer looks."""
+"""One map at one layer: the union of all neighbors passes once, and every analyzer looks.
+
+What needs all tokens comes first (`join`), then the block calls, all or a share of them (`score`), then what they come to
+(`collect`). Block calls are the same, and so are the numbers, bit for bit, however many shares there are.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, Surroundings
+from basin_lens.analyzers import CloudAnalyzer, Neighborhoods, RandomContraction, Surroundings
 from basin_lens.analyzers.contract import own_spread
-from basin_lens.capture.returned import check_returned, own_code
 from basin_lens.model import final_norm
 from basin_lens.model import n_layers as count_layers
 from basin_lens.neighbors import Neighbors
 from basin_lens.scoring.bank_partners import BankPartners
 from basin_lens.scoring.clouds import Clouds
-from basin_lens.scoring.crossed_pass import Crossed, CrossedPass, unit_of_rows
+from basin_lens.scoring.crossed_pass import Crossed, CrossedPass, share_of, unit_of_rows
 from basin_lens.scoring.left_out import count_left_out
+from basin_lens.scoring.noted import Noted, keep_near, note, nothing
 from basin_lens.scoring.plan import MapPlan, SearchOptions, SearchSite
 from basin_lens.scoring.random_reference import random_contraction
 from basin_lens.scoring.reliability import rank_agreement, spearman_brown
 from basin_lens.scoring.reruns import rerun_points
-from basin_lens.scoring.results import LayerNeighbors
+from basin_lens.scoring.results import LayerNeighbors, Part
 from basin_lens.scoring.sampling import drawn_alike, drawn_in_turns
 from basin_lens.scoring.search import Searches, SearchResult
 from basin_lens.transport import BlockMap, query_chunks, rows_per_call
 from basin_lens.values import Facts
 
 _GROUPS = 64  # groups of tokens that an analyzer looks at together
+_ROWS = 1 << 14  # tokens whose neighbors are gone through together
 
 
 class MapScores:
@@ -44,6 +49,7 @@ class MapScores:
         keep: the analyzer whose neighbors are kept, if it is one of these.
         partners: the bank's tokens, for analyzers (by key, `partnered`) whose tokens' partners come from the bank.
         groups: groups of another run, taken as they are.
+        surroundings: what makes the bank's states around the map.
     """
 
     def __init__(
@@ -58,56 +64,119 @@ class MapScores:
         partners: BankPartners | None = None,
         partnered: frozenset[str] = frozenset(),
         groups: Int[Tensor, "groups g"] | None = None,
+        surroundings: Callable[[], Surroundings],
     ) -> None:
         self.searches, self.layer, self.plan, self.passage, self.found = searches, layer, plan, passage, found
         self.device = searches.device
         self._partners, self._partnered, self._frozen_groups = partners, partnered, groups
-        count = searches.capture.n_rows
         self.keep = keep if any(a is keep for a in plan.analyzers) else None
-        self.neighbors = None if self.keep is None else LayerNeighbors.none(count, self.keep.k)
-        columns = [column.name for a in plan.analyzers for column in a.columns]
-        self.answers = {name: _nothing(count) for name in columns}
-        self._of_halves = {name: (_nothing(count), _nothing(count)) for name in columns}
-        self._hubness = {
-            (site, k): searches.hubness(found[site].near.rows[:, :k])
-            for site, k in dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers)
-        }
-        self._sampled = {a.key: self._sample(a) for a in plan.analyzers if a.max_queries is not None}
-        # Counted where the neighbors of the share are chosen: tokens of one id are one point where they enter block 0.
-        self._candidates = {
-            a.key: searches.candidates(
-                SearchOptions.of(a), found[SearchSite.behind(a) if _looks_behind(a) else SearchSite.before(a)]
-            )
-            for a in plan.analyzers
-            if "candidates" in a.needs
-        }
-        in_bank = (searches.bank.row_pos > 0).to(self.device)
-        self._surroundings = Surroundings(passage.bank_before[in_bank], passage.bank_after[in_bank])
-        self._spreads = float(own_spread(self._surroundings.before)), float(own_spread(self._surroundings.after))
+        self.neighbors: LayerNeighbors | None = None
+        self.answers: dict[str, Float[Tensor, " rows"]] = {}
+        self._of_halves: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sites = list(dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers))
+        self._measure_surroundings = surroundings
+        self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
+        self._passes: dict[object, CrossedPass] = {}
+        self._crossed: dict[int, Crossed] = {}
+        # Analyzers with the same options share the groups and their pass: one analyzer for each.
+        self._crossing = list({self._options(a): a for a in reversed(plan.grouped)}.values())[::-1]
+        self.joined = Part()
+        self.groups: dict[str, Facts] = {}  # what provenance says of an analyzer's groups, by its first column
+
+    @cached_property
+    def _surroundings(self) -> Surroundings:
+        return self._measure_surroundings()
+
+    @cached_property
+    def _spreads(self) -> tuple[float, float]:
+        return float(own_spread(self._surroundings.before)), float(own_spread(self._surroundings.after))
+
+    # -- what needs all tokens -----------------------------------------------------------------------------------------------
+
+    def join(self) -> Part:
+        """What depends on all tokens: samples, hubness, candidates, random sets, what goes through the block, groups."""
+        searches, plan, done = self.searches, self.plan, Part()
+        self.joined = done
+        for number, (site, k) in enumerate(self._sites):
+            done.tensors[f"hubness {number}"] = searches.hubness(self.found[site].near.rows[:, :k])
+        for number, a in enumerate(plan.analyzers):
+            if a.max_queries is not None:
+                done.tensors[f"sampled {number}"] = self._sample(a)
+            if "candidates" in a.needs:
+                # Counted where the neighbors of the share are chosen: tokens of one id are one point where they enter block 0.
+                there = self.found[SearchSite.behind(a) if _looks_behind(a) else SearchSite.before(a)]
+                done.tensors[f"candidates {number}"] = searches.candidates(SearchOptions.of(a), there)
         asking: dict[str, set[int]] = {}
         for a in plan.analyzers:
             if "random_contraction" in a.needs:
                 asking.setdefault(a.exclude, set()).add(a.k)
-        self._random = {e: random_contraction(searches, layer, e, ks, passage, self._surroundings) for e, ks in asking.items()}
-        self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
-        self._crossed: dict[object, Crossed] = {}
-        self.groups: dict[str, Facts] = {}  # what provenance says of an analyzer's groups, by its first column
+        for exclude, ks in asking.items():
+            known = random_contraction(searches, self.layer, exclude, ks, self.passage, self._surroundings)
+            told = {str(k): [mean.mean, mean.standard_error, sets] for k, (mean, sets) in known.items()}
+            done.facts.setdefault("random", {})[exclude] = told
         if plan.single:
-            self._measure()
-        for a in plan.grouped:
-            self._measure_groups(a)
+            # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
+            done.tensors["have"] = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in plan.passing]).any(0)
+            every = torch.arange(len(done.tensors["have"]), device=self.device)
+            passed = [[self._passed(site, part) for site in plan.passing] for part in every.split(_ROWS)]
+            done.facts["width"] = max((_union(some)[0].shape[1] for some in passed), default=1)
+        for number, a in enumerate(self._crossing):
+            self._join_groups(number, a, done)
+        return done
 
-    def _measure(self) -> None:
+    def _join_groups(self, number: int, a: CloudAnalyzer, done: Part) -> None:
+        able = self._able(a)
+        crossing = self._pass(a)
+        groups = crossing.grouped(able)
+        done.tensors[f"groups {number}"] = groups
+        done.facts[f"groups {number}"] = {"able": int(able.sum()), "far_out": crossing.far_out}
+        if "random_sets" in crossing.own.crossing.displaced:
+            rows = (groups if crossing.partners is None else groups[:, :1]).unique()
+            done.tensors.update({f"random rows {number}": rows, f"random sets {number}": crossing.own.random_rows(rows)})
+
+    def _able(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
+        """Tokens that can be measured: with k neighbors, and in the sample if there is one."""
+        able = self.found[SearchSite.before(a)].near.rows[:, a.k - 1] >= 0
+        return able if a.max_queries is None else able & self._sampled(a)
+
+    def _sampled(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
+        return self.joined.tensors[f"sampled {self._number(a)}"]
+
+    def _number(self, a: CloudAnalyzer) -> int:
+        return next(number for number, other in enumerate(self.plan.analyzers) if other is a)
+
+    @staticmethod
+    def _options(a: CloudAnalyzer) -> object:
+        return SearchSite.before(a), a.k, a.crossing, a.max_queries
+
+    def _mean(self, a: CloudAnalyzer) -> tuple[RandomContraction, int]:
+        """Mean contraction of random sets, and of how many."""
+        mean, error, sets = self.joined.facts["random"][a.exclude][str(a.k)]
+        return RandomContraction(mean, error), sets
+
+    # -- a share of the block calls ------------------------------------------------------------------------------------------
+
+    def score(self, shard: int, shards: int) -> Part:
+        """Do one of so many shares of the block calls."""
+        done = self._measure(shard, shards) if self.plan.single else Part()
+        for number, a in enumerate(self._crossing):
+            found = self._pass(a).some(self.joined.tensors[f"groups {number}"], shard, shards)
+            done.put(f"crossed {number} ", Part(found))
+        return done
+
+    def _measure(self, shard: int, shards: int) -> Part:
         """Pass the neighbors, a part of the queries at a time, and let every analyzer look before the images are dropped."""
-        passing = self.plan.passing
-        union, places = _union([self._passed(site) for site in passing])
-        place_of = dict(zip(passing, places, strict=True))
-        # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
-        have = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in passing]).any(0)
-        queries = torch.nonzero(have).squeeze(1)
+        passing, width = self.plan.passing, self.joined.facts["width"]
+        queries = torch.nonzero(self.joined.tensors["have"]).squeeze(1)
         rows = rows_per_call(self.passage.bank_before, int(self.searches.capture.lengths.max()))
-        for part in query_chunks(self.searches.capture, queries, union.shape[1], rows):
-            passed = self.passage.of_rows(part, union[part]) if self.plan.of_images else None
+        calls = share_of(list(query_chunks(self.searches.capture, queries, width, rows)), shard, shards)
+        at = torch.cat(list(calls)) if len(calls) else queries[:0]
+        noted = Noted(self.plan.single, len(at), self.keep)
+        first = 0
+        for part in calls:
+            union, places = _union([self._passed(site, part) for site in passing], width)
+            place_of = dict(zip(passing, places, strict=True))
+            passed = self.passage.of_rows(part, union) if self.plan.of_images else None
             looks: dict[object, tuple[Tensor, Neighborhoods] | None] = {}  # analyzers with the same options share them
             for a in self.plan.single:
                 options = (SearchSite.before(a), a.k, a.needs, a.max_queries and a.key)
@@ -115,39 +184,65 @@ class MapScores:
                     looks[options] = self._look(a, part, passed, place_of)
                 seen = looks[options]
                 if seen is not None:
-                    self._answer(a, *seen)
+                    self._answer(a, noted, first + seen[0], seen[1])
+            first += len(part)
+        return noted.part(at.cpu())
 
-    def _measure_groups(self, a: CloudAnalyzer) -> None:
-        """Put tokens into groups, pass every cloud of a group at every place of it, and let the analyzer look, also at halves."""
+    # -- what they come to ---------------------------------------------------------------------------------------------------
+
+    def collect(self, parts: Sequence[Part]) -> None:
+        """Take what all shares found."""
+        count = self.searches.capture.n_rows
+        self.neighbors = None if self.keep is None else LayerNeighbors.none(count, self.keep.k)
+        names = [column.name for a in self.plan.analyzers for column in a.columns]
+        self.answers = {name: nothing(count) for name in names}
+        self._of_halves = {name: (nothing(count), nothing(count)) for name in names}
+        for part in parts:
+            rows = part.tensors.get("rows")
+            for name in self.answers if rows is not None else ():
+                for prefix, answers in (
+                    ("value", self.answers[name]),
+                    *zip(("first", "second"), self._of_halves[name], strict=True),
+                ):
+                    if (held := part.tensors.get(f"{prefix} {name}")) is not None:
+                        answers[rows] = held
+            if "near" in part.tensors and self.neighbors is not None and rows is not None:
+                for name in ("rows", "before", "after"):
+                    getattr(self.neighbors, name)[rows.numpy()] = part.tensors["near" if name == "rows" else name].numpy()
+        for a in self.plan.grouped:
+            self._measure_groups(a, parts)
+
+    def _measure_groups(self, a: CloudAnalyzer, parts: Sequence[Part]) -> None:
+        """Let an analyzer look at every cloud of a group at every place of it, also at halves."""
         assert a.crossing is not None
-        site = SearchSite.before(a)
-        able = self.found[site].near.rows[:, a.k - 1] >= 0
-        if a.max_queries is not None:
-            able = able & self._sampled[a.key]
-        options = (site, a.k, a.crossing, a.max_queries)  # analyzers with the same options share the pass
-        if options not in self._crossed:
-            self._crossed[options] = self._pass(a, site)(able)
-        crossed = self._crossed[options]
+        number = next(n for n, other in enumerate(self._crossing) if self._options(other) == self._options(a))
+        if number not in self._crossed:
+            found = [part.under(f"crossed {number} ").tensors for part in parts]
+            facts = self.joined.facts[f"groups {number}"]
+            self._crossed[number] = self._pass(a).crossed(
+                self.joined.tensors[f"groups {number}"], found, facts["able"], facts["far_out"]
+            )
+        crossed, able = self._crossed[number], self._able(a)
         if a is self.keep:
             assert self.neighbors is not None
             self.neighbors = replace(self.neighbors, groups=crossed.rows.cpu().numpy())
             for part in torch.nonzero(able).squeeze(1).split(_GROUPS * a.crossing.group):
-                self._keep(self._neighborhoods(a, part, None, None), part.cpu())
+                keep_near(self.neighbors, self._neighborhoods(a, part, None, None), part.cpu())
         self._grouped[a.key] = torch.zeros_like(able)
         self._grouped[a.key][crossed.scored.flatten()] = True
-        partners = {column.name: (_nothing(len(able)), _nothing(len(able))) for column in a.columns}
+        partners = {column.name: (nothing(len(able)), nothing(len(able))) for column in a.columns}
         for groups in torch.arange(len(crossed.rows), device=self.device).split(_GROUPS):
             at = crossed.scored[groups].flatten()
             there, seen = at.cpu(), self._neighborhoods(a, at, None, None)
             tables = {kind: table.some(groups) for kind, table in crossed.tables.items()}
-            self._note(a, replace(seen, crossed=tables), there, self.answers)
+            note(a, replace(seen, crossed=tables), there, self.answers)
             for half in (0, 1):
                 looks = (
                     ({kind: table.halves[half] for kind, table in tables.items()}, self._of_halves),
                     ({kind: table.partner_halves[half] for kind, table in tables.items()}, partners),
                 )
                 for read, answers in looks:
-                    self._note(a, replace(seen, crossed=read), there, {name: pair[half] for name, pair in answers.items()})
+                    note(a, replace(seen, crossed=read), there, {name: pair[half] for name, pair in answers.items()})
         self.groups[a.columns[0].name] = {
             "size": a.crossing.group,
             **crossed.facts(),
@@ -156,25 +251,31 @@ class MapScores:
             "reliability_over_partners": {name: _whole(pair) for name, pair in partners.items()},
         }
 
-    def _pass(self, a: CloudAnalyzer, site: SearchSite) -> CrossedPass:
+    def _pass(self, a: CloudAnalyzer) -> CrossedPass:
         """The crossed tables that an analyzer looks at."""
         assert a.crossing is not None
-        about = (self._surroundings, site.options)
-        own = Clouds(self.searches, self.layer, self.passage, *about, self.found[site], a.k, a.crossing)
-        bank = None
-        if a.key in self._partnered:
-            assert self._partners is not None
-            bare = self.layer == 0 and site.place == "pre"
-            bank = self._partners.clouds(self.layer, self.plan, *about, a.k, a.crossing, bare=bare)
-        return CrossedPass(own, bank, self._frozen_groups)
+        options, site = self._options(a), SearchSite.before(a)
+        if options not in self._passes:
+            number = next(n for n, other in enumerate(self._crossing) if self._options(other) == options)
+            about = (self._surroundings, site.options)
+            drawn = [self.joined.tensors.get(f"random {what} {number}") for what in ("rows", "sets")]
+            random = None if drawn[0] is None or drawn[1] is None else (drawn[0], drawn[1])
+            own = Clouds(self.searches, self.layer, self.passage, *about, self.found[site], a.k, a.crossing, random)
+            bank = None
+            if a.key in self._partnered:
+                assert self._partners is not None
+                bare = self.layer == 0 and site.place == "pre"
+                bank = self._partners.clouds(self.layer, self.plan, *about, a.k, a.crossing, bare=bare)
+            self._passes[options] = CrossedPass(own, bank, self._frozen_groups)
+        return self._passes[options]
 
-    def _passed(self, site: SearchSite) -> Int[Tensor, "rows k"]:
-        """The neighbors of a search that go through the map: none of a token outside the samples of all its analyzers."""
-        rows = self.found[site].near.rows
+    def _passed(self, site: SearchSite, part: Int[Tensor, " part"]) -> Int[Tensor, "part k"]:
+        """Neighbors of a search that go through the map: none of a token outside the samples of its analyzers."""
+        rows = self.found[site].near.rows[part]
         asking = [a for a in self.plan.of_images if SearchSite.before(a) == site]
         if not asking or any(a.max_queries is None for a in asking):
             return rows
-        looked_at = torch.stack([self._sampled[a.key] for a in asking]).any(0)
+        looked_at = torch.stack([self._sampled(a)[part] for a in asking]).any(0)
         return torch.where(looked_at[:, None], rows, -1)
 
     def _sample(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
@@ -195,24 +296,24 @@ class MapScores:
         a: CloudAnalyzer,
         part: Int[Tensor, " part"],
         passed: Float[Tensor, "part m d"] | None,
-        place_of: Mapping[SearchSite, Int[Tensor, "rows k_all"]],
+        place_of: Mapping[SearchSite, Int[Tensor, "part k_all"]],
     ) -> tuple[Int[Tensor, " q"], Neighborhoods] | None:
-        """Those queries of a part that an analyzer can measure (on the CPU), and their neighborhoods; None: there are none."""
+        """Which queries of a part an analyzer can measure (on the CPU), and their neighborhoods; None: there are none."""
         site = SearchSite.before(a)
         after = self.found[SearchSite.behind(a)].near if _looks_behind(a) else None
         ready = self.found[site].near.rows[part, a.k - 1] >= 0
         if after is not None:
             ready &= after.rows[part, a.k - 1] >= 0
         if a.max_queries is not None:
-            ready &= self._sampled[a.key][part]
+            ready &= self._sampled(a)[part]
         if not bool(ready.any()):
             return None
         at = part[ready]
         images = None
         if passed is not None and "images" in a.needs:
-            places = place_of[site][at, : a.k, None].expand(-1, -1, self.passage.before.shape[1])
+            places = place_of[site][ready, : a.k, None].expand(-1, -1, self.passage.before.shape[1])
             images = passed[ready].gather(1, places)
-        return at.cpu(), self._neighborhoods(a, at, images, after)
+        return torch.nonzero(ready).squeeze(1).cpu(), self._neighborhoods(a, at, images, after)
 
     def _neighborhoods(
         self, a: CloudAnalyzer, at: Int[Tensor, " q"], images: Float[Tensor, "q k d"] | None, after: Neighbors | None
@@ -236,7 +337,7 @@ class MapScores:
             neighbors=passage.bank_before[rows],
             neighbor_token=searches.tokens[1][rows],
             neighbor_pos=searches.positions[1][rows],
-            hubness=self._hubness[site, a.k][at],
+            hubness=self.joined.tensors[f"hubness {self._sites.index((site, a.k))}"][at],
             spread_in=spread_in,
             spread_out=spread_out,
             images=images,
@@ -244,41 +345,23 @@ class MapScores:
             output_distances=None if after is None else after.distances[at, : a.k],
             output_neighbors=None if there is None else passage.bank_after[there],
             output_preimages=None if there is None else passage.bank_before[there],
-            candidates=self._candidates[a.key][at] if a.key in self._candidates else None,
+            candidates=self.joined.tensors[f"candidates {self._number(a)}"][at] if "candidates" in a.needs else None,
             block=partial(passage.of_points, at) if "block" in a.needs else None,
             run_on=rerun if "run_on" in a.needs else None,
             bank=self._surroundings if "bank" in a.needs else None,
-            random_contraction=self._random[a.exclude][a.k][0] if "random_contraction" in a.needs else None,
+            random_contraction=self._mean(a)[0] if "random_contraction" in a.needs else None,
             final_norm=partial(final_norm, searches.model) if "final_norm" in a.needs else None,
         )
 
-    def _answer(self, a: CloudAnalyzer, there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:
-        """Let an analyzer look at neighborhoods of the rows `there`, and put down what it says, also of halves of the neighbors."""
-        self._note(a, neighborhoods, there, self.answers)
+    def _answer(self, a: CloudAnalyzer, noted: "Noted", there: Int[Tensor, " q"], neighborhoods: Neighborhoods) -> None:
+        """Let an analyzer look at neighborhoods, and note what it says at the places `there`, also of halves of the neighbors."""
+        note(a, neighborhoods, there, noted.values["value"])
         if "halves" in a.needs and a.k >= 4:
-            for half, split in enumerate(neighborhoods.split_half):
-                self._note(a, split, there, {name: pair[half] for name, pair in self._of_halves.items()})
+            for half, split in zip(("first", "second"), neighborhoods.split_half, strict=True):
+                note(a, split, there, noted.values[half])
         if a is self.keep:
-            self._keep(neighborhoods, there)
-
-    @staticmethod
-    def _note(a: CloudAnalyzer, neighborhoods: Neighborhoods, there: Int[Tensor, " q"], answers: Mapping[str, Tensor]) -> None:
-        """Put down what an analyzer says of neighborhoods."""
-        with own_code(a.called, neighborhoods.layer, a.needs):
-            values = a.measure(neighborhoods)
-        check_returned(a.called, neighborhoods.layer, values, [c.name for c in a.columns], {"[q]": (len(there),)})
-        for name, value in values.items():
-            answers[name][there] = value.detach().float().cpu()
-
-    def _keep(self, neighborhoods: Neighborhoods, there: Int[Tensor, " q"]) -> None:
-        """Keep these neighbors, with their distances before the map, and behind it if they pass it."""
-        assert self.neighbors is not None
-        self.neighbors.rows[there.numpy()] = neighborhoods.rows.cpu().numpy()
-        self.neighbors.before[there.numpy()] = neighborhoods.distances.cpu().numpy()
-        if neighborhoods.images is not None:
-            self.neighbors.after[there.numpy()] = (
-                (neighborhoods.images - neighborhoods.query_image[:, None]).norm(dim=2).cpu().numpy()
-            )
+            assert noted.neighbors is not None
+            keep_near(noted.neighbors, neighborhoods, there)
 
     def left_out(self) -> dict[str, dict[str, int]]:
         """How many values are missing, by column and reason."""
@@ -291,7 +374,7 @@ class MapScores:
                 self.searches.capture,
                 self.searches.asked,
                 complete=result.near.rows[:, a.k - 1].cpu() >= 0,
-                sampled=self._sampled.get(a.key),
+                sampled=None if a.max_queries is None else self._sampled(a),
                 grouped=self._grouped.get(a.key),
                 undirected=~result.directed.cpu() if a.metric == "cosine" else None,
             )
@@ -302,7 +385,7 @@ class MapScores:
         facts: dict[str, Facts] = {}
         for a in self.plan.analyzers:
             if "random_contraction" in a.needs:
-                found, sets = self._random[a.exclude][a.k]
+                found, sets = self._mean(a)
                 known: Facts = {"mean": _or_none(found.mean), "standard_error": _or_none(found.standard_error), "sets": sets}
                 facts.update({column.name: known for column in a.columns})
         return facts
@@ -310,7 +393,7 @@ class MapScores:
     def reference_error(self) -> dict[str, float | None]:
         """Standard error of the mean of a random sample that columns are held against, by column; None: not defined."""
         held = [a for a in self.plan.analyzers if "random_contraction" in a.needs]
-        return {column.name: _or_none(self._random[a.exclude][a.k][0].standard_error) for a in held for column in a.columns}
+        return {column.name: _or_none(self._mean(a)[0].standard_error) for a in held for column in a.columns}
 
     def reliability(self) -> dict[str, float | None]:
         """Spearman correlation of each score over disjoint halves of the neighbors, by column."""
@@ -323,12 +406,10 @@ def _looks_behind(a: CloudAnalyzer) -> bool:
     return "output_neighbors" in a.needs
 
 
-def _nothing(count: int) -> Float[Tensor, " count"]:
-    return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
-
-
-def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _union(tables_: list[Tensor], width: int | None = None) -> tuple[Tensor, list[Tensor]]:
     """Per query, the different rows among several neighbor tables `[n, k_i]`, and where each table's rows are in it.
+
+    `width`: columns of the answer; None: as many as are needed.
 
     A pair of query and neighbor is passed through the block once, however many scores ask for it.
     """
@@ -337,7 +418,8 @@ def _union(tables_: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     new = torch.ones_like(values, dtype=torch.bool)
     new[:, 1:] = values[:, 1:] != values[:, :-1]
     slots = new.long().cumsum(1) - 1
-    union = torch.full((len(joined), int(slots.max()) + 1 if joined.numel() else 1), -1, dtype=torch.int64, device=joined.device)
+    width = width or (int(slots.max()) + 1 if joined.numel() else 1)
+    union = torch.full((len(joined), width), -1, dtype=torch.int64, device=joined.device)
     union.scatter_(1, slots, values)
     places = torch.empty_like(slots).scatter_(1, order, slots)
     return union, list(places.split([t.shape[1] for t in tables_], dim=1))

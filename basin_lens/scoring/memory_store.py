@@ -7,8 +7,8 @@ from torch import Tensor
 
 from basin_lens.capture.columns import Columns
 from basin_lens.capture.pieces import ReadPiece, fill, put_columns
-from basin_lens.scoring.job import Job
-from basin_lens.scoring.results import LayerScores
+from basin_lens.scoring.job import Job, LayerPiece
+from basin_lens.scoring.results import LayerScores, Part
 
 
 @runtime_checkable
@@ -39,6 +39,18 @@ class Store(Protocol):
         """A layer's scores."""
         ...
 
+    def has(self, piece: LayerPiece) -> bool:
+        """Whether a piece of the work at a layer is done."""
+        ...
+
+    def put(self, piece: LayerPiece, part: Part) -> None:
+        """Keep what a piece of the work at a layer gave, until its scores are there."""
+        ...
+
+    def part(self, piece: LayerPiece) -> Part:
+        """What a piece of the work at a layer gave."""
+        ...
+
 
 class MemoryStore:
     """Keeps everything until the job's table is made. The capture is filled when the last piece is read, and not before: an
@@ -50,6 +62,7 @@ class MemoryStore:
         self._states: dict[int, Tensor] = {}
         self._columns: Columns = {}
         self._scores: dict[int, LayerScores] = {}
+        self._parts: dict[LayerPiece, Part] = {}
 
     def unread(self) -> list[int]:
         return [index for index in range(len(self.job.pieces)) if index not in self._read]
@@ -72,6 +85,16 @@ class MemoryStore:
 
     def put_scores(self, scores: LayerScores) -> None:
         self._scores[scores.layer] = scores
+        self._parts.clear()
 
     def scores(self, layer: int) -> LayerScores:
         return self._scores[layer]
+
+    def has(self, piece: LayerPiece) -> bool:
+        return piece in self._parts
+
+    def put(self, piece: LayerPiece, part: Part) -> None:
+        self._parts[piece] = part
+
+    def part(self, piece: LayerPiece) -> Part:
+        return self._parts[piece]

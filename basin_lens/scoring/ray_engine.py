@@ -7,12 +7,12 @@ or node died is given to another one.
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -21,14 +21,16 @@ from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import BasinLensError, StoreError
 from basin_lens.model import EMBEDDED_NAME, HookedModel, fingerprint, load_model, source_of
+from basin_lens.scoring.conducting import do
 from basin_lens.scoring.folder_store import FolderStore
-from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.job import Job, LayerPiece, prepare
 from basin_lens.scoring.request import Request
 from basin_lens.values import Facts, hides_bars, whole
 
 _CURE = "pip install 'basin-lens[ray]'"
 _START = "Start one: ray start --head."
 _PATIENCE = 5  # seconds
+P = TypeVar("P", bound=Hashable)  # a piece
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Task:
     request: Request
     keep: CloudAnalyzer | None
     piece_tokens: int
+    shard_tokens: int
     folder: Path
     mark: str
     store_dtype: torch.dtype
@@ -125,7 +128,9 @@ class Worker:
         task = self.task
         if self._job is None:
             request, capture = task.request, task.capture
-            self._job = prepare(self.model, capture, request, keep=task.keep, piece_tokens=task.piece_tokens)
+            self._job = prepare(
+                self.model, capture, request, keep=task.keep, piece_tokens=task.piece_tokens, shard_tokens=task.shard_tokens
+            )
         return FolderStore(self._job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
 
     def read(self, index: int) -> int:
@@ -134,14 +139,14 @@ class Worker:
         store.put_read(index, store.job.read(index))
         return len(store.rows[index])
 
-    def score(self, layer: int) -> int:
-        """Do a piece of scoring."""
+    def score(self, piece: LayerPiece) -> int:
+        """Do a piece of the work at a layer; how many layers it ends."""
         store = self._store
         if not self._filled:
             store.use_states()
             self._filled = True
-        store.put_scores(store.job.score(layer))
-        return 1
+        do(store.job, store, piece)
+        return int(piece.step == "collect")
 
 
 def device_of(given: Mapping[str, object] | None) -> str:
@@ -185,7 +190,9 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
             with tqdm(
                 total=len(job.layers), initial=initial, desc="neighbors through blocks", unit="layer", disable=hides_bars(asked)
             ) as bar:
-                crew.do("score", layers, bar.update)
+                open_ = [piece for layer in layers for piece in job.pieces_of(layer)]
+                left = [piece for piece in open_ if piece.step == "collect" or not store.has(piece)]
+                crew.do("score", left, bar.update, job.needs)
         finally:
             crew.dismiss()
 
@@ -206,6 +213,7 @@ class Crew:
             "request": request,
             "keep": job.keep,
             "piece_tokens": job.piece_tokens,
+            "shard_tokens": job.shard_tokens,
             "folder": store.folder,
             "mark": store.mark["plan"],
             "store_dtype": store.dtype,
@@ -215,7 +223,7 @@ class Crew:
         self._actor = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Worker)
         self._starting: dict[object, Any] = {}
         self._idle: list[Any] = []
-        self._busy: dict[object, tuple[Any, int]] = {}
+        self._busy: dict[object, tuple[Any, Any]] = {}
         for _ in range(options.workers or _room(ray, options)):
             self._start()
 
@@ -228,12 +236,19 @@ class Crew:
         worker = self._actor.remote(self._task)
         self._starting[worker.fingerprint.remote()] = worker
 
-    def do(self, what: Literal["read", "score"], pieces: list[int], done: Callable[[int], object]) -> None:
-        """Have all these pieces done. `done` is called with what each of them says of its size."""
-        waiting, tries = deque(pieces), Counter[int]()
+    def do(
+        self,
+        what: Literal["read", "score"],
+        pieces: Sequence[P],
+        done: Callable[[int], object],
+        needs: Callable[[P], Sequence[P]] = lambda _: (),
+    ) -> None:
+        """Have all these pieces done, each after those that it needs. `done` is called with what each says of its size."""
+        waiting, tries, open_ = deque(pieces), Counter[P](), set(pieces)
         while waiting or self._busy:
-            while waiting and self._idle:
-                worker, piece = self._idle.pop(), waiting.popleft()
+            while self._idle and (piece := next((p for p in waiting if open_.isdisjoint(needs(p))), None)) is not None:
+                waiting.remove(piece)
+                worker = self._idle.pop()
                 self._busy[getattr(worker, what).remote(piece)] = worker, piece
             ready, _ = self.ray.wait([*self._busy, *self._starting], num_returns=1)
             for ref in ready:
@@ -244,6 +259,7 @@ class Crew:
                 size = self._answer(ref)
                 if size is not None:
                     self._idle.append(worker)
+                    open_.discard(piece)
                     done(size)
                     continue
                 tries[piece] += 1

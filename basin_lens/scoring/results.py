@@ -73,6 +73,24 @@ class KeptNeighbors:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a piece of the work at a layer finds, before all of them come to its scores: tensors, and facts as plain JSON."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+
+    def under(self, name: str) -> "Part":
+        """What stands under a name (see `put`)."""
+        tensors = {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
+        return Part(tensors, self.facts.get(name, {}))
+
+    def put(self, name: str, part: "Part") -> None:
+        """Put another part's finds under a name."""
+        self.tensors.update({name + key: value for key, value in part.tensors.items()})
+        self.facts[name] = part.facts
+
+
 @dataclass
 class LayerScores:
     """What one piece of a plan found.

@@ -12,13 +12,12 @@ from basin_lens.model import HookedModel, full_name, one_side
 from basin_lens.neighbors import Backend
 from basin_lens.scoring.bank_partners import BankPartners
 from basin_lens.scoring.crossed_pass import need_partners
-from basin_lens.scoring.left_out import count_left_out
-from basin_lens.scoring.map_scores import MapScores
-from basin_lens.scoring.plan import MapPlan, Piece, Plan, SearchSite
+from basin_lens.scoring.layer_work import LayerWork
+from basin_lens.scoring.plan import Plan
 from basin_lens.scoring.results import KeptNeighbors, LayerScores
-from basin_lens.scoring.search import OF_LAYERS, Searches, SearchResult
+from basin_lens.scoring.search import OF_LAYERS, Searches
 from basin_lens.scoring.token_rows import texts_hash
-from basin_lens.transport import BlockMap, LayerMaps, Probe
+from basin_lens.transport import LayerMaps, Probe
 from basin_lens.values import Facts
 
 
@@ -78,62 +77,28 @@ class Run:
         }
         return {"bank": bank, "search": {**self.searches.facts, **{name: {} for name in OF_LAYERS}}}
 
-    def layer(self, layer: int) -> LayerScores:
-        """Do the piece of work of one layer."""
-        piece = self.plan.piece(layer)
-        lengths = {some.blocks for some in piece.maps if some.context == "patched"}
+    def work(self, layer: int) -> LayerWork:
+        """The work at one layer; its block is proved."""
+        lengths = {some.blocks for some in self.plan.piece(layer).maps if some.context == "patched"}
         maps = LayerMaps(self.model, self.capture, self.bank, self.probes, layer, self.plan.seed, several_paths=len(lengths) > 1)
         if self.own_states:
             maps.block(layer, patched=self.plan.patches)
-        scores = self._too_few_blocks(piece)
-        found: dict[SearchSite, SearchResult] = {}
-        for some in piece.maps:
-            passage = maps.map(some.context, some.blocks)
-            self._search(layer, some, passage, found)
-            groups = self.frozen_groups.get(layer)
-            done = MapScores(
-                self.searches,
-                layer,
-                some,
-                passage,
-                found,
-                self.keep,
-                partners=self.partners,
-                partnered=self.partnered,
-                groups=None if groups is None else torch.from_numpy(groups).to(self.searches.device),
-            )
-            scores.values.update({name: answer.numpy() for name, answer in done.answers.items()})
-            scores.reliability.update(done.reliability())
-            scores.reference_error.update(done.reference_error())
-            scores.left_out.update(done.left_out())
-            for name, facts in (("groups", done.groups), ("random_contraction", done.random_contraction())):
-                if facts:
-                    scores.facts.setdefault(name, {}).update(facts)
-            if done.neighbors is not None:
-                scores.neighbors = done.neighbors
-        scores.facts.update(_facts_of(maps))
-        scores.search.update(self.searches.facts_of(layer))
-        return scores
+        groups = self.frozen_groups.get(layer)
+        return LayerWork(
+            self.searches,
+            self.plan.piece(layer),
+            maps,
+            self.keep,
+            self.partners,
+            self.partnered,
+            None if groups is None else torch.from_numpy(groups),
+        )
 
-    def _search(self, layer: int, plan: MapPlan, passage: BlockMap, found: dict[SearchSite, SearchResult]) -> None:
-        """Search for the neighbors that the analyzers of a map need and that no map before it has searched for."""
-        for a in plan.analyzers:
-            site = SearchSite.before(a)
-            if site not in found:
-                bare = layer == 0 and site.place == "pre"
-                found[site] = self.searches.find(site.options, layer, passage.before, passage.bank_before, bare=bare)
-            site = SearchSite.behind(a)
-            if "output_neighbors" in a.needs and site not in found:
-                found[site] = self.searches.find(site.options, layer, passage.after, passage.bank_after)
-
-    def _too_few_blocks(self, piece: Piece) -> LayerScores:
-        """Scores of a layer with nothing but NaN, for the analyzers whose maps would end beyond the last block."""
-        scores = LayerScores(piece.layer)
-        for a in piece.beyond_the_last_block:
-            missing = {c.name: torch.full((self.capture.n_rows,), torch.nan, device="cpu") for c in a.columns}
-            scores.values.update({name: np.full(self.capture.n_rows, np.nan, np.float32) for name in missing})
-            scores.left_out.update(count_left_out(a, missing, self.capture, self.searches.asked, complete=None))
-        return scores
+    def layer(self, layer: int, shards: int = 1) -> LayerScores:
+        """Do all the work at one layer, one shard after the other."""
+        work = self.work(layer)
+        joined = work.join([work.search(shard, shards) for shard in range(shards)])
+        return work.collect(joined, [work.score(joined, shard, shards) for shard in range(shards)])
 
     def _refuse_two_tables(self) -> None:
         """A block is called with one rotary table, that of the longest sequence."""
@@ -158,16 +123,3 @@ class Run:
                     f"expected a {name} that holds layers {missing} too (blocks={self.plan.most_blocks}), got one with "
                     f"{list(source.layers)}. Capture again with layers=[...]."
                 )
-
-
-def _facts_of(maps: LayerMaps) -> Facts:
-    """What provenance says of the maps at a layer."""
-    layer = maps.layer
-    facts: Facts = {"check_error": maps.errors.get(layer), "routes": maps.routes.get(layer, "native")}
-    if layer in maps.reasons:
-        facts["route_reasons"] = maps.reasons[layer]
-    if maps.fits:
-        facts["affine_fit"] = {
-            str(blocks): {"held_out_r2": fit.held_out_r2, "ridge": fit.ridge} for blocks, fit in maps.fits.items()
-        }
-    return facts

@@ -36,7 +36,7 @@ from basin_lens.tables.run_table import RunTable, holds_layers_only, is_table, w
 from basin_lens.values import Facts
 
 PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
-_PIECES = ("read", "states", "scores")
+_PIECES = ("read", "states", "scores", "shards")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
 PIECE_TOKENS = 4096
@@ -59,6 +59,7 @@ _NAMES = {  # each with its verb
     "bank": "the bank differs",
     "batch_size": "batch_size differs",
     "piece_tokens": "piece_tokens differ",
+    "shard_tokens": "shard_tokens differ",
     "store_dtype": "store_dtype differs",
     "keep_neighbors_of": "whose neighbors are kept differs",
     "versions": "versions of the package or of torch differ",
@@ -80,6 +81,7 @@ class Status:
     Attributes:
         read, read_of: pieces of reading done, of so many.
         scored, scored_of: layers scored, of so many.
+        shards, shards_of: pieces of the work at layers done, of so many: a layer is one piece, or of many texts several.
         finished: whether its table is there.
         tokens: of the texts.
         seconds_left: at the pace of the pieces that are there; None where it cannot be told.
@@ -90,6 +92,8 @@ class Status:
     read_of: int
     scored: int
     scored_of: int
+    shards: int
+    shards_of: int
     finished: bool
     tokens: int
     seconds_left: float | None
@@ -132,6 +136,7 @@ def plan_of(job: Job, store_dtype: str, device: str) -> Facts:
         "bank": bank,
         "batch_size": None if request.batch_size is None else int(request.batch_size),
         "piece_tokens": job.piece_tokens,
+        **({"shard_tokens": job.shard_tokens} if job.shards > 1 else {}),
         "store_dtype": store_dtype,
         "keep_neighbors_of": None if job.keep is None else job.keep.key,
         "versions": {"basin_lens": tables.package_version(), **capture.model["versions"]},
@@ -262,6 +267,7 @@ class RunFolder:
         if not self.plan.exists() or (keep_states and not kept):
             self.pieces.mkdir(parents=True, exist_ok=True)
             told = {"plan": plan, "pieces": len(job.pieces), "scored": list(job.layers), "tokens": job.capture.n_rows}
+            told["shards"] = len(job.pieces_of(0))
             write_file(self.plan, PLAN.record({**told, "keep_states": keep_states}, {}, indent=1))
         if self.table.exists() and not self.is_finished:
             warnings.warn(f"The table in {str(self.path)!r} is made again: its record is not there.", PieceWarning, stacklevel=2)
@@ -360,20 +366,27 @@ class RunFolder:
         told = self._told()
         read = sorted((self.pieces / "read").glob("*.safetensors"), key=_age)
         scored = sorted((self.pieces / "scores").glob("*.safetensors"), key=_age)
-        finished, known = self.is_finished, (told["pieces"], len(told["scored"]))
+        each, finished = told.get("shards", 1), self.is_finished
+        known = told["pieces"], len(told["scored"])
+        # What the shards of a scored layer gave is deleted: its scores stand for all of them.
+        open_ = sorted((self.pieces / "shards").glob("*/*.safetensors"), key=_age)
         done = known if finished else (len(read), len(scored))
-        seconds = [_seconds_left(*each) for each in zip((read, scored), known, strict=True)]
+        shards = done[1] * each + (0 if finished else len(open_))
+        pace, rest = (open_, known[1] * each - shards) if len(open_) > 1 else (scored, known[1] - len(scored))
+        seconds = [_seconds_left(read, known[0] - len(read)), _seconds_left(pace, rest)]
         left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)
-        return Status(done[0], known[0], done[1], known[1], finished, told["tokens"], left, holder(self.path))
+        return Status(
+            done[0], known[0], done[1], known[1], shards, known[1] * each, finished, told["tokens"], left, holder(self.path)
+        )
 
 
 def _age(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _seconds_left(done: list[Path], of: int) -> float | None:
-    """Time that the rest of some pieces takes at the pace of those that are there; None before two are there."""
-    left, ages = of - len(done), [_age(path) for path in done]
+def _seconds_left(done: list[Path], left: int) -> float | None:
+    """Time that so many pieces take at the pace of those that are there; None before two are there."""
+    ages = [_age(path) for path in done]
     if left <= 0:
         return 0.0
     # The median, because between two of them the run may have been interrupted for a night.

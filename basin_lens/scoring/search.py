@@ -1,6 +1,6 @@
 """Who the neighbors are: every distinct set of neighbor options is searched once, under one set of exclusion rules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,8 @@ OF_LAYERS = ("recall", "same_position", "same_skeleton")
 class SearchResult:
     """Neighbors by row of the capture, and what they were chosen from: the rows `at` were searched.
 
-    `directed`: rows of the capture whose state has a direction; without one, no cosine is defined.
+    `queries`: what the rules need to know of these rows; their states are left out. `directed`: rows of the capture whose state
+    has a direction, without which no cosine is defined; of a search by another metric, all.
     """
 
     near: Neighbors
@@ -123,35 +124,110 @@ class Searches:
         Raises:
             NeighborError: no token has as many neighbors as are asked for.
         """
+        found = self.some(options, layer, states, bank_states, range(self.capture.n_rows), bare=bare)
+        return self.join(options, layer, states, bank_states, [found], bare=bare)
+
+    def some(
+        self,
+        options: SearchOptions,
+        layer: int,
+        states: Float[Tensor, "rows d"],
+        bank_states: Float[Tensor, "bank d"],
+        rows: range,
+        *,
+        bare: bool = False,
+    ) -> Neighbors:
+        """Neighbors of those rows of the capture, in order, that are asked for and among `rows`.
+
+        For sets as tight as the neighborhood, these are the neighborhood: whose else is as tight, all of them tell together.
+        """
         k, choice = self.largest[options], options.choice
-        everything = options.exclude == "nothing"
-        asked = self.asked if everything else self.asked & (self.capture.row_pos > 0)
-        at = torch.nonzero(asked).squeeze(1).to(self.device)
-        own, other = self.groups[options.exclude]
-        keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
-        queries = Points(states[at], keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
-        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(options).to(self.device)).under(options.metric)
-        same_token, distinct = options.same_token, not everything
+        everyone = self._at(options)
+        places = torch.nonzero((everyone >= rows.start) & (everyone < rows.stop)).squeeze(1)
+        at = everyone[places]
+        if not len(at):
+            return Neighbors(torch.empty(0, k, dtype=torch.int64, device=self.device), torch.empty(0, k, device=self.device))
+        queries, bank = self._points(options, at, states[at], bank_states, bare=bare)
+        same_token, distinct = options.same_token, options.exclude != "nothing"
         if layer in self.frozen:
-            found = reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], options.metric)
-        elif callable(choice):
+            return reach(queries, bank, self.frozen[layer].to(self.device)[at, :k], options.metric)
+        if callable(choice):
             positions = BothSides(self.positions[0][at], self.positions[1])
-            rows = own_sets(choice, queries, bank, positions, k, metric=options.metric, same_token=same_token, distinct=distinct)
-            found = reach(queries, bank, rows, options.metric)
-        elif choice == "random":
-            seed = (self.seed * 1_000_003 + layer) % 2**63
-            rows = random_sets(queries, bank, k, same_token=same_token, distinct=distinct, seed=seed)
-            found = reach(queries, bank, rows, options.metric)
-        else:
-            found = find(queries, bank, k, metric=options.metric, same_token=same_token, distinct=distinct, backend=self.backend)
-            self._note_recall(layer, found)
+            chosen = own_sets(choice, queries, bank, positions, k, metric=options.metric, same_token=same_token, distinct=distinct)
+            return reach(queries, bank, chosen, options.metric)
+        if choice == "random":
+            seed, among = (self.seed * 1_000_003 + layer) % 2**63, (len(everyone), places)
+            chosen = random_sets(queries, bank, k, same_token=same_token, distinct=distinct, seed=seed, among=among)
+            return reach(queries, bank, chosen, options.metric)
+        return find(queries, bank, k, metric=options.metric, same_token=same_token, distinct=distinct, backend=self.backend)
+
+    def join(
+        self,
+        options: SearchOptions,
+        layer: int,
+        states: Float[Tensor, "rows d"],
+        bank_states: Float[Tensor, "bank d"],
+        parts: Sequence[Neighbors],
+        *,
+        bare: bool = False,
+    ) -> SearchResult:
+        """What the searches for all rows, a part of them each, come to.
+
+        Raises:
+            NeighborError: no token has as many neighbors as are asked for.
+        """
+        k, choice = self.largest[options], options.choice
+        at, everything = self._at(options), options.exclude == "nothing"
+        found = Neighbors(torch.cat([part.rows for part in parts]), torch.cat([part.distances for part in parts]))
+        if layer not in self.frozen and choice in ("nearest", "radius_matched"):
+            for part in parts:
+                self._note_recall(layer, part)
             if not everything:
                 self._note_overlap(layer, at, found)
-            if choice == "radius_matched":
-                found = reach(queries, bank, radius_matched_sets(found, queries, bank), options.metric)
+        queries, bank = self._points(options, at, None, bank_states, bare=bare)
+        if choice == "radius_matched" and layer not in self.frozen:
+            rows, sizes = radius_matched_sets(found, queries, bank), [len(part.rows) for part in parts]
+            reached = [
+                reach(self._points(options, some, states[some], bank_states, bare=bare)[0], bank, chosen, options.metric)
+                for some, chosen in zip(at.split(sizes), rows.split(sizes), strict=True)
+            ]
+            found = Neighbors(torch.cat([part.rows for part in reached]), torch.cat([part.distances for part in reached]))
         if choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
             raise NeighborError(_nothing_to_score(options, k))
-        return SearchResult(self._by_row(at, found), at, queries, bank, has_direction(states))
+        directed = (
+            has_direction(states) if options.metric == "cosine" else torch.ones(len(states), dtype=torch.bool, device=self.device)
+        )
+        return SearchResult(self._by_row(at, found), at, queries, bank, directed)
+
+    def again(
+        self,
+        options: SearchOptions,
+        near: Neighbors,
+        directed: Bool[Tensor, " rows"],
+        bank_states: Float[Tensor, "bank d"],
+        *,
+        bare: bool,
+    ) -> SearchResult:
+        """What was joined before, from the neighbors by row."""
+        at = self._at(options)
+        queries, bank = self._points(options, at, None, bank_states, bare=bare)
+        return SearchResult(near, at, queries, bank, directed)
+
+    def _at(self, options: SearchOptions) -> Int[Tensor, " q"]:
+        """Rows of the capture that are searched for."""
+        asked = self.asked if options.exclude == "nothing" else self.asked & (self.capture.row_pos > 0)
+        return torch.nonzero(asked).squeeze(1).to(self.device)
+
+    def _points(
+        self, options: SearchOptions, at: Int[Tensor, " q"], states: Float[Tensor, "q d"] | None, bank_states: Tensor, *, bare: bool
+    ) -> tuple[Points, Points]:
+        """Queries (None: without their states) and bank, as the rules see them."""
+        own, other = self.groups[options.exclude]
+        keys = [self._bare_key(c) for c in (self.capture, self.bank)] if bare else self.keys
+        held = bank_states.new_empty(len(at), 0) if states is None else states
+        queries = Points(held, keys[0][at], self.tokens[0][at], own[at], torch.ones_like(at).bool())
+        bank = Points(bank_states, keys[1], self.tokens[1], other, self._pool(options).to(self.device)).under(options.metric)
+        return queries, bank
 
     def _note_recall(self, layer: int, found: Neighbors) -> None:
         """The lowest recall of the layer's searches."""

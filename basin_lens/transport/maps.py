@@ -137,9 +137,9 @@ class LayerMaps:
         self, layer: int, pre: Tensor, post: Tensor, bank_pre: Tensor, *, patched: bool = True, until_mid: bool = False
     ) -> Proof:
         """The fastest exact route from `pre` to `post`, tried with the bank's own states before the block."""
-        others = bank_pre[(self.bank.row_pos > 0).to(self.device)]
-        options = {"patched": patched, "until_mid": until_mid}
-        return prove(self.model, self.capture, layer, self.probes[0], pre, post, others=others, seed=self.seed, **options)
+        among = torch.nonzero(self.bank.row_pos > 0).squeeze(1).to(self.device)
+        given = self.model, self.capture, layer, self.probes[0], pre, post
+        return prove(*given, others=bank_pre, among=among, seed=self.seed, patched=patched, until_mid=until_mid)
 
     def map(self, context: Context, blocks: int = 1) -> BlockMap:
         """The map of `context` through `blocks` blocks from this layer on.

@@ -13,6 +13,7 @@ from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
 _POINTS = 63  # and the own state: a full group, so that a window counted in columns, or a table of too few, would be found out
+_SCALE_ROWS = 1 << 14  # of a layer, whose size is the yardstick of errors
 _REPORT = "Please report this model."
 
 
@@ -38,6 +39,7 @@ def prove(
     post: Float[Tensor, "rows d"],
     *,
     others: Float[Tensor, "bank d"],
+    among: Int[Tensor, " some"] | None = None,
     seed: int = 0,
     patched: bool = True,
     until_mid: bool = False,
@@ -52,12 +54,12 @@ def prove(
     """
     block = PatchedBlock(model, capture, layer, probe, pre, until_mid=until_mid)
     try:
-        error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
+        error = check(model, capture, block, post, others=others, among=among, seed=seed, patched=patched)
     except (_WrongRoute, RuntimeError) as wrong:  # torch raises RuntimeError where shapes do not fit
         if block.route == "R1" or isinstance(wrong, torch.OutOfMemoryError):
             raise
         block = PatchedBlock(model, capture, layer, probe, pre, "R1", until_mid=until_mid)
-        error = check(model, capture, block, post, others=others, seed=seed, patched=patched)
+        error = check(model, capture, block, post, others=others, among=among, seed=seed, patched=patched)
         return Proof(block, error, f"the packed route is not exact on this block: {wrong}")
     return Proof(block, error, probe.reason(layer))
 
@@ -69,6 +71,7 @@ def check(
     post: Float[Tensor, "rows d"],
     *,
     others: Float[Tensor, "bank d"],
+    among: Int[Tensor, " some"] | None = None,
     seed: int = 0,
     patched: bool = True,
 ) -> float:
@@ -78,9 +81,11 @@ def check(
     `patched`, that a token's own state among its neighbors' rows comes back as its `resid_post`, and that foreign rows agree
     with a slower route (R1 for R2, R0 for R1): the self-pass alone cannot see a route that uses the query's own key and value
     for the neighbor. The last token of the longest sequence is among the queries: there a window or a distance counts most.
+    Foreign rows are of `others`: any, or of those `among` them.
 
     Returns:
-        the largest relative error: root mean square over dimensions, divided by that of the layer's states without position 0.
+        the largest relative error: root mean square over dimensions, divided by that of the layer's states (of its first 16,384)
+        without position 0.
 
     Raises:
         TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16), by the coarser type of model and cache.
@@ -91,7 +96,7 @@ def check(
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
     errors = _Errors(
         layer,
-        scale=float(post[(capture.row_pos > 0).to(device)].square().mean().sqrt()),
+        scale=float(post[:_SCALE_ROWS][(capture.row_pos[:_SCALE_ROWS] > 0).to(device)].square().mean().sqrt()),
         tolerance=tolerance_of(model, capture),
         dtype=next(model.parameters()).dtype,
     )
@@ -105,7 +110,8 @@ def check(
     if not patched:
         return errors.worst
     wrong = _WrongRoute if block.route == "R2" else TransportError
-    foreign = others[torch.randint(len(others), (len(queries), _POINTS), generator=generator, device="cpu").to(others.device)]
+    among = torch.arange(len(others), device=others.device) if among is None else among
+    foreign = others[among[torch.randint(len(among), (len(queries), _POINTS), generator=generator, device="cpu").to(among.device)]]
     points = torch.cat([foreign[:, :-1], block.states[queries.to(device)][:, None], foreign[:, -1:]], dim=1)
     got = block(queries, points if block.route == "R2" else points[:, -3:])
     what = f"a token's own state (route {block.route}) to come back as its {end}"

@@ -30,8 +30,8 @@ def test_thirty_tokens_at_three_layers_agree_with_a_plain_model(real_model, capt
     kept = {}
 
     class Watched(CrossedPass):
-        def __call__(self, able):
-            kept[self.layer] = super().__call__(able), self.own.found.near.rows, self.own.bank.ordinary.numpy()
+        def crossed(self, *given):
+            kept[self.layer] = super().crossed(*given), self.own.found.near.rows, self.own.bank.ordinary.numpy()
             return kept[self.layer][0]
 
     monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Watched)

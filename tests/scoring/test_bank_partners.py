@@ -112,8 +112,8 @@ def test_copies_in_the_bank_are_one_neighbor(llama, monkeypatch):
     kept = []
 
     class Watched(CrossedPass):
-        def __call__(self, able):
-            kept.append((super().__call__(able), [side.near for side in (self.own, self.partners)]))
+        def crossed(self, *given):
+            kept.append((super().crossed(*given), [side.near for side in (self.own, self.partners)]))
             return kept[-1][0]
 
     monkeypatch.setattr("basin_lens.scoring.map_scores.CrossedPass", Watched)
@@ -239,8 +239,8 @@ def test_loops_over_a_plain_transformers_model_agree(blocks):
     kept = {}
 
     class Watched(CrossedPass):
-        def __call__(self, able):
-            kept[self.layer] = super().__call__(able), [side.found.near.rows for side in (self.own, self.partners)]
+        def crossed(self, *given):
+            kept[self.layer] = super().crossed(*given), [side.found.near.rows for side in (self.own, self.partners)]
             return kept[self.layer][0]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -72,6 +72,12 @@ def test_the_same_files_as_in_one_process(model, straight, cluster, tmp_path):
     assert files_of(tmp_path / "run") == straight
 
 
+def test_the_pieces_of_layers_in_shards(model, straight, cluster, tmp_path):
+    given = {"address": cluster.address, "workers": 2}
+    bl.analyze(model, TEXTS, analyzers(), out=tmp_path / "run", engine="ray", engine_options=given, shard_tokens=60, **CUT)
+    assert files_of(tmp_path / "run") == straight
+
+
 def test_a_run_begun_here_is_finished_there(model, straight, cluster, tmp_path, monkeypatch):
     from tests.scoring.test_folder_runs import StoppedError, stop_after
 
