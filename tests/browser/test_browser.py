@@ -3,89 +3,10 @@
 import pytest
 
 import basin_lens as bl
-from basin_lens.scoring import Request, score
+from tests.browser.conftest import NASTY, WHOLE, open_page, problems
 from tests.conftest import TEXTS, chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium() is None, reason="needs chromium and chromium-driver")]
-
-NASTY = "</script><b>boo</b> and more text"
-WHOLE = "</script><script>window.hacked=1</script><b>boo"  # as one token, as a vocabulary may hold it
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    options = Options()
-    options.binary_location = chromium()
-    flags = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--window-size=1400,1200", "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    )  # fmt: skip
-    for flag in flags:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
-def run(llama):
-    passed = bl.analyzers.Contraction(k=5)  # its neighbors pass themselves, so that they have distances behind the block
-    request = Request([bl.analyzers.Compression(k=5), passed, bl.analyzers.Surprisal()], progress=False)
-    run = score(llama, [*TEXTS, NASTY], request, keep_neighbors_of=passed)
-    run.table.loc[(run.table.seq == len(TEXTS)) & (run.table.pos == 1), "token"] = WHOLE
-    return run
-
-
-def open_page(browser, path):
-    browser.get_log("browser")
-    browser.get(f"file://{path}")
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-
-
-def problems(browser):
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def test_report_shows_tokens_and_switches_layer_score_and_neighbors(browser, run, tmp_path):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import Select
-
-    bl.views.make_report(run.table, neighbors=run.neighbors).save(tmp_path / "report.html")
-    open_page(browser, tmp_path / "report.html")
-    spans = browser.find_elements(By.CSS_SELECTOR, "#texts .text span")
-    assert len(spans) == (run.table.layer == 0).sum()
-    assert "The ferry had stopped running" in browser.find_element(By.ID, "texts").text
-    assert WHOLE + NASTY[1:] in browser.find_element(By.ID, "texts").text
-    assert browser.execute_script("return window.hacked") is None
-    assert not browser.find_elements(By.CSS_SELECTOR, "#texts b")
-
-    def colors():
-        return browser.execute_script("return [...document.querySelectorAll('#texts .text span')].map(s => s.style.background)")
-
-    at_first = colors()
-    Select(browser.find_element(By.ID, "layer")).select_by_visible_text("2")
-    at_last = colors()
-    assert at_first != at_last
-    assert "at layer 2" in browser.find_element(By.ID, "viewtitle").text
-    Select(browser.find_element(By.ID, "score")).select_by_visible_text("surprisal")
-    assert colors() != at_last
-    assert browser.find_element(By.ID, "viewtitle").text == "surprisal at layer 2"
-    assert browser.find_elements(By.CSS_SELECTOR, "#curve svg circle")
-
-    row = 12
-    spans[row].click()
-    lines = browser.find_elements(By.CSS_SELECTOR, "#pane table tr")[1:]
-    assert len(lines) == 5
-    shown = [line.find_element(By.TAG_NAME, "b").text.strip() for line in lines]
-    kept = run.neighbors
-    assert shown == [kept.bank["token"][i].strip() for i in kept.rows[2, row]]
-    assert problems(browser) == []
 
 
 def test_token_view_page_draws_harmless_tokens(browser, run, tmp_path):
@@ -226,20 +147,6 @@ def test_study_page_shows_everything_and_runs_nothing_of_its_texts(browser, stud
     assert problems(browser) == []
 
 
-def test_report_fits_a_narrow_screen(browser, run, tmp_path):
-    """Its wide tables scroll by themselves."""
-    bl.views.make_report(run.table, neighbors=run.neighbors).save(tmp_path / "report.html")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
-    )
-    try:
-        open_page(browser, tmp_path / "report.html")
-        assert browser.execute_script("return document.querySelector('#left').offsetWidth") > 390
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
 def test_study_page_fits_a_narrow_screen_and_prints_what_is_folded(browser, study, tmp_path):
     study.save(tmp_path / "study.html")
     browser.get(f"file://{tmp_path / 'study.html'}")
@@ -268,10 +175,11 @@ const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyl
 const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) { const e = walk.currentNode.parentElement, style = getComputedStyle(e);
   if (!walk.currentNode.data.trim() || !e.getClientRects().length) continue;
-  if (e.closest(".token-ground, .text, .key span, script, style, option")) continue;
+  if (e.closest(".token-ground, .text:not(basin-tokens .text), .key span:not(basin-explorer .key span), script, style, option")) continue;
   const pair = [light(e.closest("svg") ? style.fill : style.color), light(ground(e))].sort((a, b) => b - a);
   found.push([walk.currentNode.data.trim(), (pair[0] + .05) / (pair[1] + .05)]); }
-const cards = [...document.querySelectorAll(".token-ground, .text, svg, figure img")].map(e => getComputedStyle(e).backgroundColor);
+const cards = [...document.querySelectorAll(".token-ground, .text, svg, figure img")]
+  .filter(e => !e.closest("basin-explorer")).map(e => getComputedStyle(e).backgroundColor);
 return [found, cards, light(getComputedStyle(document.body).backgroundColor)];
 """
 
@@ -292,6 +200,8 @@ def test_pages_are_dark_where_the_screen_is_and_can_be_read(browser, run, study,
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     try:
         browser.get(f"file://{tmp_path / 'page.html'}")
+        if kind == "report":
+            WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", ".text span[style]"))
         if kind in ("tokens", "layers", "study"):
             WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", ".colored-tokens"))
         words, cards, ground = browser.execute_script(CONTRASTS)
@@ -299,6 +209,6 @@ def test_pages_are_dark_where_the_screen_is_and_can_be_read(browser, run, study,
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert words and min(ratio for _, ratio in words) >= 4.5, sorted(words, key=lambda word: word[1])[:5]
     assert (ground < 0.02) == (scheme == "dark") and (ground == 1) == (scheme == "light")
-    if scheme == "dark" and kind != "code":  # there every token has a ground and an ink of its own
+    if scheme == "dark" and kind not in ("code", "report"):  # there every token has a ground and an ink of its own
         assert cards and set(cards) == {"rgb(255, 255, 255)"}
     assert browser.execute_script("return getComputedStyle(document.documentElement).colorScheme") == "light dark"

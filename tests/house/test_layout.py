@@ -15,7 +15,8 @@ from tests.conftest import LEFT_OUT
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "basin_lens").rglob("*.py"))
-TEMPLATES = [str(path.relative_to(ROOT)) for path in (ROOT / "basin_lens" / "views" / "pages" / "templates").iterdir()]
+PAGES = ROOT / "basin_lens" / "views" / "pages"
+TEMPLATES = [str(path.relative_to(ROOT)) for folder in ("templates", "explorer") for path in (PAGES / folder).iterdir()]
 
 WRITERS = {"files.py", "locks.py"}
 

@@ -1,7 +1,9 @@
 """What a person sees: pages that are harmless, offline, and say what they show."""
 
+import base64
 import json
 import re
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -17,18 +19,79 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
 
 
-def test_report_holds_the_tables_own_numbers(run):
-    import base64
+def numbers(packed: dict) -> np.ndarray:
+    """What `explorer/decode.mjs` reads, in Python, from the page's own words for it."""
+    planes = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), "u1").reshape(packed["width"], -1)
+    whole = (planes.astype(int).T * 256 ** np.arange(packed["width"])).sum(1)
+    if "middle" not in packed:
+        return whole - 1
+    if packed["run"] > 1:
+        whole = whole.reshape(-1, packed["run"]).cumsum(1).ravel() % 256
+    bent = packed["low"] + (whole - 1) * (packed["high"] - packed["low"]) / (packed["steps"] - 1)
+    return np.where(whole == 0, np.nan, packed["middle"] + packed["spread"] * np.sinh(bent))
 
+
+def agrees(packed: dict, expected: np.ndarray) -> None:
+    """Half a step, where steps are even in asinh((value - middle) / spread), and NaN where the table has it."""
+    step = (packed["high"] - packed["low"]) / (packed["steps"] - 1)
+
+    def bent(values):
+        return np.arcsinh((values - packed["middle"]) / packed["spread"])
+
+    np.testing.assert_allclose(bent(numbers(packed)), bent(expected), rtol=0, atol=0.5 * step + 1e-9)
+
+
+def test_report_holds_the_tables_own_numbers(run):
     data = data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)
-    index = [s["name"] for s in data["scores"]].index("compression")
-    packed = data["values"][index][1]
-    steps = np.frombuffer(base64.b64decode(packed["data"]), "<u2")
-    shown = np.where(steps == 65535, np.nan, packed["low"] + steps * (packed["high"] - packed["low"]) / 65534)
-    expected = run.table[run.table.layer == data["layers"][1]]["compression"].to_numpy()
-    np.testing.assert_allclose(shown, expected, atol=(packed["high"] - packed["low"]) / 65534)
-    words = [data["strings"][t] for s in data["sequences"] for t in s["tokens"]]
+    for index, score in enumerate(data["scores"]):
+        for place, layer in enumerate(data["layers"]):
+            packed = data["arrays"][data["values"][index][place]]
+            agrees(packed, run.table[run.table.layer == layer][score["name"]].to_numpy())
+            # Near the median, a few thousandths of the spread of the middle half.
+            assert packed["high"] - packed["low"] < 0.004 * packed["steps"]
+    words = [data["strings"][code] for code in data["rows"]]
     assert words == run.table[run.table.layer == 0]["token"].tolist()
+    # What every layer shares is there once.
+    surprisal = data["values"][[score["name"] for score in data["scores"]].index("surprisal")]
+    assert len(set(surprisal)) == 1 and len(data["arrays"]) < len(data["scores"]) * len(data["layers"])
+
+
+def test_report_holds_its_neighbors_own_numbers(run):
+    kept, data = run.neighbors, data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)["neighbors"]
+    assert (data["k"], data["shown"]) == (5, 5)
+    for place in range(len(kept.rows)):
+        np.testing.assert_array_equal(numbers(data["rows"][place]), kept.rows[place].ravel())
+        agrees(data["before"][place], kept.before[place].ravel().astype(float))
+        agrees(data["after"][place], kept.after[place].ravel().astype(float))
+
+
+def test_report_shows_the_nearest_of_many_neighbors(run, monkeypatch):
+    from basin_lens.views.pages import report
+
+    monkeypatch.setattr(report, "_MOST_NEIGHBORS", 2)
+    data = data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)["neighbors"]
+    assert (data["k"], data["shown"]) == (5, 2)
+    np.testing.assert_array_equal(numbers(data["rows"][1]), run.neighbors.rows[1, :, :2].ravel())
+    agrees(data["before"][1], run.neighbors.before[1, :, :2].ravel().astype(float))
+
+
+@pytest.mark.parametrize(
+    "values", [[], [np.nan, np.nan], [3.0], [2.0, 2.0, np.nan], [1.0] * 9 + [1e9], [-np.inf, 1.0, 2.0], np.linspace(-1, 1, 999)]
+)
+@pytest.mark.parametrize(("steps", "run"), [(4095, 1), (255, 1), (255, 3)])
+def test_packed_numbers_come_back(values, steps, run):
+    from basin_lens.views.pages.packing import packed_floats
+
+    values = np.asarray(values, float)[: len(values) // run * run]
+    agrees(packed_floats(values, steps, run=run), np.where(np.isfinite(values), values, np.nan))
+
+
+@pytest.mark.parametrize("most", [0, 254, 255, 65534, 65535, 70_000])
+def test_packed_rows_come_back(most):
+    from basin_lens.views.pages.packing import packed_rows
+
+    rows = np.array([[-1, 0], [most, most // 2]])
+    np.testing.assert_array_equal(numbers(packed_rows(rows)), rows.ravel())
 
 
 def test_report_holds_the_neighbors_that_neighborhood_finds(run, llama):
@@ -46,17 +109,17 @@ def test_a_report_of_a_large_run_shows_its_first_sequences_and_says_so(run, monk
     from basin_lens.views.pages import report
 
     whole = data_of(bl.views.make_report(run.table, neighbors=run.neighbors).html)
-    lengths = [len(one["tokens"]) for one in whole["sequences"]]
+    lengths = [one["length"] for one in whole["sequences"]]
     per_row = len(whole["layers"]) * (len(whole["scores"]) + 3 * 5)
     monkeypatch.setattr(report, "_MOST_VALUES", per_row * (sum(lengths[:2]) + 1))
     page = bl.views.make_report(run.table, neighbors=run.neighbors).html
     part = data_of(page)
-    assert [len(one["tokens"]) for one in part["sequences"]] == lengths[:2]
-    words = [[data["strings"][t] for s in data["sequences"] for t in s["tokens"]] for data in (part, whole)]
+    assert [one["length"] for one in part["sequences"]] == lengths[:2]
+    words = [[data["strings"][code] for code in data["rows"]] for data in (part, whole)]
     assert words[0] == words[1][: sum(lengths[:2])] and len(part["positions"]) == sum(lengths[:2])
     assert part["curves"] == whole["curves"] and part["n_documents"] == whole["n_documents"]
     assert f"the first 2 of {len(lengths)} sequences" in part["about"] and "Shown here" not in whole["about"]
-    assert [len(rows) for rows in part["neighbors"]["rows"]] < [len(rows) for rows in whole["neighbors"]["rows"]]
+    assert [len(numbers(rows)) for rows in part["neighbors"]["rows"]] == [5 * sum(lengths[:2])] * len(part["layers"])
     monkeypatch.setattr(report, "_MOST_VALUES", 1)
     assert len(data_of(bl.views.make_report(run.table).html)["sequences"]) == 1
 

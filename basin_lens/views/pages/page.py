@@ -4,19 +4,26 @@ Every template escapes every value. What stands in a page as markup is a `Markup
 """
 
 import base64
+import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from basin_lens.files import write_file
+from basin_lens.values import Facts
 
 _DPI = 150
+_EXPLORER = files("basin_lens.views.pages") / "explorer"
+# In the order in which they need one another.
+MODULES = ("decode", "scales", "layout", "provider", "dom", "tokens", "map", "curve", "neighbors", "explorer")
 _ENVIRONMENT = Environment(
     loader=PackageLoader("basin_lens.views.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -70,6 +77,24 @@ def within_script(code: str) -> Markup:
     """Program text to stand in a script element as it is: CircuitsVis' own, or a call whose data was made harmless before."""
     assert "</script" not in code.lower(), "it would end the script element"
     return Markup(code)
+
+
+def explorer_script() -> str:
+    """The explorer's modules as one, which a page can hold: their imports of one another left out."""
+    texts = [(_EXPLORER / f"{name}.mjs").read_text(encoding="utf-8") for name in MODULES]
+    return re.sub(r"^export (?=\w)", "", re.sub(r"^import .*;\n", "", "\n".join(texts), flags=re.M), flags=re.M)
+
+
+def explorer_page(title: str, data: Facts) -> Report:
+    """The explorer with one run's data, in one file. No script runs in it but this one."""
+    code = within_script(
+        explorer_script()
+        + 'const data = JSON.parse(document.getElementById("data").textContent);\n'
+        + 'document.querySelector("basin-explorer").open(new PageProvider(data));\n'
+    )
+    digest = base64.b64encode(hashlib.sha256(str(code).encode()).digest()).decode()
+    style = Markup((_EXPLORER / "explorer.css").read_text(encoding="utf-8"))
+    return page_of("explorer.html", title=title, data=data, code=code, digest=digest, style=style)
 
 
 def picture(figure: Figure, alt: str, caption: str = "") -> Picture:

@@ -1,6 +1,5 @@
 """One offline page for a run: token view by layer and score, layer curve, neighbors on click, what was left out."""
 
-import base64
 import json
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,10 +10,12 @@ import pandas as pd
 from basin_lens import tables
 from basin_lens.errors import TableError
 from basin_lens.values import Facts
-from basin_lens.views.pages.page import Report, page_of
+from basin_lens.views.pages.packing import DISTANCE_STEPS, SCORE_STEPS, packed_floats, packed_rows
+from basin_lens.views.pages.page import Report, explorer_page
 
-# Values in a page, of 2 bytes each before they become text: about 16 MB. A page of every token of a large run no browser opens.
+# Values in a page, of about a byte each when they are packed. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
+_MOST_NEIGHBORS = 6  # of each token: whole numbers that nothing compresses are most of a page
 _NOTES = (
     "compression is how much more the block contracts the differences between a token's neighbors at the token's own place "
     "than the place contracts other neighborhoods' differences (compression_place) and other places contract these "
@@ -30,6 +31,8 @@ _NOTES = (
     "only where the split-half reliability is well above 0.",
     "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
     "correction for looking at many layers and scores.",
+    "Numbers of single tokens are rounded here: scores to a few thousandths of their spread, distances of neighbors to a few "
+    "hundredths, coarser for values far out. The table has them as they were measured.",
 )
 
 
@@ -92,7 +95,7 @@ def make_report(
     about = _about(facts, first, facts.get("bank", {}))
     n_documents = int(first["doc"].nunique())
     sampled = _sampled(facts, table)
-    each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * neighbors.rows.shape[2]))
+    each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * min(_MOST_NEIGHBORS, neighbors.rows.shape[2])))
     if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
         about += (
             f" Shown here: the first {len(shown):,} of {first['seq'].nunique():,} sequences; curves and means are of all, "
@@ -102,6 +105,7 @@ def make_report(
     bank = None if neighbors is None else neighbors.bank
     words = pd.concat([first["token"], *([] if bank is None else [bank["token"]])])
     codes, strings = pd.factorize(words)
+    arrays, places = _arrays([_by_layer(table, name, layers) for name in scores])
     data = {
         "title": title,
         "about": about,
@@ -111,15 +115,16 @@ def make_report(
         "strings": [str(text) for text in strings],
         "rows": codes[: len(first)].tolist(),
         "positions": first["pos"].tolist(),
-        "sequences": _sequences(first, codes),
-        "values": [[_steps(part) for part in _by_layer(table, name, layers)] for name in scores],
+        "sequences": _sequences(first),
+        "arrays": arrays,
+        "values": places,
         "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
         "n_documents": n_documents,
         "left_out": [{"score": name, "counts": counts} for name, counts in facts.get("left_out", {}).items()],
         "provenance": json.dumps({runs[0]: facts}, indent=1),
         "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
     }
-    return page_of("report.html", title=title, data=data)
+    return explorer_page(title, data)
 
 
 def _first_sequences(of_rows: pd.Series, most: int) -> list[int]:
@@ -143,25 +148,22 @@ def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
     return " ".join(parts)
 
 
-def _sequences(first: pd.DataFrame, codes: np.ndarray) -> list[Facts]:
-    sequences, start = [], 0
-    for _, part in first.groupby("seq", sort=True):
-        sequences.append({"doc": str(part["doc"].iloc[0]), "tokens": codes[start : start + len(part)].tolist()})
-        start += len(part)
-    return sequences
+def _sequences(first: pd.DataFrame) -> list[Facts]:
+    return [{"doc": str(part["doc"].iloc[0]), "length": len(part)} for _, part in first.groupby("seq", sort=True)]
 
 
 def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.ndarray]:
     return [table.loc[table["layer"] == layer, name].to_numpy(float) for layer in layers]
 
 
-def _steps(values: np.ndarray) -> Facts:
-    """Values as 16-bit steps between their lowest and highest, 65535 for NaN: far finer than what is shown."""
-    known = np.isfinite(values)
-    low, high = (float(values[known].min()), float(values[known].max())) if known.any() else (0.0, 0.0)
-    scaled = np.zeros(values.shape) if high == low else (np.where(known, values, low) - low) / (high - low) * 65534
-    steps = np.where(known, np.rint(scaled), 65535).astype("<u2")
-    return {"low": low, "high": high, "data": base64.b64encode(steps.tobytes()).decode()}
+def _arrays(by_score: Sequence[Sequence[np.ndarray]]) -> tuple[list[Facts], list[list[int]]]:
+    """Arrays for the page, and where each score has its layers': a score that every layer shares is there once."""
+    places: dict[bytes, int] = {}
+    arrays: list[Facts] = []
+    for values in (layer for layers in by_score for layer in layers):
+        if places.setdefault(values.tobytes(), len(arrays)) == len(arrays):
+            arrays.append(packed_floats(values, SCORE_STEPS))
+    return arrays, [[places[layer.tobytes()] for layer in layers] for layers in by_score]
 
 
 def _sampled(facts: Facts, table: pd.DataFrame) -> dict[str, int]:
@@ -189,17 +191,15 @@ def _neighbors(kept: KeptLike, shown: int, tokens: np.ndarray) -> Facts:
     """Those of the first rows, so many as are shown; `tokens` are the bank's."""
     bank = kept.bank
     counts = bank.groupby("seq", sort=True).size()
-    none, kind = (65535, "<u2") if len(bank) < 65535 else (2**32 - 1, "<u4")
+    few = min(_MOST_NEIGHBORS, kept.rows.shape[2])
     return {
         "k": int(kept.rows.shape[2]),
+        "shown": few,
         "score": kept.score,
         "own": kept.own,
-        "none": none,
-        "rows": [
-            base64.b64encode(np.where(layer < 0, none, layer).astype(kind).tobytes()).decode() for layer in kept.rows[:, :shown]
-        ],
-        "before": [_steps(layer.astype(float).ravel()) for layer in kept.before[:, :shown]],
-        "after": [_steps(layer.astype(float).ravel()) for layer in kept.after[:, :shown]],
+        "rows": [packed_rows(layer) for layer in kept.rows[:, :shown, :few]],
+        "before": [packed_floats(layer, DISTANCE_STEPS, run=few) for layer in kept.before[:, :shown, :few]],
+        "after": [packed_floats(layer, DISTANCE_STEPS) for layer in kept.after[:, :shown, :few]],
         "bank": {
             "tokens": tokens.tolist(),
             "seq": bank["seq"].tolist(),

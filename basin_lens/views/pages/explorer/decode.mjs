@@ -1,0 +1,45 @@
+// Numbers as Python's `packing.py` writes them: zlib, then planes of bytes, then steps between a lowest and a highest.
+
+export function bytesOf(text) {
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+  return bytes;
+}
+
+export async function inflated(text) {
+  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// The first plane has every number's lowest byte, the next its second, and so on: alike bytes stand together and compress.
+export function joined(bytes, width) {
+  const count = bytes.length / width;
+  if (!Number.isInteger(count)) throw new Error(`expected a multiple of ${width} bytes, got ${bytes.length}`);
+  const numbers = new Uint32Array(count);
+  for (let plane = 0; plane < width; plane++)
+    for (let i = 0; i < count; i++) numbers[i] += bytes[plane * count + i] * 256 ** plane;
+  return numbers;
+}
+
+// Step 0 is no value. Steps are even in asinh((value - middle) / spread): fine near the middle, coarser where values are far out.
+export function unstepped(steps, {middle, spread, low, high, steps: most}) {
+  const values = new Float32Array(steps.length), width = most > 1 ? (high - low) / (most - 1) : 0;
+  for (let i = 0; i < steps.length; i++)
+    values[i] = steps[i] === 0 ? NaN : middle + spread * Math.sinh(low + (steps[i] - 1) * width);
+  return values;
+}
+
+// Within a run, each number but the first is the difference to the one before, in a byte.
+export function summed(steps, run) {
+  for (let i = 0; i < steps.length; i++) if (i % run) steps[i] = (steps[i] + steps[i - 1]) % 256;
+  return steps;
+}
+
+export async function floatsOf(packed) {
+  return unstepped(summed(joined(await inflated(packed.data), packed.width), packed.run), packed);
+}
+
+// Rows of the bank, each plus one; 0 is none.
+export async function rowsOf(packed) {
+  return Int32Array.from(joined(await inflated(packed.data), packed.width), row => row - 1);
+}

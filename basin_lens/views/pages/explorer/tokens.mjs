@@ -1,0 +1,89 @@
+import {choose, define, make} from "./dom.mjs";
+import {heightOf, partsOf, visible} from "./layout.mjs";
+import {colorAt, css, inkOn, placeOn} from "./scales.mjs";
+
+// Tokens in their texts, colored by a score. Only parts near the window hold elements: a text of 50,000 tokens scrolls as a
+// short one.
+class BasinTokens extends HTMLElement {
+  load({strings, rows, sequences}) {
+    this.texts = rows.map(code => strings[code]);
+    this.view = null;
+    this.cursor = 0;
+    this.near = new IntersectionObserver(
+      entries => entries.forEach(e => e.isIntersecting ? this.fill(e.target) : this.empty(e.target)),
+      {rootMargin: "800px 0px"});
+    this.parts = partsOf(sequences.map(s => s.length), row => this.texts[row].includes("\n"));
+    let doc = null, length = 0;
+    const width = this.clientWidth || 600;
+    this.boxes = this.parts.map((part, i) => {
+      if (part.first && sequences[part.sequence].doc !== doc) this.append(make("h3", doc = sequences[part.sequence].doc));
+      const box = make("div", undefined, part.first ? "text first" : "text");
+      for (let row = part.start; row < part.end; row++) length += this.texts[row].length;
+      box.style.minHeight = `${heightOf(length, width)}px`;
+      box.dataset.part = i;
+      length = 0;
+      this.append(box);
+      this.near.observe(box);
+      return box;
+    });
+    this.addEventListener("click", e => { if (e.target.dataset.row) choose(this, {token: Number(e.target.dataset.row)}); });
+  }
+
+  partOf(row) { return this.parts.findIndex(part => row < part.end); }
+
+  fill(box) {
+    if (box.childElementCount) return;
+    const {start, end} = this.parts[box.dataset.part];
+    for (let row = start; row < end; row++) {
+      const text = this.texts[row];
+      const span = make("span", visible(text) + (text.includes("\n") ? "\n" : ""));
+      span.dataset.row = row;
+      span.tabIndex = row === this.cursor ? 0 : -1;
+      if (this.view) this.paint(span, row);
+      box.append(span);
+    }
+    box.style.minHeight = "";
+  }
+
+  empty(box) {
+    if (!box.childElementCount || box.contains(document.activeElement)) return;
+    box.style.minHeight = `${box.offsetHeight}px`;
+    box.replaceChildren();
+  }
+
+  paint(span, row) {
+    const {values, scale, dark, chosen, near, colors} = this.view, value = values[row], missing = Number.isNaN(value);
+    const color = missing ? null : colors[Math.round((placeOn(value, scale) + 1) * 100)];
+    span.style.background = missing ? "" : color.ground;
+    span.style.color = missing ? "" : color.ink;
+    span.className = `${missing ? "none" : ""}${row === chosen ? " chosen" : ""}${near.has(row) ? " near" : ""}`.trim();
+    span.setAttribute("aria-current", String(row === chosen));
+  }
+
+  show(view) {
+    const colors = Array.from({length: 201}, (_, i) => colorAt(i / 100 - 1, view.dark)).map(c => ({ground: css(c),
+      ink: css(inkOn(c))}));
+    this.view = {...view, colors};
+    if (view.chosen >= 0) this.move(view.chosen);
+    for (const span of this.querySelectorAll(".text span")) this.paint(span, Number(span.dataset.row));
+  }
+
+  // One token at a time can be reached with the tab key: the arrows go on from it.
+  move(row) {
+    const before = this.span(this.cursor);
+    if (before) before.tabIndex = -1;
+    this.cursor = row;
+    const now = this.span(row);
+    if (now) now.tabIndex = 0;
+  }
+
+  span(row) { return this.querySelector(`span[data-row="${row}"]`); }
+
+  reveal(row, focus) {
+    this.fill(this.boxes[this.partOf(row)]);
+    const span = this.span(row), {top, bottom} = span.getBoundingClientRect();
+    if (top < 200 || bottom > innerHeight / 2) span.scrollIntoView({block: "center"});
+    if (focus) span.focus({preventScroll: true});
+  }
+}
+define("basin-tokens", BasinTokens);
