@@ -7,7 +7,7 @@ import numpy as np
 
 from basin_lens.values import Facts
 
-SCORE_STEPS = 4095
+SCORE_STEPS = 1023
 DISTANCE_STEPS = 255
 
 

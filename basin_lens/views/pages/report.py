@@ -15,7 +15,7 @@ from basin_lens.views.pages.page import Report, explorer_page
 
 # Values in a page, of about a byte each when they are packed. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
-_MOST_NEIGHBORS = 6  # of each token: whole numbers that nothing compresses are most of a page
+_MOST_NEIGHBORS = 5  # of each token: whole numbers that nothing compresses are most of a page
 _NOTES = (
     "compression is how much more the block contracts the differences between a token's neighbors at the token's own place "
     "than the place contracts other neighborhoods' differences (compression_place) and other places contract these "
@@ -31,7 +31,7 @@ _NOTES = (
     "only where the split-half reliability is well above 0.",
     "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
     "correction for looking at many layers and scores.",
-    "Numbers of single tokens are rounded here: scores to a few thousandths of their spread, distances of neighbors to a few "
+    "Numbers of single tokens are rounded here: scores to less than a hundredth of their spread, distances of neighbors to a few "
     "hundredths, coarser for values far out. The table has them as they were measured.",
 )
 
