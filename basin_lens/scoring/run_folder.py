@@ -114,7 +114,9 @@ def dtype_of(name: object) -> torch.dtype:
 def plan_of(job: Job, store_dtype: str, device: str) -> Facts:
     """What makes two runs the same, as plain JSON: if one of these facts differs, so may the numbers."""
     capture, request = job.capture, job.request
-    rows = repr([(s.passage, s.starts, s.ends) for s in capture.sequences]) + repr([capture.docs, capture.labels])
+    cut = {name: fact for name, fact in capture.settings.items() if name != "named_documents"}
+    named = capture.settings.get("named_documents")
+    rows = repr([(s.passage, s.starts, s.ends) for s in capture.sequences]) + repr([capture.docs, capture.labels, named])
     spans = repr([sorted(p.spans.items()) for p in capture.passages or ()])
     bank: object = None
     if job.run is not None:
@@ -125,7 +127,7 @@ def plan_of(job: Job, store_dtype: str, device: str) -> Facts:
         "texts": texts_hash(capture),
         "rows": _hash(rows + spans),
         "states": _states_of(job, capture) if job.was_read else "the model's",
-        "capture": capture.settings,
+        "capture": cut,
         "layers": list(job.plan.layers),
         "analyzers": [a.key for a in job.plan.analyzers],
         "code": {type(a).__name__: code_of(a) for a in job.plan.analyzers if code_of(a) is not None},

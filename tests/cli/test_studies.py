@@ -327,6 +327,7 @@ def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_p
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_path, capsys):
     run = (
         "analyze",

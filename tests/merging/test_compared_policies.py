@@ -69,6 +69,7 @@ def test_policies_meet_their_budget(tiny):
         merging.compare_policies(tiny, windows(), windows(), setting, progress=False)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_what_was_compared_is_handed_over_as_it_was_set(tiny):
     setting = Setting((0, 1, 2), budgets=(0.85, 0.7), projection=6, recent=2, seeds=2, policies=("trained", "cosine", "random"))
     merger = made_merger(tiny)

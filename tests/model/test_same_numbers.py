@@ -187,6 +187,7 @@ def test_a_short_text_beside_a_long_one_keeps_its_numbers_longrope():
     assert differs  # batch mates would have mattered
 
 
+@pytest.mark.slow(everywhere=True)
 def test_texts_on_both_sides_of_a_longrope_boundary_are_refused_where_blocks_are_called():
     model = longrope()
     capture, _ = of_lengths(model, [10, 30, 16, 17, 8, 20])

@@ -26,6 +26,7 @@ def seen(model, layer):
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", HERE, ids=lambda f: f"{f.kind}: {f.name}")
 def test_slopes_are_those_of_whole_passes(family, monkeypatch):
     model, tokens = model_of(family.name, family.kind), random_tokens(2, 12)
@@ -85,6 +86,7 @@ def losses(model, tokens):
     return Passes(model, tokens, torch.ones_like(tokens, dtype=torch.bool)).losses_without(ROWS, COLUMNS)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", HERE, ids=lambda f: f"{f.kind}: {f.name}")
 def test_losses_from_the_column_on_are_those_of_whole_passes(family, monkeypatch):
     model, tokens = model_of(family.name, family.kind), random_tokens(2, 12)
@@ -93,6 +95,7 @@ def test_losses_from_the_column_on_are_those_of_whole_passes(family, monkeypatch
     torch.testing.assert_close(short, losses(model, tokens), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", [f for f in HERE if f.kind == "bridge"], ids=lambda f: f.name)
 def test_rounding_is_far_below_the_difference_that_is_refused(family, monkeypatch):
     """The proof holds in every family that takes a cache, and by a factor of ten or more."""

@@ -166,6 +166,7 @@ def test_other_queries_change_no_score(llama, bank):
     assert part["compression"][[3, 8]].to_numpy() == pytest.approx(whole["compression"][[3, 8]].to_numpy(), abs=1e-5)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_other_texts_change_no_score_with_partners_from_the_bank(llama, bank):
     """Many texts, and partners by name: alone, among others and in another order, a text has the same scores and nulls."""
     analyzer = Compression(k=K, partners="bank", contractions=True)

@@ -177,7 +177,7 @@ def test_a_piece_of_another_run_is_made_again(model, tmp_path, monkeypatch):
         ({"bank": "other"}, r"the bank differs \(\"the texts themselves\" there, another capture asked for\)"),
         ({"controls": True}, "analyzers differ"),
         ({"piece_tokens": 500}, r"piece_tokens differ \("),
-        ({"batch_size": 2}, r"batch_size differs \(null there, 2 asked for\)"),
+        ({"batch_size": 2}, r"batch_size differs \(1 there, 2 asked for\)"),
         ({"store_dtype": "bfloat16"}, r"how texts are cut differs|store_dtype differs"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
@@ -199,14 +199,15 @@ def test_another_plan_is_refused_and_what_differs_is_said(model, tmp_path, monke
 @pytest.mark.slow
 def test_other_texts_labels_analyzers_and_models_are_refused(model, tokenizer, tmp_path):
     run(model, tmp_path / "run")
-    passages = [bl.Passage(text, doc=f"text-{i}") for i, text in enumerate(TEXTS)]
-    labelled = [bl.Passage(text, doc=f"text-{i}", labels={"kind": i % 2}) for i, text in enumerate(TEXTS)]
+    named = [bl.Passage(text, doc=f"text-{i}") for i, text in enumerate(TEXTS)]
+    labelled = [bl.Passage(text, labels={"kind": i % 2}) for i, text in enumerate(TEXTS)]
     options = {"out": tmp_path / "run", **CUT, **SMALL}
-    for data, said in ((TEXTS[:5], "the texts differ"), (labelled, "documents, labels or spans differ")):
+    rows = "documents, labels or spans differ"
+    for data, said in ((TEXTS[:5], "the texts differ"), (named, rows), (labelled, rows)):
         with pytest.raises(StoreError, match=rf"{said}\. Choose"):
             bl.analyze(model, data, analyzers(), **options)
     with pytest.raises(StoreError, match="analyzers differ"):
-        bl.analyze(model, passages, analyzers()[:3], **options)
+        bl.analyze(model, TEXTS, analyzers()[:3], **options)
     with pytest.raises(StoreError, match=r"the model differs \(other weights or settings\)"):
         bl.analyze(make_bridge("llama", seed=1, tokenizer=tokenizer), TEXTS, analyzers(), **options)
 
@@ -272,6 +273,7 @@ def test_an_own_analyzer_with_other_code_is_another_run(model, tmp_path):
         bl.analyze(model, TEXTS, [doubling(2.0)], **options)
 
 
+@pytest.mark.slow
 def test_banks_and_captures_of_equal_texts_and_other_states_are_others(model, tmp_path):
     def bank(docs, states=None):
         texts = [bl.Passage(text, doc=doc) for text, doc in zip(TEXTS[::-1], docs, strict=True)]
@@ -294,6 +296,7 @@ def test_banks_and_captures_of_equal_texts_and_other_states_are_others(model, tm
             bl.analyze(model, moved, only, **given)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_planned_capture_stays_the_callers(model, whole, tmp_path):
     planned = bl.Capture.plan(model, TEXTS, layers=[0, 2])
     bl.analyze(model, planned, analyzers(), out=tmp_path / "run", batch_size=1, progress=False, store_dtype="bfloat16")
@@ -396,6 +399,7 @@ def test_a_capture_that_was_read(model, whole, tmp_path):
     pd.testing.assert_series_equal(made["compression"], whole["compression"], check_exact=True)
 
 
+@pytest.mark.slow(everywhere=True)
 def test_a_bank_of_another_capture(model, tmp_path):
     bank = bl.Capture.from_texts(model, [" ".join(TEXTS[::-1])], layers=[0, 2], max_length=48, progress=False)
     made = run(model, tmp_path / "run", bank=bank).load()
@@ -483,6 +487,7 @@ def test_rows_of_a_span_and_of_a_label(model, tmp_path):
         made.load(queries="end")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("values", [(True, False), (1, 0), (2.5, 0.0), (1, None)], ids=str)
 def test_a_label_chooses_the_same_rows_as_in_analyze(model, tmp_path, values):
     passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
@@ -491,6 +496,7 @@ def test_a_label_chooses_the_same_rows_as_in_analyze(model, tmp_path, values):
     assert made.load([0], queries="kind")["doc"].unique().tolist() == chosen[chosen["contraction"].notna()]["doc"].unique().tolist()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("values", [("True", "False"), ("1", "0"), (0, 0), (False, None)], ids=str)
 def test_a_label_that_chooses_nothing_is_refused_as_in_analyze(model, tmp_path, values):
     passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
@@ -524,6 +530,7 @@ for take in (
 """
 
 
+@pytest.mark.slow
 def test_a_table_in_a_folder_is_loaded_first(opened, tmp_path):
     """In a process of its own: here, types are checked before the package can say anything."""
     done = subprocess.run([sys.executable, "-c", TAKES, opened.folder, tmp_path], capture_output=True, text=True, check=True)

@@ -71,6 +71,7 @@ def test_two_parts_that_end_at_one_time(model, tmp_path, monkeypatch):
     assert sorted(path.name for path in (out / "pieces").iterdir()) == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_who_writes_the_table_for_long_is_said(model, tmp_path, monkeypatch):
     monkeypatch.setattr("basin_lens.scoring.run_folder._WAITS", 1)
     part(model, tmp_path / "run", 1, 1)
@@ -80,6 +81,7 @@ def test_who_writes_the_table_for_long_is_said(model, tmp_path, monkeypatch):
     assert isinstance(said, str) and f"process {os.getpid()}" in said
 
 
+@pytest.mark.slow
 def test_states_that_go_while_they_are_proven_are_not_read_again(model, tmp_path, monkeypatch):
     """Another part scores the layer that needed them in that moment."""
     with monkeypatch.context() as patched:
@@ -144,6 +146,7 @@ def test_the_cure_of_a_damaged_table_works(model, tmp_path, damage):
     assert files_of(run(model, tmp_path / "run", fresh=True).folder.parent) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_table_without_its_record_is_made_again(model, tmp_path, fresh):
     expected = files_of(run(model, tmp_path / "run").folder.parent)
@@ -156,6 +159,7 @@ def test_a_table_without_its_record_is_made_again(model, tmp_path, fresh):
     assert files_of(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_somebody_elses_file_among_those_of_a_table_is_refused_before_any_work(model, tmp_path, monkeypatch):
     run(model, tmp_path / "run")
     (tmp_path / "run" / "table" / "record.json").unlink()
@@ -166,6 +170,7 @@ def test_somebody_elses_file_among_those_of_a_table_is_refused_before_any_work(m
     assert (tmp_path / "run" / "table" / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 def test_scores_damaged_behind_the_table_cost_the_neighbors_and_it_is_said(model, tmp_path):
     what = analyzers()
     asked = replace(request(tmp_path / "run"), analyzers=what)
@@ -179,6 +184,7 @@ def test_scores_damaged_behind_the_table_cost_the_neighbors_and_it_is_said(model
         assert len(done.table.load())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("version", "said"), [("9", "a newer basin_lens wrote.*Update"), ("0", "an earlier basin_lens wrote")])
 def test_a_folder_of_another_format_version_is_said(model, tmp_path, version, said):
     run(model, tmp_path / "run")
@@ -238,6 +244,7 @@ def test_states_beyond_float16_are_refused_when_they_are_written(tokenizer, tmp_
     assert not list((tmp_path / "run" / "pieces").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_states_that_were_to_be_kept_are_kept_by_whoever_goes_on(model, tmp_path):
     run(model, tmp_path / "run", keep_states=True)
     held = sorted((tmp_path / "run" / "pieces" / "states").rglob("*.safetensors"))
@@ -250,6 +257,7 @@ def test_states_that_were_to_be_kept_are_kept_by_whoever_goes_on(model, tmp_path
 # ---- who may only read -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("holds", [True, False])
 def test_the_status_of_a_folder_that_may_only_be_read(model, tmp_path, monkeypatch, holds):
     folder = RunFolder(tmp_path / "run")
@@ -274,6 +282,7 @@ def test_the_status_of_a_folder_that_may_only_be_read(model, tmp_path, monkeypat
 # ---- Ray -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_kind_of_device_is_another_run(model, tmp_path):
     run(model, tmp_path / "run")
     with pytest.raises(StoreError, match="the kind of device differ"):

@@ -236,6 +236,7 @@ def test_a_planted_basin_is_found_at_its_layer_and_scale_and_nowhere_else(llama,
     assert "1 basin (layer 1: 1)" in study.verdict[3]
 
 
+@pytest.mark.slow
 def test_a_model_of_random_weights_has_none_and_the_report_says_so(plain, tmp_path):
     assert not basins(plain, ABOVE) and not basins(plain, GROWTH)
     assert plain.decision == "no" and plain.verdict[0].startswith("No. No layer, scale or path length shows a basin here")

@@ -110,6 +110,7 @@ def cure(bank, *, alone=True) -> str:
     return f" share theirs: {' and '.join(changes)} give{'s' * (len(changes) == 1)} each partners of its own"
 
 
+@pytest.mark.slow
 def test_what_gives_tokens_a_score_is_said_where_it_does(trained):
     """Not for labels, whose partners are the texts' own tokens under any bank; in other studies, not the bank alone."""
     held = measure(trained, TEMPLATES[0], bank=None, layers=[1], compression_tokens=130)
@@ -131,6 +132,7 @@ def test_what_gives_tokens_a_score_is_said_where_it_does(trained):
     assert bl.studies.measure(trained, some, bank="reference", **given).settings["partners"] == "texts"
 
 
+@pytest.mark.slow
 def test_every_marked_token_has_a_score_with_partners_from_the_bank(trained):
     """Tokens at one place of a template have the same neighbors: among themselves, most find no group."""
     texts = measure(trained, TEMPLATES[0], bank=None, layers=[1], compression_tokens=130)

@@ -28,6 +28,7 @@ def run(llama, texts, tmp_path_factory):
     return bl.analyze(llama, labelled, S.analyzers_for(*STUDIES, k=K), layers=[0, 1], max_length=60, out=out, **SILENT)
 
 
+@pytest.mark.slow
 def test_the_answers_are_those_of_the_texts(llama, texts, run, monkeypatch):
     expected = S.study_codelength(llama, texts, layers=[0, 1], max_length=60, k=K, **SILENT)
     with counting(monkeypatch) as (forward, backward):
@@ -50,6 +51,7 @@ def test_layers_and_columns_are_read_as_far_as_they_are_needed(llama, run, monke
     assert set(contrasted.table["contrast"].dropna()) == {"True", "False"}
 
 
+@pytest.mark.slow
 def test_words_need_the_texts(llama, texts, run):
     with pytest.raises(StudyError, match="got token ids: words cannot be found"):
         S.study_linguistic(llama, run, **SILENT)
@@ -80,6 +82,7 @@ def test_another_model_and_options_of_measuring_are_refused(run, tokenizer, llam
         S.study_codelength(llama, run, max_length=44, **SILENT)
 
 
+@pytest.mark.slow
 def test_banks(llama, texts, tmp_path):
     needed = S.analyzers_for("codelength", k=4)
     given = {"layers": [1], "max_length": 60, **SILENT}

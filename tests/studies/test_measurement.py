@@ -22,6 +22,7 @@ from tests.studies.planted import QUIET, TEMPLATES, S, made_text, noise, plant, 
 # -- contrasts -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_spans_are_contrasted_within_prompts(llama, prompted):
     assert prompted.n_units == len(TEMPLATES)
     assert contrast_report.is_paired(prompted.table)

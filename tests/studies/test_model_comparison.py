@@ -77,6 +77,7 @@ def test_models_that_do_not_pair_are_refused(llama, trained):
 BOOK = made_text(220, 3, "book")
 
 
+@pytest.mark.slow
 def test_windows_of_one_text_are_units_under_a_red_flag(llama, other):
     study = bl.studies.compare_models(llama, other, BOOK.text, names=("one", "other"), **FEW)
     (row,) = study.flags[study.flags["flag"] == WINDOWS].to_dict("records")
@@ -109,6 +110,7 @@ def words_on(figure) -> str:
     return " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("texts", "unit", "over", "band"),
     [
@@ -138,6 +140,7 @@ def test_many_texts_are_their_own_units(study):
     assert WINDOWS not in set(study.flags["flag"]) and study.findings["unit"].item() == "document"
 
 
+@pytest.mark.slow
 def test_units_are_a_label_where_one_is_named(llama, other):
     labelled = [bl.Passage(text.text, doc=text.doc, labels={"topic": f"k{at % 7}"}) for at, text in enumerate(TEXTS)]
     study = bl.studies.compare_models(llama, other, labelled, unit="topic", **FEW)

@@ -129,7 +129,7 @@ def test_position_0_is_a_setting_of_its_own(llama, sturdy):
     tested = bl.analyze(llama, held.capture, scores, layers=[1], queries=asked, seed=held.seed, progress=False)
     without, with_it = ((tested[f"c{p}"] - tested[f"c{p}_random_sets"]).groupby(tested.seq).mean().mean() for p in (False, True))
     assert row.estimate == pytest.approx(with_it, abs=1e-5) and row.n_units == 20
-    assert abs(with_it - without) > 1e-3
+    assert abs(with_it - without) > 1e-4  # ten times what the two runs above may differ by
 
 
 def test_tokens_tested_again_are_of_one_sequence_of_each_document(measured):
