@@ -9,7 +9,7 @@ from basin_lens.capture.batches import check_layers
 from basin_lens.capture.fields import CaptureFields
 from basin_lens.model import HookedModel, check_lengths, check_model, provenance, uses_bos
 from basin_lens.texts import Passage, Texts, read_passages
-from basin_lens.texts.passages import is_numbered
+from basin_lens.texts.passages import NumberedDocument, is_numbered
 from basin_lens.texts.tokens import TokenSequence, given_ids, longest_sequence, token_strings, tokenize
 from basin_lens.values import Facts, Layers, Whole
 
@@ -56,8 +56,13 @@ def row_fields(
         "strings": token_strings(model, (token for s in sequences for token in s.tokens)),
         "layers": layers,
         "model": provenance(model),
-        "settings": {**settings, **named_documents(str(passage.doc) for passage in passages or () if passage.doc_given)},
+        "settings": {**settings, **named_documents(_given(passages or ()))},
     }
+
+
+def _given(passages: Iterable[Passage]) -> list[str]:
+    """The documents that were given."""
+    return [str(passage.doc) for passage in passages if not isinstance(passage.doc, NumberedDocument)]
 
 
 def named_documents(given: Iterable[str]) -> Facts:

@@ -10,8 +10,6 @@ from basin_lens.capture.store import Shards, copy_borders, write_borders, write_
 from basin_lens.errors import CaptureError
 from basin_lens.files import new_folder
 from basin_lens.records import Unfinished
-from basin_lens.texts import Passage
-from basin_lens.values import Facts
 
 
 def save_capture(capture: CapturedStates, path: str | os.PathLike[str]) -> None:
@@ -34,7 +32,7 @@ def write_fields(capture: CapturedStates, folder: Unfinished, shards: Shards) ->
     """Write everything but the states, which lie in the files `shards`."""
     record = {
         "sequences": [asdict(s) for s in capture.sequences],
-        "passages": None if capture.passages is None else [_passage(p) for p in capture.passages],
+        "passages": None if capture.passages is None else [asdict(p) for p in capture.passages],
         "docs": capture.docs,
         "labels": capture.labels,
         "strings": list(capture.strings.items()),
@@ -43,7 +41,3 @@ def write_fields(capture: CapturedStates, folder: Unfinished, shards: Shards) ->
         "settings": capture.settings,
     }
     write_record(folder, record, capture.columns, capture._readings, shards)
-
-
-def _passage(passage: Passage) -> Facts:
-    return {name: value for name, value in asdict(passage).items() if name != "doc_given"}  # the settings say it

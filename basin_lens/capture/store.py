@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from basin_lens.capture.fields import CaptureFields
 from basin_lens.errors import StoreError
 from basin_lens.records import Unfinished
 from basin_lens.texts import Passage, TaggedPassage, TokenSequence, Word
-from basin_lens.texts.passages import called_by_number, is_numbered
+from basin_lens.texts.passages import NumberedDocument, digest_of, is_numbered
 from basin_lens.values import Facts
 
 FORMAT = "basin_lens capture 2"
@@ -163,7 +164,7 @@ def read_capture(folder: Path) -> CaptureFields:
             "sequences": [
                 TokenSequence(tuple(s["tokens"]), s["passage"], tuple(s["starts"]), tuple(s["ends"])) for s in record["sequences"]
             ],
-            "passages": None if record["passages"] is None else [_passage(p, record["settings"]) for p in record["passages"]],
+            "passages": _passages(record["passages"], record["settings"]),
             "docs": record["docs"],
             "labels": record["labels"],
             "strings": dict(record["strings"]),
@@ -239,13 +240,25 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"{name} as {value.dtype} {tuple(value.shape)}, not {dtype} {shape}")
 
 
-def _passage(record: object, settings: Facts) -> Passage:
+def _passages(records: Sequence[object] | None, settings: Facts) -> list[Passage] | None:
+    """The passages of a capture; a document that was not given is again the number of its text."""
+    if records is None:
+        return None
+    named = frozenset(settings.get("named_documents", ()))
+    digests: dict[str, str] = {}
+    found = []
+    for passage in map(_passage, records):
+        doc = str(passage.doc)
+        if is_numbered(doc) and doc not in named:
+            passage = replace(passage, doc=NumberedDocument(doc, digests.setdefault(doc, digest_of(passage.text))))
+        found.append(passage)
+    return found
+
+
+def _passage(record: object) -> Passage:
     """A passage, with its gold words if it has some, from JSON that has no tuples."""
     if not isinstance(record, dict):
         raise TypeError("a passage that is no record")
     spans = {name: (start, end) for name, (start, end) in record["spans"].items()}
     words = {"words": tuple(Word(**word) for word in record["words"])} if "words" in record else {}
-    passage = (TaggedPassage if words else Passage)(**record | {"spans": spans, **words})
-    if is_numbered(str(passage.doc)) and passage.doc not in settings.get("named_documents", ()):
-        return called_by_number(passage, str(passage.doc))
-    return passage
+    return (TaggedPassage if words else Passage)(**record | {"spans": spans, **words})

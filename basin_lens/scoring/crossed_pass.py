@@ -4,11 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
-from scipy.sparse import csgraph
 from torch import Tensor
 
 from basin_lens.analyzers import CrossedTable, Displaced
@@ -17,7 +14,7 @@ from basin_lens.errors import NeighborError
 from basin_lens.neighbors.grouping import matched_groups, nearest_partners
 from basin_lens.scoring.clouds import Clouds
 from basin_lens.scoring.plan import Plan
-from basin_lens.scoring.token_rows import documents_of_both, row_groups
+from basin_lens.scoring.token_rows import documents_of_both, joined, row_groups, texts_of_both
 from basin_lens.transport import chunk_places, rows_per_call
 from basin_lens.values import Facts
 
@@ -231,8 +228,7 @@ def grouping_units(capture: Capture, exclude: str, size: int, asked: Bool[Tensor
     units, kind = unit_of_rows(capture, exclude), "document" if exclude in _NO_LABELS else exclude
     there = asked.cpu() & (capture.row_pos > 0)
     if exclude in ("self", "sequence") and len(units[there].unique()) < size:
-        texts: dict[object, int] = {}
-        by_text = torch.tensor([texts.setdefault(sequence.tokens, len(texts)) for sequence in capture.sequences], device="cpu")
+        by_text = torch.tensor(texts_of_both(capture, capture)[0], device="cpu")
         if len(by_text[capture.row_seq][there].unique()) >= size:
             return by_text[capture.row_seq], "sequence"
     return units, kind
@@ -240,18 +236,12 @@ def grouping_units(capture: Capture, exclude: str, size: int, asked: Bool[Tensor
 
 def units_of_both(capture: Capture, bank: Capture, exclude: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " bank"]]:
     """The same of a capture and a bank, in one numbering. A text that is in both is one unit."""
-    names: dict[object, int] = {}
-    texts: dict[object, int] = {}
-    pairs = []
+    names: list[object] = []
     for source, docs in zip((capture, bank), documents_of_both(capture, bank), strict=True):
-        for sequence, labels, doc in zip(source.sequences, source.labels, docs, strict=True):
+        for labels, doc in zip(source.labels, docs, strict=True):
             label = None if exclude in _NO_LABELS else labels.get(exclude)
-            name = ("document", doc) if label is None else ("label", label)
-            pairs.append((names.setdefault(name, len(names)), texts.setdefault(sequence.tokens, len(texts))))
-    by_name, by_text = np.array(pairs).T
-    # Names that share a text are one unit.
-    shared = sparse.coo_array((np.ones(len(pairs)), (by_name, len(names) + by_text)), shape=(len(names) + len(texts),) * 2)
-    units = torch.from_numpy(csgraph.connected_components(shared, directed=False)[1].astype(np.int64))[by_name]
+            names.append(("document", doc) if label is None else ("label", label))
+    units = torch.tensor(joined(names, [text for side in texts_of_both(capture, bank) for text in side]), device="cpu")
     own, other = units.split([len(capture.sequences), len(bank.sequences)])
     return own[capture.row_seq], other[bank.row_seq]
 

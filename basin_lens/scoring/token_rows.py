@@ -3,14 +3,18 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Integer
+from scipy import sparse
+from scipy.sparse import csgraph
 from torch import Tensor
 
 from basin_lens.capture import Capture
 from basin_lens.errors import NeighborError
+from basin_lens.texts.copies import groups_of_copies, whole_texts
 from basin_lens.texts.passages import is_numbered
 from basin_lens.values import Plain, truths_of, whole_or_none
 
@@ -91,21 +95,93 @@ def documents_of_both(capture: Capture, bank: Capture) -> tuple[list[object], li
     """The document of each sequence of a capture and of a bank, by names that are the same for the same document.
 
     A document that was given is the same wherever it is called so. One that was not given is called by its number, which says
-    nothing in another capture: there it is the same if the two share a text.
+    nothing in another capture: there it is one with every document that has a copy of one of its texts, however the two are cut.
+    """
+    named = [frozenset(source.settings.get("named_documents", ())) for source in (capture, bank)]
+    given = [[not is_numbered(doc) or doc in names for doc in c.docs] for c, names in zip((capture, bank), named, strict=True)]
+    if bank is capture or all(map(all, given)):
+        return list(capture.docs), list(bank.docs)
+    names: list[object] = [doc if own else (0, doc) for doc, own in zip(capture.docs, given[0], strict=True)]
+    names += [doc if own else (1, doc) for doc, own in zip(bank.docs, given[1], strict=True)]
+    texts = [text for side in texts_of_both(capture, bank) for text in side]
+    of_unnamed = {text for text, own in zip(texts, [*given[0], *given[1]], strict=True) if not own}
+    # Two given documents that share a text are still two, unless a text that nobody named is in both.
+    shared = [text if text in of_unnamed else ("of", name) for name, text in zip(names, texts, strict=True)]
+    documents = joined(names, shared)
+    return list(documents[: len(capture.docs)]), list(documents[len(capture.docs) :])
+
+
+def texts_of_both(capture: Capture, bank: Capture) -> tuple[list[int], list[int]]:
+    """The text of each sequence of a capture and of a bank, in one numbering; copies are one text, however they are cut.
+
+    Within one capture, equal sequences are one text, and nothing else is.
     """
     if bank is capture:
-        return list(capture.docs), list(capture.docs)
-    own = [doc if _was_given(capture, doc) else ("texts", doc) for doc in capture.docs]
-    texts = {sequence.tokens: name for sequence, name in zip(capture.sequences, own, strict=True) if isinstance(name, tuple)}
-    shared: dict[str, object] = {}
-    for sequence, doc in zip(bank.sequences, bank.docs, strict=True):
-        if not _was_given(bank, doc) and sequence.tokens in texts:
-            shared.setdefault(doc, texts[sequence.tokens])
-    return list(own), [doc if _was_given(bank, doc) else shared.get(doc, ("bank", doc)) for doc in bank.docs]
+        known: dict[tuple[int, ...], int] = {}
+        texts = [known.setdefault(sequence.tokens, len(known)) for sequence in capture.sequences]
+        return texts, texts
+    own, other = _whole_texts(capture, bank)
+    numbers = _numbered_texts((*own, *other), tuple(sorted((capture.strings | bank.strings).items())))
+    return [numbers[s.passage] for s in capture.sequences], [numbers[len(own) + s.passage] for s in bank.sequences]
 
 
-def _was_given(source: Capture, doc: str) -> bool:
-    return not is_numbered(doc) or doc in source.settings.get("named_documents", ())
+def _sequences_of_both(capture: Capture, bank: Capture) -> tuple[list[object], list[object]]:
+    """What each sequence of a capture and of a bank is, by names that are the same for the same sequence.
+
+    In another capture, equal tokens are the same sequence. A text that is cut differently there (other lengths, another BOS) has
+    no sequence in common with itself here, and is the same as a whole.
+    """
+    if bank is capture:
+        return list(range(len(capture.sequences))), list(range(len(capture.sequences)))
+    cuts: list[dict[tuple[int, ...], set[tuple[int, ...]]]] = [{}, {}]
+    texts = [[whole[s.passage] for s in c.sequences] for c, whole in zip((capture, bank), _whole_texts(capture, bank), strict=True)]
+    for source, of_each, cut in zip((capture, bank), texts, cuts, strict=True):
+        for sequence, text in zip(source.sequences, of_each, strict=True):
+            cut.setdefault(text, set()).add(sequence.tokens)
+    whole = {text for text, own in cuts[0].items() if not (own <= cuts[1].get(text, own) or own >= cuts[1][text])}
+    own, other = (
+        [("text", text) if text in whole else sequence.tokens for sequence, text in zip(source.sequences, of_each, strict=True)]
+        for source, of_each in zip((capture, bank), texts, strict=True)
+    )
+    return list(own), list(other)
+
+
+def _whole_texts(capture: Capture, bank: Capture) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The tokens of each text of both without BOS, also where ids were given and nothing says which it is."""
+    bos = {s.tokens[0] for c in (capture, bank) for s in c.sequences if max(s.starts) >= 0 > s.starts[0]}
+    for source in (capture, bank):
+        starts = {s.tokens[0] for s in source.sequences}
+        if max(max(s.starts) for s in source.sequences) < 0 and len(starts) == 1 < len(source.sequences):
+            bos |= starts  # ids, and every sequence begins with this one
+    own, other = (
+        [tuple(text[1:] if len(text) > 1 and text[0] in bos else text) for text in whole_texts(source.sequences)]
+        for source in (capture, bank)
+    )
+    return own, other
+
+
+@lru_cache(maxsize=2)  # one run asks several times, of one pair
+def _numbered_texts(texts: tuple[tuple[int, ...], ...], strings: tuple[tuple[int, str], ...]) -> list[int]:
+    """The number of each text; copies have one."""
+    numbers = list(range(len(texts)))
+    for group in groups_of_copies(texts, dict(strings)):
+        for text in group:
+            numbers[text] = min(group)
+    return numbers
+
+
+def joined(names: Sequence[object], texts: Sequence[object]) -> list[int]:
+    """Numbers of things that have a name and a text each: the same where names or texts are, and so on through others."""
+    by_name, by_text = (_numbers(values) for values in (names, texts))
+    count = max(by_name) + 1
+    size = count + max(by_text) + 1
+    edges = sparse.coo_array((np.ones(len(by_name)), (by_name, count + np.array(by_text))), shape=(size, size))
+    return csgraph.connected_components(edges, directed=False)[1][by_name].tolist()
+
+
+def _numbers(values: Sequence[object]) -> list[int]:
+    known: dict[object, int] = {}
+    return [known.setdefault(value, len(known)) for value in values]
 
 
 def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, Tensor]:
@@ -113,12 +189,11 @@ def row_groups(capture: Capture, bank: Capture, exclude: str) -> tuple[Tensor, T
     if exclude in ("self", "nothing"):
         return torch.full((capture.n_rows,), -1, device="cpu"), torch.full((bank.n_rows,), -1, device="cpu")
 
-    documents = documents_of_both(capture, bank)
+    documents, sequences = documents_of_both(capture, bank), _sequences_of_both(capture, bank)
 
     def of(source: Capture) -> list[object]:
         if exclude == "sequence":
-            # In another capture, the same text is the same sequence.
-            return list(range(len(source.sequences))) if source is bank is capture else [s.tokens for s in source.sequences]
+            return sequences[source is not capture]
         if exclude == "document":
             return documents[source is not capture]
         if source is capture and not any(exclude in label for label in source.labels):

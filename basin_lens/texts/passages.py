@@ -1,5 +1,6 @@
 """A text with its document, labels and spans; and the built-in ones."""
 
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,25 @@ from basin_lens.values import Labels, document, is_missing, labels, unicode, who
 
 # Start and end, [start, end), by name.
 Spans = Mapping[str, Sequence[int]]
+
+
+class NumberedDocument(str):
+    """The name of a document that nobody gave: the number of its text, which another list of texts gives again.
+
+    Args:
+        name: such as `text-0`.
+        digest: of the text that it is the name of; by it, two of one name are told apart.
+    """
+
+    digest: str
+
+    def __new__(cls, name: str, digest: str) -> "NumberedDocument":
+        made = super().__new__(cls, name)
+        made.digest = digest
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return str(self), self.digest
 
 
 @dataclass(frozen=True)
@@ -43,8 +63,6 @@ class Passage:
     doc: str | None = None
     labels: Labels = field(default_factory=dict)
     spans: Spans = field(default_factory=dict)
-    # Whether the document was given. False where a reader called it by its number, which another list of texts gives again.
-    doc_given: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -52,8 +70,8 @@ class Passage:
         if not self.text:
             raise TextError("expected a text with at least one character, got an empty one. Leave empty texts out.")
         object.__setattr__(self, "text", unicode(self.text, "text"))
-        object.__setattr__(self, "doc", document(self.doc))
-        object.__setattr__(self, "doc_given", self.doc is not None)
+        if not isinstance(self.doc, NumberedDocument):
+            object.__setattr__(self, "doc", document(self.doc))
         object.__setattr__(self, "labels", labels(self.labels))
         # None is how api.md spells "nothing given".
         try:
@@ -120,11 +138,39 @@ def numbered_documents(kind: str, given: Sequence[str | None]) -> list[str]:
     ]
 
 
-def called_by_number(passage: Passage, doc: str) -> Passage:
-    """The passage with a document that nobody gave."""
-    named = replace(passage, doc=doc)
-    object.__setattr__(named, "doc_given", False)
-    return named
+def with_documents(passages: Sequence[Passage]) -> list[Passage]:
+    """The passages, each with a document: what has none, or a number that another text of this list has, is numbered anew.
+
+    Parts of a text that was numbered before stay one document.
+
+    Example:
+        >>> from basin_lens.texts.passages import Passage, with_documents
+        >>> one, other = with_documents([Passage("a")]), with_documents([Passage("b"), Passage("c")])
+        >>> [str(passage.doc) for passage in with_documents([*one, *other])]
+        ['text-0', 'text-4', 'text-1']
+    """
+    given = {passage.doc for passage in passages if not isinstance(passage.doc, NumberedDocument)}
+    holders: dict[str, str] = {}
+    stays = [
+        doc
+        if not isinstance(doc, NumberedDocument) or (doc not in given and holders.setdefault(doc, doc.digest) == doc.digest)
+        else None
+        for doc in (passage.doc for passage in passages)
+    ]
+    anew: dict[tuple[str, str], NumberedDocument] = {}
+    found = []
+    for passage, name, kept in zip(passages, numbered_documents("text", stays), stays, strict=True):
+        if kept is None:
+            old = passage.doc
+            digest = old.digest if isinstance(old, NumberedDocument) else digest_of(passage.text)
+            passage = replace(passage, doc=anew.setdefault((old or name, digest), NumberedDocument(name, digest)))
+        found.append(passage)
+    return found
+
+
+def digest_of(text: str) -> str:
+    """What a numbered document keeps of its text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 # What a caller may give as texts, or as token ids; `read_passages` and `given_ids` say how each is read. Tables, columns and data

@@ -13,7 +13,7 @@ from typing import cast
 
 from basin_lens.errors import TextError
 from basin_lens.texts.marked import read_marks, skeleton_of
-from basin_lens.texts.passages import Passage, Texts, called_by_number, numbered_documents
+from basin_lens.texts.passages import Passage, Texts, with_documents
 from basin_lens.texts.records import items_of, passage_of
 from basin_lens.values import check_alike, is_missing
 
@@ -58,8 +58,7 @@ def read_passages(data: Texts) -> list[Passage]:
     if not passages:
         raise TextError("expected at least one text, got an empty list.")
     check_alike([passage.labels for passage in passages])
-    names = numbered_documents("text", [passage.doc for passage in passages])
-    return [each if each.doc is not None else called_by_number(each, doc) for each, doc in zip(passages, names, strict=True)]
+    return with_documents(passages)
 
 
 def _refuse_again(path: Path, files: dict[tuple[int, int], str]) -> None:
