@@ -81,6 +81,10 @@ class BankWarning(UserWarning):
     """Neighbors come from texts that say more of a template than of a token. A warning: the numbers are what was asked for."""
 
 
+class CompileWarning(UserWarning):
+    """A block that was to be compiled is not. A warning: the numbers are what was asked for, and take longer."""
+
+
 class MergeWarning(UserWarning):
     """A merger took more memory than it saved. A warning: the numbers are what was asked for."""
 

@@ -21,6 +21,7 @@ from basin_lens.model.blocks import (
     rerun_with_state,
 )
 from basin_lens.model.checkpoints import copy_of, put_tuned, save_tuned, tuned_facts
+from basin_lens.model.compiled import CompiledBlock
 from basin_lens.model.generation import continuations
 from basin_lens.model.hooks import (
     cache_entry,
@@ -69,6 +70,7 @@ from basin_lens.model.weights import output_weight
 __all__ = [
     "EMBEDDED_NAME",
     "BlockCall",
+    "CompiledBlock",
     "FrozenPrefix",
     "HookedModel",
     "Kept",

@@ -245,10 +245,11 @@ def call_block(
     prefix: object = None,
     *,
     until_mid: bool = False,
+    run: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
 ) -> Float[Tensor, "batch pos d"]:
     """Run block `layer` on `states` with the arguments of `call`, the cache replaced by `prefix` (None: no cache).
 
-    With `until_mid`, it goes no further than `resid_mid`, and answers with that.
+    With `until_mid`, it goes no further than `resid_mid`, and answers with that. `run` takes the place of the model's own block.
     """
 
     def fill(value: object) -> object:
@@ -274,7 +275,7 @@ def call_block(
         except _Recorded as seen_mid:
             return seen_mid.args[0].float().view(given.shape)  # OPT's feed-forward sees tokens without their batch
         raise TransportError(f"expected block {layer} to pass its hook_resid_mid, got a block that does not.")
-    output = model.blocks[layer](given, *args, **kwargs)
+    output = (run or model.blocks[layer])(given, *args, **kwargs)
     return (output[0] if isinstance(output, tuple) else output).float()
 
 

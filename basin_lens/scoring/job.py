@@ -208,7 +208,7 @@ def prepare(
     run = None
     if plan.of_neighbors:
         bank = choose_bank(model, capture, request.bank, plan, progress=request.progress)
-        run = Run(model, capture, bank, plan, asked, backend=request.backend, frozen=frozen, keep=keep)
+        run = Run(model, capture, bank, plan, asked, backend=request.backend, compiles=request.compile, frozen=frozen, keep=keep)
     return Job(model, capture, plan, request, asked, run, keep, frozen, piece_tokens, shard_tokens, was_read)
 
 

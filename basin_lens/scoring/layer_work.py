@@ -204,6 +204,8 @@ def _facts_of(maps: LayerMaps) -> Facts:
     facts: Facts = {"check_error": maps.errors.get(layer), "routes": maps.routes.get(layer, "native")}
     if layer in maps.reasons:
         facts["route_reasons"] = maps.reasons[layer]
+    if layer in maps.compiled:
+        facts["compiled"] = maps.compiled[layer]  # or why it is not
     if maps.fits:
         facts["affine_fit"] = {
             str(blocks): {"held_out_r2": fit.held_out_r2, "ridge": fit.ridge} for blocks, fit in maps.fits.items()

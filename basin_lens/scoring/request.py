@@ -50,6 +50,7 @@ class Request:
     queries: Queries = None
     controls: bool = False
     backend: Backend = "auto"
+    compile: bool = False
     seed: Whole = 0
     max_length: Whole = 128
     batch_size: Whole | None = None

@@ -157,7 +157,7 @@ class Results:
                 counts[reason] = counts.get(reason, 0) + count
 
 
-_OF_LAYERS = ("routes", "route_reasons", "check_error", "affine_fit")
+_OF_LAYERS = ("routes", "route_reasons", "compiled", "check_error", "affine_fit")
 
 
 def provenance(

@@ -31,6 +31,7 @@ class Run:
         plan: what to measure.
         asked: rows to score.
         backend: see `basin_lens.neighbors.find`.
+        compiles: blocks are to be compiled.
         frozen: another run's neighbors on the same texts and layers, taken as they are.
         keep: the analyzer whose neighbors are kept.
 
@@ -49,6 +50,7 @@ class Run:
         asked: Bool[Tensor, " rows"],
         *,
         backend: Backend = "auto",
+        compiles: bool = False,
         frozen: KeptNeighbors | None = None,
         keep: CloudAnalyzer | None = None,
     ) -> None:
@@ -63,8 +65,8 @@ class Run:
             self.frozen_groups = dict(zip(plan.layers, frozen.groups, strict=True))
         self.own_states = capture.states_of_model
         self._refuse_two_tables()
-        probe = Probe(model, int(capture.lengths.max()))
-        self.probes = probe, Probe(model, int(bank.lengths.max())) if self.external else probe
+        probe = Probe(model, int(capture.lengths.max()), compiles=compiles)
+        self.probes = probe, Probe(model, int(bank.lengths.max()), compiles=compiles) if self.external else probe
         self.partners = BankPartners(model, bank, self.probes[1], backend, plan.seed) if self.partnered else None
 
     def facts(self) -> Facts:

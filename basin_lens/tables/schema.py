@@ -46,7 +46,9 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("precision", "texts", "neighbors", "queries", "asked"), str),
     **dict.fromkeys(("layers", "analyzers", "controls", "read_again_for"), list),
     **dict.fromkeys(("model", "copies", "capture", "columns", "left_out", "bank", "search", "study", "made"), dict),
-    **dict.fromkeys(("routes", "route_reasons", "check_error", "affine_fit", "reliability", "reference_error", "groups"), dict),
+    **dict.fromkeys(
+        ("routes", "route_reasons", "compiled", "check_error", "affine_fit", "reliability", "reference_error", "groups"), dict
+    ),
 }
 
 
@@ -73,6 +75,7 @@ class Provenance:
         bank: where neighbors come from: source, points, sequences, hash.
         search: how neighbors were searched.
         routes: how the block was applied, by layer; `route_reasons`: why so.
+        compiled: whether the block was compiled, by layer, or why not; empty if nobody asked for it.
         check_error: how far the block is from the captured states, by layer.
         affine_fit: fit of the affine map, by layer and number of blocks.
         reliability: Spearman correlation of a column over disjoint halves of the neighbors, by column and layer.
@@ -109,6 +112,7 @@ class Provenance:
     search: Facts | None = None
     routes: Mapping[str, str] | None = None
     route_reasons: Mapping[str, str] | None = None
+    compiled: Mapping[str, bool | str] | None = None
     check_error: Mapping[str, float | int | None] | None = None
     affine_fit: Mapping[str, Facts] | None = None
     reliability: Mapping[str, Mapping[str, float | int | None]] | None = None

@@ -82,6 +82,7 @@ class LayerMaps:
         self.errors: dict[int, float] = {}
         self.routes: dict[int, str] = {}
         self.reasons: dict[int, str] = {}
+        self.compiled: dict[int, bool | str] = {}
         self.fits: dict[int, AffineFit] = {}
         self._borders: dict[int, tuple[Tensor, Tensor]] = {}
         self._blocks: dict[int, PatchedBlock] = {}
@@ -107,6 +108,10 @@ class LayerMaps:
                 self.routes[layer] = proof.block.route
                 if proof.reason:
                     self.reasons[layer] = proof.reason
+                if self.probes[0].compiles:
+                    self.compiled[layer] = proof.uncompiled or True
+                    if proof.uncompiled:
+                        self.probes[0].say_uncompiled(layer, proof.uncompiled)
         return self._blocks[layer]
 
     def mids(self) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "bank d"], PatchedBlock]:

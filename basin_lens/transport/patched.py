@@ -8,8 +8,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.capture import Capture
-from basin_lens.errors import TransportError
-from basin_lens.model import BlockCall, FrozenPrefix, HookedModel, PaddedPrefix, call_block, keys_and_values, kind_of, measuring
+from basin_lens.errors import ModelError, TransportError
+from basin_lens.model import (
+    BlockCall,
+    CompiledBlock,
+    FrozenPrefix,
+    HookedModel,
+    PaddedPrefix,
+    call_block,
+    keys_and_values,
+    kind_of,
+    measuring,
+)
 from basin_lens.transport.probe import Probe, is_mask
 
 # About 1,000 rows a call keep the matrix products at full rate; groups of up to 64 balance the cost of attention between a group's
@@ -42,6 +52,11 @@ class PatchedBlock:
         states: `capture.resid_pre(layer)` on the model's device.
         route: force "R1" or "R2" (tests, benchmarks); None: the fastest one that the block's arguments allow.
         until_mid: images are the states between attention and feed-forward (`resid_mid`).
+        compiled: run the block compiled.
+
+    Raises:
+        TransportError: route R2 on a block that cannot be packed.
+        ModelError: `compiled` on a block that cannot be, or `until_mid`, which is read at a hook point.
     """
 
     def __init__(
@@ -54,9 +69,13 @@ class PatchedBlock:
         route: str | None = None,
         *,
         until_mid: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model, self.capture, self.layer, self.states, self.probe = model, capture, layer, states, probe
         self.until_mid = until_mid
+        if compiled and until_mid:
+            raise ModelError("resid_mid is read at a hook point, which a compiled block does not have")
+        self.compiled = CompiledBlock(model, layer) if compiled else None
         self.call, self.length = probe.call(layer), probe.length
         reason = probe.reason(layer)
         self.route = route or ("R1" if reason else "R2")
@@ -110,7 +129,7 @@ class PatchedBlock:
         return self.sequences(list(range(len(valid))))[:, : valid.shape[1]][valid]
 
     def _call(self, call: BlockCall, states: Tensor, prefix: FrozenPrefix | PaddedPrefix | None = None) -> Tensor:
-        return call_block(self.model, self.layer, call, states, prefix, until_mid=self.until_mid)
+        return call_block(self.model, self.layer, call, states, prefix, until_mid=self.until_mid, run=self.compiled)
 
     # -- R2 -----------------------------------------------------------------------------------------------------------
 

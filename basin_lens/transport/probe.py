@@ -1,10 +1,12 @@
 """What the blocks of a model are called with, and which route that allows."""
 
+import warnings
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from basin_lens.errors import CompileWarning
 from basin_lens.model import BlockCall, HookedModel, device_of, is_cache_slot, kind_of, record_calls
 
 
@@ -14,10 +16,12 @@ class Probe:
     Args:
         model: a hooked model.
         length: tokens of the longest sequence.
+        compiles: blocks are to be compiled where that is exact.
     """
 
-    def __init__(self, model: HookedModel, length: int) -> None:
-        self.model, self.length = model, length
+    def __init__(self, model: HookedModel, length: int, *, compiles: bool = False) -> None:
+        self.model, self.length, self.compiles = model, length, compiles
+        self._said = False
         self._recorded: dict[tuple[int, int], list[BlockCall]] = {}
 
     def call(self, layer: int, copies: int = 1, length: int | None = None) -> BlockCall:
@@ -35,6 +39,13 @@ class Probe:
         """Why block `layer` cannot take route R2, as far as its arguments show; empty if they allow it. See `prove`."""
         call = self._calls(1, self.length)[layer]
         return why_not_padded(call) if kind_of(self.model) == "hooked" else why_not_packed(call, self.length)
+
+    def say_uncompiled(self, layer: int, why: str) -> None:
+        """Warn that a block is not compiled although that was asked for: of the first one."""
+        if not self._said:
+            self._said = True
+            said = f"block {layer} runs uncompiled: {why}. The numbers are right; provenance says it of each layer."
+            warnings.warn(said, CompileWarning, stacklevel=2)
 
     def _calls(self, copies: int, length: int) -> list[BlockCall]:
         if (copies, length) not in self._recorded:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basin_lens.capture import Capture, tolerance_of
-from basin_lens.errors import TransportError
+from basin_lens.errors import ModelError, TransportError
 from basin_lens.model import HookedModel, feed_forward, measuring, rerun_with_state
 from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
@@ -19,11 +19,13 @@ _REPORT = "Please report this model."
 
 @dataclass(frozen=True)
 class Proof:
-    """A block that passed the check, its largest relative error, and why it takes route R1 (empty: it takes R2)."""
+    """A block that passed the check, its largest relative error, why it takes route R1 (empty: it takes R2), and why it is not
+    compiled (empty: it is, or nobody asked)."""
 
     block: PatchedBlock
     error: float
     reason: str
+    uncompiled: str = ""
 
 
 class _WrongRoute(TransportError):  # noqa: N818 - turned into the other route, or raised as what it is
@@ -44,7 +46,7 @@ def prove(
     patched: bool = True,
     until_mid: bool = False,
 ) -> Proof:
-    """The fastest route of a block that passes `check`.
+    """The fastest route of a block that passes `check`; compiled, if the probe says so and that passes too.
 
     Where the packed route's arguments look right and its numbers are not (GPT-Neo's local attention counts columns, whatever the
     mask says), the whole-sequence route is taken, and the reason kept.
@@ -52,6 +54,16 @@ def prove(
     Raises:
         TransportError: no route is exact. See `check`.
     """
+    uncompiled = ""
+    if probe.compiles and patched and not until_mid:
+        try:
+            block = PatchedBlock(model, capture, layer, probe, pre, compiled=True)
+            error = check(model, capture, block, post, others=others, among=among, seed=seed)
+            return Proof(block, error, probe.reason(layer))
+        except (TransportError, ModelError, RuntimeError) as wrong:
+            if isinstance(wrong, torch.OutOfMemoryError):
+                raise
+            uncompiled = str(wrong)
     block = PatchedBlock(model, capture, layer, probe, pre, until_mid=until_mid)
     try:
         error = check(model, capture, block, post, others=others, among=among, seed=seed, patched=patched)
@@ -60,8 +72,8 @@ def prove(
             raise
         block = PatchedBlock(model, capture, layer, probe, pre, "R1", until_mid=until_mid)
         error = check(model, capture, block, post, others=others, among=among, seed=seed, patched=patched)
-        return Proof(block, error, f"the packed route is not exact on this block: {wrong}")
-    return Proof(block, error, probe.reason(layer))
+        return Proof(block, error, f"the packed route is not exact on this block: {wrong}", uncompiled)
+    return Proof(block, error, probe.reason(layer), uncompiled)
 
 
 def check(
