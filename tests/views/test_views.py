@@ -1,6 +1,7 @@
 """What a person sees: pages that are harmless, offline, and say what they show."""
 
 import base64
+import dataclasses
 import json
 import re
 import zlib
@@ -300,6 +301,49 @@ def test_tables_round_trip_and_concat_keep_provenance(run, llama, tmp_path):
     assert len(bl.views.layer_curve(both, "surprisal").axes[0].lines) == 2
     with pytest.raises(bl.errors.TableError, match="one run"):
         bl.views.make_report(both)
+
+
+def other_tokens_at_a_layer(table):
+    """Tokens scored at one layer are not those of the next."""
+    return table[(table.layer != 1) | (table.seq != 2)], "same tokens at every layer"
+
+
+def other_words_at_a_layer(table):
+    return table.assign(token=table["token"].where(table["layer"] != 2, "x")), "same tokens at every layer"
+
+
+def rows_twice(table):
+    return pd.concat([table, table]), "one row per seq and pos"
+
+
+def no_token(table):
+    return table.drop(columns="token"), "token"
+
+
+@pytest.mark.parametrize("spoiled", [other_tokens_at_a_layer, other_words_at_a_layer, rows_twice, no_token])
+def test_a_report_refuses_layers_that_would_lie_over_one_another(run, spoiled):
+    table, words = spoiled(run.table)
+    with pytest.raises(bl.errors.TableError, match=words):
+        bl.views.make_report(tables.with_provenance(table, run.table))
+
+
+def test_a_report_refuses_neighbors_of_another_table(run, llama):
+    kept, table = run.neighbors, run.table
+    for part in (table[table.layer > 0], table[table.seq < 3]):
+        with pytest.raises(bl.errors.TableError, match="expected neighbors of the table's"):
+            bl.views.make_report(tables.with_provenance(part, table), neighbors=kept)
+    moved = tables.with_provenance(table.assign(seq=table["seq"] + 1), table)
+    with pytest.raises(bl.errors.TableError, match="own tokens"):
+        bl.views.make_report(moved, neighbors=kept)
+    other = bl.analyze(llama, [*TEXTS, *NASTY], [bl.analyzers.Surprisal()], progress=False)
+    with pytest.raises(bl.errors.TableError, match="behind 'contraction'"):
+        bl.views.make_report(other, neighbors=kept)
+    short = dataclasses.replace(kept, bank=kept.bank.iloc[:5], own=False)
+    with pytest.raises(bl.errors.TableError, match="bank of 5"):
+        bl.views.make_report(table, neighbors=short)
+    cut = dataclasses.replace(kept, after=kept.after[:, :, :2])
+    with pytest.raises(bl.errors.TableError, match="after of shape"):
+        bl.views.make_report(table, neighbors=cut)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from basin_lens.views.pages.page import Report, explorer_page
 # Values in a page, of about a byte each when they are packed. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
 _MOST_NEIGHBORS = 5  # of each token: whole numbers that nothing compresses are most of a page
+_TOKEN = ("doc", "seq", "pos", "token")
 _NOTES = (
     "compression is how much more the block contracts the differences between a token's neighbors at the token's own place "
     "than the place contracts other neighborhoods' differences (compression_place) and other places contract these "
@@ -71,7 +72,7 @@ def make_report(
         a `Report` with `.html` and `.save(path)`. Token texts and labels are data in it, never markup.
 
     Raises:
-        TableError: several runs, or no scores.
+        TableError: several runs, no scores, layers with other tokens than the first, or the neighbors of another table.
 
     Example:
         >>> import basin_lens as bl
@@ -88,10 +89,14 @@ def make_report(
     scores = tables.scores(table)
     if not scores:
         raise TableError("expected a table with scores, got none.")
+    tables.require(table, *_TOKEN)
     table = table.sort_values(["layer", "seq", "pos"], kind="stable")
     layers = sorted(table["layer"].unique().tolist())
-    summary = tables.layer_summary(table)
     first = table[table["layer"] == layers[0]]
+    _check_same_tokens(table, first, layers)
+    if neighbors is not None:
+        _check_neighbors(neighbors, first, layers, list(scores))
+    summary = tables.layer_summary(table)
     about = _about(facts, first, facts.get("bank", {}))
     n_documents = int(first["doc"].nunique())
     sampled = _sampled(facts, table)
@@ -125,6 +130,41 @@ def make_report(
         "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
     }
     return explorer_page(title, data)
+
+
+def _check_same_tokens(table: pd.DataFrame, first: pd.DataFrame, layers: Sequence[int]) -> None:
+    """The page holds tokens once: a layer of others would be shown on the wrong words."""
+    twice = int(first.duplicated(["seq", "pos"]).sum())
+    if twice:
+        raise TableError(
+            f"expected one row per seq and pos at a layer, got {twice} more at layer {layers[0]}. Keep one: "
+            'table.drop_duplicates(["layer", "seq", "pos"]).'
+        )
+    tokens = first[[*_TOKEN]].reset_index(drop=True)
+    for layer in layers[1:]:
+        here = table.loc[table["layer"] == layer, [*_TOKEN]].reset_index(drop=True)
+        if not here.equals(tokens):
+            raise TableError(
+                f"expected the same tokens at every layer, got {len(here):,} rows at layer {layer} that are not the {len(tokens):,} of "
+                f"layer {layers[0]}. Show layers that have the same: table[table.layer == {layer}]."
+            )
+
+
+def _check_neighbors(kept: KeptLike, first: pd.DataFrame, layers: Sequence[int], scores: Sequence[str]) -> None:
+    """Neighbors go by place: those of another table would stand at the wrong tokens."""
+    again = "Pass the table and the neighbors of one run, the table as it was made."
+    expected = (len(layers), len(first))
+    for name, array in (("rows", kept.rows), ("before", kept.before), ("after", kept.after)):
+        if array.ndim != 3 or array.shape[:2] != expected or array.shape != kept.rows.shape:
+            raise TableError(
+                f"expected neighbors of the table's {expected[0]} layers and {expected[1]:,} tokens, got {name} of shape {array.shape}. {again}"
+            )
+    if kept.score not in scores:
+        raise TableError(f"expected neighbors behind one of {', '.join(scores)}, got those behind {kept.score!r}. {again}")
+    if int(kept.rows.max(initial=-1)) >= len(kept.bank):
+        raise TableError(f"expected rows of a bank of {len(kept.bank):,}, got row {int(kept.rows.max()):,}. {again}")
+    if kept.own and not np.array_equal(kept.bank[["seq", "pos"]].to_numpy(), first[["seq", "pos"]].to_numpy()):
+        raise TableError(f"expected neighbors among the table's own tokens, got a bank with others (seq, pos). {again}")
 
 
 def _first_sequences(of_rows: pd.Series, most: int) -> list[int]:
