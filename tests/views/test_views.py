@@ -29,7 +29,11 @@ def numbers(packed: dict) -> np.ndarray:
     if packed["run"] > 1:
         whole = whole.reshape(-1, packed["run"]).cumsum(1).ravel() % 256
     bent = packed["low"] + (whole - 1) * (packed["high"] - packed["low"]) / (packed["steps"] - 1)
-    return np.where(whole == 0, np.nan, packed["middle"] + packed["spread"] * np.sinh(bent))
+    values = np.clip(packed["middle"] + packed["spread"] * np.sinh(bent), packed["least"], packed["most"])
+    exact = {0: np.nan, 1: packed["least"], packed["steps"]: packed["most"], packed["zero"]: 0.0}
+    return np.select(
+        [whole == step for step in exact if step is not None], [v for step, v in exact.items() if step is not None], values
+    )
 
 
 def agrees(packed: dict, expected: np.ndarray) -> None:
@@ -85,6 +89,38 @@ def test_packed_numbers_come_back(values, steps, run):
 
     values = np.asarray(values, float)[: len(values) // run * run]
     agrees(packed_floats(values, steps, run=run), np.where(np.isfinite(values), values, np.nan))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_zeros_and_ends_come_back_exactly(seed):
+    """A zero of 1e-15 had a sign, and a score without negative values a scale with 0 in its middle."""
+    from basin_lens.views.pages.packing import packed_floats
+
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([np.zeros(30), rng.gamma(1, 3, 200) - (seed % 2) * 3])
+    back = numbers(packed_floats(values, 1023))
+    assert (back[values == 0] == 0).all()
+    assert (back.min(), back.max()) == (values.min(), values.max())
+    falling = -np.sort(-values.reshape(-1, 10))
+    runs = numbers(packed_floats(falling, 255, run=10))
+    assert (runs.min(), runs.max()) == (values.min(), values.max())
+
+
+def test_the_page_says_which_scores_have_zero_in_the_middle(run):
+    """By the table's numbers at all layers without position 0, and the bounds that a column has."""
+    rows = np.arange(len(run.table))
+    made = {
+        "both": np.where(rows % 2, -1.0, 2.0), "above": rows % 3 + 0.0, "below": -(rows % 3) - 1.0, "dust": np.where(rows % 2, -1e-17, 2.0),
+        "sink": np.where(run.table.pos == 0, -5.0, 1.0 + rows % 2), "none": np.nan, "bounded": np.where(rows % 2, -1e-3, 2.0),
+    }  # fmt: skip
+    table = tables.with_provenance(run.table.assign(**made), run.table)
+    bounds = {name: tables.Column("nats", low=0.0 if name == "bounded" else None, rows="token", analyzer="Made") for name in made}
+    record = tables.runs(table)[run.table["run"].iloc[0]]
+    record = dataclasses.replace(record, columns={**record.columns, **bounds})
+    table = tables.described(table, {run.table["run"].iloc[0]: record})
+    zero = {score["name"]: score["zero"] for score in data_of(bl.views.make_report(table).html)["scores"]}
+    assert {name: zero[name] for name in made} == {name: name == "both" for name in made}
+    assert zero["compression"] and not zero["surprisal"]
 
 
 @pytest.mark.parametrize("most", [0, 254, 255, 65534, 65535, 70_000])

@@ -100,6 +100,7 @@ def make_report(
     about = _about(facts, first, facts.get("bank", {}))
     n_documents = int(first["doc"].nunique())
     sampled = _sampled(facts, table)
+    signed = {name for name, fact in scores.items() if _has_both_signs(table, name, fact)}
     each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * min(_MOST_NEIGHBORS, neighbors.rows.shape[2])))
     if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
         about += (
@@ -116,7 +117,10 @@ def make_report(
         "about": about,
         "notes": _NOTES,
         "layers": layers,
-        "scores": [{"name": name, "unit": fact["unit"], "sampled": sampled.get(name)} for name, fact in scores.items()],
+        "scores": [
+            {"name": name, "unit": fact["unit"], "sampled": sampled.get(name), "zero": name in signed}
+            for name, fact in scores.items()
+        ],
         "strings": [str(text) for text in strings],
         "rows": codes[: len(first)].tolist(),
         "positions": first["pos"].tolist(),
@@ -204,6 +208,19 @@ def _arrays(by_score: Sequence[Sequence[np.ndarray]]) -> tuple[list[Facts], list
         if places.setdefault(values.tobytes(), len(arrays)) == len(arrays):
             arrays.append(packed_floats(values, SCORE_STEPS))
     return arrays, [[places[layer.tobytes()] for layer in layers] for layers in by_score]
+
+
+def _has_both_signs(table: pd.DataFrame, name: str, column: Facts) -> bool:
+    """Whether 0 is the middle of a score's colors: of the table's own numbers, as those in the page are rounded.
+
+    Position 0 is not in the color scale. What is nothing but rounding beside the largest number has no sign.
+    """
+    values = table.loc[table["pos"] > 0, name].to_numpy(float)
+    values = values[np.isfinite(values)]
+    if not values.size or column.get("low") == 0 or column.get("high") == 0:
+        return False
+    least, most = float(values.min()), float(values.max())
+    return min(-least, most) > 1e-9 * max(-least, most)
 
 
 def _sampled(facts: Facts, table: pd.DataFrame) -> dict[str, int]:

@@ -35,16 +35,17 @@ for (const mode of ["light", "dark"]) {
   });
 }
 
-test("the scale has 0 at its middle where values are on both sides, else their median", () => {
-  assert.deepEqual(scales.scaleOf([[-1, NaN, 3]]), {middle: 0, bound: 1, known: 2, zero: true});
-  assert.equal(scales.scaleOf([[1, 2, 9]]).middle, 2);
-  assert.equal(scales.scaleOf([[NaN]]).bound, 1);
+test("the scale has 0 at its middle where the provider says so, whatever signs rounding made, else the median", () => {
+  assert.deepEqual(scales.scaleOf([[-1, NaN, 3]], true), {middle: 0, bound: 1, known: 2, zero: true});
+  assert.equal(scales.scaleOf([[1, 2, 9]], true).middle, 0);
+  assert.equal(scales.scaleOf([[-1e-15, 2, 9]], false).middle, 2);
+  assert.equal(scales.scaleOf([[NaN]], false).bound, 1);
 });
 
 test("what is left out moves neither middle nor ends", () => {
   const values = Array.from({length: 101}, (_, i) => i / 100 - .5);
-  assert.deepEqual(scales.scaleOf([[1000, ...values]], i => i === 0), scales.scaleOf([values]));
-  assert.equal(scales.scaleOf([values, values.map(v => 2 * v)]).known, 202);
+  assert.deepEqual(scales.scaleOf([[1000, ...values]], true, i => i === 0), scales.scaleOf([values], true));
+  assert.equal(scales.scaleOf([values, values.map(v => 2 * v)], true).known, 202);
 });
 
 test("values beyond the ends have the ends' color", () => {

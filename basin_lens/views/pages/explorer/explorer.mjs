@@ -168,7 +168,7 @@ class BasinExplorer extends HTMLElement {
     if (!this.scales.has(key)) {
       const places = fixed ? this.about.layers.map((_, i) => i) : [layer];
       const arrays = await Promise.all(places.map(i => this.provider.values(score, i)));
-      this.scales.set(key, scaleOf(arrays, i => this.about.positions[i] === 0));
+      this.scales.set(key, scaleOf(arrays, this.about.scores[score].zero, i => this.about.positions[i] === 0));
     }
     return this.scales.get(key);
   }

@@ -31,13 +31,14 @@ export function inkOn(color) {
 
 export const css = color => `rgb(${color.join(", ")})`;
 
-// The middle is 0 where values lie on both sides of it, else their median; the ends hold all but the furthest 2 %.
+// The middle is 0 of a score with both signs (`zero`: the provider says so, as rounded numbers cannot), else the median; the ends
+// hold all but the furthest 2 %.
 // `leaveOut(i)`: values that color nothing by their size, such as those at position 0, which are far from all others.
-export function scaleOf(arrays, leaveOut = () => false) {
+export function scaleOf(arrays, zero, leaveOut = () => false) {
   const known = [];
   for (const array of arrays) array.forEach((v, i) => { if (!Number.isNaN(v) && !leaveOut(i)) known.push(v); });
-  if (!known.length) return {middle: 0, bound: 1, known: 0, zero: true};
-  const sorted = Float64Array.from(known).sort(), zero = sorted[0] < 0 && sorted[sorted.length - 1] > 0;
+  if (!known.length) return {middle: 0, bound: 1, known: 0, zero};
+  const sorted = Float64Array.from(known).sort();
   const middle = zero ? 0 : sorted[sorted.length >> 1], away = sorted.map(v => Math.abs(v - middle)).sort();
   return {middle, bound: away[Math.floor(.98 * (away.length - 1))] || away[away.length - 1] || 1, known: known.length, zero};
 }
