@@ -65,6 +65,30 @@ test("ticks are round and within", () => {
   assert.deepEqual(scales.ticks(3, 3), [3]);
 });
 
+test("ticks of nearly flat, huge and tiny ranges are few, and come at once", () => {
+  const up = v => v + Math.abs(v) * 2 ** -52;
+  const ends = [[1, up(1)], [1, 1 + 1e-15], [1e300, up(1e300)], [-3e-310, 3e-310], [0, 5e-324], [-1.7e308, 1.7e308], [0, 1e308], [-1, 1e-17],
+    [1e-17, 2e-17], [0, Infinity], [NaN, 1], [2, 1], [1e15, 1e15 + 1], [.1, .1 + 1e-11], [5, 5 + 1e-10]];
+  for (const [low, high] of ends) {
+    const found = scales.ticks(low, high);
+    assert.ok(found.length >= 1 && found.length <= 11, `${low} ${high}: ${found}`);
+  }
+});
+
+test("a curve that is flat but for rounding is drawn in the middle", () => {
+  assert.deepEqual(scales.rangeOf([1, 1 + 1e-16, 1 + 4e-16]).map(v => Number(v.toFixed(9))), [.5, 1.5]);
+  assert.deepEqual(scales.rangeOf([0, 0]), [-1, 1]);
+  assert.deepEqual(scales.rangeOf([-4]), [-6, -2]);
+  assert.deepEqual(scales.rangeOf([1, 1.001]), [1, 1.001]);
+});
+
+test("words of ticks differ", () => {
+  for (const [low, high] of [[1000.1, 1000.4], [-.31, .52], [0, 1e-7], [12345.6, 12345.9], [1, 1.0000001], [3, 3]]) {
+    const said = scales.tickWords(scales.ticks(low, high));
+    assert.equal(new Set(said).size, said.length, said.join(" "));
+  }
+});
+
 test("numbers in words", () => {
   assert.deepEqual([NaN, null, 0, -1.23456, 123456789, .00001234, 42].map(v => scales.words(v)),
     ["–", "–", "0", "−1.235", "1.23e+8", "1.23e−5", "42"]);

@@ -52,13 +52,28 @@ export function bestLayer(reliability, layers) {
   return best < 0 ? Math.floor((layers - 1) / 2) : best;
 }
 
+// Lowest and highest of values to draw between; those that differ by nothing but rounding get room on both sides.
+export function rangeOf(known) {
+  const least = Math.min(...known), most = Math.max(...known), size = Math.max(Math.abs(least), Math.abs(most));
+  return most - least > 1e-9 * size ? [least, most] : [least - (size / 2 || 1), most + (size / 2 || 1)];
+}
+
+// Round numbers from `low` to `high`, at most 2 * about + 1. Where the steps would be lost in rounding there is one: `low`.
 export function ticks(low, high, about = 5) {
-  if (!(high > low)) return [low];
-  const rough = (high - low) / about, ten = 10 ** Math.floor(Math.log10(rough));
-  const step = ten * [1, 2, 5, 10].find(f => f * ten >= rough * (1 - 1e-9)), found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9;
-    n++) found.push(n === 0 ? 0 : Number((n * step).toPrecision(12)));
+  const rough = (high - low) / about, size = Math.max(Math.abs(low), Math.abs(high));
+  if (!(rough > 1e-12 * size) || rough === Infinity) return [low];
+  const ten = 10 ** Math.floor(Math.log10(rough));
+  const step = ten * ([1, 2, 5].find(f => f * ten >= rough * (1 - 1e-9)) ?? 10), first = Math.ceil(low / step - 1e-9), found = [];
+  for (let i = 0; i <= 2 * about && (first + i) * step <= high + step * 1e-9; i++)
+    found.push(first + i === 0 ? 0 : Number(((first + i) * step).toPrecision(15)));
   return found;
+}
+
+// As many digits as tell ticks apart.
+export function tickWords(found) {
+  const size = Math.max(...found.map(Math.abs)), step = found.length > 1 ? Math.abs(found[1] - found[0]) : size;
+  const digits = Math.max(4, Math.min(15, Math.ceil(Math.log10(size / step || 1)) + 1));
+  return found.map(v => words(v, digits));
 }
 
 // The minus sign, not a hyphen; exponents where the number would be long.
