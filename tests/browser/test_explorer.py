@@ -175,6 +175,40 @@ def test_the_map_chooses_token_and_layer(browser):
     until(browser, lambda: browser.execute_script(pixels, canvas) != drawn)
 
 
+def test_a_column_of_several_tokens_shows_names_and_chooses_the_same_one(browser, run, tmp_path):
+    size, layers = 3000, (0, 2)
+    values = np.random.default_rng(5).normal(size=(2, size))
+    first = (
+        run.table[run.table.layer == 0].iloc[[0] * size].assign(seq=0, pos=np.arange(size), token=[f" w{i}" for i in range(size)])
+    )
+    first = first[[*first.columns[: first.columns.get_loc("token") + 1], "surprisal"]]
+    table = pd.concat([first.assign(layer=layer, surprisal=values[i]) for i, layer in enumerate(layers)], ignore_index=True)
+    bl.views.make_report(tables.with_provenance(table, run.table)).save(tmp_path / "report.html")
+    open_explorer(browser, tmp_path / "report.html")
+    at = (
+        "const m = document.querySelector('basin-map'), r = m.canvas.getBoundingClientRect(), [row, column, kind] = arguments;"
+        "const e = new MouseEvent(kind, {bubbles: true, clientX: r.left + 34 + (column + .5) * m.width, clientY: r.top + (row + .5) * m.height});"
+        "m.canvas.dispatchEvent(e); return m.columns[Math.floor((e.offsetX - 34) / m.width)];"
+    )
+    scale = browser.execute_script("return [...document.querySelector('basin-explorer').about.scores].map(s => s.zero)")
+    assert scale == [False]  # surprisal is bounded: its middle is the median
+    for row, column in ((0, 7), (1, 40), (0, 200)):
+        layer = 1 - row
+        start, end = browser.execute_script(at, row, column, "mousemove")
+        assert end - start > 1
+        away = np.abs(values[layer] - np.median(values[layer]))[start:end]
+        token = start + int(away.argmax())
+        until(browser, lambda token=token: one(browser, ".tip").get_attribute("textContent").startswith(f" w{token} "))
+        assert f"of {end - start} tokens" in one(browser, ".tip").text
+        browser.execute_script(at, row, column, "click")
+        until(browser, lambda token=token: f"“ w{token}”" in one(browser, ".pane").get_attribute("textContent"))
+        assert title(browser).endswith(f"layer {layers[layer]}")
+        assert set(browser.execute_script("return Object.keys(document.querySelector('basin-explorer').state)")) == {
+            "score", "layer", "token", "fixed"
+        }  # fmt: skip
+    assert problems(browser) == []
+
+
 @pytest.mark.usefixtures("page")
 def test_one_scale_for_all_layers_where_it_is_fixed(browser):
     Select(one(browser, "select.score")).select_by_visible_text("contraction")
@@ -217,8 +251,8 @@ def test_what_is_shown_goes_out_as_csv_png_and_svg(browser, run):
     shown = pd.read_csv(io.StringIO(text("text/csv")), keep_default_na=False, na_values=[""])
     layer = shown["layer"].iloc[0]
     rows = run.table[run.table.layer == layer]
-    np.testing.assert_allclose(shown["compression"], rows["compression"], rtol=0.02, atol=0.01)
-    assert shown["pos"].tolist() == rows["pos"].tolist()
+    np.testing.assert_allclose(shown["compression (rounded)"], rows["compression"], rtol=0.02, atol=0.01)
+    assert [shown[name].tolist() for name in ("doc", "seq", "pos")] == [rows[name].tolist() for name in ("doc", "seq", "pos")]
     svg = ElementTree.fromstring(text("image/svg+xml"))
     assert svg.tag.endswith("svg") and "var(" not in text("image/svg+xml")
     size = "saved[arguments[0]].arrayBuffer().then(bytes => arguments[1](bytes.byteLength))"

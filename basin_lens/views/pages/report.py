@@ -125,6 +125,7 @@ def make_report(
         "rows": codes[: len(first)].tolist(),
         "positions": first["pos"].tolist(),
         "sequences": _sequences(first),
+        "rounded": True,
         "arrays": arrays,
         "values": places,
         "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
@@ -193,7 +194,9 @@ def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
 
 
 def _sequences(first: pd.DataFrame) -> list[Facts]:
-    return [{"doc": str(part["doc"].iloc[0]), "length": len(part)} for _, part in first.groupby("seq", sort=True)]
+    return [
+        {"doc": str(part["doc"].iloc[0]), "seq": int(seq), "length": len(part)} for seq, part in first.groupby("seq", sort=True)
+    ]
 
 
 def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.ndarray]:

@@ -3,7 +3,7 @@ import "./map.mjs";
 import "./curve.mjs";
 import "./neighbors.mjs";
 import {button, chooser, define, folded, headed, make, save, tableOf} from "./dom.mjs";
-import {csvOf, hashOf, search, stateOf, visible} from "./layout.mjs";
+import {csvOf, hashOf, scoresOf, search, stateOf, visible} from "./layout.mjs";
 import {bestLayer, colorAt, css, scaleOf, words} from "./scales.mjs";
 
 const DARK = "(prefers-color-scheme: dark)";
@@ -65,7 +65,8 @@ class BasinExplorer extends HTMLElement {
   }
 
   text() {
-    const section = make("section"), what = "scores of all tokens at this layer";
+    const section = make("section");
+    const what = `scores of all tokens at this layer${this.about.rounded ? ", rounded as in this page" : ""}`;
     const toFile = async () => save(new Blob([await this.csv()], {type: "text/csv"}), `${this.name()}.csv`);
     this.tokens = make("basin-tokens", undefined, "texts");
     section.append(
@@ -121,10 +122,10 @@ class BasinExplorer extends HTMLElement {
     this.dark.addEventListener("change", () => this.paint());
     const linked = () => ({token: -1, fixed: false, ...stateOf(location.hash, {scores, layers, count: rows.length})});
     if (this.linked) addEventListener("hashchange", () => this.go(linked(), true));
-    const tell = (row, layer, event) => row === undefined ? this.hush() : this.say(Number(row), layer, event);
+    const tell = (row, layer, event, of) => row === undefined ? this.hush() : this.say(Number(row), layer, event, of);
     this.tokens.addEventListener("mousemove", e => tell(e.target.dataset.row, this.state.layer, e));
     this.tokens.addEventListener("mouseleave", () => this.hush());
-    this.map.addEventListener("point", ({detail: {at, event}}) => tell(at?.token, at?.layer, event));
+    this.map.addEventListener("point", ({detail: {at, event}}) => tell(at?.token, at?.layer, event, at?.of));
   }
 
   key(event) {
@@ -225,7 +226,8 @@ class BasinExplorer extends HTMLElement {
       label: `${scores[score].name} of ${end - start} tokens at ${layers.length} layers; arrows choose token and layer`});
     this.mapNote.textContent = `${fixed ? "One color scale for all layers." : "Each layer has its own color scale."} ` +
       "It is the text of the token chosen, else the first. " +
-      (this.map.columns.length < end - start ? "A column is several tokens, shown by the one furthest from the middle." : "");
+      (this.map.columns.length < end - start ? "A column is several tokens; its color, words and click are those of the one " +
+        "furthest from the middle at the layer." : "");
     this.showToken(values, found);
   }
 
@@ -245,12 +247,13 @@ class BasinExplorer extends HTMLElement {
     list.show({about: this.about, found, token});
   }
 
-  async say(row, layer, event) {
+  async say(row, layer, event, of = 1) {
     this.told = `${row} ${layer}`;
     const told = this.told, {scores} = this.about, {clientX, clientY} = event;
     const values = await Promise.all(scores.map((_, i) => this.provider.values(i, layer)));
     if (told !== this.told) return;
     this.tip.textContent = [`${visible(this.tokens.texts[row])}   layer ${this.about.layers[layer]}`,
+      ...(of > 1 ? [`of ${of} tokens in this column, the one furthest from the middle`] : []),
       ...scores.map((s, i) => `${i === this.state.score ? "▸ " : "  "}${s.name}: ${words(values[i][row], 3)}`)].join("\n");
     this.tip.style.display = "block";
     this.tip.style.left = `${Math.max(4, Math.min(clientX + 14, innerWidth - this.tip.offsetWidth - 8))}px`;
@@ -260,13 +263,9 @@ class BasinExplorer extends HTMLElement {
   hush() { this.told = ""; this.tip.style.display = "none"; }
 
   async csv() {
-    const {scores, layers, positions, sequences} = this.about, {layer} = this.state;
-    const values = await Promise.all(scores.map((_, i) => this.provider.values(i, layer)));
-    const rows = sequences.flatMap(({doc}, s) => Array.from({length: this.starts[s + 1] - this.starts[s]}, (_,
-      i) => this.starts[s] + i)
-      .map(row => [doc, s, positions[row], this.tokens.texts[row], layers[layer],
-        ...values.map(v => Number(v[row].toPrecision(4)))]));
-    return csvOf([["doc", "seq", "pos", "token", "layer", ...scores.map(s => s.name)], ...rows]);
+    const {layer} = this.state;
+    const values = await Promise.all(this.about.scores.map((_, i) => this.provider.values(i, layer)));
+    return csvOf(scoresOf(this.about, layer, this.tokens.texts, values));
   }
 
   async copy() { await navigator.clipboard.writeText(await this.csv()); }
