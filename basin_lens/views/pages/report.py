@@ -150,8 +150,8 @@ def _check_same_tokens(table: pd.DataFrame, first: pd.DataFrame, layers: Sequenc
         here = table.loc[table["layer"] == layer, [*_TOKEN]].reset_index(drop=True)
         if not here.equals(tokens):
             raise TableError(
-                f"expected the same tokens at every layer, got {len(here):,} rows at layer {layer} that are not the {len(tokens):,} of "
-                f"layer {layers[0]}. Show layers that have the same: table[table.layer == {layer}]."
+                f"expected the same tokens at every layer, got {len(here):,} rows at layer {layer} that are not the "
+                f"{len(tokens):,} of layer {layers[0]}. Show layers that have the same: table[table.layer == {layer}]."
             )
 
 
@@ -162,7 +162,8 @@ def _check_neighbors(kept: KeptLike, first: pd.DataFrame, layers: Sequence[int],
     for name, array in (("rows", kept.rows), ("before", kept.before), ("after", kept.after)):
         if array.ndim != 3 or array.shape[:2] != expected or array.shape != kept.rows.shape:
             raise TableError(
-                f"expected neighbors of the table's {expected[0]} layers and {expected[1]:,} tokens, got {name} of shape {array.shape}. {again}"
+                f"expected neighbors of the table's {expected[0]} layers and {expected[1]:,} tokens, got {name} of shape "
+                f"{array.shape}. {again}"
             )
     if kept.score not in scores:
         raise TableError(f"expected neighbors behind one of {', '.join(scores)}, got those behind {kept.score!r}. {again}")

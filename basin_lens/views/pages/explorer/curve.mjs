@@ -48,6 +48,7 @@ class BasinCurve extends HTMLElement {
       for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size", "font-family"])
         made[i].setAttribute(name, style.getPropertyValue(name));
     });
+    for (const hit of copy.querySelectorAll(".hit")) hit.remove();  // for the mouse alone
     copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
     copy.setAttribute("width", 2 * W);
     copy.setAttribute("height", 2 * H);

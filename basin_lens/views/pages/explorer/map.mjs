@@ -10,7 +10,8 @@ class BasinMap extends HTMLElement {
     if (this.canvas) return;
     this.canvas = make("canvas");
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("role", "application");  // its arrows reach it also where a reader has its own
+    this.canvas.setAttribute("aria-roledescription", "map");
     this.append(this.canvas);
     this.canvas.addEventListener("click", e => {
       const at = this.at(e);
