@@ -154,7 +154,7 @@ def test_a_report_of_a_large_run_shows_its_first_sequences_and_says_so(run, monk
     assert [one["length"] for one in part["sequences"]] == lengths[:2]
     words = [[data["strings"][code] for code in data["rows"]] for data in (part, whole)]
     assert words[0] == words[1][: sum(lengths[:2])] and len(part["positions"]) == sum(lengths[:2])
-    assert part["curves"] == whole["curves"] and part["n_documents"] == whole["n_documents"]
+    assert part["curves"] == whole["curves"] and part["of_means"] == whole["of_means"]
     assert f"the first 2 of {len(lengths)} sequences" in part["about"] and "Shown here" not in whole["about"]
     assert [len(numbers(rows)) for rows in part["neighbors"]["rows"]] == [5 * sum(lengths[:2])] * len(part["layers"])
     monkeypatch.setattr(report, "_MOST_VALUES", 1)
@@ -337,6 +337,21 @@ def test_tables_round_trip_and_concat_keep_provenance(run, llama, tmp_path):
     assert len(bl.views.layer_curve(both, "surprisal").axes[0].lines) == 2
     with pytest.raises(bl.errors.TableError, match="one run"):
         bl.views.make_report(both)
+
+
+def test_the_page_says_over_how_many_documents_intervals_are_and_when_there_can_be_none(llama):
+    def words(texts):
+        data = data_of(bl.views.make_report(bl.analyze(llama, texts, [bl.analyzers.Surprisal()], layers=[1], progress=False)).html)
+        return data["of_means"], data["curves"][0]["low"][0]
+
+    plain, low = words(TEXTS[:3])
+    assert plain == "Mean over documents, 95 % interval (Student's t) over 3 documents." and low is not None
+    copied, low = words([*TEXTS[:3], TEXTS[0]])
+    assert copied.startswith(plain) and "3 of 4 sequences" in copied and "3 of 4." in copied and low is not None
+    one, low = words(TEXTS[:1])
+    assert one == "Mean of one document: over documents no interval is possible." and low is None
+    same, low = words([TEXTS[0]] * 2)
+    assert same.startswith(one) and "1 of 2 sequences" in same and low is None
 
 
 def other_tokens_at_a_layer(table):

@@ -30,8 +30,8 @@ _NOTES = (
     "with, and moves with the growth of norms.",
     "A correlation with a score cannot exceed the square root of the product of the reliabilities: read differences between tokens "
     "only where the split-half reliability is well above 0.",
-    "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
-    "correction for looking at many layers and scores.",
+    "Intervals are over documents, because tokens of one text are not independent; of one document there is none. No test has been "
+    "made on this page, and no correction for looking at many layers and scores.",
     "Numbers of single tokens are rounded here: scores to less than a hundredth of their spread, distances of neighbors to a few "
     "hundredths, coarser for values far out. The table has them as they were measured.",
 )
@@ -98,7 +98,7 @@ def make_report(
         _check_neighbors(neighbors, first, layers, list(scores))
     summary = tables.layer_summary(table)
     about = _about(facts, first, facts.get("bank", {}))
-    n_documents = int(first["doc"].nunique())
+    of_means = _of_means(summary, first)
     sampled = _sampled(facts, table)
     signed = {name for name, fact in scores.items() if _has_both_signs(table, name, fact)}
     each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * min(_MOST_NEIGHBORS, neighbors.rows.shape[2])))
@@ -129,7 +129,7 @@ def make_report(
         "arrays": arrays,
         "values": places,
         "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
-        "n_documents": n_documents,
+        "of_means": of_means,
         "left_out": [{"score": name, "counts": counts} for name, counts in facts.get("left_out", {}).items()],
         "provenance": json.dumps({runs[0]: facts}, indent=1),
         "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
@@ -171,6 +171,21 @@ def _check_neighbors(kept: KeptLike, first: pd.DataFrame, layers: Sequence[int],
         raise TableError(f"expected rows of a bank of {len(kept.bank):,}, got row {int(kept.rows.max()):,}. {again}")
     if kept.own and not np.array_equal(kept.bank[["seq", "pos"]].to_numpy(), first[["seq", "pos"]].to_numpy()):
         raise TableError(f"expected neighbors among the table's own tokens, got a bank with others (seq, pos). {again}")
+
+
+def _of_means(summary: pd.DataFrame, first: pd.DataFrame) -> str:
+    """What stands beside means and their intervals: of how many documents, and whether any interval is possible."""
+    documents, sequences = int(summary["n_documents"].max()), int(summary["n_sequences"].max())
+    labels, texts = int(first["doc"].nunique()), int(first["seq"].nunique())
+    words = f"Mean over documents, 95 % interval (Student's t) over {documents:,} documents."
+    if documents < 2:
+        words = "Mean of one document: over documents no interval is possible."
+    if (documents, sequences) != (labels, texts):
+        words += (
+            f" Of texts that are copies of one another one counts: {sequences:,} of {texts:,} sequences, "
+            f"and documents that share them are one: {documents:,} of {labels:,}."
+        )
+    return words
 
 
 def _first_sequences(of_rows: pd.Series, most: int) -> list[int]:

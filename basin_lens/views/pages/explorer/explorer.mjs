@@ -106,7 +106,7 @@ class BasinExplorer extends HTMLElement {
     pre.tabIndex = 0;
     return [make("h2", "What was left out"),
       tableOf(["score", ...names], left.map(l => [l.score, ...names.map(n => String(l.counts[n] ?? 0))]), 1),
-      folded("Layer by layer", this.summary()), folded("Provenance of this run", pre)];
+      folded("Layer by layer", make("p", this.about.of_means, "soft"), this.summary()), folded("Provenance of this run", pre)];
   }
 
   summary() {
@@ -248,14 +248,15 @@ class BasinExplorer extends HTMLElement {
   }
 
   overDepth() {
-    const {score, layer} = this.state, {scores, layers, curves, n_documents: documents} = this.about;
+    const {score, layer} = this.state, {scores, layers, curves, of_means: about} = this.about;
     const {name, unit} = scores[score], c = curves[score];
     this.curveTitle.textContent = `${name} over depth`;
     this.curve.show({layers, layer, unit, low: c.low, high: c.high, label: `${name} over depth`,
       lines: [...c.nulls.map((n, i) => ({values: n.mean, kind: `null${i % 2}`})), {values: c.mean, kind: "mean"}]});
     const interval = c.low[layer] === null ? "" : ` (${words(c.low[layer])} to ${words(c.high[layer])})`;
+    const alone = c.low[layer] !== null || c.low.every(v => v === null) ? "" : "Here fewer than two documents have it: no interval. ";
     this.curveNote.textContent = `At layer ${layers[layer]}: ${words(c.mean[layer])}${interval} ${unit}. ` +
-      `Mean over documents, 95 % interval over ${documents} documents. ` +
+      `${about} ${alone}` +
       (c.reliability ? `Split-half reliability: ${words(c.reliability[layer])} (Spearman over disjoint neighbor halves). ` : "") +
       (c.local ? `The neighborhoods' median variance is ${words(c.local[layer])} of that of random sets here. ` : "") +
       (c.nulls.length ? `Its nulls: ${c.nulls.map((n, i) => `${["dashed", "dotted"][i % 2]}, ${n.name}`).join("; ")}.` : "");
