@@ -254,7 +254,7 @@ class BasinExplorer extends HTMLElement {
     this.curve.show({layers, layer, unit, low: c.low, high: c.high, label: `${name} over depth`,
       lines: [...c.nulls.map((n, i) => ({values: n.mean, kind: `null${i % 2}`})), {values: c.mean, kind: "mean"}]});
     const interval = c.low[layer] === null ? "" : ` (${words(c.low[layer])} to ${words(c.high[layer])})`;
-    const alone = c.low[layer] !== null || c.low.every(v => v === null) ? "" : "Here fewer than two documents have it: no interval. ";
+    const alone = c.low[layer] !== null || c.low.every(v => v === null) ? "" : "No interval here: fewer than two documents. ";
     this.curveNote.textContent = `At layer ${layers[layer]}: ${words(c.mean[layer])}${interval} ${unit}. ` +
       `${about} ${alone}` +
       (c.reliability ? `Split-half reliability: ${words(c.reliability[layer])} (Spearman over disjoint neighbor halves). ` : "") +
