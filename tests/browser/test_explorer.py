@@ -230,10 +230,9 @@ def test_what_is_chosen_is_said(browser):
     press(browser, Keys.ARROW_DOWN if layer else Keys.ARROW_UP)
     until(browser, lambda: slider.get_attribute("aria-valuetext") != before)
     until(browser, lambda: f"layer {layer - 1 if layer else 1}: " in voice.get_attribute("textContent"))
-    # Letting go by the sheet's own button leaves the focus at the token.
-    close = one(browser, ".pane button")
-    browser.execute_script("arguments[0].focus()", close)
-    close.send_keys(Keys.ENTER)
+    # Letting go by the sheet's own button, which stands there anew at every step, leaves the focus at the token.
+    until(browser, lambda: f"layer {layer - 1 if layer else 1}:" in one(browser, ".pane .own").get_attribute("textContent"))
+    browser.execute_script("const close = document.querySelector('.pane button'); close.focus(); close.click()")
     until(browser, lambda: "No token chosen" in voice.get_attribute("textContent"))
     until(browser, lambda: browser.switch_to.active_element.get_attribute("data-row") == "4")
 

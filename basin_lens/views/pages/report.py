@@ -118,7 +118,8 @@ def make_report(
         "notes": _NOTES,
         "layers": layers,
         "scores": [
-            {"name": name, "unit": fact["unit"], "sampled": sampled.get(name), "zero": name in signed}
+            {"name": name, "unit": fact["unit"], "low": fact.get("low"), "high": fact.get("high"), "sampled": sampled.get(name)}
+            | {"zero": name in signed}
             for name, fact in scores.items()
         ],
         "strings": [str(text) for text in strings],

@@ -48,6 +48,13 @@ test("what is left out moves neither middle nor ends", () => {
   assert.equal(scales.scaleOf([values, values.map(v => 2 * v)], true).known, 202);
 });
 
+test("the key ends where a score does", () => {
+  assert.deepEqual(scales.endsOf({middle: 3.1, bound: 9}, 0, null), [0, 12.1]);
+  assert.deepEqual(scales.endsOf({middle: .5, bound: 2}, 0, 1), [0, 1]);
+  assert.deepEqual(scales.endsOf({middle: 0, bound: 2}, undefined, null), [-2, 2]);
+  assert.deepEqual(scales.endsOf({middle: 50, bound: 2}, 0, 100), [48, 52]);
+});
+
 test("values beyond the ends have the ends' color", () => {
   const scale = {middle: 2, bound: 4};
   assert.deepEqual([-100, 0, 2, 4, 100].map(v => scales.placeOn(v, scale)), [-1, -.5, 0, .5, 1]);

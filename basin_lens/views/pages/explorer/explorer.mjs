@@ -5,7 +5,7 @@ import "./neighbors.mjs";
 import {button, chooser, copied, define, folded, headed, make, save, tableOf} from "./dom.mjs";
 import {asked, placeOf} from "./keys.mjs";
 import {csvOf, hashOf, scoresOf, search, stateOf, visible} from "./layout.mjs";
-import {bestLayer, colorAt, css, scaleOf, words} from "./scales.mjs";
+import {bestLayer, colorAt, css, endsOf, placeOn, scaleOf, words} from "./scales.mjs";
 
 const DARK = "(prefers-color-scheme: dark)";
 const KEYS = "Keys: arrows left and right go to the next token, up and down to the next layer (once a token is chosen, or " +
@@ -207,19 +207,20 @@ class BasinExplorer extends HTMLElement {
     const [values, scale, found] = await Promise.all(
       [this.provider.values(score, layer), this.scale(score, layer, fixed), this.provider.neighbors(layer)]);
     if (turn !== this.turn) return;  // something else was chosen meanwhile
-    const {scores, layers, neighbors, rows} = this.about, {name, unit, sampled} = scores[score];
+    const {scores, layers, neighbors, rows} = this.about, {name, unit, low, high, sampled} = scores[score];
     const kept = neighbors && token >= 0 ? found.rows.subarray(token * neighbors.shown, (token + 1) * neighbors.shown) : [];
     this.tokens.show({values, scale, dark, chosen: token, near: new Set(neighbors?.own ? kept : [])});
     const none = values.reduce((sum, v) => sum + Number.isNaN(v), 0), middle = words(scale.middle, 3);
     this.scoreBox.value = score; this.layerBox.value = this.slider.value = layer; this.fixedBox.checked = fixed;
-    this.low.textContent = words(scale.middle - scale.bound, 3);
-    this.high.textContent = `${words(scale.middle + scale.bound, 3)} ${unit}`;
-    const ramp = [-1, -.66, -.33, 0, .33, .66, 1].map(x => css(colorAt(x, dark)));
+    const ends = endsOf(scale, low, high), [from, to] = ends.map(v => placeOn(v, scale));
+    this.low.textContent = words(ends[0], 3);
+    this.high.textContent = `${words(ends[1], 3)} ${unit}`;
+    const ramp = Array.from({length: 13}, (_, i) => css(colorAt(from + i / 12 * (to - from), dark)));
     this.ramp.style.background = `linear-gradient(90deg, ${ramp.join(", ")})`;
     this.legend.textContent = `Red: below ${middle}, blue: above; no color: ${middle}${scale.zero ? "" : ", the median"}.`;
     this.viewTitle.textContent = `${name} at layer ${layers[layer]}`;
     this.viewNote.textContent = `${none} of ${rows.length} tokens have no score (gray). Position 0 is not in the color scale.` +
-      (sampled ? ` It was measured on a seeded sample of ${sampled} tokens per layer, the colored ones.` : "");
+      (sampled ? ` It was measured on a seeded sample, of at most ${sampled} tokens of a layer.` : "");
     this.overDepth();
     this.tell(values);
     await this.every(turn, found, dark);
@@ -293,8 +294,10 @@ class BasinExplorer extends HTMLElement {
     const line = make("basin-curve"), list = make("basin-neighbors");
     const close = button("Close", "let the token go (Escape)", () => this.leave());
     this.pane.append(headed(make("h2", `“${visible(this.tokens.texts[token])}”, position ${positions[token]}`), close),
-      make("p", `${name} at layer ${layers[layer]}: ${words(own[layer], 3)} ${unit}`, "own"),
-      list, make("h3", `${name} of this token over depth`), line);
+      make("p", `${name} at layer ${layers[layer]}: ` +
+        (Number.isNaN(own[layer]) ? "no score of this token" : `${words(own[layer], 3)} ${unit}`), "own"), list);
+    if (own.every(Number.isNaN)) this.pane.append(make("p", `No layer has ${name} of this token.`, "soft"));
+    else this.pane.append(make("h3", `${name} of this token over depth`), line);
     line.show({layers, layer, unit, low: empty, high: empty, lines: [{values: own, kind: "mean"}],
       label: `${name} of this token over depth`});
     list.show({about: this.about, found, token});

@@ -45,6 +45,10 @@ export function scaleOf(arrays, zero, leaveOut = () => false) {
 
 export const placeOn = (value, {middle, bound}) => Math.max(-1, Math.min(1, (value - middle) / bound));
 
+// The values where a scale's colors end, or a score's own bounds where these are nearer.
+export const endsOf = ({middle, bound}, low, high) =>
+  [Math.max(middle - bound, low ?? -Infinity), Math.min(middle + bound, high ?? Infinity)];
+
 // The layer to open at: of the highest reliability, the first of equals; without reliabilities the one in the middle.
 export function bestLayer(reliability, layers) {
   let best = -1;
