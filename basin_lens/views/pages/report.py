@@ -211,9 +211,8 @@ def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
 
 
 def _sequences(first: pd.DataFrame) -> list[Facts]:
-    return [
-        {"doc": str(part["doc"].iloc[0]), "seq": int(seq), "length": len(part)} for seq, part in first.groupby("seq", sort=True)
-    ]
+    parts = [part for _, part in first.groupby("seq", sort=True)]
+    return [{"doc": str(part["doc"].iloc[0]), "seq": int(part["seq"].iloc[0]), "length": len(part)} for part in parts]
 
 
 def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.ndarray]:
