@@ -148,6 +148,115 @@ def test_everything_goes_by_keyboard(browser):
     assert len(browser.find_elements(By.CSS_SELECTOR, "basin-tokens [tabindex='0']")) == 1
 
 
+def press(browser, key):
+    """A key where nothing has the focus."""
+    browser.execute_script("document.activeElement.blur()")
+    one(browser, "body").send_keys(key)
+
+
+@pytest.mark.usefixtures("page")
+def test_keys_are_heard_where_nothing_has_the_focus_and_left_to_fields(browser):
+    press(browser, "s")
+    until(browser, lambda: not title(browser).startswith("compression at"))
+    press(browser, Keys.ARROW_RIGHT)
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".chosen"))
+    layer = int(title(browser)[-1])
+    press(browser, Keys.ARROW_DOWN if layer else Keys.ARROW_UP)
+    until(browser, lambda: int(title(browser)[-1]) == (layer - 1 if layer else 1))
+    at = title(browser)
+    browser.execute_script("document.body.append(Object.assign(document.createElement('input'), {id: 'other'}))")
+    one(browser, "#other").send_keys("s/" + Keys.ARROW_LEFT + Keys.ESCAPE)
+    one(browser, "select.layer").send_keys(Keys.ESCAPE)
+    press(browser, Keys.CONTROL + "s" + Keys.NULL)
+    assert one(browser, "#other").get_attribute("value") == "s/" and title(browser) == at
+
+
+@pytest.mark.usefixtures("page")
+def test_of_two_explorers_the_one_used_last_answers(browser):
+    browser.execute_async_script(
+        "const [done] = arguments, one = document.querySelector('basin-explorer'), two = document.createElement('basin-explorer');"
+        "one.after(two); two.open(one.provider).then(done);"
+    )
+
+    def scores():
+        return browser.execute_script("return [...document.querySelectorAll('basin-explorer')].map(e => e.state.score)")
+
+    assert scores() == [0, 0]
+    press(browser, "s")
+    assert scores() == [1, 0]
+    browser.execute_script(
+        "const two = document.querySelectorAll('basin-explorer')[1];"
+        "two.querySelector('h1').dispatchEvent(new PointerEvent('pointerdown', {bubbles: true}))"
+    )
+    press(browser, "s")
+    assert scores() == [1, 1]
+    browser.execute_script("const two = document.querySelectorAll('basin-explorer')[1]; two.remove(); document.body.append(two)")
+    press(browser, "s")
+    assert scores() in ([2, 1], [1, 2])  # moved within the page it hears once, not twice
+    browser.execute_script("document.querySelectorAll('basin-explorer')[1].remove(); document.querySelector('h1').dispatchEvent("
+                           "new PointerEvent('pointerdown', {bubbles: true}))")  # fmt: skip
+    before = scores()
+    press(browser, "s")
+    assert scores() != before
+
+
+@pytest.mark.usefixtures("page")
+def test_an_address_that_is_refused_stops_nothing_and_is_not_asked_for_at_every_step(browser):
+    browser.execute_script(
+        "window.asked = 0; history.replaceState = () => { window.asked += 1; throw new DOMException('too many'); }"
+    )
+    for _ in range(6):
+        press(browser, Keys.ARROW_RIGHT)
+    until(browser, lambda: one(browser, ".chosen").get_attribute("data-row") == "5")
+    until(browser, lambda: "position 5" in one(browser, ".pane").text)
+    until(browser, lambda: browser.execute_script("return window.asked") >= 1)
+    browser.execute_script(
+        "window.asked = 0; const e = document.querySelector('basin-explorer'); for (let i = 0; i < 60; i++) e.go({token: i % 9})"
+    )
+    until(browser, lambda: browser.execute_script("return window.asked") >= 1)
+    assert browser.execute_script("return window.asked") == 1
+
+
+@pytest.mark.usefixtures("page")
+def test_what_is_chosen_is_said(browser):
+    voice, slider = one(browser, ".voice[role=status]"), one(browser, ".slider")
+    assert voice.get_attribute("textContent") == ""
+    assert re.fullmatch(r"layer \d: compression, mean −?[\d.]+ nats", slider.get_attribute("aria-valuetext"))
+    spans(browser)[4].click()
+    said = rf"“{re.escape(spans(browser)[4].text)}”, position 4, layer \d: compression −?[\d.e−]+ nats"
+    until(browser, lambda: re.fullmatch(said, voice.get_attribute("textContent").replace("“ ", "“")))
+    before = slider.get_attribute("aria-valuetext")
+    layer = int(title(browser)[-1])
+    press(browser, Keys.ARROW_DOWN if layer else Keys.ARROW_UP)
+    until(browser, lambda: slider.get_attribute("aria-valuetext") != before)
+    until(browser, lambda: f"layer {layer - 1 if layer else 1}: " in voice.get_attribute("textContent"))
+    # Letting go by the sheet's own button, which stands there anew at every step, leaves the focus at the token.
+    until(browser, lambda: f"layer {layer - 1 if layer else 1}:" in one(browser, ".pane .own").get_attribute("textContent"))
+    browser.execute_script("const close = document.querySelector('.pane button'); close.focus(); close.click()")
+    until(browser, lambda: "No token chosen" in voice.get_attribute("textContent"))
+    until(browser, lambda: browser.switch_to.active_element.get_attribute("data-row") == "4")
+
+
+@pytest.mark.usefixtures("page")
+def test_csv_is_copied_without_a_clipboard_or_selected_to_copy_by_hand(browser):
+    browser.execute_script(
+        "Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true});"
+        "document.execCommand = kind => { window.copied = document.activeElement.value; return kind === 'copy'; };"
+    )
+    button = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button") if b.text == "Copy CSV")
+    browser.execute_script("arguments[0].click()", button)
+    until(browser, lambda: "Copied" in one(browser, ".byhand").text)
+    assert browser.execute_script("return window.copied").startswith('"doc","seq","pos"')
+    browser.execute_script("document.execCommand = () => false")
+    browser.execute_script("arguments[0].click()", button)
+    until(browser, lambda: "Ctrl+C" in one(browser, ".byhand").text)
+    field = browser.switch_to.active_element
+    assert field.tag_name == "textarea"
+    assert browser.execute_script("return arguments[0].selectionEnd === arguments[0].value.length", field)
+    one(browser, ".byhand button").click()
+    until(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".byhand textarea"))
+
+
 def test_the_address_holds_the_state(browser, page):
     open_explorer(browser, page, "#score=surprisal&layer=2&token=7&fixed=1")
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".pane.open"))
@@ -173,6 +282,40 @@ def test_the_map_chooses_token_and_layer(browser):
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".chosen"))
     assert one(browser, ".chosen").get_attribute("data-row") == "3" and title(browser).endswith("layer 2")
     until(browser, lambda: browser.execute_script(pixels, canvas) != drawn)
+
+
+def test_a_column_of_several_tokens_shows_names_and_chooses_the_same_one(browser, run, tmp_path):
+    size, layers = 3000, (0, 2)
+    values = np.random.default_rng(5).normal(size=(2, size))
+    first = (
+        run.table[run.table.layer == 0].iloc[[0] * size].assign(seq=0, pos=np.arange(size), token=[f" w{i}" for i in range(size)])
+    )
+    first = first[[*first.columns[: first.columns.get_loc("token") + 1], "surprisal"]]
+    table = pd.concat([first.assign(layer=layer, surprisal=values[i]) for i, layer in enumerate(layers)], ignore_index=True)
+    bl.views.make_report(tables.with_provenance(table, run.table)).save(tmp_path / "report.html")
+    open_explorer(browser, tmp_path / "report.html")
+    at = (
+        "const m = document.querySelector('basin-map'), r = m.canvas.getBoundingClientRect(), [row, column, kind] = arguments;"
+        "const e = new MouseEvent(kind, {bubbles: true, clientX: r.left + 34 + (column + .5) * m.width, clientY: r.top + (row + .5) * m.height});"
+        "m.canvas.dispatchEvent(e); return m.columns[Math.floor((e.offsetX - 34) / m.width)];"
+    )
+    scale = browser.execute_script("return [...document.querySelector('basin-explorer').about.scores].map(s => s.zero)")
+    assert scale == [False]  # surprisal is bounded: its middle is the median
+    for row, column in ((0, 7), (1, 40), (0, 200)):
+        layer = 1 - row
+        start, end = browser.execute_script(at, row, column, "mousemove")
+        assert end - start > 1
+        away = np.abs(values[layer] - np.median(values[layer]))[start:end]
+        token = start + int(away.argmax())
+        until(browser, lambda token=token: one(browser, ".tip").get_attribute("textContent").startswith(f" w{token} "))
+        assert f"of {end - start} tokens" in one(browser, ".tip").text
+        browser.execute_script(at, row, column, "click")
+        until(browser, lambda token=token: f"“ w{token}”" in one(browser, ".pane").get_attribute("textContent"))
+        assert title(browser).endswith(f"layer {layers[layer]}")
+        assert set(browser.execute_script("return Object.keys(document.querySelector('basin-explorer').state)")) == {
+            "score", "layer", "token", "fixed"
+        }  # fmt: skip
+    assert problems(browser) == []
 
 
 @pytest.mark.usefixtures("page")
@@ -217,10 +360,11 @@ def test_what_is_shown_goes_out_as_csv_png_and_svg(browser, run):
     shown = pd.read_csv(io.StringIO(text("text/csv")), keep_default_na=False, na_values=[""])
     layer = shown["layer"].iloc[0]
     rows = run.table[run.table.layer == layer]
-    np.testing.assert_allclose(shown["compression"], rows["compression"], rtol=0.02, atol=0.01)
-    assert shown["pos"].tolist() == rows["pos"].tolist()
+    np.testing.assert_allclose(shown["compression (rounded)"], rows["compression"], rtol=0.02, atol=0.01)
+    assert [shown[name].tolist() for name in ("doc", "seq", "pos")] == [rows[name].tolist() for name in ("doc", "seq", "pos")]
     svg = ElementTree.fromstring(text("image/svg+xml"))
     assert svg.tag.endswith("svg") and "var(" not in text("image/svg+xml")
+    assert 'class="hit"' not in text("image/svg+xml") and len(browser.find_elements(By.CSS_SELECTOR, ".curve .hit")) == 3
     size = "saved[arguments[0]].arrayBuffer().then(bytes => arguments[1](bytes.byteLength))"
     assert browser.execute_async_script(size, kinds["image/png"]) > 300
 
@@ -253,10 +397,16 @@ def test_of_50_000_tokens_only_those_near_the_window_are_elements(browser, run, 
     assert count >= 50_000 and re.search(f"{count:,} tokens", one(browser, "header").text)
     assert 0 < len(spans(browser)) < 3000
     browser.execute_script("scrollTo(0, document.querySelector('basin-tokens').offsetHeight / 2)")
-    until(browser, lambda: any(colors(browser)) and int(spans(browser)[0].get_attribute("data-row")) > 10_000)
+    until(browser, lambda: any(colors(browser)) and int(spans(browser)[-1].get_attribute("data-row")) > 10_000)
     assert len(spans(browser)) < 3000
     one(browser, ".search").send_keys("finis" + Keys.ENTER)
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".chosen"))
     assert int(one(browser, ".chosen").get_attribute("data-row")) == count - 1
     until(browser, lambda: len(spans(browser)) < 3000)
+    # The token that the tab key reaches is there, however far the page is scrolled from it.
+    browser.execute_script("scrollTo(0, 0)")
+    until(browser, lambda: spans(browser)[3].get_attribute("style"))
+    assert [s.get_attribute("data-row") for s in browser.find_elements(By.CSS_SELECTOR, "basin-tokens [tabindex='0']")] == [
+        str(count - 1)
+    ]
     assert problems(browser) == []

@@ -74,3 +74,19 @@ def test_no_script_runs_in_the_page_but_its_own(run):
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" == policy
     assert not re.search(r"<[^>]*\son\w+\s*=", html.split('<script type="application/json"')[0])
+
+
+def test_the_script_uses_nothing_newer_than_the_browsers_that_the_docs_name():
+    """Chromium 92, Firefox 113, Safari 16.4. What came later, by name; `node` reads any of it, and the tests' Chromium is of today."""
+    newer = (
+        r"structuredClone|\.findLast|\.toSorted|\.toReversed|\.toSpliced|\.with\(|Object\.(hasOwn|groupBy)|Map\.groupBy|withResolvers|"
+        r"fromAsync|requestIdleCallback|adoptedStyleSheets|showPopover|startViewTransition|AbortSignal\.(timeout|any)|"
+        r"\.(isWellFormed|transferToImageBitmap|union|intersection)\(|^ *static \{|checkVisibility|randomUUID|\bsetHTML|/v[a-z]*[;,)]"
+    )
+    for path in MODULES.glob("*.mjs"):
+        assert not re.search(newer, path.read_text(encoding="utf-8"), re.M), path
+    style = (MODULES / "explorer.css").read_text(encoding="utf-8")
+    assert not re.search(r":has\(|@layer|@container|color-mix|light-dark|\d[dsl]v[hw]\b|oklch|&|text-wrap|subgrid", style)
+    words = " ".join((Path(bl.__file__).parents[1] / "docs" / "explorer.md").read_text(encoding="utf-8").split())
+    assert "Chromium 92, Firefox 113 or Safari 16.4" in words
+    assert "Chromium 92, Firefox 113 or Safari 16.4" in pages.explorer_page("t", {}).html

@@ -1,6 +1,7 @@
 """What a person sees: pages that are harmless, offline, and say what they show."""
 
 import base64
+import dataclasses
 import json
 import re
 import zlib
@@ -28,7 +29,11 @@ def numbers(packed: dict) -> np.ndarray:
     if packed["run"] > 1:
         whole = whole.reshape(-1, packed["run"]).cumsum(1).ravel() % 256
     bent = packed["low"] + (whole - 1) * (packed["high"] - packed["low"]) / (packed["steps"] - 1)
-    return np.where(whole == 0, np.nan, packed["middle"] + packed["spread"] * np.sinh(bent))
+    values = np.clip(packed["middle"] + packed["spread"] * np.sinh(bent), packed["least"], packed["most"])
+    exact = {0: np.nan, 1: packed["least"], packed["steps"]: packed["most"], packed["zero"]: 0.0}
+    return np.select(
+        [whole == step for step in exact if step is not None], [v for step, v in exact.items() if step is not None], values
+    )
 
 
 def agrees(packed: dict, expected: np.ndarray) -> None:
@@ -86,6 +91,38 @@ def test_packed_numbers_come_back(values, steps, run):
     agrees(packed_floats(values, steps, run=run), np.where(np.isfinite(values), values, np.nan))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_zeros_and_ends_come_back_exactly(seed):
+    """A zero of 1e-15 had a sign, and a score without negative values a scale with 0 in its middle."""
+    from basin_lens.views.pages.packing import packed_floats
+
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([np.zeros(30), rng.gamma(1, 3, 200) - (seed % 2) * 3])
+    back = numbers(packed_floats(values, 1023))
+    assert (back[values == 0] == 0).all()
+    assert (back.min(), back.max()) == (values.min(), values.max())
+    falling = -np.sort(-values.reshape(-1, 10))
+    runs = numbers(packed_floats(falling, 255, run=10))
+    assert (runs.min(), runs.max()) == (values.min(), values.max())
+
+
+def test_the_page_says_which_scores_have_zero_in_the_middle(run):
+    """By the table's numbers at all layers without position 0, and the bounds that a column has."""
+    rows = np.arange(len(run.table))
+    made = {
+        "both": np.where(rows % 2, -1.0, 2.0), "above": rows % 3 + 0.0, "below": -(rows % 3) - 1.0, "dust": np.where(rows % 2, -1e-17, 2.0),
+        "sink": np.where(run.table.pos == 0, -5.0, 1.0 + rows % 2), "none": np.nan, "bounded": np.where(rows % 2, -1e-3, 2.0),
+    }  # fmt: skip
+    table = tables.with_provenance(run.table.assign(**made), run.table)
+    bounds = {name: tables.Column("nats", low=0.0 if name == "bounded" else None, rows="token", analyzer="Made") for name in made}
+    record = tables.runs(table)[run.table["run"].iloc[0]]
+    record = dataclasses.replace(record, columns={**record.columns, **bounds})
+    table = tables.described(table, {run.table["run"].iloc[0]: record})
+    zero = {score["name"]: score["zero"] for score in data_of(bl.views.make_report(table).html)["scores"]}
+    assert {name: zero[name] for name in made} == {name: name == "both" for name in made}
+    assert zero["compression"] and not zero["surprisal"]
+
+
 @pytest.mark.parametrize("most", [0, 254, 255, 65534, 65535, 70_000])
 def test_packed_rows_come_back(most):
     from basin_lens.views.pages.packing import packed_rows
@@ -117,7 +154,7 @@ def test_a_report_of_a_large_run_shows_its_first_sequences_and_says_so(run, monk
     assert [one["length"] for one in part["sequences"]] == lengths[:2]
     words = [[data["strings"][code] for code in data["rows"]] for data in (part, whole)]
     assert words[0] == words[1][: sum(lengths[:2])] and len(part["positions"]) == sum(lengths[:2])
-    assert part["curves"] == whole["curves"] and part["n_documents"] == whole["n_documents"]
+    assert part["curves"] == whole["curves"] and part["of_means"] == whole["of_means"]
     assert f"the first 2 of {len(lengths)} sequences" in part["about"] and "Shown here" not in whole["about"]
     assert [len(numbers(rows)) for rows in part["neighbors"]["rows"]] == [5 * sum(lengths[:2])] * len(part["layers"])
     monkeypatch.setattr(report, "_MOST_VALUES", 1)
@@ -300,6 +337,64 @@ def test_tables_round_trip_and_concat_keep_provenance(run, llama, tmp_path):
     assert len(bl.views.layer_curve(both, "surprisal").axes[0].lines) == 2
     with pytest.raises(bl.errors.TableError, match="one run"):
         bl.views.make_report(both)
+
+
+def test_the_page_says_over_how_many_documents_intervals_are_and_when_there_can_be_none(llama):
+    def words(texts):
+        data = data_of(bl.views.make_report(bl.analyze(llama, texts, [bl.analyzers.Surprisal()], layers=[1], progress=False)).html)
+        return data["of_means"], data["curves"][0]["low"][0]
+
+    plain, low = words(TEXTS[:3])
+    assert plain == "Mean over documents, 95 % interval (Student's t) over 3 documents." and low is not None
+    copied, low = words([*TEXTS[:3], TEXTS[0]])
+    assert copied.startswith(plain) and "3 of 4 sequences" in copied and "3 of 4." in copied and low is not None
+    one, low = words(TEXTS[:1])
+    assert one == "Mean of one document: over documents no interval is possible." and low is None
+    same, low = words([TEXTS[0]] * 2)
+    assert same.startswith(one) and "1 of 2 sequences" in same and low is None
+
+
+def other_tokens_at_a_layer(table):
+    """Tokens scored at one layer are not those of the next."""
+    return table[(table.layer != 1) | (table.seq != 2)], "same tokens at every layer"
+
+
+def other_words_at_a_layer(table):
+    return table.assign(token=table["token"].where(table["layer"] != 2, "x")), "same tokens at every layer"
+
+
+def rows_twice(table):
+    return pd.concat([table, table]), "one row per seq and pos"
+
+
+def no_token(table):
+    return table.drop(columns="token"), "token"
+
+
+@pytest.mark.parametrize("spoiled", [other_tokens_at_a_layer, other_words_at_a_layer, rows_twice, no_token])
+def test_a_report_refuses_layers_that_would_lie_over_one_another(run, spoiled):
+    table, words = spoiled(run.table)
+    with pytest.raises(bl.errors.TableError, match=words):
+        bl.views.make_report(tables.with_provenance(table, run.table))
+
+
+def test_a_report_refuses_neighbors_of_another_table(run, llama):
+    kept, table = run.neighbors, run.table
+    for part in (table[table.layer > 0], table[table.seq < 3]):
+        with pytest.raises(bl.errors.TableError, match="expected neighbors of the table's"):
+            bl.views.make_report(tables.with_provenance(part, table), neighbors=kept)
+    moved = tables.with_provenance(table.assign(seq=table["seq"] + 1), table)
+    with pytest.raises(bl.errors.TableError, match="own tokens"):
+        bl.views.make_report(moved, neighbors=kept)
+    other = bl.analyze(llama, [*TEXTS, *NASTY], [bl.analyzers.Surprisal()], progress=False)
+    with pytest.raises(bl.errors.TableError, match="behind 'contraction'"):
+        bl.views.make_report(other, neighbors=kept)
+    short = dataclasses.replace(kept, bank=kept.bank.iloc[:5], own=False)
+    with pytest.raises(bl.errors.TableError, match="bank of 5"):
+        bl.views.make_report(table, neighbors=short)
+    cut = dataclasses.replace(kept, after=kept.after[:, :, :2])
+    with pytest.raises(bl.errors.TableError, match="after of shape"):
+        bl.views.make_report(table, neighbors=cut)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ from basin_lens.values import Facts
 _DPI = 150
 _EXPLORER = files("basin_lens.views.pages") / "explorer"
 # In the order in which they need one another.
-MODULES = ("decode", "scales", "layout", "provider", "dom", "tokens", "map", "curve", "neighbors", "explorer")
+MODULES = ("decode", "scales", "layout", "provider", "dom", "keys", "tokens", "map", "curve", "neighbors", "explorer")
 _ENVIRONMENT = Environment(
     loader=PackageLoader("basin_lens.views.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
+# The oldest browsers that have all that the script uses: `DecompressionStream`; in Chromium, where that is older, `Array.at`.
+_NEEDS = "Its script needs Chromium 92, Firefox 113 or Safari 16.4, or a later version."
 # `tojson` keeps the order of the keys, and refuses NaN, which JSON.parse cannot read. It writes <, >, & and ' as \u003c and so on:
 # no text in the data can end its script element or open another.
 _ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}
@@ -94,7 +96,7 @@ def explorer_page(title: str, data: Facts) -> Report:
     )
     digest = base64.b64encode(hashlib.sha256(str(code).encode()).digest()).decode()
     style = Markup((_EXPLORER / "explorer.css").read_text(encoding="utf-8"))
-    return page_of("explorer.html", title=title, data=data, code=code, digest=digest, style=style)
+    return page_of("explorer.html", title=title, data=data, code=code, digest=digest, style=style, needs=_NEEDS)
 
 
 def picture(figure: Figure, alt: str, caption: str = "") -> Picture:

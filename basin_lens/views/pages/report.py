@@ -16,6 +16,7 @@ from basin_lens.views.pages.page import Report, explorer_page
 # Values in a page, of about a byte each when they are packed. A page of every token of a large run no browser opens.
 _MOST_VALUES = 6_000_000
 _MOST_NEIGHBORS = 5  # of each token: whole numbers that nothing compresses are most of a page
+_TOKEN = ("doc", "seq", "pos", "token")
 _NOTES = (
     "compression is how much more the block contracts the differences between a token's neighbors at the token's own place "
     "than the place contracts other neighborhoods' differences (compression_place) and other places contract these "
@@ -29,8 +30,8 @@ _NOTES = (
     "with, and moves with the growth of norms.",
     "A correlation with a score cannot exceed the square root of the product of the reliabilities: read differences between tokens "
     "only where the split-half reliability is well above 0.",
-    "Intervals are over documents, because tokens of one text are not independent. No test has been made on this page, and no "
-    "correction for looking at many layers and scores.",
+    "Intervals are over documents, because tokens of one text are not independent; of one document there is none. No test has been "
+    "made on this page, and no correction for looking at many layers and scores.",
     "Numbers of single tokens are rounded here: scores to less than a hundredth of their spread, distances of neighbors to a few "
     "hundredths, coarser for values far out. The table has them as they were measured.",
 )
@@ -71,7 +72,7 @@ def make_report(
         a `Report` with `.html` and `.save(path)`. Token texts and labels are data in it, never markup.
 
     Raises:
-        TableError: several runs, or no scores.
+        TableError: several runs, no scores, layers with other tokens than the first, or the neighbors of another table.
 
     Example:
         >>> import basin_lens as bl
@@ -88,13 +89,18 @@ def make_report(
     scores = tables.scores(table)
     if not scores:
         raise TableError("expected a table with scores, got none.")
+    tables.require(table, *_TOKEN)
     table = table.sort_values(["layer", "seq", "pos"], kind="stable")
     layers = sorted(table["layer"].unique().tolist())
-    summary = tables.layer_summary(table)
     first = table[table["layer"] == layers[0]]
+    _check_same_tokens(table, first, layers)
+    if neighbors is not None:
+        _check_neighbors(neighbors, first, layers, list(scores))
+    summary = tables.layer_summary(table)
     about = _about(facts, first, facts.get("bank", {}))
-    n_documents = int(first["doc"].nunique())
+    of_means = _of_means(summary, first)
     sampled = _sampled(facts, table)
+    signed = {name for name, fact in scores.items() if _has_both_signs(table, name, fact)}
     each = len(layers) * (len(scores) + (0 if neighbors is None else 3 * min(_MOST_NEIGHBORS, neighbors.rows.shape[2])))
     if shown := _first_sequences(first["seq"], _MOST_VALUES // each):
         about += (
@@ -111,20 +117,76 @@ def make_report(
         "about": about,
         "notes": _NOTES,
         "layers": layers,
-        "scores": [{"name": name, "unit": fact["unit"], "sampled": sampled.get(name)} for name, fact in scores.items()],
+        "scores": [
+            {"name": name, "unit": fact["unit"], "low": fact.get("low"), "high": fact.get("high"), "sampled": sampled.get(name)}
+            | {"zero": name in signed}
+            for name, fact in scores.items()
+        ],
         "strings": [str(text) for text in strings],
         "rows": codes[: len(first)].tolist(),
         "positions": first["pos"].tolist(),
         "sequences": _sequences(first),
+        "rounded": True,
         "arrays": arrays,
         "values": places,
         "curves": [_curve(summary, name, fact["analyzer"]) for name, fact in scores.items()],
-        "n_documents": n_documents,
+        "of_means": of_means,
         "left_out": [{"score": name, "counts": counts} for name, counts in facts.get("left_out", {}).items()],
         "provenance": json.dumps({runs[0]: facts}, indent=1),
         "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
     }
     return explorer_page(title, data)
+
+
+def _check_same_tokens(table: pd.DataFrame, first: pd.DataFrame, layers: Sequence[int]) -> None:
+    """The page holds tokens once: a layer of others would be shown on the wrong words."""
+    twice = int(first.duplicated(["seq", "pos"]).sum())
+    if twice:
+        raise TableError(
+            f"expected one row per seq and pos at a layer, got {twice} more at layer {layers[0]}. Keep one: "
+            'table.drop_duplicates(["layer", "seq", "pos"]).'
+        )
+    tokens = first[[*_TOKEN]].reset_index(drop=True)
+    for layer in layers[1:]:
+        here = table.loc[table["layer"] == layer, [*_TOKEN]].reset_index(drop=True)
+        if not here.equals(tokens):
+            raise TableError(
+                f"expected the same tokens at every layer, got {len(here):,} rows at layer {layer} that are not the "
+                f"{len(tokens):,} of layer {layers[0]}. Show layers that have the same: table[table.layer == {layer}]."
+            )
+
+
+def _check_neighbors(kept: KeptLike, first: pd.DataFrame, layers: Sequence[int], scores: Sequence[str]) -> None:
+    """Neighbors go by place: those of another table would stand at the wrong tokens."""
+    again = "Pass the table and the neighbors of one run, the table as it was made."
+    expected = (len(layers), len(first))
+    for name, array in (("rows", kept.rows), ("before", kept.before), ("after", kept.after)):
+        if array.ndim != 3 or array.shape[:2] != expected or array.shape != kept.rows.shape:
+            raise TableError(
+                f"expected neighbors of the table's {expected[0]} layers and {expected[1]:,} tokens, got {name} of shape "
+                f"{array.shape}. {again}"
+            )
+    if kept.score not in scores:
+        raise TableError(f"expected neighbors behind one of {', '.join(scores)}, got those behind {kept.score!r}. {again}")
+    if int(kept.rows.max(initial=-1)) >= len(kept.bank):
+        raise TableError(f"expected rows of a bank of {len(kept.bank):,}, got row {int(kept.rows.max()):,}. {again}")
+    if kept.own and not np.array_equal(kept.bank[["seq", "pos"]].to_numpy(), first[["seq", "pos"]].to_numpy()):
+        raise TableError(f"expected neighbors among the table's own tokens, got a bank with others (seq, pos). {again}")
+
+
+def _of_means(summary: pd.DataFrame, first: pd.DataFrame) -> str:
+    """What stands beside means and their intervals: of how many documents, and whether any interval is possible."""
+    documents, sequences = int(summary["n_documents"].max()), int(summary["n_sequences"].max())
+    labels, texts = int(first["doc"].nunique()), int(first["seq"].nunique())
+    words = f"Mean over documents, 95 % interval (Student's t) over {documents:,} documents."
+    if documents < 2:
+        words = "Mean of one document: over documents no interval is possible."
+    if (documents, sequences) != (labels, texts):
+        words += (
+            f" Of texts that are copies of one another one counts: {sequences:,} of {texts:,} sequences, "
+            f"and documents that share them are one: {documents:,} of {labels:,}."
+        )
+    return words
 
 
 def _first_sequences(of_rows: pd.Series, most: int) -> list[int]:
@@ -149,7 +211,8 @@ def _about(facts: Facts, first: pd.DataFrame, bank: Facts) -> str:
 
 
 def _sequences(first: pd.DataFrame) -> list[Facts]:
-    return [{"doc": str(part["doc"].iloc[0]), "length": len(part)} for _, part in first.groupby("seq", sort=True)]
+    parts = [part for _, part in first.groupby("seq", sort=True)]
+    return [{"doc": str(part["doc"].iloc[0]), "seq": int(part["seq"].iloc[0]), "length": len(part)} for part in parts]
 
 
 def _by_layer(table: pd.DataFrame, name: str, layers: Sequence[int]) -> list[np.ndarray]:
@@ -164,6 +227,19 @@ def _arrays(by_score: Sequence[Sequence[np.ndarray]]) -> tuple[list[Facts], list
         if places.setdefault(values.tobytes(), len(arrays)) == len(arrays):
             arrays.append(packed_floats(values, SCORE_STEPS))
     return arrays, [[places[layer.tobytes()] for layer in layers] for layers in by_score]
+
+
+def _has_both_signs(table: pd.DataFrame, name: str, column: Facts) -> bool:
+    """Whether 0 is the middle of a score's colors: of the table's own numbers, as those in the page are rounded.
+
+    Position 0 is not in the color scale. What is nothing but rounding beside the largest number has no sign.
+    """
+    values = table.loc[table["pos"] > 0, name].to_numpy(float)
+    values = values[np.isfinite(values)]
+    if not values.size or column.get("low") == 0 or column.get("high") == 0:
+        return False
+    least, most = float(values.min()), float(values.max())
+    return min(-least, most) > 1e-9 * max(-least, most)
 
 
 def _sampled(facts: Facts, table: pd.DataFrame) -> dict[str, int]:

@@ -13,10 +13,19 @@ test("planes of bytes become whole numbers", () => {
   assert.deepEqual([...bytesOf("AP8=")], [0, 255]);
 });
 
+const line = {width: 1, steps: 5, run: 1, middle: 5, spread: 2, low: -1, high: 1, least: 5 - 2 * Math.sinh(1), most: 8, zero: 6};
+
 test("steps become values, 0 none", async () => {
-  const values = await floatsOf(packed([0, 1, 2, 3], {width: 1, steps: 3, run: 1, middle: 5, spread: 2, low: -1, high: 1}));
+  const values = await floatsOf(packed([0, 1, 2, 3, 4, 5], line));
   assert.ok(Number.isNaN(values[0]));
-  [5 - 2 * Math.sinh(1), 5, 5 + 2 * Math.sinh(1)].forEach((v, i) => assert.ok(Math.abs(values[i + 1] - v) < 1e-6));
+  [line.least, 5 - 2 * Math.sinh(.5), 5, 5 + 2 * Math.sinh(.5), 8].forEach((v, i) => assert.ok(Math.abs(values[i + 1] - v) < 1e-6));
+});
+
+test("exact zeros and ends are exact, and rounding goes beyond no end", async () => {
+  const least = .3, most = .7;
+  assert.deepEqual([...await floatsOf(packed([6, 1, 5], line))], [0, Math.fround(line.least), 8]);
+  assert.deepEqual([...await floatsOf(packed([2, 4], {...line, least, most}))], [Math.fround(most), Math.fround(most)]);
+  assert.equal((await floatsOf(packed([1], {...line, middle: 1.1 - 1.1 + 1e-15, low: 0, high: 0, least: 0, most: 0})))[0], 0);
 });
 
 test("differences within a run become numbers again, also where they fall", () => {

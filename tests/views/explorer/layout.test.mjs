@@ -31,10 +31,11 @@ test("columns of a map share all tokens out", () => {
   }
 });
 
-test("the value furthest from the middle stands for a column", () => {
-  assert.equal(layout.furthest([NaN, 1, -3, 2, 99], 0, 4, 0), -3);
+test("the token furthest from the middle stands for a column", () => {
+  assert.equal(layout.furthest([NaN, 1, -3, 2, 99], 0, 4, 0), 2);
   assert.equal(layout.furthest([5, 1, 2], 0, 3, 5), 1);
-  assert.ok(Number.isNaN(layout.furthest([NaN, NaN], 0, 2, 0)));
+  assert.equal(layout.furthest([2, -2, 2], 0, 3, 0), 0);
+  assert.equal(layout.furthest([NaN, NaN], 0, 2, 0), -1);
 });
 
 test("a neighbor stands in its own text, which ends where it ends", () => {
@@ -66,4 +67,17 @@ test("search finds words of one token and of several, from where one is", () => 
 test("a spreadsheet reads a file's texts as texts", () => {
   assert.equal(layout.csvOf([["token", "score"], ["=1+1", .5], ['a"b,\n', NaN], ["-", -1]]),
     '"token","score"\n"\'=1+1",0.5\n"a""b,\n",\n"\'-",-1\n');
+  for (const start of ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "'"])
+    assert.equal(layout.csvOf([[`${start}1`]]), `"'${start}1"\n`);
+  for (const text of [" =1", "a=1", "\"=1", "", ";=1"]) assert.equal(layout.csvOf([[text]]), `"${text.replace('"', '""')}"\n`);
+});
+
+test("a file's rows have the table's own keys, and say that their numbers are rounded", () => {
+  const about = {scores: [{name: "a"}, {name: "b"}], layers: [3, 9], positions: [0, 1, 5], rounded: true,
+    sequences: [{doc: "d", seq: 4, length: 2}, {doc: "e", seq: 17, length: 1}]};
+  const values = [Float64Array.of(NaN, .123456, 2), Float64Array.of(1, 2, 3)], texts = ["x", "y", "z"];
+  assert.deepEqual(layout.scoresOf(about, 1, texts, values), [["doc", "seq", "pos", "token", "layer", "a (rounded)", "b (rounded)"],
+    ["d", 4, 0, "x", 9, NaN, 1], ["d", 4, 1, "y", 9, .1235, 2], ["e", 17, 5, "z", 9, 2, 3]]);
+  const [head, , second] = layout.scoresOf({...about, rounded: false}, 0, texts, values);
+  assert.deepEqual([head[5], second[5]], ["a", .123456]);
 });

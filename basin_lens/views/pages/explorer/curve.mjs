@@ -1,5 +1,5 @@
 import {choose, define, shape} from "./dom.mjs";
-import {ticks, words} from "./scales.mjs";
+import {rangeOf, ticks, tickWords, words} from "./scales.mjs";
 
 const W = 400, H = 190, L = 54, R = 8, T = 8, B = 34;
 const there = v => v !== null && v !== undefined && !Number.isNaN(v);
@@ -12,13 +12,12 @@ class BasinCurve extends HTMLElement {
     const known = [...lines.flatMap(l => Array.from(l.values)), ...low, ...high].filter(there);
     this.replaceChildren(svg);
     if (!known.length) { svg.append(shape("text", {x: W / 2, y: H / 2, "text-anchor": "middle"}, "no values")); return; }
-    let least = Math.min(...known), most = Math.max(...known);
-    if (least === most) { least -= 1; most += 1; }
+    const [least, most] = rangeOf(known), marked = ticks(least, most), marks = tickWords(marked);
     const x = i => L + (layers.length === 1 ? .5 : i / (layers.length - 1)) * (W - L - R);
     const y = v => T + (most - v) / (most - least) * (H - T - B);
-    for (const v of ticks(least, most)) svg.append(
+    marked.forEach((v, i) => svg.append(
       shape("line", {x1: L, x2: W - R, y1: y(v), y2: y(v), class: v === 0 ? "zero" : "grid"}),
-      shape("text", {x: L - 5, y: y(v) + 3, "text-anchor": "end"}, words(v)));
+      shape("text", {x: L - 5, y: y(v) + 3, "text-anchor": "end"}, marks[i])));
     const band = layers.map((_, i) => i).filter(i => there(low[i]) && there(high[i]));
     if (band.length > 1) svg.append(shape("path", {class: "band", d:
       `M${band.map(i => `${x(i)},${y(high[i])}`).join("L")}` +
@@ -49,6 +48,7 @@ class BasinCurve extends HTMLElement {
       for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size", "font-family"])
         made[i].setAttribute(name, style.getPropertyValue(name));
     });
+    for (const hit of copy.querySelectorAll(".hit")) hit.remove();  // for the mouse alone
     copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
     copy.setAttribute("width", 2 * W);
     copy.setAttribute("height", 2 * H);

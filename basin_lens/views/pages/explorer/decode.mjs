@@ -22,10 +22,12 @@ export function joined(bytes, width) {
 }
 
 // Step 0 is no value. Steps are even in asinh((value - middle) / spread): fine near the middle, coarser where values are far out.
-export function unstepped(steps, {middle, spread, low, high, steps: most}) {
-  const values = new Float32Array(steps.length), width = most > 1 ? (high - low) / (most - 1) : 0;
-  for (let i = 0; i < steps.length; i++)
-    values[i] = steps[i] === 0 ? NaN : middle + spread * Math.sinh(low + (steps[i] - 1) * width);
+// The ends and exact zeros are as they were measured; rounding puts no value beyond the ends.
+export function unstepped(steps, {middle, spread, low, high, least, most, zero, steps: last}) {
+  const values = new Float32Array(steps.length), width = last > 1 ? (high - low) / (last - 1) : 0;
+  const at = step => step === 0 ? NaN : step === zero ? 0 : step === 1 ? least : step === last ? most
+    : Math.min(most, Math.max(least, middle + spread * Math.sinh(low + (step - 1) * width)));
+  for (let i = 0; i < steps.length; i++) values[i] = at(steps[i]);
   return values;
 }
 

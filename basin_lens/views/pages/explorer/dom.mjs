@@ -60,6 +60,19 @@ export function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
+// Whether a text got to the clipboard. A page of http has none, one of file or in a frame may be refused it: then an older way.
+export async function copied(text, within) {
+  try { await navigator.clipboard.writeText(text); return true; } catch { /* by a field that is selected */ }
+  const field = Object.assign(make("textarea", undefined, "unseen"), {value: text}), before = document.activeElement;
+  within.append(field);
+  field.select();
+  let done = false;
+  try { done = document.execCommand("copy"); } catch { /* neither way */ }
+  field.remove();
+  before?.focus({preventScroll: true});
+  return done;
+}
+
 export const choose = (element, detail) => element.dispatchEvent(new CustomEvent("choose", {bubbles: true, detail}));
 
 // An element may be defined once a page, however many explorers it holds.

@@ -2,18 +2,26 @@ import "./tokens.mjs";
 import "./map.mjs";
 import "./curve.mjs";
 import "./neighbors.mjs";
-import {button, chooser, define, folded, headed, make, save, tableOf} from "./dom.mjs";
-import {csvOf, hashOf, search, stateOf, visible} from "./layout.mjs";
-import {bestLayer, colorAt, css, scaleOf, words} from "./scales.mjs";
+import {button, chooser, copied, define, folded, headed, make, save, tableOf} from "./dom.mjs";
+import {asked, placeOf} from "./keys.mjs";
+import {csvOf, hashOf, scoresOf, search, stateOf, visible} from "./layout.mjs";
+import {bestLayer, colorAt, css, endsOf, placeOn, scaleOf, words} from "./scales.mjs";
 
 const DARK = "(prefers-color-scheme: dark)";
-const KEYS = "Keys: arrows left and right go to the next token, up and down to the next layer, s to the next score, " +
-  "/ looks for a token, Escape lets go.";
+const KEYS = "Keys: arrows left and right go to the next token, up and down to the next layer (once a token is chosen, or " +
+  "from the map), s to the next score, / looks for a token, Escape lets go.";
 const HINT = "Choose a token to see its neighbors at this layer, and its score at every layer.";
 
 // One run to look at, whatever its provider. What is chosen is in `state`: score, layer and token by place, -1: no token.
 class BasinExplorer extends HTMLElement {
   async open(provider) {
+    try { await this.begin(provider); } catch (error) {
+      this.prepend(make("p", `It could not be shown (${error.message}). ${this.dataset.needs ?? ""}`, "failed"));
+      throw error;
+    }
+  }
+
+  async begin(provider) {
     this.provider = provider;
     this.about = await provider.describe();
     const {scores, layers, rows, curves} = this.about, first = {scores, layers, count: rows.length};
@@ -41,7 +49,9 @@ class BasinExplorer extends HTMLElement {
     main.append(columns, make("h2", "How to read this"), ...notes.map(note => make("p", note)), make("p", KEYS, "soft"),
       ...this.below(), make("p", "Made by basin_lens. This page asks no outside site for anything.", "soft last"));
     this.tip = make("div", undefined, "tip");
-    this.replaceChildren(header, this.controls(), main, this.tip);
+    this.voice = make("div", undefined, "voice");
+    this.voice.setAttribute("role", "status");
+    this.replaceChildren(header, this.controls(), main, this.tip, this.voice);
   }
 
   controls() {
@@ -65,13 +75,15 @@ class BasinExplorer extends HTMLElement {
   }
 
   text() {
-    const section = make("section"), what = "scores of all tokens at this layer";
+    const section = make("section");
+    const what = `scores of all tokens at this layer${this.about.rounded ? ", rounded as in this page" : ""}`;
     const toFile = async () => save(new Blob([await this.csv()], {type: "text/csv"}), `${this.name()}.csv`);
     this.tokens = make("basin-tokens", undefined, "texts");
     section.append(
       headed(this.viewTitle = make("h2"),
         button("Copy CSV", `${what}, to the clipboard`, () => this.copy()), button("Save CSV", `${what}, as a file`, toFile)),
-      this.viewNote = make("p", undefined, "soft"), this.tokens);
+      this.byHand = make("div", undefined, "byhand soft"), this.viewNote = make("p", undefined, "soft"), this.tokens);
+    this.byHand.setAttribute("role", "status");
     return section;
   }
 
@@ -94,7 +106,7 @@ class BasinExplorer extends HTMLElement {
     pre.tabIndex = 0;
     return [make("h2", "What was left out"),
       tableOf(["score", ...names], left.map(l => [l.score, ...names.map(n => String(l.counts[n] ?? 0))]), 1),
-      folded("Layer by layer", this.summary()), folded("Provenance of this run", pre)];
+      folded("Layer by layer", make("p", this.about.of_means, "soft"), this.summary()), folded("Provenance of this run", pre)];
   }
 
   summary() {
@@ -110,42 +122,59 @@ class BasinExplorer extends HTMLElement {
       ...(s.reliability ? [words(s.reliability[i])] : []), ...(s.local ? [words(s.local[i])] : [])])]), 0);
   }
 
-  listen() {
-    const {scores, layers, rows} = this.about;
-    this.scoreBox.addEventListener("change", () => this.go({score: Number(this.scoreBox.value)}));
-    this.layerBox.addEventListener("change", () => this.go({layer: Number(this.layerBox.value)}));
-    this.slider.addEventListener("input", () => this.go({layer: Number(this.slider.value)}));
-    this.fixedBox.addEventListener("change", () => this.go({fixed: this.fixedBox.checked}));
-    this.addEventListener("choose", e => this.go(e.detail, e.target !== this.tokens));
-    this.addEventListener("keydown", e => this.key(e));
-    this.dark.addEventListener("change", () => this.paint());
-    const linked = () => ({token: -1, fixed: false, ...stateOf(location.hash, {scores, layers, count: rows.length})});
-    if (this.linked) addEventListener("hashchange", () => this.go(linked(), true));
-    const tell = (row, layer, event) => row === undefined ? this.hush() : this.say(Number(row), layer, event);
-    this.tokens.addEventListener("mousemove", e => tell(e.target.dataset.row, this.state.layer, e));
-    this.tokens.addEventListener("mouseleave", () => this.hush());
-    this.map.addEventListener("point", ({detail: {at, event}}) => tell(at?.token, at?.layer, event));
+  connectedCallback() { if (this.about) this.listen(); }
+
+  disconnectedCallback() {
+    this.ending?.abort();
+    if (BasinExplorer.used === this) BasinExplorer.used = null;
   }
 
+  // Again after it was opened anew or moved within the page; what it heard of before is given up.
+  listen() {
+    this.ending?.abort();
+    const {signal} = this.ending = new AbortController(), {scores, layers, rows} = this.about;
+    const on = (target, kind, act) => target.addEventListener(kind, act, {signal});
+    on(this.scoreBox, "change", () => this.go({score: Number(this.scoreBox.value)}));
+    on(this.layerBox, "change", () => this.go({layer: Number(this.layerBox.value)}));
+    on(this.slider, "input", () => this.go({layer: Number(this.slider.value)}));
+    on(this.fixedBox, "change", () => this.go({fixed: this.fixedBox.checked}));
+    on(this, "choose", e => this.go(e.detail, e.target !== this.tokens));
+    for (const kind of ["pointerdown", "focusin"]) on(this, kind, () => { BasinExplorer.used = this; });
+    BasinExplorer.used ??= this;
+    on(document, "keydown", e => this.key(e));
+    on(this.dark, "change", () => this.paint());
+    const linked = () => ({token: -1, fixed: false, ...stateOf(location.hash, {scores, layers, count: rows.length})});
+    if (this.linked) on(globalThis, "hashchange", () => { clearTimeout(this.remembering); this.go(linked(), true); });
+    const tell = (row, layer, event, of) => row === undefined ? this.hush() : this.say(Number(row), layer, event, of);
+    on(this.tokens, "mousemove", e => tell(e.target.dataset.row, this.state.layer, e));
+    on(this.tokens, "mouseleave", () => this.hush());
+    on(this.map, "point", ({detail: {at, event}}) => tell(at?.token, at?.layer, event, at?.of));
+  }
+
+  // Keys are heard wherever they are pressed; of several explorers in a page, that one answers which has the focus or, where
+  // nothing has it, which was used last.
   key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const typing = event.target === this.searchBox, {token, layer, score} = this.state, {layers, scores, rows} = this.about;
-    if (typing && event.key === "Enter") this.find();
-    else if (event.key === "Escape") { this.searchBox.value = ""; this.go({token: -1});
-      if (typing) this.tokens.span(this.tokens.cursor)?.focus(); }
-    else if (["SELECT", "INPUT"].includes(event.target.tagName)) return;
-    else if (event.key === "/") this.searchBox.focus();
-    else if (event.key === "s") this.go({score: (score + 1) % scores.length});
-    else if (!this.tokens.contains(event.target) && event.target !== this.map.canvas) return;
-    else if (event.key === "Enter" && event.target.dataset.row) this.go({token: Number(event.target.dataset.row)}, true, true);
-    else {
-      const at = token >= 0 ? token : this.tokens.cursor - 1, focus = event.target !== this.map.canvas;
-      const to = {ArrowRight: {token: Math.min(rows.length - 1, at + 1)}, ArrowLeft: {token: Math.max(0, at - 1)},
-        ArrowUp: {layer: Math.min(layers.length - 1, layer + 1)}, ArrowDown: {layer: Math.max(0, layer - 1)}}[event.key];
-      if (!to) return;
-      this.go(to, "token" in to, focus);
-    }
+    const {target, key} = event, {scores, layers, rows} = this.about, row = target.dataset?.row;
+    const inside = this.contains(target), place = placeOf({tag: target.tagName, type: target.type, inside,
+      search: target === this.searchBox, token: inside && row !== undefined, map: target === this.map.canvas,
+      editable: target.isContentEditable});
+    if (event.defaultPrevented || event.isComposing || place === "page" && BasinExplorer.used !== this) return;
+    const modified = event.ctrlKey || event.metaKey || event.altKey, cursor = Number(row ?? this.tokens.cursor);
+    const change = asked({key, modified, shift: event.shiftKey}, place, this.state,
+      {scores: scores.length, layers: layers.length, tokens: rows.length}, cursor);
+    if (!change) return;
     event.preventDefault();
+    if (change.act === "find") this.find();
+    else if (change.act === "search") this.searchBox.focus();
+    else if (change.act === "leave") this.leave(place === "search");
+    else this.go(change, "token" in change, "token" in change && place !== "map");
+  }
+
+  leave(focus = false) {
+    this.searchBox.value = "";
+    this.searchBox.removeAttribute("aria-invalid");
+    this.go({token: -1});
+    if (focus) this.tokens.span(this.tokens.cursor)?.focus({preventScroll: true});
   }
 
   find() {
@@ -168,7 +197,7 @@ class BasinExplorer extends HTMLElement {
     if (!this.scales.has(key)) {
       const places = fixed ? this.about.layers.map((_, i) => i) : [layer];
       const arrays = await Promise.all(places.map(i => this.provider.values(score, i)));
-      this.scales.set(key, scaleOf(arrays, i => this.about.positions[i] === 0));
+      this.scales.set(key, scaleOf(arrays, this.about.scores[score].zero, i => this.about.positions[i] === 0));
     }
     return this.scales.get(key);
   }
@@ -178,33 +207,57 @@ class BasinExplorer extends HTMLElement {
     const [values, scale, found] = await Promise.all(
       [this.provider.values(score, layer), this.scale(score, layer, fixed), this.provider.neighbors(layer)]);
     if (turn !== this.turn) return;  // something else was chosen meanwhile
-    const {scores, layers, neighbors, rows} = this.about, {name, unit, sampled} = scores[score];
+    const {scores, layers, neighbors, rows} = this.about, {name, unit, low, high, sampled} = scores[score];
     const kept = neighbors && token >= 0 ? found.rows.subarray(token * neighbors.shown, (token + 1) * neighbors.shown) : [];
     this.tokens.show({values, scale, dark, chosen: token, near: new Set(neighbors?.own ? kept : [])});
     const none = values.reduce((sum, v) => sum + Number.isNaN(v), 0), middle = words(scale.middle, 3);
     this.scoreBox.value = score; this.layerBox.value = this.slider.value = layer; this.fixedBox.checked = fixed;
-    this.low.textContent = words(scale.middle - scale.bound, 3);
-    this.high.textContent = `${words(scale.middle + scale.bound, 3)} ${unit}`;
-    const ramp = [-1, -.66, -.33, 0, .33, .66, 1].map(x => css(colorAt(x, dark)));
+    const ends = endsOf(scale, low, high), [from, to] = ends.map(v => placeOn(v, scale));
+    this.low.textContent = words(ends[0], 3);
+    this.high.textContent = `${words(ends[1], 3)} ${unit}`;
+    const ramp = Array.from({length: 13}, (_, i) => css(colorAt(from + i / 12 * (to - from), dark)));
     this.ramp.style.background = `linear-gradient(90deg, ${ramp.join(", ")})`;
     this.legend.textContent = `Red: below ${middle}, blue: above; no color: ${middle}${scale.zero ? "" : ", the median"}.`;
     this.viewTitle.textContent = `${name} at layer ${layers[layer]}`;
     this.viewNote.textContent = `${none} of ${rows.length} tokens have no score (gray). Position 0 is not in the color scale.` +
-      (sampled ? ` It was measured on a seeded sample of ${sampled} tokens per layer, the colored ones.` : "");
-    if (this.linked) history.replaceState(null, "", hashOf(this.state, this.about));
+      (sampled ? ` It was measured on a seeded sample, of at most ${sampled} tokens of a layer.` : "");
     this.overDepth();
+    this.tell(values);
     await this.every(turn, found, dark);
+    if (turn === this.turn && this.linked) this.remember();
+  }
+
+  // The address comes last and not at every step: a browser may refuse it (Safari after 100 in half a minute, a frame with a
+  // sandbox), and the page goes on without.
+  remember() {
+    clearTimeout(this.remembering);
+    this.remembering = setTimeout(() => {
+      try { history.replaceState(history.state, "", hashOf(this.state, this.about)); } catch { /* the link stays as it was */ }
+    }, 250);
+  }
+
+  // What was chosen, in words for those who hear the page: at the slider what it stands at, else in a region that is read out.
+  tell(values) {
+    const {score, layer, token} = this.state, {scores, layers, curves, positions} = this.about, {name, unit} = scores[score];
+    const at = `layer ${layers[layer]}`, was = this.spoken;
+    this.slider.setAttribute("aria-valuetext", `${at}: ${name}, mean ${words(curves[score].mean[layer])} ${unit}`);
+    const value = Number.isNaN(values[token]) ? "no score" : `${words(values[token], 3)} ${unit}`;
+    this.spoken = token < 0 ? `No token chosen. ${at}, ${name}` :
+      `“${visible(this.tokens.texts[token])}”, position ${positions[token]}, ${at}: ${name} ${value}`;
+    const heard = token < 0 && [this.slider, this.layerBox, this.scoreBox].includes(document.activeElement);
+    if ((was || token >= 0) && !heard) this.voice.textContent = this.spoken;
   }
 
   overDepth() {
-    const {score, layer} = this.state, {scores, layers, curves, n_documents: documents} = this.about;
+    const {score, layer} = this.state, {scores, layers, curves, of_means: about} = this.about;
     const {name, unit} = scores[score], c = curves[score];
     this.curveTitle.textContent = `${name} over depth`;
     this.curve.show({layers, layer, unit, low: c.low, high: c.high, label: `${name} over depth`,
       lines: [...c.nulls.map((n, i) => ({values: n.mean, kind: `null${i % 2}`})), {values: c.mean, kind: "mean"}]});
     const interval = c.low[layer] === null ? "" : ` (${words(c.low[layer])} to ${words(c.high[layer])})`;
+    const alone = c.low[layer] !== null || c.low.every(v => v === null) ? "" : "No interval here: fewer than two documents. ";
     this.curveNote.textContent = `At layer ${layers[layer]}: ${words(c.mean[layer])}${interval} ${unit}. ` +
-      `Mean over documents, 95 % interval over ${documents} documents. ` +
+      `${about} ${alone}` +
       (c.reliability ? `Split-half reliability: ${words(c.reliability[layer])} (Spearman over disjoint neighbor halves). ` : "") +
       (c.local ? `The neighborhoods' median variance is ${words(c.local[layer])} of that of random sets here. ` : "") +
       (c.nulls.length ? `Its nulls: ${c.nulls.map((n, i) => `${["dashed", "dotted"][i % 2]}, ${n.name}`).join("; ")}.` : "");
@@ -218,39 +271,46 @@ class BasinExplorer extends HTMLElement {
     const [values, scales] = await Promise.all([Promise.all(all.map(i => this.provider.values(score, i))),
       Promise.all(all.map(i => this.scale(score, i, fixed)))]);
     if (turn !== this.turn) return;
-    const sequence = this.starts.findLastIndex(start => start <= Math.max(token, 0)), start = this.starts[sequence],
+    const sequence = this.starts.filter(start => start <= Math.max(token, 0)).length - 1, start = this.starts[sequence],
       end = this.starts[sequence + 1];
     this.mapTitle.textContent = `${sequences[sequence].doc} at every layer`;
     this.map.show({values, scales, layers, start, end, layer, chosen: token, dark,
       label: `${scores[score].name} of ${end - start} tokens at ${layers.length} layers; arrows choose token and layer`});
     this.mapNote.textContent = `${fixed ? "One color scale for all layers." : "Each layer has its own color scale."} ` +
       "It is the text of the token chosen, else the first. " +
-      (this.map.columns.length < end - start ? "A column is several tokens, shown by the one furthest from the middle." : "");
+      (this.map.columns.length < end - start ? "A column is several tokens; its color, words and click are those of the one " +
+        "furthest from the middle at the layer." : "");
     this.showToken(values, found);
   }
 
   showToken(values, found) {
     const {score, layer, token} = this.state, {layers, scores, positions} = this.about, {name, unit} = scores[score];
+    const held = this.pane.contains(document.activeElement);
     this.pane.classList.toggle("open", token >= 0);
     this.pane.replaceChildren();
+    if (held && token < 0) this.tokens.span(this.tokens.cursor)?.focus({preventScroll: true});
     if (token < 0) { this.pane.append(make("p", HINT, "soft")); return; }
     const own = values.map(layer => layer[token]), empty = own.map(() => NaN);
     const line = make("basin-curve"), list = make("basin-neighbors");
-    this.pane.append(headed(make("h2", `“${visible(this.tokens.texts[token])}”, position ${positions[token]}`),
-      button("Close", "let the token go (Escape)", () => this.go({token: -1}))),
-      make("p", `${name} at layer ${layers[layer]}: ${words(own[layer], 3)} ${unit}`, "own"),
-      list, make("h3", `${name} of this token over depth`), line);
+    const close = button("Close", "let the token go (Escape)", () => this.leave());
+    this.pane.append(headed(make("h2", `“${visible(this.tokens.texts[token])}”, position ${positions[token]}`), close),
+      make("p", `${name} at layer ${layers[layer]}: ` +
+        (Number.isNaN(own[layer]) ? "no score of this token" : `${words(own[layer], 3)} ${unit}`), "own"), list);
+    if (own.every(Number.isNaN)) this.pane.append(make("p", `No layer has ${name} of this token.`, "soft"));
+    else this.pane.append(make("h3", `${name} of this token over depth`), line);
     line.show({layers, layer, unit, low: empty, high: empty, lines: [{values: own, kind: "mean"}],
       label: `${name} of this token over depth`});
     list.show({about: this.about, found, token});
+    if (held) close.focus({preventScroll: true});
   }
 
-  async say(row, layer, event) {
+  async say(row, layer, event, of = 1) {
     this.told = `${row} ${layer}`;
     const told = this.told, {scores} = this.about, {clientX, clientY} = event;
     const values = await Promise.all(scores.map((_, i) => this.provider.values(i, layer)));
     if (told !== this.told) return;
     this.tip.textContent = [`${visible(this.tokens.texts[row])}   layer ${this.about.layers[layer]}`,
+      ...(of > 1 ? [`of ${of} tokens in this column, the one furthest from the middle`] : []),
       ...scores.map((s, i) => `${i === this.state.score ? "▸ " : "  "}${s.name}: ${words(values[i][row], 3)}`)].join("\n");
     this.tip.style.display = "block";
     this.tip.style.left = `${Math.max(4, Math.min(clientX + 14, innerWidth - this.tip.offsetWidth - 8))}px`;
@@ -260,15 +320,22 @@ class BasinExplorer extends HTMLElement {
   hush() { this.told = ""; this.tip.style.display = "none"; }
 
   async csv() {
-    const {scores, layers, positions, sequences} = this.about, {layer} = this.state;
-    const values = await Promise.all(scores.map((_, i) => this.provider.values(i, layer)));
-    const rows = sequences.flatMap(({doc}, s) => Array.from({length: this.starts[s + 1] - this.starts[s]}, (_,
-      i) => this.starts[s] + i)
-      .map(row => [doc, s, positions[row], this.tokens.texts[row], layers[layer],
-        ...values.map(v => Number(v[row].toPrecision(4)))]));
-    return csvOf([["doc", "seq", "pos", "token", "layer", ...scores.map(s => s.name)], ...rows]);
+    const {layer} = this.state;
+    const values = await Promise.all(this.about.scores.map((_, i) => this.provider.values(i, layer)));
+    return csvOf(scoresOf(this.about, layer, this.tokens.texts, values));
   }
 
-  async copy() { await navigator.clipboard.writeText(await this.csv()); }
+  async copy() {
+    const text = await this.csv(), done = await copied(text, this), {layers, rows} = this.about;
+    this.byHand.replaceChildren();
+    if (done) { this.byHand.textContent = `Copied ${rows.length} tokens at layer ${layers[this.state.layer]}.`; return; }
+    const field = Object.assign(make("textarea"), {value: text, readOnly: true, rows: 4});
+    field.setAttribute("aria-label", "the CSV");
+    this.byHand.append(
+      make("span", "This page may not write to the clipboard here. The CSV is selected: press Ctrl+C (⌘C)."), field,
+      button("Close", "put the field away", () => this.byHand.replaceChildren()));
+    field.select();
+    field.focus();
+  }
 }
 define("basin-explorer", BasinExplorer);

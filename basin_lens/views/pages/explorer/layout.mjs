@@ -40,11 +40,12 @@ export function columnsOf(count, width) {
   return Array.from({length: columns}, (_, i) => [Math.floor(i * count / columns), Math.floor((i + 1) * count / columns)]);
 }
 
-// The value furthest from the middle stands for a column: a mean would hide what one looks for. NaN where none has a value.
+// The token whose value is furthest from the middle stands for a column, in color, words and click: a mean would hide what one
+// looks for. -1 where none has a value.
 export function furthest(values, first, end, middle) {
-  let found = NaN;
+  let found = -1;
   for (let i = first; i < end; i++)
-    if (!Number.isNaN(values[i]) && !(Math.abs(values[i] - middle) <= Math.abs(found - middle))) found = values[i];
+    if (!Number.isNaN(values[i]) && (found < 0 || Math.abs(values[i] - middle) > Math.abs(values[found] - middle))) found = i;
   return found;
 }
 
@@ -91,7 +92,19 @@ export function search(texts, wanted, from) {
   return -1;
 }
 
-// A spreadsheet would run what begins as a formula.
+// A spreadsheet would run what begins as a formula: an apostrophe goes before it, and before one that is the text's own, so that
+// whoever takes the first of each cell away has the texts again. NaN is an empty cell.
+const RUN = /^['=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]/;
 const cell = value => typeof value === "number" ? (Number.isNaN(value) ? "" : String(value))
-  : `"${(/^[=+\-@\t\r]/.test(value) ? `'${value}` : value).replaceAll('"', '""')}"`;
+  : `"${(RUN.test(value) ? `'${value}` : value).replaceAll('"', '""')}"`;
 export const csvOf = rows => rows.map(row => row.map(cell).join(",")).join("\n") + "\n";
+
+// A row a token with its scores at one layer, keys as the table has them. Rounded numbers say so in the names of their columns.
+export function scoresOf({scores, layers, positions, sequences, rounded}, layer, texts, values) {
+  const rows = [["doc", "seq", "pos", "token", "layer", ...scores.map(s => rounded ? `${s.name} (rounded)` : s.name)]];
+  for (const {doc, seq, length} of sequences)
+    for (let row = rows.length - 1, end = row + length; row < end; row++)
+      rows.push([doc, seq, positions[row], texts[row], layers[layer],
+        ...values.map(v => rounded ? Number(v[row].toPrecision(4)) : v[row])]);
+  return rows;
+}

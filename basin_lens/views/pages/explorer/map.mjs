@@ -10,9 +10,13 @@ class BasinMap extends HTMLElement {
     if (this.canvas) return;
     this.canvas = make("canvas");
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("role", "application");  // its arrows reach it also where a reader has its own
+    this.canvas.setAttribute("aria-roledescription", "map");
     this.append(this.canvas);
-    this.canvas.addEventListener("click", e => { const at = this.at(e); if (at) choose(this, at); });
+    this.canvas.addEventListener("click", e => {
+      const at = this.at(e);
+      if (at) choose(this, {token: at.token, layer: at.layer});
+    });
     this.canvas.addEventListener("mousemove", e => this.dispatchEvent(new CustomEvent("point", {bubbles: true,
       detail: {at: this.at(e), event: e}})));
     this.canvas.addEventListener("mouseleave", e => this.dispatchEvent(new CustomEvent("point", {bubbles: true,
@@ -25,7 +29,14 @@ class BasinMap extends HTMLElement {
     const x = event.offsetX - LEFT, {layers, start} = this.view, row = Math.floor(event.offsetY / this.height);
     const column = this.columns[Math.floor(x / this.width)];
     if (x < 0 || !column || row < 0 || row >= layers.length) return null;
-    return {token: start + column[0], layer: layers.length - 1 - row};
+    const layer = layers.length - 1 - row, found = this.shown(column, layer);
+    return {token: found < 0 ? start + column[0] : found, layer, of: column[1] - column[0]};
+  }
+
+  // The token whose color a column has at a layer; -1: none has a score.
+  shown([first, last], layer) {
+    const {values, scales, start} = this.view;
+    return furthest(values[layer], start + first, start + last, scales[layer].middle);
   }
 
   // `values`, `scales`: by layer. The text is the rows from `start` to `end`.
@@ -50,10 +61,10 @@ class BasinMap extends HTMLElement {
     pen.fillRect(LEFT, 0, this.width * this.columns.length, this.height * layers.length);
     layers.forEach((_, i) => {
       const top = (layers.length - 1 - i) * this.height;
-      this.columns.forEach(([first, last], j) => {
-        const value = furthest(values[i], start + first, start + last, scales[i].middle);
-        if (Number.isNaN(value)) return;
-        pen.fillStyle = css(colorAt(placeOn(value, scales[i]), dark));
+      this.columns.forEach((column, j) => {
+        const found = this.shown(column, i);
+        if (found < 0) return;
+        pen.fillStyle = css(colorAt(placeOn(values[i][found], scales[i]), dark));
         pen.fillRect(LEFT + j * this.width, top, Math.ceil(this.width * ratio) / ratio, this.height);
       });
     });

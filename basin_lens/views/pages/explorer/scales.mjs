@@ -31,18 +31,23 @@ export function inkOn(color) {
 
 export const css = color => `rgb(${color.join(", ")})`;
 
-// The middle is 0 where values lie on both sides of it, else their median; the ends hold all but the furthest 2 %.
+// The middle is 0 of a score with both signs (`zero`: the provider says so, as rounded numbers cannot), else the median; the ends
+// hold all but the furthest 2 %.
 // `leaveOut(i)`: values that color nothing by their size, such as those at position 0, which are far from all others.
-export function scaleOf(arrays, leaveOut = () => false) {
+export function scaleOf(arrays, zero, leaveOut = () => false) {
   const known = [];
   for (const array of arrays) array.forEach((v, i) => { if (!Number.isNaN(v) && !leaveOut(i)) known.push(v); });
-  if (!known.length) return {middle: 0, bound: 1, known: 0, zero: true};
-  const sorted = Float64Array.from(known).sort(), zero = sorted[0] < 0 && sorted[sorted.length - 1] > 0;
+  if (!known.length) return {middle: 0, bound: 1, known: 0, zero};
+  const sorted = Float64Array.from(known).sort();
   const middle = zero ? 0 : sorted[sorted.length >> 1], away = sorted.map(v => Math.abs(v - middle)).sort();
   return {middle, bound: away[Math.floor(.98 * (away.length - 1))] || away[away.length - 1] || 1, known: known.length, zero};
 }
 
 export const placeOn = (value, {middle, bound}) => Math.max(-1, Math.min(1, (value - middle) / bound));
+
+// The values where a scale's colors end, or a score's own bounds where these are nearer.
+export const endsOf = ({middle, bound}, low, high) =>
+  [Math.max(middle - bound, low ?? -Infinity), Math.min(middle + bound, high ?? Infinity)];
 
 // The layer to open at: of the highest reliability, the first of equals; without reliabilities the one in the middle.
 export function bestLayer(reliability, layers) {
@@ -51,13 +56,28 @@ export function bestLayer(reliability, layers) {
   return best < 0 ? Math.floor((layers - 1) / 2) : best;
 }
 
+// Lowest and highest of values to draw between; those that differ by nothing but rounding get room on both sides.
+export function rangeOf(known) {
+  const least = Math.min(...known), most = Math.max(...known), size = Math.max(Math.abs(least), Math.abs(most));
+  return most - least > 1e-9 * size ? [least, most] : [least - (size / 2 || 1), most + (size / 2 || 1)];
+}
+
+// Round numbers from `low` to `high`, at most 2 * about + 1. Where the steps would be lost in rounding there is one: `low`.
 export function ticks(low, high, about = 5) {
-  if (!(high > low)) return [low];
-  const rough = (high - low) / about, ten = 10 ** Math.floor(Math.log10(rough));
-  const step = ten * [1, 2, 5, 10].find(f => f * ten >= rough * (1 - 1e-9)), found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9;
-    n++) found.push(n === 0 ? 0 : Number((n * step).toPrecision(12)));
+  const rough = (high - low) / about, size = Math.max(Math.abs(low), Math.abs(high));
+  if (!(rough > 1e-12 * size) || rough === Infinity) return [low];
+  const ten = 10 ** Math.floor(Math.log10(rough));
+  const step = ten * ([1, 2, 5].find(f => f * ten >= rough * (1 - 1e-9)) ?? 10), first = Math.ceil(low / step - 1e-9), found = [];
+  for (let i = 0; i <= 2 * about && (first + i) * step <= high + step * 1e-9; i++)
+    found.push(first + i === 0 ? 0 : Number(((first + i) * step).toPrecision(15)));
   return found;
+}
+
+// As many digits as tell ticks apart.
+export function tickWords(found) {
+  const size = Math.max(...found.map(Math.abs)), step = found.length > 1 ? Math.abs(found[1] - found[0]) : size;
+  const digits = Math.max(4, Math.min(15, Math.ceil(Math.log10(size / step || 1)) + 1));
+  return found.map(v => words(v, digits));
 }
 
 // The minus sign, not a hyphen; exponents where the number would be long.

@@ -9,8 +9,13 @@ class BasinTokens extends HTMLElement {
     this.texts = rows.map(code => strings[code]);
     this.view = null;
     this.cursor = 0;
+    this.near?.disconnect();
+    this.replaceChildren();
     this.near = new IntersectionObserver(
-      entries => entries.forEach(e => e.isIntersecting ? this.fill(e.target) : this.empty(e.target)),
+      entries => entries.forEach(e => {
+        e.target.near = e.isIntersecting;
+        if (e.isIntersecting) this.fill(e.target); else this.empty(e.target);
+      }),
       {rootMargin: "800px 0px"});
     this.parts = partsOf(sequences.map(s => s.length), row => this.texts[row].includes("\n"));
     let doc = null, length = 0;
@@ -26,6 +31,7 @@ class BasinTokens extends HTMLElement {
       this.near.observe(box);
       return box;
     });
+    if (this.boxes.length) this.fill(this.boxes[0]);
     this.addEventListener("click", e => { if (e.target.dataset.row) choose(this, {token: Number(e.target.dataset.row)}); });
   }
 
@@ -46,7 +52,8 @@ class BasinTokens extends HTMLElement {
   }
 
   empty(box) {
-    if (!box.childElementCount || box.contains(document.activeElement)) return;
+    // The part with the token that the tab key reaches stays: else the key would go past all texts.
+    if (!box.childElementCount || box.contains(document.activeElement) || box === this.boxes[this.partOf(this.cursor)]) return;
     box.style.minHeight = `${box.offsetHeight}px`;
     box.replaceChildren();
   }
@@ -70,11 +77,12 @@ class BasinTokens extends HTMLElement {
 
   // One token at a time can be reached with the tab key: the arrows go on from it.
   move(row) {
-    const before = this.span(this.cursor);
+    const before = this.span(this.cursor), left = this.boxes[this.partOf(this.cursor)], box = this.boxes[this.partOf(row)];
     if (before) before.tabIndex = -1;
     this.cursor = row;
-    const now = this.span(row);
-    if (now) now.tabIndex = 0;
+    this.fill(box);
+    this.span(row).tabIndex = 0;
+    if (left !== box && left.near === false) this.empty(left);
   }
 
   span(row) { return this.querySelector(`span[data-row="${row}"]`); }
