@@ -329,9 +329,11 @@ def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_p
 
 @pytest.mark.slow
 def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_path, capsys):
+    lines = [json.dumps({"text": Path(path).read_text(), "labels": {"genre": f"g{i}"}}) for i, path in enumerate(documents)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     run = (
         "analyze",
-        *documents,
+        str(tmp_path / "texts.jsonl"),
         "--model",
         str(folder),
         "--layers",
@@ -348,12 +350,13 @@ def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_p
     study = ("study", "codelength", "--model", str(folder), "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"))
     code, said, err = call(*study, "--dry-run", capsys=capsys)
     assert code == 0 and f"the finished run in {tmp_path / 'run'}" in " ".join(said.split())
-    code, _, err = call(*study, capsys=capsys)
+    code, _, err = call(*study, "--unit", "topic", capsys=capsys)
+    assert code == 1 and "or a label of the run, got 'topic'; labels: ['genre']" in err
+    code, _, err = call(*study, "--unit", "genre", "--k", "5", capsys=capsys)
     assert code == 0, err
     (facts,) = json.loads((tmp_path / "study" / "results.json").read_text())["provenance"].values()
     assert facts["study"]["k"] == 5 and "from_run" in facts["study"]
-    code, _, err = call(*study, "--k", "7", capsys=capsys)
-    assert code == 2 and "--from without --k" in err
+    assert facts["study"]["unit"] == "genre"
 
 
 def test_a_run_that_lacks_a_study_s_analyzers_is_refused_before_a_model_is_loaded(folder, documents, tmp_path, capsys, monkeypatch):
@@ -362,3 +365,12 @@ def test_a_run_that_lacks_a_study_s_analyzers_is_refused_before_a_model_is_loade
     monkeypatch.setattr(cli_options, "load", lambda name: pytest.fail(f"loaded {name}"))
     code, _, err = call("study", "layers", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"), capsys=capsys)
     assert code == 1 and "--for layers" in err
+    for options, said in (
+        (("--k", "15"), "--k beside --from: expected k 5, which is the run's own, got 15"),
+        (("--max-length", "32"), "expected max_length 64"),
+        (("--max-sequences", "9"), "expected max_sequences None"),
+        (("--k", "5", "--max-length", "64", "--bank", "reference"), "--for layers"),  # equal ones change nothing
+    ):
+        where = ("--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"))
+        code, _, err = call("study", "layers", *where, *options, capsys=capsys)
+        assert code in (1, 2) and said in err, err
