@@ -73,6 +73,9 @@ def run_studies(
     """
     for name, place in places.items():
         refuse_folder(place, name, texts.files or [], heal=not dry_run)
+    beside = places["summary"].parent if "summary" in places else None
+    if beside is not None:
+        finished_studies.refuse_foreign(beside, fresh=fresh)
     if dry_run:
         _say_what_would_be_run(_asked(own, texts, how), texts, how, places)
         return
@@ -82,11 +85,10 @@ def run_studies(
         asked = _asked(own, texts, how)
         model = shared.load(texts.model)
         given = {spec.name: _with_models(own[spec.name]) for spec in asked.specs}
-        beside = places["summary"].parent if "summary" in places else None
         plan: Facts = {}
         done: dict[str, str] = {}
         if beside is not None:
-            plan = finished_studies.plan_of(model, asked.passages, asked.run.run if asked.run else None, own, texts, how)
+            plan = finished_studies.plan_of(model, asked.passages, asked.run, given, texts, how)
             done = finished_studies.begin(beside, plan, places, fresh=fresh)
             _echo(f"{name}: kept, as an earlier call finished it (--fresh runs it again)" for name in done)
         checks = [spec.check(model, given[spec.name], how.unit) for spec in asked.specs if spec.check is not None]

@@ -9,9 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import basin_lens as bl
+from basin_lens import Passage
+from basin_lens.analyzers import StateNorm
+from basin_lens.cli import finished_studies
 from basin_lens.cli import options as cli_options
+from basin_lens.cli.options import MeasureOptions, TextOptions
+from basin_lens.errors import StoreError
+from basin_lens.studies.robustness.study import RobustnessOptions
 from tests.cli.calls import call
-from tests.conftest import TEXTS, TRAINED
+from tests.conftest import TEXTS, TRAINED, make_bridge
 
 # -- studies ------------------------------------------------------------------------------------------------------------------------
 
@@ -147,6 +154,55 @@ def test_study_all_goes_on_with_the_studies_that_are_left(folder, documents, tmp
     quick_studies.clear()
     assert call(*given, "--seed", "3", "--fresh", capsys=capsys)[0] == 0
     assert quick_studies == ["measured", *studies.STUDIES, "summary"]
+
+
+def test_a_kept_study_without_its_report_is_made_again(folder, documents, tmp_path, capsys, quick_studies):
+    given = ("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(tmp_path / "all"))
+    assert call(*given, capsys=capsys)[0] == 0
+    quick_studies.clear()
+    (tmp_path / "all" / "layers" / "report.html").unlink()
+    (tmp_path / "all" / "codelength" / "tables" / "findings.csv").write_text("")
+    code, said, err = call(*given, capsys=capsys)
+    assert code == 0, err
+    assert quick_studies == ["measured", "layers", "codelength", "summary"] and said.count(": kept, ") == 3
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["again", "fresh"])
+@pytest.mark.usefixtures("no_model")
+def test_somebody_else_s_plan_is_not_overwritten(documents, tmp_path, capsys, fresh):
+    path = tmp_path / "all" / "plan.json"
+    path.parent.mkdir()
+    for content in ('{"plan": "mine"}', "no JSON", '{"format": "basin_lens studies 1", "plan": {}, "done": {}}'):
+        path.write_text(content)
+        code, _, err = call("study", "all", *documents, "--out", str(path.parent), *fresh, capsys=capsys)
+        assert code == 1 and "expected the plan of" in err and "Take it away" in err, err
+        assert path.read_text() == content and [one.name for one in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_fresh_overwrites_a_plan_of_an_earlier_version(tmp_path):
+    old = replace(finished_studies.PLAN, format="basin_lens studies 0")
+    (tmp_path / "plan.json").write_bytes(old.record({"x": 1}, {}))
+    finished_studies.refuse_foreign(tmp_path, fresh=True)
+    with pytest.raises(StoreError, match="format version 0"):
+        finished_studies.refuse_foreign(tmp_path, fresh=False)
+
+
+def test_a_plan_tells_runs_with_other_labels_and_second_models_of_one_name_apart(llama, tmp_path):
+    """Labels are in the run's files alone; a model's name says nothing of its weights."""
+    passages = [Passage(text, labels={"early": True}) for text in TEXTS]
+    needed = [StateNorm()]
+
+    def plan(folder, second=None):
+        own = {"robustness": RobustnessOptions(second_model=second)}
+        return finished_studies.plan_of(llama, [], bl.tables.open(folder), own, TextOptions(), MeasureOptions())
+
+    given = {"layers": [1], "progress": False}
+    bl.analyze(llama, passages, needed, out=tmp_path / "one", **given)
+    bl.analyze(llama, [replace(one, labels={"early": False}) for one in passages], needed, out=tmp_path / "two", **given)
+    one, two = plan(tmp_path / "one"), plan(tmp_path / "two")
+    assert one["texts"] != two["texts"] and {**one, "texts": 0} == {**two, "texts": 0}
+    seconds = [plan(tmp_path / "one", make_bridge("llama", seed=seed))["options"] for seed in (1, 2, 1)]
+    assert seconds[0] == seconds[2] != seconds[1]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from basin_lens.tables import RunTable
 from basin_lens.tables.frame import described_by_json
 from basin_lens.texts import Texts
 from basin_lens.texts.tokens import TokenSequence, token_strings
+from basin_lens.values import Plain
 
 _ROWS = ("passage", "doc", "seq", "start", "end", "span")
 _CURE = "Give the texts as the run had them, or none."
@@ -128,7 +130,7 @@ def _refuse_others(name: str, given: Sequence[object], there: pd.DataFrame, run:
             )
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Plain:
     """A value as Python has it; None for what a table has where there is none."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
+    found: Plain = value.item() if isinstance(value, np.generic) else None if value is pd.NA else value
+    return None if isinstance(found, float) and math.isnan(found) else found
