@@ -30,7 +30,8 @@ def rerun(
 ) -> None:
     """Say what a supplement's runs were; with --yes, run them again and compare the numbers with its table.
 
-    Exit code: 0 if all numbers are the same, 3 if some differ, are missing on one side, or none could be compared, 1 if a run cannot be repeated.
+    Exit code: 0 if all numbers are the same, 3 if some differ, are missing on one side, or none could be compared, 1 if a run
+    cannot be repeated.
 
     Examples: basin-lens rerun supplement.zip
               basin-lens rerun supplement.zip --yes --model smollm2-135m
@@ -141,12 +142,8 @@ def _say(found: "pandas.DataFrame", missing: list[str], new: list[str]) -> bool:
         typer.echo("Nothing was compared: no score has a value in both runs.")
         return False
     if far:
-        has = (
-            "has values that differ, or that one of the two lacks"
-            if len(far) == 1
-            else "have values that differ, or that one lacks"
-        )
-        typer.echo(f"Not the same numbers ({alike}): {', '.join(far)} {has}.")
+        have = "has" if len(far) == 1 else "have"
+        typer.echo(f"Not the same numbers ({alike}): {', '.join(far)} {have} values that differ, or that one of the two lacks.")
     elif missing or new:
         typer.echo(f"Not the same numbers: what could be compared is the same ({alike}), but scores are missing on one side.")
     else:

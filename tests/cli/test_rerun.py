@@ -196,7 +196,7 @@ def test_other_numbers_are_called_so(llama, measured, tmp_path, capsys, monkeypa
     both = tables.assign(measured, contraction=measured["contraction"] + 0.5, state_norm=measured["state_norm"] + 1)
     tables.bundle(both, tmp_path / "s.zip")
     code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
-    assert code == 3 and "contraction, state_norm have values that differ, or that one lacks." in said
+    assert code == 3 and "contraction, state_norm have values that differ, or that one of the two lacks." in said
 
 
 def test_one_run_with_other_numbers_is_enough(llama, measured, tmp_path, capsys, monkeypatch):

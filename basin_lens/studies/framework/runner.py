@@ -13,10 +13,10 @@ from basin_lens.studies.framework.declared_tests import Decision, decide, declar
 from basin_lens.studies.framework.measured_texts import Measured, StudyData, study_provenance
 from basin_lens.studies.framework.own_analyzers import with_own_analyzers
 from basin_lens.studies.framework.progress import progress_steps
-from basin_lens.studies.framework.ready import ready
 from basin_lens.studies.framework.sign_flags import signs_over_layers
 from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.study_data import ready
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import about_measured, opening, sentence, without_nan
 from basin_lens.values import Facts
