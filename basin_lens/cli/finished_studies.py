@@ -115,7 +115,8 @@ def begin(folder: Path, plan: Facts, places: Mapping[str, Path], *, fresh: bool)
     if path.exists() and not fresh:
         held = PLAN.read(path, {"plan": dict, "done": dict})
         now = json.loads(json.dumps(plan))
-        if other := next((name for name in _NAMES if held["plan"].get(name) != now[name]), None):
+        # A plan of which nothing was finished, as where the texts were refused, holds nobody up.
+        if held["done"] and (other := next((name for name in _NAMES if held["plan"].get(name) != now[name]), None)):
             raise StoreError(
                 f"expected the studies that {str(folder)!r} holds, got others: {_NAMES[other]} differ. Choose another folder, or "
                 "start over with --fresh."

@@ -179,6 +179,16 @@ def test_somebody_else_s_plan_is_not_overwritten(documents, tmp_path, capsys, fr
         assert path.read_text() == content and [one.name for one in path.parent.iterdir()] == ["plan.json"]
 
 
+def test_a_plan_of_which_nothing_was_finished_holds_nobody_up(tmp_path):
+    plan = dict.fromkeys(("model", "texts", "measured", "options", "versions"), 1)
+    finished_studies.begin(tmp_path, plan, {}, fresh=False)
+    assert finished_studies.begin(tmp_path, {**plan, "texts": 2}, {}, fresh=False) == {}
+    (tmp_path / "layers").mkdir()
+    finished_studies.note(tmp_path, {**plan, "texts": 2}, {}, "layers", tmp_path / "layers")
+    with pytest.raises(StoreError, match="the texts differ"):
+        finished_studies.begin(tmp_path, plan, {}, fresh=False)
+
+
 def test_fresh_overwrites_a_plan_of_an_earlier_version(tmp_path):
     old = replace(finished_studies.PLAN, format="basin_lens studies 0")
     (tmp_path / "plan.json").write_bytes(old.record({"x": 1}, {}))
