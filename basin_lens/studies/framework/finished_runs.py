@@ -54,16 +54,19 @@ def from_run(
         model: the run's.
         run: `bl.tables.open(folder)`.
         studies: for which; the run must have their analyzers (`analyzers_for`).
-        texts: those of the run, as they were given to it; None: its tokens. Needed for words (the linguistic study) and spans.
+        texts: those of the run, with its documents, labels and spans; None: its tokens. Needed for words (the linguistic study)
+            and spans.
         layers: of the run; None: all.
         unit, contrast, integrated, check, progress: as for `measure`.
 
     Returns:
-        a `Measured`, which every study takes in place of texts. It holds no neighbors: what is said of them is left out.
+        a `Measured`, which every study takes in place of texts. It holds no neighbors: what is said of them is left out. Its
+        `settings["notes"]` say what sets it apart from the texts measured.
 
     Raises:
-        StudyError: another model or other texts than the run's, analyzers that it lacks (all are named), a bank that it does not
-            describe, fewer than 6 units, a contrast that it does not have.
+        StudyError: another model or other texts than the run's, analyzers that it lacks (all are named), a run of something else
+            than studies measure (some tokens, changed states, other options of the headline score), a bank that it does not
+            describe, fewer than 6 units, a unit or a contrast that it does not have.
         StoreError: a file of the table that was changed.
 
     Example:
