@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from basin_lens.tables import Bundle
 
-_SAME = 1e-3  # of a column's scale: other processors and versions round otherwise, and no more than that
+_EXTRA = {"apart": "values differ", "only_one": "values in one of the two only"}
 _OTHER_NUMBERS = 3  # exit code: 1 is a refusal, 2 a wrong call
 
 
@@ -30,12 +30,14 @@ def rerun(
 ) -> None:
     """Say what a supplement's runs were; with --yes, run them again and compare the numbers with its table.
 
-    Exit code: 0 if all numbers are the same, 3 if some differ or none could be compared, 1 if a run cannot be repeated.
+    Exit code: 0 if all numbers are the same, 3 if some differ, are missing on one side, or none could be compared, 1 if a run
+    cannot be repeated.
 
     Examples: basin-lens rerun supplement.zip
               basin-lens rerun supplement.zip --yes --model smollm2-135m
     """
     from basin_lens import tables
+    from basin_lens.scoring.rerun import check_facts
 
     size = shared.batch_size_of(batch_size)
     bundle = tables.read_bundle(supplement)
@@ -48,6 +50,7 @@ def rerun(
             f"{'study':<12} {_plain(bundle.study['study'])}: {_plain(bundle.study['title'])} {_plain(bundle.study['decision'])}"
         )
     for name in chosen:
+        check_facts(held[name])
         _describe(name, held[name], bundle.runs[name], model)
     if not yes:
         typer.echo("\nNothing was run. Add --yes to run it and compare.")
@@ -107,28 +110,42 @@ def _repeat(bundle: "Bundle", name: str, model: str | None, batch_size: int | No
     kind: Literal["bridge", "hooked"] = "hooked" if (again.facts.get("model") or {}).get("kind") == "hooked" else "bridge"
     table = run_again(load_model(place, kind=kind), again, batch_size=batch_size)
     before = tables.select(bundle.table, bundle.table["run"] == name)
-    return _say(differences(before, table), [score for score in tables.scores(before) if score not in table.columns])
+    own = again.facts.get("columns") or {}
+    # Beside other runs, a run has their columns, too, without values.
+    then = [score for score in tables.scores(before) if score in own or before[score].notna().any()]
+    now = tables.scores(table)
+    return _say(differences(before, table), [n for n in then if n not in now], [n for n in now if n not in then])
 
 
-def _say(found: "pandas.DataFrame", missing: list[str]) -> bool:
-    """Print how far columns are apart, and whether all are the same; `missing`: scores that the new run does not have."""
-    typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'largest value':>14}")
+def _say(found: "pandas.DataFrame", missing: list[str], new: list[str]) -> bool:
+    """Print how far columns are apart, and whether all are the same.
+
+    `missing`: scores that the new run does not have; `new`: those that the table does not have. Either are other numbers.
+    """
+    from basin_lens.scoring.rerun import FLOOR, SAME
+
+    typer.echo(f"{'column':<34} {'values':>9} {'largest difference':>19} {'median size':>14}")
     for row in found.to_dict("records"):
-        extra = f"  {row['only_one']} values in one of the two only" if row["only_one"] else ""
+        extra = "".join(f"  {row[name]:,} {words}" for name, words in _EXTRA.items() if row[name])
         sizes = f"{row['compared']:>9,} {row['largest_difference']:>19.3g} {row['scale']:>14.3g}"
         typer.echo(f"{_plain(row['column']):<34} {sizes}{extra}")
-    far = found[(found["largest_difference"] > _SAME * found["scale"].clip(lower=1e-12)) | (found["only_one"] > 0)]
+    far = [_plain(name) for name in found[(found["apart"] > 0) | (found["only_one"] > 0)]["column"]]
+    alike = (
+        f"to {SAME:g} of each value or, where that is more, {FLOOR:g} of the column's median size, which rounding leaves where "
+        "terms cancel"
+    )
     if missing:
-        typer.echo(f"Not compared, for the run does not measure them: {', '.join(map(_plain, missing))}.")
+        typer.echo(f"Not compared, for the new run does not have them: {', '.join(map(_plain, missing))}.")
+    if new:
+        typer.echo(f"Not compared, for the table does not have them: {', '.join(map(_plain, new))}.")
     if not found["compared"].sum():
         typer.echo("Nothing was compared: no score has a value in both runs.")
         return False
-    if far.empty:
-        typer.echo(f"The same numbers: no column differs by more than {_SAME:g} of its largest value.")
-        return True
-    names, one = ", ".join(_plain(name) for name in far["column"]), len(far) == 1
-    differ, of_which, have = ("differs", "its", "has") if one else ("differ", "their", "have")
-    typer.echo(
-        f"Not the same numbers: {names} {differ} by more than {_SAME:g} of {of_which} largest value, or {have} values in one only."
-    )
-    return False
+    if far:
+        have = "has" if len(far) == 1 else "have"
+        typer.echo(f"Not the same numbers ({alike}): {', '.join(far)} {have} values that differ, or that one of the two lacks.")
+    elif missing or new:
+        typer.echo(f"Not the same numbers: what could be compared is the same ({alike}), but scores are missing on one side.")
+    else:
+        typer.echo(f"The same numbers: {alike}.")
+    return not (far or missing or new)

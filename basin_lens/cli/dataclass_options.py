@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, fields
 from operator import or_
 from types import NoneType, UnionType
@@ -13,6 +14,7 @@ from basin_lens.values import takes_whole
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Parameters = Sequence[inspect.Parameter]
+_GIVEN: ContextVar[frozenset[str]] = ContextVar("options that were named in the call", default=frozenset())
 
 
 def options_of(
@@ -85,10 +87,18 @@ def command_of(function: Callable[..., None], *kinds: type, defaults: Mapping[st
     for kind in kinds:
         parameters = {one.name: one for one in options_of(kind, defaults=defaults)} | parameters
 
-    def command(**given: object) -> None:
+    def command(ctx: typer.Context | None = None, **given: object) -> None:
+        how = {name: "" if ctx is None else getattr(ctx.get_parameter_source(name), "name", "") for name in given}
+        _GIVEN.set(frozenset(name for name in given if how[name] == "COMMANDLINE"))
         function(*(kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given}) for kind in kinds))
 
-    return _with_parameters(command, list(parameters.values()))
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typer.Context)
+    return _with_parameters(command, [context, *parameters.values()])
+
+
+def was_given(name: str) -> bool:
+    """Whether an option of a command of `command_of` was named in the call, if only with the value that it has by default."""
+    return name in _GIVEN.get()
 
 
 def _with_parameters(command: Command, parameters: Parameters) -> Command:

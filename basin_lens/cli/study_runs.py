@@ -15,15 +15,17 @@ from basin_lens.analyzers import Analyzer
 from basin_lens.capture import Capture
 from basin_lens.cli import finished_studies, study_words
 from basin_lens.cli import options as shared
+from basin_lens.cli.dataclass_options import was_given
 from basin_lens.cli.options import MeasureOptions, RunOptions, TextOptions
 from basin_lens.errors import StudyError
 from basin_lens.model import HookedModel
 from basin_lens.scoring import Request
 from basin_lens.studies.framework import runner
 from basin_lens.studies.framework.contrast import Contrast, refuse_label
-from basin_lens.studies.framework.finished_runs import refuse_missing
+from basin_lens.studies.framework.finished_runs import refuse_run
 from basin_lens.studies.framework.measurement import analyzers_of, headline_of, refuse_scoring
 from basin_lens.studies.framework.registry import specs_of_texts
+from basin_lens.studies.framework.run_terms import headline_in, refuse_other_terms
 from basin_lens.studies.framework.spec import ExperimentCall, ExperimentSpec, StudySpec
 from basin_lens.studies.framework.storage import refuse_folder
 from basin_lens.studies.framework.study import Study
@@ -34,6 +36,7 @@ from basin_lens.transport import Context
 from basin_lens.values import Facts
 
 _MOST_TEXTS = 100  # that an experiment reads of a data set, where no number is given
+_OF_MEASURING = ("max_sequences", "k", "seed", "context", "bank", "exclude", "max_length", "compression_tokens")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ def run_studies(
     """
     for name, place in places.items():
         refuse_folder(place, name, texts.files or [], heal=not dry_run)
+    beside = places["summary"].parent if "summary" in places else None
+    if beside is not None:
+        finished_studies.refuse_foreign(beside, fresh=fresh)
     if dry_run:
         _say_what_would_be_run(_asked(own, texts, how), texts, how, places)
         return
@@ -78,12 +84,11 @@ def run_studies(
             held.enter_context(writing.lock_folder(folder))
         asked = _asked(own, texts, how)
         model = shared.load(texts.model)
-        given = {spec.name: _with_models(own[spec.name], texts.seed) for spec in asked.specs}
-        beside = places["summary"].parent if "summary" in places else None
+        given = {spec.name: _with_models(own[spec.name]) for spec in asked.specs}
         plan: Facts = {}
         done: dict[str, str] = {}
         if beside is not None:
-            plan = finished_studies.plan_of(model, asked.passages, asked.run.run if asked.run else None, own, texts, how)
+            plan = finished_studies.plan_of(model, asked.passages, asked.run, given, texts, how)
             done = finished_studies.begin(beside, plan, places, fresh=fresh)
             _echo(f"{name}: kept, as an earlier call finished it (--fresh runs it again)" for name in done)
         checks = [spec.check(model, given[spec.name], how.unit) for spec in asked.specs if spec.check is not None]
@@ -154,32 +159,37 @@ def _locked(places: Mapping[str, Path]) -> list[Path]:
 def _asked(own: Mapping[str, object], texts: TextOptions, how: MeasureOptions) -> _Asked:
     """Refuse options and texts that do not fit, before a model is loaded."""
     specs = specs_of_texts(*own)
-    run = _run_of(specs, texts, how)
     contrast, bank = _contrast(how.contrast), shared.bank_of(how.bank)
+    run = _run_of(specs, contrast, texts, how)
     layers: list[int] | Literal["all"] | None = "all" if how.layers == "all" else shared.layers_of(how.layers)
     passages = texts.passages() if run is None or texts.files or texts.dataset is not None else []
-    refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
+    if run is None or passages:  # a run has its own context, and its own labels
+        refuse_scoring(passages, context=how.context, exclude=how.exclude, unit=how.unit)
     if contrast is not None and (run is None or passages):
         refuse_label(passages, contrast)
     for spec in specs:
         spec.refuse(own[spec.name], passages)
     context = cast("Context", how.context)  # refused above if it is none
-    analyzers = analyzers_of(specs, headline_of(texts.k, context, how.exclude, how.compression_tokens))
+    headline = headline_of(texts.k, context, how.exclude, how.compression_tokens) if run is None else headline_in(run)
+    analyzers = analyzers_of(specs, headline)
     Request(analyzers, seed=texts.seed)  # refuses what analyzers and a seed cannot be
     return _Asked(specs, passages, layers, context, bank, contrast, analyzers, run)
 
 
-def _run_of(specs: Sequence[StudySpec], texts: TextOptions, how: MeasureOptions) -> RunTable | None:
-    """The run of --from, with all that the studies need; options of measuring are its own, and refused."""
+def _run_of(specs: Sequence[StudySpec], contrast: Contrast | None, texts: TextOptions, how: MeasureOptions) -> RunTable | None:
+    """The run of --from, with all that the studies need; options of measuring are its own, and others are refused."""
     if how.run is None:
         return None
-    for given, usual in ((texts, TextOptions()), (how, MeasureOptions())):
-        for name in ("max_sequences", "k", "seed", "context", "bank", "exclude", "max_length", "compression_tokens"):
-            if getattr(given, name, None) != getattr(usual, name, None):
-                flag = "--" + name.replace("_", "-")
-                raise typer.BadParameter(f"expected --from without {flag}, which is the run's own, got both. Leave one out.")
     run = tables.open(how.run)
-    refuse_missing(run, specs)
+    named = {**vars(texts), **vars(how)}
+    for name in _OF_MEASURING:
+        if was_given(name):
+            try:
+                refuse_other_terms(run, {name: named[name]})
+            except StudyError as error:
+                flag = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"{flag} beside --from: {error}") from error
+    refuse_run(run, specs, unit=how.unit, contrast=contrast, with_texts=bool(texts.files) or texts.dataset is not None)
     return run
 
 
@@ -212,17 +222,11 @@ def run_summary(folders: Sequence[Path], run: RunOptions) -> None:
         say(studies.summarize(list(folders)), run.out)
 
 
-def _with_models(own: object, seed: int) -> object:
-    """The options with models in place of their names, and with the seed that all share."""
+def _with_models(own: object) -> object:
+    """The options with models in place of their names."""
     assert is_dataclass(own) and not isinstance(own, type)
-    changes: dict[str, object] = {}
-    for one in fields(own):
-        value = getattr(own, one.name)
-        if one.metadata.get("model") and value is not None:
-            changes[one.name] = shared.load(value)
-        if one.name == "seed":
-            changes["seed"] = seed
-    return replace(own, **changes)
+    models = {one.name: getattr(own, one.name) for one in fields(own) if one.metadata.get("model")}
+    return replace(own, **{name: shared.load(value) for name, value in models.items() if value is not None})
 
 
 def _contrast(text: str | None) -> Contrast | None:

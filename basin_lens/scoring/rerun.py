@@ -1,7 +1,7 @@
 """A run again, from a supplement (`tables.bundle`): the same tokens, analyzers and settings, and how far the numbers are apart."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,8 @@ from basin_lens.analyzers.control import Control
 from basin_lens.capture import Bank, Capture, read_states
 from basin_lens.errors import ModelError, TableError
 from basin_lens.model import HookedModel, fingerprint, provenance
+from basin_lens.records import Expected
+from basin_lens.records import fields as checked
 from basin_lens.scoring.analysis import score
 from basin_lens.scoring.bank import is_reference
 from basin_lens.scoring.request import Request
@@ -26,6 +28,12 @@ from basin_lens.values import Facts
 
 _CLASSES: tuple[type[Any], ...] = (*ANALYZERS, Control)
 _ALLOWED = {cls.__name__: cls for cls in _CLASSES}
+# Two numbers are the same that are apart by no more than this share of the larger: other processors and versions round otherwise.
+SAME = 1e-3
+# Or by no more than this share of the column's median size: a score is a difference of terms of that size, whose rounding (1e-7 in
+# float32, a thousand times that behind a few dozen blocks) stays where they cancel, however small the score.
+FLOOR = 1e-4
+_FACTS: dict[str, Expected] = {"model": dict, "capture": dict, "layers": [int], "analyzers": [str], "seed": int, "texts": str}
 _CURE = "Run it with the command or the notebook that made the table."
 
 
@@ -51,12 +59,13 @@ def planned(bundle: tables.Bundle, run: str) -> Rerun:
     """One run of a supplement, checked: everything that makes it impossible to repeat is refused here.
 
     Raises:
-        TableError: tokens are missing, some were scored and it is not known which, or an analyzer or a step that the supplement
-            cannot name.
+        TableError: tokens are missing, some were scored and it is not known which, an analyzer or a step that the supplement
+            cannot name, or a fact that is missing or something else than `bundle` writes.
     """
     facts, held = tables.provenance(bundle.table).get(run), bundle.runs.get(run)
     if facts is None or held is None:
         raise TableError(f"expected a run of the supplement, got {run!r}; it has {list(bundle.runs)}.")
+    check_facts(facts)
     capture = facts.get("capture") or {}
     reasons = [
         held["why"],
@@ -76,10 +85,39 @@ def planned(bundle: tables.Bundle, run: str) -> Rerun:
         raise TableError(
             f"expected the tokens of run {run}, got others: their hash is not {facts.get('texts')!r}. Ask for the file again."
         )
-    analyzers = tuple(analyzer_of(key) for key in facts.get("analyzers") or ())
+    _check(facts, _FACTS)
+    _check(facts["model"], {"fingerprint": str}, " of its model")
+    if not facts["layers"] or not facts["analyzers"]:
+        raise TableError(f"expected a run that its supplement describes in full, got one without layers or analyzers. {_CURE}")
+    analyzers = tuple(analyzer_of(key) for key in facts["analyzers"])
     bank = _bank_of(facts, held)
     settings = None if bank is None else held.get("bank_settings") or facts["capture"]
     return Rerun(run, facts, analyzers, sequences, bank, settings, _asked(facts, sequences))
+
+
+def check_facts(facts: Facts) -> None:
+    """Refuse facts of a run, as a supplement has them, that are something else than `bundle` writes; some may be missing.
+
+    Raises:
+        TableError: which one.
+    """
+    kinds: dict[str, Expected] = {**_FACTS, **dict.fromkeys(("bank", "made"), (dict, None)), "columns": dict}
+    kinds |= dict.fromkeys(("queries", "neighbors", "asked"), (str, None))
+    _check(facts, {name: kind for name, kind in kinds.items() if name in facts})
+    inner: dict[str, Expected] = {"versions": (dict, None), "loaded": (dict, None), "command": (list, None)}
+    made = facts.get("made") or {}
+    _check(made, {name: kind for name, kind in inner.items() if name in made}, " of its making")
+    bank = facts.get("bank") or {}
+    _check(bank, {name: str for name in ("source", "texts") if name in bank}, " of its bank")
+
+
+def _check(facts: Facts, expected: Mapping[str, Expected], whose: str = "") -> None:
+    try:
+        checked(facts, expected)
+    except ValueError as error:
+        raise TableError(
+            f"expected a run that its supplement describes in full, got one with {error}{whose} in its provenance. {_CURE}"
+        ) from error
 
 
 def _bank_of(facts: Facts, held: Facts) -> tuple[Facts, ...] | None:
@@ -203,7 +241,8 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         a row per score: `column`, `compared` (values in both), `largest_difference` (absolute, in the column's unit; NaN without
-        values), `scale` (largest absolute value before), `only_one` (values that are NaN or infinite in one of the two alone).
+        values), `scale` (median absolute value before, of those that are not 0), `apart` (values further apart than `SAME` of the
+        larger one and than `FLOOR` of the scale), `only_one` (values that are NaN or infinite in one of the two alone).
 
     Raises:
         TableError: rows of `before` that `after` lacks, or no score that both have.
@@ -229,13 +268,17 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         old, new = joined[name].to_numpy(float), joined[f"{name}|again"].to_numpy(float)
         both = np.isfinite(old) & np.isfinite(new)
         alike = both | (np.isnan(old) & np.isnan(new)) | (old == new)  # an infinite value is like itself alone
+        far, size = np.abs(old[both] - new[both]), np.maximum(np.abs(old[both]), np.abs(new[both]))
+        there = np.abs(old[both])[old[both] != 0]
+        scale = float(np.median(there)) if len(there) else np.nan
         lines.append(
             {
                 "column": name,
                 "compared": int(both.sum()),
-                "largest_difference": float(np.abs(old[both] - new[both]).max()) if both.any() else np.nan,
-                "scale": float(np.abs(old[both]).max()) if both.any() else np.nan,
+                "largest_difference": float(far.max()) if both.any() else np.nan,
+                "scale": scale,
+                "apart": int((far > np.maximum(SAME * size, FLOOR * np.nan_to_num(scale))).sum()),
                 "only_one": int((~alike).sum()),
             }
         )
-    return pd.DataFrame(lines, columns=["column", "compared", "largest_difference", "scale", "only_one"])
+    return pd.DataFrame(lines, columns=["column", "compared", "largest_difference", "scale", "apart", "only_one"])

@@ -37,7 +37,7 @@ _RECORD, _TABLE, _STUDY = "rerun.json", "table.parquet", "study.json"
 _MOST_BYTES, _MOST_FILES, _MOST_RATIO = 4 << 30, 10_000, 200
 _OF_BANK = [
     "                  Also those of the bank: the other texts that neighbors came from. Token ids can be turned back into them;",
-    "                  documents are named without their folders.",
+    "                  documents are named without their folders, and so are labels that are paths.",
 ]
 _NAME = re.compile(r"(?:(?:figures|texts)/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
 
@@ -119,7 +119,7 @@ def bundle(
         study: a finished `Study` of the table's runs: what it declared and found is put beside the table as `study.json`, with the
             study's settings, and its figures where none are given.
         bank: the capture that neighbors came from, if it was one of your own: its tokens are needed to run it again. Its documents
-            are put in without their folders; those of the table stand in it as they are.
+            and labels are put in without folders; those of the table stand in it as they are.
 
     Raises:
         StoreError: another suffix, a figure's file that cannot be read, or a place that cannot be written.
@@ -155,7 +155,7 @@ def bundle(
     parts |= {f"texts/{number:05d}.txt": text.encode() for number, text in enumerate(words)}
     runs = {run: _sequences(table, run, facts) for run, facts in held.items()}
     if bank is not None:
-        _add_bank(runs, held, bank, set(table["doc"].astype(str)) if "doc" in table else set())
+        _add_bank(runs, held, bank, table)
     parts["README.txt"] = _readme(table, held, runs, list(parts)).encode()
     for name in parts:
         if not _NAME.fullmatch(name):
@@ -285,8 +285,8 @@ def _check_study(study: Finished, held: Mapping[str, Facts]) -> None:
         )
 
 
-def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf, docs: Collection[str]) -> None:
-    """The bank's tokens, documents and labels with every run whose neighbors came from it.
+def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf, table: pd.DataFrame) -> None:
+    """The bank's tokens, documents and labels with every run whose neighbors came from it; no name says in which folder files lay.
 
     Raises:
         TableError: none did, or its states are not what the model computes of its tokens.
@@ -305,7 +305,15 @@ def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf,
             "expected a bank of states that the model computes of its tokens, got one whose states were changed (by a control or "
             "by hooks), which tokens alone do not give again. Leave bank out, and say in words how it was made."
         )
-    names = _without_folders([str(doc) for doc in bank.docs], docs)
+    names = _without_folders([str(doc) for doc in bank.docs], _texts_in(table, "doc"))
+    values: dict[str, list[str]] = {}
+    for one in bank.labels:
+        for label, value in one.items():
+            values.setdefault(label, []).extend([value] if isinstance(value, str) else [])
+    plain = {
+        label: _without_folders(found, {*_texts_in(table, label), *(one for one in found if not re.search(r"[/\\\\]", one))})
+        for label, found in values.items()
+    }
     for run in of_it:
         runs[run]["bank_settings"] = dict(bank.settings)
         runs[run]["bank"] = [
@@ -313,16 +321,23 @@ def _add_bank(runs: dict[str, Facts], held: Mapping[str, Facts], bank: TokensOf,
                 "tokens": [int(token) for token in one.tokens],
                 "doc": names[str(doc)],
                 "passage": int(one.passage),
-                "labels": {label: _plain(value) for label, value in labels.items()},
+                "labels": {
+                    label: plain[label][value] if isinstance(value, str) else _plain(value) for label, value in labels.items()
+                },
             }
             for one, doc, labels in zip(bank.sequences, bank.docs, bank.labels, strict=True)
         ]
 
 
-def _without_folders(docs: Sequence[str], there: Collection[str]) -> dict[str, str]:
-    """Names of documents that do not say where files lay; different ones stay different.
+def _texts_in(table: pd.DataFrame, column: str) -> set[str]:
+    """Texts in a column of the table; none without the column."""
+    return {str(value) for value in table[column].dropna().unique()} if column in table else set()
 
-    Documents that the table has, too (`there`), keep the name that it shows: who is of one document must be known.
+
+def _without_folders(docs: Sequence[str], there: Collection[str]) -> dict[str, str]:
+    """Names of documents, or values of a label, that do not say where files lay; different ones stay different.
+
+    Those that the table has, too (`there`), keep the name that it shows: who is of one document must be known.
     """
     names = {doc: doc for doc in docs if doc in there}
     taken = set(there)

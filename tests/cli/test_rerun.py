@@ -189,13 +189,14 @@ def test_other_numbers_are_called_so(llama, measured, tmp_path, capsys, monkeypa
     tables.bundle(tables.assign(measured, contraction=measured["contraction"] + 0.5), tmp_path / "s.zip")
     monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
     code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
-    assert code == 3 and "Not the same numbers: contraction differs by more than 0.001 of its largest value" in said
+    assert code == 3 and "terms cancel): contraction has values that differ, or that one of the two lacks." in said
+    assert "Not the same numbers (to 0.001 of each value or, where that is more, 0.0001 of the column's median size" in said
     (line,) = [line for line in said.splitlines() if line.startswith("contraction ")]
-    assert " 0.5 " in line
+    assert " 0.5 " in line and line.endswith(f"{int(measured['contraction'].notna().sum())} values differ")
     both = tables.assign(measured, contraction=measured["contraction"] + 0.5, state_norm=measured["state_norm"] + 1)
     tables.bundle(both, tmp_path / "s.zip")
     code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
-    assert code == 3 and "contraction, state_norm differ by more than 0.001 of their largest value" in said
+    assert code == 3 and "contraction, state_norm have values that differ, or that one of the two lacks." in said
 
 
 def test_one_run_with_other_numbers_is_enough(llama, measured, tmp_path, capsys, monkeypatch):
@@ -275,7 +276,85 @@ def test_nothing_in_common_is_not_the_same(capsys):
     with pytest.raises(TableError, match="a score of both runs"):
         differences(one_column([1.0]), one_column([1.0], name="b"))
     empty = one_column([float("nan")])
-    assert not _say(differences(empty, empty), ["integrated_gradients"])
+    assert not _say(differences(empty, empty), ["integrated_gradients"], [])
     said = capsys.readouterr().out
     assert "Nothing was compared" in said and "The same numbers" not in said
-    assert "Not compared, for the run does not measure them: integrated_gradients." in said
+    assert "Not compared, for the new run does not have them: integrated_gradients." in said
+
+
+def test_a_small_value_may_not_differ_wholly():
+    """Each by its own size, down to what rounding leaves of the column's median where terms cancel."""
+    old = [1000.0, 1.0, 1.0, 1.0, 0.01, 0.00001, 0.0]
+    same = [1000.9, 1.0009, 0.9991, 1.0, 0.01005, 0.0, 0.00009]
+    assert differences(one_column(old), one_column(same))["apart"].item() == 0
+    for at, value in enumerate([1001.1, 1.0011, 0.9989, -1.0, 0.0102, 0.0002, 0.0002]):
+        other = [*same[:at], value, *same[at + 1 :]]
+        found = differences(one_column(old), one_column(other))
+        assert found["apart"].item() == 1 and found["scale"].item() == 1.0, (at, value)
+
+
+@pytest.mark.parametrize(("missing", "new", "words"), [(["a"], [], "the new run"), ([], ["b"], "the table")])
+def test_scores_that_are_missing_on_one_side_are_other_numbers(capsys, missing, new, words):
+    same = one_column([1.0, 2.0])
+    assert _say(differences(same, same), [], [])
+    assert "The same numbers: to 0.001 of each value" in capsys.readouterr().out
+    assert not _say(differences(same, same), missing, new)
+    said = capsys.readouterr().out
+    assert (
+        f"Not compared, for {words} does not have them: {(missing + new)[0]}." in said and "scores are missing on one side" in said
+    )
+    assert not _say(differences(same, one_column([1.0, float("nan")])), [], [])
+
+
+def test_a_table_without_a_score_of_its_run_is_not_the_same(llama, measured, tmp_path, capsys, monkeypatch):
+    tables.bundle(tables.with_provenance(measured.drop(columns="contraction"), measured), tmp_path / "s.zip")
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: llama)
+    code, said, _ = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 3 and "the table does not have them: contraction." in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, None) for name in ("model", "capture", "layers", "analyzers", "seed", "texts")),
+        ("model", "smollm2"),
+        ("model", {}),
+        ("capture", [1]),
+        ("layers", "all"),
+        ("layers", []),
+        ("seed", "3"),
+        ("analyzers", [3]),
+        ("bank", "reference"),
+        ("bank", {"source": 3}),
+        ("made", [1]),
+        ("made", {"versions": [1]}),
+        ("asked", 3),
+        ("queries", 9),
+    ],
+)
+def test_a_fact_that_is_missing_or_something_else_is_refused_in_words(measured, tmp_path, capsys, monkeypatch, name, value):
+    (run,) = tables.provenance(measured)
+    facts = dict(tables.provenance(measured)[run])
+    facts.pop(name, None)
+    facts |= {} if value is None else {name: value}
+    tables.bundle(measured, tmp_path / "s.zip")
+    held = tables.read_bundle(tmp_path / "s.zip")
+    monkeypatch.setattr(rerun.tables, "provenance", lambda _: {run: facts})
+    monkeypatch.setattr(tables, "read_bundle", lambda _: held)
+    monkeypatch.setattr(door, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, _, err = call("rerun", str(tmp_path / "s.zip"), "--yes", "--model", "mine", capsys=capsys)
+    assert code == 1 and err.startswith("basin-lens: expected ") and "Traceback" not in err, err
+
+
+def test_labels_of_a_bank_do_not_say_where_files_lay(llama, tmp_path):
+    places = ["/home/anna/one/a.txt", "C:\\anna\\two\\a.txt", "a.txt", "", "fox"]
+    texts = [
+        bl.Passage(one.text + " It was late.", labels={"source": place, "n": 3}) for one, place in zip(TEXTS, places, strict=True)
+    ]
+    given = [bl.Passage(one.text, labels={"source": "fox"}) for one in TEXTS]
+    bank = bl.Capture.from_texts(llama, texts, layers=[1], progress=False)
+    score = bl.analyzers.Contraction(k=4, exclude="source")
+    table = bl.analyze(llama, given, [score], layers=[1], bank=bank, progress=False)
+    repeated(llama, table, tmp_path, bank=bank)
+    held = [one["labels"] for one in tables.read_bundle(tmp_path / "s.zip").runs[table["run"].iloc[0]]["bank"]]
+    assert [one["source"] for one in held] == ["a.txt (2)", "a.txt (3)", "a.txt", "", "fox"] and held[0]["n"] == 3

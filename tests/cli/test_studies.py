@@ -9,9 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import basin_lens as bl
+from basin_lens import Passage
+from basin_lens.analyzers import StateNorm
+from basin_lens.cli import finished_studies
 from basin_lens.cli import options as cli_options
+from basin_lens.cli.options import MeasureOptions, TextOptions
+from basin_lens.errors import StoreError
+from basin_lens.studies.robustness.study import RobustnessOptions
 from tests.cli.calls import call
-from tests.conftest import TEXTS, TRAINED
+from tests.conftest import TEXTS, TRAINED, make_bridge
 
 # -- studies ------------------------------------------------------------------------------------------------------------------------
 
@@ -147,6 +154,65 @@ def test_study_all_goes_on_with_the_studies_that_are_left(folder, documents, tmp
     quick_studies.clear()
     assert call(*given, "--seed", "3", "--fresh", capsys=capsys)[0] == 0
     assert quick_studies == ["measured", *studies.STUDIES, "summary"]
+
+
+def test_a_kept_study_without_its_report_is_made_again(folder, documents, tmp_path, capsys, quick_studies):
+    given = ("study", "all", *documents, "--model", str(folder), *FAST, "--out", str(tmp_path / "all"))
+    assert call(*given, capsys=capsys)[0] == 0
+    quick_studies.clear()
+    (tmp_path / "all" / "layers" / "report.html").unlink()
+    (tmp_path / "all" / "codelength" / "tables" / "findings.csv").write_text("")
+    code, said, err = call(*given, capsys=capsys)
+    assert code == 0, err
+    assert quick_studies == ["measured", "layers", "codelength", "summary"] and said.count(": kept, ") == 3
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["again", "fresh"])
+@pytest.mark.usefixtures("no_model")
+def test_somebody_else_s_plan_is_not_overwritten(documents, tmp_path, capsys, fresh):
+    path = tmp_path / "all" / "plan.json"
+    path.parent.mkdir()
+    for content in ('{"plan": "mine"}', "no JSON", '{"format": "basin_lens studies 1", "plan": {}, "done": {}}'):
+        path.write_text(content)
+        code, _, err = call("study", "all", *documents, "--out", str(path.parent), *fresh, capsys=capsys)
+        assert code == 1 and "expected the plan of" in err and "Take it away" in err, err
+        assert path.read_text() == content and [one.name for one in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_of_which_nothing_was_finished_holds_nobody_up(tmp_path):
+    plan = dict.fromkeys(("model", "texts", "measured", "options", "versions"), 1)
+    finished_studies.begin(tmp_path, plan, {}, fresh=False)
+    assert finished_studies.begin(tmp_path, {**plan, "texts": 2}, {}, fresh=False) == {}
+    (tmp_path / "layers").mkdir()
+    finished_studies.note(tmp_path, {**plan, "texts": 2}, {}, "layers", tmp_path / "layers")
+    with pytest.raises(StoreError, match="the texts differ"):
+        finished_studies.begin(tmp_path, plan, {}, fresh=False)
+
+
+def test_fresh_overwrites_a_plan_of_an_earlier_version(tmp_path):
+    old = replace(finished_studies.PLAN, format="basin_lens studies 0")
+    (tmp_path / "plan.json").write_bytes(old.record({"x": 1}, {}))
+    finished_studies.refuse_foreign(tmp_path, fresh=True)
+    with pytest.raises(StoreError, match="format version 0"):
+        finished_studies.refuse_foreign(tmp_path, fresh=False)
+
+
+def test_a_plan_tells_runs_with_other_labels_and_second_models_of_one_name_apart(llama, tmp_path):
+    """Labels are in the run's files alone; a model's name says nothing of its weights."""
+    passages = [Passage(text, labels={"early": True}) for text in TEXTS]
+    needed = [StateNorm()]
+
+    def plan(folder, second=None):
+        own = {"robustness": RobustnessOptions(second_model=second)}
+        return finished_studies.plan_of(llama, [], bl.tables.open(folder), own, TextOptions(), MeasureOptions())
+
+    given = {"layers": [1], "progress": False}
+    bl.analyze(llama, passages, needed, out=tmp_path / "one", **given)
+    bl.analyze(llama, [replace(one, labels={"early": False}) for one in passages], needed, out=tmp_path / "two", **given)
+    one, two = plan(tmp_path / "one"), plan(tmp_path / "two")
+    assert one["texts"] != two["texts"] and {**one, "texts": 0} == {**two, "texts": 0}
+    seconds = [plan(tmp_path / "one", make_bridge("llama", seed=seed))["options"] for seed in (1, 2, 1)]
+    assert seconds[0] == seconds[2] != seconds[1]
 
 
 @pytest.fixture(scope="module")
@@ -329,9 +395,11 @@ def test_bad_studies_of_a_model_are_refused_in_one_line(folder, documents, tmp_p
 
 @pytest.mark.slow
 def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_path, capsys):
+    lines = [json.dumps({"text": Path(path).read_text(), "labels": {"genre": f"g{i}"}}) for i, path in enumerate(documents)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     run = (
         "analyze",
-        *documents,
+        str(tmp_path / "texts.jsonl"),
         "--model",
         str(folder),
         "--layers",
@@ -348,12 +416,13 @@ def test_a_study_takes_a_finished_run_in_place_of_texts(folder, documents, tmp_p
     study = ("study", "codelength", "--model", str(folder), "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"))
     code, said, err = call(*study, "--dry-run", capsys=capsys)
     assert code == 0 and f"the finished run in {tmp_path / 'run'}" in " ".join(said.split())
-    code, _, err = call(*study, capsys=capsys)
+    code, _, err = call(*study, "--unit", "topic", capsys=capsys)
+    assert code == 1 and "or a label of the run, got 'topic'; labels: ['genre']" in err
+    code, _, err = call(*study, "--unit", "genre", "--k", "5", capsys=capsys)
     assert code == 0, err
     (facts,) = json.loads((tmp_path / "study" / "results.json").read_text())["provenance"].values()
     assert facts["study"]["k"] == 5 and "from_run" in facts["study"]
-    code, _, err = call(*study, "--k", "7", capsys=capsys)
-    assert code == 2 and "--from without --k" in err
+    assert facts["study"]["unit"] == "genre"
 
 
 def test_a_run_that_lacks_a_study_s_analyzers_is_refused_before_a_model_is_loaded(folder, documents, tmp_path, capsys, monkeypatch):
@@ -362,3 +431,12 @@ def test_a_run_that_lacks_a_study_s_analyzers_is_refused_before_a_model_is_loade
     monkeypatch.setattr(cli_options, "load", lambda name: pytest.fail(f"loaded {name}"))
     code, _, err = call("study", "layers", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"), capsys=capsys)
     assert code == 1 and "--for layers" in err
+    for options, said in (
+        (("--k", "15"), "--k beside --from: expected k 5, which is the run's own, got 15"),
+        (("--max-length", "32"), "expected max_length 64"),
+        (("--max-sequences", "9"), "expected max_sequences None"),
+        (("--k", "5", "--max-length", "64", "--bank", "reference"), "--for layers"),  # equal ones change nothing
+    ):
+        where = ("--from", str(tmp_path / "run"), "--out", str(tmp_path / "study"))
+        code, _, err = call("study", "layers", *where, *options, capsys=capsys)
+        assert code in (1, 2) and said in err, err

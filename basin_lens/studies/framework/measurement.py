@@ -1,8 +1,8 @@
 """Texts measured once, for one study or several."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -109,7 +109,7 @@ def measure(
     planned = _planned(model, data, layers, count, max_length)
     if max_sequences is not None and max_sequences < per_document * min(len(set(planned.docs)), FEWEST_DOCUMENTS):
         per_document = 1
-    capture, short = _chosen(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
+    capture, short = chosen_sequences(planned, max_sequences, per_document, seed, unit, max(spec.fewest_tokens for spec in specs))
     asked = _contrasted(specs, capture, contrast, compression_tokens, seed)
     asked, partners = _crossed_with(asked, capture, contrast, bank is not None and bank is not data)
     headline = headline_of(k, context, exclude, compression_tokens if asked is None else None, partners)
@@ -209,36 +209,6 @@ def refuse_unit(passages: Sequence[Passage], unit: str) -> list[str]:
     return known
 
 
-def ready(
-    model: HookedModel,
-    data: Capture | Texts | Measured,
-    study: str,
-    progress: bool,
-    options: Mapping[str, object],
-    check: Callable[[Capture], None] | None = None,
-) -> Measured:
-    """What a study works on: texts are measured, what was measured is taken as it is.
-
-    Raises:
-        StudyError: measured for other studies, or options for what is measured already.
-    """
-    if not isinstance(data, Measured):
-        given: dict[str, Any] = dict(options)  # measure checks what each is
-        return measure(model, data, studies=(study,), progress=progress, check=check, **given)
-    data.capture.check_model_is(model)
-    if options:
-        raise StudyError(
-            f"expected no options of measure for texts measured already, got {sorted(options)}. Give them to measure(...)."
-        )
-    if study not in data.studies:
-        raise StudyError(
-            f"expected texts measured for the study {study!r}, got {list(data.studies)}. Measure with studies=[{study!r}]."
-        )
-    if check is not None:
-        check(data.capture)
-    return data
-
-
 def spaced_layers(n_layers: int, count: int = 10) -> list[int]:
     """So many layers, evenly spaced from the first to the last; all if there are no more."""
     return sorted({round(place) for place in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
@@ -258,8 +228,17 @@ def _planned(model: HookedModel, data: Capture | Texts, layers: Layers | Literal
     return Capture.plan(model, data, layers=_layers(model, layers, count), max_length=max_length)
 
 
-def _chosen(planned: Capture, most: int | None, per_document: int, seed: int, unit: str, fewest: int) -> tuple[Capture, int]:
+def chosen_sequences(
+    planned: Capture, most: int | None, per_document: int, seed: int, unit: str, fewest: int
+) -> tuple[Capture, int]:
     """The sequences to measure, and how many were too short.
+
+    Args:
+        planned: all of them.
+        most: at most so many; None: all.
+        per_document, seed: as for `measure`.
+        unit: of which there must be enough.
+        fewest: tokens of a sequence.
 
     Raises:
         StudyError: none that is long enough, or too few units.

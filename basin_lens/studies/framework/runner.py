@@ -10,17 +10,15 @@ from basin_lens.stats.remembering import sharing
 from basin_lens.studies.framework.attempts import beside_token_level_tests, checked_red_flags, token_level_tests
 from basin_lens.studies.framework.contrast_report import contrast_section
 from basin_lens.studies.framework.declared_tests import Decision, decide, declared_test, settle
-from basin_lens.studies.framework.finished_runs import taken
 from basin_lens.studies.framework.measured_texts import Measured, StudyData, study_provenance
-from basin_lens.studies.framework.measurement import ready
 from basin_lens.studies.framework.own_analyzers import with_own_analyzers
 from basin_lens.studies.framework.progress import progress_steps
 from basin_lens.studies.framework.sign_flags import signs_over_layers
 from basin_lens.studies.framework.spec import Analysis, Declaration, Presentation, Results, StudySpec, Task
 from basin_lens.studies.framework.study import Study
+from basin_lens.studies.framework.study_data import ready
 from basin_lens.studies.framework.table_parts import named_rows
 from basin_lens.studies.framework.wording import about_measured, opening, sentence, without_nan
-from basin_lens.tables import RunTable
 from basin_lens.values import Facts
 
 _SHARED_STEPS = 3  # tests, figures, contrast
@@ -54,10 +52,7 @@ def run_study(
     given = dict(measure_options or {})
     unit = data.unit if isinstance(data, Measured) else str(given.get("unit", "document"))
     check = None if spec.check is None else spec.check(model, own, unit)
-    if isinstance(data, RunTable):
-        measured = taken(model, data, spec.name, progress, given, check)
-    else:
-        measured = ready(model, data, spec.name, progress, given, check)
+    measured = ready(model, data, spec.name, progress, given, check)
     with progress_steps(f"study {spec.name}", spec.steps + _SHARED_STEPS, progress) as step:
         task = Task(model, measured, own, step, progress)
         analysis = spec.analysis(task)

@@ -49,7 +49,11 @@ def count_units(capture: Capture, unit: str) -> int:
         )
     if unit not in ("sequence", "document") and any(unit not in label for label in capture.labels):
         known = sorted({name for label in capture.labels for name in label})
-        raise StudyError(f'expected unit "sequence", "document" or a label that every text has, got {unit!r}; labels: {known}.')
+        at = next(seq for seq, label in enumerate(capture.labels) if unit not in label)
+        raise StudyError(
+            f'expected unit "sequence", "document" or a label that every text has, got {unit!r}, which passage '
+            f"{capture.sequences[at].passage} (document {capture.docs[at]!r}) lacks; labels: {known}."
+        )
     seqs = np.repeat(np.arange(len(capture.sequences)), capture.lengths.numpy())
     rows = pd.DataFrame({"doc": np.array(capture.docs, object)[seqs], "seq": seqs})
     if unit not in ("sequence", "document"):

@@ -30,6 +30,7 @@ def about_measured(measured: Measured) -> list[str]:
         f"{units_said('document', len(set(capture.docs)))}" + (f"; {rest}." if rest else "."),
         f"Layers {which}. Neighbors: k = {chosen['k']}, context {chosen['context']}, from {chosen['bank']}, never of "
         f"the same {chosen['exclude']}." + (_OF_BANK if chosen.get("partners") == "bank" else ""),
+        *chosen.get("notes", ()),
         *_sampled(measured),
         f"Tests and intervals are over {units_said(measured.unit, measured.n_units)}; tokens of one text are not independent.",
     ]

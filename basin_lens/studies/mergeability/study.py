@@ -81,7 +81,7 @@ class MergeabilityOptions:
     window: int = option(8, "Tokens that stay raw.")
     shares: tuple[float, ...] = option((0.25, 0.5))
     n_random: int = option(3)
-    seed: int = option(0)
+    seed: int | None = option(None)
 
     def check(self) -> None:
         """Refuse values that do not fit; needs neither model nor texts.
@@ -102,7 +102,7 @@ def study_mergeability(
     window: int = 8,
     shares: Sequence[float] = (0.25, 0.5),
     n_random: int = 3,
-    seed: int = 0,
+    seed: int | None = None,
     **options: object,
 ) -> Study:
     """Ask whether compression, or anything cheaper, tells which tokens can be merged.
@@ -123,7 +123,8 @@ def study_mergeability(
         window: tokens that stay raw, the current one counted.
         shares: of the tokens that can be merged, for the policies.
         n_random: draws of each random policy.
-        seed: of the positions, the halves and every other choice here.
+        seed: of the positions, the halves and every other choice here; None: that of what was measured (0 with texts). With a
+            finished run it is the run's own.
         **options: of `basin_lens.studies.measure`, with texts.
 
     Returns:
@@ -149,7 +150,7 @@ def study_mergeability(
     """
     check_settings(tokens_per_sequence=tokens_per_sequence, window=window, shares=shares, n_random=n_random)
     own = MergeabilityOptions(tokens_per_sequence, window, tuple(shares), n_random, seed)
-    chosen = options if isinstance(data, Measured) else {"seed": seed, **options}
+    chosen = options if seed is None or isinstance(data, Measured) else {"seed": seed, **options}
     return run_study(SPEC, model, data, own, progress=progress, measure_options=chosen)
 
 
@@ -227,6 +228,7 @@ class _Details:
 
 def _analysis(task: Task) -> Analysis:
     measured, options = task.measured, task.own(MergeabilityOptions)
+    seed = measured.seed if options.seed is None else options.seed
     every = with_all_compressed(task, options.window)
     table = stats.add_controls(every, frequency=measured.frequency)
     scored = table[np.isfinite(table[HEADLINE])].groupby(["seq", "pos"])["layer"].nunique()
@@ -237,12 +239,12 @@ def _analysis(task: Task) -> Analysis:
         most=options.tokens_per_sequence,
         fewest=FEWEST_PLACES,
         window=options.window,
-        seed=options.seed,
+        seed=seed,
     )
     _enough(len(_units(measured.capture, list(places), measured.unit)), measured.unit, "tokens with a score that can be merged")
-    calibrating, tested = _halves(measured, sorted(places), options.seed)
-    drawn_calibration = draw_calibration(measured.capture, calibrating, options.seed)
-    setting = Setting(task.model, measured.capture, measured.layers, options.window, options.seed, drawn_calibration, task.progress)
+    calibrating, tested = _halves(measured, sorted(places), seed)
+    drawn_calibration = draw_calibration(measured.capture, calibrating, seed)
+    setting = Setting(task.model, measured.capture, measured.layers, options.window, seed, drawn_calibration, task.progress)
     task.step("one merge at a time")
     costs = forced_costs(setting, places)
     task.step("many merges at once")
