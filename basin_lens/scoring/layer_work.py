@@ -131,10 +131,7 @@ class LayerWork:
         """
         done = Part()
         for number, search in enumerate(self._sites):
-            near = [
-                Neighbors(part.tensors[f"rows {number}"], part.tensors[f"distances {number}"], part.facts[f"recall {number}"])
-                for part in parts
-            ]
+            near = [self._found_in(part, number) for part in parts]
             found = self.searches.join(search.site.options, self.piece.layer, *self._states(search), near, bare=search.bare)
             self._found[search.site] = found
             done.tensors.update({f"rows {number}": found.near.rows, f"distances {number}": found.near.distances})
@@ -144,6 +141,11 @@ class LayerWork:
             done.put(f"map {number} ", scores.join())
         self._joined = done
         return done
+
+    def _found_in(self, part: Part, number: int) -> Neighbors:
+        """The neighbors that one range of rows has by a search; a part that lay on a disk comes to the run's device."""
+        rows, distances = (part.tensors[f"{name} {number}"].to(self.searches.device) for name in ("rows", "distances"))
+        return Neighbors(rows, distances, part.facts[f"recall {number}"])
 
     def score(self, joined: Part, shard: int, shards: int) -> Part:
         """Do one of so many shares of the block calls."""

@@ -2,15 +2,20 @@
 
 import random
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import basin_lens as bl
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.scoring import conducting
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, work_on_part
 from basin_lens.scoring.folder_store import FolderStore
-from basin_lens.scoring.job import Job
+from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.memory_store import MemoryStore
+from basin_lens.scoring.request import Request
+from basin_lens.scoring.results import Part
 from basin_lens.scoring.run_folder import RunFolder
 from tests.conftest import TEXTS, make_bridge
 from tests.scoring.test_folder_runs import DAMAGES, StoppedError, facts_of, files_of
@@ -177,9 +182,6 @@ def test_parts_share_layers_or_their_shards(model, straight, tmp_path, of):
 def test_kept_neighbors_and_groups_are_the_same(model):
     from basin_lens.scoring.analysis import score
     from basin_lens.scoring.conducting import conduct, kept_neighbors
-    from basin_lens.scoring.job import prepare
-    from basin_lens.scoring.memory_store import MemoryStore
-    from basin_lens.scoring.request import Request
 
     for number in (0, 1):
         what = few()
@@ -220,6 +222,46 @@ def test_a_piece_holds_states_of_its_shard_alone(model, bank, tmp_path, monkeypa
     assert max(sizes) <= 50 and len(sizes) >= 2 * 4
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the run's: it can be moved here, and goes together with nothing before."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.to:
+            raise RuntimeError(f"{function} of tensors on two devices")
+        first, *others = args
+        with torch._C.DisableTorchFunctionSubclass():
+            return first.as_subclass(torch.Tensor).to(*others, **kwargs or {})
+
+
+def test_what_lay_on_a_disk_is_moved_to_the_runs_device(model, monkeypatch):
+    """Parts come from a disk to the CPU, wherever the run is."""
+    what = [one for one in several() if not isinstance(one, A.StateNorm)] + [
+        A.Contraction(k=4, choice="radius_matched", name="more")
+    ]
+    request = Request(what, layers=[0, 1, 2], batch_size=1, progress=False)
+    job = prepare(model, TEXTS, request, shard_tokens=50)
+    real = Job.work
+
+    def work(self, piece, found):
+        self._work = None  # as of another process, which has joined nothing
+        parts = {one: found(one) for one in self.needs(piece)}
+        moved = {
+            one: Part({name: value.as_subclass(Elsewhere) for name, value in part.tensors.items()}, part.facts)
+            for one, part in parts.items()
+        }
+        return real(self, piece, moved.__getitem__)
+
+    monkeypatch.setattr(Job, "work", work)
+    store = MemoryStore(job)
+    conducting.conduct(job, store)
+    whole = bl.analyze(model, TEXTS, what, layers=[0, 1, 2], batch_size=1, progress=False)
+    held = conducting.values_at(job, store, [0, 1, 2])
+    assert held
+    for name, values in held.items():
+        np.testing.assert_array_equal(values.flatten(), whole[name])
+
+
 def test_one_shard_is_one_piece(model, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     run(model, tmp_path / "run", shard_tokens=10_000)
@@ -228,9 +270,6 @@ def test_one_shard_is_one_piece(model, tmp_path, monkeypatch):
 
 
 def test_what_a_job_needs_comes_before(model):
-    from basin_lens.scoring.job import prepare
-    from basin_lens.scoring.request import Request
-
     job: Job = prepare(model, TEXTS, Request(few(), layers=[0], progress=False), shard_tokens=50)
     seen = set()
     for piece in job.pieces_of(0):
