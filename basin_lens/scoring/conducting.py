@@ -47,7 +47,7 @@ def score_all(job: Job, store: Store, layers: list[int], mine: Callable[[LayerPi
     with tqdm(total=total, initial=done, desc="neighbors through blocks", unit="layer", disable=hides_bars(progress)) as bar:
         for layer in layers:
             for piece in job.pieces_of(layer):
-                if mine(piece) and not (piece.step != "collect" and store.has(piece)) and all(map(store.has, job.needs(piece))):
+                if mine(piece) and not store.has(piece) and all(map(store.has, job.needs(piece))):
                     do(job, store, piece)
                     bar.update(piece.step == "collect")
 

@@ -4,12 +4,13 @@ What they find goes to the run's folder, which all nodes must see under one name
 or node died is given to another one.
 """
 
+import io
 import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -81,12 +82,12 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """What an actor is given: all that a job is made of, but the model if it can load it by name."""
+    """What an actor is given: all that a job is made of, but the model (`packed`) if it can load it by name."""
 
     source: Mapping[str, str] | None
     dtype: torch.dtype
     device: str
-    model: HookedModel | None
+    model: bytes | None
     capture: Capture
     request: Request
     keep: CloudAnalyzer | None
@@ -108,15 +109,15 @@ class Worker:
                 "system that all nodes share."
             )
         self.task = task
-        self._job: Job | None = None
-        model = task.model
-        if model is None:
+        self._held: FolderStore | None = None
+        if task.model is None:
             assert task.source is not None
             name, kind = task.source["name_or_path"], task.source["kind"]
-            model = load_model(name, kind=kind, dtype=task.dtype, device=task.device)  # type: ignore[arg-type]
-        if next(model.parameters()).device.type != task.device:
-            model.to(task.device)
-        self.model = model
+            self.model = load_model(name, kind=kind, dtype=task.dtype, device=task.device)  # type: ignore[arg-type]
+        else:
+            self.model = unpacked(task.model)
+        if next(self.model.parameters()).device.type != task.device:
+            self.model.to(task.device)
         self._filled = False
 
     def fingerprint(self) -> str:
@@ -126,27 +127,51 @@ class Worker:
     @property
     def _store(self) -> FolderStore:
         task = self.task
-        if self._job is None:
+        if self._held is None:
             request, capture = task.request, task.capture
-            self._job = prepare(
+            job = prepare(
                 self.model, capture, request, keep=task.keep, piece_tokens=task.piece_tokens, shard_tokens=task.shard_tokens
             )
-        return FolderStore(self._job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
+            self._held = FolderStore(job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
+        return self._held
 
     def read(self, index: int) -> int:
-        """Do a piece of reading; how many rows it has."""
+        """Do a piece of reading, unless an actor that died had done it; how many rows it has."""
         store = self._store
-        store.put_read(index, store.job.read(index))
+        if not store.has_read(index):
+            store.put_read(index, store.job.read(index))
         return len(store.rows[index])
 
     def score(self, piece: LayerPiece) -> int:
-        """Do a piece of the work at a layer; how many layers it ends."""
+        """Do a piece of the work at a layer, unless an actor that died had done it; how many layers it ends."""
         store = self._store
         if not self._filled:
             store.use_states()
             self._filled = True
-        do(store.job, store, piece)
+        if not store.has(piece):
+            do(store.job, store, piece)
         return int(piece.step == "collect")
+
+
+def packed(model: HookedModel) -> bytes:
+    """A model to be sent: also one from a GPU can be unpacked where there is none."""
+    from ray import cloudpickle
+
+    held = io.BytesIO()
+    torch.save(model, held, pickle_module=cloudpickle)
+    return held.getvalue()
+
+
+def unpacked(content: bytes) -> HookedModel:
+    """A model that was packed, on the CPU. It is code: only what the driver sent may be unpacked."""
+    model: HookedModel = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    return model
+
+
+def _sent(request: Request) -> Request:
+    """A request as an actor takes it: the texts, already cut, come as a capture; no tensor is on a GPU."""
+    queries = request.queries.cpu() if isinstance(request.queries, torch.Tensor) else request.queries
+    return replace(request, attention_mask=None, queries=queries)
 
 
 def device_of(given: Mapping[str, object] | None) -> str:
@@ -209,8 +234,9 @@ class Crew:
             "source": source,
             "dtype": dtype,
             "device": options.device,
-            "capture": job.capture,
-            "request": request,
+            # As it is now: when all is read, the run's own holds states that are deleted layer by layer.
+            "capture": replace(job.capture, columns=dict(job.capture.columns)),
+            "request": _sent(request),
             "keep": job.keep,
             "piece_tokens": job.piece_tokens,
             "shard_tokens": job.shard_tokens,
@@ -221,7 +247,7 @@ class Crew:
         }
         self._task = self._shipped(with_model=source is None)
         self._actor = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Worker)
-        self._starting: dict[object, Any] = {}
+        self._starting: dict[object, tuple[Any, bool]] = {}  # each with whether it was sent our model
         self._idle: list[Any] = []
         self._busy: dict[object, tuple[Any, Any]] = {}
         for _ in range(options.workers or _room(ray, options)):
@@ -230,11 +256,11 @@ class Crew:
     def _shipped(self, *, with_model: bool) -> object:
         """The task in the object store, once for all actors."""
         self._has_model = with_model
-        return self.ray.put(Task(**self._facts, model=self._model if with_model else None))
+        return self.ray.put(Task(**self._facts, model=packed(self._model) if with_model else None))
 
     def _start(self) -> None:
         worker = self._actor.remote(self._task)
-        self._starting[worker.fingerprint.remote()] = worker
+        self._starting[worker.fingerprint.remote()] = worker, self._has_model
 
     def do(
         self,
@@ -273,17 +299,18 @@ class Crew:
 
     def _begin(self, ref: object) -> None:
         """An actor is there: it is free if its model is the run's; another model by the same name gives way to a copy of ours."""
-        worker = self._starting.pop(ref)
+        worker, with_model = self._starting.pop(ref)
         found = self._answer(ref)
         if found == self.wanted:
             self._idle.append(worker)
             return
-        if found is not None and self._has_model:
+        if found is not None and with_model:
             raise BasinLensError(
                 f"expected the run's model on every node (fingerprint {self.wanted}), got {found}. Install the same versions there."
             )
         if found is not None:
-            self._task = self._shipped(with_model=True)
+            if not self._has_model:  # else another actor has shown before that the name brings another model
+                self._task = self._shipped(with_model=True)
             self.ray.kill(worker)
         else:
             self._lost = getattr(self, "_lost", 0) + 1
@@ -309,7 +336,7 @@ class Crew:
 
     def dismiss(self) -> None:
         """End all actors."""
-        for worker in [*self._idle, *self._starting.values(), *(worker for worker, _ in self._busy.values())]:
+        for worker in [*self._idle, *(worker for worker, _ in [*self._starting.values(), *self._busy.values()])]:
             with suppress(Exception):
                 self.ray.kill(worker)
 
