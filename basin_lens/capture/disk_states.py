@@ -76,7 +76,7 @@ class StatesOnDisk:
                 if attempt == 2:
                     raise
                 warnings.warn(f"States in row order are laid out again: {error}", PieceWarning, stacklevel=2)
-                path.unlink()
+                path.unlink(missing_ok=True)
         raise AssertionError
 
     @property

@@ -187,12 +187,11 @@ def _found_anywhere(source: Mapping[str, str] | None) -> Mapping[str, str] | Non
     return {**source, "name_or_path": os.path.abspath(place)}
 
 
-def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mapping[str, object] | None) -> None:
+def conduct_on_ray(job: Job, store: FolderStore, given: Mapping[str, object] | None) -> None:
     """Do every piece that a store does not have on a Ray cluster.
 
     Args:
         job, store: of the run.
-        request: the options of `analyze`.
         given: see `RayOptions`.
 
     Raises:
@@ -202,9 +201,9 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
     options, ray = RayOptions.of(given), _ray()
     pieces = store.unread()
     with _cluster(ray, options):
-        crew = Crew(ray, job, store, request, options)
+        crew = Crew(ray, job, store, options)
         try:
-            total, asked = job.capture.n_rows, request.progress
+            total, asked = job.capture.n_rows, job.request.progress
             read = total - sum(len(store.rows[index]) for index in pieces)
             with tqdm(total=total, initial=read, desc="reading the model", unit="token", disable=hides_bars(asked)) as bar:
                 crew.do("read", pieces, bar.update)
@@ -225,7 +224,7 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
 class Crew:
     """The actors of a run, and who of them is free."""
 
-    def __init__(self, ray: ModuleType, job: Job, store: FolderStore, request: Request, options: RayOptions) -> None:
+    def __init__(self, ray: ModuleType, job: Job, store: FolderStore, options: RayOptions) -> None:
         self.ray, self.options, self.wanted = ray, options, job.capture.model["fingerprint"]
         source = _found_anywhere(source_of(job.model))
         self._model = job.model
@@ -236,7 +235,7 @@ class Crew:
             "device": options.device,
             # As it is now: when all is read, the run's own holds states that are deleted layer by layer.
             "capture": replace(job.capture, columns=dict(job.capture.columns)),
-            "request": _sent(request),
+            "request": _sent(job.request),
             "keep": job.keep,
             "piece_tokens": job.piece_tokens,
             "shard_tokens": job.shard_tokens,

@@ -6,12 +6,13 @@ run/table/            the finished table: a parquet file for each layer, and a r
 
 import hashlib
 import json
+import os
 import re
 import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -356,43 +357,53 @@ class RunFolder:
         return tables.open(self.table)
 
     def status(self) -> Status:
-        """How far the run is; quick: pieces are counted, not proven.
+        """How far the run is; quick: pieces are counted, not proven. Of a run that goes on meanwhile, the state after.
 
         Raises:
             StoreError: no run there.
         """
-        if not self.plan.exists():
+        try:
+            told = self._told()
+        except StoreError:
+            if self.plan.exists():
+                raise
             raise StoreError(
                 f"expected the folder of a run, got {str(self.path)!r} without a plan. Name one that analyze --out made."
-            )
-        told = self._told()
-        read = sorted((self.pieces / "read").glob("*.safetensors"), key=_age)
-        scored = sorted((self.pieces / "scores").glob("*.safetensors"), key=_age)
+            ) from None
+        # Shards before scores, and the table last: what is deleted meanwhile is in what is looked at next.
+        read, shards = (_ages(self.pieces / name) for name in ("read", "shards"))
+        scored = _ages(self.pieces / "scores")
         each, finished = told.get("shards", 1), self.is_finished
         known = told["pieces"], len(told["scored"])
-        # What the shards of a scored layer gave is deleted: its scores stand for all of them.
-        open_ = sorted((self.pieces / "shards").glob("*/*.safetensors"), key=_age)
+        layers = {path.stem for path in scored}  # the scores of a layer stand for all its shards
+        open_ = {path: age for path, age in shards.items() if path.parent.name not in layers}
         done = known if finished else (len(read), len(scored))
-        shards = done[1] * each + (0 if finished else len(open_))
-        pace, rest = (open_, known[1] * each - shards) if len(open_) > 1 else (scored, known[1] - len(scored))
+        pieces = done[1] * each + (0 if finished else len(open_))
+        pace, rest = (open_, known[1] * each - pieces) if len(open_) > 1 else (scored, known[1] - len(scored))
         seconds = [_seconds_left(read, known[0] - len(read)), _seconds_left(pace, rest)]
         left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)
         return Status(
-            done[0], known[0], done[1], known[1], shards, known[1] * each, finished, told["tokens"], left, holder(self.path)
+            done[0], known[0], done[1], known[1], pieces, known[1] * each, finished, told["tokens"], left, holder(self.path)
         )
 
 
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
+def _ages(folder: Path) -> dict[Path, float]:
+    """When each piece in a folder was written, the oldest first; one that is deleted meanwhile is not there."""
+    found = {}
+    for place, _, names in os.walk(folder):  # says nothing of folders that go
+        for name in names:
+            with suppress(FileNotFoundError):
+                if name.endswith(".safetensors"):
+                    found[Path(place, name)] = os.stat(os.path.join(place, name)).st_mtime
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _seconds_left(done: list[Path], left: int) -> float | None:
+def _seconds_left(done: Mapping[Path, float], left: int) -> float | None:
     """Time that so many pieces take at the pace of those that are there; None before two are there."""
-    ages = [_age(path) for path in done]
     if left <= 0:
         return 0.0
     # The median, because between two of them the run may have been interrupted for a night.
-    return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(ages)) * left
+    return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(done.values())) * left
 
 
 def _how(name: str, there: object, asked: object) -> str:

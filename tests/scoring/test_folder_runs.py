@@ -386,6 +386,17 @@ def test_a_model_in_bfloat16_loses_nothing_on_the_disk(tokenizer, tmp_path):
     pd.testing.assert_frame_equal(one.drop(columns="run"), other.drop(columns="run"), check_exact=True)
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_capture_as_its_own_bank_is_no_bank(model, whole, tmp_path, read):
+    capture = bl.Capture.plan(model, TEXTS, layers=[0, 2])
+    if read:
+        capture = bl.Capture.from_texts(model, TEXTS, layers=[0, 2], batch_size=1, progress=False)
+    only = [A.Contraction(k=4)]
+    made = bl.analyze(model, capture, only, bank=capture, out=tmp_path / "run", progress=False)
+    pd.testing.assert_series_equal(made.load()["contraction"], whole["contraction"], check_exact=True)
+    assert made.provenance["bank"]["source"] == "the texts themselves"
+
+
 def test_analyzers_of_tokens_alone(model, tmp_path):
     only = [A.Surprisal(), A.StateNorm()]
     made = bl.analyze(model, TEXTS, only, out=tmp_path / "run", **CUT | SMALL).load()

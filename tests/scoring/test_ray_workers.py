@@ -82,13 +82,12 @@ class AtOnce(ModuleType):
 
 def begun(model, out, **changes):
     request = FolderRequest(few(), out=out, **CUT | changes)
-    job, store = _begun(RunFolder(out), model, TEXTS, request, None)
-    return job, store, request
+    return _begun(RunFolder(out), model, TEXTS, request, None)
 
 
 def worker_of(model, out):
-    job, store, request = begun(model, out)
-    crew = Crew(AtOnce(), job, store, request, RayOptions(workers=1))
+    job, store = begun(model, out)
+    crew = Crew(AtOnce(), job, store, RayOptions(workers=1))
     return Worker(crew.ray.put_in[0]), store, job
 
 
@@ -112,8 +111,8 @@ def test_a_piece_that_an_actor_did_before_it_died_is_not_done_again(model, tmp_p
 
 
 def test_actors_that_start_late_are_given_the_capture_as_it_was(model, tmp_path, straight):
-    job, store, request = begun(model, tmp_path / "run")
-    crew = Crew(AtOnce(), job, store, request, RayOptions(workers=2))
+    job, store = begun(model, tmp_path / "run")
+    crew = Crew(AtOnce(), job, store, RayOptions(workers=2))
     crew.do("read", store.unread(), lambda _: None)
     store.all_read()
     job.fill()
@@ -131,8 +130,8 @@ def test_actors_that_load_another_model_by_its_name_are_sent_ours_once(model, to
     other = make_bridge("llama", seed=1, tokenizer=tokenizer)
     monkeypatch.setattr(ray_engine, "source_of", lambda _: {"name_or_path": "edited", "kind": "bridge"})
     monkeypatch.setattr(ray_engine, "load_model", lambda *_, **__: other)
-    job, store, request = begun(model, tmp_path / "run")
-    crew = Crew(AtOnce(), job, store, request, RayOptions(workers=2))
+    job, store = begun(model, tmp_path / "run")
+    crew = Crew(AtOnce(), job, store, RayOptions(workers=2))
     crew.do("read", store.unread(), lambda _: None)
     assert not store.unread() and len(crew.ray.put_in) == 2 and len(crew.ray.killed) == 2
 
@@ -162,7 +161,7 @@ def test_a_mask_that_cut_the_texts_is_not_sent(tmp_path):
 
 
 def test_a_store_knows_pieces_of_reading_that_are_there(model, tmp_path):
-    job, store, _ = begun(model, tmp_path / "run")
+    job, store = begun(model, tmp_path / "run")
     assert not store.has_read(0)
     store.put_read(0, job.read(0))
     assert store.has_read(0) and FolderStore(job, store.folder, store.mark["plan"]).has_read(0)
