@@ -98,6 +98,7 @@ class LayerWork:
                 partnered=self.partnered,
                 groups=groups,
                 surroundings=partial(self._surroundings, passage),
+                entering=lambda: self.maps.border(self.piece.layer)[0],
             )
             for some, passage in zip(self.piece.maps, self._passages, strict=True)
         ]

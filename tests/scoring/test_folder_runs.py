@@ -15,6 +15,7 @@ import torch
 import basin_lens as bl
 from basin_lens import locks, tables
 from basin_lens.capture import with_states
+from basin_lens.capture.disk_states import StatesOnDisk
 from basin_lens.errors import BasinLensError, PieceWarning, StoreError, TableError
 from basin_lens.scoring import bank_overlap
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, part_of, work_on_part
@@ -395,6 +396,16 @@ def test_a_capture_as_its_own_bank_is_no_bank(model, whole, tmp_path, read):
     made = bl.analyze(model, capture, only, bank=capture, out=tmp_path / "run", progress=False)
     pd.testing.assert_series_equal(made.load()["contraction"], whole["contraction"], check_exact=True)
     assert made.provenance["bank"]["source"] == "the texts themselves"
+
+
+def test_states_are_not_read_again_for_every_token_that_is_run_on(model, tmp_path, monkeypatch):
+    asked = []
+    real = StatesOnDisk.__getitem__
+    monkeypatch.setattr(StatesOnDisk, "__getitem__", lambda self, border: asked.append(border) or real(self, border))
+    only, given = [A.CentroidEffect(k=4)], CUT | {"layers": [0], "queries": 12}
+    made = bl.analyze(model, TEXTS, only, out=tmp_path / "run", **given)
+    pd.testing.assert_frame_equal(made.load(), bl.analyze(model, TEXTS, only, **given), check_exact=True)
+    assert sorted(asked) == [0, 1]
 
 
 def test_analyzers_of_tokens_alone(model, tmp_path):
