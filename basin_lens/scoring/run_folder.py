@@ -34,10 +34,14 @@ from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
 from basin_lens.scoring.token_rows import row_facts, texts_hash
 from basin_lens.tables.run_table import RunTable, holds_layers_only, is_table, write_layers
+from basin_lens.tables.run_table import is_own as is_own_table
 from basin_lens.values import Facts
 
 PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
 _PIECES = ("read", "states", "scores", "shards")
+_OWN_PIECE = re.compile(  # see `folder_store`
+    r"(read/\d{5,}|states/border-\d{3,}/(\d{5,}|rows)|shards/layer-\d{3,}/[a-z]+-\d{3,}|scores/layer-\d{3,})\.safetensors"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
 PIECE_TOKENS = 4096
@@ -301,8 +305,12 @@ class RunFolder:
             unlock(handle, place)
 
     def clear(self) -> None:
-        """Delete the pieces and the table of a run."""
-        self._refuse_foreign(with_table=False)
+        """Delete the pieces and the table of a run, and nothing else.
+
+        Raises:
+            StoreError: somebody else's files among them, before anything is deleted.
+        """
+        self._refuse_foreign(to_delete=True)
         if self.table.exists():
             rmtree(self.table)
         for name in ("summary.csv", "report.html") if self.plan.exists() else ():
@@ -322,21 +330,40 @@ class RunFolder:
                     "over with --fresh (fresh=True)."
                 )
 
-    def _refuse_foreign(self, *, with_table: bool = True) -> None:
-        """Somebody else's files under the names of ours. What an interrupted run has begun is ours, with a plan or without."""
+    def _refuse_foreign(self, *, to_delete: bool = False) -> None:
+        """Somebody else's files under the names of ours. What an interrupted run has begun is ours, with a plan or without.
+
+        `to_delete`: a table without the pieces' plan is ours too, if it says so; and every file of the pieces is looked at.
+        """
         ours = {"plan.json", *_PIECES}
         held = [path.name for path in self.pieces.iterdir()] if self.pieces.is_dir() else []
         foreign = next((f"pieces/{name}" for name in held if name not in ours and not is_own(name)), None)
+        if to_delete and foreign is None:
+            foreign = self._foreign_piece()
         if self.pieces.exists() and not self.pieces.is_dir():
             foreign = "pieces"
         begun = self.plan.exists()
-        own_table = (self.is_finished and (begun or not with_table)) or (begun and holds_layers_only(self.table))
+        own_table = (begun or to_delete) and is_own_table(self.table, damaged=begun)
+        own_table = own_table or (begun and holds_layers_only(self.table))
         if self.table.exists() and not own_table:
             foreign = "table"
         if foreign is not None:
             raise StoreError(
                 f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {foreign!r} in it. Choose another."
             )
+
+    def _foreign_piece(self) -> str | None:
+        """A file in the folders of the pieces that no run has written."""
+        for kind in _PIECES:
+            for place, _, names in os.walk(self.pieces / kind):
+                inner = Path(place).relative_to(self.pieces)
+                if any(is_own(part) for part in inner.parts):  # what was being written when a run died
+                    continue
+                for name in names:
+                    path = (inner / name).as_posix()
+                    if not is_own(name) and not _OWN_PIECE.fullmatch(path):
+                        return f"pieces/{path}"
+        return None
 
     def _told(self) -> Facts:
         return PLAN.read(self.plan, {"plan": dict, "pieces": int, "scored": [int], "tokens": int})
