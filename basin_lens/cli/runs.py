@@ -23,6 +23,15 @@ if TYPE_CHECKING:  # long to load: help does not wait for it
 
 _FILES = ("table", "summary.csv", "report.html")
 _OURS = {"pieces", *_FILES}
+StoreDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
+]
+ShardTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-tokens", min=1, help="Of more tokens, the work at a layer is cut into shards of about so many; 16384 if left out."
+    ),
+]
 # Rows of a table (tokens times layers) up to which a report is made: it holds them all in memory.
 MOST_REPORTED = 1_000_000
 
@@ -65,9 +74,8 @@ def analyze(
         ),
     ] = None,
     keep_states: Annotated[bool, typer.Option("--keep-states", help="Leave the states of all layers in the folder.")] = False,
-    store_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
-    ] = "float32",
+    store_dtype: StoreDtype = "float32",
+    shard_tokens: ShardTokens = None,
 ) -> None:
     """Score every token of text files or of a data set: a table in parts, a summary and a report.
 
@@ -81,6 +89,7 @@ def analyze(
     """
     _refuse_options(named=bool(files) or dataset is not None, engine=engine, workers=workers, part=part, fresh=fresh)
     from basin_lens.scoring.folder_run import FolderRequest, part_of
+    from basin_lens.scoring.job import SHARD_TOKENS
 
     share, needed = None if part is None else part_of(part), _analyzers_for(studies, k)
     chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
@@ -101,6 +110,7 @@ def analyze(
             fresh=fresh,
             keep_states=keep_states,
             store_dtype=store_dtype,
+            shard_tokens=shard_tokens or SHARD_TOKENS,
         )
         _work(loaded, passages, request, contraction, out.resolve(), share)
 

@@ -65,7 +65,10 @@ def found(job: Job, store: Store) -> Facts:
     results = Results(job.plan)
     results.take_columns(job.capture)
     if job.run is not None:
-        results.begin(job.run.facts())
+        facts = job.run.facts()
+        if job.request.backend == "approximate" and job.shards > 1:
+            facts["search"]["shard_tokens"] = job.shard_tokens  # each shard chooses its candidates: another cut is another answer
+        results.begin(facts)
         for layer in job.layers:
             results.add(store.scores(layer))
     return provenance(

@@ -8,13 +8,11 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 from types import CodeType
@@ -32,6 +30,7 @@ from basin_lens.records import Kind
 from basin_lens.scoring.conducting import found, values_at
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
+from basin_lens.scoring.run_status import Status, status_of
 from basin_lens.scoring.token_rows import row_facts, texts_hash
 from basin_lens.tables.run_table import RunTable, holds_layers_only, is_table, write_layers
 from basin_lens.tables.run_table import is_own as is_own_table
@@ -77,32 +76,6 @@ _DIGESTS = {
     "queries": "",
     "fingerprint": "weights or settings",
 }
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run in a folder is.
-
-    Attributes:
-        read, read_of: pieces of reading done, of so many.
-        scored, scored_of: layers scored, of so many.
-        shards, shards_of: pieces of the work at layers done, of so many: a layer is one piece, or of many texts several.
-        finished: whether its table is there.
-        tokens: of the texts.
-        seconds_left: at the pace of the pieces that are there; None where it cannot be told.
-        holder: who works on it now, in words; None: nobody.
-    """
-
-    read: int
-    read_of: int
-    scored: int
-    scored_of: int
-    shards: int
-    shards_of: int
-    finished: bool
-    tokens: int
-    seconds_left: float | None
-    holder: str | None
 
 
 def dtype_of(name: object) -> torch.dtype:
@@ -397,40 +370,7 @@ class RunFolder:
             raise StoreError(
                 f"expected the folder of a run, got {str(self.path)!r} without a plan. Name one that analyze --out made."
             ) from None
-        # Shards before scores, and the table last: what is deleted meanwhile is in what is looked at next.
-        read, shards = (_ages(self.pieces / name) for name in ("read", "shards"))
-        scored = _ages(self.pieces / "scores")
-        each, finished = told.get("shards", 1), self.is_finished
-        known = told["pieces"], len(told["scored"])
-        layers = {path.stem for path in scored}  # the scores of a layer stand for all its shards
-        open_ = {path: age for path, age in shards.items() if path.parent.name not in layers}
-        done = known if finished else (len(read), len(scored))
-        pieces = done[1] * each + (0 if finished else len(open_))
-        pace, rest = (open_, known[1] * each - pieces) if len(open_) > 1 else (scored, known[1] - len(scored))
-        seconds = [_seconds_left(read, known[0] - len(read)), _seconds_left(pace, rest)]
-        left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)
-        return Status(
-            done[0], known[0], done[1], known[1], pieces, known[1] * each, finished, told["tokens"], left, holder(self.path)
-        )
-
-
-def _ages(folder: Path) -> dict[Path, float]:
-    """When each piece in a folder was written, the oldest first; one that is deleted meanwhile is not there."""
-    found = {}
-    for place, _, names in os.walk(folder):  # says nothing of folders that go
-        for name in names:
-            with suppress(FileNotFoundError):
-                if name.endswith(".safetensors"):
-                    found[Path(place, name)] = os.stat(os.path.join(place, name)).st_mtime
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def _seconds_left(done: Mapping[Path, float], left: int) -> float | None:
-    """Time that so many pieces take at the pace of those that are there; None before two are there."""
-    if left <= 0:
-        return 0.0
-    # The median, because between two of them the run may have been interrupted for a night.
-    return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(done.values())) * left
+        return status_of(self.pieces, told, lambda: self.is_finished, holder(self.path))
 
 
 def _how(name: str, there: object, asked: object) -> str:

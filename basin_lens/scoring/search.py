@@ -230,8 +230,8 @@ class Searches:
         return queries, bank
 
     def _note_recall(self, layer: int, found: Neighbors) -> None:
-        """The lowest recall of the layer's searches."""
-        if found.recall is not None:
+        """The lowest recall of the layer's searches, of a range of rows each; of searches that find nothing there is none."""
+        if found.recall is not None and found.recall == found.recall:
             known = self.facts["recall"].get(str(layer), 1.0)
             self.facts["recall"][str(layer)] = min(known, found.recall)
 

@@ -1,6 +1,7 @@
 """The work at a layer in shards: the numbers of one piece, bit for bit, whoever does them, however often interrupted."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -220,6 +221,31 @@ def test_a_piece_holds_states_of_its_shard_alone(model, bank, tmp_path, monkeypa
     monkeypatch.setattr(search, "find", find)
     run(model, tmp_path / "run", [A.Contraction(k=4)], bank=bank)
     assert max(sizes) <= 50 and len(sizes) >= 2 * 4
+
+
+def test_a_cut_approximate_search_says_how_it_was_cut(model, tmp_path, monkeypatch):
+    """Its answer depends on the cut: provenance, and so the run's name, say which; its recall is the lowest of the shards'."""
+    from basin_lens.scoring import search
+
+    recalls, real = [], search.find
+
+    def find(*given, **options):
+        found = replace(real(*given, **options), recall=1 - 0.01 * len(recalls))
+        recalls.append(found.recall)
+        return found
+
+    monkeypatch.setattr(search, "find", find)
+    given = {"backend": "approximate", "layers": [2], "what": [A.Contraction(k=4)]}
+    facts, names = {}, set()
+    for tokens in (50, 70, 10_000):
+        recalls.clear()
+        made = run(model, tmp_path / str(tokens), shard_tokens=tokens, **given)
+        facts[tokens] = made.provenance["search"]
+        names.add(made.run)
+        assert facts[tokens]["recall"]["2"] == min(recalls)
+    assert [facts[tokens].get("shard_tokens") for tokens in facts] == [50, 70, None] and len(names) == 3
+    exact = run(model, tmp_path / "exact", what=[A.Contraction(k=4)])
+    assert "shard_tokens" not in exact.provenance["search"]
 
 
 class Elsewhere(torch.Tensor):
