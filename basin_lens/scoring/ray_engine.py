@@ -4,7 +4,6 @@ What they find goes to the run's folder, which all nodes must see under one name
 or node died is given to another one.
 """
 
-import io
 import os
 import socket
 from collections import Counter, deque
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import BasinLensError, StoreError
-from basin_lens.model import EMBEDDED_NAME, HookedModel, fingerprint, load_model, source_of
+from basin_lens.model import EMBEDDED_NAME, HookedModel, copy_of, fingerprint, load_model, source_of
 from basin_lens.scoring.conducting import do
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job, LayerPiece, prepare
@@ -82,12 +81,12 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """What an actor is given: all that a job is made of, but the model (`packed`) if it can load it by name."""
+    """What an actor is given: all that a job is made of, but the model if it can load it by name."""
 
     source: Mapping[str, str] | None
     dtype: torch.dtype
     device: str
-    model: bytes | None
+    model: HookedModel | None
     capture: Capture
     request: Request
     keep: CloudAnalyzer | None
@@ -110,14 +109,14 @@ class Worker:
             )
         self.task = task
         self._held: FolderStore | None = None
-        if task.model is None:
+        model = task.model
+        if model is None:
             assert task.source is not None
             name, kind = task.source["name_or_path"], task.source["kind"]
-            self.model = load_model(name, kind=kind, dtype=task.dtype, device=task.device)  # type: ignore[arg-type]
-        else:
-            self.model = unpacked(task.model)
-        if next(self.model.parameters()).device.type != task.device:
-            self.model.to(task.device)
+            model = load_model(name, kind=kind, dtype=task.dtype, device=task.device)  # type: ignore[arg-type]
+        if next(model.parameters()).device.type != task.device:
+            model.to(task.device)
+        self.model = model
         self._filled = False
 
     def fingerprint(self) -> str:
@@ -153,19 +152,9 @@ class Worker:
         return int(piece.step == "collect")
 
 
-def packed(model: HookedModel) -> bytes:
-    """A model to be sent: also one from a GPU can be unpacked where there is none."""
-    from ray import cloudpickle
-
-    held = io.BytesIO()
-    torch.save(model, held, pickle_module=cloudpickle)
-    return held.getvalue()
-
-
-def unpacked(content: bytes) -> HookedModel:
-    """A model that was packed, on the CPU. It is code: only what the driver sent may be unpacked."""
-    model: HookedModel = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
-    return model
+def _off_device(model: HookedModel) -> HookedModel:
+    """A model as it is sent: from a GPU a copy on the CPU, which an actor without one can take."""
+    return model if next(model.parameters()).device.type == "cpu" else copy_of(model, device="cpu")
 
 
 def _sent(request: Request) -> Request:
@@ -255,7 +244,7 @@ class Crew:
     def _shipped(self, *, with_model: bool) -> object:
         """The task in the object store, once for all actors."""
         self._has_model = with_model
-        return self.ray.put(Task(**self._facts, model=packed(self._model) if with_model else None))
+        return self.ray.put(Task(**self._facts, model=_off_device(self._model) if with_model else None))
 
     def _start(self) -> None:
         worker = self._actor.remote(self._task)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import basin_lens as bl
-from basin_lens.model import fingerprint
+from basin_lens.model import copy_of, fingerprint
 from basin_lens.scoring import ray_engine
 from basin_lens.scoring.folder_run import FolderRequest, _begun
 from basin_lens.scoring.folder_store import FolderStore
@@ -136,22 +136,21 @@ def test_actors_that_load_another_model_by_its_name_are_sent_ours_once(model, to
     assert not store.unread() and len(crew.ray.put_in) == 2 and len(crew.ray.killed) == 2
 
 
-def test_no_tensor_of_a_model_that_is_sent_is_bound_to_a_device(model, monkeypatch):
-    """What is pickled as it is goes back to the device that it came from, which the actor may not have."""
+def test_a_model_on_another_device_is_sent_as_a_copy_on_the_cpu(model, monkeypatch):
+    """What is pickled goes back to the device that it came from, which the actor may not have."""
+    assert ray_engine._off_device(model) is model
+    asked = []
+    monkeypatch.setattr(ray_engine, "copy_of", lambda _, device: asked.append(device))
+    ray_engine._off_device(copy_of(model, device="meta"))
+    assert asked == ["cpu"]
 
-    def refused(*_):
-        raise AssertionError("a tensor was pickled")
 
-    with monkeypatch.context() as patched:
-        for kind in (torch.UntypedStorage, torch.storage.TypedStorage):
-            patched.setattr(kind, "__reduce__", refused)
-        with pytest.raises(AssertionError, match="a tensor was pickled"):
-            cloudpickle.dumps(model)
-        content = ray_engine.packed(model)
-    places, real = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *given, **options: places.append(options["map_location"]) or real(*given, **options))
-    made = ray_engine.unpacked(content)
-    assert fingerprint(made) == fingerprint(model) and places == ["cpu"] and made is not model
+def test_a_copy_on_another_device_takes_every_tensor_and_leaves_the_model(model):
+    before = fingerprint(model)
+    made = copy_of(model, device="meta")
+    assert {one.device.type for one in [*made.parameters(), *made.buffers()]} == {"meta"}
+    assert {one.device.type for one in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    assert fingerprint(model) == before and fingerprint(copy_of(model, device="cpu")) == before
 
 
 def test_a_mask_that_cut_the_texts_is_not_sent(tmp_path):
