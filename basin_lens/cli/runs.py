@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # long to load: help does not wait for it
 
 _FILES = ("table", "summary.csv", "report.html")
 _OURS = {"pieces", *_FILES}
+Part = Annotated[str | None, typer.Option("--part", help="Only this share of the pieces, such as 3/16: a part of a Slurm array.")]
 StoreDtype = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
 ]
@@ -63,9 +64,7 @@ def analyze(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Ray actors; one for each core or GPU if left out.")
     ] = None,
-    part: Annotated[
-        str | None, typer.Option("--part", help="Only this share of the pieces, such as 3/16: a part of a Slurm array.")
-    ] = None,
+    part: Part = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the folder.")] = False,
     studies: Annotated[
         str | None,

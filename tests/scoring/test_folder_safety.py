@@ -20,7 +20,7 @@ from basin_lens.scoring.job import Job
 from basin_lens.scoring.ray_engine import RayOptions, _found_anywhere
 from basin_lens.scoring.run_folder import PLAN, RunFolder
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_folder_runs import CUT, DAMAGES, SMALL, StoppedError, analyzers, files_of, part, run, stop_after
+from tests.scoring.folder_runs import CUT, DAMAGES, SMALL, StoppedError, analyzers, files_of, part, run, stop_after
 
 A = bl.analyzers
 

@@ -13,7 +13,7 @@ from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.ray_engine import Crew, RayOptions, Worker
 from basin_lens.scoring.run_folder import RunFolder
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_folder_runs import files_of
+from tests.scoring.folder_runs import files_of
 
 cloudpickle = pytest.importorskip("ray").cloudpickle
 A = bl.analyzers

@@ -12,14 +12,13 @@ import basin_lens as bl
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.scoring import conducting
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, work_on_part
-from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job, prepare
 from basin_lens.scoring.memory_store import MemoryStore
 from basin_lens.scoring.request import Request
 from basin_lens.scoring.results import Part
 from basin_lens.scoring.run_folder import RunFolder
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_folder_runs import DAMAGES, StoppedError, facts_of, files_of
+from tests.scoring.folder_runs import DAMAGES, StoppedError, facts_of, files_of, stop_after
 
 A = bl.analyzers
 CUT = {"layers": [0, 2], "batch_size": 1, "progress": False, "piece_tokens": 60}
@@ -95,24 +94,9 @@ def straight(model, tmp_path_factory):
     return files_of(out)
 
 
-def stop_after(monkeypatch, count: int) -> None:
-    """Let so many pieces of the work at layers be kept, and then no more."""
-    left = [count]
-    for name in ("put", "put_scores"):
-        real = getattr(FolderStore, name)
-
-        def put(self, *given, real=real):
-            if left[0] == 0:
-                raise StoppedError
-            left[0] -= 1
-            real(self, *given)
-
-        monkeypatch.setattr(FolderStore, name, put)
-
-
 def stopped(model, out, pieces):
     with pytest.MonkeyPatch.context() as patched:
-        stop_after(patched, pieces)
+        stop_after(patched, pieces, ("put", "put_scores"))
         with pytest.raises(StoppedError):
             run(model, out)
 
