@@ -53,8 +53,9 @@ def copy_of(model: HookedModel, dtype: torch.dtype | None = None, device: str | 
 
 def _moved(model: HookedModel, device: str) -> dict[int, object]:
     """A model's tensors on another device, by the identity of what they are copies of, as `deepcopy` takes them."""
+    module: Any = model  # buffers are torch's own
     parameters = {id(one): torch.nn.Parameter(one.detach().to(device), one.requires_grad) for one in model.parameters()}
-    return {**{id(one): one.detach().to(device) for one in model.buffers()}, **parameters}
+    return {**{id(one): one.detach().to(device) for one in module.buffers()}, **parameters}
 
 
 def _own_hooks(bridge: HookedModel) -> None:

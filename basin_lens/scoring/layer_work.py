@@ -175,6 +175,10 @@ class LayerWork:
         scores.search.update(joined.facts["search"])
         return scores
 
+    def close(self) -> None:
+        """Let go of states and neighbors, now: its parts know one another, and would be there until the collector comes."""
+        vars(self).clear()
+
     def _take(self, joined: Part) -> None:
         """Take over what was joined, here or elsewhere."""
         if self._joined is not None:

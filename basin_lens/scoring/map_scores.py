@@ -120,7 +120,7 @@ class MapScores:
             # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
             done.tensors["have"] = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in plan.passing]).any(0)
             every = torch.arange(len(done.tensors["have"]), device=self.device)
-            passed = [[self._passed(site, part) for site in plan.passing] for part in every.split(_ROWS)]
+            passed = ([self._passed(site, part) for site in plan.passing] for part in every.split(_ROWS))  # one after the other
             done.facts["width"] = max((_union(some)[0].shape[1] for some in passed), default=1)
         for number, a in enumerate(self._crossing):
             self._join_groups(number, a, done)

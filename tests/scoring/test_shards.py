@@ -1,5 +1,6 @@
 """The work at a layer in shards: the numbers of one piece, bit for bit, whoever does them, however often interrupted."""
 
+import gc
 import random
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import basin_lens as bl
+from basin_lens.capture.disk_states import StatesOnDisk
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.scoring import conducting
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, work_on_part
@@ -270,6 +272,26 @@ def test_what_lay_on_a_disk_is_moved_to_the_runs_device(model, monkeypatch):
     assert held
     for name, values in held.items():
         np.testing.assert_array_equal(values.flatten(), whole[name])
+
+
+def test_a_piece_leaves_no_pages_of_states_and_a_layer_no_states(model, tmp_path, monkeypatch):
+    """What was looked into is given back after each piece, and nobody holds on to a layer's states when its scores are there."""
+    given_back, left = [], []
+    real_pages, real_let_go = StatesOnDisk.forget_pages, Job._let_go
+    monkeypatch.setattr(StatesOnDisk, "forget_pages", lambda self: given_back.append(len(self._looked_into)) or real_pages(self))
+
+    def let_go(self):
+        held = self._work
+        real_let_go(self)
+        gc.collect()
+        assert held is None or not vars(held)
+        left.append(len(self.capture._states._looked_into))
+
+    monkeypatch.setattr(Job, "_let_go", let_go)
+    done = counted(monkeypatch)
+    run(model, tmp_path / "run", [A.Compression(k=4), A.Contraction(k=4)])
+    assert len(given_back) >= len(done) and max(given_back) == 2
+    assert left and not any(left)
 
 
 def test_one_shard_is_one_piece(model, tmp_path, monkeypatch):
