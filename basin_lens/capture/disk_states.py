@@ -4,10 +4,12 @@ Of many rows, a border is laid out in row order in one more file, of which only 
 """
 
 import json
+import mmap
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -39,9 +41,10 @@ class StatesOnDisk:
     kind: Kind
     mark: Mapping[str, str]
     held: Sequence[int]
-    rows: Sequence[Int[Tensor, " n"]]
+    rows: Sequence[Int[Tensor, "_"]]
     width: int
     mapped: bool = False
+    _looked_into: "WeakSet[mmap.mmap]" = field(default_factory=WeakSet, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.held)
@@ -68,16 +71,34 @@ class StatesOnDisk:
             try:
                 with self.kind.tensors(path) as (file, facts):
                     wanted = {**self.mark, "border": str(border)}
-                    states = file.get_tensor("states")
-                    if {name: facts.get(name) for name in wanted} != wanted or states.shape != self._shape:
+                    held = file.get_slice("states")
+                    if {name: facts.get(name) for name in wanted} != wanted or tuple(held.get_shape()) != self._shape:
                         raise ValueError("the file of another run or border")
-                    return states
+                    return self._map(path)
             except StoreError as error:
                 if attempt == 2:
                     raise
                 warnings.warn(f"States in row order are laid out again: {error}", PieceWarning, stacklevel=2)
-                path.unlink()
+                path.unlink(missing_ok=True)
         raise AssertionError
+
+    def _map(self, path: Path) -> Float[Tensor, "rows d"]:
+        """The states in a file in row order, which come into memory where they are looked at."""
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(size))["states"]["data_offsets"]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._looked_into.add(mapped)
+        return torch.frombuffer(mapped, dtype=torch.float32, count=(end - begin) // 4, offset=8 + size + begin).view(self._shape)
+
+    def forget_pages(self) -> None:
+        """Give back the memory of what was looked into: it is read again when it is looked at again.
+
+        The system would do so when it needs the memory; until then it counts as the process's.
+        """
+        for mapped in list(self._looked_into):
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def _shape(self) -> torch.Size:

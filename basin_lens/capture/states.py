@@ -68,6 +68,11 @@ class CapturedStates(TokenRows):
             "Capture again with layers=[...]."
         )
 
+    def forget_pages(self) -> None:
+        """Give back the memory of states that lie in files and were looked into."""
+        if isinstance(self._states, StatesOnDisk):
+            self._states.forget_pages()
+
     def check_model_is(self, model: HookedModel) -> None:
         """Refuse a model other than the one that made this capture.
 

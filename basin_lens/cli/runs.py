@@ -23,20 +23,25 @@ if TYPE_CHECKING:  # long to load: help does not wait for it
 
 _FILES = ("table", "summary.csv", "report.html")
 _OURS = {"pieces", *_FILES}
-# Rows of a table (tokens times layers) up to which a report is made: it holds them all in memory.
-MOST_REPORTED = 1_000_000
-
-
+Part = Annotated[str | None, typer.Option("--part", help="Only this share of the pieces, such as 3/16: a part of a Slurm array.")]
+StoreDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
+]
+ShardTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-tokens", min=1, help="Of more tokens, the work at a layer is cut into shards of about so many; 16384 if left out."
+    ),
+]
 Studies = Annotated[
     str | None,
     typer.Option("--for", metavar="STUDIES", help="Also what these need, such as layers,codelength: study ... --from takes it."),
 ]
-StoreDtype = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option("--store-dtype", help="Number format of states on disk.")
-]
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Run blocks through torch.compile: half a minute first, then four fifths of the time.")
 ]
+# Rows of a table (tokens times layers) up to which a report is made: it holds them all in memory.
+MOST_REPORTED = 1_000_000
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -66,14 +71,13 @@ def analyze(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Ray actors; one for each core or GPU if left out.")
     ] = None,
-    part: Annotated[
-        str | None, typer.Option("--part", help="Only this share of the pieces, such as 3/16: a part of a Slurm array.")
-    ] = None,
+    part: Part = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the folder.")] = False,
     studies: Studies = None,
     keep_states: Annotated[bool, typer.Option("--keep-states", help="Leave the states of all layers in the folder.")] = False,
     store_dtype: StoreDtype = "float32",
     compiled: Compiled = False,
+    shard_tokens: ShardTokens = None,
 ) -> None:
     """Score every token of text files or of a data set: a table in parts, a summary and a report.
 
@@ -87,6 +91,7 @@ def analyze(
     """
     _refuse_options(named=bool(files) or dataset is not None, engine=engine, workers=workers, part=part, fresh=fresh)
     from basin_lens.scoring.folder_run import FolderRequest, part_of
+    from basin_lens.scoring.job import SHARD_TOKENS
 
     share, needed = None if part is None else part_of(part), _analyzers_for(studies, k)
     chosen, own_bank, size = shared.layers_of(layers), shared.bank_of(bank), shared.batch_size_of(batch_size)
@@ -108,6 +113,7 @@ def analyze(
             keep_states=keep_states,
             store_dtype=store_dtype,
             compile=compiled,
+            shard_tokens=shard_tokens or SHARD_TOKENS,
         )
         _work(loaded, passages, request, contraction, out.resolve(), share)
 

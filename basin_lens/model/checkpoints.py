@@ -28,8 +28,9 @@ _WEIGHTS, _FACTS = "weights.safetensors", "tuned.json"
 _OTHER = "weights-2.safetensors"  # beside an earlier model's, until the record names it
 
 
-def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> HookedModel:
-    """A copy of the model, in another number format if one is given; the model stays as it is. Twice the memory.
+def copy_of(model: HookedModel, dtype: torch.dtype | None = None, device: str | None = None) -> HookedModel:
+    """A copy of the model, in another number format or on another device if one is given; the model stays as it is. Twice the
+    memory; of another device, only there.
 
     Raises:
         ModelError: a model that cannot be copied.
@@ -38,7 +39,8 @@ def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> HookedModel
     try:
         # TransformerLens prints that it changes the format.
         with torch.inference_mode(False), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            made = copy.deepcopy(model)
+            made = copy.deepcopy(model, {} if device is None else _moved(model, device))
+            made = made if device is None else made.to(device)  # which tells its configuration, too
             made = made if dtype is None else made.to(dtype)
             _own_hooks(made)
     except Exception as error:  # deepcopy of a user's model runs any code
@@ -47,6 +49,13 @@ def copy_of(model: HookedModel, dtype: torch.dtype | None = None) -> HookedModel
     remember_name(made, full_name(model), source_of(model))
     note_unused(made, unused_weights(model))
     return made
+
+
+def _moved(model: HookedModel, device: str) -> dict[int, object]:
+    """A model's tensors on another device, by the identity of what they are copies of, as `deepcopy` takes them."""
+    module: Any = model  # buffers are torch's own
+    parameters = {id(one): torch.nn.Parameter(one.detach().to(device), one.requires_grad) for one in model.parameters()}
+    return {**{id(one): one.detach().to(device) for one in module.buffers()}, **parameters}
 
 
 def _own_hooks(bridge: HookedModel) -> None:

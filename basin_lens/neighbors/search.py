@@ -40,8 +40,9 @@ def find(
         distinct: False only for scores that count duplicates and the query itself (`SeedCompression`).
         backend: `"torch"`: exact, on the device of the states. `"faiss"`: exact, candidates from FAISS's flat search on the CPU.
             `"approximate"`: for large banks, candidates in a principal subspace; the answer's `recall` says how many of the exact
-            neighbors it found. `"auto"`: exact in torch, which was as fast as FAISS within a tenth; never approximate, that must be
-            asked for.
+            neighbors it found. How many candidates it takes is decided on a sample of the queries of this call, so that the answer
+            for a query depends on the others. `"auto"`: exact in torch, which was as fast as FAISS within a tenth; never
+            approximate, that must be asked for.
 
     Returns:
         rows of the bank and distances, `[queries, k]`. Beyond the points it holds one more copy of a shard of the bank (32,768 of

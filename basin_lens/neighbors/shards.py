@@ -18,8 +18,10 @@ _Found = tuple[Int[Tensor, "queries k"], Float[Tensor, "queries k"]]
 def over_shards(rules: Rules, far: Side, near: Side, k: int, backend: Backend) -> tuple[Tensor, Tensor, float | None]:
     """Rows and distances of the k nearest of each query, and the recall of an approximate search.
 
-    Exact distances are of one query and one row each, so that the answer is the same bit for bit, however the bank is cut: who may
-    be whose neighbor is decided before.
+    Exact distances are of one query and one row each, so that an exact search has the same answer bit for bit, however bank and
+    queries are cut: who may be whose neighbor is decided before. The approximate one takes its subspace from a shard of the bank
+    and the number of candidates from the queries of a call: its answer depends on both cuts, and its recall is measured on what
+    this call found, all shards together.
 
     Args:
         rules: who may be whose neighbor, over all columns.

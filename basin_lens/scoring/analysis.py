@@ -39,7 +39,8 @@ def analyze(model: HookedModel, data: Capture | Texts, request: FolderRequest) -
         controls: add to each score on neighbors' images the same on random points (`<column>_random`) and on an equally tight set
             elsewhere, the neighbors of another token (`<column>_radius_matched`). Costs two more sets of images. `Compression` has
             its own nulls beside it.
-        backend: how neighbors are searched; see `basin_lens.neighbors.find`. Only `"approximate"` is not exact.
+        backend: how neighbors are searched; see `basin_lens.neighbors.find`. Only `"approximate"` is not exact: of texts that are
+            cut (`shard_tokens`) each shard is searched by itself, with a recall of its own; provenance has the lowest of a layer.
         compile: run blocks through `torch.compile` (half a minute for the first; then they take about four fifths of the time).
             Scores agree to the block's check, not bit for bit. Where a block cannot be compiled, or does not pass the check then,
             it runs as it is, with a `CompileWarning`.
@@ -54,11 +55,13 @@ def analyze(model: HookedModel, data: Capture | Texts, request: FolderRequest) -
             of `RAY_ADDRESS`, or a cluster on this machine for this call), `retries` of a piece whose actor died.
         fresh: delete what another run, or an earlier one, left in the folder.
         keep_states: leave the states in the folder; else they are deleted as soon as no layer is left that needs them.
-        store_dtype: number format of states on disk: `"float32"`, or `"bfloat16"`, `"float16"` (of a model that computes in it,
-            nothing is lost; the block's check allows for it).
+        store_dtype: number format of the pieces' states on disk: `"float32"`, or `"bfloat16"`, `"float16"` (of a model that
+            computes in it, nothing is lost; the block's check allows for it). What is laid out in the order of the rows for a layer
+            that is cut is float32.
         piece_tokens: a piece of reading holds at least so many tokens.
         shard_tokens: where the texts have more tokens, the work at a layer is cut into shards of about so many: a piece then holds
-            the states of one shard. Numbers are the same, bit for bit.
+            the states of one shard. Numbers are the same, bit for bit, with every backend but `"approximate"`, where provenance
+            names the cut. In memory: 16,384.
 
     Returns:
         one row per (layer, token): `run, layer, passage, doc, seq, pos, token_id, token, start, end`, labels, `span`, then the

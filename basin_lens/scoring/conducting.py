@@ -47,7 +47,7 @@ def score_all(job: Job, store: Store, layers: list[int], mine: Callable[[LayerPi
     with tqdm(total=total, initial=done, desc="neighbors through blocks", unit="layer", disable=hides_bars(progress)) as bar:
         for layer in layers:
             for piece in job.pieces_of(layer):
-                if mine(piece) and not (piece.step != "collect" and store.has(piece)) and all(map(store.has, job.needs(piece))):
+                if mine(piece) and not store.has(piece) and all(map(store.has, job.needs(piece))):
                     do(job, store, piece)
                     bar.update(piece.step == "collect")
 
@@ -65,7 +65,10 @@ def found(job: Job, store: Store) -> Facts:
     results = Results(job.plan)
     results.take_columns(job.capture)
     if job.run is not None:
-        results.begin(job.run.facts())
+        facts = job.run.facts()
+        if job.request.backend == "approximate" and job.shards > 1:
+            facts["search"]["shard_tokens"] = job.shard_tokens  # each shard chooses its candidates: another cut is another answer
+        results.begin(facts)
         for layer in job.layers:
             results.add(store.scores(layer))
     return provenance(

@@ -145,7 +145,7 @@ def work(
         if request.engine == "ray":
             from basin_lens.scoring.ray_engine import conduct_on_ray
 
-            conduct_on_ray(job, store, request, request.engine_options)
+            conduct_on_ray(job, store, request.engine_options)
         else:
             conduct(job, store)
     return _finished(folder, job, store)
@@ -185,11 +185,24 @@ def work_on_part(
 
 
 def _share(folder: RunFolder, job: Job, store: FolderStore, number: int, count: int) -> str | None:
-    """Do one part's pieces; what is left to others before scoring can begin."""
+    """Do one part's pieces; what is left to others before scoring can begin. None: nothing, also where another part has finished
+    meanwhile and deletes the pieces."""
+    try:
+        return _read_and_score(folder, job, store, number, count)
+    except StoreError:
+        if folder.is_finished:  # what was looked for went with what another part finished
+            return None
+        raise
+
+
+def _read_and_score(folder: RunFolder, job: Job, store: FolderStore, number: int, count: int) -> str | None:
     mine = set(range(number - 1, len(job.pieces), count))
-    read_all(job, store, [index for index in store.unread() if index in mine])
     unread = store.unread()
-    if folder.is_finished:  # the pieces went with what another part finished
+    if folder.is_finished:  # asked after pieces were looked for: they go only when the table is there
+        return None
+    read_all(job, store, [index for index in unread if index in mine])
+    unread = store.unread()
+    if folder.is_finished:
         return None
     if unread:
         return (
@@ -198,7 +211,9 @@ def _share(folder: RunFolder, job: Job, store: FolderStore, number: int, count: 
         )
     store.all_read()
     job.fill()
-    score_all(job, store, store.unscored(), lambda piece: _is_of_part(job, piece, number, count))
+    unscored = store.unscored()
+    if not folder.is_finished:
+        score_all(job, store, unscored, lambda piece: _is_of_part(job, piece, number, count))
     return None
 
 
@@ -213,6 +228,8 @@ def _is_of_part(job: Job, piece: LayerPiece, number: int, count: int) -> bool:
 def _begun(
     folder: RunFolder, model: HookedModel, data: Capture | Texts, request: FolderRequest, keep: CloudAnalyzer | None
 ) -> tuple[Job, FolderStore]:
+    if request.bank is data:
+        request = replace(request, bank=None)
     if isinstance(data, Capture) and not data.is_read:
         data = replace(data, columns=dict(data.columns))  # what a run keeps on a disk is not the caller's
     read, shard = int(request.piece_tokens), int(request.shard_tokens)

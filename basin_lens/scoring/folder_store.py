@@ -83,6 +83,10 @@ class FolderStore:
         borders = self.borders_needed()
         return [index for index in range(len(self.job.pieces)) if not self._is_read(index, borders)]
 
+    def has_read(self, index: int) -> bool:
+        """Whether a piece of reading is done."""
+        return self._is_read(index, self.borders_needed())
+
     def _is_read(self, index: int, borders: list[int]) -> bool:
         rows, width = self.rows[index], self.job.capture.model["width"]
         paths = {border: place_of(self.states, border, index) for border in borders}
@@ -203,9 +207,9 @@ class FolderStore:
         return self.folder / "shards" / f"layer-{piece.layer:03d}" / f"{piece.step}-{piece.shard:03d}.safetensors"
 
     def has(self, piece: LayerPiece) -> bool:
-        if piece.step == "collect":
-            return self._is_scored(piece.layer)
-        if not self.part_place(piece).exists():
+        if self._is_scored(piece.layer):  # its scores stand for all its pieces, which are deleted
+            return True
+        if piece.step == "collect" or not self.part_place(piece).exists():
             return False
         if piece not in self._proven_parts:
             try:

@@ -150,11 +150,14 @@ class Job:
     @full_precision()
     def work(self, piece: LayerPiece, found: Callable[[LayerPiece], Part]) -> Part:
         """Do a piece of the work at a layer that is cut, but for the last one. `found`: what the pieces before it gave."""
-        with measuring(self.model):
-            work, before = self._at(piece.layer), [found(one) for one in self.needs(piece)]
-            if piece.step == "search":
-                return work.search(piece.shard, self.shards)
-            return work.join(before) if piece.step == "join" else work.score(before[0], piece.shard, self.shards)
+        try:
+            with measuring(self.model):
+                work, before = self._at(piece.layer), [found(one) for one in self.needs(piece)]
+                if piece.step == "search":
+                    return work.search(piece.shard, self.shards)
+                return work.join(before) if piece.step == "join" else work.score(before[0], piece.shard, self.shards)
+        finally:
+            self.capture.forget_pages()  # of this shard's states
 
     @full_precision()
     def collect(self, piece: LayerPiece, found: Callable[[LayerPiece], Part]) -> LayerScores:
@@ -162,15 +165,21 @@ class Job:
         with measuring(self.model):
             joined, *parts = [found(one) for one in self.needs(piece)]
             scores = self._at(piece.layer).collect(joined, parts)
-            self._work = None
+            self._let_go()
             return scores
 
     def _at(self, layer: int) -> LayerWork:
         assert self.run is not None
         if self._work is None or self._work.piece.layer != layer:
-            self._work = None  # first, so that states of two layers are never held
+            self._let_go()  # first, so that states of two layers are never held
             self._work = self.run.work(layer)
         return self._work
+
+    def _let_go(self) -> None:
+        if self._work is not None:
+            self._work.close()
+        self._work = None
+        self.capture.forget_pages()
 
     @full_precision()
     def fill(self) -> None:

@@ -98,6 +98,7 @@ class LayerWork:
                 partnered=self.partnered,
                 groups=groups,
                 surroundings=partial(self._surroundings, passage),
+                entering=lambda: self.maps.border(self.piece.layer)[0],
             )
             for some, passage in zip(self.piece.maps, self._passages, strict=True)
         ]
@@ -131,10 +132,7 @@ class LayerWork:
         """
         done = Part()
         for number, search in enumerate(self._sites):
-            near = [
-                Neighbors(part.tensors[f"rows {number}"], part.tensors[f"distances {number}"], part.facts[f"recall {number}"])
-                for part in parts
-            ]
+            near = [self._found_in(part, number) for part in parts]
             found = self.searches.join(search.site.options, self.piece.layer, *self._states(search), near, bare=search.bare)
             self._found[search.site] = found
             done.tensors.update({f"rows {number}": found.near.rows, f"distances {number}": found.near.distances})
@@ -144,6 +142,11 @@ class LayerWork:
             done.put(f"map {number} ", scores.join())
         self._joined = done
         return done
+
+    def _found_in(self, part: Part, number: int) -> Neighbors:
+        """The neighbors that one range of rows has by a search; a part that lay on a disk comes to the run's device."""
+        rows, distances = (part.tensors[f"{name} {number}"].to(self.searches.device) for name in ("rows", "distances"))
+        return Neighbors(rows, distances, part.facts[f"recall {number}"])
 
     def score(self, joined: Part, shard: int, shards: int) -> Part:
         """Do one of so many shares of the block calls."""
@@ -171,6 +174,10 @@ class LayerWork:
         scores.facts.update(_facts_of(self.maps))
         scores.search.update(joined.facts["search"])
         return scores
+
+    def close(self) -> None:
+        """Let go of states and neighbors, now: its parts know one another, and would be there until the collector comes."""
+        vars(self).clear()
 
     def _take(self, joined: Part) -> None:
         """Take over what was joined, here or elsewhere."""

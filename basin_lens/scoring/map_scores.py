@@ -50,6 +50,7 @@ class MapScores:
         partners: the bank's tokens, for analyzers (by key, `partnered`) whose tokens' partners come from the bank.
         groups: groups of another run, taken as they are.
         surroundings: what makes the bank's states around the map.
+        entering: gives the capture's states that enter the layer, whatever the map begins with.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MapScores:
         partnered: frozenset[str] = frozenset(),
         groups: Int[Tensor, "groups g"] | None = None,
         surroundings: Callable[[], Surroundings],
+        entering: Callable[[], Float[Tensor, "rows d"]],
     ) -> None:
         self.searches, self.layer, self.plan, self.passage, self.found = searches, layer, plan, passage, found
         self.device = searches.device
@@ -74,7 +76,7 @@ class MapScores:
         self.answers: dict[str, Float[Tensor, " rows"]] = {}
         self._of_halves: dict[str, tuple[Tensor, Tensor]] = {}
         self._sites = list(dict.fromkeys((SearchSite.before(a), a.k) for a in plan.analyzers))
-        self._measure_surroundings = surroundings
+        self._measure_surroundings, self._entering = surroundings, entering
         self._grouped: dict[str, Bool[Tensor, " rows"]] = {}
         self._passes: dict[object, CrossedPass] = {}
         self._crossed: dict[int, Crossed] = {}
@@ -118,7 +120,7 @@ class MapScores:
             # Also those whose neighbors do not pass: an analyzer that needs no images looks at them.
             done.tensors["have"] = torch.stack([(self.found[site].near.rows >= 0).any(1) for site in plan.passing]).any(0)
             every = torch.arange(len(done.tensors["have"]), device=self.device)
-            passed = [[self._passed(site, part) for site in plan.passing] for part in every.split(_ROWS)]
+            passed = ([self._passed(site, part) for site in plan.passing] for part in every.split(_ROWS))  # one after the other
             done.facts["width"] = max((_union(some)[0].shape[1] for some in passed), default=1)
         for number, a in enumerate(self._crossing):
             self._join_groups(number, a, done)
@@ -323,7 +325,9 @@ class MapScores:
         near = self.found[site].near
         rows = near.rows[at, : a.k]
         there = None if after is None else after.rows[at, : a.k]
-        rerun = partial(rerun_points, searches.model, searches.capture, self.layer, at)
+        rerun = None
+        if "run_on" in a.needs:
+            rerun = partial(rerun_points, searches.model, searches.capture, self.layer, self._entering(), at)
         spread_in, spread_out = self._spreads
         return Neighborhoods(
             layer=self.layer,
@@ -347,7 +351,7 @@ class MapScores:
             output_preimages=None if there is None else passage.bank_before[there],
             candidates=self.joined.tensors[f"candidates {self._number(a)}"][at] if "candidates" in a.needs else None,
             block=partial(passage.of_points, at) if "block" in a.needs else None,
-            run_on=rerun if "run_on" in a.needs else None,
+            run_on=rerun,
             bank=self._surroundings if "bank" in a.needs else None,
             random_contraction=self._mean(a)[0] if "random_contraction" in a.needs else None,
             final_norm=partial(final_norm, searches.model) if "final_norm" in a.needs else None,

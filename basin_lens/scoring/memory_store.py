@@ -40,7 +40,7 @@ class Store(Protocol):
         ...
 
     def has(self, piece: LayerPiece) -> bool:
-        """Whether a piece of the work at a layer is done."""
+        """Whether a piece of the work at a layer is done; all are when its scores are there."""
         ...
 
     def put(self, piece: LayerPiece, part: Part) -> None:
@@ -91,7 +91,7 @@ class MemoryStore:
         return self._scores[layer]
 
     def has(self, piece: LayerPiece) -> bool:
-        return piece in self._parts
+        return piece.layer in self._scores or piece in self._parts
 
     def put(self, piece: LayerPiece, part: Part) -> None:
         self._parts[piece] = part

@@ -9,7 +9,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from basin_lens.analyzers import CloudAnalyzer
 from basin_lens.capture import Capture
 from basin_lens.errors import BasinLensError, StoreError
-from basin_lens.model import EMBEDDED_NAME, HookedModel, fingerprint, load_model, source_of
+from basin_lens.model import EMBEDDED_NAME, HookedModel, copy_of, fingerprint, load_model, source_of
 from basin_lens.scoring.conducting import do
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job, LayerPiece, prepare
@@ -108,7 +108,7 @@ class Worker:
                 "system that all nodes share."
             )
         self.task = task
-        self._job: Job | None = None
+        self._held: FolderStore | None = None
         model = task.model
         if model is None:
             assert task.source is not None
@@ -126,27 +126,41 @@ class Worker:
     @property
     def _store(self) -> FolderStore:
         task = self.task
-        if self._job is None:
+        if self._held is None:
             request, capture = task.request, task.capture
-            self._job = prepare(
+            job = prepare(
                 self.model, capture, request, keep=task.keep, piece_tokens=task.piece_tokens, shard_tokens=task.shard_tokens
             )
-        return FolderStore(self._job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
+            self._held = FolderStore(job, task.folder, task.mark, dtype=task.store_dtype, keep_states=task.keep_states)
+        return self._held
 
     def read(self, index: int) -> int:
-        """Do a piece of reading; how many rows it has."""
+        """Do a piece of reading, unless an actor that died had done it; how many rows it has."""
         store = self._store
-        store.put_read(index, store.job.read(index))
+        if not store.has_read(index):
+            store.put_read(index, store.job.read(index))
         return len(store.rows[index])
 
     def score(self, piece: LayerPiece) -> int:
-        """Do a piece of the work at a layer; how many layers it ends."""
+        """Do a piece of the work at a layer, unless an actor that died had done it; how many layers it ends."""
         store = self._store
         if not self._filled:
             store.use_states()
             self._filled = True
-        do(store.job, store, piece)
+        if not store.has(piece):
+            do(store.job, store, piece)
         return int(piece.step == "collect")
+
+
+def _off_device(model: HookedModel) -> HookedModel:
+    """A model as it is sent: from a GPU a copy on the CPU, which an actor without one can take."""
+    return model if next(model.parameters()).device.type == "cpu" else copy_of(model, device="cpu")
+
+
+def _sent(request: Request) -> Request:
+    """A request as an actor takes it: the texts, already cut, come as a capture; no tensor is on a GPU."""
+    queries = request.queries.cpu() if isinstance(request.queries, torch.Tensor) else request.queries
+    return replace(request, attention_mask=None, queries=queries)
 
 
 def device_of(given: Mapping[str, object] | None) -> str:
@@ -162,12 +176,11 @@ def _found_anywhere(source: Mapping[str, str] | None) -> Mapping[str, str] | Non
     return {**source, "name_or_path": os.path.abspath(place)}
 
 
-def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mapping[str, object] | None) -> None:
+def conduct_on_ray(job: Job, store: FolderStore, given: Mapping[str, object] | None) -> None:
     """Do every piece that a store does not have on a Ray cluster.
 
     Args:
         job, store: of the run.
-        request: the options of `analyze`.
         given: see `RayOptions`.
 
     Raises:
@@ -177,9 +190,9 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
     options, ray = RayOptions.of(given), _ray()
     pieces = store.unread()
     with _cluster(ray, options):
-        crew = Crew(ray, job, store, request, options)
+        crew = Crew(ray, job, store, options)
         try:
-            total, asked = job.capture.n_rows, request.progress
+            total, asked = job.capture.n_rows, job.request.progress
             read = total - sum(len(store.rows[index]) for index in pieces)
             with tqdm(total=total, initial=read, desc="reading the model", unit="token", disable=hides_bars(asked)) as bar:
                 crew.do("read", pieces, bar.update)
@@ -200,7 +213,7 @@ def conduct_on_ray(job: Job, store: FolderStore, request: Request, given: Mappin
 class Crew:
     """The actors of a run, and who of them is free."""
 
-    def __init__(self, ray: ModuleType, job: Job, store: FolderStore, request: Request, options: RayOptions) -> None:
+    def __init__(self, ray: ModuleType, job: Job, store: FolderStore, options: RayOptions) -> None:
         self.ray, self.options, self.wanted = ray, options, job.capture.model["fingerprint"]
         source = _found_anywhere(source_of(job.model))
         self._model = job.model
@@ -209,8 +222,9 @@ class Crew:
             "source": source,
             "dtype": dtype,
             "device": options.device,
-            "capture": job.capture,
-            "request": request,
+            # As it is now: when all is read, the run's own holds states that are deleted layer by layer.
+            "capture": replace(job.capture, columns=dict(job.capture.columns)),
+            "request": _sent(job.request),
             "keep": job.keep,
             "piece_tokens": job.piece_tokens,
             "shard_tokens": job.shard_tokens,
@@ -221,7 +235,7 @@ class Crew:
         }
         self._task = self._shipped(with_model=source is None)
         self._actor = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Worker)
-        self._starting: dict[object, Any] = {}
+        self._starting: dict[object, tuple[Any, bool]] = {}  # each with whether it was sent our model
         self._idle: list[Any] = []
         self._busy: dict[object, tuple[Any, Any]] = {}
         for _ in range(options.workers or _room(ray, options)):
@@ -230,11 +244,11 @@ class Crew:
     def _shipped(self, *, with_model: bool) -> object:
         """The task in the object store, once for all actors."""
         self._has_model = with_model
-        return self.ray.put(Task(**self._facts, model=self._model if with_model else None))
+        return self.ray.put(Task(**self._facts, model=_off_device(self._model) if with_model else None))
 
     def _start(self) -> None:
         worker = self._actor.remote(self._task)
-        self._starting[worker.fingerprint.remote()] = worker
+        self._starting[worker.fingerprint.remote()] = worker, self._has_model
 
     def do(
         self,
@@ -273,17 +287,18 @@ class Crew:
 
     def _begin(self, ref: object) -> None:
         """An actor is there: it is free if its model is the run's; another model by the same name gives way to a copy of ours."""
-        worker = self._starting.pop(ref)
+        worker, with_model = self._starting.pop(ref)
         found = self._answer(ref)
         if found == self.wanted:
             self._idle.append(worker)
             return
-        if found is not None and self._has_model:
+        if found is not None and with_model:
             raise BasinLensError(
                 f"expected the run's model on every node (fingerprint {self.wanted}), got {found}. Install the same versions there."
             )
         if found is not None:
-            self._task = self._shipped(with_model=True)
+            if not self._has_model:  # else another actor has shown before that the name brings another model
+                self._task = self._shipped(with_model=True)
             self.ray.kill(worker)
         else:
             self._lost = getattr(self, "_lost", 0) + 1
@@ -309,7 +324,7 @@ class Crew:
 
     def dismiss(self) -> None:
         """End all actors."""
-        for worker in [*self._idle, *self._starting.values(), *(worker for worker, _ in self._busy.values())]:
+        for worker in [*self._idle, *(worker for worker, _ in [*self._starting.values(), *self._busy.values()])]:
             with suppress(Exception):
                 self.ray.kill(worker)
 

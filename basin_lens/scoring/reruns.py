@@ -9,15 +9,30 @@ from basin_lens.capture import Capture
 from basin_lens.model import HookedModel, device_of, rerun_to_logits
 
 
-def rerun_points(model: HookedModel, capture: Capture, layer: int, at: Int[Tensor, " q"], points: Float[Tensor, "q m d"]) -> RunOn:
-    """What the model makes of `points` that enter `layer` in place of the rows `at`, beside the model as it is."""
+def rerun_points(
+    model: HookedModel,
+    capture: Capture,
+    layer: int,
+    entering: Float[Tensor, "rows d"],
+    at: Int[Tensor, " q"],
+    points: Float[Tensor, "q m d"],
+) -> RunOn:
+    """What the model makes of `points` that enter `layer` in place of the rows `at`, beside the model as it is.
+
+    Args:
+        model: that made the capture.
+        capture: whose tokens are run on.
+        layer: the first block.
+        entering: the capture's states that enter it, on the model's device; only the rows `at` are looked at.
+        at: rows of the capture.
+        points: states put in the place of each.
+    """
     divergence, later = (points.new_full(points.shape[:2], torch.nan) for _ in (0, 1))
     device = device_of(model)
     for index, row in enumerate(at.tolist()):
         tokens = torch.tensor(capture.sequences[int(capture.row_seq[row])].tokens, device=device)
         pos = int(capture.row_pos[row])
-        own = capture.resid_pre(layer)[row].to(device)
-        logs = rerun_to_logits(model, tokens, layer, pos, torch.cat([own[None], points[index]])).log_softmax(-1)
+        logs = rerun_to_logits(model, tokens, layer, pos, torch.cat([entering[row, None], points[index]])).log_softmax(-1)
         here = logs[:, pos]
         divergence[index] = (here[0].exp() * (here[0] - here[1:])).sum(-1)
         if pos + 1 < len(tokens):

@@ -6,14 +6,13 @@ run/table/            the finished table: a parquet file for each layer, and a r
 
 import hashlib
 import json
+import os
 import re
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 from types import CodeType
@@ -31,12 +30,17 @@ from basin_lens.records import Kind
 from basin_lens.scoring.conducting import found, values_at
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
+from basin_lens.scoring.run_status import Status, status_of
 from basin_lens.scoring.token_rows import row_facts, texts_hash
 from basin_lens.tables.run_table import RunTable, holds_layers_only, is_table, write_layers
+from basin_lens.tables.run_table import is_own as is_own_table
 from basin_lens.values import Facts
 
 PLAN = Kind("the plan of a run", "basin_lens plan 1", "Start over with --fresh (fresh=True), or choose another folder.")
 _PIECES = ("read", "states", "scores", "shards")
+_OWN_PIECE = re.compile(  # see `folder_store`
+    r"(read/\d{5,}|states/border-\d{3,}/(\d{5,}|rows)|shards/layer-\d{3,}/[a-z]+-\d{3,}|scores/layer-\d{3,})\.safetensors"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens of a piece of reading: a few batches, some tens of megabytes of states at ten borders.
 PIECE_TOKENS = 4096
@@ -73,32 +77,6 @@ _DIGESTS = {
     "queries": "",
     "fingerprint": "weights or settings",
 }
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run in a folder is.
-
-    Attributes:
-        read, read_of: pieces of reading done, of so many.
-        scored, scored_of: layers scored, of so many.
-        shards, shards_of: pieces of the work at layers done, of so many: a layer is one piece, or of many texts several.
-        finished: whether its table is there.
-        tokens: of the texts.
-        seconds_left: at the pace of the pieces that are there; None where it cannot be told.
-        holder: who works on it now, in words; None: nobody.
-    """
-
-    read: int
-    read_of: int
-    scored: int
-    scored_of: int
-    shards: int
-    shards_of: int
-    finished: bool
-    tokens: int
-    seconds_left: float | None
-    holder: str | None
 
 
 def dtype_of(name: object) -> torch.dtype:
@@ -302,8 +280,12 @@ class RunFolder:
             unlock(handle, place)
 
     def clear(self) -> None:
-        """Delete the pieces and the table of a run."""
-        self._refuse_foreign(with_table=False)
+        """Delete the pieces and the table of a run, and nothing else.
+
+        Raises:
+            StoreError: somebody else's files among them, before anything is deleted.
+        """
+        self._refuse_foreign(to_delete=True)
         if self.table.exists():
             rmtree(self.table)
         for name in ("summary.csv", "report.html") if self.plan.exists() else ():
@@ -323,21 +305,40 @@ class RunFolder:
                     "over with --fresh (fresh=True)."
                 )
 
-    def _refuse_foreign(self, *, with_table: bool = True) -> None:
-        """Somebody else's files under the names of ours. What an interrupted run has begun is ours, with a plan or without."""
+    def _refuse_foreign(self, *, to_delete: bool = False) -> None:
+        """Somebody else's files under the names of ours. What an interrupted run has begun is ours, with a plan or without.
+
+        `to_delete`: a table without the pieces' plan is ours too, if it says so; and every file of the pieces is looked at.
+        """
         ours = {"plan.json", *_PIECES}
         held = [path.name for path in self.pieces.iterdir()] if self.pieces.is_dir() else []
         foreign = next((f"pieces/{name}" for name in held if name not in ours and not is_own(name)), None)
+        if to_delete and foreign is None:
+            foreign = self._foreign_piece()
         if self.pieces.exists() and not self.pieces.is_dir():
             foreign = "pieces"
         begun = self.plan.exists()
-        own_table = (self.is_finished and (begun or not with_table)) or (begun and holds_layers_only(self.table))
+        own_table = (begun or to_delete) and is_own_table(self.table, damaged=begun)
+        own_table = own_table or (begun and holds_layers_only(self.table))
         if self.table.exists() and not own_table:
             foreign = "table"
         if foreign is not None:
             raise StoreError(
                 f"expected an empty folder or an earlier run's, got {str(self.path)!r} with {foreign!r} in it. Choose another."
             )
+
+    def _foreign_piece(self) -> str | None:
+        """A file in the folders of the pieces that no run has written."""
+        for kind in _PIECES:
+            for place, _, names in os.walk(self.pieces / kind):
+                inner = Path(place).relative_to(self.pieces)
+                if any(is_own(part) for part in inner.parts):  # what was being written when a run died
+                    continue
+                for name in names:
+                    path = (inner / name).as_posix()
+                    if not is_own(name) and not _OWN_PIECE.fullmatch(path):
+                        return f"pieces/{path}"
+        return None
 
     def _told(self) -> Facts:
         return PLAN.read(self.plan, {"plan": dict, "pieces": int, "scored": [int], "tokens": int})
@@ -358,43 +359,20 @@ class RunFolder:
         return tables.open(self.table)
 
     def status(self) -> Status:
-        """How far the run is; quick: pieces are counted, not proven.
+        """How far the run is; quick: pieces are counted, not proven. Of a run that goes on meanwhile, the state after.
 
         Raises:
             StoreError: no run there.
         """
-        if not self.plan.exists():
+        try:
+            told = self._told()
+        except StoreError:
+            if self.plan.exists():
+                raise
             raise StoreError(
                 f"expected the folder of a run, got {str(self.path)!r} without a plan. Name one that analyze --out made."
-            )
-        told = self._told()
-        read = sorted((self.pieces / "read").glob("*.safetensors"), key=_age)
-        scored = sorted((self.pieces / "scores").glob("*.safetensors"), key=_age)
-        each, finished = told.get("shards", 1), self.is_finished
-        known = told["pieces"], len(told["scored"])
-        # What the shards of a scored layer gave is deleted: its scores stand for all of them.
-        open_ = sorted((self.pieces / "shards").glob("*/*.safetensors"), key=_age)
-        done = known if finished else (len(read), len(scored))
-        shards = done[1] * each + (0 if finished else len(open_))
-        pace, rest = (open_, known[1] * each - shards) if len(open_) > 1 else (scored, known[1] - len(scored))
-        seconds = [_seconds_left(read, known[0] - len(read)), _seconds_left(pace, rest)]
-        left = 0.0 if finished else None if None in seconds else sum(s for s in seconds if s is not None)
-        return Status(
-            done[0], known[0], done[1], known[1], shards, known[1] * each, finished, told["tokens"], left, holder(self.path)
-        )
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _seconds_left(done: list[Path], left: int) -> float | None:
-    """Time that so many pieces take at the pace of those that are there; None before two are there."""
-    ages = [_age(path) for path in done]
-    if left <= 0:
-        return 0.0
-    # The median, because between two of them the run may have been interrupted for a night.
-    return None if len(done) < 2 else statistics.median(b - a for a, b in pairwise(ages)) * left
+            ) from None
+        return status_of(self.pieces, told, lambda: self.is_finished, holder(self.path))
 
 
 def _how(name: str, there: object, asked: object) -> str:

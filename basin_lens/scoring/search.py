@@ -178,26 +178,25 @@ class Searches:
         """
         k, choice = self.largest[options], options.choice
         at, everything = self._at(options), options.exclude == "nothing"
-        found = Neighbors(torch.cat([part.rows for part in parts]), torch.cat([part.distances for part in parts]))
         if layer not in self.frozen and choice in ("nearest", "radius_matched"):
             for part in parts:
                 self._note_recall(layer, part)
             if not everything:
-                self._note_overlap(layer, at, found)
+                self._note_overlap(layer, at, torch.cat([part.rows for part in parts]))
         queries, bank = self._points(options, at, None, bank_states, bare=bare)
         if choice == "radius_matched" and layer not in self.frozen:
+            found = Neighbors(torch.cat([part.rows for part in parts]), torch.cat([part.distances for part in parts]))
             rows, sizes = radius_matched_sets(found, queries, bank), [len(part.rows) for part in parts]
-            reached = [
+            parts = [
                 reach(self._points(options, some, states[some], bank_states, bare=bare)[0], bank, chosen, options.metric)
                 for some, chosen in zip(at.split(sizes), rows.split(sizes), strict=True)
             ]
-            found = Neighbors(torch.cat([part.rows for part in reached]), torch.cat([part.distances for part in reached]))
-        if choice == "nearest" and not bare and len(at) and not bool(found.complete.any()):
+        if choice == "nearest" and not bare and len(at) and not any(bool(part.complete.any()) for part in parts):
             raise NeighborError(_nothing_to_score(options, k))
         directed = (
             has_direction(states) if options.metric == "cosine" else torch.ones(len(states), dtype=torch.bool, device=self.device)
         )
-        return SearchResult(self._by_row(at, found), at, queries, bank, directed)
+        return SearchResult(self._by_row(at, parts), at, queries, bank, directed)
 
     def again(
         self,
@@ -230,14 +229,14 @@ class Searches:
         return queries, bank
 
     def _note_recall(self, layer: int, found: Neighbors) -> None:
-        """The lowest recall of the layer's searches."""
-        if found.recall is not None:
+        """The lowest recall of the layer's searches, of a range of rows each; of searches that find nothing there is none."""
+        if found.recall is not None and found.recall == found.recall:
             known = self.facts["recall"].get(str(layer), 1.0)
             self.facts["recall"][str(layer)] = min(known, found.recall)
 
-    def _note_overlap(self, layer: int, at: Int[Tensor, " q"], found: Neighbors) -> None:
+    def _note_overlap(self, layer: int, at: Int[Tensor, " q"], rows: Int[Tensor, "q k"]) -> None:
         """The highest shares of the layer's searches."""
-        shares = overlap(self.capture, self.bank, at, found.rows)
+        shares = overlap(self.capture, self.bank, at, rows)
         for name, share in zip(("same_position", "same_skeleton"), shares, strict=True):
             if share == share:  # NaN where nobody has neighbors
                 known = self.facts[name].get(str(layer), 0.0)
@@ -267,11 +266,12 @@ class Searches:
         place = capture.row_pos if has_absolute_positions(self.model) else torch.zeros_like(capture.row_pos)
         return (capture.row_token * n_context(self.model) + place).to(self.device)
 
-    def _by_row(self, at: Tensor, near: Neighbors) -> Neighbors:
+    def _by_row(self, at: Int[Tensor, " q"], parts: Sequence[Neighbors]) -> Neighbors:
         """Searches leave different rows out, so neighbors are laid out by row of the capture."""
-        rows = torch.full((self.capture.n_rows, near.rows.shape[1]), -1, dtype=torch.int64, device=self.device)
+        rows = torch.full((self.capture.n_rows, parts[0].rows.shape[1]), -1, dtype=torch.int64, device=self.device)
         distances = torch.full(rows.shape, torch.nan, dtype=torch.float32, device=self.device)
-        rows[at], distances[at] = near.rows, near.distances
+        for some, part in zip(at.split([len(part.rows) for part in parts]), parts, strict=True):
+            rows[some], distances[some] = part.rows, part.distances
         return Neighbors(rows, distances)
 
 

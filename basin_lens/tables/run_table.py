@@ -1,5 +1,6 @@
 """The table of a run in a folder: a parquet file for each layer, opened without being read."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ _KIND = records.Kind(
     "Give the command or the call that made it again, with --fresh (fresh=True): it starts over.",
 )
 _RECORD = "record.json"
+_LAYER = re.compile(r"layer-\d{3,}\.parquet")
+_SAYS = re.compile(rb'"format":\s*"basin_lens run table \d+"')  # of any version
 _FIELDS: dict[str, records.Expected] = {"run": str, "provenance": dict, "layers": [int], "rows": int, "columns": [str]}
 
 
@@ -60,10 +63,33 @@ def is_table(folder: Place) -> bool:
     return (Path(folder) / _RECORD).is_file()
 
 
+def is_own(folder: Place, *, damaged: bool = False) -> bool:
+    """Whether a folder holds nothing but the table of a run: the files of its layers, and a record that says so.
+
+    `damaged`: also beside a record that is no JSON, so that it says nothing.
+    """
+    place = Path(folder)
+    try:
+        names = {path.name for path in place.iterdir()} - {_RECORD}
+        record = (place / _RECORD).read_bytes()
+    except OSError:  # not there, no folder, or not to be read
+        return False
+    says = _SAYS.search(record) is not None or (damaged and bool(names) and not _is_json(record))
+    return says and all(_LAYER.fullmatch(name) for name in names)
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def holds_layers_only(folder: Place) -> bool:
     """Whether a folder holds nothing but the files of a table's layers: somebody took its record away."""
     place = Path(folder)
-    return place.is_dir() and all(re.fullmatch(r"layer-\d{3,}\.parquet", path.name) for path in place.iterdir())
+    return place.is_dir() and all(_LAYER.fullmatch(path.name) for path in place.iterdir())
 
 
 def _place_of(folder: Place) -> Path | None:

@@ -13,7 +13,7 @@ from basin_lens.transport.patched import PatchedBlock
 from basin_lens.transport.probe import Probe
 
 _POINTS = 63  # and the own state: a full group, so that a window counted in columns, or a table of too few, would be found out
-_SCALE_ROWS = 1 << 14  # of a layer, whose size is the yardstick of errors
+_SCALE_ROWS = 1 << 14  # of a layer, beyond position 0, whose size is the yardstick of errors
 _REPORT = "Please report this model."
 
 
@@ -96,8 +96,8 @@ def check(
     Foreign rows are of `others`: any, or of those `among` them.
 
     Returns:
-        the largest relative error: root mean square over dimensions, divided by that of the layer's states (of its first 16,384)
-        without position 0.
+        the largest relative error: root mean square over dimensions, divided by that of the layer's first 16,384 states that
+        are not at position 0.
 
     Raises:
         TransportError: an error above 1e-5 (float32), 4e-3 (float16) or 2e-2 (bfloat16), by the coarser type of model and cache.
@@ -108,7 +108,7 @@ def check(
     first, count = int(capture.offsets[seq]), int(capture.lengths[seq])
     errors = _Errors(
         layer,
-        scale=float(post[:_SCALE_ROWS][(capture.row_pos[:_SCALE_ROWS] > 0).to(device)].square().mean().sqrt()),
+        scale=float(post[torch.nonzero(capture.row_pos > 0).squeeze(1)[:_SCALE_ROWS].to(device)].square().mean().sqrt()),
         tolerance=tolerance_of(model, capture),
         dtype=next(model.parameters()).dtype,
     )

@@ -62,6 +62,17 @@ def test_parts(given, tmp_path, capsys):
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "run")
 
 
+def test_shards_of_a_layer(given, tmp_path, capsys, monkeypatch):
+    """Cut as asked for, with the numbers of one piece."""
+    cut = []
+    real = FolderStore.put
+    monkeypatch.setattr(FolderStore, "put", lambda self, piece, part: cut.append(self.job.shards) or real(self, piece, part))
+    assert call(*given, capsys=capsys)[0] == 0 and not cut
+    code, *_ = call(*given[:-1], str(tmp_path / "cut"), "--shard-tokens", "40", capsys=capsys)
+    assert code == 0 and min(cut) > 1
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -70,6 +81,7 @@ def test_parts(given, tmp_path, capsys):
         (("--workers", "2"), "expected --workers with --engine ray"),
         (("--engine", "dask"), "dask"),
         (("--store-dtype", "int8"), "int8"),
+        (("--shard-tokens", "0"), "--shard-tokens"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(given, options, said, capsys, tmp_path):

@@ -2,10 +2,7 @@
 
 import random
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,23 +12,18 @@ import torch
 import basin_lens as bl
 from basin_lens import locks, tables
 from basin_lens.capture import with_states
-from basin_lens.errors import BasinLensError, PieceWarning, StoreError, TableError
+from basin_lens.capture.disk_states import StatesOnDisk
+from basin_lens.errors import BasinLensError, PieceWarning, StoreError
 from basin_lens.scoring import bank_overlap
-from basin_lens.scoring.folder_run import FolderRequest, FolderRun, part_of, work_on_part
+from basin_lens.scoring.folder_run import FolderRun, part_of
 from basin_lens.scoring.folder_store import FolderStore
 from basin_lens.scoring.job import Job
 from basin_lens.scoring.run_folder import RunFolder
 from tests.conftest import TEXTS, make_bridge
+from tests.scoring.folder_runs import CUT, DAMAGES, SMALL, StoppedError, analyzers, facts_of, files_of, part, run, stop_after
 
 A = bl.analyzers
-# Pieces of a few sequences each: six texts in at least three pieces.
-CUT = {"layers": [0, 2], "batch_size": 1, "progress": False}
-SMALL = {"piece_tokens": 60}
 DIGEST = re.compile("[0-9a-f]{12}")
-
-
-def analyzers():
-    return [A.Compression(k=4), A.Contraction(k=4), A.Neighborhood(k=4), A.Surprisal(), A.StateNorm(), A.AttentionReceived()]
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +35,6 @@ def model(tokenizer):
 def whole(model):
     """The same run in memory."""
     return bl.analyze(model, TEXTS, analyzers(), **CUT)
-
-
-def run(model, out, **changes):
-    return bl.analyze(model, TEXTS, analyzers(), out=out, **CUT | SMALL | changes)
-
-
-def facts_of(table) -> dict:
-    (facts,) = tables.provenance(table).values()
-    return {name: fact for name, fact in facts.items() if name != "made"}
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    return {name: facts["sha256"] for name, facts in tables.open(folder).files.items()}
-
-
-class StoppedError(Exception):
-    """The run ends here."""
-
-
-def stop_after(monkeypatch, count: int) -> None:
-    """Let so many pieces be kept, and then no more."""
-    left = [count]
-    for name in ("put_read", "put_scores"):
-        real = getattr(FolderStore, name)
-
-        def put(self, *given, real=real):
-            if left[0] == 0:
-                raise StoppedError
-            left[0] -= 1
-            real(self, *given)
-
-        monkeypatch.setattr(FolderStore, name, put)
 
 
 def counted(monkeypatch) -> dict[str, int]:
@@ -122,14 +82,6 @@ def test_a_finished_run_is_opened_and_nothing_is_done_again(model, tmp_path, mon
     again = run(model, tmp_path / "run")
     assert done == {"read": 0, "score": 0} and again.files == first.files
     assert RunFolder(tmp_path / "run").status().finished
-
-
-DAMAGES = {
-    "cut": lambda content: content[: len(content) // 2],
-    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
-    "empty": lambda _: b"",
-    "other": lambda _: b"somebody else's bytes",
-}
 
 
 @pytest.mark.many
@@ -212,42 +164,6 @@ def test_other_texts_labels_analyzers_and_models_are_refused(model, tokenizer, t
         bl.analyze(make_bridge("llama", seed=1, tokenizer=tokenizer), TEXTS, analyzers(), **options)
 
 
-def test_fresh_starts_over(model, tmp_path):
-    run(model, tmp_path / "run")
-    made = run(model, tmp_path / "run", layers=[1], fresh=True)
-    assert made.layers == (1,) and made.load()["layer"].unique().tolist() == [1]
-
-
-@pytest.mark.parametrize("place", ["pieces", "table"])
-@pytest.mark.parametrize("fresh", [False, True])
-def test_what_is_somebody_elses_is_refused_and_never_deleted(model, tmp_path, place, fresh):
-    (tmp_path / "run" / place).mkdir(parents=True)
-    (tmp_path / "run" / place / "thesis.tex").write_text("mine")
-    with pytest.raises(StoreError, match=f"an earlier run's, got .* with '{place}.*' in it"):
-        run(model, tmp_path / "run", fresh=fresh)
-    assert (tmp_path / "run" / place / "thesis.tex").read_text() == "mine"
-
-
-@pytest.mark.many
-@pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("left", ["an empty folder", "scratch", "pieces without a plan"])
-def test_every_moment_of_a_death_has_a_way_out(model, tmp_path, monkeypatch, left, fresh):
-    """Killed between making the folder and the plan, or in the middle of starting over."""
-    run(model, tmp_path / "straight")
-    pieces = tmp_path / "run" / "pieces"
-    pieces.mkdir(parents=True)
-    if left == "scratch":
-        (pieces / ".plan.json.basin-lens-abc").mkdir()
-    elif left == "pieces without a plan":
-        with monkeypatch.context() as patched:
-            stop_after(patched, 4)
-            with pytest.raises(StoppedError):
-                run(model, tmp_path / "run")
-        (pieces / "plan.json").unlink()
-    run(model, tmp_path / "run", fresh=fresh)
-    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
-
-
 def test_a_model_with_hooks_of_the_caller_is_refused(tokenizer, tmp_path):
     model = make_bridge("llama", tokenizer=tokenizer)
     model.add_hook("blocks.0.hook_resid_post", lambda state, hook: state * 0.5)  # noqa: ARG005
@@ -302,13 +218,6 @@ def test_a_planned_capture_stays_the_callers(model, whole, tmp_path):
     bl.analyze(model, planned, analyzers(), out=tmp_path / "run", batch_size=1, progress=False, store_dtype="bfloat16")
     assert not planned.is_read and not planned.columns and "dtype" not in planned.settings
     pd.testing.assert_frame_equal(bl.analyze(model, planned, analyzers(), batch_size=1, progress=False), whole, check_exact=True)
-
-
-def test_a_folder_opened_from_elsewhere_is_found(opened, monkeypatch, tmp_path):
-    monkeypatch.chdir(opened.folder.parents[1])
-    held = tables.open("run")
-    monkeypatch.chdir(tmp_path)
-    assert len(held.load(layers=[0]))
 
 
 class Nothing(A.StateNorm):
@@ -386,6 +295,27 @@ def test_a_model_in_bfloat16_loses_nothing_on_the_disk(tokenizer, tmp_path):
     pd.testing.assert_frame_equal(one.drop(columns="run"), other.drop(columns="run"), check_exact=True)
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_capture_as_its_own_bank_is_no_bank(model, whole, tmp_path, read):
+    capture = bl.Capture.plan(model, TEXTS, layers=[0, 2])
+    if read:
+        capture = bl.Capture.from_texts(model, TEXTS, layers=[0, 2], batch_size=1, progress=False)
+    only = [A.Contraction(k=4)]
+    made = bl.analyze(model, capture, only, bank=capture, out=tmp_path / "run", progress=False)
+    pd.testing.assert_series_equal(made.load()["contraction"], whole["contraction"], check_exact=True)
+    assert made.provenance["bank"]["source"] == "the texts themselves"
+
+
+def test_states_are_not_read_again_for_every_token_that_is_run_on(model, tmp_path, monkeypatch):
+    asked = []
+    real = StatesOnDisk.__getitem__
+    monkeypatch.setattr(StatesOnDisk, "__getitem__", lambda self, border: asked.append(border) or real(self, border))
+    only, given = [A.CentroidEffect(k=4)], CUT | {"layers": [0], "queries": 12}
+    made = bl.analyze(model, TEXTS, only, out=tmp_path / "run", **given)
+    pd.testing.assert_frame_equal(made.load(), bl.analyze(model, TEXTS, only, **given), check_exact=True)
+    assert sorted(asked) == [0, 1]
+
+
 def test_analyzers_of_tokens_alone(model, tmp_path):
     only = [A.Surprisal(), A.StateNorm()]
     made = bl.analyze(model, TEXTS, only, out=tmp_path / "run", **CUT | SMALL).load()
@@ -408,13 +338,6 @@ def test_a_bank_of_another_capture(model, tmp_path):
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------------------
-
-
-def part(model, out, number, of):
-    folder = RunFolder(out)
-    request = FolderRequest(analyzers(), out=out, **CUT | SMALL)
-    with folder.held(shared=True):
-        return work_on_part(folder, model, TEXTS, request, (number, of))
 
 
 @pytest.mark.many
@@ -447,136 +370,7 @@ def test_a_part_that_is_none_is_refused(text):
         part_of(text)
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def opened(model, tmp_path_factory):
-    return run(model, tmp_path_factory.mktemp("runs") / "run")
-
-
-def test_parts_of_the_table_are_loaded(opened, whole):
-    some = opened.load(layers=[2], columns=["surprisal"], queries=[1, 3])
-    assert some["layer"].unique().tolist() == [2] and sorted(some["pos"].unique()) == [1, 3]
-    assert "surprisal" in some and "contraction" not in some and "doc" in some
-    assert tables.provenance(some) == tables.provenance(opened.load())
-    assert opened.load(layers=0)["layer"].unique().tolist() == [0]
-    with pytest.raises(StoreError, match=r"tables\.open"):
-        tables.load(opened.folder.parent)
-    assert opened.scores == tuple(tables.scores(whole))
-
-
-def test_a_summary_is_that_of_the_whole_table(opened, whole):
-    pd.testing.assert_frame_equal(tables.layer_summary(opened), tables.layer_summary(whole))
-
-
-def test_arrow_reads_it(opened, whole):
-    scanned = opened.scan().to_table(columns=["layer", "surprisal"]).to_pandas()
-    np.testing.assert_array_equal(scanned["surprisal"], whole["surprisal"])
-
-
-def test_rows_of_a_span_and_of_a_label(model, tmp_path):
-    passages = [bl.Passage(text, doc=str(i), labels={"odd": bool(i % 2)}, spans={"start": (0, 8)}) for i, text in enumerate(TEXTS)]
-    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
-    assert made.load(queries="odd")["doc"].unique().tolist() == ["1", "3", "5"]
-    started = made.load(queries="start")
-    assert set(started["span"]) == {"start"} and len(started)
-    with pytest.raises(TableError, match="marks no token"):
-        made.load(queries="")
-    with pytest.raises(TableError, match="marks no token"):
-        made.load(queries="end")
-
-
-@pytest.mark.many
-@pytest.mark.parametrize("values", [(True, False), (1, 0), (2.5, 0.0), (1, None)], ids=str)
-def test_a_label_chooses_the_same_rows_as_in_analyze(model, tmp_path, values):
-    passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
-    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
-    chosen = bl.analyze(model, passages, [A.Contraction(k=4)], queries="kind", layers=[0], progress=False)
-    assert made.load([0], queries="kind")["doc"].unique().tolist() == chosen[chosen["contraction"].notna()]["doc"].unique().tolist()
-
-
-@pytest.mark.many
-@pytest.mark.parametrize("values", [("True", "False"), ("1", "0"), (0, 0), (False, None)], ids=str)
-def test_a_label_that_chooses_nothing_is_refused_as_in_analyze(model, tmp_path, values):
-    passages = [bl.Passage(text, doc=str(i), labels={"kind": values[i % 2]}) for i, text in enumerate(TEXTS)]
-    made = bl.analyze(model, passages, [A.Surprisal()], out=tmp_path / "run", **CUT)
-    with pytest.raises(BasinLensError) as there:
-        bl.analyze(model, passages, [A.StateNorm()], queries="kind", layers=[0], progress=False)
-    said = "with text such as" if isinstance(values[0], str) else "which marks no token"
-    assert said in str(there.value)
-    with pytest.raises(TableError, match=said):
-        made.load(queries="kind")
-
-
-TAKES = """
-import sys
-import basin_lens as bl
-from basin_lens import tables
-run, out = tables.open(sys.argv[1]), sys.argv[2]
-for take in (
-    lambda: tables.save(run, out + "/t.parquet"),
-    lambda: tables.save_csv(run, out + "/t.csv"),
-    lambda: tables.bundle(run, out + "/t.zip"),
-    lambda: bl.views.make_report(run),
-    lambda: tables.provenance(run),
-    lambda: bl.views.layer_curve(run, "surprisal"),
-    lambda: bl.compare(run, run, on="surprisal"),
-):
-    try:
-        take()
-    except bl.errors.TableError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_a_table_in_a_folder_is_loaded_first(opened, tmp_path):
-    """In a process of its own: here, types are checked before the package can say anything."""
-    done = subprocess.run([sys.executable, "-c", TAKES, opened.folder, tmp_path], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 7 and all("got RunTable" in line for line in lines), done.stdout
-    assert all("Load what you need of it: run.load(" in line for line in lines[:6])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"layers": [1]}, r"layers of the run \[0, 2\]"),
-        ({"layers": []}, "layers of the run"),
-        ({"columns": ["surprisl"]}, "Did you mean 'surprisal'"),
-        ({"columns": "surprisal"}, "a list of columns"),
-        ({"queries": [1.5]}, "positions"),
-        ({"queries": [999]}, r"positions below \d+, got \[999\]"),
-        ({"queries": [-1]}, "positions from 0 on"),
-    ],
-)
-def test_what_the_table_does_not_have_is_refused(opened, wrong, said):
-    with pytest.raises(TableError, match=said):
-        opened.load(**wrong)
-
-
-@pytest.mark.many
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "more"])
-def test_a_damaged_table_is_refused(model, tmp_path, damage):
-    made = run(model, tmp_path / "run")
-    path = made.folder / "layer-002.parquet"
-    if damage == "gone":
-        path.unlink()
-    elif damage == "more":
-        (made.folder / "record.json").write_bytes((made.folder / "record.json").read_bytes().replace(b'"rows": ', b'"rows": 1'))
-    else:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(StoreError, match="Give the command"):
-        tables.open(tmp_path / "run").load()
-    if damage == "flipped":
-        with pytest.raises(StoreError, match="changed after"):
-            made.check()
-
-
-def test_it_shows_itself(opened):
-    assert "RunTable(" in repr(opened) and "surprisal" in opened._repr_html_()
+# ---- options ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

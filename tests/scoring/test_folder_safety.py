@@ -1,6 +1,7 @@
 """A run in a folder that others share, damage or may only read."""
 
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -12,12 +13,14 @@ import basin_lens as bl
 from basin_lens import locks
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.records import Kind, Unfinished
+from basin_lens.scoring import folder_run
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, work, work_on_part
 from basin_lens.scoring.folder_store import FolderStore
+from basin_lens.scoring.job import Job
 from basin_lens.scoring.ray_engine import RayOptions, _found_anywhere
 from basin_lens.scoring.run_folder import PLAN, RunFolder
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_folder_runs import CUT, DAMAGES, SMALL, StoppedError, analyzers, files_of, part, run, stop_after
+from tests.scoring.folder_runs import CUT, DAMAGES, SMALL, StoppedError, analyzers, files_of, part, run, stop_after
 
 A = bl.analyzers
 
@@ -69,6 +72,59 @@ def test_two_parts_that_end_at_one_time(model, tmp_path, monkeypatch):
     assert isinstance(first, FolderRun) and isinstance(second[0], FolderRun) and inside == ["first", "second"]
     assert files_of(out) == files_of(tmp_path / "straight")
     assert sorted(path.name for path in (out / "pieces").iterdir()) == ["plan.json"]
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("moment", ["unread", "all_read", "score_all"])
+def test_a_part_that_starts_while_another_clears_does_nothing_again(model, tmp_path, monkeypatch, moment):
+    """Whatever it has looked for by then, the other ones write the table and delete all pieces."""
+    run(model, tmp_path / "straight")
+    out = tmp_path / "run"
+    for number in (1, 2):
+        part(model, out, number, 2)
+    owner = folder_run if moment == "score_all" else FolderStore
+    real = getattr(owner, moment)
+
+    def meanwhile(*given, **options):
+        monkeypatch.setattr(owner, moment, real)
+        done = part(model, out, 1, 2)
+        assert isinstance(done, FolderRun)
+        done.store.clear()
+        return real(*given, **options)
+
+    monkeypatch.setattr(owner, moment, meanwhile)
+    monkeypatch.setattr(Job, "read", None)
+    assert isinstance(part(model, out, 2, 2), FolderRun)
+    assert files_of(out) == files_of(tmp_path / "straight")
+    assert sorted(path.name for path in (out / "pieces").iterdir()) == ["plan.json"]
+
+
+def test_the_status_of_a_run_that_ends_meanwhile_is_the_next_one(model, tmp_path, monkeypatch):
+    """Pieces go after they were listed and before they are looked at."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "run")
+    real = os.walk
+
+    def walk(top):
+        found = list(real(top))
+        shutil.rmtree(top, ignore_errors=True)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "walk", walk)
+        told = RunFolder(tmp_path / "run").status()
+    assert (told.read, told.scored, told.shards, told.finished) == (0, 0, 0, False)
+    real_plan = RunFolder._told
+
+    def gone(self):
+        self.plan.unlink()
+        return real_plan(self)
+
+    monkeypatch.setattr(RunFolder, "_told", gone)
+    with pytest.raises(StoreError, match="without a plan"):
+        RunFolder(tmp_path / "run").status()
 
 
 @pytest.mark.slow

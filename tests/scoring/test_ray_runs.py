@@ -79,7 +79,7 @@ def test_the_pieces_of_layers_in_shards(model, straight, cluster, tmp_path):
 
 
 def test_a_run_begun_here_is_finished_there(model, straight, cluster, tmp_path, monkeypatch):
-    from tests.scoring.test_folder_runs import StoppedError, stop_after
+    from tests.scoring.folder_runs import StoppedError, stop_after
 
     with monkeypatch.context() as patched:
         stop_after(patched, 3)

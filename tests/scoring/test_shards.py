@@ -1,19 +1,26 @@
 """The work at a layer in shards: the numbers of one piece, bit for bit, whoever does them, however often interrupted."""
 
+import gc
 import random
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import basin_lens as bl
+from basin_lens.capture.disk_states import StatesOnDisk
 from basin_lens.errors import PieceWarning, StoreError
 from basin_lens.scoring import conducting
 from basin_lens.scoring.folder_run import FolderRequest, FolderRun, work_on_part
-from basin_lens.scoring.folder_store import FolderStore
-from basin_lens.scoring.job import Job
+from basin_lens.scoring.job import Job, prepare
+from basin_lens.scoring.memory_store import MemoryStore
+from basin_lens.scoring.request import Request
+from basin_lens.scoring.results import Part
 from basin_lens.scoring.run_folder import RunFolder
 from tests.conftest import TEXTS, make_bridge
-from tests.scoring.test_folder_runs import DAMAGES, StoppedError, facts_of, files_of
+from tests.scoring.folder_runs import DAMAGES, StoppedError, facts_of, files_of, stop_after
 
 A = bl.analyzers
 CUT = {"layers": [0, 2], "batch_size": 1, "progress": False, "piece_tokens": 60}
@@ -89,24 +96,9 @@ def straight(model, tmp_path_factory):
     return files_of(out)
 
 
-def stop_after(monkeypatch, count: int) -> None:
-    """Let so many pieces of the work at layers be kept, and then no more."""
-    left = [count]
-    for name in ("put", "put_scores"):
-        real = getattr(FolderStore, name)
-
-        def put(self, *given, real=real):
-            if left[0] == 0:
-                raise StoppedError
-            left[0] -= 1
-            real(self, *given)
-
-        monkeypatch.setattr(FolderStore, name, put)
-
-
 def stopped(model, out, pieces):
     with pytest.MonkeyPatch.context() as patched:
-        stop_after(patched, pieces)
+        stop_after(patched, pieces, ("put", "put_scores"))
         with pytest.raises(StoppedError):
             run(model, out)
 
@@ -177,9 +169,6 @@ def test_parts_share_layers_or_their_shards(model, straight, tmp_path, of):
 def test_kept_neighbors_and_groups_are_the_same(model):
     from basin_lens.scoring.analysis import score
     from basin_lens.scoring.conducting import conduct, kept_neighbors
-    from basin_lens.scoring.job import prepare
-    from basin_lens.scoring.memory_store import MemoryStore
-    from basin_lens.scoring.request import Request
 
     for number in (0, 1):
         what = few()
@@ -220,6 +209,91 @@ def test_a_piece_holds_states_of_its_shard_alone(model, bank, tmp_path, monkeypa
     assert max(sizes) <= 50 and len(sizes) >= 2 * 4
 
 
+def test_a_cut_approximate_search_says_how_it_was_cut(model, tmp_path, monkeypatch):
+    """Its answer depends on the cut: provenance, and so the run's name, say which; its recall is the lowest of the shards'."""
+    from basin_lens.scoring import search
+
+    recalls, real = [], search.find
+
+    def find(*given, **options):
+        found = replace(real(*given, **options), recall=1 - 0.01 * len(recalls))
+        recalls.append(found.recall)
+        return found
+
+    monkeypatch.setattr(search, "find", find)
+    given = {"backend": "approximate", "layers": [2], "what": [A.Contraction(k=4)]}
+    facts, names = {}, set()
+    for tokens in (50, 70, 10_000):
+        recalls.clear()
+        made = run(model, tmp_path / str(tokens), shard_tokens=tokens, **given)
+        facts[tokens] = made.provenance["search"]
+        names.add(made.run)
+        assert facts[tokens]["recall"]["2"] == min(recalls)
+    assert [facts[tokens].get("shard_tokens") for tokens in facts] == [50, 70, None] and len(names) == 3
+    exact = run(model, tmp_path / "exact", what=[A.Contraction(k=4)])
+    assert "shard_tokens" not in exact.provenance["search"]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the run's: it can be moved here, and goes together with nothing before."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.to:
+            raise RuntimeError(f"{function} of tensors on two devices")
+        first, *others = args
+        with torch._C.DisableTorchFunctionSubclass():
+            return first.as_subclass(torch.Tensor).to(*others, **kwargs or {})
+
+
+def test_what_lay_on_a_disk_is_moved_to_the_runs_device(model, monkeypatch):
+    """Parts come from a disk to the CPU, wherever the run is."""
+    what = [one for one in several() if not isinstance(one, A.StateNorm)] + [
+        A.Contraction(k=4, choice="radius_matched", name="more")
+    ]
+    request = Request(what, layers=[0, 1, 2], batch_size=1, progress=False)
+    job = prepare(model, TEXTS, request, shard_tokens=50)
+    real = Job.work
+
+    def work(self, piece, found):
+        self._work = None  # as of another process, which has joined nothing
+        parts = {one: found(one) for one in self.needs(piece)}
+        moved = {
+            one: Part({name: value.as_subclass(Elsewhere) for name, value in part.tensors.items()}, part.facts)
+            for one, part in parts.items()
+        }
+        return real(self, piece, moved.__getitem__)
+
+    monkeypatch.setattr(Job, "work", work)
+    store = MemoryStore(job)
+    conducting.conduct(job, store)
+    whole = bl.analyze(model, TEXTS, what, layers=[0, 1, 2], batch_size=1, progress=False)
+    held = conducting.values_at(job, store, [0, 1, 2])
+    assert held
+    for name, values in held.items():
+        np.testing.assert_array_equal(values.flatten(), whole[name])
+
+
+def test_a_piece_leaves_no_pages_of_states_and_a_layer_no_states(model, tmp_path, monkeypatch):
+    """What was looked into is given back after each piece, and nobody holds on to a layer's states when its scores are there."""
+    given_back, left = [], []
+    real_pages, real_let_go = StatesOnDisk.forget_pages, Job._let_go
+    monkeypatch.setattr(StatesOnDisk, "forget_pages", lambda self: given_back.append(len(self._looked_into)) or real_pages(self))
+
+    def let_go(self):
+        held = self._work
+        real_let_go(self)
+        gc.collect()
+        assert held is None or not vars(held)
+        left.append(len(self.capture._states._looked_into))
+
+    monkeypatch.setattr(Job, "_let_go", let_go)
+    done = counted(monkeypatch)
+    run(model, tmp_path / "run", [A.Compression(k=4), A.Contraction(k=4)])
+    assert len(given_back) >= len(done) and max(given_back) == 2
+    assert left and not any(left)
+
+
 def test_one_shard_is_one_piece(model, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     run(model, tmp_path / "run", shard_tokens=10_000)
@@ -228,9 +302,6 @@ def test_one_shard_is_one_piece(model, tmp_path, monkeypatch):
 
 
 def test_what_a_job_needs_comes_before(model):
-    from basin_lens.scoring.job import prepare
-    from basin_lens.scoring.request import Request
-
     job: Job = prepare(model, TEXTS, Request(few(), layers=[0], progress=False), shard_tokens=50)
     seen = set()
     for piece in job.pieces_of(0):

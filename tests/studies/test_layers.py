@@ -143,6 +143,18 @@ def test_correlations_of_all_splits_at_once_are_pandas_own():
     assert sorted(found) == pytest.approx(sorted(expected), abs=1e-15) and 30 < len(found) < 39
 
 
+@pytest.mark.parametrize("shape", [(41, 6), (200, 1), (3, 30)])
+def test_curves_of_halves_are_the_same_bit_for_bit_however_many_at_once(monkeypatch, shape):
+    values = np.random.default_rng(1).normal(size=shape)
+    values[::7, 0] = np.nan
+    made = []
+    for at_once in (layers._SPLITS, layers._AT_ONCE, 7):
+        monkeypatch.setattr(layers, "_AT_ONCE", at_once)
+        made.append(np.stack(layers._curves_of_halves(values, np.random.default_rng(2))))
+        assert made[-1].shape == (2, layers._SPLITS, shape[1])
+    assert made[0].tobytes() == made[1].tobytes() == made[2].tobytes()
+
+
 def linguistic_free_halves(table, measured):
     return bl.studies.layers.halves_agree(table, ["compression", "contraction"], measured).set_index("score")
 

@@ -30,6 +30,7 @@ FULL = Provenance(
     search={"backend": "exact"},
     routes={"0": "native"},
     route_reasons={},
+    compiled={},
     check_error={"0": None, "2": 1e-6},
     affine_fit={},
     reliability={"surprisal": {"0": 0.5, "2": None}},

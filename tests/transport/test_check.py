@@ -6,7 +6,7 @@ import torch
 import basin_lens as bl
 from basin_lens import model as door
 from basin_lens.errors import TransportError
-from basin_lens.transport import PatchedBlock, Probe, check, solo_images
+from basin_lens.transport import PatchedBlock, Probe, check, proof, solo_images
 from tests.conftest import (
     TEXTS,
     TINY,
@@ -39,6 +39,12 @@ def test_check_of_the_shortest_sequences(name):
     capture = bl.Capture.from_texts(model, random_tokens(3, 2), progress=False)
     w = World(model, capture, Probe(model, 2))
     assert w.check(1) < EXACT
+
+
+def test_errors_are_held_against_states_beyond_position_0(any_world, monkeypatch):
+    """However many sequences of one token come first: as many states as are wanted, and never none."""
+    monkeypatch.setattr(proof, "_SCALE_ROWS", 1)
+    assert 0 <= any_world.check(1) < 100 * EXACT
 
 
 @pytest.mark.many
