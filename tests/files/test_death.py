@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.death
 
-KILLS = int(os.environ.get("BASIN_LENS_KILLS", "16"))  # of each command with each signal
+KILLS = int(os.environ.get("BASIN_LENS_KILLS", "8"))  # of each command with each signal
 # Else pyarrow's allocator has a thread of its own, which a fork would not have.
 ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 COMMANDS = ("capture", "finetune", "analyze", "study", "merge train")

@@ -1,6 +1,7 @@
 """Two kinds of tokens compared: found where planted, quiet where not, and flagged where the bank, the template or a control says it."""
 
 import itertools
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from basin_lens.studies.framework.measured_texts import HEADLINE
 from tests.simulation.battery import limit
 from tests.studies.planted import noise, plant_compression
 
+DRAWS = int(os.environ.get("BASIN_LENS_DRAWS", "200"))  # 400 take a minute more
 NAMES = ["Ann", "Bob", "Eve", "Tom", "Kim", "Sam", "Joe"]
 TEMPLATES = (
     "When [IO:{0}] and [S1:{1}] went to the old glass house, [S2:{1}] gave a lamp to",
@@ -153,12 +155,12 @@ def test_every_marked_token_has_a_score_with_partners_from_the_bank(trained):
 @pytest.mark.simulation
 def test_false_positives_with_partners_from_the_bank(trained, monkeypatch):
     """Prompts drawn from many, each scored once (its score does not depend on the others), and which name is called IO drawn for
-    each: 400 draws, from the choice of a layer to the verdict."""
+    each, from the choice of a layer to the verdict."""
     held = measure(trained, *TEMPLATES, count=42)
     assert held.settings["partners"] == "bank"
     monkeypatch.setattr(contrast_study.stats, "compare_groups", partial(stats.compare_groups, n_resamples=999))
     rows = held.table[(held.table["layer"] > 0) & held.table["contrast"].notna()]
-    plain, rng, found, draws = pd.DataFrame(rows.to_dict("series")), np.random.default_rng(0), 0, 400
+    plain, rng, found, draws = pd.DataFrame(rows.to_dict("series")), np.random.default_rng(0), 0, DRAWS
     for _ in range(draws):
         some = rng.choice(42, 24, replace=False)
         here = plain[plain["seq"].isin(some)]
@@ -248,7 +250,7 @@ def test_the_smallest_p_is_said(trained, varied, monkeypatch):
 
 @pytest.mark.slow
 def test_false_positives_with_the_kinds_swapped(varied, monkeypatch):
-    """Which of a prompt's two names is called IO is drawn: no difference, in 400 draws, from the choice of a layer to the family."""
+    """Which of a prompt's two names is called IO is drawn: no difference, in all draws, from the choice of a layer to the family."""
     held = planted(varied, 0.0)
     monkeypatch.setattr(contrast_study.stats, "compare_groups", partial(stats.compare_groups, n_resamples=999))
     # Swapping turns a control's order in the two kinds round, and no more: which can be told apart is the same in every draw.
@@ -258,7 +260,7 @@ def test_false_positives_with_the_kinds_swapped(varied, monkeypatch):
     rng = np.random.default_rng(0)
     seq, sides = plain["seq"].to_numpy(), plain["contrast"].to_numpy()
     found = 0
-    for _ in range(400):
+    for _ in range(DRAWS):
         swapped = rng.random(seq.max() + 1)[seq] < 0.5
         other = np.where(sides == "IO", "S2", np.where(sides == "S2", "IO", None))
         drawn = replace(held, table=plain.assign(contrast=np.where(swapped, other, sides)))
@@ -267,8 +269,8 @@ def test_false_positives_with_the_kinds_swapped(varied, monkeypatch):
             test = partial(contrast_study._difference, measured=drawn, paired=True, controls=some)
             rows.append(declared_test(drawn.table, test, drawn, "differs", "difference"))
         found += bool((settle("contrast", rows)["p_corrected"] <= ALPHA).any())
-    print(f"{found} of 400 draws")
-    assert found / 400 <= limit(400)
+    print(f"{found} of {DRAWS} draws")
+    assert found / DRAWS <= limit(DRAWS)
 
 
 def test_tokens_of_the_kinds_come_first(trained):
