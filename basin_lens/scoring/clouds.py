@@ -101,19 +101,25 @@ class Clouds:
 
     @cached_property
     def _random_rows(self) -> Int[Tensor, "rows k"]:
-        """Random rows of the bank for each row of the capture, under the rules for its neighbors and none far out; -1: not enough,
-        or a row not searched."""
+        """Random rows of the bank for each row of the capture; -1: not enough, or a row not searched."""
+        rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
+        rows[self.found.at] = self.drawn(self.found.at)
+        return rows
+
+    def drawn(self, rows: Int[Tensor, " n"]) -> Int[Tensor, "n k"]:
+        """Random rows of the bank for these tokens, all of them searched, under the rules for their neighbors and none far out; -1:
+        not enough. They are the same whoever else is asked for."""
         found, seed = self.found, (self.searches.seed * 1_000_003 + self.layer) % 2**63
         same_token, distinct = self.options.same_token, self.options.exclude != "nothing"
         bank = replace(found.bank, pool=found.bank.pool & ~self.far_out)
-        rows = torch.full((self.searches.capture.n_rows, self.k), -1, dtype=torch.int64, device=self.searches.device)
-        if int(bank.pool.sum()) >= self.k:
-            # With partners from the bank, nothing of a token depends on who else is asked for.
-            keys = self.keys_of(found.at) if self.crossing.partners == "bank" else None
-            rows[found.at] = random_sets(
-                found.queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed, keys=keys
-            )
-        return rows
+        if int(bank.pool.sum()) < self.k:
+            return torch.full((len(rows), self.k), -1, dtype=torch.int64, device=rows.device)
+        places = torch.searchsorted(found.at, rows)
+        # With partners from the bank, nothing of a token depends on who else is searched.
+        keys = self.keys_of(rows) if self.crossing.partners == "bank" else None
+        among = len(found.at), places
+        queries = found.queries.some(places)
+        return random_sets(queries, bank, self.k, same_token=same_token, distinct=distinct, seed=seed, keys=keys, among=among)
 
     def _isotropic(self, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k d"]]:
         """Displacements in random directions, each as long in the ordinary dimensions as one of the neighbors'."""

@@ -152,10 +152,10 @@ class Job:
         """Do a piece of the work at a layer that is cut, but for the last one. `found`: what the pieces before it gave."""
         try:
             with measuring(self.model):
-                work, before = self._at(piece.layer), [found(one) for one in self.needs(piece)]
+                work, before = self._at(piece.layer), map(found, self.needs(piece))  # looked at once, and not held here
                 if piece.step == "search":
                     return work.search(piece.shard, self.shards)
-                return work.join(before) if piece.step == "join" else work.score(before[0], piece.shard, self.shards)
+                return work.join(before) if piece.step == "join" else work.score(before, piece.shard, self.shards)
         finally:
             self.capture.forget_pages()  # of this shard's states
 
@@ -163,8 +163,8 @@ class Job:
     def collect(self, piece: LayerPiece, found: Callable[[LayerPiece], Part]) -> LayerScores:
         """The scores of a layer, from all its shards."""
         with measuring(self.model):
-            joined, *parts = [found(one) for one in self.needs(piece)]
-            scores = self._at(piece.layer).collect(joined, parts)
+            joined, *shares = self.needs(piece)
+            scores = self._at(piece.layer).collect(map(found, [joined]), [found(one) for one in shares])
             self._let_go()
             return scores
 

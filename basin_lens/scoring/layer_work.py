@@ -8,7 +8,7 @@
 The steps hold what is small for a token: ids of neighbors, masks, scores. States of the texts are asked for by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -124,16 +124,18 @@ class LayerWork:
             done.facts[f"recall {number}"] = found.recall
         return done
 
-    def join(self, parts: Sequence[Part]) -> Part:
-        """What needs all tokens, once all have their neighbors.
+    def join(self, searched: Iterable[Part]) -> Part:
+        """What needs all tokens, once all have their neighbors. `searched`: by all searches.
 
         Raises:
             NeighborError: no token has as many neighbors as are asked for.
         """
         done = Part()
+        parts = list(searched)
+        near = [[self._found_in(part, number) for part in parts] for number in range(len(self._sites))]
+        del parts, searched  # gone with each search, once it is joined
         for number, search in enumerate(self._sites):
-            near = [self._found_in(part, number) for part in parts]
-            found = self.searches.join(search.site.options, self.piece.layer, *self._states(search), near, bare=search.bare)
+            found = self.searches.join(search.site.options, self.piece.layer, *self._states(search), near.pop(0), bare=search.bare)
             self._found[search.site] = found
             done.tensors.update({f"rows {number}": found.near.rows, f"distances {number}": found.near.distances})
             done.tensors[f"directed {number}"] = found.directed
@@ -148,17 +150,17 @@ class LayerWork:
         rows, distances = (part.tensors[f"{name} {number}"].to(self.searches.device) for name in ("rows", "distances"))
         return Neighbors(rows, distances, part.facts[f"recall {number}"])
 
-    def score(self, joined: Part, shard: int, shards: int) -> Part:
-        """Do one of so many shares of the block calls."""
+    def score(self, joined: Iterable[Part], shard: int, shards: int) -> Part:
+        """Do one of so many shares of the block calls. `joined`: what was, which is asked for where it is not here already."""
         self._take(joined)
         done = Part()
         for number, scores in enumerate(self._scores):
             done.put(f"map {number} ", scores.score(shard, shards))
         return done
 
-    def collect(self, joined: Part, parts: Sequence[Part]) -> LayerScores:
+    def collect(self, joined: Iterable[Part], parts: Sequence[Part]) -> LayerScores:
         """The layer's scores, from all shares."""
-        self._take(joined)
+        search = self._take(joined).facts["search"]
         scores = self._too_few_blocks()
         for number, done in enumerate(self._scores):
             done.collect([part.under(f"map {number} ") for part in parts])
@@ -172,17 +174,18 @@ class LayerWork:
             if done.neighbors is not None:
                 scores.neighbors = done.neighbors
         scores.facts.update(_facts_of(self.maps))
-        scores.search.update(joined.facts["search"])
+        scores.search.update(search)
         return scores
 
     def close(self) -> None:
         """Let go of states and neighbors, now: its parts know one another, and would be there until the collector comes."""
         vars(self).clear()
 
-    def _take(self, joined: Part) -> None:
+    def _take(self, given: Iterable[Part]) -> Part:
         """Take over what was joined, here or elsewhere."""
         if self._joined is not None:
-            return
+            return self._joined
+        (joined,) = given
         device = self.searches.device
         for number, search in enumerate(self._sites):
             rows, distances, directed = (
@@ -194,6 +197,7 @@ class LayerWork:
             part = joined.under(f"map {number} ")
             scores.joined = Part({name: value.to(device) for name, value in part.tensors.items()}, part.facts)
         self._joined = joined
+        return joined
 
     def _too_few_blocks(self) -> LayerScores:
         """Scores of a layer with nothing but NaN, for the analyzers whose maps would end beyond the last block."""

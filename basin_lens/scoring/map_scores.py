@@ -134,7 +134,9 @@ class MapScores:
         done.facts[f"groups {number}"] = {"able": int(able.sum()), "far_out": crossing.far_out}
         if "random_sets" in crossing.own.crossing.displaced:
             rows = (groups if crossing.partners is None else groups[:, :1]).unique()
-            done.tensors.update({f"random rows {number}": rows, f"random sets {number}": crossing.own.random_rows(rows)})
+            random = rows, crossing.own.drawn(rows)  # of those in groups only
+            done.tensors.update({f"random rows {number}": random[0], f"random sets {number}": random[1]})
+            crossing.own = replace(crossing.own, random=random)
 
     def _able(self, a: CloudAnalyzer) -> Bool[Tensor, " rows"]:
         """Tokens that can be measured: with k neighbors, and in the sample if there is one."""

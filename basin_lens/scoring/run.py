@@ -99,7 +99,7 @@ class Run:
     def layer(self, layer: int, shards: int = 1) -> LayerScores:
         """Do all the work at one layer, one shard after the other."""
         work = self.work(layer)
-        joined = work.join([work.search(shard, shards) for shard in range(shards)])
+        joined = [work.join(work.search(shard, shards) for shard in range(shards))]
         return work.collect(joined, [work.score(joined, shard, shards) for shard in range(shards)])
 
     def _refuse_two_tables(self) -> None:

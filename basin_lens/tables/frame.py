@@ -90,7 +90,8 @@ def build(
     named = {name: fact for name, fact in provenance.as_json().items() if name != "made"}  # one thing has one name on any day
     run = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=5).hexdigest()
     count = len(rows["token"])
-    data: dict[str, object] = {"run": np.full(len(layers) * count, run), "layer": np.repeat(np.asarray(layers), count)}
+    named_run = pd.Series([run]).repeat(len(layers) * count).reset_index(drop=True)  # one text, and not one for each row
+    data: dict[str, object] = {"run": named_run, "layer": np.repeat(np.asarray(layers), count)}
     for name in KEYS[2:]:
         data[name] = _tiled(rows[name], len(layers))
     for name, column in labels.items():
