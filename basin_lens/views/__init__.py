@@ -7,6 +7,7 @@ from basin_lens.views.canvas import save
 from basin_lens.views.categories import distributions
 from basin_lens.views.codec_figures import size_bars
 from basin_lens.views.detection import dose_curve, roc
+from basin_lens.views.explorer import Explorer, StaticExplorer, explore
 from basin_lens.views.grids import curve_panels, grid_map
 from basin_lens.views.intervals import forest, quartile_bars, tag_intervals
 from basin_lens.views.joint import joint_density, scatter
@@ -19,13 +20,16 @@ from basin_lens.views.pages.study import Section, flags_said, study_card, study_
 from basin_lens.views.tokens import TokenView, layer_view, token_view
 
 __all__ = [
+    "Explorer",
     "Report",
     "Section",
+    "StaticExplorer",
     "TokenView",
     "code_page",
     "curve_panels",
     "distributions",
     "dose_curve",
+    "explore",
     "flags_said",
     "forest",
     "grid_map",

@@ -53,10 +53,14 @@ def test_the_modules_are_one_script_in_a_page(tmp_path):
     (tmp_path / "one.mjs").write_text(code)
     subprocess.run([NODE, "--check", tmp_path / "one.mjs"], check=True)
     assert not re.search(r"^(import|export)\b", code, re.M)
-    assert {path.stem for path in MODULES.glob("*.mjs")} == set(pages.MODULES)
-    for place, name in enumerate(pages.MODULES):
+    widget = pages.widget_script()
+    (tmp_path / "widget.mjs").write_text(widget)
+    subprocess.run([NODE, "--check", tmp_path / "widget.mjs"], check=True)
+    assert re.findall(r"^(?:import|export)\b.{11}", widget, re.M) == ["export default {r"]
+    assert {path.stem for path in MODULES.glob("*.mjs")} == set(pages.WIDGET_MODULES)
+    for place, name in enumerate(pages.WIDGET_MODULES):
         needed = set(re.findall(r'^import .*"\./(\w+)\.mjs";$', (MODULES / f"{name}.mjs").read_text(encoding="utf-8"), re.M))
-        assert needed <= set(pages.MODULES[:place]), name
+        assert needed <= set(pages.WIDGET_MODULES[:place]), name
 
 
 def test_no_module_makes_markup_of_text_or_asks_outside():

@@ -6,6 +6,7 @@ Every template escapes every value. What stands in a page as markup is a `Markup
 import base64
 import hashlib
 import io
+import json
 import os
 import re
 import warnings
@@ -24,6 +25,7 @@ _DPI = 150
 _EXPLORER = files("basin_lens.views.pages") / "explorer"
 # In the order in which they need one another.
 MODULES = ("decode", "scales", "layout", "provider", "dom", "keys", "tokens", "map", "curve", "neighbors", "explorer")
+WIDGET_MODULES = (*MODULES, "model", "widget")
 _ENVIRONMENT = Environment(
     loader=PackageLoader("basin_lens.views.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -81,10 +83,16 @@ def within_script(code: str) -> Markup:
     return Markup(code)
 
 
-def explorer_script() -> str:
+def explorer_script(modules: Iterable[str] = MODULES) -> str:
     """The explorer's modules as one, which a page can hold: their imports of one another left out."""
-    texts = [(_EXPLORER / f"{name}.mjs").read_text(encoding="utf-8") for name in MODULES]
+    texts = [(_EXPLORER / f"{name}.mjs").read_text(encoding="utf-8") for name in modules]
     return re.sub(r"^export (?=\w)", "", re.sub(r"^import .*;\n", "", "\n".join(texts), flags=re.M), flags=re.M)
+
+
+def widget_script() -> str:
+    """The explorer as one module with the `render` that anywidget calls; it brings its own styles."""
+    style = json.dumps((_EXPLORER / "explorer.css").read_text(encoding="utf-8"))
+    return f"{explorer_script(WIDGET_MODULES)}export default {{render: ({{model, el}}) => mount(model, el, {style})}};\n"
 
 
 def explorer_page(title: str, data: Facts) -> Report:

@@ -81,6 +81,11 @@ def make_report(
         >>> "</html>" in bl.views.make_report(table).html
         True
     """
+    return explorer_page(title, explorer_data(table, neighbors, title))
+
+
+def explorer_data(table: pd.DataFrame, neighbors: KeptLike | None, title: str) -> Facts:
+    """What an explorer of one run shows, as plain JSON; the arguments and refusals of `make_report`."""
     held = tables.provenance(table)
     runs = table["run"].unique().tolist()
     if len(runs) != 1:
@@ -112,7 +117,7 @@ def make_report(
     words = pd.concat([first["token"], *([] if bank is None else [bank["token"]])])
     codes, strings = pd.factorize(words)
     arrays, places = _arrays([_by_layer(table, name, layers) for name in scores])
-    data = {
+    return {
         "title": title,
         "about": about,
         "notes": _NOTES,
@@ -135,7 +140,6 @@ def make_report(
         "provenance": json.dumps({runs[0]: facts}, indent=1),
         "neighbors": None if neighbors is None else _neighbors(neighbors, len(first), codes[len(first) :]),
     }
-    return explorer_page(title, data)
 
 
 def _check_same_tokens(table: pd.DataFrame, first: pd.DataFrame, layers: Sequence[int]) -> None:

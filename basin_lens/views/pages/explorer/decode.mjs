@@ -6,8 +6,10 @@ export function bytesOf(text) {
   return bytes;
 }
 
-export async function inflated(text) {
-  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+// Base64 where the page holds the numbers, bytes where a kernel sent them.
+export async function inflated(data) {
+  const bytes = typeof data === "string" ? bytesOf(data) : data;
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 

@@ -63,7 +63,7 @@ export function save(blob, name) {
 // Whether a text got to the clipboard. A page of http has none, one of file or in a frame may be refused it: then an older way.
 export async function copied(text, within) {
   try { await navigator.clipboard.writeText(text); return true; } catch { /* by a field that is selected */ }
-  const field = Object.assign(make("textarea", undefined, "unseen"), {value: text}), before = document.activeElement;
+  const field = Object.assign(make("textarea", undefined, "unseen"), {value: text}), before = focused(within);
   within.append(field);
   field.select();
   let done = false;
@@ -72,6 +72,9 @@ export async function copied(text, within) {
   before?.focus({preventScroll: true});
   return done;
 }
+
+// What has the focus, seen from an element: within a shadow root, the document knows only of the root's host.
+export const focused = element => element.getRootNode().activeElement;
 
 export const choose = (element, detail) => element.dispatchEvent(new CustomEvent("choose", {bubbles: true, detail}));
 

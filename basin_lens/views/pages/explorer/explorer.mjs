@@ -2,7 +2,7 @@ import "./tokens.mjs";
 import "./map.mjs";
 import "./curve.mjs";
 import "./neighbors.mjs";
-import {button, chooser, copied, define, folded, headed, make, save, tableOf} from "./dom.mjs";
+import {button, chooser, copied, define, focused, folded, headed, make, save, tableOf} from "./dom.mjs";
 import {asked, placeOf} from "./keys.mjs";
 import {csvOf, hashOf, scoresOf, search, stateOf, visible} from "./layout.mjs";
 import {bestLayer, colorAt, css, endsOf, placeOn, scaleOf, words} from "./scales.mjs";
@@ -25,10 +25,10 @@ class BasinExplorer extends HTMLElement {
     this.provider = provider;
     this.about = await provider.describe();
     const {scores, layers, rows, curves} = this.about, first = {scores, layers, count: rows.length};
-    this.dark = matchMedia(DARK);
+    this.dark = provider.dark ?? matchMedia(DARK);
     const start = Math.max(0, curves.findIndex(c => c.reliability));
     this.state = {score: start, layer: bestLayer(curves[start].reliability, layers.length), token: -1, fixed: false,
-      ...(this.linked ? stateOf(location.hash, first) : {})};
+      ...(this.linked ? stateOf(location.hash, first) : {}), ...provider.start?.(this.about)};
     this.scales = new Map();
     this.starts = [0];
     for (const {length} of this.about.sequences) this.starts.push(this.starts.at(-1) + length);
@@ -41,13 +41,18 @@ class BasinExplorer extends HTMLElement {
 
   get linked() { return this.hasAttribute("linked"); }
 
+  // Within another page, a notebook: it hears only its own keys, and neither scrolls nor covers what is around it.
+  get enclosed() { return this.hasAttribute("enclosed"); }
+
   build() {
     const {title, about, notes} = this.about, header = make("header"), main = make("main");
     const columns = make("div", undefined, "columns");
     header.append(make("h1", title), make("p", about, "soft"));
     columns.append(this.text(), this.beside());
-    main.append(columns, make("h2", "How to read this"), ...notes.map(note => make("p", note)), make("p", KEYS, "soft"),
-      ...this.below(), make("p", "Made by basin_lens. This page asks no outside site for anything.", "soft last"));
+    const reading = [...notes.map(note => make("p", note)), make("p", KEYS, "soft"), ...this.below()];
+    main.append(columns, ...(this.enclosed ? [folded("How to read this, what was left out, provenance", ...reading)] :
+      [make("h2", "How to read this"), ...reading,
+        make("p", "Made by basin_lens. This page asks no outside site for anything.", "soft last")]));
     this.tip = make("div", undefined, "tip");
     this.voice = make("div", undefined, "voice");
     this.voice.setAttribute("role", "status");
@@ -139,9 +144,11 @@ class BasinExplorer extends HTMLElement {
     on(this.slider, "input", () => this.go({layer: Number(this.slider.value)}));
     on(this.fixedBox, "change", () => this.go({fixed: this.fixedBox.checked}));
     on(this, "choose", e => this.go(e.detail, e.target !== this.tokens));
-    for (const kind of ["pointerdown", "focusin"]) on(this, kind, () => { BasinExplorer.used = this; });
-    BasinExplorer.used ??= this;
-    on(document, "keydown", e => this.key(e));
+    if (!this.enclosed) {
+      for (const kind of ["pointerdown", "focusin"]) on(this, kind, () => { BasinExplorer.used = this; });
+      BasinExplorer.used ??= this;
+    }
+    on(this.enclosed ? this : document, "keydown", e => this.key(e));
     on(this.dark, "change", () => this.paint());
     const linked = () => ({token: -1, fixed: false, ...stateOf(location.hash, {scores, layers, count: rows.length})});
     if (this.linked) on(globalThis, "hashchange", () => { clearTimeout(this.remembering); this.go(linked(), true); });
@@ -159,7 +166,9 @@ class BasinExplorer extends HTMLElement {
       search: target === this.searchBox, token: inside && row !== undefined, map: target === this.map.canvas,
       editable: target.isContentEditable});
     if (event.defaultPrevented || event.isComposing || place === "page" && BasinExplorer.used !== this) return;
-    const modified = event.ctrlKey || event.metaKey || event.altKey, cursor = Number(row ?? this.tokens.cursor);
+    const modified = event.ctrlKey || event.metaKey || event.altKey;
+    if (this.enclosed && !modified) event.stopPropagation();  // an s or an arrow is not the notebook's, too
+    const cursor = Number(row ?? this.tokens.cursor);
     const change = asked({key, modified, shift: event.shiftKey}, place, this.state,
       {scores: scores.length, layers: layers.length, tokens: rows.length}, cursor);
     if (!change) return;
@@ -185,6 +194,7 @@ class BasinExplorer extends HTMLElement {
 
   go(change, reveal = false, focus = false) {
     Object.assign(this.state, change);
+    this.dispatchEvent(new CustomEvent("state", {detail: {...this.state}}));
     if (reveal && this.state.token >= 0) this.tokens.reveal(this.state.token, focus);
     return this.paint();
   }
@@ -204,6 +214,7 @@ class BasinExplorer extends HTMLElement {
 
   async paint() {
     const {score, layer, token, fixed} = this.state, dark = this.dark.matches, turn = this.turn = {};
+    if (this.enclosed) this.setAttribute("theme", dark ? "dark" : "light");
     const [values, scale, found] = await Promise.all(
       [this.provider.values(score, layer), this.scale(score, layer, fixed), this.provider.neighbors(layer)]);
     if (turn !== this.turn) return;  // something else was chosen meanwhile
@@ -244,7 +255,7 @@ class BasinExplorer extends HTMLElement {
     const value = Number.isNaN(values[token]) ? "no score" : `${words(values[token], 3)} ${unit}`;
     this.spoken = token < 0 ? `No token chosen. ${at}, ${name}` :
       `“${visible(this.tokens.texts[token])}”, position ${positions[token]}, ${at}: ${name} ${value}`;
-    const heard = token < 0 && [this.slider, this.layerBox, this.scoreBox].includes(document.activeElement);
+    const heard = token < 0 && [this.slider, this.layerBox, this.scoreBox].includes(focused(this));
     if ((was || token >= 0) && !heard) this.voice.textContent = this.spoken;
   }
 
@@ -285,7 +296,7 @@ class BasinExplorer extends HTMLElement {
 
   showToken(values, found) {
     const {score, layer, token} = this.state, {layers, scores, positions} = this.about, {name, unit} = scores[score];
-    const held = this.pane.contains(document.activeElement);
+    const held = this.pane.contains(focused(this));
     this.pane.classList.toggle("open", token >= 0);
     this.pane.replaceChildren();
     if (held && token < 0) this.tokens.span(this.tokens.cursor)?.focus({preventScroll: true});
@@ -313,8 +324,10 @@ class BasinExplorer extends HTMLElement {
       ...(of > 1 ? [`of ${of} tokens in this column, the one furthest from the middle`] : []),
       ...scores.map((s, i) => `${i === this.state.score ? "▸ " : "  "}${s.name}: ${words(values[i][row], 3)}`)].join("\n");
     this.tip.style.display = "block";
-    this.tip.style.left = `${Math.max(4, Math.min(clientX + 14, innerWidth - this.tip.offsetWidth - 8))}px`;
-    this.tip.style.top = `${Math.max(4, Math.min(clientY + 18, innerHeight - this.tip.offsetHeight - 8))}px`;
+    const {left, top} = this.enclosed ? this.getBoundingClientRect() : {left: 0, top: 0};
+    const wide = this.enclosed ? this.clientWidth : innerWidth, high = this.enclosed ? this.clientHeight : innerHeight;
+    this.tip.style.left = `${Math.max(4, Math.min(clientX - left + 14, wide - this.tip.offsetWidth - 8))}px`;
+    this.tip.style.top = `${Math.max(4, Math.min(clientY - top + 18, high - this.tip.offsetHeight - 8))}px`;
   }
 
   hush() { this.told = ""; this.tip.style.display = "none"; }

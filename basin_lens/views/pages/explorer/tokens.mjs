@@ -1,4 +1,4 @@
-import {choose, define, make} from "./dom.mjs";
+import {choose, define, focused, make} from "./dom.mjs";
 import {heightOf, partsOf, visible} from "./layout.mjs";
 import {colorAt, css, inkOn, placeOn} from "./scales.mjs";
 
@@ -16,7 +16,7 @@ class BasinTokens extends HTMLElement {
         e.target.near = e.isIntersecting;
         if (e.isIntersecting) this.fill(e.target); else this.empty(e.target);
       }),
-      {rootMargin: "800px 0px"});
+      {root: this.scrolls ? this : null, rootMargin: "800px 0px"});
     this.parts = partsOf(sequences.map(s => s.length), row => this.texts[row].includes("\n"));
     let doc = null, length = 0;
     const width = this.clientWidth || 600;
@@ -34,6 +34,9 @@ class BasinTokens extends HTMLElement {
     if (this.boxes.length) this.fill(this.boxes[0]);
     this.addEventListener("click", e => { if (e.target.dataset.row) choose(this, {token: Number(e.target.dataset.row)}); });
   }
+
+  // In a notebook the texts scroll in a box of their own: the notebook stays where it is.
+  get scrolls() { return this.closest("basin-explorer[enclosed]") !== null; }
 
   partOf(row) { return this.parts.findIndex(part => row < part.end); }
 
@@ -53,7 +56,7 @@ class BasinTokens extends HTMLElement {
 
   empty(box) {
     // The part with the token that the tab key reaches stays: else the key would go past all texts.
-    if (!box.childElementCount || box.contains(document.activeElement) || box === this.boxes[this.partOf(this.cursor)]) return;
+    if (!box.childElementCount || box.contains(focused(this)) || box === this.boxes[this.partOf(this.cursor)]) return;
     box.style.minHeight = `${box.offsetHeight}px`;
     box.replaceChildren();
   }
@@ -90,7 +93,10 @@ class BasinTokens extends HTMLElement {
   reveal(row, focus) {
     this.fill(this.boxes[this.partOf(row)]);
     const span = this.span(row), {top, bottom} = span.getBoundingClientRect();
-    if (top < 200 || bottom > innerHeight / 2) span.scrollIntoView({block: "center"});
+    const own = this.getBoundingClientRect();
+    if (this.scrolls) {
+      if (top < own.top || bottom > own.bottom) this.scrollTop += top - own.top - this.clientHeight / 3;
+    } else if (top < 200 || bottom > innerHeight / 2) span.scrollIntoView({block: "center"});
     if (focus) span.focus({preventScroll: true});
   }
 }
