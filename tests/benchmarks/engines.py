@@ -3,12 +3,12 @@
     python -m tests.benchmarks.engines [--model NAME] [--tokens 4096] [--layers 10 20] [--rounds 3] [--only folder|ray]
         [--piece-tokens 512] [--shard-tokens 1024]
 
-SmolLM2-135M, or another model by name or folder, on sequences of 128 tokens of the built-in passages, their own bank. `folder`: a run
-in a folder over one in memory, one thread. `ray`: two actors of one thread each over one process with two threads, both in folders
-and in the same pieces. Elapsed time counts; rounds alternate who is first, and a ratio is the median of ratios within a round. Start
-of the cluster and what passes until both actors have loaded the model are told apart and not counted (`ray_whole_s` counts the
-latter). `same_files`: whether digests of the tables agree, of Ray with one thread in one process, and with two threads, where sums may
-be taken in another order. Prints what it measures; the last line is JSON.
+SmolLM2-135M, or another model by name or folder, on sequences of 128 tokens of the built-in passages, their own bank. `folder`: a
+run in a folder over one in memory, one thread. `ray`: two actors of one thread each over one process with two threads, both in
+folders and in the same pieces. Elapsed time counts; rounds alternate who is first, and a ratio is the median of ratios within a
+round. Start of the cluster and what passes until both actors have loaded the model are told apart and not counted (`ray_whole_s`
+counts the latter). `same_files`: whether digests of the tables agree, of Ray with one thread in one process, and with two
+threads, where sums may be taken in another order. Prints what it measures; the last line is JSON.
 """
 
 import argparse
