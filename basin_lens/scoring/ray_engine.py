@@ -235,6 +235,7 @@ class Crew:
         }
         self._task = self._shipped(with_model=source is None)
         self._actor = ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Worker)
+        self._lost = 0  # actors that died while they started, since one last did
         self._starting: dict[object, tuple[Any, bool]] = {}  # each with whether it was sent our model
         self._idle: list[Any] = []
         self._busy: dict[object, tuple[Any, Any]] = {}
@@ -291,6 +292,7 @@ class Crew:
         found = self._answer(ref)
         if found == self.wanted:
             self._idle.append(worker)
+            self._lost = 0
             return
         if found is not None and with_model:
             raise BasinLensError(
@@ -301,7 +303,7 @@ class Crew:
                 self._task = self._shipped(with_model=True)
             self.ray.kill(worker)
         else:
-            self._lost = getattr(self, "_lost", 0) + 1
+            self._lost += 1
             if self._lost > self.options.retries + 1:
                 raise StoreError("expected actors that start, got ones that die while they load the model. Look at Ray's logs.")
         self._start()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import basin_lens as bl
+from basin_lens.errors import StoreError
 from basin_lens.model import copy_of, fingerprint
 from basin_lens.scoring import ray_engine
 from basin_lens.scoring.folder_run import FolderRequest, _begun
@@ -134,6 +135,25 @@ def test_actors_that_load_another_model_by_its_name_are_sent_ours_once(model, to
     crew = Crew(AtOnce(), job, store, RayOptions(workers=2))
     crew.do("read", store.unread(), lambda _: None)
     assert not store.unread() and len(crew.ray.put_in) == 2 and len(crew.ray.killed) == 2
+
+
+@pytest.mark.parametrize(("lost", "ends"), [([True, False] * 3, False), ([True, True], True)])
+def test_actors_that_die_while_they_start_count_in_a_row(model, tmp_path, monkeypatch, lost, ends):
+    """A run of days loses many in all."""
+    job, store = begun(model, tmp_path / "run")
+    crew, real, left = Crew(AtOnce(), job, store, RayOptions(workers=3, retries=0)), Crew._answer, list(lost)
+    monkeypatch.setattr(Crew, "_answer", lambda crew, ref: None if left and left.pop(0) else real(crew, ref))
+
+    def begin_all():
+        while crew._starting:
+            crew._begin(next(iter(crew._starting)))
+
+    if ends:
+        with pytest.raises(StoreError, match="die while they load the model"):
+            begin_all()
+    else:
+        begin_all()
+        assert len(crew._idle) == 3 and not left
 
 
 def test_a_model_on_another_device_is_sent_as_a_copy_on_the_cpu(model, monkeypatch):
