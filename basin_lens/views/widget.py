@@ -49,7 +49,7 @@ class ExplorerWidget(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[Facts, Facts] | None:
         """The widget, and beside it what stands where it cannot run: exported HTML, a notebook without its kernel."""
-        bundle = super()._repr_mimebundle_(**kwargs)
+        bundle = super()._repr_mimebundle_(**kwargs)  # type: ignore[arg-type]
         if bundle is None:
             return None
         data, metadata = bundle

@@ -34,7 +34,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def bank(model):
-    texts = [*TEXTS[::-1], " ".join(TEXTS)]
+    texts = [*TEXTS[::-1], " ".join(TEXTS)[::-1]]  # the joined texts as they are would be one document with each of them
     return bl.Capture.from_texts(model, texts, layers=[0, 1, 2], max_length=40, progress=False)
 
 

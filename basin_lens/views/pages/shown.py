@@ -50,9 +50,10 @@ class Shown:
 
     def layer(self, value: object) -> int:
         """The number of a layer shown, or a `TableError`."""
-        if isinstance(value, bool) or value not in self.data["layers"]:
+        found = [layer for layer in self.data["layers"] if layer == value and not isinstance(value, bool)]
+        if not found:
             raise TableError(f"expected a layer of {', '.join(map(str, self.data['layers']))}, got {value!r}.")
-        return int(operator.index(value))
+        return int(found[0])
 
     def token(self, value: object) -> tuple[int, int] | None:
         """(seq, pos) of a token shown, None for none, or a `TableError`."""
@@ -73,7 +74,7 @@ class Shown:
         try:
             match asked.get("ask"):
                 case "describe":
-                    facts, buffers = self._described(), []
+                    return {**known, "facts": self._described()}, []
                 case "values":
                     facts, buffers = _split([self.data["arrays"][_place(asked, len(self.data["arrays"]))]])
                 case "neighbors" if self.data["neighbors"] is not None:
@@ -102,7 +103,8 @@ class Shown:
             where += f", the first {_PICTURED:,} tokens"
         text = ColoredText(where, [shown_text(word) for word in rows["token"]], (values - middle) / bound)
         unit = self.data["scores"][self.scores.index(score)]["unit"]
-        caption = f"White is {middle:.3g}, full blue {middle + bound:.3g}, full red {middle - bound:.3g}, in {unit}; gray letters: no score."
+        ends = f"White is {middle:.3g}, full blue {middle + bound:.3g}, full red {middle - bound:.3g}, in {unit}"
+        caption = f"{ends}; gray letters: no score."
         drawn = picture(text_picture([text]), where, caption)
         return str(render("still.html", title=self.data["title"], about=self.data["about"], picture=drawn, line=line))
 
