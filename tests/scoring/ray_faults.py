@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from basin_lens.errors import StoreError
 from basin_lens.scoring.folder_store import KIND
 from basin_lens.scoring.ray_engine import Task, Worker
@@ -132,7 +134,9 @@ def node_killer(cluster, own_socket: str, draw: random.Random) -> Callable[[], o
             return None
         node = draw.choice(held)
         cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(signal, "signal", lambda *_: None)  # Ray would have a handler, which the main thread alone can set
+            cluster.add_node(num_cpus=1)
         return node.raylet_socket_name
 
     return kill
