@@ -9,7 +9,7 @@ import basin_lens as bl
 from basin_lens.errors import CompileWarning, ModelError, StoreError
 from basin_lens.model import CompiledBlock, compiled
 from basin_lens.transport import LayerMaps, PatchedBlock, Probe
-from tests.conftest import TEXTS, has_hooked_transformer, hooked_lane, make_hooked
+from tests.conftest import TEXTS, has_hooked_transformer, hooked_lane, make_hooked, random_tokens
 from tests.families import capture_of, families, model_of, served
 from tests.transport.routes import EXACT, queries_of, world
 
@@ -118,10 +118,11 @@ def test_the_middle_of_a_block_is_not_compiled():
 
 @hooked_lane
 def test_a_hooked_transformer_runs_as_it_is():
-    model = make_hooked("llama")
+    model, tokens = make_hooked(), random_tokens(4, 20)
+    given = {"layers": [0, 2], "progress": False}
     with pytest.warns(CompileWarning, match="a HookedTransformer has no layer of transformers"):
-        table = scores(model, compile=True)
-    assert table["contraction"].equals(scores(model)["contraction"])
+        table = bl.analyze(model, tokens, [bl.analyzers.Contraction(k=4)], compile=True, **given)
+    assert table["contraction"].equals(bl.analyze(model, tokens, [bl.analyzers.Contraction(k=4)], **given)["contraction"])
 
 
 @pytest.mark.slow
